@@ -1,0 +1,1 @@
+"""The command line: ``virt-sse NOUN VERB``, one file per noun."""

@@ -1,0 +1,250 @@
+"""``virt-sse disk``."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from virt_sse.cli.output import Output, OutputFormat, human_size, print_fields, print_rows, progress_bar
+from virt_sse.cli.session import backend
+from virt_sse.errors import LibvirtUnavailableError, PolicyError
+
+if TYPE_CHECKING:
+    from virt_sse.disks import Disk
+
+app = typer.Typer(help="Encrypted disks.", no_args_is_help=True, rich_markup_mode=None)
+
+
+class Format(enum.Enum):
+    """What ``--format`` takes."""
+
+    QCOW2 = "qcow2"
+    RAW = "raw"
+
+
+Name = Annotated[str, typer.Argument(help="The disk's name or id.", show_default=False)]
+NewName = Annotated[str, typer.Argument(help="The new disk's name.", show_default=False)]
+DomainName = Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name.", show_default=False)]
+ImageFormat = Annotated[Format, typer.Option("--format", help="How the disk lies in its file.")]
+ImagePath = Annotated[
+    Path | None,
+    typer.Option("--path", help="The image file to make; default NAME.FORMAT among libvirt's images."),
+]
+Pool = Annotated[
+    str | None, typer.Option("--pool", help="The libvirt storage pool (a folder) to make it in.")
+]
+Target = Annotated[str, typer.Option("--target", help="The disk's name in the guest; chooses the bus.")]
+ReadOnly = Annotated[bool, typer.Option("--read-only", help="The guest may not write to it.")]
+
+
+@app.command()
+def create(
+    name: NewName,
+    size: Annotated[
+        str, typer.Option("--size", "-s", help="What the guest sees, e.g. 10G.", show_default=False)
+    ],
+    image_format: ImageFormat = Format.QCOW2,
+    path: ImagePath = None,
+    pool: Pool = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Make an empty disk."""
+    from virt_sse.disks import parse_size
+    from virt_sse.qemu.img import DiskFormat
+
+    with backend() as b:
+        disk = b.create_disk(
+            name, parse_size(size), image_format=DiskFormat(image_format.value), path=path, pool=pool
+        )
+    _print_disk(disk, output)
+
+
+@app.command(name="import")
+def import_(
+    name: NewName,
+    source: Annotated[Path, typer.Argument(help="Any image that qemu-img reads.", show_default=False)],
+    source_format: Annotated[
+        str | None, typer.Option("--source-format", help="Its format in QEMU's words; default: probed.")
+    ] = None,
+    with_backing: Annotated[
+        bool, typer.Option("--with-backing", help="Read the source's backing files, too.")
+    ] = False,
+    image_format: ImageFormat = Format.QCOW2,
+    path: ImagePath = None,
+    pool: Pool = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Make a disk with the content of an image, encrypting it on the way."""
+    from virt_sse.qemu.img import DiskFormat
+
+    with backend() as b, progress_bar("encrypting") as progress:
+        disk = b.import_disk(
+            name,
+            source,
+            source_format=source_format,
+            with_backing=with_backing,
+            image_format=DiskFormat(image_format.value),
+            path=path,
+            pool=pool,
+            progress=progress,
+        )
+    _print_disk(disk, output)
+
+
+@app.command()
+def export(
+    name: Name,
+    destination: Annotated[Path, typer.Argument(help="The image to make.", show_default=False)],
+    plaintext: Annotated[
+        bool, typer.Option("--plaintext", help="Yes, the new image will not be encrypted.")
+    ] = False,
+    destination_format: Annotated[
+        str, typer.Option("--format", help="The new image's format in QEMU's words.")
+    ] = "qcow2",
+) -> None:
+    """Write a disk's content, in plaintext, into a new image."""
+    if not plaintext:
+        raise PolicyError("an export is not encrypted", hint="if that is meant, say --plaintext")
+    with backend() as b, progress_bar("decrypting") as progress:
+        b.export_disk(name, destination, destination_format=destination_format, progress=progress)
+
+
+@app.command()
+def adopt(
+    path: Annotated[Path, typer.Argument(help="The image of a disk that is not listed.", show_default=False)],
+    name: Annotated[
+        str | None, typer.Option("--name", help="Default: the name that the image carries.")
+    ] = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """List a disk again after a lost store or a moved image, from its image and the key provider."""
+    with backend() as b:
+        disk = b.adopt_disk(path, name=name)
+    _print_disk(disk, output)
+
+
+@app.command(name="list")
+def list_(output: Output = OutputFormat.TABLE) -> None:
+    """List all disks."""
+    with backend() as b:
+        disks = b.list_disks()
+    print_rows(
+        [_fields(disk) | {"size": _size(disk, output)} for disk in disks],
+        ("name", "size", "format", "state", "key", "path"),
+        output,
+    )
+
+
+@app.command()
+def show(name: Name, output: Output = OutputFormat.TABLE) -> None:
+    """Show all about a disk: where it lies, what it is under, and who has it."""
+    with backend() as b:
+        disk = b.get_disk(name)
+        fields = _fields(disk) | {"size": _size(disk, output), "image": b.image_state(disk)}
+        states = b.key_state(disk)
+        fields["deks"] = [
+            {
+                "slot": entry.slot,
+                "cipher": str(entry.cipher),
+                "key": str(entry.wrapped.key),
+                "algorithm": entry.wrapped.algorithm,
+                "key-state": states[entry.wrapped.key].value,
+            }
+            for entry in disk.deks
+        ]
+        try:
+            fields["domains"] = b.domains.users(disk)
+        except LibvirtUnavailableError:
+            fields["domains"] = None
+    print_fields(fields, output)
+
+
+@app.command()
+def check(name: Name) -> None:
+    """See whether a disk's image is whole, opens with its DEK and carries it."""
+    with backend() as b:
+        b.check_disk(name)
+    typer.echo(f"disk {name}: ok")
+
+
+@app.command()
+def resize(
+    name: Name,
+    size: Annotated[str, typer.Argument(help="The new size, e.g. 20G.", show_default=False)],
+    shrink: Annotated[bool, typer.Option("--shrink", help="Allow a smaller size; the rest is lost.")] = False,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Make a disk larger, also while a domain has it."""
+    from virt_sse.disks import parse_size
+
+    with backend() as b:
+        disk = b.resize_disk(name, parse_size(size), shrink=shrink)
+    _print_disk(disk, output)
+
+
+@app.command()
+def delete(
+    name: Name,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
+    ] = False,
+) -> None:
+    """Erase a disk for good: its keyslots are wiped, its DEK is forgotten, its image is removed."""
+    with backend() as b:
+        disk = b.delete_disk(name, dry_run=dry_run)
+    typer.echo(f"{'would erase' if dry_run else 'erased'} disk {disk.name} ({disk.path})")
+
+
+@app.command()
+def xml(name: Name, target: Target = "vda", read_only: ReadOnly = False) -> None:
+    """Print the <disk> element with which a domain uses a disk."""
+    with backend() as b:
+        typer.echo(b.disk_xml(name, target=target, read_only=read_only), nl=False)
+
+
+@app.command()
+def attach(
+    name: Name,
+    domain: DomainName,
+    target: Annotated[
+        str | None, typer.Option("--target", help="The disk's name in the guest; default: the first free.")
+    ] = None,
+    read_only: ReadOnly = False,
+) -> None:
+    """Add a disk to a domain: to its definition, and at once if it runs."""
+    with backend() as b:
+        target = b.attach_disk(name, domain, target=target, read_only=read_only)
+    typer.echo(f"attached disk {name} to domain {domain} as {target}")
+
+
+@app.command()
+def detach(name: Name, domain: DomainName) -> None:
+    """Take a disk out of a domain: out of its definition, and at once if it runs."""
+    with backend() as b:
+        b.detach_disk(name, domain)
+    typer.echo(f"detached disk {name} from domain {domain}")
+
+
+def _print_disk(disk: Disk, output: OutputFormat) -> None:
+    print_fields(_fields(disk) | {"size": _size(disk, output)}, output)
+
+
+def _size(disk: Disk, output: OutputFormat) -> int | str:
+    return disk.size if output is OutputFormat.JSON else human_size(disk.size)
+
+
+def _fields(disk: Disk) -> dict[str, object]:
+    return {
+        "name": disk.name,
+        "id": str(disk.id),
+        "state": disk.state.value,
+        "size": disk.size,
+        "format": disk.format.value,
+        "path": str(disk.path),
+        "encryption-type": disk.encryption_type.value,
+        "key": str(disk.key) if disk.deks else None,
+        "created": disk.created.isoformat(),
+    }

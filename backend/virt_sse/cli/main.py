@@ -1,0 +1,61 @@
+"""The root of the command line, and its edge: the one place where an error is printed."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+import virt_sse
+from virt_sse.cli import disk, host, key, session
+from virt_sse.config import Config
+from virt_sse.errors import InvalidValueError, VirtSseError, report
+from virt_sse.plugins import PluginHost
+
+_USAGE = 2
+
+
+def build(plugins: PluginHost) -> typer.Typer:
+    """The whole command line, with what the plugins add to it."""
+    app = typer.Typer(
+        name="virt-sse",
+        help="Server-side encryption for the disks of libvirt guests.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        rich_markup_mode=None,
+    )
+
+    @app.callback()
+    def root(
+        version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    ) -> None:
+        if version:
+            typer.echo(f"virt-sse {virt_sse.__version__}")
+            raise typer.Exit
+
+    app.add_typer(disk.app, name="disk")
+    app.add_typer(host.app, name="host")
+    app.add_typer(key.app, name="key")
+    plugins.add_commands(app)
+    return app
+
+
+def main() -> None:
+    """Entry point of ``virt-sse``; exits 1 on errors, 2 on wrong usage."""
+    logging.basicConfig(format="virt-sse: %(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        plugins = PluginHost(config := Config.load())
+        app = build(plugins)
+        for error in plugins.broken:
+            report(error)
+        with session.use(config, plugins):
+            app()
+    except InvalidValueError as exc:
+        report(exc)
+        sys.exit(_USAGE)
+    except VirtSseError as exc:
+        report(exc)
+        sys.exit(1)

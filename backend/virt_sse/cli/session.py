@@ -1,0 +1,38 @@
+"""What a command works with: the backend, opened when a command first asks for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+from virt_sse.config import Config
+from virt_sse.plugins import PluginHost
+
+if TYPE_CHECKING:
+    from virt_sse.backend import Backend
+
+_host: ContextVar[tuple[Config, PluginHost]] = ContextVar("host")
+
+
+@contextlib.contextmanager
+def use(config: Config, plugins: PluginHost) -> Iterator[None]:
+    """Run commands on the host that *config* describes."""
+    token = _host.set((config, plugins))
+    try:
+        yield
+    finally:
+        _host.reset(token)
+
+
+@contextlib.contextmanager
+def backend() -> Iterator[Backend]:
+    """The backend of this command, closed at the end.
+
+    Imported here because it takes longer than ``--help`` may.
+    """
+    from virt_sse.backend import Backend
+
+    with Backend(*_host.get()) as opened:
+        yield opened

@@ -1,0 +1,115 @@
+"""Disks: what they are, and what their names and sizes may be."""
+
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from uuid import UUID
+
+from virt_sse.envelope import DekEntry, Envelope
+from virt_sse.errors import InvalidValueError
+from virt_sse.keys import DekContext, KeyRef
+from virt_sse.layers import EncryptionType
+from virt_sse.qemu.img import DiskFormat
+
+SECTOR = 512
+MAX_SIZE = 64 << 40
+"""64 TiB, the cloud's largest disk."""
+
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,78}[A-Za-z0-9_])?")
+_SIZE = re.compile(r"([0-9]{1,20})(?:([KMGT])(?:iB)?)?")
+_UNITS = {None: 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+class DiskState(enum.Enum):
+    """Where a disk is in its life. Only ``READY`` ones can be used."""
+
+    CREATING = "creating"
+    READY = "ready"
+    DELETING = "deleting"
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A disk of ours.
+
+    :ivar size: what the guest sees, in bytes.
+    :ivar generation: counts the rewraps of its DEKs.
+    """
+
+    id: UUID
+    name: str
+    path: Path
+    format: DiskFormat
+    size: int
+    state: DiskState
+    encryption_type: EncryptionType
+    created: datetime
+    generation: int
+    deks: tuple[DekEntry, ...]
+
+    def dek(self, slot: str) -> DekEntry:
+        """The wrapped DEK in *slot*.
+
+        :raise KeyError: When the disk has no such slot.
+        """
+        for entry in self.deks:
+            if entry.slot == slot:
+                return entry
+        raise KeyError(slot)
+
+    def context(self, slot: str) -> DekContext:
+        """What the DEK in *slot* is bound to."""
+        return DekContext(self.id, slot)
+
+    @property
+    def key(self) -> KeyRef:
+        """The disk's own key, the one of its first layer."""
+        key = self.deks[0].wrapped.key
+        return KeyRef(key.provider, key.name)
+
+    @property
+    def envelope(self) -> Envelope:
+        """What its image carries of it."""
+        return Envelope(self.id, self.name, self.encryption_type, self.created, self.generation, self.deks)
+
+
+def check_name(name: str) -> str:
+    """*name*, if a disk may be called so.
+
+    :raise InvalidValueError: When it may not.
+    """
+    if not _NAME.fullmatch(name):
+        raise InvalidValueError(
+            f"{name[:80]!r} is no disk name",
+            hint="1 to 80 letters, digits, '.', '_' and '-', beginning with a letter or digit",
+        )
+    return name
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``10G``, ``512MiB`` or ``1073741824``; the units are binary, as in qemu-img.
+
+    :raise InvalidValueError: When it is no size that a disk can have.
+    """
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise InvalidValueError(
+            f"{text[:40]!r} is no size", hint="a number of bytes, or a number with K, M, G or T, e.g. 10G"
+        )
+    return check_size(int(match[1]) * _UNITS[match[2]])
+
+
+def check_size(size: int) -> int:
+    """*size*, if a disk can have so many bytes.
+
+    :raise InvalidValueError: When it cannot.
+    """
+    if not 0 < size <= MAX_SIZE or size % SECTOR:
+        raise InvalidValueError(
+            f"a disk cannot have {size} bytes", hint=f"a multiple of {SECTOR}, at most {MAX_SIZE >> 40} TiB"
+        )
+    return size

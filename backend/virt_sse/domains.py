@@ -1,0 +1,244 @@
+"""Domains: bringing them the DEKs of their disks, and taking them away."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+
+import libvirt
+
+from virt_sse.disks import Disk, DiskState
+from virt_sse.errors import (
+    DiskInUseError,
+    DiskNotFoundError,
+    DiskStateError,
+    ImageError,
+    InvalidValueError,
+    LibvirtError,
+    LibvirtUnavailableError,
+    VirtSseError,
+)
+from virt_sse.files import canonical
+from virt_sse.keys import Dek
+from virt_sse.libvirt import domain_xml
+from virt_sse.libvirt.connection import connected
+from virt_sse.libvirt.secrets import drop_secret, set_secret
+from virt_sse.plugins import PluginHost
+from virt_sse.policy import AttachDisk, UnlockDisk
+from virt_sse.provisioning import carried_id
+from virt_sse.store import Store
+from virt_sse.wrapping import Wrapping
+
+_log = logging.getLogger(__name__)
+
+_UNPLUG_SECONDS = 20.0
+"""How long a guest may take to let go of a disk."""
+
+
+class Domains:
+    """Serves libvirt's domains at *uri*."""
+
+    def __init__(self, uri: str, store: Store, plugins: PluginHost, wrapping: Wrapping) -> None:
+        self._uri = uri
+        self._store = store
+        self._plugins = plugins
+        self._wrapping = wrapping
+
+    def prepare(self, name: str, xml: str) -> None:
+        """Give libvirt the DEKs of the domain's disks, all or none, before it starts the domain.
+
+        :raise VirtSseError: When one of them cannot be served; the domain must not start then.
+        """
+        uses = domain_xml.our_disks(xml)
+        if not uses:
+            return
+        deks = [(use, self._unlock(use, name)) for use in uses]
+        with connected(self._uri) as connection, contextlib.ExitStack() as undo:
+            for use, dek in deks:
+                undo.callback(drop_secret, connection, use.disk_id, use.slot)
+                set_secret(connection, use.disk_id, use.slot, dek)
+            undo.pop_all()
+
+    def _unlock(self, use: domain_xml.DomainDisk, domain: str) -> Dek:
+        disk = self._disk_of(use)
+        self._plugins.validate(UnlockDisk(disk, domain))
+        try:
+            entry = disk.dek(use.slot)
+        except KeyError:
+            raise InvalidValueError(f"disk {disk.name!r} has no DEK in slot {use.slot!r}") from None
+        return self._wrapping.unwrap(entry.wrapped, context=disk.context(use.slot))
+
+    def _disk_of(self, use: domain_xml.DomainDisk) -> Disk:
+        """The disk that a domain names, if that is what lies where the domain says."""
+        try:
+            disk = self._store.get(str(use.disk_id))
+        except DiskNotFoundError as exc:
+            raise DiskNotFoundError(
+                f"{use.target} names disk {use.disk_id}, which the store does not have",
+                hint="if its image is whole, 'virt-sse disk adopt PATH' brings it back",
+            ) from exc
+        if disk.state is not DiskState.READY:
+            raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
+        if use.source is None or canonical(use.source) != disk.path:
+            raise InvalidValueError(
+                f"{use.target} has the key of disk {disk.name!r} but the image {use.source}",
+                hint=f"the disk's image is {disk.path}; one that was moved is found by 'virt-sse disk adopt'",
+            )
+        if carried_id(disk.path, disk.format) not in (disk.id, None):
+            raise ImageError(f"{disk.path} is the image of another disk than {disk.name!r}")
+        return disk
+
+    def release(self, xml: str) -> None:
+        """Take the DEKs of the domain's disks back from libvirt, after it has ended.
+
+        A disk that another running domain shares stays open there: QEMU has its key already.
+
+        :raise LibvirtError: When libvirt cannot be reached.
+        """
+        uses = domain_xml.our_disks(xml)
+        if uses:
+            with connected(self._uri) as connection:
+                for use in uses:
+                    drop_secret(connection, use.disk_id, use.slot)
+
+    def reconnect(self, name: str, xml: str) -> None:
+        """Give libvirt, which has been restarted, the DEKs of a running domain's disks again.
+
+        Raises nothing: libvirt kills the guest of a ``reconnect`` hook that fails.
+        """
+        try:
+            self.prepare(name, xml)
+        except VirtSseError as exc:
+            _log.warning("cannot restore the secrets of domain %s: %s", name, exc)
+
+    def users(self, disk: Disk) -> list[str]:
+        """The names of the domains, running or just defined, that have the disk.
+
+        :raise LibvirtUnavailableError: When libvirt cannot be asked.
+        """
+        with connected(self._uri) as connection:
+            return sorted(domain.name() for domain in _using(connection, disk))
+
+    def attach(self, disk: Disk, name: str, *, target: str | None, read_only: bool) -> str:
+        """Add the disk to the domain *name*: to its definition, and at once if it runs.
+
+        :param target: its name in the guest; the first free one unless given.
+        :return: the target.
+        :raise DiskInUseError: When a domain has it already.
+        :raise LibvirtError: When there is no such domain, or libvirt refuses.
+        """
+        if disk.state is not DiskState.READY:
+            raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
+        with connected(self._uri) as connection:
+            if users := [domain.name() for domain in _using(connection, disk)]:
+                raise DiskInUseError(f"disk {disk.name!r} is attached to domain {users[0]!r}")
+            domain = _lookup(connection, name)
+            self._plugins.validate(AttachDisk(disk, name))
+            target = target or domain_xml.free_target(domain.XMLDesc())
+            element = self.element(disk, target=target, read_only=read_only)
+            with contextlib.ExitStack() as undo:
+                if domain.isActive():
+                    for use in domain_xml.our_disks(f"<domain><devices>{element}</devices></domain>"):
+                        dek = self._unlock(use, name)
+                        undo.callback(drop_secret, connection, use.disk_id, use.slot)
+                        set_secret(connection, use.disk_id, use.slot, dek)
+                domain.attachDeviceFlags(element, sum(_definitions(domain)))
+                undo.pop_all()
+        return target
+
+    def detach(self, disk: Disk, name: str) -> None:
+        """Take the disk out of the domain *name*: out of its definition, and at once if it runs.
+
+        :raise DiskNotFoundError: When the domain does not have it.
+        :raise LibvirtError: When libvirt refuses, or the guest does not let go in time.
+        """
+        with connected(self._uri) as connection:
+            domain = _lookup(connection, name)
+            found = [(flag, use) for flag in _definitions(domain) for use in _uses(domain, flag, disk)]
+            if not found:
+                raise DiskNotFoundError(f"domain {name!r} does not have disk {disk.name!r}")
+            for definition, use in found:
+                element = self.element(disk, target=use.target, read_only=False)
+                domain.detachDeviceFlags(element, definition)
+            self._await_unplug(domain, disk)
+            for entry in disk.deks:
+                drop_secret(connection, disk.id, entry.slot)
+
+    def _await_unplug(self, domain: libvirt.virDomain, disk: Disk) -> None:
+        """The guest itself must let go of a disk of a running domain."""
+        deadline = time.monotonic() + _UNPLUG_SECONDS
+        while domain.isActive() and _uses(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE, disk):
+            if time.monotonic() > deadline:
+                raise LibvirtError(
+                    f"the guest in domain {domain.name()!r} did not let go of disk {disk.name!r} "
+                    f"within {_UNPLUG_SECONDS:g} s",
+                    hint="the disk goes away as soon as the guest lets go, or stops",
+                )
+            time.sleep(0.1)
+
+    def resize_live(self, disk: Disk, size: int) -> bool:
+        """Resize the disk in the running domain that has it, if one does; whether one did.
+
+        :raise LibvirtError: When libvirt refuses.
+        """
+        try:
+            with connected(self._uri) as connection:
+                for domain in _using(connection, disk):
+                    if domain.isActive():
+                        domain.blockResize(str(disk.path), size, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+                        return True
+        except LibvirtUnavailableError:
+            pass  # then QEMU's lock on the image tells whether a domain has it
+        return False
+
+    def element(self, disk: Disk, *, target: str, read_only: bool) -> str:
+        """The ``<disk>`` element with which a domain uses the disk.
+
+        :raise InvalidValueError: When *target* is no name of a disk in a guest.
+        """
+        return domain_xml.disk_element(
+            path=disk.path,
+            driver_type=disk.format.value,
+            disk_id=disk.id,
+            slot=disk.deks[0].slot,
+            target=target,
+            read_only=read_only,
+        )
+
+
+def _lookup(connection: libvirt.virConnect, name: str) -> libvirt.virDomain:
+    try:
+        return connection.lookupByName(name)
+    except libvirt.libvirtError as exc:
+        raise LibvirtError(f"no domain {name!r}: {exc}") from exc
+
+
+def _definitions(domain: libvirt.virDomain) -> list[int]:
+    """Which of its two definitions a domain has: the persistent one, the live one, or both."""
+    flags = []
+    if domain.isPersistent():
+        flags.append(libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+    if domain.isActive():
+        flags.append(libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    return flags
+
+
+def _uses(domain: libvirt.virDomain, definition: int, disk: Disk) -> list[domain_xml.DomainDisk]:
+    """How one definition of the domain uses the disk."""
+    inactive = definition == libvirt.VIR_DOMAIN_AFFECT_CONFIG
+    xml = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE if inactive else 0)
+    return [use for use in domain_xml.our_disks(xml) if use.disk_id == disk.id]
+
+
+def _using(connection: libvirt.virConnect, disk: Disk) -> list[libvirt.virDomain]:
+    """The domains that have the disk in any definition."""
+    found = []
+    for domain in connection.listAllDomains():
+        try:
+            if any(_uses(domain, definition, disk) for definition in _definitions(domain)):
+                found.append(domain)
+        except libvirt.libvirtError as exc:
+            if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # gone since it was listed
+                raise
+    return found

@@ -1,0 +1,196 @@
+"""The envelope: a disk's wrapped DEKs as they lie in its own image.
+
+In the gap of the LUKS1 header between its fields (592) and the first keyslot (4096), which neither QEMU nor
+cryptsetup ever writes, are two slots of 1,536 bytes, at 1024 and 2560. Each holds, big-endian::
+
+    8   magic "virt-sse"
+    2   format version, 1
+    2   length of the body
+    8   generation
+    n   body: JSON, UTF-8
+    32  SHA-256 of all before
+
+The valid slot of the highest generation counts. A write replaces the other slot first, makes that durable,
+and then this one: a torn write leaves one whole, and a finished one leaves no copy of what was replaced.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import os
+import struct
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from virt_sse.ciphers import Cipher
+from virt_sse.errors import EnvelopeError, InvalidValueError
+from virt_sse.files import write_at
+from virt_sse.keys import KeyId, WrappedDek
+from virt_sse.layers import EncryptionType
+from virt_sse.qemu.img import DiskFormat, luks_area
+
+SLOT_OFFSETS = (1024, 2560)
+SLOT_BYTES = 1536
+
+_MAGIC = b"virt-sse"
+_VERSION = 1
+_PREFIX = struct.Struct(">8sHHQ")
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_BODY_BYTES = SLOT_BYTES - _PREFIX.size - _DIGEST_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class DekEntry:
+    """One wrapped DEK of a disk.
+
+    :ivar slot: its name within the disk; with the disk's id what it is bound to.
+    :ivar cipher: what the LUKS volume that it unlocks encrypts with.
+    """
+
+    slot: str
+    cipher: Cipher
+    wrapped: WrappedDek
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """All that is needed, beside the key provider, to use a disk whose store is lost.
+
+    :ivar generation: counts the rewraps.
+    """
+
+    disk_id: UUID
+    name: str
+    encryption_type: EncryptionType
+    created: datetime
+    generation: int
+    deks: tuple[DekEntry, ...]
+
+    def encode(self) -> bytes:
+        """One slot's content, :data:`SLOT_BYTES` long.
+
+        :raise EnvelopeError: When it does not fit.
+        """
+        body = json.dumps(
+            {
+                "disk": str(self.disk_id),
+                "name": self.name,
+                "encryption-type": self.encryption_type.value,
+                "created": self.created.isoformat(),
+                "deks": [_dek_to_json(entry) for entry in self.deks],
+            },
+            ensure_ascii=False,
+            separators=(",", ":"),
+        ).encode()
+        if len(body) > _BODY_BYTES:
+            raise EnvelopeError(
+                f"the wrapped DEKs take {len(body)} bytes; the header has room for {_BODY_BYTES}"
+            )
+        content = _PREFIX.pack(_MAGIC, _VERSION, len(body), self.generation) + body
+        return (content + hashlib.sha256(content).digest()).ljust(SLOT_BYTES, b"\0")
+
+    @classmethod
+    def decode(cls, slot: bytes) -> Envelope:
+        """Read one slot.
+
+        :raise EnvelopeError: When it is empty, truncated, altered, or of a version that is not known here.
+        """
+        if len(slot) < _PREFIX.size or not slot.startswith(_MAGIC):
+            raise EnvelopeError("no envelope: not a disk of virt-sse")
+        _, version, length, generation = _PREFIX.unpack_from(slot)
+        if version != _VERSION:
+            raise EnvelopeError(f"an envelope of version {version}; this virt-sse knows version {_VERSION}")
+        end = _PREFIX.size + length
+        if not hmac.compare_digest(hashlib.sha256(slot[:end]).digest(), slot[end : end + _DIGEST_BYTES]):
+            raise EnvelopeError("the envelope is damaged")
+        try:
+            body = json.loads(slot[_PREFIX.size : end])
+            return cls(
+                disk_id=UUID(body["disk"]),
+                name=body["name"],
+                encryption_type=EncryptionType(body["encryption-type"]),
+                created=datetime.fromisoformat(body["created"]),
+                generation=generation,
+                deks=tuple(_dek_from_json(entry) for entry in body["deks"]),
+            )
+        except (ValueError, KeyError, TypeError, InvalidValueError, binascii.Error) as exc:
+            raise EnvelopeError(f"the envelope makes no sense: {exc}") from exc
+
+
+def _dek_to_json(entry: DekEntry) -> dict[str, object]:
+    key = entry.wrapped.key
+    return {
+        "slot": entry.slot,
+        "cipher": str(entry.cipher),
+        "key": [key.provider, key.name, key.version],
+        "alg": entry.wrapped.algorithm,
+        "dek": base64.b64encode(entry.wrapped.ciphertext).decode(),
+    }
+
+
+def _dek_from_json(entry: dict[str, object]) -> DekEntry:
+    provider, name, version = (str(part) for part in entry["key"])  # type: ignore[attr-defined] # TypeError above
+    return DekEntry(
+        slot=str(entry["slot"]),
+        cipher=Cipher.parse(str(entry["cipher"])),
+        wrapped=WrappedDek(
+            ciphertext=base64.b64decode(str(entry["dek"]), validate=True),
+            algorithm=str(entry["alg"]),
+            key=KeyId(provider, name, version),
+        ),
+    )
+
+
+def read(descriptor: int, image_format: DiskFormat) -> Envelope:
+    """The envelope in the LUKS header of the open image.
+
+    :raise ImageFormatError: When there is no LUKS header.
+    :raise EnvelopeError: When neither slot can be read; the reason is that of the slot that says more.
+    """
+    found: list[Envelope] = []
+    errors: list[EnvelopeError] = []
+    for slot in _slots(descriptor, luks_area(descriptor, image_format)[0]):
+        try:
+            found.append(Envelope.decode(slot))
+        except EnvelopeError as exc:
+            errors.append(exc)
+    if found:
+        return max(found, key=lambda envelope: envelope.generation)
+    raise max(errors, key=lambda error: not str(error).startswith("no envelope"))
+
+
+def write(descriptor: int, image_format: DiskFormat, envelope: Envelope) -> None:
+    """Put *envelope* into both slots of the LUKS header, one durable before the other is touched.
+
+    The image is durable afterwards. Works on an image that a running QEMU has open: QEMU neither reads nor
+    writes this place.
+
+    :raise ImageFormatError: When there is no LUKS header.
+    :raise EnvelopeError: When it does not fit.
+    :raise OSError: When the image cannot be written.
+    """
+    content = envelope.encode()
+    luks_offset, _ = luks_area(descriptor, image_format)
+    current, other = SLOT_OFFSETS
+    generations = [_generation(slot) for slot in _slots(descriptor, luks_offset)]
+    if generations[1] > generations[0]:
+        current, other = other, current
+    for offset in (other, current):
+        write_at(descriptor, content, luks_offset + offset)
+        os.fsync(descriptor)
+
+
+def _slots(descriptor: int, luks_offset: int) -> list[bytes]:
+    return [os.pread(descriptor, SLOT_BYTES, luks_offset + offset) for offset in SLOT_OFFSETS]
+
+
+def _generation(slot: bytes) -> int:
+    try:
+        return Envelope.decode(slot).generation
+    except EnvelopeError:
+        return -1

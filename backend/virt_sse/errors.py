@@ -1,0 +1,164 @@
+"""Every error that virt-sse raises for what is expected to go wrong.
+
+::
+
+    VirtSseError
+    ├── ConfigError                  the configuration cannot be read, or names what is not there
+    ├── InvalidValueError            a name, size or option that makes no sense
+    ├── PluginError                  a plugin is broken; names its culprit
+    ├── PolicyError                  a rule refuses the operation
+    ├── DiskNotFoundError
+    ├── DiskExistsError              the name or the path is taken
+    ├── DiskStateError               the disk is in a state that does not allow this
+    │   └── DiskInUseError           a domain or another command is using it
+    ├── ImageError                   the image file cannot be made, read or written
+    │   ├── ImageFormatError         it is not what its format says
+    │   └── EnvelopeError            the wrapped DEKs in its header cannot be read
+    ├── KeyProviderError
+    │   ├── KeyNotFoundError         the provider has no such key or version
+    │   ├── KeyDisabledError
+    │   ├── KeyDeniedError           the provider refuses this caller
+    │   ├── KeyringError             the platform's keyring is missing, damaged or another host's
+    │   ├── KeyOperationUnsupportedError
+    │   ├── KeyProviderUnavailableError   no answer: says nothing about the key
+    │   └── UnwrapError              altered, truncated, or made for another disk
+    ├── StoreError
+    ├── LibvirtError
+    │   └── LibvirtUnavailableError  no libvirt daemon answers
+    ├── ToolError                    qemu-img, cryptsetup, …: missing or failed
+    └── LabError                     the lab cannot be set up
+        └── LabUnavailableError      the machine lacks something; says what
+
+Library code raises these by meaning and chains the cause; only the edge (CLI, hook) prints. No message and
+no attribute of any of them ever holds key material.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+class VirtSseError(Exception):
+    """Base of all expected errors.
+
+    :param message: one line, lowercase, without a full stop.
+    :param hint: what the user can do about it, likewise one line.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ConfigError(VirtSseError):
+    """The configuration cannot be read, or names something that is not there."""
+
+
+class InvalidValueError(VirtSseError):
+    """A name, size or option that makes no sense."""
+
+
+class PluginError(VirtSseError):
+    """A plugin cannot be loaded or breaks its contract.
+
+    :param plugin: the name of the culprit's entry point.
+    """
+
+    def __init__(self, plugin: str, message: str, *, hint: str | None = None) -> None:
+        super().__init__(f"plugin {plugin!r}: {message}", hint=hint)
+        self.plugin = plugin
+
+
+class PolicyError(VirtSseError):
+    """A rule, ours or a plugin's, refuses the operation."""
+
+
+class DiskNotFoundError(VirtSseError):
+    """No disk of that name or id."""
+
+
+class DiskExistsError(VirtSseError):
+    """The name or the path is taken."""
+
+
+class DiskStateError(VirtSseError):
+    """The disk is in a state that does not allow the operation."""
+
+
+class DiskInUseError(DiskStateError):
+    """A domain, or another command at this moment, is using the disk."""
+
+
+class ImageError(VirtSseError):
+    """The image file cannot be made, read or written."""
+
+
+class ImageFormatError(ImageError):
+    """The image is not what its format says, or carries no LUKS header."""
+
+
+class EnvelopeError(ImageError):
+    """The wrapped DEKs in an image's header cannot be read."""
+
+
+class KeyProviderError(VirtSseError):
+    """A key provider refused or failed."""
+
+
+class KeyNotFoundError(KeyProviderError):
+    """The provider has no such key or version (any more)."""
+
+
+class KeyDisabledError(KeyProviderError):
+    """The key exists and is disabled."""
+
+
+class KeyDeniedError(KeyProviderError):
+    """The provider refuses this caller."""
+
+
+class KeyringError(KeyProviderError):
+    """The platform's keyring is missing, damaged, or another host's."""
+
+
+class KeyOperationUnsupportedError(KeyProviderError):
+    """This provider does not do that."""
+
+
+class KeyProviderUnavailableError(KeyProviderError):
+    """The provider does not answer; that says nothing about the key."""
+
+
+class UnwrapError(KeyProviderError):
+    """A wrapped DEK was altered or truncated, or was made for another disk or layer."""
+
+
+class StoreError(VirtSseError):
+    """The store cannot be opened, migrated or written."""
+
+
+class LibvirtError(VirtSseError):
+    """A libvirt call failed."""
+
+
+class LibvirtUnavailableError(LibvirtError):
+    """No libvirt daemon answers at the configured URI."""
+
+
+class ToolError(VirtSseError):
+    """An external tool is missing or failed."""
+
+
+class LabError(VirtSseError):
+    """The lab cannot be set up or a guest did not do what it should."""
+
+
+class LabUnavailableError(LabError):
+    """The machine lacks something that the lab needs; the message says what."""
+
+
+def report(error: VirtSseError) -> None:
+    """Print *error*, and its hint if it has one, to the standard error: for the edge alone."""
+    print(f"virt-sse: error: {error}", file=sys.stderr)  # noqa: T201 -- this is the edge
+    if error.hint:
+        print(f"virt-sse: hint: {error.hint}", file=sys.stderr)  # noqa: T201 -- likewise

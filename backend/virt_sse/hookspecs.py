@@ -1,0 +1,68 @@
+"""Every hook of virt-sse. A plugin implements any of them with :data:`hookimpl`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import pluggy
+
+if TYPE_CHECKING:
+    import typer
+
+    from virt_sse.events import KeyEvent
+    from virt_sse.keys import KeyProvider
+    from virt_sse.layers import EncryptionLayer
+    from virt_sse.policy import Operation
+
+PROJECT = "virt_sse"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class RegisterKeyProvider(Protocol):
+    """Adds a key provider under *name*; *load* imports and returns its class at its first use."""
+
+    def __call__(self, name: str, load: Callable[[], type[KeyProvider]]) -> None: ...
+
+
+class RegisterEncryptionLayer(Protocol):
+    """Adds an encryption layer under *name*; *load* imports and returns its class at its first use."""
+
+    def __call__(self, name: str, load: Callable[[], type[EncryptionLayer]]) -> None: ...
+
+
+@hookspec
+def virt_sse_register_key_providers(register: RegisterKeyProvider) -> None:
+    """Call ``register(name, load)`` for each key provider that the plugin brings.
+
+    Names are kebab-case and unique among all plugins. Import nothing heavy here: *load* is for that, so
+    that a broken provider that nobody uses breaks nothing.
+    """
+
+
+@hookspec
+def virt_sse_register_encryption_layers(register: RegisterEncryptionLayer) -> None:
+    """Call ``register(name, load)`` for each encryption layer that the plugin brings."""
+
+
+@hookspec
+def virt_sse_add_commands(app: typer.Typer) -> None:
+    """Add commands to the command line; *app* is the root of ``virt-sse``.
+
+    Runs for every command: be light.
+    """
+
+
+@hookspec
+def virt_sse_validate(operation: Operation) -> None:
+    """Raise :class:`~virt_sse.errors.PolicyError` to refuse *operation* before anything of it is done.
+
+    Any other exception refuses it, too: a policy that cannot be asked is not a permission.
+    """
+
+
+@hookspec
+def virt_sse_key_event(event: KeyEvent) -> None:
+    """Observe the use of a key, after the fact. One that raises is logged and changes nothing."""

@@ -1,0 +1,1 @@
+"""Libvirt: its secrets, its domains and its hook."""

@@ -1,0 +1,86 @@
+"""The libvirt qemu hook (libvirt ``hooks.html``): what runs when a domain starts, ends or is found again.
+
+What lies in ``hooks/qemu.d/`` is a shell script that lets every domain without a disk of ours pass before any
+of our code is loaded, and so whatever state we are in. For the others it runs this module, which serves
+the event in its own process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from virt_sse.libvirt.references import PREFIX
+
+_SCRIPT = """\
+#!/bin/sh
+# Installed by 'virt-sse host init'.
+# Brings libvirt the keys of a domain's encrypted disks, and takes them away when the domain has ended.
+xml=$(cat)
+case $xml in *"usage='{prefix}"*) ;; *) exit 0 ;; esac
+{environment}\
+printf '%s\\n' "$xml" | {python} -I -m {module} "$@"
+status=$?
+[ "$status" -ne 127 ] || echo "virt-sse: error: the domain has an encrypted disk and {python} is gone" >&2
+# libvirt kills a running guest if its 'reconnect' hook fails.
+[ "$2" != reconnect ] || exit 0
+exit "$status"
+"""
+
+
+def script(environment: dict[str, str]) -> str:
+    """The hook script for this installation.
+
+    :param environment: what to set for the events, because libvirtd does not pass its own on.
+    """
+    exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(environment.items()))
+    return _SCRIPT.format(
+        prefix=PREFIX, environment=exports, python=shlex.quote(sys.executable), module="virt_sse.libvirt.hook"
+    )
+
+
+def install(path: Path, environment: dict[str, str]) -> bool:
+    """Put the hook script at *path*, 0755; whether it was not there yet, or another.
+
+    :raise OSError: When it cannot be written.
+    """
+    content = script(environment)
+    with contextlib.suppress(FileNotFoundError):
+        if path.read_text() == content and os.access(path, os.X_OK):
+            return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(content)
+    temporary.chmod(0o755)
+    temporary.rename(path)
+    return True
+
+
+def main() -> int:
+    """Serve one event: arguments as libvirt gives them to a hook, the domain's XML on standard input."""
+    _, domain, operation, *_ = sys.argv
+    xml = sys.stdin.read()
+    if operation not in ("prepare", "release", "reconnect"):
+        return 0
+    from virt_sse.backend import Backend
+    from virt_sse.errors import VirtSseError, report
+
+    try:
+        with Backend.open() as backend:
+            if operation == "prepare":
+                backend.domains.prepare(domain, xml)
+            elif operation == "reconnect":
+                backend.domains.reconnect(domain, xml)
+            else:
+                backend.domains.release(xml)
+    except VirtSseError as exc:
+        report(exc)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

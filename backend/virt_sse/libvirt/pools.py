@@ -1,0 +1,45 @@
+"""Storage pools: folders that libvirt knows by name."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import libvirt
+
+from virt_sse.errors import InvalidValueError
+from virt_sse.libvirt.connection import connected
+
+_FOLDER_POOLS = ("dir", "fs", "netfs")
+
+
+def pool_folder(uri: str, name: str) -> Path:
+    """The folder of the storage pool *name*.
+
+    :raise InvalidValueError: When the pool does not exist, is not active, or is no folder.
+    :raise LibvirtUnavailableError: When libvirt does not answer.
+    """
+    with connected(uri) as connection:
+        pool = _lookup(connection, name)
+        root = ET.fromstring(pool.XMLDesc())  # noqa: S314 -- from libvirtd, which is trusted
+        if root.get("type") not in _FOLDER_POOLS:
+            raise InvalidValueError(f"storage pool {name!r} is of type {root.get('type')!r}, not a folder")
+        if not pool.isActive():
+            raise InvalidValueError(f"storage pool {name!r} is not active", hint=f"virsh pool-start {name}")
+        return Path(root.findtext("target/path", ""))
+
+
+def refresh_pool(uri: str, name: str) -> None:
+    """Let libvirt see what is new in the storage pool *name*.
+
+    :raise LibvirtError: When it cannot.
+    """
+    with connected(uri) as connection:
+        _lookup(connection, name).refresh()
+
+
+def _lookup(connection: libvirt.virConnect, name: str) -> libvirt.virStoragePool:
+    try:
+        return connection.storagePoolLookupByName(name)
+    except libvirt.libvirtError as exc:
+        raise InvalidValueError(f"no storage pool {name!r}: {exc}") from exc

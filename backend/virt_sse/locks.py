@@ -1,0 +1,47 @@
+"""One lock per disk, gone with the process that held it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import UUID
+
+from virt_sse.errors import DiskInUseError
+from virt_sse.files import PRIVATE_FILE, private_folder
+
+_FLOCK = struct.Struct("hhqqi4x")
+"""``struct flock`` of 64-bit Linux."""
+
+
+class DiskLocks:
+    """Locks bytes of one file, a byte per disk: no lock file is left behind, also after kill -9.
+
+    Open-file-description locks (fcntl(2)) exclude threads of one process as well as other processes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @contextlib.contextmanager
+    def hold(self, disk_id: UUID) -> Iterator[None]:
+        """Keep every other command away from the disk.
+
+        :raise DiskInUseError: When another command is at work on it.
+        """
+        private_folder(self._path.parent)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
+        try:
+            byte = disk_id.int & ((1 << 62) - 1)
+            try:
+                fcntl.fcntl(
+                    descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+                )
+            except BlockingIOError as exc:
+                raise DiskInUseError(f"another command is at work on disk {disk_id}") from exc
+            yield
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,227 @@
+"""The plugin host: a typed façade over pluggy."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import pluggy
+
+from virt_sse import hookspecs
+from virt_sse.errors import ConfigError, PluginError, PolicyError
+
+if TYPE_CHECKING:
+    import typer
+
+    from virt_sse.config import Config
+    from virt_sse.events import KeyEvent
+    from virt_sse.keys import KeyProvider
+    from virt_sse.layers import EncryptionLayer, EncryptionType
+    from virt_sse.policy import Operation
+
+_log = logging.getLogger(__name__)
+
+ENTRY_POINT_GROUP = "virt_sse"
+
+T = TypeVar("T")
+
+
+class _Registry(Generic[T]):
+    """Classes by name, imported at their first use."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._loaders: dict[str, tuple[str, Callable[[], type[T]]]] = {}
+
+    def registrar(self, plugin: str) -> Callable[[str, Callable[[], type[T]]], None]:
+        """The ``register`` callable that is handed to *plugin*."""
+
+        def register(name: str, load: Callable[[], type[T]]) -> None:
+            if name in self._loaders:
+                owner = self._loaders[name][0]
+                raise PluginError(plugin, f"{self._kind} {name!r} is already registered by {owner!r}")
+            self._loaders[name] = (plugin, load)
+
+        return register
+
+    def forget(self, plugin: str) -> None:
+        self._loaders = {name: entry for name, entry in self._loaders.items() if entry[0] != plugin}
+
+    def names(self) -> list[str]:
+        return sorted(self._loaders)
+
+    def plugin(self, name: str) -> str:
+        return self._loaders[name][0]
+
+    def load(self, name: str, broken: Iterable[PluginError]) -> type[T]:
+        if name not in self._loaders:
+            known = ", ".join(self.names()) or "none"
+            hint = f"registered: {known}" + "".join(f"; {error}" for error in broken)
+            raise ConfigError(f"no {self._kind} named {name!r}", hint=hint)
+        plugin, load = self._loaders[name]
+        try:
+            return load()
+        except Exception as exc:
+            raise PluginError(plugin, f"{self._kind} {name!r} does not load: {exc}") from exc
+
+
+def _call(implementation: pluggy.HookImpl, **arguments: object) -> None:
+    """Call one plugin's implementation; like pluggy itself, with just the arguments that it names."""
+    implementation.function(*(arguments[name] for name in implementation.argnames))
+
+
+class PluginHost:
+    """Loads plugins and speaks to them.
+
+    A plugin that cannot be imported, or that implements a hook which does not exist, is left out and named in
+    :attr:`broken`; the others go on working.
+
+    :param entry_points: what to load; by default the entry points of group ``virt_sse``.
+    :raise PluginError: When a plugin that the configuration calls required is broken.
+    :raise ConfigError: When a required plugin is not installed.
+    """
+
+    def __init__(
+        self, config: Config, entry_points: Iterable[importlib.metadata.EntryPoint] | None = None
+    ) -> None:
+        self._config = config
+        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        self._provider_classes: _Registry[KeyProvider] = _Registry("key provider")
+        self._layer_classes: _Registry[EncryptionLayer] = _Registry("encryption layer")
+        self._providers: dict[str, KeyProvider] = {}
+        self._lock = threading.RLock()
+        self.broken: list[PluginError] = []
+        """The plugins that were left out, and why."""
+
+        if entry_points is None:
+            entry_points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+        for entry_point in sorted(entry_points, key=lambda point: point.name):
+            self._load(entry_point)
+        self._require(config.required_plugins)
+
+    def _load(self, entry_point: importlib.metadata.EntryPoint) -> None:
+        try:
+            self.register(entry_point.load(), entry_point.name)
+        except PluginError as exc:
+            self.broken.append(exc)
+        except Exception as exc:  # noqa: BLE001 -- whatever a plugin's import raises is that plugin's failure alone
+            self.broken.append(PluginError(entry_point.name, f"does not import: {type(exc).__name__}: {exc}"))
+
+    def _require(self, names: Iterable[str]) -> None:
+        for name in names:
+            for error in self.broken:
+                if error.plugin == name:
+                    raise error
+            if not self._manager.has_plugin(name):
+                raise ConfigError(f"plugin {name!r} is required by the configuration and not installed")
+
+    def register(self, plugin: object, name: str) -> None:
+        """Add *plugin*, a module or an object, under *name*.
+
+        :raise PluginError: When it implements an unknown hook, or a hook with wrong arguments, or its
+            registration hooks fail; it is then left out entirely.
+        """
+        if self._manager.has_plugin(name):
+            raise PluginError(name, "another plugin has this name")
+        try:
+            self._manager.register(plugin, name)
+            self._manager.check_pending()
+            self._refuse_wrappers(plugin, name)
+            hooks = self._manager.hook
+            for hook, registry in (
+                (hooks.virt_sse_register_key_providers, self._provider_classes),
+                (hooks.virt_sse_register_encryption_layers, self._layer_classes),
+            ):
+                for implementation in hook.get_hookimpls():
+                    if implementation.plugin_name == name:
+                        _call(implementation, register=registry.registrar(name))
+        except Exception as exc:
+            if self._manager.has_plugin(name):
+                self._manager.unregister(name=name)
+            self._provider_classes.forget(name)
+            self._layer_classes.forget(name)
+            if isinstance(exc, PluginError):
+                raise
+            raise PluginError(name, " ".join(str(exc).split())) from exc
+
+    def _refuse_wrappers(self, plugin: object, name: str) -> None:
+        """Implementations are called one by one here, so that each fails alone: none can wrap the others."""
+        for caller in self._manager.get_hookcallers(plugin) or ():
+            for implementation in caller.get_hookimpls():
+                if implementation.plugin is plugin and (implementation.wrapper or implementation.hookwrapper):
+                    raise PluginError(name, f"{caller.name} cannot be a hook wrapper")
+
+    def key_provider_names(self) -> list[str]:
+        """The names of all registered key providers, loaded or not."""
+        return self._provider_classes.names()
+
+    def encryption_layer_names(self) -> list[str]:
+        """The names of all registered encryption layers, loaded or not."""
+        return self._layer_classes.names()
+
+    def key_provider(self, name: str) -> KeyProvider:
+        """The key provider *name*, made from the configuration at its first use and then kept.
+
+        :raise ConfigError: When none of that name is registered, or its options make no sense.
+        :raise PluginError: When its class cannot be loaded, or calls itself otherwise.
+        """
+        with self._lock:
+            if name not in self._providers:
+                provider_class = self._provider_classes.load(name, self.broken)
+                if provider_class.name != name:
+                    # What it wraps would name a provider that nobody finds again.
+                    plugin = self._provider_classes.plugin(name)
+                    raise PluginError(plugin, f"key provider {name!r} calls itself {provider_class.name!r}")
+                self._providers[name] = provider_class.from_config(self._config.key_provider(name))
+            return self._providers[name]
+
+    def encryption_layer(self, encryption_type: EncryptionType) -> EncryptionLayer:
+        """The layer that serves *encryption_type*.
+
+        :raise ConfigError: When no layer does.
+        """
+        for name in self._layer_classes.names():
+            layer = self._layer_classes.load(name, self.broken)
+            if encryption_type in layer.encryption_types:
+                return layer()
+        raise ConfigError(f"no encryption layer serves {encryption_type.value}")
+
+    def add_commands(self, app: typer.Typer) -> None:
+        """Let every plugin add its commands to *app*; one that fails is named in :attr:`broken`."""
+        for implementation in self._manager.hook.virt_sse_add_commands.get_hookimpls():
+            try:
+                _call(implementation, app=app)
+            except Exception as exc:  # noqa: BLE001 -- one plugin's commands must not cost the others
+                self.broken.append(PluginError(implementation.plugin_name, f"cannot add its commands: {exc}"))
+
+    def validate(self, operation: Operation) -> None:
+        """Ask every plugin whether *operation* may go on.
+
+        :raise PolicyError: When one refuses, or cannot say.
+        """
+        for implementation in self._manager.hook.virt_sse_validate.get_hookimpls():
+            try:
+                _call(implementation, operation=operation)
+            except PolicyError:
+                raise
+            except Exception as exc:
+                plugin = implementation.plugin_name
+                raise PolicyError(f"policy plugin {plugin!r} failed: {type(exc).__name__}: {exc}") from exc
+
+    def key_event(self, event: KeyEvent) -> None:
+        """Tell every observer of *event*; one that raises is logged and isolated."""
+        for implementation in self._manager.hook.virt_sse_key_event.get_hookimpls():
+            try:
+                _call(implementation, event=event)
+            except Exception:  # noqa: BLE001 -- the key was used; an observer's failure cannot undo that
+                _log.exception("plugin %r failed as an observer of key events", implementation.plugin_name)
+
+    def close(self) -> None:
+        """Close every key provider that was used."""
+        with self._lock:
+            while self._providers:
+                self._providers.popitem()[1].close()

@@ -1,0 +1,291 @@
+"""How disks come into being, change and end: create, adopt, resize, delete.
+
+The order of writes is the point. A DEK is wrapped and committed (``creating``) before anything is formatted
+with it; the image appears under its name when it is whole; only then the disk is ``ready``. Whatever a killed
+command left is finished or undone by :meth:`Provisioning.recover`, which every command runs first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from virt_sse import envelope
+from virt_sse.disks import Disk, DiskState, check_name, check_size
+from virt_sse.envelope import DekEntry
+from virt_sse.errors import (
+    DiskExistsError,
+    DiskInUseError,
+    DiskNotFoundError,
+    DiskStateError,
+    EnvelopeError,
+    ImageError,
+    InvalidValueError,
+)
+from virt_sse.files import canonical, publish, sync_folder
+from virt_sse.keys import Dek, DekContext, KeyRef
+from virt_sse.layers import EncryptionType
+from virt_sse.locks import DiskLocks
+from virt_sse.plugins import PluginHost
+from virt_sse.policy import CreateDisk, DeleteDisk, ResizeDisk
+from virt_sse.qemu import img
+from virt_sse.qemu.img import DiskFormat
+from virt_sse.store import Store
+from virt_sse.wrapping import Wrapping
+
+
+class Provisioning:
+    """Makes, changes and deletes disks."""
+
+    def __init__(self, store: Store, plugins: PluginHost, wrapping: Wrapping, locks: DiskLocks) -> None:
+        self._store = store
+        self._plugins = plugins
+        self._wrapping = wrapping
+        self._locks = locks
+
+    def create(
+        self,
+        name: str,
+        size: int,
+        path: Path,
+        *,
+        image_format: DiskFormat,
+        key: KeyRef,
+        encryption_type: EncryptionType,
+        fill: Callable[[Path, Dek], None] | None = None,
+    ) -> Disk:
+        """Make a disk of *size* bytes; its image lies at *path*.
+
+        :param fill: writes the first content into the image at the path that it is given.
+        :raise InvalidValueError: When name or size make no sense.
+        :raise DiskExistsError: When the name or the path is taken.
+        :raise PolicyError: When a rule refuses it.
+        :raise KeyProviderError: When the DEK cannot be wrapped.
+        :raise ImageError: When the image cannot be written.
+        """
+        check_name(name)
+        check_size(size)
+        path = canonical(path)
+        self._plugins.validate(CreateDisk(name, size, path, image_format, encryption_type, key))
+        (spec,) = self._plugins.encryption_layer(encryption_type).plan(key).deks
+        if os.path.lexists(path):
+            raise DiskExistsError(f"{path} exists already")
+        if not path.parent.is_dir():
+            raise ImageError(f"{path.parent} is not a folder")
+
+        disk_id = uuid.uuid4()
+        dek = Dek.generate()
+        wrapped = self._wrapping.wrap(
+            dek, self._wrapping.current_key(spec.key), context=DekContext(disk_id, spec.slot)
+        )
+        disk = Disk(
+            id=disk_id,
+            name=name,
+            path=path,
+            format=image_format,
+            size=size,
+            state=DiskState.CREATING,
+            encryption_type=encryption_type,
+            created=datetime.now(UTC).replace(microsecond=0),
+            generation=1,
+            deks=(DekEntry(spec.slot, spec.cipher, wrapped),),
+        )
+        with self._locks.hold(disk_id):
+            self._store.add(disk)
+            try:
+                partial = _partial(disk)
+                img.make(partial, image_format, size, spec.cipher, dek)
+                if fill:
+                    fill(partial, dek)
+                with img.opened(partial, os.O_RDWR) as descriptor:
+                    envelope.write(descriptor, image_format, disk.envelope)
+                publish(partial, path)
+            except FileExistsError as exc:
+                raise DiskExistsError(f"{path} exists already") from exc
+            except OSError as exc:
+                raise ImageError(f"cannot make {path}: {exc.strerror}") from exc
+            finally:
+                self._settle_creation(disk)
+        return self._store.get(str(disk_id))
+
+    def _settle_creation(self, disk: Disk) -> None:
+        """Decide a creation that ended: ready if the image stands under its name, else undone."""
+        _partial(disk).unlink(missing_ok=True)
+        if carried_id(disk.path, disk.format) == disk.id:
+            self._store.set_state(disk.id, DiskState.READY)
+        else:
+            self._store.remove(disk.id)
+
+    def recover(self) -> None:
+        """Finish or undo what killed commands left half-done; what is under way elsewhere is left alone."""
+        for disk in self._store.unfinished():
+            with contextlib.suppress(DiskInUseError, DiskNotFoundError), self._locks.hold(disk.id):
+                current = self._store.get(str(disk.id))
+                if current.state is DiskState.CREATING:
+                    self._settle_creation(current)
+                elif current.state is DiskState.DELETING:
+                    self._finish_deletion(current)
+
+    def adopt(self, path: Path, *, name: str | None) -> Disk:
+        """Put the disk whose image lies at *path* into the store, from what the image carries.
+
+        A disk that the store knows by another path, where it lies no more, is known by the new one.
+
+        :param name: default the name that the image carries.
+        :raise ImageFormatError: When it is no encrypted image, or its DEK does not open it.
+        :raise EnvelopeError: When its envelope cannot be read.
+        :raise DiskExistsError: When the store has the disk, the name or the path.
+        :raise KeyProviderError: When its DEK cannot be unwrapped, e.g. being under another host's key.
+        """
+        path = canonical(path)
+        with img.opened(path) as descriptor:
+            image_format = img.probe_format(descriptor)
+            carried = envelope.read(descriptor, image_format)
+            size = img.usable_size(descriptor, image_format)
+        disk = Disk(
+            id=carried.disk_id,
+            name=check_name(name or carried.name),
+            path=path,
+            format=image_format,
+            size=size,
+            state=DiskState.READY,
+            encryption_type=carried.encryption_type,
+            created=carried.created,
+            generation=carried.generation,
+            deks=carried.deks,
+        )
+        if not disk.deks:
+            raise EnvelopeError(f"the envelope of {path} holds no DEK")
+        self._plugins.validate(
+            CreateDisk(disk.name, size, path, image_format, disk.encryption_type, disk.key)
+        )
+        with self._locks.hold(disk.id):
+            img.check_unlocks(path, image_format, self.unlock(disk))
+            try:
+                known = self._store.get(str(disk.id))
+            except DiskNotFoundError:
+                self._store.add(disk)
+            else:
+                if known.path == path or known.path.exists():
+                    raise DiskExistsError(f"disk {known.name!r} is that disk, at {known.path}")
+                self._store.set_path(disk.id, path)
+            return self._store.get(str(disk.id))
+
+    def unlock(self, disk: Disk) -> Dek:
+        """The DEK that opens the disk's image.
+
+        :raise KeyProviderError: When the provider refuses.
+        """
+        entry = disk.deks[-1]
+        return self._wrapping.unwrap(entry.wrapped, context=disk.context(entry.slot))
+
+    def refresh(self, disk: Disk) -> Disk:
+        """The disk with its image's real size: a resize may have been cut off, or done by others.
+
+        A missing or damaged image changes nothing.
+        """
+        if disk.state is not DiskState.READY:
+            return disk
+        with contextlib.suppress(ImageError), img.opened(disk.path) as descriptor:
+            size = img.usable_size(descriptor, disk.format)
+            if size != disk.size:
+                self._store.set_size(disk.id, size)
+                return dataclasses.replace(disk, size=size)
+        return disk
+
+    def resize(self, disk: Disk, size: int, *, shrink: bool, live: Callable[[int], bool]) -> Disk:
+        """Make the disk *size* bytes large.
+
+        :param shrink: allow a smaller size; what lies beyond is lost.
+        :param live: resizes it in the domain that has it open, and says whether there was one.
+        :raise InvalidValueError: When the size makes no sense, or is smaller and *shrink* is not said.
+        :raise DiskInUseError: When the disk is open in another QEMU process.
+        """
+        check_size(size)
+        with self.usable(disk) as current:
+            current = self.refresh(current)
+            if size < current.size and not shrink:
+                raise InvalidValueError(
+                    f"disk {disk.name!r} has {current.size} bytes, more than {size}",
+                    hint="a smaller disk loses what lies beyond; if that is meant, say --shrink",
+                )
+            self._plugins.validate(ResizeDisk(current, size))
+            if not live(size):
+                img.resize(current.path, current.format, size, self.unlock(current), shrink=shrink)
+            return self.refresh(current)
+
+    def check(self, disk: Disk) -> None:
+        """See whether the disk's image is whole and opens with its DEK.
+
+        :raise ImageError: When it is not, or does not.
+        :raise DiskInUseError: When a QEMU process has it open.
+        """
+        with self.usable(disk) as current:
+            img.check(current.path, current.format, self.unlock(current))
+            with img.opened(current.path) as descriptor:
+                carried = envelope.read(descriptor, current.format)
+            if carried != current.envelope:
+                raise EnvelopeError(f"the envelope in {current.path} is not what the store has")
+
+    def delete(self, disk: Disk, *, dry_run: bool) -> None:
+        """Crypto-erase: wipe the image's keyslots, forget the wrapped DEKs, remove the file.
+
+        A disk whose image is missing is forgotten.
+
+        :param dry_run: just see whether it could be done.
+        :raise DiskInUseError: When a QEMU process has it open.
+        :raise ImageError: When what lies at its path is not its image.
+        """
+        with self.usable(disk) as current:
+            self._plugins.validate(DeleteDisk(current))
+            if os.path.lexists(current.path):
+                if carried_id(current.path, current.format) != current.id:
+                    raise ImageError(
+                        f"{current.path} is not the image of disk {disk.name!r} any more, or is damaged",
+                        hint="move it away; a disk without an image is just forgotten",
+                    )
+                img.info(current.path)  # refuses if it is open
+            if dry_run:
+                return
+            self._store.set_state(current.id, DiskState.DELETING)
+            self._finish_deletion(current)
+
+    def _finish_deletion(self, disk: Disk) -> None:
+        if os.path.lexists(disk.path) and carried_id(disk.path, disk.format) in (disk.id, None):
+            img.erase(disk.path, disk.format)
+            self._store.drop_deks(disk.id)
+            disk.path.unlink()
+            sync_folder(disk.path.parent)
+        self._store.remove(disk.id)
+
+    @contextlib.contextmanager
+    def usable(self, disk: Disk) -> Iterator[Disk]:
+        """The disk as it is once its lock is held.
+
+        :raise DiskInUseError: When another command is at work on it.
+        :raise DiskStateError: When it is not ready.
+        """
+        with self._locks.hold(disk.id):
+            current = self._store.get(str(disk.id))
+            if current.state is not DiskState.READY:
+                raise DiskStateError(f"disk {disk.name!r} is {current.state.value}")
+            yield current
+
+
+def _partial(disk: Disk) -> Path:
+    """Where the image of a disk lies until it is whole."""
+    return disk.path.with_name(f".{disk.path.name}.{disk.id}.partial")
+
+
+def carried_id(path: Path, image_format: DiskFormat) -> uuid.UUID | None:
+    """The id of the disk whose envelope the image at *path* carries; ``None`` when it carries none."""
+    try:
+        with img.opened(path) as descriptor:
+            return envelope.read(descriptor, image_format).disk_id
+    except ImageError:
+        return None

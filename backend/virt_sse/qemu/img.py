@@ -1,0 +1,330 @@
+"""LUKS-encrypted images: made, measured, converted, resized and erased with qemu-img."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from virt_sse.ciphers import Cipher
+from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError, ToolError
+from virt_sse.files import PRIVATE_FILE, write_at
+from virt_sse.keys import Dek
+from virt_sse.qemu import luks, qcow2
+from virt_sse.qemu.process import passphrase_descriptor, run, run_with_progress
+
+_FORMATTER_TRIES = 10
+_SPURIOUS = "Unable to get accurate CPU usage"
+"""QEMU measures how fast PBKDF2 is here, and in a virtual machine sometimes cannot."""
+_ERASED_AT_LEAST = 4 << 20
+"""Where the fields that tell the header's place and length are damaged, this much of the file is erased."""
+
+
+class DiskFormat(enum.Enum):
+    """How a disk lies in its file."""
+
+    QCOW2 = "qcow2"
+    RAW = "raw"
+
+    @property
+    def qemu_driver(self) -> str:
+        """QEMU's block driver for the encrypted image."""
+        return "luks" if self is DiskFormat.RAW else "qcow2"
+
+    @property
+    def qemu_key_secret(self) -> str:
+        """That driver's option which names the secret object with the passphrase."""
+        return "key-secret" if self is DiskFormat.RAW else "encrypt.key-secret"
+
+    @property
+    def luks_option_prefix(self) -> str:
+        """What that driver puts before the options of LUKS when it makes an image."""
+        return "" if self is DiskFormat.RAW else "encrypt."
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """What qemu-img says of an image; sizes in bytes."""
+
+    format: str
+    virtual_size: int
+    encrypted: bool
+    backing_file: str | None
+
+
+def info(path: Path, image_format: str | None = None) -> ImageInfo:
+    """Ask qemu-img about any image; *image_format* is probed unless given.
+
+    :raise DiskInUseError: When a QEMU process has the image open for writing.
+    :raise ToolError: When the image cannot be read, or not as *image_format*.
+    """
+    chosen = ["-f", image_format] if image_format else []
+    with _locks_named(path):
+        answer = json.loads(run(["qemu-img", "info", "--output=json", *chosen, str(path)]))
+    return ImageInfo(
+        format=answer["format"],
+        virtual_size=answer["virtual-size"],
+        encrypted=answer.get("encrypted", False),
+        backing_file=answer.get("full-backing-filename") or answer.get("backing-filename"),
+    )
+
+
+@contextlib.contextmanager
+def _locks_named(path: Path) -> Iterator[None]:
+    """Turn QEMU's refusal of a locked image into a :class:`DiskInUseError`."""
+    try:
+        yield
+    except ToolError as exc:
+        if "lock" in str(exc) and "Is another process using the image" in str(exc):
+            raise DiskInUseError(f"{path} is in use by a running domain or another QEMU process") from exc
+        raise
+
+
+def make(path: Path, image_format: DiskFormat, size: int, cipher: Cipher, dek: Dek) -> None:
+    """Make a new, empty, LUKS-encrypted image of *size* usable bytes at *path*, 0600.
+
+    :raise ImageError: When *path* exists or there is no room. A file that was begun is left to the caller.
+    :raise ToolError: When neither cryptsetup nor QEMU can do it.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE_FILE)
+    except OSError as exc:
+        raise ImageError(f"cannot make {path}: {exc.strerror}") from exc
+    try:
+        try:
+            header = luks.make_header(cipher, dek)
+        except ToolError as exc:
+            _make_with_qemu(path, image_format, size, cipher, dek, because=exc)
+        else:
+            if image_format is DiskFormat.RAW:
+                os.ftruncate(descriptor, len(header) + size)
+                write_at(descriptor, header.rstrip(b"\0"), 0)
+            else:
+                run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), str(size)])
+                qcow2.add_luks_header(descriptor, header)
+    except OSError as exc:
+        raise ImageError(f"cannot write {path}: {exc.strerror}") from exc
+    finally:
+        os.close(descriptor)
+
+
+def _make_with_qemu(
+    path: Path, image_format: DiskFormat, size: int, cipher: Cipher, dek: Dek, *, because: ToolError
+) -> None:
+    """For what cryptsetup cannot do, e.g. serpent on a kernel without it. *because* is its complaint."""
+    prefix = image_format.luks_option_prefix
+    options = {image_format.qemu_key_secret: "dek", f"{prefix}iter-time": "10"}
+    if prefix:
+        options["encrypt.format"] = "luks"
+    options |= {prefix + option: value for option, value in cipher.qemu.items()}
+    for _ in range(_FORMATTER_TRIES):
+        try:
+            with _secret(dek) as (secret, descriptor):
+                run(
+                    ["qemu-img", "create", "-q", "-f", image_format.qemu_driver, *secret]
+                    + ["-o", ",".join(f"{option}={value}" for option, value in options.items())]
+                    + [str(path), str(size)],
+                    pass_fds=[descriptor],
+                )
+            return
+        except ToolError as exc:
+            if _SPURIOUS not in str(exc):
+                raise ToolError(f"cannot make a LUKS image with {cipher}: {exc}; {because}") from exc
+    raise ToolError(f"qemu-img failed {_FORMATTER_TRIES} times to measure this machine's speed") from because
+
+
+@contextlib.contextmanager
+def _secret(dek: Dek) -> Iterator[tuple[list[str], int]]:
+    """The arguments that give a tool of QEMU's the secret object ``dek``, and the descriptor they name."""
+    with passphrase_descriptor(dek.passphrase) as descriptor:
+        yield ["--object", f"secret,id=dek,file=/proc/self/fd/{descriptor}"], descriptor
+
+
+def _options(path: Path, image_format: DiskFormat) -> str:
+    """*path* as an option string for ``--image-opts``, opened with the secret object ``dek``."""
+    filename = str(path).replace(",", ",,")
+    return (
+        f"driver={image_format.qemu_driver},{image_format.qemu_key_secret}=dek,"
+        f"file.driver=file,file.filename={filename}"
+    )
+
+
+def encrypt_from(
+    source: Path,
+    source_format: str,
+    target: Path,
+    target_format: DiskFormat,
+    dek: Dek,
+    progress: Callable[[float], None],
+) -> None:
+    """Write the content of the image *source* into the fresh encrypted image *target*, of the same size.
+
+    :param progress: told how far it is, from 0.0 to 1.0.
+    :raise DiskInUseError: When a QEMU process is writing to *source*.
+    :raise ImageError: When there is no room.
+    :raise ToolError: When *source* cannot be read.
+    """
+    zero = ["--target-is-zero"] if target_format is DiskFormat.QCOW2 else []
+    with _secret(dek) as (secret, descriptor), _locks_named(source):
+        run_with_progress(
+            ["qemu-img", "convert", "-p", "-n", *zero, *secret, "-f", source_format]
+            + ["--target-image-opts", str(source), _options(target, target_format)],
+            pass_fds=[descriptor],
+            progress=progress,
+        )
+
+
+def decrypt_to(
+    source: Path,
+    source_format: DiskFormat,
+    target: int,
+    target_format: str,
+    dek: Dek,
+    progress: Callable[[float], None],
+) -> None:
+    """Write the plaintext of the encrypted image *source* to the descriptor *target*, in *target_format*.
+
+    :raise DiskInUseError: When a QEMU process is writing to *source*.
+    :raise ImageError: When there is no room.
+    :raise ToolError: When *source* cannot be read.
+    """
+    with _secret(dek) as (secret, descriptor), _locks_named(source):
+        run_with_progress(
+            ["qemu-img", "convert", "-p", *secret, "--image-opts", "-O", target_format]
+            + [_options(source, source_format), f"/proc/self/fd/{target}"],
+            pass_fds=[descriptor, target],
+            progress=progress,
+        )
+
+
+def resize(path: Path, image_format: DiskFormat, size: int, dek: Dek, *, shrink: bool) -> None:
+    """Make the usable size of an image that nobody has open *size* bytes.
+
+    :param shrink: allow a smaller one; what lies beyond is lost.
+    :raise DiskInUseError: When a QEMU process has the image open.
+    """
+    with _secret(dek) as (secret, descriptor), _locks_named(path):
+        run(
+            ["qemu-img", "resize", "-q", *secret, *(["--shrink"] if shrink else [])]
+            + ["--image-opts", _options(path, image_format), str(size)],
+            pass_fds=[descriptor],
+        )
+
+
+def check(path: Path, image_format: DiskFormat, dek: Dek) -> None:
+    """See whether the image is whole and opens with *dek*.
+
+    :raise ImageFormatError: When it is not, or does not.
+    :raise DiskInUseError: When a QEMU process has it open.
+    """
+    check_unlocks(path, image_format, dek)
+    if image_format is DiskFormat.RAW:
+        return  # nothing to check: a raw image has no metadata beyond its LUKS header
+    with _secret(dek) as (secret, descriptor), _locks_named(path):
+        try:
+            run(
+                ["qemu-img", "check", "-q", *secret, "--image-opts", _options(path, image_format)],
+                pass_fds=[descriptor],
+            )
+        except ToolError as exc:
+            if "lock" in str(exc):
+                raise
+            raise ImageFormatError(f"{path} is damaged: {exc}") from exc
+
+
+def check_unlocks(path: Path, image_format: DiskFormat, dek: Dek) -> None:
+    """See whether *dek* opens the image.
+
+    :raise ImageFormatError: When it does not, or the image is damaged.
+    :raise DiskInUseError: When a QEMU process has the image open.
+    """
+    with _secret(dek) as (secret, descriptor), _locks_named(path):
+        try:
+            run(
+                ["qemu-io", "-r", *secret, "-c", "read -q 0 512"]
+                + ["--image-opts", _options(path, image_format)],
+                pass_fds=[descriptor],
+            )
+        except ToolError as exc:
+            if "lock" in str(exc):
+                raise
+            raise ImageFormatError(f"{path} does not open with its DEK: {exc}") from exc
+
+
+@contextlib.contextmanager
+def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """The image file *path* as a descriptor.
+
+    :raise ImageError: When it is missing, no regular file, or cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_CLOEXEC)
+    except FileNotFoundError as exc:
+        raise ImageError(f"image {path} is missing") from exc
+    except OSError as exc:
+        raise ImageError(f"cannot open {path}: {exc.strerror}") from exc
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ImageError(f"{path} is not a regular file")
+        yield descriptor
+    except OSError as exc:
+        raise ImageError(f"cannot read or write {path}: {exc.strerror}") from exc
+    finally:
+        os.close(descriptor)
+
+
+def probe_format(descriptor: int) -> DiskFormat:
+    """Which of our formats the encrypted image open at *descriptor* has.
+
+    :raise ImageFormatError: When it is neither.
+    """
+    start = os.pread(descriptor, luks.HEADER_END, 0)
+    if start.startswith(qcow2.MAGIC):
+        return DiskFormat.QCOW2
+    luks.Luks1Header.parse(start)
+    return DiskFormat.RAW
+
+
+def luks_area(descriptor: int, image_format: DiskFormat) -> tuple[int, int]:
+    """Offset and length, in bytes, of the LUKS header and its keyslots within the file.
+
+    :raise ImageFormatError: When there is none.
+    """
+    if image_format is DiskFormat.QCOW2:
+        area = qcow2.Qcow2Header.read(descriptor).luks
+        if area is None:
+            raise ImageFormatError("a qcow2 image without a LUKS header")
+        luks.Luks1Header.parse(os.pread(descriptor, luks.HEADER_END, area[0]))
+        return area
+    return 0, luks.Luks1Header.parse(os.pread(descriptor, luks.HEADER_END, 0)).payload_offset
+
+
+def usable_size(descriptor: int, image_format: DiskFormat) -> int:
+    """The size that a guest sees, in bytes.
+
+    :raise ImageFormatError: When the image is not what *image_format* says.
+    """
+    if image_format is DiskFormat.QCOW2:
+        return qcow2.Qcow2Header.read(descriptor).size
+    return os.fstat(descriptor).st_size - luks_area(descriptor, image_format)[1]
+
+
+def erase(path: Path, image_format: DiskFormat) -> None:
+    """Crypto-erase: overwrite the LUKS header and all keyslots, and make that durable.
+
+    With a damaged header, that is the beginning of the file up to 4 MiB.
+
+    :raise ImageError: When the file cannot be written.
+    """
+    with opened(path, os.O_RDWR) as descriptor:
+        try:
+            offset, length = luks_area(descriptor, image_format)
+        except ImageFormatError:
+            offset, length = 0, min(_ERASED_AT_LEAST, os.fstat(descriptor).st_size)
+        write_at(descriptor, os.urandom(length), offset)
+        os.fsync(descriptor)

@@ -1,0 +1,113 @@
+"""Runs external tools, and hands them passphrases without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+
+from virt_sse.errors import ImageError, ToolError
+
+_COMMAND_NOT_FOUND = 127
+"""What setpriv exits with when it does not find the tool."""
+
+
+def run(
+    arguments: Sequence[str],
+    *,
+    stdin: bytes = b"",
+    pass_fds: Sequence[int] = (),
+    timeout: float | None = None,
+) -> str:
+    """The standard output of a tool that succeeds.
+
+    The tool dies with this thread (``setpriv --pdeathsig``), so that a killed command leaves nothing running.
+
+    :raise ImageError: When it fails because the disk is full.
+    :raise ToolError: When it is missing, fails, or takes longer than *timeout* seconds.
+    """
+    try:
+        done = subprocess.run(
+            _leashed(arguments),
+            input=stdin,
+            capture_output=True,
+            pass_fds=pass_fds,
+            timeout=timeout,
+            check=False,
+            env=_environment(),
+        )
+    except FileNotFoundError as exc:
+        raise ToolError("setpriv is not installed") from exc
+    except subprocess.TimeoutExpired as exc:
+        raise ToolError(f"{arguments[0]} did not finish within {timeout:g} s") from exc
+    if done.returncode != 0:
+        raise failure(arguments[0], done.returncode, done.stderr.decode(errors="replace"))
+    return done.stdout.decode(errors="replace")
+
+
+def run_with_progress(
+    arguments: Sequence[str], *, pass_fds: Sequence[int], progress: Callable[[float], None]
+) -> None:
+    """Run a qemu-img command that has ``-p`` and report how far it is, from 0.0 to 1.0.
+
+    :raise ImageError: When it fails because the disk is full.
+    :raise ToolError: When it is missing or fails.
+    """
+    with contextlib.ExitStack() as stack:
+        errors = stack.enter_context(os.fdopen(os.memfd_create("stderr"), "w+b"))
+        try:
+            process = stack.enter_context(
+                subprocess.Popen(
+                    _leashed(arguments),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    pass_fds=pass_fds,
+                    env=_environment(),
+                )
+            )
+        except FileNotFoundError as exc:
+            raise ToolError("setpriv is not installed") from exc
+        stack.callback(process.kill)
+        assert process.stdout is not None  # noqa: S101 -- PIPE above
+        pending = b""
+        while chunk := os.read(process.stdout.fileno(), 4096):
+            *lines, pending = (pending + chunk).replace(b"\n", b"\r").split(b"\r")
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    progress(float(line.strip().removeprefix(b"(").removesuffix(b"/100%)")) / 100)
+        if process.wait() != 0:
+            errors.seek(0)
+            raise failure(arguments[0], process.returncode, errors.read().decode(errors="replace"))
+
+
+def failure(tool: str, status: int, stderr: str) -> ImageError | ToolError:
+    """The error that a tool's exit status and standard error mean."""
+    if status == _COMMAND_NOT_FOUND:
+        return ToolError(f"{tool} is not installed")
+    reason = " ".join(stderr.split()) or f"exit status {status}"
+    if "No space left on device" in reason:
+        return ImageError("no space left on device")
+    return ToolError(f"{tool}: {reason.removeprefix(f'{tool}: ')}")
+
+
+@contextlib.contextmanager
+def passphrase_descriptor(passphrase: bytes) -> Iterator[int]:
+    """A descriptor from which a child can read *passphrase* once: a pipe, so it never lies in a file."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    try:
+        os.write(writing, passphrase)
+        os.close(writing)
+        yield reading
+    finally:
+        os.close(reading)
+
+
+def _leashed(arguments: Sequence[str]) -> list[str]:
+    return ["setpriv", "--pdeathsig", "KILL", "--", *arguments]
+
+
+def _environment() -> dict[str, str]:
+    """English messages, because some of them are read."""
+    return {**os.environ, "LC_ALL": "C"}

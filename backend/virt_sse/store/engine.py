@@ -1,0 +1,111 @@
+"""The store's database connection, and its schema brought up to date at first use."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.engine import URL, Connection, Engine, make_url
+
+from virt_sse.errors import StoreError
+from virt_sse.files import PRIVATE_FILE, private_folder
+
+SCHEMA = "0001"
+"""The newest migration; spelt out so that Alembic need not be imported to see that nothing is to be done."""
+
+_BUSY_TIMEOUT_SECONDS = 30
+
+
+def open_engine(url: str) -> Engine:
+    """Connect to *url*, make the database if it is SQLite and not there, and migrate it.
+
+    :raise StoreError: When it cannot be opened, or was made by a newer version.
+    """
+    try:
+        parsed = make_url(url)
+        if parsed.get_backend_name() == "sqlite":
+            return _open_sqlite(parsed)
+        engine = sa.create_engine(parsed)
+        with engine.begin() as connection:
+            _migrate(connection)
+    except (sa.exc.SQLAlchemyError, OSError) as exc:
+        raise StoreError(f"cannot open the store: {_reason(exc)}") from exc
+    return engine
+
+
+def _open_sqlite(url: URL) -> Engine:
+    path = Path(url.database or "")
+    if not path.is_absolute():
+        raise StoreError("the store's SQLite file needs an absolute path")
+    private_folder(path.parent)
+    engine = sa.create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_SECONDS})
+    event.listen(engine, "connect", _set_up_sqlite_connection)
+    event.listen(engine, "begin", _begin_immediate)
+    try:
+        with _first_use(path), engine.begin() as connection:
+            _migrate(connection)
+    except BaseException:
+        engine.dispose()
+        raise
+    return engine
+
+
+@contextlib.contextmanager
+def _first_use(path: Path) -> Iterator[None]:
+    """Make the database file, 0600 (SQLite itself would make it readable to all), and queue its first users.
+
+    The lock has a file of its own: closing a descriptor of the database would drop SQLite's locks on it.
+    """
+    descriptor = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not path.exists():
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE_FILE))
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _set_up_sqlite_connection(connection: Any, _record: object) -> None:
+    connection.isolation_level = None  # the driver would begin transactions late, and not for reads
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _begin_immediate(connection: Connection) -> None:
+    """Take the write lock at once: a transaction that reads, then writes, never fails half-way as busy."""
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _migrate(connection: Connection) -> None:
+    current = None
+    if sa.inspect(connection).has_table("alembic_version"):
+        current = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
+    if current == SCHEMA:
+        return
+    import alembic.command
+    import alembic.config
+    import alembic.util.exc
+
+    config = alembic.config.Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    try:
+        alembic.command.upgrade(config, "head")
+    except alembic.util.exc.CommandError as exc:
+        raise StoreError(
+            f"the store has schema {current}, which this virt-sse does not know",
+            hint="it was written by a newer version",
+        ) from exc
+
+
+def _reason(exc: Exception) -> str:
+    """The driver's one line, without the statement and its parameters that SQLAlchemy adds."""
+    return " ".join(str(getattr(exc, "orig", None) or exc).split())

@@ -1,0 +1,239 @@
+"""Queries and changes, each one transaction."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Row
+
+from virt_sse.ciphers import Cipher
+from virt_sse.disks import Disk, DiskState
+from virt_sse.envelope import DekEntry
+from virt_sse.errors import DiskExistsError, DiskNotFoundError, StoreError
+from virt_sse.keys import KeyId, KeyRef, WrappedDek
+from virt_sse.layers import EncryptionType
+from virt_sse.qemu.img import DiskFormat
+from virt_sse.store.engine import open_engine
+from virt_sse.store.tables import disks, wrapped_deks
+
+
+class Store:
+    """The index of disks. Several processes and threads may use one at the same time.
+
+    :raise StoreError: When the database cannot be opened; also from every method, when it fails.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._engine = open_engine(url)
+
+    def close(self) -> None:
+        """Let go of all connections."""
+        self._engine.dispose()
+
+    def add(self, disk: Disk) -> None:
+        """Add *disk*.
+
+        :raise DiskExistsError: When its name, path or id is taken.
+        """
+        with self._writing() as connection:
+            for column, value in (("name", disk.name), ("path", str(disk.path)), ("id", disk.id)):
+                if connection.scalar(sa.select(disks.c.state).where(disks.c[column] == value)):
+                    raise DiskExistsError(f"a disk with {column} {str(value)!r} exists already")
+            connection.execute(
+                disks.insert().values(
+                    id=disk.id,
+                    name=disk.name,
+                    path=str(disk.path),
+                    format=disk.format.value,
+                    size=disk.size,
+                    state=disk.state.value,
+                    encryption_type=disk.encryption_type.value,
+                    created=disk.created.isoformat(),
+                    generation=disk.generation,
+                )
+            )
+            _insert_deks(connection, disk.id, disk.deks)
+
+    def get(self, name: str) -> Disk:
+        """The disk of that name, or of that id.
+
+        :raise DiskNotFoundError: When there is none.
+        """
+        found = self._select(disks.c.name == name)
+        if not found:
+            with contextlib.suppress(ValueError):
+                found = self._select(disks.c.id == UUID(name))
+        if not found:
+            raise DiskNotFoundError(f"no disk {name[:80]!r}", hint="'virt-sse disk list' shows what there is")
+        return found[0]
+
+    def find_by_path(self, path: Path) -> Disk | None:
+        """The disk whose image lies at *path*, if any."""
+        return next(iter(self._select(disks.c.path == str(path))), None)
+
+    def all(self) -> list[Disk]:
+        """All disks, by name."""
+        return self._select(sa.true())
+
+    def unfinished(self) -> list[Disk]:
+        """The disks that are being made or deleted, or were when a command was killed."""
+        return self._select(disks.c.state != DiskState.READY.value)
+
+    def under_key(self, key: KeyRef) -> list[Disk]:
+        """The disks with a DEK under any version of *key*."""
+        return self._select(
+            disks.c.id.in_(
+                sa.select(wrapped_deks.c.disk_id).where(
+                    wrapped_deks.c.key_provider == key.provider, wrapped_deks.c.key_name == key.name
+                )
+            )
+        )
+
+    def keys_in_use(self) -> dict[KeyId, int]:
+        """Each KEK version that DEKs are under, and how many are."""
+        columns = (wrapped_deks.c.key_provider, wrapped_deks.c.key_name, wrapped_deks.c.key_version)
+        query = sa.select(*columns, sa.func.count()).group_by(*columns).order_by(*columns)
+        with self._reading() as connection:
+            return {
+                KeyId(provider, name, version): n for provider, name, version, n in connection.execute(query)
+            }
+
+    def set_state(self, disk_id: UUID, state: DiskState) -> None:
+        """Move a disk on in its life.
+
+        :raise DiskNotFoundError: When it is gone.
+        """
+        self._update(disk_id, state=state.value)
+
+    def set_size(self, disk_id: UUID, size: int) -> None:
+        """Note a disk's new size in bytes.
+
+        :raise DiskNotFoundError: When it is gone.
+        """
+        self._update(disk_id, size=size)
+
+    def set_path(self, disk_id: UUID, path: Path) -> None:
+        """Note where a disk's image has been moved.
+
+        :raise DiskNotFoundError: When it is gone.
+        :raise DiskExistsError: When another disk lies there.
+        """
+        if self.find_by_path(path):
+            raise DiskExistsError(f"a disk with path {str(path)!r} exists already")
+        self._update(disk_id, path=str(path))
+
+    def replace_deks(self, disk: Disk, deks: tuple[DekEntry, ...]) -> bool:
+        """Put *deks* in the place of those of *disk*, and count its generation up.
+
+        Compare-and-swap: nothing happens, and the answer is false, unless the disk still is of the generation
+        that *disk* shows.
+        """
+        with self._writing() as connection:
+            swapped = connection.execute(
+                disks.update()
+                .where(disks.c.id == disk.id, disks.c.generation == disk.generation)
+                .values(generation=disk.generation + 1)
+            )
+            if swapped.rowcount != 1:
+                return False
+            connection.execute(wrapped_deks.delete().where(wrapped_deks.c.disk_id == disk.id))
+            _insert_deks(connection, disk.id, deks)
+            return True
+
+    def drop_deks(self, disk_id: UUID) -> None:
+        """Forget a disk's wrapped DEKs, for good."""
+        with self._writing() as connection:
+            connection.execute(wrapped_deks.delete().where(wrapped_deks.c.disk_id == disk_id))
+
+    def remove(self, disk_id: UUID) -> None:
+        """Forget a disk and its wrapped DEKs, for good. No error when it is not there."""
+        with self._writing() as connection:
+            connection.execute(disks.delete().where(disks.c.id == disk_id))
+
+    def _update(self, disk_id: UUID, **values: object) -> None:
+        with self._writing() as connection:
+            if connection.execute(disks.update().where(disks.c.id == disk_id).values(**values)).rowcount != 1:
+                raise DiskNotFoundError(f"no disk {disk_id} any more")
+
+    def _select(self, condition: sa.ColumnElement[bool]) -> list[Disk]:
+        # One statement, so that a disk and its DEKs are of the same moment.
+        query = (
+            sa.select(disks, wrapped_deks)
+            .select_from(disks.outerjoin(wrapped_deks))
+            .where(condition)
+            .order_by(disks.c.name, wrapped_deks.c.position)
+        )
+        rows: dict[UUID, list[Row[Any]]] = {}
+        with self._reading() as connection:
+            for row in connection.execute(query):
+                rows.setdefault(row.id, []).append(row)
+        return [_disk(group) for group in rows.values()]
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        with _named_errors(), self._engine.begin() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        with _named_errors(), self._engine.connect() as connection:
+            yield connection.execution_options(isolation_level="AUTOCOMMIT")
+
+
+@contextlib.contextmanager
+def _named_errors() -> Iterator[None]:
+    try:
+        yield
+    except sa.exc.SQLAlchemyError as exc:
+        # Only the driver's message: SQLAlchemy's own adds the statement and its parameters.
+        raise StoreError(f"the store failed: {getattr(exc, 'orig', None) or type(exc).__name__}") from None
+
+
+def _insert_deks(connection: Connection, disk_id: UUID, deks: tuple[DekEntry, ...]) -> None:
+    for position, entry in enumerate(deks):
+        connection.execute(
+            wrapped_deks.insert().values(
+                disk_id=disk_id,
+                position=position,
+                slot=entry.slot,
+                cipher=str(entry.cipher),
+                algorithm=entry.wrapped.algorithm,
+                ciphertext=entry.wrapped.ciphertext,
+                key_provider=entry.wrapped.key.provider,
+                key_name=entry.wrapped.key.name,
+                key_version=entry.wrapped.key.version,
+            )
+        )
+
+
+def _disk(rows: list[Row[Any]]) -> Disk:
+    """A disk from its rows, one per DEK; a disk that is being deleted may have none left."""
+    first = rows[0]
+    return Disk(
+        id=first.id,
+        name=first.name,
+        path=Path(first.path),
+        format=DiskFormat(first.format),
+        size=first.size,
+        state=DiskState(first.state),
+        encryption_type=EncryptionType(first.encryption_type),
+        created=datetime.fromisoformat(first.created),
+        generation=first.generation,
+        deks=tuple(
+            DekEntry(
+                row.slot,
+                Cipher.parse(row.cipher),
+                WrappedDek(
+                    row.ciphertext, row.algorithm, KeyId(row.key_provider, row.key_name, row.key_version)
+                ),
+            )
+            for row in rows
+            if row.slot is not None
+        ),
+    )

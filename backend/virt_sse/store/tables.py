@@ -1,0 +1,48 @@
+"""The store's tables, as they are now. How they came to be so is told by the migrations."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    Uuid,
+)
+
+metadata = MetaData()
+
+disks = Table(
+    "disks",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", String(80), nullable=False, unique=True),
+    Column("path", Text, nullable=False, unique=True),
+    Column("format", String(16), nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("encryption_type", String(64), nullable=False),
+    Column("created", String(40), nullable=False),
+    Column("generation", Integer, nullable=False),
+)
+
+wrapped_deks = Table(
+    "wrapped_deks",
+    metadata,
+    Column("disk_id", Uuid, ForeignKey("disks.id", ondelete="CASCADE"), primary_key=True),
+    Column("position", Integer, primary_key=True),
+    Column("slot", String(32), nullable=False),
+    Column("cipher", String(64), nullable=False),
+    Column("algorithm", String(32), nullable=False),
+    Column("ciphertext", LargeBinary, nullable=False),
+    Column("key_provider", String(64), nullable=False),
+    Column("key_name", Text, nullable=False),
+    Column("key_version", String(64), nullable=False),
+    Index("wrapped_deks_by_key", "key_provider", "key_name", "key_version"),
+)

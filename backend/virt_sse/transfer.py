@@ -1,0 +1,109 @@
+"""Content on its way into disks and out of them: import and export."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from virt_sse.disks import Disk
+from virt_sse.errors import DiskExistsError, ImageError, ImageFormatError
+from virt_sse.files import canonical, publish, unnamed_file
+from virt_sse.keys import Dek, KeyRef
+from virt_sse.layers import EncryptionType
+from virt_sse.plugins import PluginHost
+from virt_sse.policy import ExportDisk
+from virt_sse.provisioning import Provisioning
+from virt_sse.qemu import img
+from virt_sse.qemu.img import DiskFormat
+
+Progress = Callable[[float], None]
+"""Told how far something is, from 0.0 to 1.0."""
+
+
+def silent(_fraction: float) -> None:
+    """A :data:`Progress` that nobody watches."""
+
+
+class Transfer:
+    """Encrypts what comes in, decrypts what goes out; in neither direction by way of a plaintext file."""
+
+    def __init__(self, plugins: PluginHost, provisioning: Provisioning) -> None:
+        self._plugins = plugins
+        self._provisioning = provisioning
+
+    def import_image(
+        self,
+        name: str,
+        source: Path,
+        path: Path,
+        *,
+        source_format: str | None,
+        with_backing: bool,
+        image_format: DiskFormat,
+        key: KeyRef,
+        encryption_type: EncryptionType,
+        progress: Progress,
+    ) -> Disk:
+        """Make a disk with the content of the image *source*, which is encrypted on its way.
+
+        :param source_format: QEMU's name of its format; probed unless given.
+        :param with_backing: follow the source to its backing files. Refused unless said, because an image can
+            name any file of this host as its backing.
+        :raise ImageFormatError: When the source is itself encrypted or has a backing file.
+        :raise DiskInUseError: When a QEMU process is writing to the source.
+        :raise VirtSseError: As in :meth:`create`.
+        """
+        source = canonical(source)
+        if not source.exists():
+            raise ImageError(f"{source} does not exist")
+        information = img.info(source, source_format)
+        if information.encrypted:
+            raise ImageFormatError(
+                f"{source} is itself encrypted", hint="a disk of virt-sse is taken over with 'disk adopt'"
+            )
+        if information.backing_file and not with_backing:
+            raise ImageFormatError(
+                f"{source} has the backing file {information.backing_file}",
+                hint="if that is meant to be read, say --with-backing",
+            )
+
+        def fill(partial: Path, dek: Dek) -> None:
+            img.encrypt_from(source, information.format, partial, image_format, dek, progress)
+
+        return self._provisioning.create(
+            name,
+            information.virtual_size,
+            path,
+            image_format=image_format,
+            key=key,
+            encryption_type=encryption_type,
+            fill=fill,
+        )
+
+    def export(self, disk: Disk, destination: Path, *, destination_format: str, progress: Progress) -> None:
+        """Write the disk's content, in plaintext, into the new image *destination*, 0600.
+
+        It has no name until it is whole, so that a killed command leaves no plaintext behind.
+
+        :raise DiskExistsError: When *destination* exists.
+        :raise DiskInUseError: When a QEMU process has the disk open.
+        :raise ImageError: When it cannot be written.
+        """
+        destination = canonical(destination)
+        if os.path.lexists(destination):
+            raise DiskExistsError(f"{destination} exists already")
+        with self._provisioning.usable(disk) as current:
+            self._plugins.validate(ExportDisk(current, destination))
+            dek = self._provisioning.unlock(current)
+            try:
+                with unnamed_file(destination.parent) as descriptor:
+                    img.decrypt_to(
+                        current.path, current.format, descriptor, destination_format, dek, progress
+                    )
+                    os.fsync(descriptor)
+                    publish(Path(f"/proc/self/fd/{descriptor}"), destination)
+            except FileExistsError as exc:
+                raise DiskExistsError(f"{destination} exists already") from exc
+            except OSError as exc:
+                raise ImageError(f"cannot write {destination}: {exc.strerror}") from exc

@@ -1,0 +1,1 @@
+"""The plugins that come with virt-sse, registered like anyone's through entry points."""

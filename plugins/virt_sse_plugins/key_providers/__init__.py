@@ -1,0 +1,17 @@
+"""The key providers that come with virt-sse."""
+
+from __future__ import annotations
+
+from virt_sse.hookspecs import RegisterKeyProvider, hookimpl
+from virt_sse.keys import KeyProvider
+
+
+def _platform_managed() -> type[KeyProvider]:
+    from virt_sse_plugins.key_providers.platform_managed import PlatformManagedKeyProvider
+
+    return PlatformManagedKeyProvider
+
+
+@hookimpl
+def virt_sse_register_key_providers(register: RegisterKeyProvider) -> None:
+    register("platform-managed", _platform_managed)

@@ -1,0 +1,17 @@
+"""The single layer: LUKS in the guest's own QEMU, under the disk's own key."""
+
+from __future__ import annotations
+
+from virt_sse.ciphers import AES_256_XTS
+from virt_sse.keys import KeyRef
+from virt_sse.layers import DekSpec, EncryptionLayer, EncryptionType, GuestNode, LayerPlan
+
+
+class SingleLayer(EncryptionLayer):
+    """aes-256-xts, one DEK in slot ``service``."""
+
+    name = "single"
+    encryption_types = frozenset({EncryptionType.PLATFORM_KEY, EncryptionType.CUSTOMER_KEY})
+
+    def plan(self, key: KeyRef) -> LayerPlan:
+        return LayerPlan(deks=(DekSpec("service", key, AES_256_XTS),), stages=(GuestNode("service"),))
