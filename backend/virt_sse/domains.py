@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Iterator
 
 import libvirt
 
+from virt_sse import envelope
 from virt_sse.disks import Disk, DiskState
 from virt_sse.errors import (
     DiskInUseError,
     DiskNotFoundError,
     DiskStateError,
+    EnvelopeError,
     ImageError,
     InvalidValueError,
     LibvirtError,
@@ -26,7 +29,7 @@ from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.secrets import drop_secret, set_secret
 from virt_sse.plugins import PluginHost
 from virt_sse.policy import AttachDisk, UnlockDisk
-from virt_sse.provisioning import carried_id
+from virt_sse.qemu import img
 from virt_sse.store import Store
 from virt_sse.wrapping import Wrapping
 
@@ -34,6 +37,9 @@ _log = logging.getLogger(__name__)
 
 _UNPLUG_SECONDS = 20.0
 """How long a guest may take to let go of a disk."""
+
+_ENDING_SECONDS = 2.0
+"""How long libvirt may take to note that a domain has ended."""
 
 
 class Domains:
@@ -85,7 +91,12 @@ class Domains:
                 f"{use.target} has the key of disk {disk.name!r} but the image {use.source}",
                 hint=f"the disk's image is {disk.path}; one that was moved is found by 'virt-sse disk adopt'",
             )
-        if carried_id(disk.path, disk.format) not in (disk.id, None):
+        with img.opened(disk.path) as descriptor:
+            try:
+                carried = envelope.read(descriptor, disk.format).disk_id
+            except EnvelopeError:
+                carried = disk.id  # damaged; the store's wrapped DEKs are whole, and QEMU needs no envelope
+        if carried != disk.id:
             raise ImageError(f"{disk.path} is the image of another disk than {disk.name!r}")
         return disk
 
@@ -159,16 +170,18 @@ class Domains:
             if not found:
                 raise DiskNotFoundError(f"domain {name!r} does not have disk {disk.name!r}")
             for definition, use in found:
-                element = self.element(disk, target=use.target, read_only=False)
-                domain.detachDeviceFlags(element, definition)
-            self._await_unplug(domain, disk)
+                with _ending_is_fine(domain, definition):
+                    element = self.element(disk, target=use.target, read_only=False)
+                    domain.detachDeviceFlags(element, definition)
+            with _ending_is_fine(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE):
+                self._await_unplug(domain, disk)
             for entry in disk.deks:
                 drop_secret(connection, disk.id, entry.slot)
 
     def _await_unplug(self, domain: libvirt.virDomain, disk: Disk) -> None:
         """The guest itself must let go of a disk of a running domain."""
         deadline = time.monotonic() + _UNPLUG_SECONDS
-        while domain.isActive() and _uses(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE, disk):
+        while _is_active(domain) and _uses(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE, disk):
             if time.monotonic() > deadline:
                 raise LibvirtError(
                     f"the guest in domain {domain.name()!r} did not let go of disk {disk.name!r} "
@@ -212,6 +225,30 @@ def _lookup(connection: libvirt.virConnect, name: str) -> libvirt.virDomain:
         return connection.lookupByName(name)
     except libvirt.libvirtError as exc:
         raise LibvirtError(f"no domain {name!r}: {exc}") from exc
+
+
+@contextlib.contextmanager
+def _ending_is_fine(domain: libvirt.virDomain, definition: int) -> Iterator[None]:
+    """A domain that ends while a disk is taken out of its live definition has none any more."""
+    try:
+        yield
+    except libvirt.libvirtError:
+        # libvirt tells the caller that QEMU's monitor is gone before it notes that the domain is.
+        deadline = time.monotonic() + _ENDING_SECONDS
+        while definition == libvirt.VIR_DOMAIN_AFFECT_LIVE and time.monotonic() < deadline:
+            if not _is_active(domain):
+                return
+            time.sleep(0.05)
+        raise
+
+
+def _is_active(domain: libvirt.virDomain) -> bool:
+    try:
+        return bool(domain.isActive())
+    except libvirt.libvirtError as exc:
+        if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # a transient one is gone when it ends
+            raise
+        return False
 
 
 def _definitions(domain: libvirt.virDomain) -> list[int]:

@@ -108,7 +108,7 @@ class PluginHost:
             self.register(entry_point.load(), entry_point.name)
         except PluginError as exc:
             self.broken.append(exc)
-        except Exception as exc:  # noqa: BLE001 -- whatever a plugin's import raises is that plugin's failure alone
+        except (Exception, SystemExit) as exc:  # noqa: BLE001 -- whatever its import raises is that plugin's failure alone
             self.broken.append(PluginError(entry_point.name, f"does not import: {type(exc).__name__}: {exc}"))
 
     def _require(self, names: Iterable[str]) -> None:

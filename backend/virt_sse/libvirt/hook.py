@@ -22,12 +22,13 @@ _SCRIPT = """\
 xml=$(cat)
 case $xml in *"usage='{prefix}"*) ;; *) exit 0 ;; esac
 {environment}\
-printf '%s\\n' "$xml" | {python} -I -m {module} "$@"
-status=$?
-[ "$status" -ne 127 ] || echo "virt-sse: error: the domain has an encrypted disk and {python} is gone" >&2
-# libvirt kills a running guest if its 'reconnect' hook fails.
-[ "$2" != reconnect ] || exit 0
-exit "$status"
+if [ -x {python} ]; then
+    printf '%s\\n' "$xml" | {python} -I -m {module} "$@" && exit 0
+else
+    echo "virt-sse: error: the domain has an encrypted disk and {python} is gone" >&2
+fi
+# A failure refuses the domain. But libvirt kills a running guest if its 'reconnect' hook fails.
+[ "$2" = reconnect ]
 """
 
 

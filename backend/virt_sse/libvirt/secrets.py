@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from uuid import UUID
-from xml.sax.saxutils import escape
+from html import escape
 
 import libvirt
 
