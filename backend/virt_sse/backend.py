@@ -71,11 +71,15 @@ class Backend:
         """Make what a host needs and does not have: the platform's keyring, and libvirt's hook.
 
         :return: what was made, in words.
-        :raise KeyringError: When part of a keyring is there; it is never made anew.
+        :raise KeyringError: When part of a keyring is there, or disks are under one that is not there: it is
+            never made anew.
         :raise ConfigError: When the hook cannot be written.
         """
         made = []
-        if self.plugins.key_provider(PLATFORM_KEY.provider).provision():
+        provider = self.plugins.key_provider(PLATFORM_KEY.provider)
+        if any(key.provider == PLATFORM_KEY.provider for key in self.keys_in_use()):
+            provider.current_key(PLATFORM_KEY.name)
+        elif provider.provision():
             made.append(f"keyring {self.config.key_provider(PLATFORM_KEY.provider).directory}")
         environment = {"VIRT_SSE_ROOT": str(self.config.root), "LIBVIRT_DEFAULT_URI": self.config.libvirt_uri}
         try:

@@ -14,11 +14,11 @@ PRIVATE_FOLDER = 0o700
 
 def canonical(path: Path) -> Path:
     """*path* made absolute, its folder without symbolic links: one name for one place."""
-    return path.parent.resolve() / path.name
+    return Path(os.path.realpath(path.parent), path.name)
 
 
 def private_folder(path: Path) -> Path:
-    """Make the folder *path* (and its parents), 0700, unless it is there; tighten it if it is wider.
+    """Make the folder *path*, 0700, and the parents it lacks; tighten it if it is there and wider.
 
     :raise OSError: When it cannot be made.
     """

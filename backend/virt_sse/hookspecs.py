@@ -59,7 +59,8 @@ def virt_sse_add_commands(app: typer.Typer) -> None:
 def virt_sse_validate(operation: Operation) -> None:
     """Raise :class:`~virt_sse.errors.PolicyError` to refuse *operation* before anything of it is done.
 
-    Any other exception refuses it, too: a policy that cannot be asked is not a permission.
+    Any other exception refuses it, too, and so does any answer: a policy that cannot be asked is not a
+    permission.
     """
 
 

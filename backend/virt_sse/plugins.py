@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
 import threading
@@ -68,9 +69,9 @@ class _Registry(Generic[T]):
             raise PluginError(plugin, f"{self._kind} {name!r} does not load: {exc}") from exc
 
 
-def _call(implementation: pluggy.HookImpl, **arguments: object) -> None:
+def _call(implementation: pluggy.HookImpl, **arguments: object) -> object:
     """Call one plugin's implementation; like pluggy itself, with just the arguments that it names."""
-    implementation.function(*(arguments[name] for name in implementation.argnames))
+    return implementation.function(*(arguments[name] for name in implementation.argnames))
 
 
 class PluginHost:
@@ -182,13 +183,25 @@ class PluginHost:
     def encryption_layer(self, encryption_type: EncryptionType) -> EncryptionLayer:
         """The layer that serves *encryption_type*.
 
-        :raise ConfigError: When no layer does.
+        :raise ConfigError: When no layer does, or more than one.
         """
+        serving = []
+        broken = list(self.broken)
         for name in self._layer_classes.names():
-            layer = self._layer_classes.load(name, self.broken)
+            try:
+                layer = self._layer_classes.load(name, self.broken)
+            except PluginError as exc:
+                broken.append(exc)
+                continue
             if encryption_type in layer.encryption_types:
-                return layer()
-        raise ConfigError(f"no encryption layer serves {encryption_type.value}")
+                serving.append(layer)
+        if len(serving) != 1:
+            hint = f"these do: {', '.join(layer.name for layer in serving)}" if serving else None
+            raise ConfigError(
+                f"{len(serving) or 'no'} encryption layers serve {encryption_type.value}",
+                hint=hint or "; ".join(map(str, broken)) or None,
+            )
+        return serving[0]()
 
     def add_commands(self, app: typer.Typer) -> None:
         """Let every plugin add its commands to *app*; one that fails is named in :attr:`broken`."""
@@ -205,12 +218,16 @@ class PluginHost:
         """
         for implementation in self._manager.hook.virt_sse_validate.get_hookimpls():
             try:
-                _call(implementation, operation=operation)
+                answer = _call(implementation, operation=operation)
             except PolicyError:
                 raise
             except Exception as exc:
                 plugin = implementation.plugin_name
                 raise PolicyError(f"policy plugin {plugin!r} failed: {type(exc).__name__}: {exc}") from exc
+            if answer is not None:  # perhaps meant as a refusal
+                raise PolicyError(
+                    f"policy plugin {implementation.plugin_name!r} answered, instead of raising"
+                )
 
     def key_event(self, event: KeyEvent) -> None:
         """Tell every observer of *event*; one that raises is logged and isolated."""
@@ -222,6 +239,6 @@ class PluginHost:
 
     def close(self) -> None:
         """Close every key provider that was used."""
-        with self._lock:
+        with self._lock, contextlib.ExitStack() as closing:
             while self._providers:
-                self._providers.popitem()[1].close()
+                closing.callback(self._providers.popitem()[1].close)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from virt_sse.errors import VirtSseError
 from virt_sse.events import KeyAction, KeyEvent
 from virt_sse.keys import Dek, DekContext, KeyId, KeyRef, WrappedDek
 from virt_sse.plugins import PluginHost
@@ -45,15 +44,16 @@ class Wrapping:
 
         :raise KeyProviderError: When the provider refuses, or its keys are rotated elsewhere.
         """
-        version = self._plugins.key_provider(key.provider).rotate(key.name)
-        self._plugins.key_event(KeyEvent(KeyAction.ROTATE, version))
-        return version
+        with self._told(KeyAction.ROTATE, key):
+            return self._plugins.key_provider(key.provider).rotate(key.name)
 
     @contextlib.contextmanager
-    def _told(self, action: KeyAction, key: KeyId, context: DekContext) -> Iterator[None]:
+    def _told(
+        self, action: KeyAction, key: KeyId | KeyRef, context: DekContext | None = None
+    ) -> Iterator[None]:
         try:
             yield
-        except VirtSseError as exc:
-            self._plugins.key_event(KeyEvent(action, key, context, error=str(exc)))
+        except Exception as exc:
+            self._plugins.key_event(KeyEvent(action, key, context, error=f"{type(exc).__name__}: {exc}"))
             raise
         self._plugins.key_event(KeyEvent(action, key, context))

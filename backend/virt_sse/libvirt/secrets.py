@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from uuid import UUID
 from html import escape
+from uuid import UUID
 
 import libvirt
 

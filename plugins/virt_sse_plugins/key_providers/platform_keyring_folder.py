@@ -1,0 +1,164 @@
+"""Where the platform's keyring lies: ``root.key`` and ``keyring.json``, 0600, in a folder of mode 0700."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from virt_sse.errors import KeyringError
+from virt_sse.files import PRIVATE_FILE, PRIVATE_FOLDER, private_folder, sync_folder, write_private
+from virt_sse_plugins.key_providers.platform_keyring import KEY_BYTES, Keyring, RootKey
+
+
+class KeyringFolder:
+    """Reads and changes the keyring in *directory*; several threads and processes may do so at once.
+
+    ``root.key`` is the last file that provisioning brings to its place, and without it no key can be used.
+    So either file missing beside the other was lost, and is never made anew; a provisioning that was killed
+    is known by ``root.key.new``.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._keyring_path = directory / "keyring.json"
+        self._root_key_path = directory / "root.key"
+        self._new_root_key_path = directory / "root.key.new"
+        self._cached: tuple[object, Keyring] | None = None
+        self._cache_lock = threading.Lock()
+
+    def read(self) -> Keyring:
+        """The keyring as the files now are; they are read anew only when they have changed.
+
+        :raise KeyringError: When a file is missing, unreadable, open to others, damaged or another keyring's.
+        """
+        with self._cache_lock, _explain("read", self._keyring_path):
+            # Taken before the files are read: a change in between is read again next time.
+            identity = self._identity()
+            if self._cached is None or self._cached[0] != identity:
+                self._cached = (identity, self._parse(self._root_key_path))
+            return self._cached[1]
+
+    def change(self, change: Callable[[Keyring], Keyring]) -> Keyring:
+        """Replace the keyring by what *change* makes of it, alone among all processes, and return that.
+
+        :raise KeyringError: As :meth:`read`; or when it cannot be written, and then it is as it was.
+        """
+        self.read()  # says what is wrong with a folder that cannot even be locked
+        with _explain("write", self._keyring_path), self._locked():
+            changed = change(self.read())
+            self._remove_strays()
+            write_private(self._keyring_path, changed.dump())
+            return changed
+
+    def provision(self) -> bool:
+        """Make root key and keyring if neither is there, or finish that; whether anything was made.
+
+        :raise KeyringError: As :meth:`read`, about what is there; or when nothing can be written.
+        """
+        with _explain("write", self._keyring_path):
+            private_folder(self._directory)
+            _require_private(self._directory, self._directory.stat(), PRIVATE_FOLDER)
+            with self._locked():
+                if self._root_key_path.exists():
+                    self.read()
+                    return False
+                if not self._keyring_path.exists():
+                    self._remove_strays()
+                    keyring = Keyring.generate()
+                    write_private(self._new_root_key_path, keyring.root_key.material)
+                    write_private(self._keyring_path, keyring.dump())
+                else:
+                    self._require_unfinished()
+                self._new_root_key_path.rename(self._root_key_path)
+                sync_folder(self._directory)
+        self.read()
+        return True
+
+    def forget(self) -> None:
+        """Drop the keyring that is held in memory."""
+        with self._cache_lock:
+            self._cached = None
+
+    def _identity(self) -> object:
+        try:
+            folder = self._directory.stat()
+            keyring = self._keyring_path.stat()
+        except FileNotFoundError as exc:
+            raise KeyringError(
+                f"the platform's keyring is missing ({self._keyring_path})",
+                hint="restore it from a backup; 'virt-sse host init' makes one, but only on a new host",
+            ) from exc
+        try:
+            root_key = self._root_key_path.stat()
+        except FileNotFoundError as exc:
+            raise self._root_key_missing() from exc
+        _require_private(self._directory, folder, PRIVATE_FOLDER)
+        _require_private(self._keyring_path, keyring, PRIVATE_FILE)
+        _require_private(self._root_key_path, root_key, PRIVATE_FILE)
+        return [
+            (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            for status in (keyring, root_key)
+        ]
+
+    def _require_unfinished(self) -> None:
+        """Refuse a keyring without ``root.key``, unless it is of the ``root.key.new`` beside it."""
+        try:
+            self._parse(self._new_root_key_path)
+        except (FileNotFoundError, KeyringError) as exc:
+            raise self._root_key_missing() from exc
+
+    def _root_key_missing(self) -> KeyringError:
+        return KeyringError(
+            f"the root key of the platform's keyring is missing ({self._root_key_path})",
+            hint="restore it from a backup; without it no disk under this keyring can be opened",
+        )
+
+    def _parse(self, root_key_path: Path) -> Keyring:
+        material = root_key_path.read_bytes()
+        if len(material) != KEY_BYTES:
+            raise KeyringError(
+                f"the root key has {len(material)} bytes instead of {KEY_BYTES} ({root_key_path})",
+                hint="restore it from a backup",
+            )
+        return Keyring.parse(self._keyring_path.read_bytes(), RootKey(material), path=self._keyring_path)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Exclude all other writers, in this process and others; the lock dies with its process."""
+        descriptor = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _remove_strays(self) -> None:
+        """Remove the temporary files of writers that were killed."""
+        for path in (self._keyring_path, self._new_root_key_path):
+            for stray in self._directory.glob(f".{path.name}.*"):
+                stray.unlink()
+
+
+def _require_private(path: Path, status: os.stat_result, mode: int) -> None:
+    if status.st_uid != os.geteuid():
+        raise KeyringError(
+            f"{path} belongs to user {status.st_uid}, not to user {os.geteuid()} who runs this",
+            hint=f"chown {os.geteuid()} {path}",
+        )
+    if status.st_mode & 0o077:
+        raise KeyringError(
+            f"{path} is open to other users (mode {status.st_mode & 0o777:04o})",
+            hint=f"chmod {mode:04o} {path}",
+        )
+
+
+@contextlib.contextmanager
+def _explain(verb: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise KeyringError(f"cannot {verb} the platform's keyring ({path}): {exc.strerror}") from exc

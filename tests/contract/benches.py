@@ -1,0 +1,74 @@
+"""For each key provider: how to set up a real one, and how its keys are governed from outside.
+
+Every registered key provider needs an entry in :data:`BENCHES`; the contract suite fails without.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from virt_sse.keys import KeyId, ProviderConfig
+from virt_sse_plugins.key_providers.platform_keyring import DEFAULT_KEY
+from virt_sse_plugins.key_providers.platform_managed import PlatformManagedKeyProvider
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A place where a provider's keys live.
+
+    :ivar key: the name of a key that is there.
+    :ivar rotate: makes a new version current, as the key's administrator would, from outside the provider
+        under test.
+    :ivar disable: disables a version, likewise; ``None`` where versions cannot be disabled.
+    :ivar enable: enables it again.
+    :ivar options: the provider's table of the configuration.
+    :ivar secrets: key material and credentials that must never show.
+    """
+
+    key: str
+    rotate: Callable[[], object]
+    disable: Callable[[KeyId], None] | None = None
+    enable: Callable[[KeyId], None] | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
+    secrets: tuple[bytes, ...] = ()
+
+
+@contextmanager
+def _platform_managed(directory: Path) -> Iterator[Bench]:
+    administrator = PlatformManagedKeyProvider.from_config(ProviderConfig(directory))
+    assert administrator.provision()
+    yield Bench(
+        key=DEFAULT_KEY,
+        rotate=lambda: administrator.rotate(DEFAULT_KEY),
+        disable=administrator.disable,
+        enable=administrator.enable,
+        secrets=((directory / "root.key").read_bytes(),),
+    )
+
+
+@contextmanager
+def _kek_file(directory: Path) -> Iterator[Bench]:
+    directory.mkdir(parents=True)
+
+    def add_version() -> None:
+        version = len(list(directory.iterdir())) + 1
+        (directory / f"default.{version}").write_bytes(secrets.token_bytes(32))
+
+    add_version()
+    yield Bench(
+        key="default",
+        rotate=add_version,
+        options={"folder": str(directory)},
+        secrets=((directory / "default.1").read_bytes(),),
+    )
+
+
+BENCHES: Mapping[str, Callable[[Path], AbstractContextManager[Bench]]] = {
+    "kek-file": _kek_file,
+    "platform-managed": _platform_managed,
+}
+"""By name; each is given the provider's own folder, which does not exist yet."""

@@ -1,0 +1,101 @@
+"""Opens every registered key provider, and that of ``plugins/README.md``, the way virt-sse itself does."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import readme_plugin
+from benches import BENCHES, Bench
+
+from virt_sse.config import Config
+from virt_sse.keys import DekContext, KeyId, KeyProvider, WrappedDek
+from virt_sse.plugins import ENTRY_POINT_GROUP, PluginHost
+
+_REGISTERED = PluginHost(Config.load(Path(__file__).parent)).key_provider_names()
+
+
+@pytest.fixture(scope="session")
+def entry_points(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[EntryPoint]]:
+    folder = tmp_path_factory.mktemp("readme-plugin")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.syspath_prepend(folder)
+        installed = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+        yield [*installed, *readme_plugin.install(folder)]
+
+
+@pytest.fixture(params=sorted({*_REGISTERED, *BENCHES}))
+def provider_name(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if name not in BENCHES:
+        pytest.fail(f"key provider {name!r} has no entry in tests/contract/benches.py")
+    return name
+
+
+@pytest.fixture
+def bench(provider_name: str, tmp_path: Path) -> Iterator[Bench]:
+    with BENCHES[provider_name](Config.load(tmp_path).key_provider(provider_name).directory) as bench:
+        yield bench
+
+
+@pytest.fixture
+def open_provider(
+    provider_name: str, bench: Bench, tmp_path: Path, entry_points: list[EntryPoint]
+) -> Iterator[Callable[..., KeyProvider]]:
+    """Opens one more instance of the provider, with ``options`` added to those it needs."""
+    hosts: list[PluginHost] = []
+
+    def open_one(**options: object) -> KeyProvider:
+        config = dataclasses.replace(
+            Config.load(tmp_path), provider_options={provider_name: {**bench.options, **options}}
+        )
+        hosts.append(PluginHost(config, entry_points))
+        return hosts[-1].key_provider(provider_name)
+
+    yield open_one
+    for host in hosts:
+        host.close()
+
+
+@pytest.fixture
+def provider(open_provider: Callable[..., KeyProvider]) -> KeyProvider:
+    return open_provider()
+
+
+@pytest.fixture
+def in_other_process(
+    provider_name: str, bench: Bench, tmp_path: Path, entry_points: list[EntryPoint]
+) -> Callable[[WrappedDek, DekContext], WrappedDek]:
+    """Has another process unwrap a DEK and wrap it anew with the current key."""
+
+    def run(wrapped: WrappedDek, context: DekContext) -> WrappedDek:
+        request = {
+            "root": str(tmp_path),
+            "provider": provider_name,
+            "options": bench.options,
+            "entry_points": [(point.name, point.value, point.group) for point in entry_points],
+            "wrapped": [wrapped.ciphertext.hex(), wrapped.algorithm, dataclasses.astuple(wrapped.key)],
+            "context": [str(context.disk_id), context.slot],
+        }
+        script = Path(__file__).with_name("other_process.py")
+        result = subprocess.run(
+            [sys.executable, script],
+            input=json.dumps(request),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert result.returncode == 0, result.stderr
+        ciphertext, algorithm, key = json.loads(result.stdout)
+        return WrappedDek(bytes.fromhex(ciphertext), algorithm, KeyId(*key))
+
+    return run

@@ -1,0 +1,28 @@
+"""Unwraps a DEK and wraps it anew with the current key, in a process of its own; JSON in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from uuid import UUID
+
+from virt_sse.config import Config
+from virt_sse.keys import DekContext, KeyId, WrappedDek
+from virt_sse.plugins import PluginHost
+
+request = json.load(sys.stdin)
+config = dataclasses.replace(
+    Config.load(Path(request["root"])), provider_options={request["provider"]: request["options"]}
+)
+provider = PluginHost(config, [EntryPoint(*point) for point in request["entry_points"]]).key_provider(
+    request["provider"]
+)
+ciphertext, algorithm, key = request["wrapped"]
+disk_id, slot = request["context"]
+context = DekContext(UUID(disk_id), slot)
+dek = provider.unwrap(WrappedDek(bytes.fromhex(ciphertext), algorithm, KeyId(*key)), context=context)
+wrapped = provider.wrap(dek, provider.current_key(key[1]), context=context)
+json.dump([wrapped.ciphertext.hex(), wrapped.algorithm, dataclasses.astuple(wrapped.key)], sys.stdout)
