@@ -52,6 +52,22 @@ KEY_PROVIDER = """
         register("{name}", lambda: Provider)
 """
 
+LAYER = """
+    from virt_sse.hookspecs import hookimpl
+    from virt_sse.layers import EncryptionLayer, EncryptionType, LayerPlan
+
+    class Layer(EncryptionLayer):
+        name = "{name}"
+        encryption_types = frozenset({{EncryptionType.CUSTOMER_KEY}})
+
+        def plan(self, key):
+            return LayerPlan(deks=(), stages=())
+
+    @hookimpl
+    def virt_sse_register_encryption_layers(register):
+        register("{name}", lambda: Layer)
+"""
+
 InstallPlugin = Callable[[str, str], EntryPoint]
 
 
@@ -107,26 +123,11 @@ def test_virt_sse_register_key_providers(tmp_path: Path, install: InstallPlugin)
 
 
 def test_virt_sse_register_encryption_layers(tmp_path: Path, install: InstallPlugin) -> None:
-    source = """
-        from virt_sse.hookspecs import hookimpl
-        from virt_sse.layers import EncryptionLayer, EncryptionType, LayerPlan
-
-        class Layer(EncryptionLayer):
-            name = "ours"
-            encryption_types = frozenset({EncryptionType.CUSTOMER_KEY})
-
-            def plan(self, key):
-                return LayerPlan(deks=(), stages=())
-
-        @hookimpl
-        def virt_sse_register_encryption_layers(register):
-            register("ours", lambda: Layer)
-    """
-    host = make_host(tmp_path, install("ours", source))
+    host = make_host(tmp_path, install("ours", LAYER.format(name="ours")))
     assert host.broken == []
     assert host.encryption_layer_names() == ["ours"]
     assert host.encryption_layer(EncryptionType.CUSTOMER_KEY).name == "ours"
-    with pytest.raises(ConfigError, match="no encryption layer serves EncryptionAtRestWithPlatformKey"):
+    with pytest.raises(ConfigError, match="no encryption layers serve EncryptionAtRestWithPlatformKey"):
         host.encryption_layer(EncryptionType.PLATFORM_KEY)
 
 
@@ -352,6 +353,38 @@ def test_a_policy_that_crashes_is_a_refusal(tmp_path: Path, install: InstallPlug
     with pytest.raises(PolicyError, match="policy plugin 'our-policy' failed: AttributeError: ") as caught:
         host.validate(operation(tmp_path))
     assert isinstance(caught.value.__cause__, AttributeError)
+
+
+def test_a_policy_that_answers_instead_of_raising_is_a_refusal(
+    tmp_path: Path, install: InstallPlugin
+) -> None:
+    source = """
+        from virt_sse.hookspecs import hookimpl
+
+        @hookimpl
+        def virt_sse_validate(operation):
+            return False
+    """
+    with pytest.raises(PolicyError, match="'ours' answered"):
+        make_host(tmp_path, install("ours", source)).validate(operation(tmp_path))
+
+
+def test_two_layers_for_one_encryption_type_are_refused(tmp_path: Path, install: InstallPlugin) -> None:
+    host = make_host(
+        tmp_path, install("one", LAYER.format(name="one")), install("two", LAYER.format(name="two"))
+    )
+    with pytest.raises(ConfigError, match="2 encryption layers") as caught:
+        host.encryption_layer(EncryptionType.CUSTOMER_KEY)
+    assert caught.value.hint == "these do: one, two"
+
+
+def test_a_layer_that_does_not_load_costs_the_others_nothing(tmp_path: Path, install: InstallPlugin) -> None:
+    broken = LAYER.format(name="aaa").replace("lambda: Layer", "lambda: 1 / 0")
+    host = make_host(tmp_path, install("aaa", broken), install("ours", LAYER.format(name="ours")))
+    assert host.encryption_layer(EncryptionType.CUSTOMER_KEY).name == "ours"
+    with pytest.raises(ConfigError) as caught:
+        host.encryption_layer(EncryptionType.PLATFORM_KEY)
+    assert "'aaa': encryption layer 'aaa' does not load" in str(caught.value.hint)
 
 
 def test_a_required_plugin_that_is_there(tmp_path: Path, install: InstallPlugin) -> None:
