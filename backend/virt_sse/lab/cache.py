@@ -1,0 +1,43 @@
+"""What the lab keeps between runs: built guests, libvirt's knowledge of QEMU, what acceleration works.
+
+All of it can be deleted at any time; the next run makes it anew.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def cache_directory() -> Path:
+    """``VIRT_SSE_LAB_CACHE``, else ``virt-sse/lab`` in the XDG cache directory; exists afterwards."""
+    chosen = os.environ.get("VIRT_SSE_LAB_CACHE")
+    xdg = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    directory = Path(chosen) if chosen else xdg / "virt-sse/lab"
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+@contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Let one process at a time work on the cached thing *name*; the others wait."""
+    with (cache_directory() / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write *path* so that others see the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(descriptor, "wb") as file:  # noqa: PTH123 -- a descriptor
+            file.write(content)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink()
+        raise

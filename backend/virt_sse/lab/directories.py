@@ -1,0 +1,87 @@
+"""The throw-away directories of lab hosts: made, locked, swept.
+
+A directory is flock'ed for as long as its lab host lives; the kernel drops the lock however that ends.
+One that can be locked was left by a killed run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from virt_sse.errors import LabError
+
+PREFIX = "virt-sse-lab-"
+_LONGEST_SOCKET = 40
+"""Room for a socket's path below a directory, of the 107 bytes an ``AF_UNIX`` address holds (unix(7))."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabDirectory:
+    """:ivar lock: a descriptor; the lock lasts until the last copy of it is closed."""
+
+    path: Path
+    lock: int
+
+    def remove(self) -> None:
+        """Remove the directory with all in it, and let go of the lock."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self.lock)
+
+
+def create(base: Path) -> LabDirectory:
+    """Make and lock a new directory below *base*; mode 0711, since QEMU's own user passes through.
+
+    :raise LabError: When *base* is too long for the sockets below it, hidden by a lab host's own mounts,
+        or cannot be written.
+    """
+    base = base.resolve()
+    if any(base.is_relative_to(hidden) for hidden in ("/run", "/var/lib/libvirt", "/etc/libvirt")):
+        raise LabError(f"a lab host cannot lie in {base}: it mounts its own over that")
+    if len(os.fsencode(base)) + len(f"/{PREFIX}xxxxxxxx/") + _LONGEST_SOCKET > 107:
+        raise LabError(f"{base} is too long a path for the Unix sockets of a lab host")
+    while True:
+        try:
+            path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+        except OSError as exc:
+            raise LabError(f"cannot make a lab host's directory in {base}: {exc.strerror}") from exc
+        lock = _lock(path)
+        if lock is not None:
+            path.chmod(0o711)
+            return LabDirectory(path, lock)
+        # Another process swept it in the instant before it was locked.
+
+
+def sweep(base: Path) -> list[Path]:
+    """Remove what killed runs of this user left in *base*.
+
+    :return: what was removed.
+    """
+    removed = []
+    for path in sorted(base.glob(f"{PREFIX}*")):
+        lock = _lock(path)
+        if lock is not None:
+            LabDirectory(path, lock).remove()
+            removed.append(path)
+    return removed
+
+
+def _lock(path: Path) -> int | None:
+    """Lock the directory *path*; ``None`` when it is another's, held, or gone."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        opened, present = os.fstat(descriptor), path.lstat()
+        if opened.st_uid == os.geteuid() and os.path.samestat(opened, present):
+            return descriptor
+    except OSError:
+        pass
+    os.close(descriptor)
+    return None

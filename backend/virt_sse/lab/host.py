@@ -1,0 +1,294 @@
+"""A private libvirt host."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Self, cast
+
+from virt_sse.errors import LabError, LabUnavailableError
+from virt_sse.lab import cache, directories, supervisor
+from virt_sse.lab.requirements import SYSTEM_PATH, require, require_root
+
+if TYPE_CHECKING:
+    import libvirt
+
+QEMU_USER, QEMU_GROUP = "libvirt-qemu", "kvm"
+"""As whom Debian's and Ubuntu's libvirt runs QEMU."""
+
+_DRIVERS = ("qemu", "secret", "storage")
+"""libvirt's drivers that a lab host loads. The network ones would reach for firewall, D-Bus and dnsmasq."""
+
+_CAPABILITIES = "var/cache/libvirt/qemu/capabilities"
+_START_TIMEOUT = 30.0
+_STOP_TIMEOUT = 30.0
+_LIBVIRTD_PID = "run/libvirt/libvirtd.pid"
+
+_LIBVIRTD_CONF = """\
+host_uuid = "{host_uuid}"
+listen_tls = 0
+listen_tcp = 0
+unix_sock_rw_perms = "0700"
+auth_unix_ro = "none"
+auth_unix_rw = "none"
+log_outputs = "3:file:/var/log/libvirt/libvirtd.log"
+"""
+
+# AppArmor and huge pages are the machine's: libvirt would leave profiles and folders there.
+_QEMU_CONF = """\
+security_driver = "none"
+hugetlbfs_mount = []
+"""
+
+
+class LabHost:
+    """A libvirt host of one's own: libvirtd and virtlogd in their own mount, UTS and PID namespaces.
+
+    Its directory is what the product calls ``VIRT_SSE_ROOT``: inside, its ``etc/libvirt``,
+    ``var/lib/libvirt``, ``var/log/libvirt``, ``var/cache/libvirt`` and ``run`` lie over the machine's.
+    Nothing is written elsewhere. When the process that started it ends, also by ``kill -9``, all its
+    processes end with it; the directory goes with :meth:`stop`, or with the next start after a kill.
+
+    As on any host, libvirtd looks for hooks only when it starts. ``etc/libvirt/hooks/qemu.d`` is there, but
+    empty: after the first hook has been put into it, :meth:`restart_libvirtd` is needed; a second one is then
+    found without. libvirtd hands a hook PATH and HOME, not ``VIRT_SSE_ROOT``.
+    """
+
+    def __init__(self, name: str | None = None, *, base: Path = Path("/tmp")) -> None:  # noqa: S108
+        """Prepare a host; nothing happens before :meth:`start`.
+
+        :param name: default a random one.
+        :param base: where its directory is made; QEMU's user must be able to pass through it.
+        """
+        self.name = name if name is not None else f"lab-{uuid.uuid4().hex[:8]}"
+        self._base = base
+        self._lab_directory: directories.LabDirectory | None = None
+        self._process: subprocess.Popen[str] | None = None
+
+    def __repr__(self) -> str:
+        return f"LabHost({self.name!r}, {'running' if self._process else 'stopped'})"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def directory(self) -> Path:
+        """What all of it lies in; there only while the host runs.
+
+        :raise LabError: When it does not.
+        """
+        if self._lab_directory is None:
+            raise LabError(f"lab host {self.name} does not run")
+        return self._lab_directory.path
+
+    @property
+    def root(self) -> Path:
+        """The directory, by the name it has as ``VIRT_SSE_ROOT``."""
+        return self.directory
+
+    @property
+    def images(self) -> Path:
+        """A folder for disk images; QEMU's user may write there."""
+        return self.directory / "images"
+
+    @property
+    def uri(self) -> str:
+        """Where its libvirtd answers, on this machine."""
+        return f"qemu+unix:///system?socket={self.directory}/run/libvirt/libvirt-sock"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """This process's environment, pointed at the host: what the product and ``virsh`` are run with."""
+        return os.environ | {"VIRT_SSE_ROOT": str(self.root), "LIBVIRT_DEFAULT_URI": self.uri}
+
+    def start(self) -> None:
+        """Sweep what killed runs left, then start the host; done when libvirtd answers.
+
+        :raise LabUnavailableError: When the machine lacks a tool or a right; says which.
+        :raise LabError: When a daemon does not start; a note carries the end of its log.
+        """
+        require_root()
+        require(
+            "libvirtd", "virtlogd", "virsh", "qemu-system-x86_64", "unshare", "nsenter", "mount", "umount"
+        )
+        if self._process is not None:
+            raise LabError(f"lab host {self.name} runs already")
+        directories.sweep(self._base)
+        self._lab_directory = directories.create(self._base)
+        try:
+            self._lay_out()
+            self._start_supervisor(self._lab_directory)
+            self.run(["virtlogd", "--daemon"], check=True)
+            self._start_libvirtd()
+        except BaseException as exc:
+            for note in self._log_tail():
+                exc.add_note(note)
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Kill all processes of the host and remove its directory. Does nothing when it does not run."""
+        process, self._process = self._process, None
+        if process is not None:
+            try:
+                process.communicate("stop", timeout=_STOP_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                process.kill()  # unshare's --kill-child takes the namespace along
+                process.communicate()
+        directory, self._lab_directory = self._lab_directory, None
+        if directory is not None:
+            directory.remove()
+
+    def connect(self) -> libvirt.virConnect:
+        """A new connection to the host's libvirtd; the caller closes it.
+
+        :raise libvirt.libvirtError: When libvirtd does not answer.
+        """
+        import libvirt
+
+        return libvirt.open(self.uri)
+
+    def restart_libvirtd(self) -> None:
+        """End libvirtd and start it again; guests run on, connections break.
+
+        :raise LabError: When it does not start.
+        """
+        pid = (self.directory / _LIBVIRTD_PID).read_text().strip()
+        self.run(["sh", "-c", 'kill -TERM "$1"; while kill -0 "$1" 2>&-; do sleep 0.02; done', "sh", pid])
+        self._start_libvirtd()
+
+    def command(self, argv: Sequence[str | Path]) -> list[str]:
+        """The argument vector that runs *argv* inside the host's namespaces.
+
+        Killing the process it becomes does not kill *argv*, which runs in another PID namespace.
+        """
+        if self._process is None:
+            raise LabError(f"lab host {self.name} does not run")
+        namespaces = f"/proc/{self._process.pid}/ns"
+        return [
+            "nsenter",
+            f"--mount={namespaces}/mnt",
+            f"--uts={namespaces}/uts",
+            f"--pid={namespaces}/pid_for_children",
+            "--",
+            *map(str, argv),
+        ]
+
+    def run(
+        self,
+        argv: Sequence[str | Path],
+        *,
+        input: str | None = None,  # noqa: A002 -- subprocess.run's word
+        env: Mapping[str, str] | None = None,
+        check: bool = False,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command inside the host and wait for it.
+
+        :param input: its standard input; default none.
+        :param env: what its environment has besides :attr:`environment`.
+        :param check: whether a status other than 0 is an error.
+        :raise LabError: When *check* is set and the command fails; holds its last line.
+        """
+        result = subprocess.run(
+            self.command(argv),
+            input=input if input is not None else "",
+            capture_output=True,
+            text=True,
+            check=False,
+            env=self.environment
+            | {"PATH": f"{os.environ.get('PATH', os.defpath)}:{SYSTEM_PATH}"}
+            | dict(env or {}),
+        )
+        if check and result.returncode != 0:
+            said = (result.stderr or result.stdout).strip().splitlines() or ["nothing said"]
+            raise LabError(f"{argv[0]} on lab host {self.name} exited {result.returncode}: {said[-1]}")
+        return result
+
+    def virsh(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run ``virsh`` on the host, as :meth:`run` does, and by default insist that it succeeds."""
+        return self.run(["virsh", *arguments], check=check)
+
+    def _lay_out(self) -> None:
+        for name in (*supervisor.BINDS, "dev", "drivers", "images", "run/lock", "etc/libvirt/hooks/qemu.d"):
+            (self.directory / name).mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.chown(self.images, QEMU_USER, QEMU_GROUP)
+        except LookupError as exc:
+            raise LabUnavailableError(
+                f"the lab needs user {QEMU_USER} and group {QEMU_GROUP}",
+                hint="apt-get install libvirt-daemon-system",
+            ) from exc
+        etc = self.directory / "etc/libvirt"
+        (etc / "libvirtd.conf").write_text(_LIBVIRTD_CONF.format(host_uuid=uuid.uuid4()))
+        (etc / "qemu.conf").write_text(_QEMU_CONF)
+        for name in _DRIVERS:
+            for module in Path("/usr/lib").glob(f"*/libvirt/connection-driver/libvirt_driver_{name}.so"):
+                (self.directory / "drivers" / module.name).symlink_to(module)
+        # Asking QEMU takes libvirt over a second; it knows itself when what it has learnt is out of date.
+        for known in cache.cache_directory().glob("capabilities/*.xml"):
+            cache.replace(self.directory / _CAPABILITIES / known.name, known.read_bytes())
+
+    def _start_supervisor(self, directory: directories.LabDirectory) -> None:
+        """Make the namespaces; done when all is mounted.
+
+        The owner is watched by its pidfd, which becomes readable when the process ends. A parent-death
+        signal would fire when merely the starting thread ends, and a pipe would be held open by forks.
+        """
+        owner = os.pidfd_open(os.getpid())
+        try:
+            process = subprocess.Popen(
+                [
+                    *("unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child", "--"),
+                    *(sys.executable, "-I", "-S", supervisor.__file__),
+                    *(str(directory.path), f"{self.name}.test", str(owner)),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                pass_fds=(owner, directory.lock),
+                start_new_session=True,  # Ctrl-C in the terminal is for the owner alone
+            )
+        finally:
+            os.close(owner)
+        output = cast("IO[str]", process.stdout)
+        poll = select.poll()
+        poll.register(output, select.POLLIN)
+        if poll.poll(_START_TIMEOUT * 1000) and output.readline() == "ready\n":
+            self._process = process
+            return
+        process.kill()
+        _, said = process.communicate()
+        last = said.strip().splitlines()[-1] if said.strip() else "no answer"
+        error = LabUnavailableError if "Operation not permitted" in said else LabError
+        raise error(f"cannot make the namespaces of lab host {self.name}: {last}")
+
+    def _start_libvirtd(self) -> None:
+        """Start it and wait until it answers, which is when all its drivers are there."""
+        drivers = self.directory / "drivers"
+        env = {"LIBVIRT_DRIVER_DIR": str(drivers)} if any(drivers.iterdir()) else {}
+        self.run(["libvirtd", "--daemon", "--pid-file", f"/{_LIBVIRTD_PID}"], env=env, check=True)
+        self.virsh("version")
+        for learnt in (self.directory / _CAPABILITIES).glob("*.xml"):
+            known = cache.cache_directory() / "capabilities" / learnt.name
+            content = learnt.read_bytes()
+            if not known.exists() or known.read_bytes() != content:
+                cache.replace(known, content)
+
+    def _log_tail(self) -> list[str]:
+        log = self.directory / "var/log/libvirt/libvirtd.log"
+        try:
+            lines = log.read_text(errors="replace").splitlines()[-20:]
+        except FileNotFoundError:
+            return []
+        return ["libvirtd's log ends:", *lines] if lines else []

@@ -1,0 +1,107 @@
+"""The lab as pytest fixtures. A test that asks for what the machine lacks is skipped, saying what that is.
+
+``lab_host``, ``second_lab_host``
+    running :class:`virt_sse.lab.host.LabHost`, one each for the whole session
+``acceleration``
+    :func:`virt_sse.lab.acceleration.probe`
+``boot_sector``
+    the boot-sector guest's image; copy or import it
+``linux_micro``
+    the linux-micro guest, a :class:`virt_sse.lab.recipes.LinuxMicro`
+
+The summary at the end says which guest ran under which acceleration. Nothing heavy is imported before a
+fixture is used, since pytest loads this module in every project that virt-sse is installed beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from virt_sse.lab.acceleration import Acceleration, GuestName
+    from virt_sse.lab.host import LabHost
+    from virt_sse.lab.recipes import LinuxMicro
+
+_USED = pytest.StashKey[dict[str, str]]()
+
+
+@contextmanager
+def _skip_if_unavailable() -> Iterator[None]:
+    from virt_sse.errors import LabUnavailableError
+
+    try:
+        yield
+    except LabUnavailableError as exc:
+        pytest.skip(f"{exc}; {exc.hint}" if exc.hint else str(exc))
+
+
+def _running_host() -> Iterator[LabHost]:
+    from virt_sse.lab.host import LabHost
+
+    host = LabHost()
+    with _skip_if_unavailable():
+        host.start()
+    try:
+        yield host
+    finally:
+        host.stop()
+
+
+@pytest.fixture(scope="session")
+def lab_host() -> Iterator[LabHost]:
+    """A running lab host, shared by the session's tests."""
+    yield from _running_host()
+
+
+@pytest.fixture(scope="session")
+def second_lab_host() -> Iterator[LabHost]:
+    """Another one beside it, for what needs two."""
+    yield from _running_host()
+
+
+@pytest.fixture(scope="session")
+def acceleration(pytestconfig: pytest.Config) -> Callable[[GuestName], Acceleration]:
+    """How a guest runs on this machine, by its name."""
+    from virt_sse.lab.acceleration import probe
+
+    used = pytestconfig.stash.setdefault(_USED, {})
+
+    def probe_or_skip(guest: GuestName) -> Acceleration:
+        with _skip_if_unavailable():
+            found = probe(guest)
+        used[guest] = str(found)
+        return found
+
+    return probe_or_skip
+
+
+@pytest.fixture(scope="session")
+def boot_sector() -> Path:
+    """The raw image of the boot-sector guest."""
+    from virt_sse.lab.recipes import boot_sector_image
+
+    with _skip_if_unavailable():
+        return boot_sector_image()
+
+
+@pytest.fixture(scope="session")
+def linux_micro() -> LinuxMicro:
+    """The kernel and initramfs of the linux-micro guest."""
+    from virt_sse.lab.recipes import linux_micro as built_linux_micro
+
+    with _skip_if_unavailable():
+        return built_linux_micro()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what acceleration the lab's guests had."""
+    used = terminalreporter.config.stash.get(_USED, {})
+    if used:
+        terminalreporter.section("virt-sse lab")
+        for line in used.values():
+            terminalreporter.line(line)
