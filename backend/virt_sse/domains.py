@@ -100,19 +100,6 @@ class Domains:
             raise ImageError(f"{disk.path} is the image of another disk than {disk.name!r}")
         return disk
 
-    def release(self, xml: str) -> None:
-        """Take the DEKs of the domain's disks back from libvirt, after it has ended.
-
-        A disk that another running domain shares stays open there: QEMU has its key already.
-
-        :raise LibvirtError: When libvirt cannot be reached.
-        """
-        uses = domain_xml.our_disks(xml)
-        if uses:
-            with connected(self._uri) as connection:
-                for use in uses:
-                    drop_secret(connection, use.disk_id, use.slot)
-
     def reconnect(self, name: str, xml: str) -> None:
         """Give libvirt, which has been restarted, the DEKs of a running domain's disks again.
 
@@ -223,7 +210,7 @@ class Domains:
 def _lookup(connection: libvirt.virConnect, name: str) -> libvirt.virDomain:
     try:
         return connection.lookupByName(name)
-    except libvirt.libvirtError as exc:
+    except (libvirt.libvirtError, UnicodeEncodeError) as exc:
         raise LibvirtError(f"no domain {name!r}: {exc}") from exc
 
 

@@ -15,12 +15,16 @@ from pathlib import Path
 
 from virt_sse.libvirt.references import PREFIX
 
+_EVENTS = ("prepare", "release", "reconnect")
+"""A domain is about to start; it has ended; libvirtd was restarted and has found it running."""
+
 _SCRIPT = """\
 #!/bin/sh
 # Installed by 'virt-sse host init'.
 # Brings libvirt the keys of a domain's encrypted disks, and takes them away when the domain has ended.
 xml=$(cat)
-case $xml in *"usage='{prefix}"*) ;; *) exit 0 ;; esac
+case $2 in {events}) ;; *) exit 0 ;; esac
+case $xml in *"usage='{prefix}"* | *'usage="{prefix}'*) ;; *) exit 0 ;; esac
 {environment}\
 if [ -x {python} ]; then
     printf '%s\\n' "$xml" | {python} -I -m {module} "$@" && exit 0
@@ -39,7 +43,11 @@ def script(environment: dict[str, str]) -> str:
     """
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(environment.items()))
     return _SCRIPT.format(
-        prefix=PREFIX, environment=exports, python=shlex.quote(sys.executable), module="virt_sse.libvirt.hook"
+        events=" | ".join(_EVENTS),
+        prefix=PREFIX,
+        environment=exports,
+        python=shlex.quote(sys.executable),
+        module="virt_sse.libvirt.hook",
     )
 
 
@@ -62,25 +70,32 @@ def install(path: Path, environment: dict[str, str]) -> bool:
 
 def main() -> int:
     """Serve one event: arguments as libvirt gives them to a hook, the domain's XML on standard input."""
-    _, domain, operation, *_ = sys.argv
+    _, domain, event, *_ = sys.argv
     xml = sys.stdin.read()
-    if operation not in ("prepare", "release", "reconnect"):
-        return 0
-    from virt_sse.backend import Backend
     from virt_sse.errors import VirtSseError, report
 
     try:
-        with Backend.open() as backend:
-            if operation == "prepare":
-                backend.domains.prepare(domain, xml)
-            elif operation == "reconnect":
-                backend.domains.reconnect(domain, xml)
-            else:
-                backend.domains.release(xml)
+        _serve(event, domain, xml)
     except VirtSseError as exc:
         report(exc)
         return 1
     return 0
+
+
+def _serve(event: str, domain: str, xml: str) -> None:
+    if event == "release":  # without the store, which takes most of the time to load
+        from virt_sse.config import Config
+        from virt_sse.libvirt.secrets import drop_secrets_of
+
+        drop_secrets_of(Config.load().libvirt_uri, xml)
+    elif event in _EVENTS:
+        from virt_sse.backend import Backend
+
+        with Backend.open() as backend:
+            if event == "prepare":
+                backend.domains.prepare(domain, xml)
+            else:
+                backend.domains.reconnect(domain, xml)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from html import escape
 from uuid import UUID
 
 import libvirt
 
 from virt_sse.keys import Dek
+from virt_sse.libvirt.connection import connected
+from virt_sse.libvirt.domain_xml import our_disks
 from virt_sse.libvirt.references import secret_uuid, usage
 
 
@@ -36,25 +36,21 @@ def drop_secret(connection: libvirt.virConnect, disk_id: UUID, slot: str) -> Non
 
     :raise libvirt.libvirtError: When libvirt fails.
     """
-    with _absent_is_fine():
-        connection.secretLookupByUUID(secret_uuid(disk_id, slot).bytes).undefine()
-
-
-def has_secret(connection: libvirt.virConnect, disk_id: UUID, slot: str) -> bool:
-    """Whether libvirt holds the DEK in *slot* of a disk.
-
-    :raise libvirt.libvirtError: When libvirt fails.
-    """
-    with _absent_is_fine():
-        connection.secretLookupByUUID(secret_uuid(disk_id, slot).bytes)
-        return True
-    return False
-
-
-@contextlib.contextmanager
-def _absent_is_fine() -> Iterator[None]:
     try:
-        yield
+        connection.secretLookupByUUID(secret_uuid(disk_id, slot).bytes).undefine()
     except libvirt.libvirtError as exc:
         if exc.get_error_code() != libvirt.VIR_ERR_NO_SECRET:
             raise
+
+
+def drop_secrets_of(uri: str, xml: str) -> None:
+    """Take the DEKs of the disks of the domain *xml* back from the libvirt at *uri*, after it has ended.
+
+    A disk that another running domain shares stays open there: QEMU has its key already.
+
+    :raise InvalidValueError: When the XML makes no sense.
+    :raise LibvirtError: When libvirt does not answer or fails.
+    """
+    with connected(uri) as connection:
+        for use in our_disks(xml):
+            drop_secret(connection, use.disk_id, use.slot)

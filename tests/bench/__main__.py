@@ -1,0 +1,144 @@
+"""``python tests/bench``: how fast virt-sse is, as ratios to something that is measured in the same run.
+
+A target that is missed is marked and is no failure; the exit status is 1 when something could not be measured
+because of an error. What the machine lacks the tools for is left out, and said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NoReturn
+
+import command
+import create
+import data
+import domain
+import hook
+import machine
+import rewrap
+import virt_sse
+from measurement import Bench, Row, Run
+from virt_sse.cli.output import OutputFormat, print_rows
+from virt_sse.errors import LabUnavailableError, VirtSseError, report
+from virt_sse.lab import directories
+
+BENCHES: Mapping[str, Bench] = {
+    "create": create.measure,
+    "domain": domain.measure,
+    "hook": hook.measure,
+    "command": command.measure,
+    "data": data.measure,
+    "rewrap": rewrap.measure,
+}
+
+
+@dataclass(slots=True)
+class Results:
+    """:ivar skipped: by benchmark, what the machine lacks for it.
+    :ivar failed: by benchmark, why it could not be measured.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
+    began, clock = datetime.now(UTC), time.monotonic()
+    try:
+        with _scratch() as scratch:
+            facts = machine.facts(scratch)
+            results = _measure(arguments.only or list(BENCHES), Run(arguments.quick, scratch))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    took = time.monotonic() - clock
+
+    _print(results, facts, took)
+    document = {
+        "version": virt_sse.__version__,
+        "began": began.isoformat(timespec="seconds"),
+        "seconds": round(took, 1),
+        "quick": arguments.quick,
+        "machine": facts,
+        "rows": [row.as_json() for row in results.rows],
+        "skipped": results.skipped,
+        "failed": results.failed,
+    }
+    arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+    return 1 if results.failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python tests/bench", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer samples, less data; about a minute")
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=BENCHES,
+        metavar="NAME",
+        help=f"one of {', '.join(BENCHES)}; repeatable",
+    )
+    parser.add_argument(
+        "--json", type=Path, default=Path("bench-results.json"), metavar="PATH", help="default %(default)s"
+    )
+    return parser
+
+
+def _end(number: int, _frame: object) -> NoReturn:
+    """Unwind, so that what was started is ended."""
+    sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for the run. One that a killed run left is swept with the lab's."""
+    base = Path(tempfile.gettempdir())
+    directories.sweep(base)
+    directory = directories.create(base)
+    try:
+        yield directory.path
+    finally:
+        directory.remove()
+
+
+def _measure(names: Sequence[str], run: Run) -> Results:
+    results = Results()
+    for name in names:
+        print(f"measuring {name} ...", file=sys.stderr, flush=True)
+        try:
+            results.rows.extend(BENCHES[name](run))
+        except LabUnavailableError as exc:
+            results.skipped[name] = str(exc)
+        except VirtSseError as exc:
+            report(exc)
+            results.failed[name] = str(exc)
+    return results
+
+
+def _print(results: Results, facts: Mapping[str, object], took: float) -> None:
+    print("\n".join(f"{name.replace('_', ' ')}: {fact}" for name, fact in facts.items()), end="\n\n")
+    rows = [row.as_cells() for row in results.rows]
+    if rows:
+        print_rows(rows, list(rows[0]), OutputFormat.TABLE)
+        print("\nratio: how many times as fast as the peer, so 2x is twice as fast and 0.5x half as fast")
+    for state, reasons in (("skipped", results.skipped), ("failed", results.failed)):
+        for name, reason in reasons.items():
+            print(f"{state}: {name}: {reason}")
+    print(f"{took:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

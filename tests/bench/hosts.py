@@ -1,0 +1,50 @@
+"""Backends of the benchmark's own, which know nothing of the machine's libvirt."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+from virt_sse.backend import Backend
+from virt_sse.config import Config
+from virt_sse.disks import Disk
+from virt_sse.keys import Dek
+from virt_sse.lab.host import LabHost
+
+
+@contextlib.contextmanager
+def private_backend(root: Path) -> Iterator[Backend]:
+    """A backend under *root*, a new folder, with a keyring and without any libvirt."""
+    root.mkdir()
+    config = dataclasses.replace(
+        Config.load(root),
+        libvirt_uri=f"qemu+unix:///system?socket={root}/none",
+        disk_directory=root / "disks",
+    )
+    config.disk_directory.mkdir()
+    with Backend(config) as backend:
+        backend.init_host()
+        yield backend
+
+
+@contextlib.contextmanager
+def prepared_host() -> Iterator[tuple[LabHost, Backend]]:
+    """A lab host after ``virt-sse host init``, whose libvirtd runs our hook, and its backend.
+
+    :raise LabUnavailableError: When the machine lacks what a lab host needs.
+    """
+    with LabHost() as host:
+        config = dataclasses.replace(Config.load(host.root), libvirt_uri=host.uri, disk_directory=host.images)
+        with Backend(config) as backend:
+            backend.init_host()
+            host.restart_libvirtd()
+            yield host, backend
+
+
+def dek_of(backend: Backend, disk: Disk) -> Dek:
+    """The DEK that opens the disk's image."""
+    (entry,) = disk.deks
+    provider = backend.plugins.key_provider(entry.wrapped.key.provider)
+    return provider.unwrap(entry.wrapped, context=disk.context(entry.slot))

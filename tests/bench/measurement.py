@@ -1,0 +1,167 @@
+"""What a benchmark measures: rows of ours against a peer, and how time is taken."""
+
+from __future__ import annotations
+
+import enum
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+
+class Unit(enum.Enum):
+    """What a number counts. Of seconds fewer are better, of everything else more."""
+
+    SECONDS = "s"
+    MIB_PER_SECOND = "MiB/s"
+    DISKS_PER_SECOND = "disks/s"
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """:ivar samples: what *value* is the median of, in the order in which they were taken; may be none."""
+
+    value: float
+    unit: Unit
+    samples: tuple[float, ...] = ()
+
+    @classmethod
+    def median(cls, samples: Sequence[float], unit: Unit = Unit.SECONDS) -> Self:
+        """The median of *samples*, of which there is at least one."""
+        return cls(statistics.median(samples), unit, tuple(samples))
+
+    def __str__(self) -> str:
+        if self.unit is not Unit.SECONDS:
+            return f"{self.value:.0f} {self.unit.value}"
+        return f"{self.value:.2f} s" if self.value >= 1 else f"{self.value * 1000:.1f} ms"
+
+    def as_json(self) -> dict[str, object]:
+        return {"value": self.value, "unit": self.unit.value, "samples": list(self.samples)}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """How good a row should be. It is information: to miss it is no error.
+
+    :ivar seconds: the most that ours should take.
+    :ivar ratio: the least that the ratio should be.
+    """
+
+    seconds: float | None = None
+    ratio: float | None = None
+
+    def __str__(self) -> str:
+        parts = []
+        if self.seconds is not None:
+            parts.append(f"<= {self.seconds * 1000:.0f} ms")
+        if self.ratio is not None:
+            parts.append(f">= {self.ratio:g}x")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table.
+
+    :ivar name: its identity from run to run, e.g. ``create/qcow2``.
+    :ivar what: what is measured, for a reader.
+    :ivar peer_name: what *peer* is.
+    :ivar details: more numbers of the same measurement; a name says its number's unit.
+    """
+
+    name: str
+    what: str
+    ours: Measurement
+    peer: Measurement | None = None
+    peer_name: str = ""
+    target: Target | None = None
+    details: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times as fast as the peer ours is; over 1 is faster, whatever the unit."""
+        if self.peer is None or not self.peer.value or not self.ours.value:
+            return None
+        quotient = self.ours.value / self.peer.value
+        return 1 / quotient if self.ours.unit is Unit.SECONDS else quotient
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is met; ``None`` when there is none."""
+        if self.target is None:
+            return None
+        slow = self.target.seconds is not None and self.ours.value > self.target.seconds
+        behind = self.target.ratio is not None and (self.ratio is None or self.ratio < self.target.ratio)
+        return not (slow or behind)
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "name": self.name,
+            "what": self.what,
+            "ours": self.ours.as_json(),
+            "peer": {"name": self.peer_name, **self.peer.as_json()} if self.peer else None,
+            "ratio": self.ratio,
+            "target": {"seconds": self.target.seconds, "ratio": self.target.ratio} if self.target else None,
+            "met": self.met,
+            "details": dict(self.details),
+        }
+
+    def as_cells(self) -> dict[str, object]:
+        """Its cells in the table."""
+        missed = "  MISSED" if self.met is False else ""
+        return {
+            "what": self.what,
+            "ours": self.ours,
+            "peer": self.peer,
+            "ratio": None if self.ratio is None else f"{self.ratio:.2f}x",
+            "target": f"{self.target}{missed}" if self.target else None,
+            "peer is": self.peer_name,
+            "details": " ".join(f"{name}={_short(value)}" for name, value in self.details.items()),
+        }
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How this run measures.
+
+    :ivar quick: fewer samples, less data.
+    :ivar scratch: a folder for the run, removed at its end.
+    """
+
+    quick: bool
+    scratch: Path
+
+    def amount(self, usual: int, *, quick: int) -> int:
+        """How many, or how much, of something."""
+        return quick if self.quick else usual
+
+
+Bench = Callable[[Run], Iterator[Row]]
+"""A benchmark: yields its rows as it has them, and leaves nothing outside of the scratch folder.
+
+Raises :class:`~virt_sse.errors.LabUnavailableError` when the machine lacks what it needs.
+"""
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """How long *action* takes."""
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def alternate(count: int, *actions: Callable[[], object]) -> list[Measurement]:
+    """Time each of *actions* *count* times, in turns, so that all of them see the same weather.
+
+    Each runs once before that, untimed.
+    """
+    for action in actions:
+        action()
+    turns = [[seconds(action) for action in actions] for _ in range(count)]
+    return [Measurement.median(samples) for samples in zip(*turns, strict=True)]

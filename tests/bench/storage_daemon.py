@@ -1,0 +1,129 @@
+"""An image behind a ``qemu-storage-daemon``, exported over NBD, and fio to drive it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from virt_sse.errors import LabUnavailableError, ToolError
+from virt_sse.keys import Dek
+from virt_sse.qemu.process import passphrase_descriptor, run
+
+_START_SECONDS = 10.0
+_DEPTH = 16
+_EXPORT = "disk"
+
+
+def require_tools() -> None:
+    """:raise LabUnavailableError: When QEMU's storage daemon or fio is missing."""
+    for tool, package in (("qemu-storage-daemon", "qemu-system-common"), ("fio", "fio")):
+        if shutil.which(tool) is None:
+            raise LabUnavailableError(f"there is no {tool}", hint=f"apt-get install {package}")
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """A running daemon's export.
+
+    :ivar pid: the daemon's.
+    """
+
+    socket: Path
+    pid: int
+
+    def cpu_seconds(self) -> float:
+        """What the daemon has used so far, user and system (proc(5), ``/proc/PID/stat``)."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def exported(node: str, folder: Path, *, dek: Dek | None = None) -> Iterator[Export]:
+    """Export *node*, the storage daemon's ``--blockdev`` without its ``node-name``.
+
+    :param folder: where the socket lies, in a folder of its own that only we may enter.
+    :param dek: what the secret object ``dek`` is, if *node* names it; it goes through a pipe.
+    :raise ToolError: When the daemon does not start.
+    """
+    with contextlib.ExitStack() as stack:
+        private = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
+        secret, passed = [], []
+        if dek is not None:
+            passed = [stack.enter_context(passphrase_descriptor(dek.passphrase))]
+            secret = ["--object", f"secret,id=dek,file=/proc/self/fd/{passed[0]}"]
+        path = private / "nbd"
+        with (private / "stderr").open("w+") as said:
+            process = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", "--", "qemu-storage-daemon", *secret]
+                + ["--blockdev", f"node-name=disk,{node}", "--nbd-server", f"addr.type=unix,addr.path={path}"]
+                + ["--export", f"type=nbd,id=export,node-name=disk,name={_EXPORT},writable=on"],
+                stdin=subprocess.DEVNULL,
+                stderr=said,
+                pass_fds=passed,
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            _await(process, path, private / "stderr")
+        yield Export(path, process.pid)
+
+
+def _await(process: subprocess.Popen[bytes], path: Path, said: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            return
+        time.sleep(0.01)
+    raise ToolError(f"qemu-storage-daemon does not start: {said.read_text().strip() or 'nothing said'}")
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What fio does.
+
+    :ivar pattern: fio's ``rw``.
+    :ivar block: bytes a request.
+    """
+
+    pattern: str
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """:ivar cpu_seconds_per_gib: the storage daemon's."""
+
+    bytes_per_second: float
+    cpu_seconds_per_gib: float
+
+
+def drive(export: Export, load: Load, size: int, *, runtime: int | None) -> Throughput:
+    """Put *load* on the first *size* bytes of the export.
+
+    :param runtime: for so many seconds; default until each byte was written or read once.
+    :raise ToolError: When fio fails.
+    """
+    limit = ["--time_based", f"--runtime={runtime}"] if runtime else []
+    before = export.cpu_seconds()
+    report = run(
+        ["fio", "--name=bench", "--thread", "--output-format=json", "--ioengine=nbd"]
+        + [
+            f"--uri=nbd+unix:///{_EXPORT}?socket={export.socket}",
+            f"--rw={load.pattern}",
+            f"--bs={load.block}",
+        ]
+        + [f"--size={size}", f"--iodepth={_DEPTH}", "--refill_buffers", "--norandommap", *limit]
+    )
+    used = export.cpu_seconds() - before
+    (job,) = json.loads(report[report.index("{") :])["jobs"]  # its nbd engine greets before the JSON
+    side = job["write" if "write" in load.pattern else "read"]
+    return Throughput(side["bw_bytes"], used / (side["io_bytes"] / (1 << 30)))
