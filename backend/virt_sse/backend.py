@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Self
 
 from virt_sse import envelope
+from virt_sse.audit import AuditLog
 from virt_sse.config import Config
 from virt_sse.disks import Disk, check_name
 from virt_sse.domains import Domains
@@ -40,7 +41,7 @@ class Backend:
         self.plugins = plugins or PluginHost(config)
         self._store = Store(config.store_url)
         locks = DiskLocks(config.state_directory / "disks.lock")
-        wrapping = self._wrapping = Wrapping(self.plugins)
+        wrapping = self._wrapping = Wrapping(self.plugins, AuditLog.of_host(config))
         self._provisioning = Provisioning(self._store, self.plugins, wrapping, locks)
         self._transfer = Transfer(self.plugins, self._provisioning)
         self._rotation = Rotation(self._store, wrapping, locks)

@@ -63,7 +63,7 @@ class Config:
             or document.get("libvirt", {}).get("uri")
             or "qemu:///system"
         )
-        store = document.get("store", {}).get("url") or f"sqlite:///{root / 'var/lib/virt-sse/store.sqlite'}"
+        store = document.get("store", {}).get("url") or _sqlite_url(root / "var/lib/virt-sse/store.sqlite")
         return cls(
             root=root,
             store_url=store,
@@ -81,6 +81,11 @@ class Config:
         return self.root / "var/lib/virt-sse"
 
     @property
+    def log_directory(self) -> Path:
+        """The audit log; 0700."""
+        return self.root / "var/log/virt-sse"
+
+    @property
     def hook_path(self) -> Path:
         """The libvirt qemu hook that ``virt-sse host init`` installs."""
         return self.root / "etc/libvirt/hooks/qemu.d/virt-sse"
@@ -93,6 +98,11 @@ class Config:
     def key_provider(self, name: str) -> ProviderConfig:
         """What the provider *name* is made from."""
         return ProviderConfig(self.state_directory / name, self.provider_options.get(name, {}))
+
+
+def _sqlite_url(path: Path) -> str:
+    """SQLAlchemy's URL of an SQLite file; ``?`` and ``%`` have a meaning in it."""
+    return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")
 
 
 def _check(path: Path, document: Mapping[str, object]) -> None:

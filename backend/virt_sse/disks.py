@@ -11,6 +11,7 @@ from uuid import UUID
 
 from virt_sse.envelope import DekEntry, Envelope
 from virt_sse.errors import InvalidValueError
+from virt_sse.files import canonical
 from virt_sse.keys import DekContext, KeyRef
 from virt_sse.layers import EncryptionType
 from virt_sse.qemu.img import DiskFormat
@@ -19,6 +20,8 @@ SECTOR = 512
 MAX_SIZE = 64 << 40
 """64 TiB, the cloud's largest disk."""
 
+_UNFIT_FOR_PATH = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+"""What XML cannot hold, or is not UTF-8."""
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,78}[A-Za-z0-9_])?")
 _SIZE = re.compile(r"([0-9]{1,20})(?:([KMGT])(?:iB)?)?")
 _UNITS = {None: 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -88,6 +91,18 @@ def check_name(name: str) -> str:
             hint="1 to 80 letters, digits, '.', '_' and '-', beginning with a letter or digit",
         )
     return name
+
+
+def check_path(path: Path) -> Path:
+    """*path* as the store and domains name it, if an image may lie there.
+
+    :raise InvalidValueError: When a domain's XML cannot hold it: not UTF-8, or with control characters.
+    """
+    if _UNFIT_FOR_PATH.search(str(path)):
+        raise InvalidValueError(
+            f"{str(path)[:80]!r} is no path for an image", hint="no control characters, and UTF-8"
+        )
+    return canonical(path)
 
 
 def parse_size(text: str) -> int:

@@ -22,6 +22,7 @@ from virt_sse.errors import (
     LibvirtUnavailableError,
     VirtSseError,
 )
+from virt_sse.events import audit_context
 from virt_sse.files import canonical
 from virt_sse.keys import Dek
 from virt_sse.libvirt import domain_xml
@@ -73,7 +74,8 @@ class Domains:
             entry = disk.dek(use.slot)
         except KeyError:
             raise InvalidValueError(f"disk {disk.name!r} has no DEK in slot {use.slot!r}") from None
-        return self._wrapping.unwrap(entry.wrapped, context=disk.context(use.slot))
+        with audit_context(domain=domain):
+            return self._wrapping.unwrap(entry.wrapped, context=disk.context(use.slot))
 
     def _disk_of(self, use: domain_xml.DomainDisk) -> Disk:
         """The disk that a domain names, if that is what lies where the domain says."""

@@ -17,7 +17,6 @@ and then this one: a torn write leaves one whole, and a finished one leaves no c
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import hmac
 import json
@@ -41,6 +40,8 @@ _MAGIC = b"virt-sse"
 _VERSION = 1
 _PREFIX = struct.Struct(">8sHHQ")
 _DIGEST_BYTES = hashlib.sha256().digest_size
+_MAX_GENERATION = 2**31 - 1
+"""What the store's column holds."""
 _BODY_BYTES = SLOT_BYTES - _PREFIX.size - _DIGEST_BYTES
 
 
@@ -108,18 +109,28 @@ class Envelope:
         end = _PREFIX.size + length
         if not hmac.compare_digest(hashlib.sha256(slot[:end]).digest(), slot[end : end + _DIGEST_BYTES]):
             raise EnvelopeError("the envelope is damaged")
+        # The checksum is no signature: whoever can write to the image can have put anything here.
         try:
+            if not 0 < generation <= _MAX_GENERATION:
+                raise ValueError(f"generation {generation}")
             body = json.loads(slot[_PREFIX.size : end])
             return cls(
-                disk_id=UUID(body["disk"]),
-                name=body["name"],
+                disk_id=UUID(_text(body["disk"])),
+                name=_text(body["name"]),
                 encryption_type=EncryptionType(body["encryption-type"]),
-                created=datetime.fromisoformat(body["created"]),
+                created=datetime.fromisoformat(_text(body["created"])),
                 generation=generation,
                 deks=tuple(_dek_from_json(entry) for entry in body["deks"]),
             )
-        except (ValueError, KeyError, TypeError, InvalidValueError, binascii.Error) as exc:
+        except (ValueError, KeyError, TypeError, RecursionError, InvalidValueError) as exc:
             raise EnvelopeError(f"the envelope makes no sense: {exc}") from exc
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    value.encode()  # a ValueError for half a surrogate pair, which JSON can spell
+    return value
 
 
 def _dek_to_json(entry: DekEntry) -> dict[str, object]:
@@ -134,13 +145,13 @@ def _dek_to_json(entry: DekEntry) -> dict[str, object]:
 
 
 def _dek_from_json(entry: dict[str, object]) -> DekEntry:
-    provider, name, version = (str(part) for part in entry["key"])  # type: ignore[attr-defined] # TypeError above
+    provider, name, version = (_text(part) for part in entry["key"])  # type: ignore[attr-defined] # TypeError above
     return DekEntry(
-        slot=str(entry["slot"]),
-        cipher=Cipher.parse(str(entry["cipher"])),
+        slot=_text(entry["slot"]),
+        cipher=Cipher.parse(_text(entry["cipher"])),
         wrapped=WrappedDek(
-            ciphertext=base64.b64decode(str(entry["dek"]), validate=True),
-            algorithm=str(entry["alg"]),
+            ciphertext=base64.b64decode(_text(entry["dek"]), validate=True),
+            algorithm=_text(entry["alg"]),
             key=KeyId(provider, name, version),
         ),
     )

@@ -22,6 +22,11 @@
     │   ├── KeyOperationUnsupportedError
     │   ├── KeyProviderUnavailableError   no answer: says nothing about the key
     │   └── UnwrapError              altered, truncated, or made for another disk
+    ├── VaultError                   our own key vault cannot be made, opened, served or administered
+    │   ├── CredentialError          a credential file cannot be read, or is none
+    │   ├── PrincipalNotFoundError
+    │   └── PrincipalExistsError     the name is taken
+    ├── AuditError                   a key use cannot be recorded, or the log is not whole
     ├── StoreError
     ├── LibvirtError
     │   └── LibvirtUnavailableError  no libvirt daemon answers
@@ -131,6 +136,26 @@ class KeyProviderUnavailableError(KeyProviderError):
 
 class UnwrapError(KeyProviderError):
     """A wrapped DEK was altered or truncated, or was made for another disk or layer."""
+
+
+class VaultError(VirtSseError):
+    """Our own key vault cannot be made, opened, served or administered."""
+
+
+class CredentialError(VaultError):
+    """A credential file cannot be read or written, is open to others, or is none."""
+
+
+class PrincipalNotFoundError(VaultError):
+    """The vault knows no such principal, or does not show it to this caller."""
+
+
+class PrincipalExistsError(VaultError):
+    """The vault has a principal of that name already."""
+
+
+class AuditError(VirtSseError):
+    """A key use cannot be recorded, and is refused; or the audit log cannot be read, or is not whole."""
 
 
 class StoreError(VirtSseError):

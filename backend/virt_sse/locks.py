@@ -10,11 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID
 
-from virt_sse.errors import DiskInUseError
+from virt_sse.errors import DiskInUseError, StoreError
 from virt_sse.files import PRIVATE_FILE, private_folder
 
 _FLOCK = struct.Struct("hhqqi4x")
 """``struct flock`` of 64-bit Linux."""
+
+
+def is_locked(descriptor: int, start: int, length: int) -> bool:
+    """Whether anyone else holds a lock on a byte of the open file's range."""
+    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    kind, *_ = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked))
+    return bool(kind != fcntl.F_UNLCK)
 
 
 class DiskLocks:
@@ -31,9 +38,13 @@ class DiskLocks:
         """Keep every other command away from the disk.
 
         :raise DiskInUseError: When another command is at work on it.
+        :raise StoreError: When the file of locks cannot be made.
         """
-        private_folder(self._path.parent)
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
+        try:
+            private_folder(self._path.parent)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
+        except OSError as exc:
+            raise StoreError(f"cannot open {self._path}: {exc.strerror}") from exc
         try:
             byte = disk_id.int & ((1 << 62) - 1)
             try:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from virt_sse import envelope
-from virt_sse.disks import Disk, DiskState, check_name, check_size
+from virt_sse.disks import Disk, DiskState, check_name, check_path, check_size
 from virt_sse.envelope import DekEntry
 from virt_sse.errors import (
     DiskExistsError,
@@ -26,8 +28,9 @@ from virt_sse.errors import (
     EnvelopeError,
     ImageError,
     InvalidValueError,
+    VirtSseError,
 )
-from virt_sse.files import canonical, publish, sync_folder
+from virt_sse.files import publish, sync_folder
 from virt_sse.keys import Dek, DekContext, KeyRef
 from virt_sse.layers import EncryptionType
 from virt_sse.locks import DiskLocks
@@ -37,6 +40,8 @@ from virt_sse.qemu import img
 from virt_sse.qemu.img import DiskFormat
 from virt_sse.store import Store
 from virt_sse.wrapping import Wrapping
+
+_log = logging.getLogger(__name__)
 
 
 class Provisioning:
@@ -70,12 +75,12 @@ class Provisioning:
         """
         check_name(name)
         check_size(size)
-        path = canonical(path)
+        path = check_path(path)
         self._plugins.validate(CreateDisk(name, size, path, image_format, encryption_type, key))
         (spec,) = self._plugins.encryption_layer(encryption_type).plan(key).deks
         if os.path.lexists(path):
             raise DiskExistsError(f"{path} exists already")
-        if not path.parent.is_dir():
+        if not os.path.isdir(path.parent):  # noqa: PTH112 -- Path.is_dir raises for a name that is too long
             raise ImageError(f"{path.parent} is not a folder")
 
         disk_id = uuid.uuid4()
@@ -109,27 +114,44 @@ class Provisioning:
                 raise DiskExistsError(f"{path} exists already") from exc
             except OSError as exc:
                 raise ImageError(f"cannot make {path}: {exc.strerror}") from exc
+            except ImageError as exc:
+                raise ImageError(f"cannot make {path}: {exc}") from exc
             finally:
                 self._settle_creation(disk)
         return self._store.get(str(disk_id))
 
     def _settle_creation(self, disk: Disk) -> None:
-        """Decide a creation that ended: ready if the image stands under its name, else undone."""
-        _partial(disk).unlink(missing_ok=True)
+        """Decide a creation that ended: ready if the image stands under its name, else undone.
+
+        :raise ImageError: When what is left of it cannot be removed.
+        """
+        _remove(_partial(disk))
         if carried_id(disk.path, disk.format) == disk.id:
             self._store.set_state(disk.id, DiskState.READY)
         else:
             self._store.remove(disk.id)
 
     def recover(self) -> None:
-        """Finish or undo what killed commands left half-done; what is under way elsewhere is left alone."""
+        """Finish or undo what killed commands left half-done; what is under way elsewhere is left alone.
+
+        What cannot be finished now, its storage being away for one, is logged and left for the next command:
+        it must not keep all other disks from being used.
+        """
         for disk in self._store.unfinished():
-            with contextlib.suppress(DiskInUseError, DiskNotFoundError), self._locks.hold(disk.id):
-                current = self._store.get(str(disk.id))
-                if current.state is DiskState.CREATING:
-                    self._settle_creation(current)
-                elif current.state is DiskState.DELETING:
-                    self._finish_deletion(current)
+            try:
+                self._recover_disk(disk)
+            except (DiskInUseError, DiskNotFoundError):
+                continue
+            except VirtSseError as exc:
+                _log.warning("disk %s stays %s: %s", disk.name, disk.state.value, exc)
+
+    def _recover_disk(self, disk: Disk) -> None:
+        with self._locks.hold(disk.id):
+            current = self._store.get(str(disk.id))
+            if current.state is DiskState.CREATING:
+                self._settle_creation(current)
+            elif current.state is DiskState.DELETING:
+                self._finish_deletion(current)
 
     def adopt(self, path: Path, *, name: str | None) -> Disk:
         """Put the disk whose image lies at *path* into the store, from what the image carries.
@@ -142,7 +164,7 @@ class Provisioning:
         :raise DiskExistsError: When the store has the disk, the name or the path.
         :raise KeyProviderError: When its DEK cannot be unwrapped, e.g. being under another host's key.
         """
-        path = canonical(path)
+        path = check_path(path)
         with img.opened(path) as descriptor:
             image_format = img.probe_format(descriptor)
             carried = envelope.read(descriptor, image_format)
@@ -171,7 +193,7 @@ class Provisioning:
             except DiskNotFoundError:
                 self._store.add(disk)
             else:
-                if known.path == path or known.path.exists():
+                if known.path == path or os.path.lexists(known.path):
                     raise DiskExistsError(f"disk {known.name!r} is that disk, at {known.path}")
                 self._store.set_path(disk.id, path)
             return self._store.get(str(disk.id))
@@ -249,18 +271,29 @@ class Provisioning:
                         f"{current.path} is not the image of disk {disk.name!r} any more, or is damaged",
                         hint="move it away; a disk without an image is just forgotten",
                     )
-                img.info(current.path)  # refuses if it is open
+                img.refuse_if_open(current.path)
             if dry_run:
                 return
             self._store.set_state(current.id, DiskState.DELETING)
             self._finish_deletion(current)
 
     def _finish_deletion(self, disk: Disk) -> None:
-        if os.path.lexists(disk.path) and carried_id(disk.path, disk.format) in (disk.id, None):
-            img.erase(disk.path, disk.format)
-            self._store.drop_deks(disk.id)
-            disk.path.unlink()
-            sync_folder(disk.path.parent)
+        """Erase and remove the image, under a name of its own: after a kill, another may lie at its path.
+
+        :raise ImageError: When it cannot be erased or removed.
+        """
+        doomed = _doomed(disk)
+        try:
+            if carried_id(disk.path, disk.format) == disk.id:
+                disk.path.rename(doomed)
+                sync_folder(doomed.parent)
+            if os.path.lexists(doomed):
+                img.erase(doomed, disk.format)
+                self._store.drop_deks(disk.id)
+                doomed.unlink()
+                sync_folder(doomed.parent)
+        except OSError as exc:
+            raise ImageError(f"cannot remove {disk.path}: {exc.strerror}") from exc
         self._store.remove(disk.id)
 
     @contextlib.contextmanager
@@ -279,7 +312,20 @@ class Provisioning:
 
 def _partial(disk: Disk) -> Path:
     """Where the image of a disk lies until it is whole."""
-    return disk.path.with_name(f".{disk.path.name}.{disk.id}.partial")
+    return disk.path.with_name(f".{disk.id}.partial")
+
+
+def _doomed(disk: Disk) -> Path:
+    """Where it lies while it is erased."""
+    return disk.path.with_name(f".{disk.id}.erased")
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as exc:
+        if exc.errno not in (errno.ENAMETOOLONG, errno.ENOTDIR):  # then it cannot be there
+            raise ImageError(f"cannot remove {path}: {exc.strerror}") from exc
 
 
 def carried_id(path: Path, image_format: DiskFormat) -> uuid.UUID | None:

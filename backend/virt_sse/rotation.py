@@ -72,7 +72,7 @@ class Rotation:
                     raise DiskStateError(f"disk {disk.name!r} was changed by another host at the same time")
                 after = replace(before, deks=deks, generation=before.generation + 1)
             # Apart from the store, because a killed run may have come only so far.
-            return _update_envelope(after) or after is not before
+            return self._update_envelope(after) or after is not before
 
     def _rewrap_entry(self, disk: Disk, entry: envelope.DekEntry) -> envelope.DekEntry:
         pinned = entry.wrapped.key
@@ -83,20 +83,23 @@ class Rotation:
         dek = self._wrapping.unwrap(entry.wrapped, context=context)
         return replace(entry, wrapped=self._wrapping.wrap(dek, current, context=context))
 
-
-def _update_envelope(disk: Disk) -> bool:
-    """Make the image carry what the store has; whether it did not yet."""
-    try:
-        with img.opened(disk.path, os.O_RDWR) as descriptor:
-            try:
-                carried = envelope.read(descriptor, disk.format)
-            except EnvelopeError:
-                carried = None  # damaged; what the store has is whole
-            if carried == disk.envelope:
-                return False
-            if carried and carried.disk_id != disk.id:
-                raise ImageError(f"{disk.path} is the image of another disk than {disk.name!r}")
-            envelope.write(descriptor, disk.format, disk.envelope)
-            return True
-    except ImageError as exc:
-        raise ImageError(f"rewrapped in the store, but not in the image: {exc}") from exc
+    def _update_envelope(self, disk: Disk) -> bool:
+        """Make the image carry what the store has; whether it did not yet."""
+        try:
+            with img.opened(disk.path, os.O_RDWR) as descriptor:
+                try:
+                    carried = envelope.read(descriptor, disk.format)
+                except EnvelopeError:
+                    carried = None
+                    # Damaged, or another image that was put here: that must not come to pass for ours.
+                    entry = disk.deks[-1]
+                    dek = self._wrapping.unwrap(entry.wrapped, context=disk.context(entry.slot))
+                    img.check_unlocks(disk.path, disk.format, dek)
+                if carried == disk.envelope:
+                    return False
+                if carried and carried.disk_id != disk.id:
+                    raise ImageError(f"{disk.path} is the image of another disk than {disk.name!r}")
+                envelope.write(descriptor, disk.format, disk.envelope)
+                return True
+        except ImageError as exc:
+            raise ImageError(f"the image could not be brought up to the store: {exc}") from exc

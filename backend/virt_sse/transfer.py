@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,23 +49,22 @@ class Transfer:
         """Make a disk with the content of the image *source*, which is encrypted on its way.
 
         :param source_format: QEMU's name of its format; probed unless given.
-        :param with_backing: follow the source to its backing files. Refused unless said, because an image can
-            name any file of this host as its backing.
-        :raise ImageFormatError: When the source is itself encrypted or has a backing file.
+        :param with_backing: follow the source to its backing files, data file and extents. Refused unless
+            said, because an image can name any file of this host there.
+        :raise ImageFormatError: When the source is itself encrypted, or draws on other files.
         :raise DiskInUseError: When a QEMU process is writing to the source.
         :raise VirtSseError: As in :meth:`create`.
         """
         source = canonical(source)
-        if not source.exists():
-            raise ImageError(f"{source} does not exist")
+        _check_source(source)
         information = img.info(source, source_format)
         if information.encrypted:
             raise ImageFormatError(
                 f"{source} is itself encrypted", hint="a disk of virt-sse is taken over with 'disk adopt'"
             )
-        if information.backing_file and not with_backing:
+        if information.other_files and not with_backing:
             raise ImageFormatError(
-                f"{source} has the backing file {information.backing_file}",
+                f"{source} draws on another file, {information.other_files[0]}",
                 hint="if that is meant to be read, say --with-backing",
             )
 
@@ -107,3 +107,20 @@ class Transfer:
                 raise DiskExistsError(f"{destination} exists already") from exc
             except OSError as exc:
                 raise ImageError(f"cannot write {destination}: {exc.strerror}") from exc
+            except ImageFormatError:
+                raise
+            except ImageError as exc:
+                raise ImageError(f"cannot write {destination}: {exc}") from exc
+
+
+def _check_source(source: Path) -> None:
+    """Refuse what qemu-img would wait for, or never come to an end of.
+
+    :raise ImageError: When *source* is missing, or neither a file nor a block device.
+    """
+    try:
+        mode = source.stat().st_mode
+    except OSError as exc:
+        raise ImageError(f"cannot read {source}: {exc.strerror}") from exc
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise ImageError(f"{source} is neither a file nor a block device")

@@ -19,6 +19,7 @@ def test_without_a_file_everything_has_a_default(tmp_path: Path) -> None:
     config = Config.load(tmp_path)
     assert config.root == tmp_path
     assert config.state_directory == tmp_path / "var/lib/virt-sse"
+    assert config.log_directory == tmp_path / "var/log/virt-sse"
     assert config.store_url == f"sqlite:///{tmp_path}/var/lib/virt-sse/store.sqlite"
     assert config.libvirt_uri == "qemu:///system"
     assert config.disk_directory == tmp_path / "var/lib/libvirt/images"

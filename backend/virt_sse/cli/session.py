@@ -26,6 +26,11 @@ def use(config: Config, plugins: PluginHost) -> Iterator[None]:
         _host.reset(token)
 
 
+def config() -> Config:
+    """The configuration of the host that this command runs on."""
+    return _host.get()[0]
+
+
 @contextlib.contextmanager
 def backend() -> Iterator[Backend]:
     """The backend of this command, closed at the end.

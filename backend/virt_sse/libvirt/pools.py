@@ -41,5 +41,5 @@ def refresh_pool(uri: str, name: str) -> None:
 def _lookup(connection: libvirt.virConnect, name: str) -> libvirt.virStoragePool:
     try:
         return connection.storagePoolLookupByName(name)
-    except libvirt.libvirtError as exc:
+    except (libvirt.libvirtError, UnicodeEncodeError) as exc:
         raise InvalidValueError(f"no storage pool {name!r}: {exc}") from exc

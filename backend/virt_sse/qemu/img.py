@@ -15,12 +15,14 @@ from virt_sse.ciphers import Cipher
 from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError, ToolError
 from virt_sse.files import PRIVATE_FILE, write_at
 from virt_sse.keys import Dek
+from virt_sse.locks import is_locked
 from virt_sse.qemu import luks, qcow2
 from virt_sse.qemu.process import passphrase_descriptor, run, run_with_progress
 
 _FORMATTER_TRIES = 10
 _SPURIOUS = "Unable to get accurate CPU usage"
 """QEMU measures how fast PBKDF2 is here, and in a virtual machine sometimes cannot."""
+_QEMU_LOCKS, _QEMU_LOCKS_LENGTH = 100, 200
 _ERASED_AT_LEAST = 4 << 20
 """Where the fields that tell the header's place and length are damaged, this much of the file is erased."""
 
@@ -49,12 +51,15 @@ class DiskFormat(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """What qemu-img says of an image; sizes in bytes."""
+    """What qemu-img says of an image; sizes in bytes.
+
+    :ivar other_files: the files beside its own in which its content lies: backing file, data file, extents.
+    """
 
     format: str
     virtual_size: int
     encrypted: bool
-    backing_file: str | None
+    other_files: tuple[str, ...]
 
 
 def info(path: Path, image_format: str | None = None) -> ImageInfo:
@@ -66,11 +71,17 @@ def info(path: Path, image_format: str | None = None) -> ImageInfo:
     chosen = ["-f", image_format] if image_format else []
     with _locks_named(path):
         answer = json.loads(run(["qemu-img", "info", "--output=json", *chosen, str(path)]))
+    details = answer.get("format-specific", {}).get("data", {})
+    others = [
+        answer.get("full-backing-filename") or answer.get("backing-filename"),
+        details.get("data-file"),
+        *(extent.get("filename") for extent in details.get("extents", ())),
+    ]
     return ImageInfo(
         format=answer["format"],
         virtual_size=answer["virtual-size"],
         encrypted=answer.get("encrypted", False),
-        backing_file=answer.get("full-backing-filename") or answer.get("backing-filename"),
+        other_files=tuple(other for other in others if other and other != str(path)),
     )
 
 
@@ -88,33 +99,35 @@ def _locks_named(path: Path) -> Iterator[None]:
 def make(path: Path, image_format: DiskFormat, size: int, cipher: Cipher, dek: Dek) -> None:
     """Make a new, empty, LUKS-encrypted image of *size* usable bytes at *path*, 0600.
 
-    :raise ImageError: When *path* exists or there is no room. A file that was begun is left to the caller.
+    A file that was begun is left to the caller. The tools know it by its descriptor: one that outlives us by
+    a moment, because we are killed, cannot make anew what was removed meanwhile.
+
+    :raise OSError: When *path* exists or there is no room.
+    :raise ImageError: When there is no room.
     :raise ToolError: When neither cryptsetup nor QEMU can do it.
     """
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE_FILE)
-    except OSError as exc:
-        raise ImageError(f"cannot make {path}: {exc.strerror}") from exc
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE_FILE)
     try:
         try:
             header = luks.make_header(cipher, dek)
         except ToolError as exc:
-            _make_with_qemu(path, image_format, size, cipher, dek, because=exc)
+            _make_with_qemu(descriptor, image_format, size, cipher, dek, because=exc)
+            return
+        if image_format is DiskFormat.RAW:
+            os.ftruncate(descriptor, len(header) + size)
+            write_at(descriptor, header.rstrip(b"\0"), 0)
         else:
-            if image_format is DiskFormat.RAW:
-                os.ftruncate(descriptor, len(header) + size)
-                write_at(descriptor, header.rstrip(b"\0"), 0)
-            else:
-                run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), str(size)])
-                qcow2.add_luks_header(descriptor, header)
-    except OSError as exc:
-        raise ImageError(f"cannot write {path}: {exc.strerror}") from exc
+            run(
+                ["qemu-img", "create", "-q", "-f", "qcow2", f"/proc/self/fd/{descriptor}", str(size)],
+                pass_fds=[descriptor],
+            )
+            qcow2.add_luks_header(descriptor, header)
     finally:
         os.close(descriptor)
 
 
 def _make_with_qemu(
-    path: Path, image_format: DiskFormat, size: int, cipher: Cipher, dek: Dek, *, because: ToolError
+    target: int, image_format: DiskFormat, size: int, cipher: Cipher, dek: Dek, *, because: ToolError
 ) -> None:
     """For what cryptsetup cannot do, e.g. serpent on a kernel without it. *because* is its complaint."""
     prefix = image_format.luks_option_prefix
@@ -128,8 +141,8 @@ def _make_with_qemu(
                 run(
                     ["qemu-img", "create", "-q", "-f", image_format.qemu_driver, *secret]
                     + ["-o", ",".join(f"{option}={value}" for option, value in options.items())]
-                    + [str(path), str(size)],
-                    pass_fds=[descriptor],
+                    + [f"/proc/self/fd/{target}", str(size)],
+                    pass_fds=[descriptor, target],
                 )
             return
         except ToolError as exc:
@@ -143,6 +156,18 @@ def _secret(dek: Dek) -> Iterator[tuple[list[str], int]]:
     """The arguments that give a tool of QEMU's the secret object ``dek``, and the descriptor they name."""
     with passphrase_descriptor(dek.passphrase) as descriptor:
         yield ["--object", f"secret,id=dek,file=/proc/self/fd/{descriptor}"], descriptor
+
+
+@contextlib.contextmanager
+def _key_to(path: Path, image_format: DiskFormat, dek: Dek) -> Iterator[tuple[list[str], int]]:
+    """As :func:`_secret`, for an image whose LUKS header QEMU can be trusted with.
+
+    :raise ImageFormatError: When the image has no LUKS header, or a damaged one.
+    """
+    with opened(path) as image:
+        luks_area(image, image_format)
+    with _secret(dek) as secret:
+        yield secret
 
 
 def _options(path: Path, image_format: DiskFormat) -> str:
@@ -193,7 +218,7 @@ def decrypt_to(
     :raise ImageError: When there is no room.
     :raise ToolError: When *source* cannot be read.
     """
-    with _secret(dek) as (secret, descriptor), _locks_named(source):
+    with _key_to(source, source_format, dek) as (secret, descriptor), _locks_named(source):
         run_with_progress(
             ["qemu-img", "convert", "-p", *secret, "--image-opts", "-O", target_format]
             + [_options(source, source_format), f"/proc/self/fd/{target}"],
@@ -208,7 +233,8 @@ def resize(path: Path, image_format: DiskFormat, size: int, dek: Dek, *, shrink:
     :param shrink: allow a smaller one; what lies beyond is lost.
     :raise DiskInUseError: When a QEMU process has the image open.
     """
-    with _secret(dek) as (secret, descriptor), _locks_named(path):
+    refuse_if_open(path)
+    with _key_to(path, image_format, dek) as (secret, descriptor), _locks_named(path):
         run(
             ["qemu-img", "resize", "-q", *secret, *(["--shrink"] if shrink else [])]
             + ["--image-opts", _options(path, image_format), str(size)],
@@ -222,38 +248,48 @@ def check(path: Path, image_format: DiskFormat, dek: Dek) -> None:
     :raise ImageFormatError: When it is not, or does not.
     :raise DiskInUseError: When a QEMU process has it open.
     """
+    refuse_if_open(path)
     check_unlocks(path, image_format, dek)
     if image_format is DiskFormat.RAW:
         return  # nothing to check: a raw image has no metadata beyond its LUKS header
-    with _secret(dek) as (secret, descriptor), _locks_named(path):
-        try:
+    try:
+        with _key_to(path, image_format, dek) as (secret, descriptor), _locks_named(path):
             run(
                 ["qemu-img", "check", "-q", *secret, "--image-opts", _options(path, image_format)],
                 pass_fds=[descriptor],
             )
-        except ToolError as exc:
-            if "lock" in str(exc):
-                raise
-            raise ImageFormatError(f"{path} is damaged: {exc}") from exc
+    except ToolError as exc:
+        raise ImageFormatError(f"{path} is damaged: {exc}") from exc
 
 
 def check_unlocks(path: Path, image_format: DiskFormat, dek: Dek) -> None:
-    """See whether *dek* opens the image.
+    """See whether *dek* opens the image, be it in use or not.
 
     :raise ImageFormatError: When it does not, or the image is damaged.
-    :raise DiskInUseError: When a QEMU process has the image open.
     """
-    with _secret(dek) as (secret, descriptor), _locks_named(path):
-        try:
+    try:
+        with _key_to(path, image_format, dek) as (secret, descriptor):
             run(
-                ["qemu-io", "-r", *secret, "-c", "read -q 0 512"]
+                ["qemu-io", "--read-only", "--force-share", *secret, "-c", "read -q 0 512"]
                 + ["--image-opts", _options(path, image_format)],
                 pass_fds=[descriptor],
             )
-        except ToolError as exc:
-            if "lock" in str(exc):
-                raise
-            raise ImageFormatError(f"{path} does not open with its DEK: {exc}") from exc
+    except ToolError as exc:
+        raise ImageFormatError(f"{path} does not open with its DEK: {exc}") from exc
+
+
+def refuse_if_open(path: Path) -> None:
+    """Go on only if no QEMU process has the image open, not even to read it.
+
+    QEMU locks bytes of an image (``RAW_LOCK_PERM_BASE`` in its ``block/file-posix.c``). Its own tools let
+    readers pass, and writers to raw LUKS images, whose driver shares them.
+
+    :raise DiskInUseError: When one has.
+    :raise ImageError: When the image is missing or cannot be read.
+    """
+    with opened(path) as descriptor:
+        if is_locked(descriptor, _QEMU_LOCKS, _QEMU_LOCKS_LENGTH):
+            raise DiskInUseError(f"{path} is in use by a running domain or another QEMU process")
 
 
 @contextlib.contextmanager
@@ -263,7 +299,7 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
     :raise ImageError: When it is missing, no regular file, or cannot be opened.
     """
     try:
-        descriptor = os.open(path, flags | os.O_CLOEXEC)
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)  # or a FIFO would keep us waiting
     except FileNotFoundError as exc:
         raise ImageError(f"image {path} is missing") from exc
     except OSError as exc:
@@ -311,7 +347,10 @@ def usable_size(descriptor: int, image_format: DiskFormat) -> int:
     """
     if image_format is DiskFormat.QCOW2:
         return qcow2.Qcow2Header.read(descriptor).size
-    return os.fstat(descriptor).st_size - luks_area(descriptor, image_format)[1]
+    size = os.fstat(descriptor).st_size - luks_area(descriptor, image_format)[1]
+    if size <= 0:
+        raise ImageFormatError("a LUKS image without any data behind its header")
+    return size
 
 
 def erase(path: Path, image_format: DiskFormat) -> None:

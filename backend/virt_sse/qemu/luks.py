@@ -29,6 +29,10 @@ _KEYSLOT_ACTIVE = 0x00AC71F3
 
 _PBKDF2_ITERATIONS = 1000
 """The least that cryptsetup takes: a DEK of 256 random bits cannot be guessed, however fast a guess is."""
+_MAX_ITERATIONS = 20_000_000
+"""About ten seconds; far more than we or QEMU's formatter choose."""
+_ALIGNMENT = 4096
+"""Of the payload, as QEMU and ``cryptsetup --align-payload 8`` make it."""
 _ROOM = 4 << 20
 """More than any LUKS1 header with 8 keyslots of 64-byte keys needs."""
 
@@ -62,7 +66,9 @@ class Luks1Header:
     def parse(cls, header: bytes) -> Self:
         """Read the first :data:`HEADER_END` bytes of a LUKS1 volume.
 
-        :raise ImageFormatError: When they are no LUKS1 header, or one that leaves no gap before its keyslots.
+        :raise ImageFormatError: When they are no LUKS1 header, or a damaged one, as far as that can be told
+            without a key and QEMU would not tell: it takes any payload offset, and any number of iterations.
+            And when there is no gap between it and its keyslots, or any behind them.
         """
         if len(header) < HEADER_END or not header.startswith(_MAGIC):
             raise ImageFormatError("no LUKS header")
@@ -70,16 +76,22 @@ class Luks1Header:
         if fields[1] != 1:
             raise ImageFormatError(f"LUKS version {fields[1]}, not 1")
         keyslots = []
+        most_iterations = fields[9]
         for index in range(_KEYSLOTS):
-            state, _, _, offset, stripes = _KEYSLOT.unpack_from(header, _HEADER.size + index * _KEYSLOT.size)
+            state, iterations, _, offset, stripes = _KEYSLOT.unpack_from(
+                header, _HEADER.size + index * _KEYSLOT.size
+            )
+            most_iterations = max(most_iterations, iterations)
             keyslots.append(Keyslot(state == _KEYSLOT_ACTIVE, offset * SECTOR, stripes))
+        if most_iterations > _MAX_ITERATIONS:
+            raise ImageFormatError(f"a LUKS header that takes {most_iterations} iterations to open")
         payload_offset = fields[5] * SECTOR
         volume_key_bytes = fields[6]
-        ends = [slot.offset + volume_key_bytes * slot.stripes for slot in keyslots]
+        end = max(slot.offset + volume_key_bytes * slot.stripes for slot in keyslots)
         if (
             min(slot.offset for slot in keyslots) < FIRST_KEYSLOT
-            or max(ends) > payload_offset
-            or (payload_offset > _ROOM)
+            or payload_offset != -(-end // _ALIGNMENT) * _ALIGNMENT
+            or payload_offset > _ROOM
         ):
             raise ImageFormatError("a LUKS header with its keyslots in unusual places")
         return cls(

@@ -19,6 +19,9 @@ from virt_sse.files import PRIVATE_FILE, private_folder
 SCHEMA = "0001"
 """The newest migration; spelt out so that Alembic need not be imported to see that nothing is to be done."""
 
+READ_ONLY = {"virt_sse_read_only": True}
+"""Execution options of a connection that takes no write lock; each statement sees its own moment."""
+
 _BUSY_TIMEOUT_SECONDS = 30
 
 
@@ -80,7 +83,8 @@ def _set_up_sqlite_connection(connection: Any, _record: object) -> None:
 
 def _begin_immediate(connection: Connection) -> None:
     """Take the write lock at once: a transaction that reads, then writes, never fails half-way as busy."""
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    if not READ_ONLY.items() <= connection.get_execution_options().items():
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _migrate(connection: Connection) -> None:

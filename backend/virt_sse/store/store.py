@@ -19,7 +19,7 @@ from virt_sse.errors import DiskExistsError, DiskNotFoundError, StoreError
 from virt_sse.keys import KeyId, KeyRef, WrappedDek
 from virt_sse.layers import EncryptionType
 from virt_sse.qemu.img import DiskFormat
-from virt_sse.store.engine import open_engine
+from virt_sse.store.engine import READ_ONLY, open_engine
 from virt_sse.store.tables import disks, wrapped_deks
 
 
@@ -65,7 +65,9 @@ class Store:
 
         :raise DiskNotFoundError: When there is none.
         """
-        found = self._select(disks.c.name == name)
+        found: list[Disk] = []
+        with contextlib.suppress(UnicodeEncodeError):  # no name of ours, and not even UTF-8
+            found = self._select(disks.c.name == name)
         if not found:
             with contextlib.suppress(ValueError):
                 found = self._select(disks.c.id == UUID(name))
@@ -183,7 +185,7 @@ class Store:
     @contextlib.contextmanager
     def _reading(self) -> Iterator[Connection]:
         with _named_errors(), self._engine.connect() as connection:
-            yield connection.execution_options(isolation_level="AUTOCOMMIT")
+            yield connection.execution_options(**READ_ONLY)
 
 
 @contextlib.contextmanager

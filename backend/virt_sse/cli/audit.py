@@ -1,0 +1,180 @@
+"""``virt-sse audit``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections import deque
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+from uuid import UUID
+
+import typer
+
+from virt_sse.cli import session
+from virt_sse.cli.output import Output, OutputFormat, print_fields, print_json, print_rows
+from virt_sse.errors import AuditError, InvalidValueError
+
+if TYPE_CHECKING:
+    from virt_sse.audit import AuditLog
+    from virt_sse.audit_record import AuditEntry, Position
+
+app = typer.Typer(
+    help="The record of every key use, allowed or refused.", no_args_is_help=True, rich_markup_mode=None
+)
+
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_COLUMNS = ("time", "result", "action", "key", "disk", "domain", "actor", "correlation", "reason")
+
+LogPath = Annotated[
+    Path | None, typer.Option("--log", help="Another log than this host's, e.g. a key vault's audit.jsonl.")
+]
+MacKey = Annotated[
+    Path | None, typer.Option("--mac-key", help="That log's key, unless it is the audit.key beside it.")
+]
+
+
+@app.command(name="list")
+def list_(
+    since: Annotated[
+        str | None, typer.Option("--since", help="How long ago (90s, 30m, 12h, 7d) or an ISO 8601 time.")
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option("--key", help="PROVIDER:NAME or a key's URL, with or without a version.")
+    ] = None,
+    disk: Annotated[str | None, typer.Option("--disk", help="The disk's name or id.")] = None,
+    refused: Annotated[bool, typer.Option("--refused", help="Refused uses alone.")] = False,
+    correlation: Annotated[
+        str | None, typer.Option("--correlation", help="The id that a vault's record has, too.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="The newest so many alone.")] = None,
+    log: LogPath = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """List key uses, oldest first."""
+    from virt_sse.audit_record import Result
+
+    entries = _log(log).records(
+        since=_time(since) if since else None,
+        key=key,
+        disk=_disk_id(disk) if disk else None,
+        result=Result.REFUSED if refused else None,
+        correlation=_uuid(correlation) if correlation else None,
+    )
+    newest = deque(entries, maxlen=limit)
+    if output is OutputFormat.JSON:
+        print_json([entry.as_json() for entry in newest])
+    else:
+        print_rows([_row(entry) for entry in newest], _COLUMNS, output)
+
+
+@app.command()
+def tail(
+    count: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 10,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Then wait for more.")] = False,
+    log: LogPath = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Print the newest key uses, a line each, or with --output json an object each."""
+    with contextlib.suppress(KeyboardInterrupt):
+        for entry in _log(log).tail(count, follow=follow):
+            if output is OutputFormat.JSON:
+                typer.echo(json.dumps(entry.as_json()))
+            else:
+                typer.echo("  ".join(str(value or "-") for value in _row(entry).values()))
+
+
+@app.command()
+def verify(
+    anchor: Annotated[
+        str | None,
+        typer.Option("--anchor", metavar="SEQ:HASH", help="A position that was printed here once."),
+    ] = None,
+    log: LogPath = None,
+    mac_key: MacKey = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """See whether records were removed, altered, added or moved. The position is worth noting elsewhere."""
+    report = _log(log, mac_key).verify(_position(anchor) if anchor else None)
+    fields: dict[str, object] = {
+        "whole": report.broken is None,
+        "records": report.newest.seq,
+        "position": str(report.newest),
+        "authentic": report.authentic,
+        "beyond-head": report.beyond_head,
+        "torn": report.torn,
+    }
+    if broken := report.broken:
+        place = {"file": str(broken.path), "line": broken.line, "seq": broken.seq, "reason": broken.reason}
+        fields["broken"] = place
+        if output is OutputFormat.JSON:
+            print_fields(fields, output)
+        raise AuditError(
+            f"the audit log is not whole: {broken}", hint=f"the {report.newest.seq} records before are whole"
+        )
+    print_fields(fields, output)
+
+
+def _log(path: Path | None, mac_key: Path | None = None) -> AuditLog:
+    from virt_sse.audit import AuditLog
+
+    if path is None:
+        return AuditLog.of_host(session.config())
+    log = AuditLog(path, key=mac_key)
+    if not log.files():
+        raise AuditError(f"there is no audit log {path}")
+    return log
+
+
+def _row(entry: AuditEntry) -> dict[str, str]:
+    """The columns of a table; nothing in them can speak to a terminal."""
+    fields = entry.document
+    key, disk = fields["key"] or "", fields["disk"] or ""
+    if fields["key-version"]:
+        key += ("/" if "://" in key else ":") + fields["key-version"]
+    if fields["slot"]:
+        disk += "/" + fields["slot"]
+    row = {column: fields[column] or "" for column in _COLUMNS} | {"key": key, "disk": disk}
+    return {column: _printable(text) for column, text in row.items()}
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _time(text: str) -> datetime:
+    if match := re.fullmatch(r"(\d{1,9})([smhdw])", text, re.ASCII):
+        try:
+            return datetime.now(UTC) - timedelta(**{_UNITS[match[2]]: int(match[1])})
+        except OverflowError:
+            return datetime.min.replace(tzinfo=UTC)
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError as exc:
+        raise InvalidValueError(f"{text!r} is no time", hint="say 30m, 12h, 7d or 2026-01-31T12:00Z") from exc
+    return time if time.tzinfo else time.astimezone()
+
+
+def _disk_id(text: str) -> UUID:
+    """Of a disk by its name, or by an id that the store need not know any more."""
+    with contextlib.suppress(ValueError):
+        return UUID(text)
+    with session.backend() as b:
+        return b.get_disk(text).id
+
+
+def _uuid(text: str) -> UUID:
+    try:
+        return UUID(text)
+    except ValueError as exc:
+        raise InvalidValueError(f"{text!r} is no correlation id") from exc
+
+
+def _position(text: str) -> Position:
+    from virt_sse.audit_record import Position
+
+    if not (match := re.fullmatch(r"(\d{1,18}):([0-9a-f]{64})", text, re.ASCII)):
+        raise InvalidValueError(f"{text!r} is no position", hint="'virt-sse audit verify' prints one")
+    return Position(int(match[1]), match[2])

@@ -1,0 +1,60 @@
+"""Runs the real ``virt-sse``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = Path(sys.executable).with_name("virt-sse")
+
+
+def no_libvirt(root: Path) -> str:
+    """A libvirt URI at which nobody answers: the libvirt of this machine is never asked."""
+    return f"qemu+unix:///system?socket={root / 'no-libvirt'}"
+
+
+class CommandLine:
+    """``virt-sse`` on the host under *root*, each command in a process of its own; no libvirt answers it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._environment = {
+            **os.environ,
+            "VIRT_SSE_ROOT": str(root),
+            "LIBVIRT_DEFAULT_URI": no_libvirt(root),
+        }
+
+    def __call__(self, *arguments: str | bytes | Path, status: int = 0) -> str:
+        """The standard output of a command that exits with *status*."""
+        return self._run(arguments, status).stdout
+
+    def refuses(self, *arguments: str | bytes | Path, status: int = 1) -> str:
+        """The error line, and the hint if there is one, of a command that fails as it should."""
+        message = self._run(arguments, status).stderr
+        lines = message.splitlines()
+        assert lines, "nothing was said"
+        assert len(lines) <= 2, message
+        assert lines[0].startswith("virt-sse: error: "), message
+        assert all(line.startswith("virt-sse: hint: ") for line in lines[1:]), message
+        return message
+
+    def warns_and_refuses(self, *arguments: str | bytes | Path) -> str:
+        """All that is said by a command that fails, and warns of something else before."""
+        return self._run(arguments, 1).stderr
+
+    def _run(
+        self, arguments: tuple[str | bytes | Path, ...], status: int
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [PROGRAM, *arguments],
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done

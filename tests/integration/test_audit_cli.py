@@ -1,0 +1,212 @@
+"""``virt-sse audit`` as an operator sees it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+import images
+from command_line import PROGRAM, CommandLine
+from virt_sse.audit import AuditLog
+from virt_sse.audit_record import AuditRecord, Component, Result
+from virt_sse.backend import Backend
+from virt_sse.errors import LibvirtUnavailableError
+
+
+@pytest.fixture
+def log(root: Path) -> AuditLog:
+    """Five uses of another log, a vault's, one of them with a name that would clear the screen."""
+    log = AuditLog(root / "vault/audit.jsonl")
+    for number in range(5):
+        log.append(
+            AuditRecord(
+                component=Component.VAULT,
+                actor="agent",
+                action="unwrapKey",
+                key="https://vault/keys/k" if number < 4 else "\x1b[2J",
+                key_version="7f" if number < 4 else None,
+                disk=UUID(int=number + 1),
+                source="192.0.2.1",
+                result=Result.REFUSED if number % 2 else Result.ALLOWED,
+                reason="Forbidden" if number % 2 else None,
+                correlation=UUID(int=number + 100),
+            )
+        )
+    return log
+
+
+def entries(virt_sse: CommandLine, *arguments: str | Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(virt_sse("audit", "list", "--output", "json", *arguments))
+    return found
+
+
+def test_a_disks_life_is_in_the_log(virt_sse: CommandLine, root: Path) -> None:
+    images.require("qemu-img")
+    headings = ["TIME", "RESULT", "ACTION", "KEY", "DISK", "DOMAIN", "ACTOR", "CORRELATION", "REASON"]
+    assert virt_sse("audit", "list").split() == headings
+    assert "records      0\n" in virt_sse("audit", "verify")
+    assert not (root / "var/log/virt-sse").exists()
+
+    virt_sse("host", "init")
+    for name in ("web", "db"):
+        virt_sse("disk", "create", name, "--size", "1M")
+    disk = json.loads(virt_sse("disk", "show", "web", "--output", "json"))
+    virt_sse("disk", "check", "web")
+    virt_sse("key", "rotate", "--provider", "platform-managed")
+    found = entries(virt_sse)
+    rewrapped = ["unwrap", "wrap"] * 2
+    assert [entry["action"] for entry in found] == ["wrap", "wrap", "unwrap", "rotate", "rotate", *rewrapped]
+    assert [entry["seq"] for entry in found] == list(range(1, 10))
+    assert {entry["key"] for entry in found} == {"platform-managed:default"}
+    assert ",virt-sse[" in found[0]["actor"]
+    mine = [entry for entry in found if entry["disk"] == disk["id"]]
+    assert len(mine) == 4
+    assert entries(virt_sse, "--disk", "web") == mine
+    (root / "var/lib/virt-sse/store.sqlite").unlink()
+    assert entries(virt_sse, "--disk", disk["id"]) == mine
+    assert "no disk" in virt_sse.refuses("audit", "list", "--disk", "web")
+    new = found[4]["key-version"]
+    assert len(entries(virt_sse, "--key", f"platform-managed:default:{new}")) == 3
+    assert "whole        True\nrecords      9\n" in virt_sse("audit", "verify")
+    for folder, name in (("var/log/virt-sse", "audit.jsonl"), ("var/lib/virt-sse", "audit.key")):
+        assert images.mode(root / folder) == 0o700
+        assert images.mode(root / folder / name) == 0o600
+
+
+def test_a_domain_that_starts_is_named(virt_sse: CommandLine, backend: Backend) -> None:
+    images.require("qemu-img")
+    backend.create_disk("web", 1 << 20)
+    xml = f"<domain><devices>{backend.disk_xml('web')}</devices></domain>"
+    with pytest.raises(LibvirtUnavailableError):  # which is asked when the DEKs are there
+        backend.domains.prepare("my-domain", xml)
+    assert [(entry["action"], entry["domain"]) for entry in entries(virt_sse)] == [
+        ("wrap", None),
+        ("unwrap", "my-domain"),
+    ]
+
+
+def test_listing(virt_sse: CommandLine, log: AuditLog) -> None:
+    def seqs(*arguments: str) -> list[int]:
+        return [entry["seq"] for entry in entries(virt_sse, "--log", log.path, *arguments)]
+
+    assert seqs() == [1, 2, 3, 4, 5]
+    assert seqs("--refused") == [2, 4]
+    assert seqs("--limit", "2") == [4, 5]
+    assert seqs("--limit", "1", "--refused") == [4]
+    assert seqs("--key", "https://vault/keys/k") == [1, 2, 3, 4]
+    assert seqs("--key", "https://vault/keys/k/7f") == [1, 2, 3, 4]
+    assert seqs("--disk", str(UUID(int=3))) == [3]
+    assert seqs("--correlation", str(UUID(int=101))) == [2]
+    for since in ("1h", "7d", "999999999w", "2026-01-01"):
+        assert seqs("--since", since) == [1, 2, 3, 4, 5]
+    for since in ("0s", "2999-12-31T12:00:00Z", "2999-12-31 12:00+02:00"):
+        assert seqs("--since", since) == []
+    table = virt_sse("audit", "list", "--log", log.path)
+    assert "\x1b" not in table
+    assert "\\x1b[2J" in table
+    assert {len(line.split()) for line in table.splitlines()} == {9}
+    assert f"https://vault/keys/k/7f  {UUID(int=1)}  -" in table
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--since", "yesterday"), ("--since", "1y"), ("--correlation", "x"), ("--limit", "0")],
+)
+def test_what_makes_no_sense_is_wrong_usage(virt_sse: CommandLine, arguments: tuple[str, str]) -> None:
+    virt_sse("audit", "list", *arguments, status=2)
+
+
+def test_a_log_that_is_not_there(virt_sse: CommandLine, root: Path) -> None:
+    for command in ("list", "tail", "verify"):
+        assert "there is no audit log" in virt_sse.refuses("audit", command, "--log", root / "none.jsonl")
+
+
+def test_verify_says_what_is_wrong_and_where(virt_sse: CommandLine, log: AuditLog) -> None:
+    whole = virt_sse("audit", "verify", "--log", log.path)
+    position = next(line.split()[1] for line in whole.splitlines() if line.startswith("position"))
+    assert "authentic    True\n" in whole
+    virt_sse("audit", "verify", "--log", log.path, "--anchor", position)
+    assert "is no position" in virt_sse.refuses("audit", "verify", "--anchor", "5:x", status=2)
+
+    content = log.path.read_bytes()
+    log.path.write_bytes(content.replace(b"Forbidden", b"forbidden", 1))
+    message = virt_sse.refuses("audit", "verify", "--log", log.path)
+    assert message == (
+        f"virt-sse: error: the audit log is not whole: {log.path}, line 2: the record was altered\n"
+        "virt-sse: hint: the 1 records before are whole\n"
+    )
+    report = json.loads(virt_sse("audit", "verify", "--log", log.path, "--output", "json", status=1))
+    assert report["whole"] is False
+    assert report["broken"] == {
+        "file": str(log.path), "line": 2, "seq": 2, "reason": "the record was altered"
+    }  # fmt: skip
+    assert [entry["seq"] for entry in entries(virt_sse, "--log", log.path)] == [1, 3, 4, 5]
+
+    log.path.write_bytes(b"".join(content.splitlines(keepends=True)[:3]))
+    assert "line 4: records 4 to 5 are missing" in virt_sse.refuses("audit", "verify", "--log", log.path)
+    log.path.with_suffix(".head").unlink()
+    assert "head is missing" in virt_sse.refuses("audit", "verify", "--log", log.path)
+    assert "records 4 to 5 are missing" in virt_sse.refuses(
+        "audit", "verify", "--log", log.path, "--anchor", position
+    )
+
+
+def test_a_copy_is_verified_with_its_key_or_without(virt_sse: CommandLine, log: AuditLog, root: Path) -> None:
+    key = log.path.with_suffix(".key").rename(root / "key")
+    assert "authentic    False\n" in virt_sse("audit", "verify", "--log", log.path)
+    assert "authentic    True\n" in virt_sse("audit", "verify", "--log", log.path, "--mac-key", key)
+    key.write_bytes(os.urandom(32))
+    message = virt_sse.refuses("audit", "verify", "--log", log.path, "--mac-key", key)
+    assert "line 1: the record was not written with this log's key" in message
+
+
+def test_tail_follows_until_it_is_interrupted(virt_sse: CommandLine, log: AuditLog) -> None:
+    lines = virt_sse("audit", "tail", "--log", log.path, "-n", "2").splitlines()
+    assert [line.split()[1] for line in lines] == ["refused", "allowed"]
+    assert "\x1b" not in "".join(lines)
+    [last] = virt_sse("audit", "tail", "--log", log.path, "-n", "1", "--output", "json").splitlines()
+    assert json.loads(last) == [*log.records()][-1].as_json()
+
+    with subprocess.Popen(
+        [PROGRAM, "audit", "tail", "-f", "-n", "1", "--output", "json", "--log", log.path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert json.loads(process.stdout.readline())["seq"] == 5
+        for number in (6, 7):
+            log.append(next(log.records()).record)
+            assert json.loads(process.stdout.readline())["seq"] == number
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        assert process.stderr.read() == ""
+
+
+def test_a_command_whose_key_use_cannot_be_recorded_is_refused(
+    virt_sse: CommandLine, backend: Backend, root: Path
+) -> None:
+    images.require("qemu-img")
+    backend.create_disk("web", 1 << 20)
+    keys = backend.keys_in_use()
+    (root / "var/log/virt-sse").rename(root / "away")
+    (root / "var/log/virt-sse").touch()
+    for command in (("disk", "create", "db", "--size", "1M"), ("disk", "check", "web")):
+        message = virt_sse.refuses(*command)
+        assert "cannot write the audit log" in message
+        assert "hint: no key is used whose use cannot be recorded" in message
+    virt_sse("disk", "list")
+    assert images.files_below(root / "var/lib/libvirt/images") == ["web.qcow2"]
+    assert backend.keys_in_use() == keys
+    (root / "var/log/virt-sse").unlink()
+    (root / "away").rename(root / "var/log/virt-sse")
+    virt_sse("disk", "check", "web")
+    virt_sse("audit", "verify")

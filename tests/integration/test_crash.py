@@ -1,0 +1,256 @@
+"""A kill -9 before any line of what changes disks, and commands that meet each other."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import images
+from command_line import PROGRAM
+from crashes import crash_points, dies_at
+from images import KeyedImage
+from virt_sse import envelope, files, provisioning, rotation, transfer
+from virt_sse.backend import PLATFORM_KEY, Backend
+from virt_sse.disks import Disk, DiskState
+from virt_sse.qemu import img, qcow2
+from virt_sse.qemu.img import DiskFormat
+from virt_sse.store import store
+
+M = 1 << 20
+MODULES = (provisioning, rotation, transfer, envelope, files, img, qcow2, store)
+POINTS = 25
+"""So many of the lines are tried, evenly spread; which ones differs with every change of the code."""
+
+
+@pytest.fixture(autouse=True)
+def _tools() -> None:
+    images.require("qemu-img", "qemu-io", "cryptsetup")
+
+
+class Scene:
+    """A host in some state, copied afresh for every kill."""
+
+    def __init__(self, root: Path, prepare: Callable[[Backend], object]) -> None:
+        self.root = root
+        self.images = root / "var/lib/libvirt/images"
+        self._template = root.with_name("template")
+        with Backend.open(root) as backend:
+            backend.init_host()
+            prepare(backend)
+        root.rename(self._template)
+        self.reset()
+
+    def reset(self) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+        shutil.copytree(self._template, self.root)
+
+    def kills(self, action: Callable[[Backend], object], check: Callable[[Backend], object]) -> None:
+        """Kill *action* before one line after the other, and see *check* hold for the next command."""
+
+        def act() -> None:
+            with Backend.open(self.root) as backend:
+                action(backend)
+
+        points = crash_points(MODULES, act)
+        self.reset()
+        for point in points[:: max(1, len(points) // POINTS)]:
+            assert dies_at(point, MODULES, act), f"line event {point} did not come"
+            with Backend.open(self.root) as backend:
+                try:
+                    check(backend)
+                except BaseException as exc:
+                    exc.add_note(f"killed at line event {point}")
+                    raise
+            self.reset()
+
+    def names(self) -> list[str]:
+        return images.files_below(self.images)
+
+
+def whole(backend: Backend, name: str, pattern: int | None = None) -> Disk:
+    """The disk, which passes every check."""
+    disk = backend.get_disk(name)
+    assert disk.state is DiskState.READY
+    backend.check_disk(name)
+    image = KeyedImage.of(backend, disk)
+    assert image.size() == disk.size == M
+    if pattern is not None:
+        assert image.has(0, M, pattern)
+    return disk
+
+
+def filled(backend: Backend, image_format: str = "qcow2") -> None:
+    disk = backend.create_disk("disk", M, image_format=DiskFormat(image_format))
+    KeyedImage.of(backend, disk).write(0, M, 0x66)
+
+
+@pytest.mark.parametrize("image_format", images.FORMATS)
+def test_a_killed_creation_leaves_a_whole_disk_or_nothing(root: Path, image_format: str) -> None:
+    scene = Scene(root, lambda _: None)
+    outcomes = set()
+
+    def check(backend: Backend) -> None:
+        found = [disk.name for disk in backend.list_disks()]
+        assert found in ([], ["disk"])
+        assert scene.names() == [f"disk.{image_format}"] * len(found)
+        if found:
+            whole(backend, "disk")
+        else:
+            assert backend.keys_in_use() == {}
+        outcomes.add(bool(found))
+
+    scene.kills(lambda b: b.create_disk("disk", M, image_format=DiskFormat(image_format)), check)
+    assert outcomes == {True, False}
+
+
+def test_a_killed_import_leaves_a_whole_disk_or_nothing(root: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"\x66" * M)
+    scene = Scene(root, lambda _: None)
+
+    def check(backend: Backend) -> None:
+        found = [disk.name for disk in backend.list_disks()]
+        assert scene.names() == ["disk.qcow2"] * len(found)
+        if found:
+            whole(backend, "disk", 0x66)
+
+    scene.kills(lambda b: b.import_disk("disk", source, source_format="raw"), check)
+
+
+@pytest.mark.parametrize("image_format", images.FORMATS)
+def test_a_killed_deletion_leaves_a_whole_disk_or_nothing(root: Path, image_format: str) -> None:
+    scene = Scene(root, lambda backend: filled(backend, image_format))
+    outcomes = set()
+
+    def check(backend: Backend) -> None:
+        found = [disk.name for disk in backend.list_disks()]
+        assert scene.names() == [f"disk.{image_format}"] * len(found)
+        if found:
+            whole(backend, "disk", 0x66)
+        else:
+            assert backend.keys_in_use() == {}
+        outcomes.add(bool(found))
+
+    scene.kills(lambda b: b._provisioning.delete(b.get_disk("disk"), dry_run=False), check)
+    assert outcomes == {True, False}
+
+
+def test_after_a_killed_deletion_a_new_file_at_the_path_is_not_touched(root: Path) -> None:
+    scene = Scene(root, filled)
+    path = scene.images / "disk.qcow2"
+
+    def act() -> None:
+        with Backend.open(root) as backend:
+            backend._provisioning.delete(backend.get_disk("disk"), dry_run=False)
+
+    points = crash_points(MODULES, act)
+    for point in points[:: len(points) // 10]:
+        scene.reset()
+        dies_at(point, MODULES, act)
+        path.unlink(missing_ok=True)
+        path.write_text("theirs")
+        with Backend.open(root):
+            assert path.read_text() == "theirs"
+
+
+def test_a_killed_rotation_is_finished_by_the_next(root: Path) -> None:
+    scene = Scene(root, filled)
+
+    def check(backend: Backend) -> None:
+        disk = backend.get_disk("disk")
+        assert KeyedImage.of(backend, disk).has(0, M, 0x66)
+        with img.opened(disk.path) as descriptor:
+            carried = envelope.read(descriptor, disk.format)
+        for entry in (*disk.deks, *carried.deks):  # the header's one, be it older, is as good as the store's
+            provider = backend.plugins.key_provider(entry.wrapped.key.provider)
+            provider.unwrap(entry.wrapped, context=disk.context(entry.slot))
+        assert backend.rewrap(PLATFORM_KEY).failed == {}
+        current = backend.plugins.key_provider(PLATFORM_KEY.provider).current_key(PLATFORM_KEY.name)
+        assert backend.keys_in_use() == {current: 1}
+        whole(backend, "disk", 0x66)
+
+    scene.kills(lambda b: b.rotate_key(PLATFORM_KEY), check)
+
+
+def test_a_killed_export_leaves_no_plaintext(root: Path, tmp_path: Path) -> None:
+    scene = Scene(root, filled)
+    folder = tmp_path / "exports"
+    folder.mkdir()
+
+    def check(backend: Backend) -> None:
+        if found := list(folder.iterdir()):
+            assert found == [folder / "out"]
+            assert KeyedImage.of(backend, backend.get_disk("disk")).equals(folder / "out")
+            found[0].unlink()
+        whole(backend, "disk", 0x66)
+
+    def export(backend: Backend) -> None:
+        (folder / "out").unlink(missing_ok=True)
+        backend.export_disk("disk", folder / "out", destination_format="raw")
+
+    scene.kills(export, check)
+
+
+def test_a_command_killed_at_any_moment_leaves_no_process_and_no_file(root: Path) -> None:
+    scene = Scene(root, lambda _: None)
+    for tenths in range(0, 10, 1):
+        command = [PROGRAM, "disk", "create", "disk", "-s", "1M"]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            time.sleep(0.3 + tenths / 40)
+            process.send_signal(signal.SIGKILL)
+        with Backend.open(root) as backend:
+            found = backend.list_disks()
+            assert scene.names() == ["disk.qcow2"] * len(found)
+            if found:
+                whole(backend, "disk")
+        scene.reset()
+
+
+def test_of_two_creations_at_once_one_wins(root: Path) -> None:
+    scene = Scene(root, lambda _: None)
+    script = (
+        "import sys; from virt_sse.backend import Backend; from virt_sse.errors import DiskExistsError\n"
+        "with Backend.open() as backend:\n"
+        "    for line in sys.stdin:\n"
+        "        try: backend.create_disk(line.strip(), 1 << 20); print('won', flush=True)\n"
+        "        except DiskExistsError as exc: print('lost', flush=True)\n"
+    )
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        for _ in range(2)
+    ]
+    try:
+        for number in range(20):
+            for racer in racers:
+                assert racer.stdin is not None
+                racer.stdin.write(f"disk-{number}\n")
+            assert sorted(racer.stdout.readline().strip() for racer in racers if racer.stdout) == [
+                "lost",
+                "won",
+            ]
+    finally:
+        for racer in racers:
+            assert racer.stdin is not None
+            assert racer.stdout is not None
+            racer.stdin.close()
+            racer.wait()
+            racer.stdout.close()
+    with Backend.open(root) as backend:
+        assert len(backend.list_disks()) == 20
+        assert len(scene.names()) == 20
+        for disk in backend.list_disks():
+            assert disk.state is DiskState.READY
+            backend.check_disk(disk.name)

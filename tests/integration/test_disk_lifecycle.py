@@ -1,0 +1,347 @@
+"""Disks from their making to their end, seen with QEMU's and cryptsetup's own tools. Needs no libvirt."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import images
+from command_line import CommandLine
+from images import FORMATS, KeyedImage
+from virt_sse.backend import Backend
+from virt_sse.disks import Disk
+from virt_sse.errors import DiskExistsError, DiskInUseError, DiskNotFoundError, ImageError, InvalidValueError
+from virt_sse.qemu.img import DiskFormat
+
+M = 1 << 20
+SIZES = (512, 1024, 3 * 512, M, M + 512, 7 * 1001 * 512, 10 << 30, 64 << 40)
+
+
+@pytest.fixture(autouse=True)
+def _tools() -> None:
+    images.require("qemu-img", "qemu-io", "cryptsetup")
+
+
+def create(backend: Backend, name: str, size: int = M, image_format: str = "qcow2") -> Disk:
+    return backend.create_disk(name, size, image_format=DiskFormat(image_format))
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_the_guest_sees_exactly_the_size_that_was_asked_for(backend: Backend, image_format: str) -> None:
+    for size in SIZES if image_format == "qcow2" else SIZES[:-1]:  # no file can be larger than 16 TiB
+        disk = create(backend, f"disk-{size}", size, image_format)
+        image = KeyedImage.of(backend, disk)
+        assert image.size() == size
+        assert disk.size == backend.get_disk(disk.name).size == size
+        assert image.has(size - 512, 512, 0) or image_format == "raw"  # raw: never written, decrypts to noise
+        image.write(size - 512, 512, 0x5A)
+        assert image.has(size - 512, 512, 0x5A)
+        assert image.io(f"write {size} 512").returncode == 1
+    with image.served() as qmp:
+        (node,) = [node for node in qmp("query-named-block-nodes") if node["node-name"] == "disk"]
+    assert node["image"]["virtual-size"] == size
+    assert node["encrypted"]
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_the_tools_know_it_for_ordinary_luks(backend: Backend, image_format: str, tmp_path: Path) -> None:
+    disk = create(backend, "disk", M, image_format)
+    key = images.passphrase(backend, disk)
+    found = images.info(disk.path)
+    assert found["encrypted"]
+    luks = found["format-specific"]["data"]
+    luks = luks.get("encrypt", luks)
+    assert (luks["cipher-alg"], luks["cipher-mode"], luks["ivgen-alg"]) == ("aes-256", "xts", "plain64")
+    assert [slot["active"] for slot in luks["slots"]] == [True] + [False] * 7
+
+    volume = images.luks_volume(disk, tmp_path)
+    assert images.cryptsetup("isLuks", "--type", "luks1", volume).returncode == 0
+    dump = images.cryptsetup("luksDump", volume).stdout.decode()
+    assert "MK bits:       \t512" in dump
+    assert "Key Slot 0: ENABLED" in dump
+    assert "Key Slot 1: DISABLED" in dump
+    test = ("open", "--test-passphrase", "--key-file", "-", volume)
+    assert images.cryptsetup(*test, stdin=key).returncode == 0
+    assert images.cryptsetup(*test, stdin=key[:-1]).returncode == 2
+    assert images.cryptsetup(*test, stdin=key + b"\n").returncode == 2
+
+
+def test_qemu_img_check_is_clean(backend: Backend) -> None:
+    for size in (512, M + 512, 64 << 40):
+        disk = create(backend, f"disk-{size}", size)
+        image = KeyedImage.of(backend, disk)
+        image.write(0, 512, 1)
+        image.write(size - 512, 512, 1)
+        done = subprocess.run(
+            ["qemu-img", "check", "--output=json", "--object", image.secret]
+            + ["--image-opts", image.options],
+            capture_output=True,
+            check=True,
+        )
+        report = json.loads(done.stdout)
+        assert report["check-errors"] == 0
+        assert not {"leaks", "corruptions"} & set(report)
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_what_is_written_through_the_key_is_not_in_the_file(backend: Backend, image_format: str) -> None:
+    disk = create(backend, "disk", 4 * M, image_format)
+    image = KeyedImage.of(backend, disk)
+    image.write(M, 2 * M, 0xA7)
+    assert image.has(M, 2 * M, 0xA7)
+    assert not images.contains([disk.path], b"\xa7" * 8)
+    assert not KeyedImage(disk.path, image_format, b"wrong").opens()
+    backend.check_disk("disk")
+
+
+def test_two_disks_have_nothing_in_common(backend: Backend) -> None:
+    disks = [create(backend, name, M, "raw") for name in ("one", "two")]
+    first, second = (KeyedImage.of(backend, disk) for disk in disks)
+    assert first.passphrase != second.passphrase
+    assert not KeyedImage(second.path, "raw", first.passphrase).opens()
+    for image in (first, second):
+        image.write(0, M, 0x11)
+    assert first.path.read_bytes()[-M:] != second.path.read_bytes()[-M:]
+
+
+def test_files_and_folders_are_ours_alone(backend: Backend, root: Path) -> None:
+    before = os.umask(0)
+    try:
+        for image_format in FORMATS:
+            assert images.mode(create(backend, image_format, M, image_format).path) == 0o600
+        backend.export_disk("raw", root / "export")
+    finally:
+        os.umask(before)
+    assert images.mode(root / "export") == 0o600
+    state = root / "var/lib/virt-sse"
+    assert images.mode(state) == 0o700
+    for path in state.rglob("*"):
+        assert images.mode(path) == (0o700 if path.is_dir() else 0o600), path
+
+
+@pytest.mark.parametrize("source_format", ["raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc"])
+def test_an_import_has_the_content_of_its_source(
+    backend: Backend, tmp_path: Path, source_format: str
+) -> None:
+    content = bytes(M) + os.urandom(M) + bytes(M) + b"\xc3" * M
+    source = images.make_plain(tmp_path / "source", source_format, content)
+    image_format = "raw" if source_format in ("raw", "vdi") else "qcow2"
+    progress: list[float] = []
+    disk = backend.import_disk(
+        "disk", source, image_format=DiskFormat(image_format), progress=progress.append
+    )
+    image = KeyedImage.of(backend, disk)
+    assert image.equals(source, source_format)
+    assert image.has(3 * M, M, 0xC3)
+    assert disk.size == image.size() == images.info(source)["virtual-size"]
+    assert not images.contains([disk.path], content[M : M + 64], b"\xc3" * 64)
+    assert progress == sorted(progress)
+    assert progress[-1] == 1.0
+    backend.check_disk("disk")
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+@pytest.mark.parametrize("destination_format", FORMATS)
+def test_an_export_is_the_plaintext(
+    backend: Backend, tmp_path: Path, image_format: str, destination_format: str
+) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(M) + bytes(M) + b"\xc3" * 512)
+    disk = backend.import_disk("disk", source, source_format="raw", image_format=DiskFormat(image_format))
+    destination = tmp_path / "out"
+    backend.export_disk("disk", destination, destination_format=destination_format)
+    assert images.info(destination)["format"] == destination_format
+    compare = ["qemu-img", "compare", "-f", "raw", "-F", destination_format, source, destination]
+    assert subprocess.run(compare, capture_output=True).returncode == 0
+    assert KeyedImage.of(backend, disk).equals(destination, destination_format)
+    with pytest.raises(DiskExistsError):
+        backend.export_disk("disk", destination)
+
+
+def test_a_source_of_odd_length_is_padded(backend: Backend, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"\x42" * 700)
+    disk = backend.import_disk("disk", source, source_format="raw", image_format=DiskFormat.RAW)
+    image = KeyedImage.of(backend, disk)
+    assert disk.size == 1024
+    assert image.has(0, 700, 0x42)
+    assert image.has(700, 324, 0)
+
+
+def lose_store(root: Path) -> None:
+    for path in (root / "var/lib/virt-sse").glob("store.*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_a_lost_store_is_rebuilt_from_the_images(root: Path, image_format: str) -> None:
+    with Backend.open(root) as backend:
+        backend.init_host()
+        before = create(backend, "disk", M, image_format)
+        KeyedImage.of(backend, before).write(0, M, 0x77)
+    lose_store(root)
+    with Backend.open(root) as backend:
+        assert backend.list_disks() == []
+        assert backend.adopt_disk(before.path) == before
+        assert KeyedImage.of(backend, before).has(0, M, 0x77)
+        backend.check_disk("disk")
+        with pytest.raises(DiskExistsError):
+            backend.adopt_disk(before.path)
+
+
+def test_a_disk_is_adopted_under_another_name(root: Path) -> None:
+    with Backend.open(root) as backend:
+        backend.init_host()
+        path = create(backend, "disk").path
+    lose_store(root)
+    with Backend.open(root) as backend:
+        create(backend, "other", M, "raw")
+        with pytest.raises(DiskExistsError, match="name 'other'"):
+            backend.adopt_disk(path, name="other")
+        with pytest.raises(InvalidValueError):
+            backend.adopt_disk(path, name="../disk")
+        assert backend.adopt_disk(path, name="renamed").name == "renamed"
+        assert [disk.name for disk in backend.list_disks()] == ["other", "renamed"]
+
+
+def test_a_moved_disk_is_found_and_a_copied_one_is_not_taken(backend: Backend, root: Path) -> None:
+    disk = create(backend, "disk")
+    elsewhere = root / "elsewhere.qcow2"
+    shutil.copy(disk.path, elsewhere)
+    with pytest.raises(DiskExistsError, match="is that disk"):
+        backend.adopt_disk(elsewhere)
+    disk.path.unlink()
+    assert backend.adopt_disk(elsewhere).path == elsewhere
+    assert backend.get_disk("disk").path == elsewhere
+    backend.check_disk("disk")
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_a_disk_in_use_is_adopted(root: Path, image_format: str) -> None:
+    with Backend.open(root) as backend:
+        backend.init_host()
+        disk = create(backend, "disk", M, image_format)
+        image = KeyedImage.of(backend, disk)
+    lose_store(root)
+    with image.served(), Backend.open(root) as backend:
+        assert backend.adopt_disk(disk.path) == disk
+
+
+def test_another_host_cannot_adopt(backend: Backend, virt_sse: CommandLine, tmp_path: Path) -> None:
+    disk = create(backend, "disk")
+    with Backend.open(tmp_path / "other") as other:
+        other.init_host()
+    theirs = CommandLine(tmp_path / "other")
+    message = theirs.refuses("disk", "adopt", disk.path)
+    assert "no version" in message
+    assert "another host's keyring" in message
+    assert virt_sse("disk", "check", "disk") == "disk disk: ok\n"
+
+
+def test_growing_and_shrinking_keep_what_is_there(backend: Backend) -> None:
+    for image_format in FORMATS:
+        disk = create(backend, image_format, 2 * M, image_format)
+        image = KeyedImage.of(backend, disk)
+        image.write(0, 2 * M, 0x21)
+        assert backend.resize_disk(image_format, 5 * M + 512).size == image.size() == 5 * M + 512
+        assert image.has(0, 2 * M, 0x21)
+        with pytest.raises(InvalidValueError, match="more than"):
+            backend.resize_disk(image_format, M)
+        assert backend.resize_disk(image_format, M, shrink=True).size == image.size() == M
+        assert image.has(0, M, 0x21)
+        assert backend.resize_disk(image_format, M).size == M
+        backend.check_disk(image_format)
+
+
+def test_a_resize_by_others_is_seen(backend: Backend) -> None:
+    for image_format in FORMATS:
+        disk = create(backend, image_format, M, image_format)
+        image = KeyedImage.of(backend, disk)
+        resize = ["qemu-img", "resize", "-q", "--object", image.secret, "--image-opts", image.options, "3M"]
+        subprocess.run(resize, check=True)
+        assert backend.get_disk(image_format).size == 3 * M
+    assert [disk.size for disk in backend.list_disks()] == [3 * M, 3 * M]
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_an_open_disk_is_left_alone(backend: Backend, tmp_path: Path, image_format: str) -> None:
+    disk = create(backend, "disk", M, image_format)
+    image = KeyedImage.of(backend, disk)
+    image.write(0, M, 0x33)
+    with image.served():
+        for refused in (
+            lambda: backend.resize_disk("disk", 2 * M),
+            lambda: backend.check_disk("disk"),
+            lambda: backend.export_disk("disk", tmp_path / "out"),
+            lambda: backend._provisioning.delete(disk, dry_run=False),
+        ):
+            with pytest.raises(DiskInUseError, match="in use"):
+                refused()
+    assert not (tmp_path / "out").exists()
+    for read_only in (False, True):
+        with image.held(read_only=read_only):
+            for refused in (
+                lambda: backend.resize_disk("disk", M - 512, shrink=True),
+                lambda: backend.check_disk("disk"),
+                lambda: backend._provisioning.delete(disk, dry_run=True),
+            ):
+                with pytest.raises(DiskInUseError, match="in use"):
+                    refused()
+    assert image.has(0, M, 0x33)
+    backend._provisioning.delete(disk, dry_run=True)
+    backend.check_disk("disk")
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_a_deleted_disk_cannot_be_opened_by_anyone(
+    backend: Backend, root: Path, tmp_path: Path, image_format: str
+) -> None:
+    disk = create(backend, "disk", M, image_format)
+    kept_aside = tmp_path / "kept"
+    os.link(disk.path, kept_aside)
+    image = KeyedImage(kept_aside, image_format, images.passphrase(backend, disk))
+    ciphertext = disk.deks[0].wrapped.ciphertext
+    assert image.opens()
+    keyslot = images.luks_volume(disk, tmp_path).read_bytes()[4096 : 4096 + 256]
+    assert images.contains([kept_aside], keyslot) == [kept_aside]
+
+    backend._provisioning.delete(disk, dry_run=False)
+
+    assert not image.opens()
+    assert images.files_below(disk.path.parent) == []
+    assert not images.contains([kept_aside], keyslot, b"LUKS\xba\xbe", b"virt-sse")
+    assert backend.list_disks() == []
+    assert backend.keys_in_use() == {}
+    state = [path for path in (root / "var/lib/virt-sse").rglob("*") if path.is_file()]
+    backend.close()  # the write-ahead log goes into the store
+    assert not images.contains([path for path in state if path.exists()], ciphertext)
+
+
+def test_what_is_not_the_disks_image_is_not_deleted(backend: Backend) -> None:
+    disk = create(backend, "disk")
+    whole = disk.path.read_bytes()
+    other = create(backend, "other")
+    for foreign in (b"", b"a letter", other.path.read_bytes(), whole[:5000]):
+        disk.path.write_bytes(foreign)
+        with pytest.raises(ImageError, match="not the image of disk 'disk'"):
+            backend._provisioning.delete(disk, dry_run=False)
+        assert disk.path.read_bytes() == foreign
+    disk.path.write_bytes(whole)
+    backend.check_disk("disk")
+    disk.path.unlink()
+    backend._provisioning.delete(disk, dry_run=False)
+    with pytest.raises(DiskNotFoundError):
+        backend.get_disk("disk")
+
+
+def test_a_disk_is_found_by_its_id(backend: Backend) -> None:
+    disk = create(backend, "disk")
+    assert backend.get_disk(str(disk.id)) == disk
+    assert backend.image_state(disk) == "present"
+    disk.path.unlink()
+    assert backend.image_state(disk) == f"image {disk.path} is missing"

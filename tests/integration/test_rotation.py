@@ -1,0 +1,171 @@
+"""Key rotation: every disk's DEK under the new version, in the store and in its image; no data touched."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+
+import images
+from command_line import CommandLine
+from images import FORMATS, KeyedImage
+from virt_sse.backend import PLATFORM_KEY, Backend
+from virt_sse.disks import Disk
+from virt_sse.errors import EnvelopeError, ImageFormatError
+from virt_sse.keys import KeyRef
+from virt_sse.qemu.img import DiskFormat
+
+M = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _tools() -> None:
+    images.require("qemu-img", "qemu-io", "cryptsetup")
+
+
+@pytest.fixture
+def disks(backend: Backend) -> list[Disk]:
+    made = [backend.create_disk(name, M, image_format=DiskFormat(name)) for name in FORMATS]
+    for number, disk in enumerate(made, start=1):
+        KeyedImage.of(backend, disk).write(0, M, number)
+    return made
+
+
+def ciphertexts(disks: list[Disk]) -> list[bytes]:
+    return [entry.wrapped.ciphertext for disk in disks for entry in disk.deks]
+
+
+def base64s(disks: list[Disk]) -> list[bytes]:
+    return [base64.b64encode(ciphertext) for ciphertext in ciphertexts(disks)]
+
+
+def test_every_disk_comes_under_the_new_version(backend: Backend, disks: list[Disk], root: Path) -> None:
+    before = {disk.path: disk.path.read_bytes() for disk in disks}
+    keys = [images.passphrase(backend, disk) for disk in disks]
+    (old,) = backend.keys_in_use()
+
+    version, report = backend.rotate_key(PLATFORM_KEY)
+
+    assert (report.rewrapped, report.current, report.failed) == (2, 0, {})
+    assert version != old
+    assert backend.keys_in_use() == {version: 2}
+    after = backend.list_disks()
+    for disk, key in zip(after, keys, strict=True):
+        assert [entry.wrapped.key for entry in disk.deks] == [version]
+        assert disk.generation == 2
+        assert images.passphrase(backend, disk) == key
+        content = disk.path.read_bytes()
+        differing = [i for i, (a, b) in enumerate(zip(content, before[disk.path], strict=True)) if a != b]
+        start = content.index(b"LUKS\xba\xbe")
+        assert differing
+        assert start + 1024 <= min(differing) <= max(differing) < start + 4096
+        backend.check_disk(disk.name)
+    assert not images.contains([disk.path for disk in disks], *base64s(disks))
+    assert [KeyedImage.of(backend, disk).has(0, M, n) for n, disk in enumerate(disks, start=1)] == [True] * 2
+    backend.close()  # the write-ahead log goes into the store
+    assert not images.contains([root / "var/lib/virt-sse/store.sqlite"], *ciphertexts(disks))
+
+
+def test_a_second_run_finds_nothing_to_do(backend: Backend, disks: list[Disk]) -> None:
+    backend.rotate_key(PLATFORM_KEY)
+    before = [disk.path.read_bytes() for disk in disks]
+    progress: list[float] = []
+    report = backend.rewrap(PLATFORM_KEY, progress=progress.append)
+    assert (report.rewrapped, report.current, report.failed) == (0, 2, {})
+    assert [disk.path.read_bytes() for disk in disks] == before
+    assert progress[-1] == 1.0
+
+
+def test_many_rotations_leave_one_generation_in_the_header(backend: Backend, disks: list[Disk]) -> None:
+    for _ in range(5):
+        backend.rotate_key(PLATFORM_KEY)
+    for disk in backend.list_disks():
+        assert disk.generation == 6
+        content = disk.path.read_bytes()
+        start = content.index(b"LUKS\xba\xbe")
+        assert content[start + 1024 : start + 2560] == content[start + 2560 : start + 4096]
+        backend.check_disk(disk.name)
+
+
+def test_a_key_without_disks_and_an_unknown_one(backend: Backend, virt_sse: CommandLine) -> None:
+    _, report = backend.rotate_key(PLATFORM_KEY)
+    assert (report.rewrapped, report.current) == (0, 0)
+    for verb in ("rotate", "rewrap"):
+        assert "no key 'other'" in virt_sse.refuses(
+            "key", verb, "--provider", "platform-managed", "--name", "other"
+        )
+        assert "no key provider named 'other'" in virt_sse.refuses("key", verb, "--provider", "other")
+
+
+def test_a_missing_image_is_reported_and_mended_later(
+    backend: Backend, disks: list[Disk], virt_sse: CommandLine
+) -> None:
+    missing = disks[1]
+    aside = missing.path.with_name("aside")
+    missing.path.rename(aside)
+    document = json.loads(virt_sse("key", "rotate", "--provider", "platform-managed", "-o", "json", status=1))
+    assert document["rewrapped"] == 1
+    (failed,) = document["failed"]
+    assert failed["disk"] == missing.name
+    assert "is missing" in failed["reason"]
+    assert len(backend.keys_in_use()) == 1  # the store's are all under the new version
+    aside.rename(missing.path)
+    with pytest.raises(EnvelopeError, match="not what the store has"):
+        backend.check_disk(missing.name)
+    report = backend.rewrap(PLATFORM_KEY)
+    assert (report.rewrapped, report.current, report.failed) == (1, 1, {})
+    backend.check_disk(missing.name)
+    assert not images.contains([missing.path], *base64s(disks))
+
+
+def test_a_damaged_envelope_is_mended_and_a_foreign_image_left_alone(
+    backend: Backend, disks: list[Disk], tmp_path: Path
+) -> None:
+    disk = disks[1]
+    assert disk.format is DiskFormat.RAW
+    whole = disk.path.read_bytes()
+    disk.path.write_bytes(whole[:1024] + bytes(3072) + whole[4096:])
+    assert backend.rewrap(PLATFORM_KEY).rewrapped == 1
+    assert disk.path.read_bytes() == whole
+
+    foreign = tmp_path / "foreign"
+    foreign.write_bytes(bytes(4 * M))
+    made = images.cryptsetup(
+        "luksFormat", "--batch-mode", "--type", "luks1", "--pbkdf-force-iterations", "1000",
+        "--align-payload", "8", "--key-size", "512", "--key-file", "-", foreign, stdin=b"theirs"
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    disk.path.write_bytes(foreign.read_bytes())
+    (reason,) = backend.rewrap(PLATFORM_KEY).failed.values()
+    assert "does not open with its DEK" in reason
+    assert disk.path.read_bytes() == foreign.read_bytes()
+    with pytest.raises(ImageFormatError):
+        backend.check_disk(disk.name)
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_a_disk_in_use_is_rewrapped_under_its_user(
+    backend: Backend, disks: list[Disk], image_format: str
+) -> None:
+    disk = backend.get_disk(image_format)
+    image = KeyedImage.of(backend, disk)
+    with image.served() as qmp:
+        assert backend.rotate_key(PLATFORM_KEY)[1].failed == {}
+        assert qmp("query-named-block-nodes")
+    assert image.has(0, M, FORMATS.index(image_format) + 1)
+    backend.check_disk(image_format)
+
+
+def test_the_listing_of_keys(backend: Backend, disks: list[Disk], virt_sse: CommandLine) -> None:
+    (key,) = backend.keys_in_use()
+    (row,) = json.loads(virt_sse("key", "list", "-o", "json"))
+    assert row == {
+        "provider": "platform-managed",
+        "name": "default",
+        "version": key.version,
+        "state": "enabled",
+        "deks": 2,
+    }
+    assert KeyRef(key.provider, key.name) == PLATFORM_KEY

@@ -1,0 +1,108 @@
+"""A DEK lies nowhere in the clear: no argument, environment, output, log, error or file."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import images
+from command_line import PROGRAM, no_libvirt
+from virt_sse.backend import PLATFORM_KEY, Backend
+from virt_sse.errors import VirtSseError
+from virt_sse.keys import Dek
+from virt_sse.qemu import img
+from virt_sse.qemu.img import DiskFormat
+
+M = 1 << 20
+
+
+def spellings(passphrase: bytes) -> list[bytes]:
+    """A DEK as it could show: raw, base64, hexadecimal, and as Python writes bytes."""
+    material = base64.b64decode(passphrase)
+    return [material, passphrase.rstrip(b"="), material.hex().encode(), repr(material)[2:-1].encode()]
+
+
+def below(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_no_process_has_it_in_its_arguments_or_environment(root: Path, tmp_path: Path) -> None:
+    images.require("strace", "qemu-img", "qemu-io", "cryptsetup")
+    (tmp_path / "source").write_bytes(os.urandom(M))
+    with Backend.open(root) as backend:
+        backend.init_host()
+    environment = {**os.environ, "LIBVIRT_DEFAULT_URI": no_libvirt(root)}
+    said = b""
+    for number, arguments in enumerate(
+        (
+            ["create", "disk", "-s", "1M"],
+            ["import", "imported", tmp_path / "source", "--source-format", "raw", "--format", "raw"],
+            ["check", "disk"],
+            ["resize", "imported", "2M"],
+            ["export", "imported", tmp_path / "out", "--plaintext"],
+            ["show", "disk", "-o", "json"],
+        )
+    ):
+        trace = ["strace", "-f", "-qq", "-v", "-xx", "-s", "100000", "-e", "trace=execve"]
+        done = subprocess.run(
+            [*trace, "-o", tmp_path / f"trace-{number}", PROGRAM, "disk", *arguments],
+            env=environment,
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stderr
+        said += done.stdout + done.stderr
+    traces = [path.read_text() for path in sorted(tmp_path.glob("trace-*"))]
+    tools = (
+        "".join(f"\\x{byte:02x}" for byte in b"qemu-img"),
+        "".join(f"\\x{byte:02x}" for byte in b"cryptsetup"),
+    )
+    assert all(tool in "".join(traces) for tool in tools)
+    with Backend.open(root) as backend:
+        for disk in backend.list_disks():
+            for spelling in spellings(images.passphrase(backend, disk)):
+                escaped = "".join(f"\\x{byte:02x}" for byte in spelling)
+                assert not any(escaped in trace for trace in traces)
+                assert spelling not in said
+                assert not images.contains(below(root), spelling)
+
+
+def test_neither_the_store_nor_its_log_nor_an_image_holds_it(backend: Backend, root: Path) -> None:
+    keys = []
+    for name in images.FORMATS:
+        disk = backend.create_disk(name, M, image_format=DiskFormat(name))
+        keys += spellings(images.passphrase(backend, disk))
+    backend.rotate_key(PLATFORM_KEY)
+    files = below(root)  # while the store is open, its write-ahead log is one of them
+    assert any(path.name.endswith("-wal") for path in files)
+    assert not images.contains(files, *keys)
+
+
+def test_no_error_and_no_log_line_shows_it(
+    backend: Backend, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    disk = backend.create_disk("disk", M, image_format=DiskFormat.RAW)
+    keys = [spelling.decode("latin-1") for spelling in spellings(images.passphrase(backend, disk))]
+    dek = Dek(base64.b64decode(images.passphrase(backend, disk)))
+    disk.path.write_bytes(disk.path.read_bytes()[:4096] + bytes(3 * M))
+
+    def shown(exc: BaseException | None) -> str:
+        return "" if exc is None else f"{exc} {exc!r} {vars(exc)} " + shown(exc.__cause__ or exc.__context__)
+
+    attempts = (
+        lambda: backend.check_disk("disk"),
+        lambda: backend.resize_disk("disk", 2 * M),
+        lambda: backend.export_disk("disk", tmp_path / "out"),
+        lambda: img.make(tmp_path / "image", DiskFormat.QCOW2, 1 << 62, disk.deks[0].cipher, dek),
+        lambda: img.check(tmp_path / "image", DiskFormat.QCOW2, dek),
+    )
+    for attempt in attempts:
+        with pytest.raises(VirtSseError) as caught:
+            attempt()
+        assert not [key for key in keys if key in shown(caught.value)]
+    assert not [key for key in keys if key in caplog.text + repr(disk) + repr(dek) + str(disk.envelope)]

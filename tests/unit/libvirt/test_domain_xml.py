@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from virt_sse.errors import InvalidValueError
+from virt_sse.libvirt.domain_xml import DomainDisk, disk_element, free_target, our_disks
+from virt_sse.libvirt.references import usage
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+DISK = UUID("6e2a0c0e-8d1f-4c58-9c63-0a1c62d7a9b1")
+
+ELEMENTS = {
+    "disk-qcow2": disk_element(
+        path=Path("/var/lib/libvirt/images/db-01.qcow2"),
+        driver_type="qcow2",
+        disk_id=DISK,
+        slot="service",
+        target="vda",
+    ),
+    "disk-raw-read-only-scsi": disk_element(
+        path=Path('/srv/a & b\'s "disk" <1>, ä.raw'),
+        driver_type="raw",
+        disk_id=DISK,
+        slot="service",
+        target="sdb",
+        read_only=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_golden(name: str, request: pytest.FixtureRequest) -> None:
+    path = GOLDEN / f"{name}.xml"
+    if request.config.getoption("--regenerate-golden"):
+        path.write_text(ELEMENTS[name])
+    assert ELEMENTS[name] == path.read_text()
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_what_we_write_we_find(name: str) -> None:
+    (use,) = our_disks(domain(ELEMENTS[name]))
+    source = ET.fromstring(ELEMENTS[name]).find("source")  # noqa: S314 -- our own
+    target = ET.fromstring(ELEMENTS[name]).find("target")  # noqa: S314 -- our own
+    assert source is not None
+    assert target is not None
+    assert use == DomainDisk(DISK, "service", Path(source.get("file", "")), target.get("dev", ""))
+
+
+def domain(*disks: str) -> str:
+    return f"<domain><name>d</name><devices><emulator/>{''.join(disks)}</devices></domain>"
+
+
+def secret(slot: str = "service") -> str:
+    return f"<encryption format='luks'><secret type='passphrase' usage='{usage(DISK, slot)}'/></encryption>"
+
+
+def test_a_domain_without_disks_of_ours() -> None:
+    theirs = "<disk type='file'><source file='/x'><encryption format='luks'><secret type='passphrase' {}/>"
+    theirs += "</encryption></source><target dev='vda'/></disk>"
+    for reference in ("usage='other'", "uuid='6e2a0c0e-8d1f-4c58-9c63-0a1c62d7a9b1'"):
+        assert our_disks(domain(theirs.format(reference))) == []
+    assert our_disks(domain()) == []
+    assert our_disks("<domain/>") == []
+    assert our_disks(f"<domain><metadata>{ELEMENTS['disk-qcow2']}</metadata></domain>") == []
+
+
+def test_where_libvirt_puts_the_secret() -> None:
+    """Within the source or, as older domains have it, beside it; and in backing files and mirrors."""
+    found = our_disks(
+        domain(
+            f"<disk><source file='/a'/>{secret('one')}<target dev='vda'/></disk>",
+            f"<disk><source file='/b'>{secret('two')}</source><target dev='vdb'/>"
+            f"<backingStore><source file='/c'>{secret('three')}</source>"
+            f"<backingStore><source file='/d'>{secret('four')}</source></backingStore></backingStore>"
+            f"<mirror><source file='/e'>{secret('five')}</source></mirror></disk>",
+            f"<disk type='network'><source protocol='nbd'>{secret('six')}</source></disk>",
+        )
+    )
+    assert [(use.slot, str(use.source), use.target) for use in found] == [
+        ("one", "/a", "vda"),
+        ("two", "/b", "vdb"),
+        ("three", "/c", "vdb"),
+        ("four", "/d", "vdb"),
+        ("five", "/e", "vdb"),
+        ("six", "None", ""),
+    ]
+
+
+@pytest.mark.parametrize("reference", ["virt-sse:", "virt-sse:nonsense:service", f"virt-sse:{DISK}"])
+def test_a_secret_like_ours_that_makes_no_sense(reference: str) -> None:
+    disk = ELEMENTS["disk-qcow2"].replace(usage(DISK, "service"), reference)
+    with pytest.raises(InvalidValueError, match="names an unknown secret"):
+        our_disks(domain(disk))
+
+
+@pytest.mark.parametrize("text", ["", "<domain>", "no XML", "<a/><b/>", "\0"])
+def test_what_is_no_xml(text: str) -> None:
+    with pytest.raises(InvalidValueError, match="not a domain's XML"):
+        our_disks(text)
+
+
+@pytest.mark.parametrize("target", ["", "vd", "vdA", "vda1", "xvda", "vd a", "vdaaa", "vda\n", "x" * 1000])
+def test_what_is_no_target(target: str) -> None:
+    with pytest.raises(InvalidValueError, match="is no target"):
+        disk_element(path=Path("/x"), driver_type="raw", disk_id=DISK, slot="service", target=target)
+
+
+def test_the_bus_follows_the_target() -> None:
+    for target, bus in (("vda", "virtio"), ("sdz", "scsi"), ("hdb", "ide"), ("vdaa", "virtio")):
+        element = disk_element(
+            path=Path("/x"), driver_type="raw", disk_id=DISK, slot="service", target=target
+        )
+        assert f'dev="{target}" bus="{bus}"' in element
+
+
+def test_the_first_free_target() -> None:
+    def used(*names: str) -> str:
+        return domain(*(f"<disk><target dev='{name}'/></disk>" for name in names))
+
+    assert free_target(used()) == "vda"
+    assert free_target(used("vda", "vdc", "sdb")) == "vdb"
+    assert free_target(used(*(f"vd{letter}" for letter in "abcdefghijklmnopqrstuvwxy"))) == "vdz"
+    with pytest.raises(InvalidValueError, match="no free"):
+        free_target(used(*(f"vd{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")))

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+import images
+from images import FORMATS, KeyedImage
+from virt_sse.ciphers import AES_256_XTS, Cipher
+from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError, ToolError
+from virt_sse.keys import Dek
+from virt_sse.qemu import img
+from virt_sse.qemu.img import DiskFormat
+
+M = 1 << 20
+DEK = Dek.generate()
+
+
+@pytest.fixture(autouse=True)
+def _tools() -> None:
+    images.require("qemu-img", "qemu-io", "cryptsetup")
+
+
+def make(path: Path, image_format: str, size: int = M, cipher: Cipher = AES_256_XTS) -> KeyedImage:
+    img.make(path, DiskFormat(image_format), size, cipher, DEK)
+    return KeyedImage(path, image_format, DEK.passphrase)
+
+
+@pytest.mark.parametrize(
+    ("image_format", "cipher"),
+    [
+        ("raw", "aes-256-cbc"),
+        ("qcow2", "aes-256-cbc"),
+        ("raw", "serpent-256-xts"),
+        ("qcow2", "twofish-256-xts"),
+        ("raw", "twofish-256-cbc"),
+    ],
+)
+def test_every_cipher(tmp_path: Path, image_format: str, cipher: str) -> None:
+    image = make(tmp_path / "image", image_format, M + 512, Cipher.parse(cipher))
+    luks = images.info(image.path)["format-specific"]["data"]
+    luks = luks.get("encrypt", luks)
+    assert f"{luks['cipher-alg']}-{luks['cipher-mode']}" == cipher
+    assert image.size() == M + 512
+    image.write(0, M, 0x29)
+    assert image.has(0, M, 0x29)
+    assert not images.contains([image.path], b"\x29" * 16)
+    assert images.mode(image.path) == 0o600
+    with img.opened(image.path) as descriptor:
+        assert img.probe_format(descriptor) is DiskFormat(image_format)
+        assert img.usable_size(descriptor, DiskFormat(image_format)) == M + 512
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_what_exists_is_not_made(tmp_path: Path, image_format: str) -> None:
+    (tmp_path / "image").write_text("theirs")
+    with pytest.raises(FileExistsError):
+        make(tmp_path / "image", image_format)
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(FileExistsError):
+        make(tmp_path / "link", image_format)
+    assert (tmp_path / "image").read_text() == "theirs"
+    with pytest.raises(FileNotFoundError):
+        make(tmp_path / "missing/image", image_format)
+
+
+def test_info(tmp_path: Path) -> None:
+    plain = images.make_plain(tmp_path / "plain", "qcow2", bytes(M))
+    assert img.info(plain) == img.ImageInfo("qcow2", M, encrypted=False, other_files=())
+    assert img.info(plain, "raw").format == "raw"
+    assert img.info(make(tmp_path / "luks", "raw").path).encrypted
+    vmdk = images.make_plain(tmp_path / "vmdk", "vmdk", bytes(M))
+    assert img.info(vmdk).other_files == ()
+    for path, image_format in ((tmp_path / "missing", None), (plain, "vdi"), (plain, "nonsense")):
+        with pytest.raises(ToolError, match="qemu-img: "):
+            img.info(path, image_format)
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_it_opens_with_its_dek_alone(tmp_path: Path, image_format: str) -> None:
+    image = make(tmp_path / "a 'name', with: all=sorts", image_format)
+    img.check(image.path, DiskFormat(image_format), DEK)
+    with pytest.raises(ImageFormatError, match="does not open with its DEK"):
+        img.check(image.path, DiskFormat(image_format), Dek.generate())
+    other = DiskFormat.RAW if image_format == "qcow2" else DiskFormat.QCOW2
+    with pytest.raises(ImageFormatError):
+        img.check(image.path, other, DEK)
+
+
+def test_a_damaged_qcow2_is_found(tmp_path: Path) -> None:
+    image = make(tmp_path / "a-block-of-locks", "qcow2")
+    image.write(0, M, 1)
+    content = bytearray(image.path.read_bytes())
+    content[65536:65544] = b"\xff" * 8  # the refcount table
+    image.path.write_bytes(content)
+    with pytest.raises(ImageFormatError, match=r"is damaged|does not open"):
+        img.check(image.path, DiskFormat.QCOW2, DEK)
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_an_erased_image_never_opens_again(tmp_path: Path, image_format: str) -> None:
+    image = make(tmp_path / "image", image_format)
+    image.write(0, M, 1)
+    before = image.path.read_bytes()
+    start = before.index(b"LUKS\xba\xbe")
+    with img.opened(image.path) as descriptor:
+        offset, length = img.luks_area(descriptor, DiskFormat(image_format))
+    assert offset == start
+    img.erase(image.path, DiskFormat(image_format))
+    after = image.path.read_bytes()
+    assert not image.opens()
+    assert after[:offset] == before[:offset]
+    assert after[offset + length :] == before[offset + length :]
+    same = sum(a == b for a, b in zip(after[offset:][:length], before[offset:][:length], strict=True))
+    assert same < length // 100  # 1 in 256 by chance
+    img.erase(image.path, DiskFormat(image_format))  # as after a kill; then there is no header to go by
+    assert len(image.path.read_bytes()) == len(before)
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_an_image_that_is_open_is_seen(tmp_path: Path, image_format: str) -> None:
+    image = make(tmp_path / "image", image_format)
+    img.refuse_if_open(image.path)
+    with img.opened(image.path):
+        img.refuse_if_open(image.path)  # we are no QEMU
+    for read_only in (False, True):
+        with image.held(read_only=read_only), pytest.raises(DiskInUseError):
+            img.refuse_if_open(image.path)
+        img.check_unlocks(image.path, DiskFormat(image_format), DEK)
+    with image.held():
+        img.check_unlocks(image.path, DiskFormat(image_format), DEK)
+        with pytest.raises(DiskInUseError):
+            img.resize(image.path, DiskFormat(image_format), 2 * M, DEK, shrink=False)
+
+
+def test_what_is_no_image_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for path, reason in (
+        (tmp_path / "missing", "is missing"),
+        (tmp_path, "not a regular file"),
+        (tmp_path / "pipe", "not a regular file"),
+        (Path("/dev/null"), "not a regular file"),
+        (tmp_path / "loop", "cannot open"),
+    ):
+        with pytest.raises(ImageError, match=reason), img.opened(path):
+            pass
+
+
+@pytest.mark.parametrize("content", [b"", b"text", bytes(8192), b"QFI\xfb", b"LUKS\xba\xbe\0\1"])
+def test_what_has_no_luks_header(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "image").write_bytes(content)
+    with img.opened(tmp_path / "image") as descriptor:
+        for image_format in DiskFormat:
+            with pytest.raises(ImageFormatError):
+                img.luks_area(descriptor, image_format)
+
+
+def test_a_raw_image_that_ends_in_its_header(tmp_path: Path) -> None:
+    image = make(tmp_path / "image", "raw")
+    os.truncate(image.path, 5000)
+    with img.opened(image.path) as descriptor, pytest.raises(ImageFormatError, match="without any data"):
+        img.usable_size(descriptor, DiskFormat.RAW)
+    with pytest.raises(ImageFormatError):
+        img.check(image.path, DiskFormat.RAW, DEK)
+
+
+def test_qemus_formatter_says_what_it_cannot_do(tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match="cannot make a LUKS image with rot13-256-xts"):
+        make(tmp_path / "image", "raw", M, Cipher("rot13-256", "xts"))
