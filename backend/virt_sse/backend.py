@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
+from uuid import UUID
 
 from virt_sse import envelope
 from virt_sse.audit import AuditLog
+from virt_sse.audit_record import Component
 from virt_sse.config import Config
-from virt_sse.disks import Disk, check_name
+from virt_sse.disks import PLATFORM_KEY, Disk, DiskSku, check_name
 from virt_sse.domains import Domains
-from virt_sse.errors import ConfigError, DiskInUseError, ImageError, InvalidValueError
+from virt_sse.encryption_sets import EncryptionSet, RevocationAction
+from virt_sse.errors import ConfigError, DiskInUseError, ImageError, InvalidValueError, PolicyError
 from virt_sse.keys import KeyId, KeyRef, KeyState
 from virt_sse.layers import EncryptionType
 from virt_sse.libvirt import hook
@@ -20,31 +25,47 @@ from virt_sse.plugins import PluginHost
 from virt_sse.provisioning import Provisioning
 from virt_sse.qemu import img
 from virt_sse.qemu.img import DiskFormat
-from virt_sse.rotation import RewrapReport, Rotation
+from virt_sse.rotation import Finding, RewrapReport, Rotation
+from virt_sse.set_provisioning import SetProvisioning
 from virt_sse.store import Store
 from virt_sse.transfer import Progress, Transfer, silent
 from virt_sse.wrapping import Wrapping
 
-PLATFORM_KEY = KeyRef("platform-managed", "default")
-"""What a disk is encrypted under unless something else is said."""
+
+@dataclass(frozen=True, slots=True)
+class KeyUse:
+    """A KEK version that disks are under.
+
+    :ivar encryption_set: the id of the set that they are in, with whose identity the state was asked for.
+    :ivar deks: how many of their DEKs are.
+    """
+
+    key: KeyId
+    encryption_set: UUID | None
+    deks: int
+    state: KeyState
 
 
 class Backend:
     """All that virt-sse does on a host. Finishes first what a killed command left half-done.
 
+    :param component: in whose name the uses of keys are recorded.
     :raise StoreError: When the store cannot be opened.
     :raise PluginError: When a required plugin is broken.
     """
 
-    def __init__(self, config: Config, plugins: PluginHost | None = None) -> None:
+    def __init__(
+        self, config: Config, plugins: PluginHost | None = None, *, component: Component = Component.HOST
+    ) -> None:
         self.config = config
         self.plugins = plugins or PluginHost(config)
         self._store = Store(config.store_url)
         locks = DiskLocks(config.state_directory / "disks.lock")
-        wrapping = self._wrapping = Wrapping(self.plugins, AuditLog.of_host(config))
+        wrapping = self._wrapping = Wrapping(self.plugins, AuditLog.of_host(config), component=component)
         self._provisioning = Provisioning(self._store, self.plugins, wrapping, locks)
         self._transfer = Transfer(self.plugins, self._provisioning)
-        self._rotation = Rotation(self._store, wrapping, locks)
+        self._rotation = Rotation(self._store, self.plugins, wrapping, locks)
+        self._sets = SetProvisioning(config, self._store, self.plugins)
         self.domains = Domains(config.libvirt_uri, self._store, self.plugins, wrapping)
         try:
             self._provisioning.recover()
@@ -78,7 +99,7 @@ class Backend:
         """
         made = []
         provider = self.plugins.key_provider(PLATFORM_KEY.provider)
-        if any(key.provider == PLATFORM_KEY.provider for key in self.keys_in_use()):
+        if any(key.provider == PLATFORM_KEY.provider for key, _ in self._store.keys_in_use()):
             provider.current_key(PLATFORM_KEY.name)
         elif provider.provision():
             made.append(f"keyring {self.config.key_provider(PLATFORM_KEY.provider).directory}")
@@ -98,11 +119,14 @@ class Backend:
         size: int,
         *,
         image_format: DiskFormat = DiskFormat.QCOW2,
+        sku: DiskSku = DiskSku.PREMIUM_SSD,
+        encryption_set: str | None = None,
         path: Path | None = None,
         pool: str | None = None,
     ) -> Disk:
-        """Make an empty disk of *size* bytes, under the platform's key.
+        """Make an empty disk of *size* bytes.
 
+        :param encryption_set: whose key it is under; the platform's key without.
         :param path: where its image lies; or
         :param pool: the libvirt storage pool, of type ``dir``, ``fs`` or ``netfs``, that it lies in.
         :raise VirtSseError: By meaning; see :meth:`Provisioning.create`.
@@ -112,8 +136,8 @@ class Backend:
             size,
             self._image_path(name, image_format, path, pool),
             image_format=image_format,
-            key=PLATFORM_KEY,
-            encryption_type=EncryptionType.PLATFORM_KEY,
+            sku=sku,
+            encryption_set=self._usable_set(encryption_set),
         )
         self._refresh_pool(pool)
         return disk
@@ -126,6 +150,8 @@ class Backend:
         source_format: str | None = None,
         with_backing: bool = False,
         image_format: DiskFormat = DiskFormat.QCOW2,
+        sku: DiskSku = DiskSku.PREMIUM_SSD,
+        encryption_set: str | None = None,
         path: Path | None = None,
         pool: str | None = None,
         progress: Progress = silent,
@@ -141,19 +167,19 @@ class Backend:
             source_format=source_format,
             with_backing=with_backing,
             image_format=image_format,
-            key=PLATFORM_KEY,
-            encryption_type=EncryptionType.PLATFORM_KEY,
+            sku=sku,
+            encryption_set=self._usable_set(encryption_set),
             progress=progress,
         )
         self._refresh_pool(pool)
         return disk
 
-    def adopt_disk(self, path: Path, *, name: str | None = None) -> Disk:
+    def adopt_disk(self, path: Path, *, name: str | None = None, encryption_set: str | None = None) -> Disk:
         """Put a disk that the store does not have into it, from its image alone.
 
         :raise VirtSseError: By meaning; see :meth:`Provisioning.adopt`.
         """
-        return self._provisioning.adopt(path, name=name)
+        return self._provisioning.adopt(path, name=name, encryption_set=self._usable_set(encryption_set))
 
     def list_disks(self) -> list[Disk]:
         """All disks, by name."""
@@ -166,12 +192,24 @@ class Backend:
         """
         return self._provisioning.refresh(self._store.get(name))
 
+    def disks_with_ids(self, ids: Collection[UUID]) -> list[Disk]:
+        """The disks of those ids that there are, as the store has them."""
+        return self._store.with_ids(ids)
+
+    def try_dek(self, disk: Disk, slot: str) -> None:
+        """See whether the DEK in *slot* of a disk can be had: by unwrapping it.
+
+        :raise KeyProviderError: By meaning, when it cannot.
+        :raise AuditError: When that cannot be recorded.
+        """
+        self._wrapping.unwrap(
+            disk.dek(slot).wrapped, context=disk.context(slot), encryption_set=disk.encryption_set
+        )
+
     def key_state(self, disk: Disk) -> dict[KeyId, KeyState]:
         """The state of each KEK that the disk is under."""
         return {
-            entry.wrapped.key: self.plugins.key_provider(entry.wrapped.key.provider).key_state(
-                entry.wrapped.key
-            )
+            entry.wrapped.key: self._wrapping.key_state(entry.wrapped.key, encryption_set=disk.encryption_set)
             for entry in disk.deks
         }
 
@@ -253,11 +291,123 @@ class Backend:
         """
         self.domains.detach(self._store.get(name), domain)
 
+    def move_disk(self, name: str, encryption_set: str) -> Disk:
+        """Put a disk into another encryption set, also while a domain has it.
+
+        :raise VirtSseError: By meaning; see :meth:`Rotation.move`.
+        """
+        target = self._store.encryption_sets.get(encryption_set)
+        self._require_here(target)
+        self._rotation.move(self._store.get(name), target)
+        return self._store.get(name)
+
+    # Disk encryption sets
+
+    def create_set(
+        self,
+        name: str,
+        *,
+        provider: str,
+        key: str,
+        encryption_type: EncryptionType = EncryptionType.CUSTOMER_KEY,
+        automatic_rotation: bool = False,
+        revocation: RevocationAction = RevocationAction.SHUTDOWN,
+        grace_seconds: int = 60,
+    ) -> EncryptionSet:
+        """Make a disk encryption set; :meth:`SetProvisioning.create` says what is raised."""
+        return self._sets.create(
+            name,
+            provider=provider,
+            key=key,
+            encryption_type=encryption_type,
+            automatic_rotation=automatic_rotation,
+            revocation=revocation,
+            grace_seconds=grace_seconds,
+        )
+
+    def list_sets(self) -> list[EncryptionSet]:
+        """All disk encryption sets, by name."""
+        return self._store.encryption_sets.all()
+
+    def get_set(self, name: str) -> EncryptionSet:
+        """The disk encryption set of that name or id.
+
+        :raise EncryptionSetNotFoundError: When there is none.
+        """
+        return self._store.encryption_sets.get(name)
+
+    def disks_in_set(self, encryption_set: EncryptionSet) -> list[Disk]:
+        """The disks in a set, by name."""
+        return self._store.in_set(encryption_set.id)
+
+    def update_set(
+        self,
+        name: str,
+        *,
+        key: str | None = None,
+        automatic_rotation: bool | None = None,
+        revocation: RevocationAction | None = None,
+        grace_seconds: int | None = None,
+        progress: Progress = silent,
+    ) -> tuple[EncryptionSet, RewrapReport]:
+        """Change a set, and rewrap its disks if its key is another now.
+
+        :raise VirtSseError: By meaning; see :meth:`SetProvisioning.update`.
+        """
+        changed = self._sets.update(
+            self._store.encryption_sets.get(name),
+            key=key,
+            automatic_rotation=automatic_rotation,
+            revocation=revocation,
+            grace_seconds=grace_seconds,
+        )
+        disks = self._store.in_set(changed.id) if key is not None else []
+        return changed, self._rotation.rewrap(disks, progress)
+
+    def move_set_to_tenant(self, name: str, tenant: str) -> EncryptionSet:
+        """Move a set to another tenant, where it has no identity.
+
+        :raise VirtSseError: By meaning; see :meth:`SetProvisioning.move_to_tenant`.
+        """
+        return self._sets.move_to_tenant(self._store.encryption_sets.get(name), tenant)
+
+    def assign_set_identity(self, name: str) -> EncryptionSet:
+        """Give a set that has no identity a new one; see :meth:`SetProvisioning.assign_identity`."""
+        return self._sets.assign_identity(self._store.encryption_sets.get(name))
+
+    def wanted_key(self, encryption_set: EncryptionSet) -> KeyId:
+        """The version of its key that the disks of a set are to be under now.
+
+        :raise KeyProviderError: When the provider has no such key or does not answer.
+        """
+        return self._wrapping.wrapping_key(encryption_set.key, encryption_set)
+
+    def rotate_set(self, name: str, *, progress: Progress = silent) -> RewrapReport:
+        """Bring the disks of a set under the present version of its key, or go on where that was cut off.
+
+        :raise EncryptionSetNotFoundError: When there is none.
+        """
+        return self._rotation.rewrap(self._store.in_set(self._store.encryption_sets.get(name).id), progress)
+
+    def prove_rotation(self, name: str, *, progress: Progress = silent) -> list[Finding]:
+        """Try every wrapped DEK of the disks of a set, and see whether any needs an older key.
+
+        :raise EncryptionSetNotFoundError: When there is none.
+        """
+        return self._rotation.prove(self._store.in_set(self._store.encryption_sets.get(name).id), progress)
+
+    def delete_set(self, name: str) -> None:
+        """Delete a set that no disk is in, and its identity; see :meth:`SetProvisioning.delete`."""
+        self._sets.delete(self._store.encryption_sets.get(name))
+
     # Keys
 
-    def keys_in_use(self) -> dict[KeyId, int]:
-        """Each KEK version that disks are under, and how many."""
-        return self._store.keys_in_use()
+    def keys_in_use(self) -> list[KeyUse]:
+        """Each KEK version that disks are under, with its state; one entry per encryption set."""
+        return [
+            KeyUse(key, set_id, deks, self._wrapping.key_state(key, encryption_set=set_id))
+            for (key, set_id), deks in self._store.keys_in_use().items()
+        ]
 
     def rotate_key(self, key: KeyRef, *, progress: Progress = silent) -> tuple[KeyId, RewrapReport]:
         """Make a new version of *key* and bring every disk under it; see :meth:`Rotation.rewrap`.
@@ -265,14 +415,33 @@ class Backend:
         :raise KeyProviderError: When the provider refuses, or its keys are rotated elsewhere.
         """
         version = self._wrapping.rotate(key)
-        return version, self._rotation.rewrap(key, progress)
+        return version, self._rotation.rewrap(self._store.under_key(key), progress)
 
     def rewrap(self, key: KeyRef, *, progress: Progress = silent) -> RewrapReport:
         """Bring every disk under *key* to its current version, e.g. after a rotation that was cut off.
 
         :raise KeyProviderError: When the provider cannot name the current version.
         """
-        return self._rotation.rewrap(key, progress)
+        self._wrapping.current_key(key)
+        return self._rotation.rewrap(self._store.under_key(key), progress)
+
+    def _usable_set(self, name: str | None) -> EncryptionSet | None:
+        """The set that a disk of this host is to be in."""
+        if name is None:
+            return None
+        encryption_set = self._store.encryption_sets.get(name)
+        self._require_here(encryption_set)
+        return encryption_set
+
+    def _require_here(self, encryption_set: EncryptionSet) -> None:
+        """Refuse a set of another subscription or region than this host's disks are in."""
+        there = (encryption_set.subscription, encryption_set.region)
+        here = (self.config.subscription, self.config.region)
+        if there != here:
+            raise PolicyError(
+                f"set {encryption_set.name!r} is in subscription {there[0]!r}, region {there[1]!r}; "
+                f"this host's disks are in {here[0]!r}, {here[1]!r}"
+            )
 
     def _image_path(self, name: str, image_format: DiskFormat, path: Path | None, pool: str | None) -> Path:
         if path and pool:

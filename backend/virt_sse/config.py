@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
+from uuid import UUID
 
+from virt_sse.agent.client import SOCKET
 from virt_sse.errors import ConfigError
 from virt_sse.keys import ProviderConfig
 
@@ -20,7 +23,26 @@ _TABLES = {
     "libvirt": {"uri"},
     "disks": {"directory"},
     "plugins": {"required"},
+    "host": {"subscription", "region"},
+    "encryption-sets": {"limit", "operator-credential"},
+    "agent": {"timeout", "poll-seconds", "probe-seconds", "rotation-seconds"},
 }
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """How the agent works. All in seconds.
+
+    :ivar timeout: how long the hook waits for it before it serves an event itself.
+    :ivar poll_seconds: between two looks at each key that is in use.
+    :ivar probe_seconds: between two unwraps with each, which find what a look does not.
+    :ivar rotation_seconds: between two looks for new versions of keys.
+    """
+
+    timeout: float = 30.0
+    poll_seconds: float = 2.0
+    probe_seconds: float = 30.0
+    rotation_seconds: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +53,10 @@ class Config:
     :ivar store_url: an SQLAlchemy URL; may hold a password, therefore not in the repr.
     :ivar libvirt_uri: where libvirt answers.
     :ivar disk_directory: where new images go unless a path or a pool is given.
+    :ivar subscription: the one that this host's disks belong to; so
+    :ivar region: their region.
+    :ivar encryption_set_limit: how many disk encryption sets a subscription may have in a region.
+    :ivar operator_credential: what makes and deletes the sets' identities in a key vault.
     :ivar required_plugins: entry points without which nothing may run, e.g. a site's policy.
     :ivar provider_options: by provider name, its table ``[key-providers.NAME]``.
     """
@@ -39,8 +65,13 @@ class Config:
     store_url: str = field(repr=False)
     libvirt_uri: str
     disk_directory: Path
+    operator_credential: Path
+    subscription: str = "default"
+    region: str = "default"
+    encryption_set_limit: int = 50
     required_plugins: tuple[str, ...] = ()
     provider_options: Mapping[str, Mapping[str, object]] = field(default_factory=dict, repr=False)
+    agent: AgentConfig = AgentConfig()
 
     @classmethod
     def load(cls, root: Path | None = None) -> Self:
@@ -71,8 +102,18 @@ class Config:
             disk_directory=Path(
                 document.get("disks", {}).get("directory") or root / "var/lib/libvirt/images"
             ),
+            operator_credential=Path(
+                document.get("encryption-sets", {}).get("operator-credential")
+                or root / "etc/virt-sse/identity-operator.json"
+            ),
+            subscription=document.get("host", {}).get("subscription") or "default",
+            region=document.get("host", {}).get("region") or "default",
+            encryption_set_limit=document.get("encryption-sets", {}).get("limit", 50),
             required_plugins=tuple(document.get("plugins", {}).get("required", ())),
             provider_options=document.get("key-providers", {}),
+            agent=AgentConfig(
+                **{name.replace("-", "_"): float(value) for name, value in document.get("agent", {}).items()}
+            ),
         )
 
     @property
@@ -93,11 +134,21 @@ class Config:
     @property
     def agent_socket(self) -> Path:
         """Where the per-host agent answers, if one runs."""
-        return self.root / "run/virt-sse/agent.sock"
+        return self.root / SOCKET
 
-    def key_provider(self, name: str) -> ProviderConfig:
-        """What the provider *name* is made from."""
-        return ProviderConfig(self.state_directory / name, self.provider_options.get(name, {}))
+    @property
+    def identity_directory(self) -> Path:
+        """The credentials of the disk encryption sets' identities; 0700."""
+        return self.state_directory / "identities"
+
+    def identity(self, encryption_set: UUID) -> Path:
+        """The credential of the identity of a disk encryption set, if it has one."""
+        return self.identity_directory / f"{encryption_set}.json"
+
+    def key_provider(self, name: str, encryption_set: UUID | None = None) -> ProviderConfig:
+        """What the provider *name* is made from, to act for a disk encryption set or for the host itself."""
+        identity = self.identity(encryption_set) if encryption_set else None
+        return ProviderConfig(self.state_directory / name, self.provider_options.get(name, {}), identity)
 
 
 def _sqlite_url(path: Path) -> str:
@@ -123,5 +174,11 @@ def _check(path: Path, document: Mapping[str, object]) -> None:
             if option == "required":
                 if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                     raise ConfigError(f"{path}: 'required' in [plugins] must be a list of names")
+            elif option == "limit":
+                if type(value) is not int or value < 0:
+                    raise ConfigError(f"{path}: 'limit' in [{table}] must be a number")
+            elif table == "agent":
+                if type(value) not in (int, float) or not 0 < value < math.inf:
+                    raise ConfigError(f"{path}: {option!r} in [agent] must be a number of seconds above 0")
             elif not isinstance(value, str):
                 raise ConfigError(f"{path}: {option!r} in [{table}] must be a string")

@@ -16,6 +16,9 @@ from virt_sse.keys import DekContext, KeyRef
 from virt_sse.layers import EncryptionType
 from virt_sse.qemu.img import DiskFormat
 
+PLATFORM_KEY = KeyRef("platform-managed", "default")
+"""What a disk is under that is in no encryption set."""
+
 SECTOR = 512
 MAX_SIZE = 64 << 40
 """64 TiB, the cloud's largest disk."""
@@ -35,12 +38,22 @@ class DiskState(enum.Enum):
     DELETING = "deleting"
 
 
+class DiskSku(enum.Enum):
+    """The kind of storage, in the cloud's words. A revocation leaves a domain with an ultra disk running."""
+
+    STANDARD_HDD = "Standard_LRS"
+    STANDARD_SSD = "StandardSSD_LRS"
+    PREMIUM_SSD = "Premium_LRS"
+    ULTRA = "UltraSSD_LRS"
+
+
 @dataclass(frozen=True, slots=True)
 class Disk:
     """A disk of ours.
 
     :ivar size: what the guest sees, in bytes.
     :ivar generation: counts the rewraps of its DEKs.
+    :ivar encryption_set: the id of the set that its own key is that of; ``None`` for the platform's key.
     """
 
     id: UUID
@@ -53,6 +66,8 @@ class Disk:
     created: datetime
     generation: int
     deks: tuple[DekEntry, ...]
+    sku: DiskSku = DiskSku.PREMIUM_SSD
+    encryption_set: UUID | None = None
 
     def dek(self, slot: str) -> DekEntry:
         """The wrapped DEK in *slot*.
@@ -77,7 +92,15 @@ class Disk:
     @property
     def envelope(self) -> Envelope:
         """What its image carries of it."""
-        return Envelope(self.id, self.name, self.encryption_type, self.created, self.generation, self.deks)
+        return Envelope(
+            disk_id=self.id,
+            name=self.name,
+            encryption_type=self.encryption_type,
+            encryption_set=self.encryption_set,
+            created=self.created,
+            generation=self.generation,
+            deks=self.deks,
+        )
 
 
 def check_name(name: str) -> str:

@@ -75,7 +75,9 @@ class Domains:
         except KeyError:
             raise InvalidValueError(f"disk {disk.name!r} has no DEK in slot {use.slot!r}") from None
         with audit_context(domain=domain):
-            return self._wrapping.unwrap(entry.wrapped, context=disk.context(use.slot))
+            return self._wrapping.unwrap(
+                entry.wrapped, context=disk.context(use.slot), encryption_set=disk.encryption_set
+            )
 
     def _disk_of(self, use: domain_xml.DomainDisk) -> Disk:
         """The disk that a domain names, if that is what lies where the domain says."""

@@ -17,6 +17,7 @@ and then this one: a torn write leaves one whole, and a finished one leaves no c
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import hmac
 import json
@@ -62,12 +63,14 @@ class DekEntry:
 class Envelope:
     """All that is needed, beside the key provider, to use a disk whose store is lost.
 
+    :ivar encryption_set: the id of the disk encryption set that the disk is in.
     :ivar generation: counts the rewraps.
     """
 
     disk_id: UUID
     name: str
     encryption_type: EncryptionType
+    encryption_set: UUID | None
     created: datetime
     generation: int
     deks: tuple[DekEntry, ...]
@@ -83,6 +86,7 @@ class Envelope:
                 "name": self.name,
                 "encryption-type": self.encryption_type.value,
                 "created": self.created.isoformat(),
+                **({"encryption-set": str(self.encryption_set)} if self.encryption_set else {}),
                 "deks": [_dek_to_json(entry) for entry in self.deks],
             },
             ensure_ascii=False,
@@ -118,6 +122,7 @@ class Envelope:
                 disk_id=UUID(_text(body["disk"])),
                 name=_text(body["name"]),
                 encryption_type=EncryptionType(body["encryption-type"]),
+                encryption_set=UUID(body["encryption-set"]) if body.get("encryption-set") else None,
                 created=datetime.fromisoformat(_text(body["created"])),
                 generation=generation,
                 deks=tuple(_dek_from_json(entry) for entry in body["deks"]),
@@ -173,6 +178,21 @@ def read(descriptor: int, image_format: DiskFormat) -> Envelope:
     if found:
         return max(found, key=lambda envelope: envelope.generation)
     raise max(errors, key=lambda error: not str(error).startswith("no envelope"))
+
+
+def read_slots(descriptor: int, image_format: DiskFormat) -> dict[str, Envelope]:
+    """What each of the two slots, ``A`` and ``B``, holds; a slot that cannot be read is left out.
+
+    :raise ImageFormatError: When there is no LUKS header.
+    :raise EnvelopeError: When neither slot can be read.
+    """
+    found = {}
+    for name, slot in zip("AB", _slots(descriptor, luks_area(descriptor, image_format)[0]), strict=True):
+        with contextlib.suppress(EnvelopeError):
+            found[name] = Envelope.decode(slot)
+    if not found:
+        raise EnvelopeError("neither copy of the envelope can be read")
+    return found
 
 
 def write(descriptor: int, image_format: DiskFormat, envelope: Envelope) -> None:

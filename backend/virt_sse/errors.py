@@ -7,6 +7,9 @@
     ├── InvalidValueError            a name, size or option that makes no sense
     ├── PluginError                  a plugin is broken; names its culprit
     ├── PolicyError                  a rule refuses the operation
+    ├── EncryptionSetNotFoundError
+    ├── EncryptionSetExistsError     the name is taken
+    ├── EncryptionSetInUseError      disks are in it
     ├── DiskNotFoundError
     ├── DiskExistsError              the name or the path is taken
     ├── DiskStateError               the disk is in a state that does not allow this
@@ -26,6 +29,8 @@
     │   ├── CredentialError          a credential file cannot be read, or is none
     │   ├── PrincipalNotFoundError
     │   └── PrincipalExistsError     the name is taken
+    ├── AgentError                   the agent cannot serve, or what answers in its place cannot be trusted
+    │   └── AgentUnavailableError    no agent answers
     ├── AuditError                   a key use cannot be recorded, or the log is not whole
     ├── StoreError
     ├── LibvirtError
@@ -76,6 +81,18 @@ class PluginError(VirtSseError):
 
 class PolicyError(VirtSseError):
     """A rule, ours or a plugin's, refuses the operation."""
+
+
+class EncryptionSetNotFoundError(VirtSseError):
+    """No disk encryption set of that name or id."""
+
+
+class EncryptionSetExistsError(VirtSseError):
+    """The name of the disk encryption set is taken."""
+
+
+class EncryptionSetInUseError(VirtSseError):
+    """Disks are in the disk encryption set."""
 
 
 class DiskNotFoundError(VirtSseError):
@@ -152,6 +169,14 @@ class PrincipalNotFoundError(VaultError):
 
 class PrincipalExistsError(VaultError):
     """The vault has a principal of that name already."""
+
+
+class AgentError(VirtSseError):
+    """The agent cannot serve, or what answers in its place is not to be trusted."""
+
+
+class AgentUnavailableError(AgentError):
+    """No agent answers on this host, or not in time."""
 
 
 class AuditError(VirtSseError):

@@ -28,6 +28,7 @@ class KeyEvent:
     :ivar context: the disk and slot whose DEK it was; ``None`` for the key's own life.
     :ivar error: ``None`` when it was allowed, else the provider's reason.
     :ivar correlation: the same as in the audit log.
+    :ivar seconds: how long the provider took.
     """
 
     action: KeyAction
@@ -35,6 +36,7 @@ class KeyEvent:
     context: DekContext | None = None
     error: str | None = None
     correlation: uuid.UUID = field(default_factory=uuid.uuid4)
+    seconds: float = 0.0
 
 
 _correlation: ContextVar[uuid.UUID | None] = ContextVar("correlation", default=None)

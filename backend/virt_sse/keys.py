@@ -139,10 +139,12 @@ class ProviderConfig:
 
     :ivar directory: the provider's own folder, 0700; it need not exist yet.
     :ivar options: its table ``[key-providers.NAME]`` of the configuration file.
+    :ivar identity: the credential file of the identity that the provider acts as; ``None`` for none.
     """
 
     directory: Path
     options: Mapping[str, object] = field(default_factory=dict)
+    identity: Path | None = None
 
 
 class KeyProvider(ABC):
@@ -161,6 +163,19 @@ class KeyProvider(ABC):
 
         :raise ConfigError: When its options make no sense.
         """
+
+    @classmethod
+    def parse_key(cls, text: str) -> tuple[str, str | None]:
+        """Name and, where *text* has one, version of the key that an administrator means by *text*.
+
+        :raise InvalidValueError: When it can be no key of this provider.
+        """
+        return text, None
+
+    @classmethod
+    def needs_identity(cls, config: ProviderConfig) -> bool:
+        """Whether it acts with the identity of a disk encryption set, :attr:`ProviderConfig.identity`."""
+        return False
 
     @abstractmethod
     def current_key(self, name: str) -> KeyId:

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import pluggy
 
 from virt_sse import hookspecs
-from virt_sse.errors import ConfigError, PluginError, PolicyError
+from virt_sse.errors import ConfigError, KeyDeniedError, PluginError, PolicyError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+    from uuid import UUID
+
     import typer
 
     from virt_sse.config import Config
@@ -74,6 +77,15 @@ def _call(implementation: pluggy.HookImpl, **arguments: object) -> object:
     return implementation.function(*(arguments[name] for name in implementation.argnames))
 
 
+def _stamp(path: Path) -> object:
+    """What changes when the file is replaced; ``None`` when there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return (status.st_ino, status.st_mtime_ns)
+
+
 class PluginHost:
     """Loads plugins and speaks to them.
 
@@ -93,7 +105,8 @@ class PluginHost:
         self._manager.add_hookspecs(hookspecs)
         self._provider_classes: _Registry[KeyProvider] = _Registry("key provider")
         self._layer_classes: _Registry[EncryptionLayer] = _Registry("encryption layer")
-        self._providers: dict[str, KeyProvider] = {}
+        self._providers: dict[tuple[str, UUID | None], KeyProvider] = {}
+        self._identities: dict[tuple[str, UUID | None], object] = {}
         self._lock = threading.RLock()
         self.broken: list[PluginError] = []
         """The plugins that were left out, and why."""
@@ -164,21 +177,58 @@ class PluginHost:
         """The names of all registered encryption layers, loaded or not."""
         return self._layer_classes.names()
 
-    def key_provider(self, name: str) -> KeyProvider:
+    def key_provider(self, name: str, encryption_set: UUID | None = None) -> KeyProvider:
         """The key provider *name*, made from the configuration at its first use and then kept.
 
+        One with an identity is made anew when that has another credential, whoever gave it.
+
+        :param encryption_set: the disk encryption set that it acts for, with that set's identity.
+        :raise KeyDeniedError: When that set has no identity, and the provider needs one.
         :raise ConfigError: When none of that name is registered, or its options make no sense.
         :raise PluginError: When its class cannot be loaded, or calls itself otherwise.
         """
         with self._lock:
-            if name not in self._providers:
+            identity = self._config.identity(encryption_set) if encryption_set else None
+            stamp = _stamp(identity) if identity else None
+            if encryption_set and self._identities.get((name, encryption_set)) != stamp:
+                self.forget(encryption_set)
+            if (name, encryption_set) not in self._providers:
                 provider_class = self._provider_classes.load(name, self.broken)
                 if provider_class.name != name:
                     # What it wraps would name a provider that nobody finds again.
                     plugin = self._provider_classes.plugin(name)
                     raise PluginError(plugin, f"key provider {name!r} calls itself {provider_class.name!r}")
-                self._providers[name] = provider_class.from_config(self._config.key_provider(name))
-            return self._providers[name]
+                config = self._config.key_provider(name, encryption_set)
+                if config.identity and not config.identity.exists() and provider_class.needs_identity(config):
+                    raise KeyDeniedError(
+                        f"disk encryption set {encryption_set} has no identity",
+                        hint="'virt-sse des update SET --assign-identity' gives it one",
+                    )
+                self._providers[name, encryption_set] = provider_class.from_config(config)
+                self._identities[name, encryption_set] = stamp
+            return self._providers[name, encryption_set]
+
+    def parse_key(self, provider: str, text: str) -> tuple[str, str | None]:
+        """Name and, where *text* has one, version of a key of *provider*.
+
+        :raise InvalidValueError: When *text* can be no key of it.
+        :raise ConfigError: When no provider of that name is registered.
+        """
+        return self._provider_classes.load(provider, self.broken).parse_key(text)
+
+    def needs_identity(self, name: str) -> bool:
+        """Whether the key provider *name* acts with the identity of a disk encryption set.
+
+        :raise ConfigError: When none of that name is registered.
+        """
+        provider_class = self._provider_classes.load(name, self.broken)
+        return provider_class.needs_identity(self._config.key_provider(name))
+
+    def forget(self, encryption_set: UUID) -> None:
+        """Close the key providers that act for a disk encryption set, as its identity has changed."""
+        with self._lock, contextlib.ExitStack() as closing:
+            for key in [key for key in self._providers if key[1] == encryption_set]:
+                closing.callback(self._providers.pop(key).close)
 
     def encryption_layer(self, encryption_type: EncryptionType) -> EncryptionLayer:
         """The layer that serves *encryption_type*.

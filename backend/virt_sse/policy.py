@@ -11,6 +11,7 @@ from virt_sse.layers import EncryptionType
 
 if TYPE_CHECKING:
     from virt_sse.disks import Disk
+    from virt_sse.encryption_sets import EncryptionSet
     from virt_sse.qemu.img import DiskFormat
 
 
@@ -50,6 +51,21 @@ class DeleteDisk:
 
 
 @dataclass(frozen=True, slots=True)
+class CreateEncryptionSet:
+    """A new disk encryption set."""
+
+    encryption_set: EncryptionSet
+
+
+@dataclass(frozen=True, slots=True)
+class MoveDisk:
+    """A disk is put into another disk encryption set."""
+
+    disk: Disk
+    encryption_set: EncryptionSet
+
+
+@dataclass(frozen=True, slots=True)
 class AttachDisk:
     """A disk becomes part of the definition, or of the running instance, of *domain*."""
 
@@ -65,4 +81,13 @@ class UnlockDisk:
     domain: str
 
 
-Operation = CreateDisk | ResizeDisk | ExportDisk | DeleteDisk | AttachDisk | UnlockDisk
+Operation = (
+    CreateDisk
+    | ResizeDisk
+    | ExportDisk
+    | DeleteDisk
+    | CreateEncryptionSet
+    | MoveDisk
+    | AttachDisk
+    | UnlockDisk
+)

@@ -18,20 +18,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from virt_sse import envelope
-from virt_sse.disks import Disk, DiskState, check_name, check_path, check_size
-from virt_sse.envelope import DekEntry
+from virt_sse.disks import PLATFORM_KEY, Disk, DiskSku, DiskState, check_name, check_path, check_size
+from virt_sse.encryption_sets import EncryptionSet
+from virt_sse.envelope import DekEntry, Envelope
 from virt_sse.errors import (
     DiskExistsError,
     DiskInUseError,
     DiskNotFoundError,
     DiskStateError,
+    EncryptionSetNotFoundError,
     EnvelopeError,
     ImageError,
     InvalidValueError,
     VirtSseError,
 )
 from virt_sse.files import publish, sync_folder
-from virt_sse.keys import Dek, DekContext, KeyRef
+from virt_sse.keys import Dek, DekContext
 from virt_sse.layers import EncryptionType
 from virt_sse.locks import DiskLocks
 from virt_sse.plugins import PluginHost
@@ -60,12 +62,13 @@ class Provisioning:
         path: Path,
         *,
         image_format: DiskFormat,
-        key: KeyRef,
-        encryption_type: EncryptionType,
+        sku: DiskSku,
+        encryption_set: EncryptionSet | None,
         fill: Callable[[Path, Dek], None] | None = None,
     ) -> Disk:
         """Make a disk of *size* bytes; its image lies at *path*.
 
+        :param encryption_set: whose key it is under; the platform's key without.
         :param fill: writes the first content into the image at the path that it is given.
         :raise InvalidValueError: When name or size make no sense.
         :raise DiskExistsError: When the name or the path is taken.
@@ -76,6 +79,8 @@ class Provisioning:
         check_name(name)
         check_size(size)
         path = check_path(path)
+        key = encryption_set.key if encryption_set else PLATFORM_KEY
+        encryption_type = encryption_set.encryption_type if encryption_set else EncryptionType.PLATFORM_KEY
         self._plugins.validate(CreateDisk(name, size, path, image_format, encryption_type, key))
         (spec,) = self._plugins.encryption_layer(encryption_type).plan(key).deks
         if os.path.lexists(path):
@@ -86,7 +91,10 @@ class Provisioning:
         disk_id = uuid.uuid4()
         dek = Dek.generate()
         wrapped = self._wrapping.wrap(
-            dek, self._wrapping.current_key(spec.key), context=DekContext(disk_id, spec.slot)
+            dek,
+            self._wrapping.wrapping_key(spec.key, encryption_set),
+            context=DekContext(disk_id, spec.slot),
+            encryption_set=encryption_set.id if encryption_set else None,
         )
         disk = Disk(
             id=disk_id,
@@ -99,6 +107,8 @@ class Provisioning:
             created=datetime.now(UTC).replace(microsecond=0),
             generation=1,
             deks=(DekEntry(spec.slot, spec.cipher, wrapped),),
+            sku=sku,
+            encryption_set=encryption_set.id if encryption_set else None,
         )
         with self._locks.hold(disk_id):
             self._store.add(disk)
@@ -153,14 +163,16 @@ class Provisioning:
             elif current.state is DiskState.DELETING:
                 self._finish_deletion(current)
 
-    def adopt(self, path: Path, *, name: str | None) -> Disk:
+    def adopt(self, path: Path, *, name: str | None, encryption_set: EncryptionSet | None) -> Disk:
         """Put the disk whose image lies at *path* into the store, from what the image carries.
 
         A disk that the store knows by another path, where it lies no more, is known by the new one.
 
         :param name: default the name that the image carries.
+        :param encryption_set: default the one that the image carries.
         :raise ImageFormatError: When it is no encrypted image, or its DEK does not open it.
         :raise EnvelopeError: When its envelope cannot be read.
+        :raise EncryptionSetNotFoundError: When it was in a set that the store has not, and none is given.
         :raise DiskExistsError: When the store has the disk, the name or the path.
         :raise KeyProviderError: When its DEK cannot be unwrapped, e.g. being under another host's key.
         """
@@ -180,6 +192,7 @@ class Provisioning:
             created=carried.created,
             generation=carried.generation,
             deks=carried.deks,
+            encryption_set=self._set_of(carried, encryption_set),
         )
         if not disk.deks:
             raise EnvelopeError(f"the envelope of {path} holds no DEK")
@@ -188,6 +201,9 @@ class Provisioning:
         )
         with self._locks.hold(disk.id):
             img.check_unlocks(path, image_format, self.unlock(disk))
+            if disk.envelope != carried:
+                with img.opened(path, os.O_RDWR) as descriptor:
+                    envelope.write(descriptor, image_format, disk.envelope)
             try:
                 known = self._store.get(str(disk.id))
             except DiskNotFoundError:
@@ -198,13 +214,27 @@ class Provisioning:
                 self._store.set_path(disk.id, path)
             return self._store.get(str(disk.id))
 
+    def _set_of(self, carried: Envelope, given: EncryptionSet | None) -> uuid.UUID | None:
+        """The encryption set that an adopted disk is in from now on."""
+        if given or not carried.encryption_set:
+            return given.id if given else None
+        try:
+            return self._store.encryption_sets.get(str(carried.encryption_set)).id
+        except EncryptionSetNotFoundError as exc:
+            raise EncryptionSetNotFoundError(
+                f"the disk was in encryption set {carried.encryption_set}, which the store does not have",
+                hint="say --des with a set that may use the disk's key",
+            ) from exc
+
     def unlock(self, disk: Disk) -> Dek:
         """The DEK that opens the disk's image.
 
         :raise KeyProviderError: When the provider refuses.
         """
         entry = disk.deks[-1]
-        return self._wrapping.unwrap(entry.wrapped, context=disk.context(entry.slot))
+        return self._wrapping.unwrap(
+            entry.wrapped, context=disk.context(entry.slot), encryption_set=disk.encryption_set
+        )
 
     def refresh(self, disk: Disk) -> Disk:
         """The disk with its image's real size: a resize may have been cut off, or done by others.

@@ -7,11 +7,11 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from virt_sse.disks import Disk
+from virt_sse.disks import Disk, DiskSku
+from virt_sse.encryption_sets import EncryptionSet
 from virt_sse.errors import DiskExistsError, ImageError, ImageFormatError
 from virt_sse.files import canonical, publish, unnamed_file
-from virt_sse.keys import Dek, KeyRef
-from virt_sse.layers import EncryptionType
+from virt_sse.keys import Dek
 from virt_sse.plugins import PluginHost
 from virt_sse.policy import ExportDisk
 from virt_sse.provisioning import Provisioning
@@ -42,8 +42,8 @@ class Transfer:
         source_format: str | None,
         with_backing: bool,
         image_format: DiskFormat,
-        key: KeyRef,
-        encryption_type: EncryptionType,
+        sku: DiskSku,
+        encryption_set: EncryptionSet | None,
         progress: Progress,
     ) -> Disk:
         """Make a disk with the content of the image *source*, which is encrypted on its way.
@@ -76,8 +76,8 @@ class Transfer:
             information.virtual_size,
             path,
             image_format=image_format,
-            key=key,
-            encryption_type=encryption_type,
+            sku=sku,
+            encryption_set=encryption_set,
             fill=fill,
         )
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TypeVar
+from uuid import UUID
 
 from virt_sse.audit import AuditLog
 from virt_sse.audit_record import AuditRecord, Component, Result, process_actor
-from virt_sse.errors import AuditError, VirtSseError
+from virt_sse.encryption_sets import EncryptionSet
+from virt_sse.errors import AuditError, KeyDeniedError, VirtSseError
 from virt_sse.events import KeyAction, KeyEvent, correlated, current_domain
-from virt_sse.keys import Dek, DekContext, KeyId, KeyRef, WrappedDek
+from virt_sse.keys import Dek, DekContext, KeyId, KeyRef, KeyState, WrappedDek
 from virt_sse.plugins import PluginHost
 
 _log = logging.getLogger(__name__)
@@ -37,16 +40,40 @@ class Wrapping:
         self._audit = audit
         self._component = component
 
-    def current_key(self, key: KeyRef) -> KeyId:
+    def current_key(self, key: KeyRef, *, encryption_set: UUID | None = None) -> KeyId:
         """The version of *key* that a new DEK would be wrapped with.
+
+        :param encryption_set: the disk encryption set for which it is asked, with that set's identity.
+        :raise KeyProviderError: When the provider has no such key or does not answer.
+        """
+        return self._plugins.key_provider(key.provider, encryption_set).current_key(key.name)
+
+    def key_state(self, key: KeyId, *, encryption_set: UUID | None = None) -> KeyState:
+        """The state of *key* for a disk encryption set. A provider that cannot be had is ``UNREACHABLE``."""
+        try:
+            return self._plugins.key_provider(key.provider, encryption_set).key_state(key)
+        except KeyDeniedError:
+            return KeyState.DENIED
+        except VirtSseError:
+            return KeyState.UNREACHABLE
+
+    def wrapping_key(self, key: KeyRef, encryption_set: EncryptionSet | None) -> KeyId:
+        """The version of *key* for a DEK of a disk in *encryption_set*: the set's own, or the current one.
 
         :raise KeyProviderError: When the provider has no such key or does not answer.
         """
-        return self._plugins.key_provider(key.provider).current_key(key.name)
+        if encryption_set is None:
+            return self.current_key(key)
+        if encryption_set.key == key and encryption_set.key_version:
+            return KeyId(key.provider, key.name, encryption_set.key_version)
+        return self.current_key(key, encryption_set=encryption_set.id)
 
-    def wrap(self, dek: Dek, key: KeyId, *, context: DekContext) -> WrappedDek:
+    def wrap(
+        self, dek: Dek, key: KeyId, *, context: DekContext, encryption_set: UUID | None = None
+    ) -> WrappedDek:
         """Wrap *dek* with *key*.
 
+        :param encryption_set: the disk encryption set for which that is done, with that set's identity.
         :raise KeyProviderError: By meaning; see :meth:`KeyProvider.wrap`.
         :raise AuditError: When it cannot be recorded.
         """
@@ -54,12 +81,13 @@ class Wrapping:
             KeyAction.WRAP,
             key,
             context,
-            lambda: self._plugins.key_provider(key.provider).wrap(dek, key, context=context),
+            lambda: self._plugins.key_provider(key.provider, encryption_set).wrap(dek, key, context=context),
         )
 
-    def unwrap(self, wrapped: WrappedDek, *, context: DekContext) -> Dek:
+    def unwrap(self, wrapped: WrappedDek, *, context: DekContext, encryption_set: UUID | None = None) -> Dek:
         """The DEK in *wrapped*.
 
+        :param encryption_set: the disk encryption set for which that is done, with that set's identity.
         :raise KeyProviderError: By meaning; see :meth:`KeyProvider.unwrap`.
         :raise AuditError: When it cannot be recorded.
         """
@@ -68,7 +96,7 @@ class Wrapping:
             KeyAction.UNWRAP,
             key,
             context,
-            lambda: self._plugins.key_provider(key.provider).unwrap(wrapped, context=context),
+            lambda: self._plugins.key_provider(key.provider, encryption_set).unwrap(wrapped, context=context),
         )
 
     def rotate(self, key: KeyRef) -> KeyId:
@@ -100,22 +128,25 @@ class Wrapping:
             )
             if action is KeyAction.ROTATE:
                 self._audit.append(record)
+            began = time.monotonic()
             try:
                 result = use()
             except BaseException as exc:
+                seconds = time.monotonic() - began
                 # A message that is not ours is not known to be free of key material.
                 message = f": {exc}" if isinstance(exc, VirtSseError) else ""
                 self._record_refusal(
                     replace(record, result=Result.REFUSED, reason=type(exc).__name__ + message)
                 )
                 error = f"{type(exc).__name__}: {exc}"
-                self._plugins.key_event(KeyEvent(action, key, context, error, correlation))
+                self._plugins.key_event(KeyEvent(action, key, context, error, correlation, seconds))
                 raise
+            seconds = time.monotonic() - began
         version = result.version if isinstance(result, KeyId) else record.key_version
         self._audit.append(
             replace(record, time=datetime.now(UTC), result=Result.ALLOWED, key_version=version)
         )
-        self._plugins.key_event(KeyEvent(action, key, context, correlation=correlation))
+        self._plugins.key_event(KeyEvent(action, key, context, correlation=correlation, seconds=seconds))
         return result
 
     def _record_refusal(self, record: AuditRecord) -> None:

@@ -21,6 +21,7 @@ from typing import NoReturn
 
 import command
 import create
+import customer
 import data
 import domain
 import hook
@@ -39,6 +40,7 @@ BENCHES: Mapping[str, Bench] = {
     "command": command.measure,
     "data": data.measure,
     "rewrap": rewrap.measure,
+    "customer": customer.measure,
 }
 
 

@@ -32,12 +32,12 @@ def measure(bench: Run) -> Iterator[Row]:
         disk = backend.import_disk("boot", source, source_format="raw")
         element = backend.disk_xml("boot")
         with closing(ours.connect()) as here, closing(peer.connect()) as there:
-            by_hand = _set_by_hand(there, peer, element, disk.path, dek_of(backend, disk))
+            by_hand = set_by_hand(there, peer, element, disk.path, dek_of(backend, disk))
             domains = [
                 here.defineXML(Guest(ours, _NAME, acceleration=how, disks=[element]).xml()),
                 there.defineXML(Guest(peer, _NAME, acceleration=how, disks=[by_hand]).xml()),
             ]
-            turns = [[_start_and_destroy(each) for each in domains] for _ in range(bench.amount(11, quick=4))]
+            turns = [[start_and_destroy(each) for each in domains] for _ in range(bench.amount(11, quick=4))]
     for step, verb in enumerate(("start", "destroy")):
         with_hook, without = (
             Measurement.median([turn[side][step] for turn in turns[1:]]) for side in range(len(domains))
@@ -52,7 +52,7 @@ def measure(bench: Run) -> Iterator[Row]:
         )
 
 
-def _set_by_hand(connection: libvirt.virConnect, host: LabHost, element: str, image: Path, dek: Dek) -> str:
+def set_by_hand(connection: libvirt.virConnect, host: LabHost, element: str, image: Path, dek: Dek) -> str:
     """Copy the image and set its DEK as an administrator would; the ``<disk>`` element for that."""
     copy = host.images / image.name
     shutil.copyfile(image, copy)
@@ -70,7 +70,8 @@ def _set_by_hand(connection: libvirt.virConnect, host: LabHost, element: str, im
     return ET.tostring(disk, encoding="unicode")
 
 
-def _start_and_destroy(domain: libvirt.virDomain) -> tuple[float, float]:
+def start_and_destroy(domain: libvirt.virDomain) -> tuple[float, float]:
+    """How long each took."""
     import libvirt
 
     def start() -> None:

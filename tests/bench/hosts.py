@@ -46,5 +46,5 @@ def prepared_host() -> Iterator[tuple[LabHost, Backend]]:
 def dek_of(backend: Backend, disk: Disk) -> Dek:
     """The DEK that opens the disk's image."""
     (entry,) = disk.deks
-    provider = backend.plugins.key_provider(entry.wrapped.key.provider)
+    provider = backend.plugins.key_provider(entry.wrapped.key.provider, disk.encryption_set)
     return provider.unwrap(entry.wrapped, context=disk.context(entry.slot))

@@ -17,6 +17,7 @@ class Unit(enum.Enum):
     SECONDS = "s"
     MIB_PER_SECOND = "MiB/s"
     DISKS_PER_SECOND = "disks/s"
+    PER_SECOND = "/s"
 
 
 @dataclass(frozen=True, slots=True)

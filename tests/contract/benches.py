@@ -10,10 +10,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from virt_sse.keys import KeyId, ProviderConfig
+from virt_sse.vault.permissions import USE, Permission
 from virt_sse_plugins.key_providers.platform_keyring import DEFAULT_KEY
 from virt_sse_plugins.key_providers.platform_managed import PlatformManagedKeyProvider
+
+Fixture = Callable[[str], Any]
+"""Gives pytest's fixture of that name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +31,7 @@ class Bench:
     :ivar disable: disables a version, likewise; ``None`` where versions cannot be disabled.
     :ivar enable: enables it again.
     :ivar options: the provider's table of the configuration.
+    :ivar identity: the credential file of whom the provider acts as, if it acts for a disk encryption set.
     :ivar secrets: key material and credentials that must never show.
     """
 
@@ -34,11 +40,29 @@ class Bench:
     disable: Callable[[KeyId], None] | None = None
     enable: Callable[[KeyId], None] | None = None
     options: Mapping[str, object] = field(default_factory=dict)
+    identity: Path | None = None
     secrets: tuple[bytes, ...] = ()
 
 
 @contextmanager
-def _platform_managed(directory: Path) -> Iterator[Bench]:
+def _customer_managed(directory: Path, fixture: Fixture) -> Iterator[Bench]:
+    from customer_keys import CustomerKeys
+
+    with CustomerKeys(fixture("lab_vault"), directory) as keys:
+        identity = keys.new_identity(*USE, Permission.GET, Permission.ROTATE)
+        name = keys.new_key()
+        yield Bench(
+            key=name,
+            rotate=lambda: keys.rotate(name),
+            disable=lambda key: keys.enable(key, enabled=False),
+            enable=lambda key: keys.enable(key, enabled=True),
+            identity=identity,
+            secrets=(keys.private_key_of(identity),),
+        )
+
+
+@contextmanager
+def _platform_managed(directory: Path, _fixture: Fixture) -> Iterator[Bench]:
     administrator = PlatformManagedKeyProvider.from_config(ProviderConfig(directory))
     assert administrator.provision()
     yield Bench(
@@ -51,7 +75,7 @@ def _platform_managed(directory: Path) -> Iterator[Bench]:
 
 
 @contextmanager
-def _kek_file(directory: Path) -> Iterator[Bench]:
+def _kek_file(directory: Path, _fixture: Fixture) -> Iterator[Bench]:
     directory.mkdir(parents=True)
 
     def add_version() -> None:
@@ -67,8 +91,9 @@ def _kek_file(directory: Path) -> Iterator[Bench]:
     )
 
 
-BENCHES: Mapping[str, Callable[[Path], AbstractContextManager[Bench]]] = {
+BENCHES: Mapping[str, Callable[[Path, Fixture], AbstractContextManager[Bench]]] = {
+    "customer-managed": _customer_managed,
     "kek-file": _kek_file,
     "platform-managed": _platform_managed,
 }
-"""By name; each is given the provider's own folder, which does not exist yet."""
+"""By name; each is given the provider's own folder, which does not exist yet, and pytest's fixtures."""

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 import readme_plugin
@@ -20,6 +21,7 @@ from virt_sse.config import Config
 from virt_sse.keys import DekContext, KeyId, KeyProvider, WrappedDek
 from virt_sse.plugins import ENTRY_POINT_GROUP, PluginHost
 
+_ENCRYPTION_SET = UUID(int=1)
 _REGISTERED = PluginHost(Config.load(Path(__file__).parent)).key_provider_names()
 
 
@@ -41,8 +43,13 @@ def provider_name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def bench(provider_name: str, tmp_path: Path) -> Iterator[Bench]:
-    with BENCHES[provider_name](Config.load(tmp_path).key_provider(provider_name).directory) as bench:
+def bench(provider_name: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Bench]:
+    config = Config.load(tmp_path)
+    directory = config.key_provider(provider_name).directory
+    with BENCHES[provider_name](directory, request.getfixturevalue) as bench:
+        if bench.identity is not None:
+            config.identity_directory.mkdir(mode=0o700, parents=True)
+            bench.identity.rename(config.identity(_ENCRYPTION_SET))
         yield bench
 
 
@@ -58,7 +65,7 @@ def open_provider(
             Config.load(tmp_path), provider_options={provider_name: {**bench.options, **options}}
         )
         hosts.append(PluginHost(config, entry_points))
-        return hosts[-1].key_provider(provider_name)
+        return hosts[-1].key_provider(provider_name, _ENCRYPTION_SET if bench.identity else None)
 
     yield open_one
     for host in hosts:
@@ -81,6 +88,7 @@ def in_other_process(
             "root": str(tmp_path),
             "provider": provider_name,
             "options": bench.options,
+            "encryption-set": str(_ENCRYPTION_SET) if bench.identity else None,
             "entry_points": [(point.name, point.value, point.group) for point in entry_points],
             "wrapped": [wrapped.ciphertext.hex(), wrapped.algorithm, dataclasses.astuple(wrapped.key)],
             "context": [str(context.disk_id), context.slot],

@@ -17,8 +17,9 @@ request = json.load(sys.stdin)
 config = dataclasses.replace(
     Config.load(Path(request["root"])), provider_options={request["provider"]: request["options"]}
 )
+encryption_set = UUID(request["encryption-set"]) if request["encryption-set"] else None
 provider = PluginHost(config, [EntryPoint(*point) for point in request["entry_points"]]).key_provider(
-    request["provider"]
+    request["provider"], encryption_set
 )
 ciphertext, algorithm, key = request["wrapped"]
 disk_id, slot = request["context"]

@@ -44,13 +44,13 @@ def base64s(disks: list[Disk]) -> list[bytes]:
 def test_every_disk_comes_under_the_new_version(backend: Backend, disks: list[Disk], root: Path) -> None:
     before = {disk.path: disk.path.read_bytes() for disk in disks}
     keys = [images.passphrase(backend, disk) for disk in disks]
-    (old,) = backend.keys_in_use()
+    old = backend.keys_in_use()[0].key
 
     version, report = backend.rotate_key(PLATFORM_KEY)
 
     assert (report.rewrapped, report.current, report.failed) == (2, 0, {})
     assert version != old
-    assert backend.keys_in_use() == {version: 2}
+    assert [(use.key, use.deks) for use in backend.keys_in_use()] == [(version, 2)]
     after = backend.list_disks()
     for disk, key in zip(after, keys, strict=True):
         assert [entry.wrapped.key for entry in disk.deks] == [version]
@@ -93,9 +93,7 @@ def test_a_key_without_disks_and_an_unknown_one(backend: Backend, virt_sse: Comm
     _, report = backend.rotate_key(PLATFORM_KEY)
     assert (report.rewrapped, report.current) == (0, 0)
     for verb in ("rotate", "rewrap"):
-        assert "no key 'other'" in virt_sse.refuses(
-            "key", verb, "--provider", "platform-managed", "--name", "other"
-        )
+        assert "no key 'other'" in virt_sse.refuses("key", verb, "other", "--provider", "platform-managed")
         assert "no key provider named 'other'" in virt_sse.refuses("key", verb, "--provider", "other")
 
 
@@ -159,13 +157,14 @@ def test_a_disk_in_use_is_rewrapped_under_its_user(
 
 
 def test_the_listing_of_keys(backend: Backend, disks: list[Disk], virt_sse: CommandLine) -> None:
-    (key,) = backend.keys_in_use()
-    (row,) = json.loads(virt_sse("key", "list", "-o", "json"))
+    key = backend.keys_in_use()[0].key
+    (row,) = json.loads(virt_sse("key", "used", "-o", "json"))
     assert row == {
         "provider": "platform-managed",
         "name": "default",
         "version": key.version,
         "state": "enabled",
+        "encryption-set": None,
         "deks": 2,
     }
     assert KeyRef(key.provider, key.name) == PLATFORM_KEY

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import alembic.autogenerate
+import alembic.command
 import alembic.config
 import alembic.migration
 import alembic.script
@@ -20,7 +21,7 @@ import sqlalchemy as sa
 
 import virt_sse.store
 from virt_sse.ciphers import AES_256_XTS
-from virt_sse.disks import Disk, DiskState
+from virt_sse.disks import Disk, DiskSku, DiskState
 from virt_sse.envelope import DekEntry
 from virt_sse.errors import DiskExistsError, DiskNotFoundError, StoreError
 from virt_sse.keys import KeyId, KeyRef, WrappedDek
@@ -49,6 +50,10 @@ def disk(name: str, *deks: DekEntry, state: DiskState = DiskState.READY) -> Disk
         generation=1,
         deks=deks or (entry(),),
     )
+
+
+def rewrapped(before: Disk, *deks: DekEntry) -> Disk:
+    return dataclasses.replace(before, deks=deks, generation=before.generation + 1)
 
 
 @pytest.fixture
@@ -140,12 +145,12 @@ def test_changes(store: Store) -> None:
 
 def test_deks_are_swapped_only_for_the_generation_that_was_seen(store: Store) -> None:
     store.add(one := disk("one"))
-    assert store.replace_deks(one, (entry("2"),))
-    assert not store.replace_deks(one, (entry("3"),))
+    assert store.replace(one, rewrapped(one, entry("2")))
+    assert not store.replace(one, rewrapped(one, entry("3")))
     after = store.get("one")
     assert (after.generation, after.deks) == (2, (entry("2"),))
     store.remove(one.id)
-    assert not store.replace_deks(after, (entry("3"),))
+    assert not store.replace(after, rewrapped(after, entry("3")))
 
 
 def test_disks_by_their_key(store: Store) -> None:
@@ -153,7 +158,10 @@ def test_disks_by_their_key(store: Store) -> None:
     store.add(disk("two", entry("2"), entry("2", "host")))
     assert [found.name for found in store.under_key(KeyRef("provider", "default"))] == ["one", "two"]
     assert store.under_key(KeyRef("provider", "other")) == store.under_key(KeyRef("other", "default")) == []
-    assert store.keys_in_use() == {KeyId("provider", "default", "1"): 1, KeyId("provider", "default", "2"): 2}
+    assert store.keys_in_use() == {
+        (KeyId("provider", "default", "1"), None): 1,
+        (KeyId("provider", "default", "2"), None): 2,
+    }
 
 
 def test_what_is_forgotten_is_not_in_the_file(store: Store, path: Path) -> None:
@@ -197,13 +205,39 @@ def test_eight_processes_write_at_the_same_time(store: Store, path: Path) -> Non
         "for step in range(10):\n"
         "    store.add(disk(f'disk-{number}-{step}'))\n"
         "    store.set_size(disk(f'disk-{number}-{step}').id, 512)\n"
-        "    won += store.replace_deks(store.get('shared'), (entry(f'{number}-{step}'),))\n"
+        "    shared = store.get('shared')\n"
+        "    won += store.replace(shared, rewrapped(shared, entry(f'{number}-{step}')))\n"
         "print(won)"
     )
     won = sum(int(answer) for answer in in_processes(8, path, body))
     assert store.get("shared").generation == 1 + won
     assert won >= 10
     assert [found.size for found in store.all()] == [512] * 80 + [64 << 40]
+
+
+def test_an_older_store_is_migrated_with_every_wrapped_dek(path: Path) -> None:
+    path.parent.mkdir()
+    engine = sa.create_engine(f"sqlite:///{path}")
+    config = alembic.config.Config()
+    config.set_main_option("script_location", str(Path(virt_sse.store.__file__).parent / "migrations"))
+    config.set_main_option("path_separator", "os")
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        alembic.command.upgrade(config, "0001")
+        connection.exec_driver_sql(
+            "INSERT INTO disks VALUES ('00000000000000000000000000000000', 'old', '/images/old', 'qcow2',"
+            " 512, 'ready', 'EncryptionAtRestWithPlatformKey', '2026-01-31T12:00:00+00:00', 3)"
+        )
+        connection.exec_driver_sql(
+            "INSERT INTO wrapped_deks VALUES ('00000000000000000000000000000000', 0, 'service',"
+            " 'aes-256-xts', 'A256KW', x'00ff', 'provider', 'default', '1')"
+        )
+    engine.dispose()
+    store = Store(f"sqlite:///{path}")
+    old = store.get("old")
+    store.close()
+    assert old.deks[0].wrapped == WrappedDek(b"\0\xff", "A256KW", KeyId("provider", "default", "1"))
+    assert (old.generation, old.sku, old.encryption_set) == (3, DiskSku.PREMIUM_SSD, None)
 
 
 def test_a_newer_schema_is_refused(store: Store, path: Path) -> None:

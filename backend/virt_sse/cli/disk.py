@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Encrypted disks.", no_args_is_help=True, rich_markup_mode=None)
 
 
+class Sku(enum.Enum):
+    """What ``--sku`` takes."""
+
+    STANDARD_HDD = "Standard_LRS"
+    STANDARD_SSD = "StandardSSD_LRS"
+    PREMIUM_SSD = "Premium_LRS"
+    ULTRA = "UltraSSD_LRS"
+
+
 class Format(enum.Enum):
     """What ``--format`` takes."""
 
@@ -36,6 +45,13 @@ ImagePath = Annotated[
 Pool = Annotated[
     str | None, typer.Option("--pool", help="The libvirt storage pool (a folder) to make it in.")
 ]
+SetName = Annotated[
+    str | None,
+    typer.Option("--des", help="The disk encryption set whose key it is under; default: the platform's key."),
+]
+SkuOption = Annotated[
+    Sku, typer.Option("--sku", help="The kind of storage; ultra disks' domains outlive a revocation.")
+]
 Target = Annotated[str, typer.Option("--target", help="The disk's name in the guest; chooses the bus.")]
 ReadOnly = Annotated[bool, typer.Option("--read-only", help="The guest may not write to it.")]
 
@@ -46,18 +62,26 @@ def create(
     size: Annotated[
         str, typer.Option("--size", "-s", help="What the guest sees, e.g. 10G.", show_default=False)
     ],
+    des: SetName = None,
+    sku: SkuOption = Sku.PREMIUM_SSD,
     image_format: ImageFormat = Format.QCOW2,
     path: ImagePath = None,
     pool: Pool = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Make an empty disk."""
-    from virt_sse.disks import parse_size
+    from virt_sse.disks import DiskSku, parse_size
     from virt_sse.qemu.img import DiskFormat
 
     with backend() as b:
         disk = b.create_disk(
-            name, parse_size(size), image_format=DiskFormat(image_format.value), path=path, pool=pool
+            name,
+            parse_size(size),
+            image_format=DiskFormat(image_format.value),
+            sku=DiskSku(sku.value),
+            encryption_set=des,
+            path=path,
+            pool=pool,
         )
     _print_disk(disk, output)
 
@@ -72,12 +96,15 @@ def import_(
     with_backing: Annotated[
         bool, typer.Option("--with-backing", help="Read the source's backing files, too.")
     ] = False,
+    des: SetName = None,
+    sku: SkuOption = Sku.PREMIUM_SSD,
     image_format: ImageFormat = Format.QCOW2,
     path: ImagePath = None,
     pool: Pool = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Make a disk with the content of an image, encrypting it on the way."""
+    from virt_sse.disks import DiskSku
     from virt_sse.qemu.img import DiskFormat
 
     with backend() as b, progress_bar("encrypting") as progress:
@@ -87,6 +114,8 @@ def import_(
             source_format=source_format,
             with_backing=with_backing,
             image_format=DiskFormat(image_format.value),
+            sku=DiskSku(sku.value),
+            encryption_set=des,
             path=path,
             pool=pool,
             progress=progress,
@@ -118,11 +147,14 @@ def adopt(
     name: Annotated[
         str | None, typer.Option("--name", help="Default: the name that the image carries.")
     ] = None,
+    des: Annotated[
+        str | None, typer.Option("--des", help="A set that may use its key; default: the one that it was in.")
+    ] = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """List a disk again after a lost store or a moved image, from its image and the key provider."""
     with backend() as b:
-        disk = b.adopt_disk(path, name=name)
+        disk = b.adopt_disk(path, name=name, encryption_set=des)
     _print_disk(disk, output)
 
 
@@ -168,6 +200,20 @@ def check(name: Name) -> None:
     with backend() as b:
         b.check_disk(name)
     typer.echo(f"disk {name}: ok")
+
+
+@app.command()
+def update(
+    name: Name,
+    des: Annotated[
+        str, typer.Option("--des", help="The disk encryption set to put it into.", show_default=False)
+    ],
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Put a disk into another disk encryption set, also while a domain has it."""
+    with backend() as b:
+        disk = b.move_disk(name, des)
+    _print_disk(disk, output)
 
 
 @app.command()
@@ -244,7 +290,9 @@ def _fields(disk: Disk) -> dict[str, object]:
         "size": disk.size,
         "format": disk.format.value,
         "path": str(disk.path),
+        "sku": disk.sku.value,
         "encryption-type": disk.encryption_type.value,
+        "encryption-set": str(disk.encryption_set) if disk.encryption_set else None,
         "key": str(disk.key) if disk.deks else None,
         "created": disk.created.isoformat(),
     }

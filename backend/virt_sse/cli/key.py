@@ -6,54 +6,76 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from virt_sse.cli import vault_keys
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend
+from virt_sse.cli.vault import Credential
 from virt_sse.errors import VirtSseError
 from virt_sse.keys import KeyRef
 
 if TYPE_CHECKING:
     from virt_sse.rotation import RewrapReport
 
-app = typer.Typer(help="The keys that disks are under.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Keys: those that disks are under, and those in a key vault.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(vault_keys.app)
 
 Provider = Annotated[str, typer.Option("--provider", help="The key provider.", show_default=False)]
-KeyName = Annotated[str, typer.Option("--name", help="The key's name there.")]
+KeyName = Annotated[str, typer.Argument(help="The key's name.")]
 
 
-@app.command(name="list")
-def list_(output: Output = OutputFormat.TABLE) -> None:
-    """List the keys that disks are under, by version."""
+@app.command()
+def used(output: Output = OutputFormat.TABLE) -> None:
+    """List the keys that this host's disks are under, by version."""
     with backend() as b:
         rows = [
             {
-                "provider": key.provider,
-                "name": key.name,
-                "version": key.version,
-                "state": b.plugins.key_provider(key.provider).key_state(key).value,
-                "deks": deks,
+                "provider": use.key.provider,
+                "name": use.key.name,
+                "version": use.key.version,
+                "state": use.state.value,
+                "encryption-set": str(use.encryption_set) if use.encryption_set else None,
+                "deks": use.deks,
             }
-            for key, deks in b.keys_in_use().items()
+            for use in b.keys_in_use()
         ]
-    print_rows(rows, ("provider", "name", "version", "state", "deks"), output)
+    print_rows(rows, ("provider", "name", "version", "state", "encryption-set", "deks"), output)
 
 
 @app.command()
-def rotate(provider: Provider, name: KeyName = "default", output: Output = OutputFormat.TABLE) -> None:
-    """Make a new version of a key and rewrap every disk's DEK with it. Guests notice nothing."""
+def rotate(
+    name: Annotated[str, typer.Argument(help="The key's name.")] = "default",
+    provider: Annotated[
+        str | None,
+        typer.Option("--provider", help="The key provider; default: the key vault.", show_default=False),
+    ] = None,
+    credential: Credential = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Make a new version of a key. With --provider, every disk's DEK under it is rewrapped as well.
+
+    The disks of a set whose key is in a vault follow by 'virt-sse des rotate', or by themselves.
+    """
+    if provider is None:
+        typer.echo(f"made {vault_keys.rotate(name, credential)}")
+        return
     with backend() as b, progress_bar("rewrapping") as progress:
         version, report = b.rotate_key(KeyRef(provider, name), progress=progress)
-    _print_report({"key": str(version)}, report, output)
+    print_report({"key": str(version)}, report, output)
 
 
 @app.command()
-def rewrap(provider: Provider, name: KeyName = "default", output: Output = OutputFormat.TABLE) -> None:
+def rewrap(name: KeyName = "default", *, provider: Provider, output: Output = OutputFormat.TABLE) -> None:
     """Bring every disk under a key to its current version, e.g. after a rotation that was cut off."""
     with backend() as b, progress_bar("rewrapping") as progress:
         report = b.rewrap(KeyRef(provider, name), progress=progress)
-    _print_report({"key": f"{provider}:{name}"}, report, output)
+    print_report({"key": f"{provider}:{name}"}, report, output)
 
 
-def _print_report(fields: dict[str, object], report: RewrapReport, output: OutputFormat) -> None:
+def print_report(fields: dict[str, object], report: RewrapReport, output: OutputFormat) -> None:
     failed = [{"disk": disk, "reason": reason} for disk, reason in report.failed.items()]
     print_fields(
         fields | {"rewrapped": report.rewrapped, "current": report.current, "failed": failed}, output

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import virt_sse
-from virt_sse.cli import audit, disk, host, key, session
+from virt_sse.cli import agent, audit, des, disk, host, key, session, vault
 from virt_sse.config import Config
 from virt_sse.errors import InvalidValueError, VirtSseError, report
 from virt_sse.plugins import PluginHost
@@ -36,10 +36,13 @@ def build(plugins: PluginHost) -> typer.Typer:
             typer.echo(f"virt-sse {virt_sse.__version__}")
             raise typer.Exit
 
+    app.add_typer(agent.app, name="agent")
     app.add_typer(audit.app, name="audit")
+    app.add_typer(des.app, name="des")
     app.add_typer(disk.app, name="disk")
     app.add_typer(host.app, name="host")
     app.add_typer(key.app, name="key")
+    app.add_typer(vault.app, name="vault")
     plugins.add_commands(app)
     return app
 

@@ -31,6 +31,11 @@ def config() -> Config:
     return _host.get()[0]
 
 
+def plugins() -> PluginHost:
+    """The plugins of this command."""
+    return _host.get()[1]
+
+
 @contextlib.contextmanager
 def backend() -> Iterator[Backend]:
     """The backend of this command, closed at the end.

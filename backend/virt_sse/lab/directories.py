@@ -1,6 +1,6 @@
-"""The throw-away directories of lab hosts: made, locked, swept.
+"""The throw-away directories of lab hosts and vaults: made, locked, swept.
 
-A directory is flock'ed for as long as its lab host lives; the kernel drops the lock however that ends.
+A directory is flock'ed for as long as its owner lives; the kernel drops the lock however that ends.
 One that can be locked was left by a killed run.
 """
 

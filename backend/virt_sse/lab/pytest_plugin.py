@@ -2,6 +2,8 @@
 
 ``lab_host``, ``second_lab_host``
     running :class:`virt_sse.lab.host.LabHost`, one each for the whole session
+``lab_vault``
+    a running :class:`virt_sse.lab.vaults.LabVault` for the whole session
 ``acceleration``
     :func:`virt_sse.lab.acceleration.probe`
 ``boot_sector``
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from virt_sse.lab.acceleration import Acceleration, GuestName
     from virt_sse.lab.host import LabHost
     from virt_sse.lab.recipes import LinuxMicro
+    from virt_sse.lab.vaults import LabVault
 
 _USED = pytest.StashKey[dict[str, str]]()
 
@@ -62,6 +65,15 @@ def lab_host() -> Iterator[LabHost]:
 def second_lab_host() -> Iterator[LabHost]:
     """Another one beside it, for what needs two."""
     yield from _running_host()
+
+
+@pytest.fixture(scope="session")
+def lab_vault() -> Iterator[LabVault]:
+    """A running key vault, shared by the session's tests."""
+    from virt_sse.lab.vaults import LabVault
+
+    with LabVault() as vault:
+        yield vault
 
 
 @pytest.fixture(scope="session")

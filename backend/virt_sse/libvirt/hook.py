@@ -1,8 +1,8 @@
 """The libvirt qemu hook (libvirt ``hooks.html``): what runs when a domain starts, ends or is found again.
 
 What lies in ``hooks/qemu.d/`` is a shell script that lets every domain without a disk of ours pass before any
-of our code is loaded, and so whatever state we are in. For the others it runs this module, which serves
-the event in its own process.
+of our code is loaded, and so whatever state we are in. For the others it runs this module, which hands the
+event to the agent. Where none answers, it serves the event in its own process, to the same effect.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from virt_sse.libvirt.references import PREFIX
 
-_EVENTS = ("prepare", "release", "reconnect")
+EVENTS = ("prepare", "release", "reconnect")
 """A domain is about to start; it has ended; libvirtd was restarted and has found it running."""
 
 _SCRIPT = """\
@@ -43,7 +43,7 @@ def script(environment: dict[str, str]) -> str:
     """
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(environment.items()))
     return _SCRIPT.format(
-        events=" | ".join(_EVENTS),
+        events=" | ".join(EVENTS),
         prefix=PREFIX,
         environment=exports,
         python=shlex.quote(sys.executable),
@@ -72,10 +72,13 @@ def main() -> int:
     """Serve one event: arguments as libvirt gives them to a hook, the domain's XML on standard input."""
     _, domain, event, *_ = sys.argv
     xml = sys.stdin.read()
+    from virt_sse.agent import client
     from virt_sse.errors import VirtSseError, report
 
+    root = Path(os.environ.get("VIRT_SSE_ROOT") or "/")
     try:
-        _serve(event, domain, xml)
+        if not client.serve_event(root, event, domain, xml):
+            _serve(event, domain, xml)
     except VirtSseError as exc:
         report(exc)
         return 1
@@ -88,7 +91,7 @@ def _serve(event: str, domain: str, xml: str) -> None:
         from virt_sse.libvirt.secrets import drop_secrets_of
 
         drop_secrets_of(Config.load().libvirt_uri, xml)
-    elif event in _EVENTS:
+    elif event in EVENTS:
         from virt_sse.backend import Backend
 
         with Backend.open() as backend:

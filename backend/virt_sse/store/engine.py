@@ -16,7 +16,7 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 from virt_sse.errors import StoreError
 from virt_sse.files import PRIVATE_FILE, private_folder
 
-SCHEMA = "0001"
+SCHEMA = "0002"
 """The newest migration; spelt out so that Alembic need not be imported to see that nothing is to be done."""
 
 READ_ONLY = {"virt_sse_read_only": True}
@@ -108,6 +108,35 @@ def _migrate(connection: Connection) -> None:
             f"the store has schema {current}, which this virt-sse does not know",
             hint="it was written by a newer version",
         ) from exc
+
+
+@contextlib.contextmanager
+def writing(engine: Engine) -> Iterator[Connection]:
+    """One transaction that may write.
+
+    :raise StoreError: When the database fails.
+    """
+    with _named_errors(), engine.begin() as connection:
+        yield connection
+
+
+@contextlib.contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """A connection that only reads; each statement sees its own moment.
+
+    :raise StoreError: When the database fails.
+    """
+    with _named_errors(), engine.connect() as connection:
+        yield connection.execution_options(**READ_ONLY)
+
+
+@contextlib.contextmanager
+def _named_errors() -> Iterator[None]:
+    try:
+        yield
+    except sa.exc.SQLAlchemyError as exc:
+        # Only the driver's message: SQLAlchemy's own adds the statement and its parameters.
+        raise StoreError(f"the store failed: {getattr(exc, 'orig', None) or type(exc).__name__}") from None
 
 
 def _reason(exc: Exception) -> str:

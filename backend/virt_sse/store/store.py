@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
 from virt_sse.ciphers import Cipher
-from virt_sse.disks import Disk, DiskState
+from virt_sse.disks import Disk, DiskSku, DiskState
 from virt_sse.envelope import DekEntry
-from virt_sse.errors import DiskExistsError, DiskNotFoundError, StoreError
+from virt_sse.errors import DiskExistsError, DiskNotFoundError
 from virt_sse.keys import KeyId, KeyRef, WrappedDek
 from virt_sse.layers import EncryptionType
 from virt_sse.qemu.img import DiskFormat
-from virt_sse.store.engine import READ_ONLY, open_engine
+from virt_sse.store.encryption_sets import EncryptionSetStore
+from virt_sse.store.engine import open_engine, reading, writing
 from virt_sse.store.tables import disks, wrapped_deks
 
 
@@ -31,6 +32,7 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self._engine = open_engine(url)
+        self.encryption_sets = EncryptionSetStore(self._engine)
 
     def close(self) -> None:
         """Let go of all connections."""
@@ -41,7 +43,7 @@ class Store:
 
         :raise DiskExistsError: When its name, path or id is taken.
         """
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             for column, value in (("name", disk.name), ("path", str(disk.path)), ("id", disk.id)):
                 if connection.scalar(sa.select(disks.c.state).where(disks.c[column] == value)):
                     raise DiskExistsError(f"a disk with {column} {str(value)!r} exists already")
@@ -56,6 +58,8 @@ class Store:
                     encryption_type=disk.encryption_type.value,
                     created=disk.created.isoformat(),
                     generation=disk.generation,
+                    sku=disk.sku.value,
+                    encryption_set_id=disk.encryption_set,
                 )
             )
             _insert_deks(connection, disk.id, disk.deks)
@@ -74,6 +78,10 @@ class Store:
         if not found:
             raise DiskNotFoundError(f"no disk {name[:80]!r}", hint="'virt-sse disk list' shows what there is")
         return found[0]
+
+    def with_ids(self, ids: Collection[UUID]) -> list[Disk]:
+        """The disks of those ids that there are, by name."""
+        return self._select(disks.c.id.in_(ids)) if ids else []
 
     def find_by_path(self, path: Path) -> Disk | None:
         """The disk whose image lies at *path*, if any."""
@@ -97,13 +105,25 @@ class Store:
             )
         )
 
-    def keys_in_use(self) -> dict[KeyId, int]:
-        """Each KEK version that DEKs are under, and how many are."""
-        columns = (wrapped_deks.c.key_provider, wrapped_deks.c.key_name, wrapped_deks.c.key_version)
-        query = sa.select(*columns, sa.func.count()).group_by(*columns).order_by(*columns)
-        with self._reading() as connection:
+    def in_set(self, set_id: UUID) -> list[Disk]:
+        """The disks in an encryption set, by name."""
+        return self._select(disks.c.encryption_set_id == set_id)
+
+    def keys_in_use(self) -> dict[tuple[KeyId, UUID | None], int]:
+        """Each KEK version that DEKs are under, by the encryption set of their disks, and how many are."""
+        columns = (
+            wrapped_deks.c.key_provider,
+            wrapped_deks.c.key_name,
+            wrapped_deks.c.key_version,
+            disks.c.encryption_set_id,
+        )
+        query = sa.select(*columns, sa.func.count()).select_from(wrapped_deks.join(disks))
+        with reading(self._engine) as connection:
             return {
-                KeyId(provider, name, version): n for provider, name, version, n in connection.execute(query)
+                (KeyId(provider, name, version), set_id): count
+                for provider, name, version, set_id, count in connection.execute(
+                    query.group_by(*columns).order_by(*columns)
+                )
             }
 
     def set_state(self, disk_id: UUID, state: DiskState) -> None:
@@ -130,36 +150,40 @@ class Store:
             raise DiskExistsError(f"a disk with path {str(path)!r} exists already")
         self._update(disk_id, path=str(path))
 
-    def replace_deks(self, disk: Disk, deks: tuple[DekEntry, ...]) -> bool:
-        """Put *deks* in the place of those of *disk*, and count its generation up.
+    def replace(self, before: Disk, after: Disk) -> bool:
+        """Give a disk the DEKs, encryption type, encryption set and generation that *after* has.
 
         Compare-and-swap: nothing happens, and the answer is false, unless the disk still is of the generation
-        that *disk* shows.
+        of *before*.
         """
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             swapped = connection.execute(
                 disks.update()
-                .where(disks.c.id == disk.id, disks.c.generation == disk.generation)
-                .values(generation=disk.generation + 1)
+                .where(disks.c.id == before.id, disks.c.generation == before.generation)
+                .values(
+                    generation=after.generation,
+                    encryption_type=after.encryption_type.value,
+                    encryption_set_id=after.encryption_set,
+                )
             )
             if swapped.rowcount != 1:
                 return False
-            connection.execute(wrapped_deks.delete().where(wrapped_deks.c.disk_id == disk.id))
-            _insert_deks(connection, disk.id, deks)
+            connection.execute(wrapped_deks.delete().where(wrapped_deks.c.disk_id == before.id))
+            _insert_deks(connection, after.id, after.deks)
             return True
 
     def drop_deks(self, disk_id: UUID) -> None:
         """Forget a disk's wrapped DEKs, for good."""
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             connection.execute(wrapped_deks.delete().where(wrapped_deks.c.disk_id == disk_id))
 
     def remove(self, disk_id: UUID) -> None:
         """Forget a disk and its wrapped DEKs, for good. No error when it is not there."""
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             connection.execute(disks.delete().where(disks.c.id == disk_id))
 
     def _update(self, disk_id: UUID, **values: object) -> None:
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             if connection.execute(disks.update().where(disks.c.id == disk_id).values(**values)).rowcount != 1:
                 raise DiskNotFoundError(f"no disk {disk_id} any more")
 
@@ -172,29 +196,10 @@ class Store:
             .order_by(disks.c.name, wrapped_deks.c.position)
         )
         rows: dict[UUID, list[Row[Any]]] = {}
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             for row in connection.execute(query):
                 rows.setdefault(row.id, []).append(row)
         return [_disk(group) for group in rows.values()]
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[Connection]:
-        with _named_errors(), self._engine.begin() as connection:
-            yield connection
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[Connection]:
-        with _named_errors(), self._engine.connect() as connection:
-            yield connection.execution_options(**READ_ONLY)
-
-
-@contextlib.contextmanager
-def _named_errors() -> Iterator[None]:
-    try:
-        yield
-    except sa.exc.SQLAlchemyError as exc:
-        # Only the driver's message: SQLAlchemy's own adds the statement and its parameters.
-        raise StoreError(f"the store failed: {getattr(exc, 'orig', None) or type(exc).__name__}") from None
 
 
 def _insert_deks(connection: Connection, disk_id: UUID, deks: tuple[DekEntry, ...]) -> None:
@@ -227,6 +232,8 @@ def _disk(rows: list[Row[Any]]) -> Disk:
         encryption_type=EncryptionType(first.encryption_type),
         created=datetime.fromisoformat(first.created),
         generation=first.generation,
+        sku=DiskSku(first.sku),
+        encryption_set=first.encryption_set_id,
         deks=tuple(
             DekEntry(
                 row.slot,

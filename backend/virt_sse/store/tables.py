@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     ForeignKey,
     Index,
@@ -18,6 +19,25 @@ from sqlalchemy import (
 
 metadata = MetaData()
 
+encryption_sets = Table(
+    "encryption_sets",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", String(80), nullable=False, unique=True),
+    Column("key_provider", String(64), nullable=False),
+    Column("key_name", Text, nullable=False),
+    Column("key_version", String(64)),
+    Column("encryption_type", String(64), nullable=False),
+    Column("automatic_rotation", Boolean, nullable=False),
+    Column("subscription", String(64), nullable=False),
+    Column("region", String(64), nullable=False),
+    Column("tenant", String(64)),
+    Column("identity", String(64)),
+    Column("revocation", String(16), nullable=False),
+    Column("grace_seconds", Integer, nullable=False),
+    Column("created", String(40), nullable=False),
+)
+
 disks = Table(
     "disks",
     metadata,
@@ -30,6 +50,8 @@ disks = Table(
     Column("encryption_type", String(64), nullable=False),
     Column("created", String(40), nullable=False),
     Column("generation", Integer, nullable=False),
+    Column("sku", String(32), nullable=False, server_default="Premium_LRS"),
+    Column("encryption_set_id", Uuid, ForeignKey("encryption_sets.id")),
 )
 
 wrapped_deks = Table(

@@ -12,6 +12,13 @@ def _platform_managed() -> type[KeyProvider]:
     return PlatformManagedKeyProvider
 
 
+def _customer_managed() -> type[KeyProvider]:
+    from virt_sse_plugins.key_providers.customer_managed import CustomerManagedKeyProvider
+
+    return CustomerManagedKeyProvider
+
+
 @hookimpl
 def virt_sse_register_key_providers(register: RegisterKeyProvider) -> None:
     register("platform-managed", _platform_managed)
+    register("customer-managed", _customer_managed)

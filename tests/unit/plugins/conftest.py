@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from customer_managed_uses import SHORT, Open
 from keyrings import open_provider
+from strange_vaults import Listener, StrangeVault
 
+from virt_sse.keys import ProviderConfig
+from virt_sse_plugins.key_providers.customer_managed import CustomerManagedKeyProvider
 from virt_sse_plugins.key_providers.platform_managed import PlatformManagedKeyProvider
 
 
@@ -18,3 +23,35 @@ def provider(directory: Path) -> PlatformManagedKeyProvider:
     provider = open_provider(directory)
     assert provider.provision()
     return provider
+
+
+@pytest.fixture
+def strange_vault(tmp_path: Path) -> Iterator[StrangeVault]:
+    with StrangeVault(tmp_path) as vault:
+        yield vault
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    with Listener() as listener:
+        yield listener
+
+
+@pytest.fixture
+def open_customer_managed(tmp_path: Path) -> Iterator[Open]:
+    opened = []
+
+    def open_one(identity: Path | None = None, **options: object) -> CustomerManagedKeyProvider:
+        config = ProviderConfig(tmp_path / "own", options, identity)
+        opened.append(CustomerManagedKeyProvider.from_config(config))
+        return opened[-1]
+
+    yield open_one
+    for provider in opened:
+        provider.close()
+
+
+@pytest.fixture
+def customer_managed(strange_vault: StrangeVault, open_customer_managed: Open) -> CustomerManagedKeyProvider:
+    """Acts as an identity for that vault, with time limits that suit a test."""
+    return open_customer_managed(strange_vault.credential_file(), **SHORT)

@@ -1,0 +1,226 @@
+"""The agent as a whole: what it watches, what it does about it, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+
+import virt_sse
+from virt_sse.agent.automatic_rotation import AutomaticRotation
+from virt_sse.agent.inventory import Inventory
+from virt_sse.agent.key_watch import KeyWatch
+from virt_sse.agent.listener import listening
+from virt_sse.agent.logs import fields
+from virt_sse.agent.metrics import Metrics
+from virt_sse.agent.revocation import Revocation
+from virt_sse.agent.secret_keeper import SecretKeeper
+from virt_sse.agent.server import AgentServer, Service
+from virt_sse.agent.standings import Standings
+from virt_sse.audit_record import Component
+from virt_sse.backend import Backend
+from virt_sse.config import Config
+from virt_sse.errors import VirtSseError
+from virt_sse.keys import KeyState
+from virt_sse.libvirt.domain_xml import our_disks
+from virt_sse.libvirt.references import usage
+from virt_sse.libvirt.secrets import drop_secrets_of
+from virt_sse.plugins import PluginHost
+
+_log = logging.getLogger(__name__)
+
+_UNUSED_POLLS = 5
+"""For how many polls a secret must have been of no use before it is dropped."""
+
+
+class Agent:
+    """Watches, in threads of its own, from :meth:`start` to :meth:`stop`; meanwhile serves the hook.
+
+    :param backend: whose key uses are recorded as the agent's. Stays the caller's.
+    """
+
+    def __init__(self, backend: Backend, metrics: Metrics) -> None:
+        config = self._config = backend.config
+        self._backend = backend
+        self._metrics = metrics
+        self._began = time.time()
+        self._stopping = False
+        self._wake = threading.Event()
+        seconds = config.agent.poll_seconds
+        self._inventory = Inventory(config.libvirt_uri, seconds, self._wake.set)
+        self._keys = KeyWatch(
+            backend, poll_seconds=seconds, probe_seconds=config.agent.probe_seconds, changed=self._wake.set
+        )
+        self._standings = Standings(backend, self._keys)
+        self._revocation = Revocation(config.libvirt_uri, metrics, self._inventory.look)
+        self._secrets = SecretKeeper(
+            config.libvirt_uri, backend.domains, metrics, unused_seconds=_UNUSED_POLLS * seconds
+        )
+        self._rotation = AutomaticRotation(backend, metrics, config.agent.rotation_seconds)
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._inventory.start()
+        self._thread.start()
+        self._rotation.start()
+
+    def stop(self) -> None:
+        """Watch no more; what is being done to domains is brought to its end."""
+        self._stopping = True
+        self._wake.set()
+        self._rotation.stop()
+        self._inventory.stop()
+        self._thread.join()
+        self._revocation.stop()
+        self._secrets.stop()
+        self._keys.stop()
+
+    def serve_hook(self, event: str, domain: str, xml: str) -> None:
+        """Serve one event of the libvirt hook, as the hook would by itself.
+
+        :raise VirtSseError: By meaning; the domain must not start then.
+        """
+        with self._metrics.hook(event):
+            if event == "release":
+                drop_secrets_of(self._config.libvirt_uri, xml)
+            else:
+                self._secrets.expect([usage(use.disk_id, use.slot) for use in our_disks(xml)])
+                if event == "prepare":
+                    self._backend.domains.prepare(domain, xml)
+                else:
+                    self._backend.domains.reconnect(domain, xml)
+        self._inventory.look()
+
+    def status(self) -> Mapping[str, object]:
+        """What it sees, for JSON."""
+        snapshot = self._inventory.snapshot
+        return {
+            "version": virt_sse.__version__,
+            "pid": os.getpid(),
+            "began": _moment(self._began),
+            "libvirt": self._config.libvirt_uri,
+            "libvirt-connected": bool(self._inventory.connected),
+            "last-look": _moment(snapshot.time) if snapshot.number else None,
+            "poll-seconds": self._config.agent.poll_seconds,
+            "domains": [
+                {
+                    "name": domain.name,
+                    "disks": len({use.disk_id for use in domain.uses}),
+                    "revoked": self._revocation.reason(domain),
+                    "paused": domain.paused_by_us,
+                }
+                for domain in snapshot.domains
+            ],
+            "keys": [
+                {
+                    "key": str(watched.key),
+                    "encryption-set": str(watched.encryption_set) if watched.encryption_set else None,
+                    "state": state.value,
+                }
+                for watched, state in self._keys.states()
+            ],
+        }
+
+    def _watch(self) -> None:
+        while not self._stopping:
+            self._wake.clear()
+            due = time.monotonic() + self._config.agent.poll_seconds
+            try:
+                due = min(due, self._look())
+            except VirtSseError as exc:
+                _log.warning("watch-failed", extra=fields({"reason": str(exc)}))
+            except Exception:  # noqa: BLE001 -- what comes of one look must not end the watch
+                _log.exception("watch-failed")
+            self._wake.wait(max(0.0, due - time.monotonic()))
+
+    def _look(self) -> float:
+        """Do all that has to be done now; when to look again, in ``time.monotonic()``.
+
+        :raise StoreError: When the store cannot be asked.
+        """
+        snapshot = self._inventory.snapshot
+        found = self._standings.of(snapshot)
+        due = self._keys.watch(found.samples)
+        grace_end = self._revocation.apply(found.standings)
+        if self._inventory.connected:
+            self._secrets.keep(snapshot, lambda domain: self._revocation.reason(domain) is not None)
+        states = self._keys.states()
+        self._metrics.libvirt_connected.set(bool(self._inventory.connected))
+        self._metrics.domains.set(len(snapshot.domains))
+        self._metrics.show_keys([(str(w.key), str(w.encryption_set or ""), state) for w, state in states])
+        silent = any(state is KeyState.UNREACHABLE for _, state in states)
+        if self._inventory.connected and snapshot.number and not silent:
+            self._metrics.last_watch.set(snapshot.time)
+        return min(due, grace_end) if grace_end is not None and grace_end > time.monotonic() else due
+
+
+def run(config: Config, plugins: PluginHost) -> None:
+    """Be this host's agent until SIGTERM or SIGINT; requests under way are answered first.
+
+    :raise AgentError: When another agent has the socket, or it cannot be made.
+    :raise VirtSseError: When the backend cannot be opened.
+    """
+    metrics = Metrics()
+    plugins.register(metrics, "virt-sse-agent")
+    with (
+        _stop_signal() as stopped,
+        listening(config.agent_socket) as listener,
+        Backend(config, plugins, component=Component.AGENT) as backend,
+    ):
+        agent = Agent(backend, metrics)
+        server = AgentServer(listener, Service(agent.serve_hook, agent.status, metrics.render))
+        serving = threading.Thread(target=server.serve_forever, args=(0.1,), name="server")
+        agent.start()
+        serving.start()
+        _log.info("listening", extra=fields({"socket": str(config.agent_socket), "pid": os.getpid()}))
+        _notify("READY=1")
+        try:
+            os.read(stopped, 1)
+        finally:
+            _notify("STOPPING=1")
+            _log.info("stopping")
+            server.shutdown()
+            serving.join()
+            server.server_close()
+            agent.stop()
+    _log.info("stopped")
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[int]:
+    """A descriptor that can be read from once the process is asked to end.
+
+    A handler of Python's may not take locks: what it interrupts may hold them.
+    """
+    readable, writable = os.pipe()
+    before = {
+        number: signal.signal(number, lambda *_: os.write(writable, b"x") and None)
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield readable
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(readable)
+        os.close(writable)
+
+
+def _notify(state: str) -> None:
+    """Tell the service manager, if there is one (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
+            connection.connect("\0" + address[1:] if address[0] == "@" else address)
+            connection.sendall(state.encode())
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

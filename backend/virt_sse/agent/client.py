@@ -1,0 +1,148 @@
+"""The way to the agent: one HTTP request on its Unix socket.
+
+The libvirt hook takes it before it loads anything of ours: standard library only, and little of that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from virt_sse.errors import AgentError, AgentUnavailableError, VirtSseError
+
+SOCKET = "run/virt-sse/agent.sock"
+"""Where it answers, below the root."""
+
+TIMEOUT_SECONDS = 30.0
+
+_CREDENTIALS = struct.Struct("3i")
+"""``struct ucred`` (unix(7)): process, user, group."""
+
+_STATUS_LINE_PARTS = 2
+_OK = 200
+
+
+def peer_user(connection: socket.socket) -> int:
+    """The user id of the process at the other end; for a listening socket's, of the one that made it."""
+    size = _CREDENTIALS.size
+    _, user, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    return int(user)
+
+
+def is_trusted(user: int) -> bool:
+    """Whether the agent and its clients speak with that user: root, and who the process itself runs as."""
+    return user in (0, os.geteuid())
+
+
+def ask(path: Path, method: str, target: str, body: bytes = b"", *, timeout: float) -> bytes:
+    """The body of the agent's answer.
+
+    :param timeout: for all of it; in seconds.
+    :raise AgentUnavailableError: When none answers at *path*, or not in time.
+    :raise AgentError: When what answers is another user's; nothing is sent to it.
+    :raise VirtSseError: What the agent says is wrong.
+    """
+    request = (
+        f"{method} {target} HTTP/1.0\r\nHost: agent\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    ).encode()
+    deadline = time.monotonic() + timeout
+    with _connected(path, timeout) as connection:
+        try:
+            connection.sendall(request + body)
+            status, answer = _parse(_read(connection, deadline))
+        except TimeoutError as exc:
+            raise AgentUnavailableError(f"the agent does not answer within {timeout:g} s") from exc
+        except (OSError, ValueError) as exc:
+            raise AgentUnavailableError(f"the agent at {path} does not answer: {exc}") from exc
+    if status == _OK:
+        return answer
+    try:
+        document = json.loads(answer)
+        message, hint = str(document["error"]), document.get("hint")
+    except (ValueError, TypeError, KeyError, AttributeError):
+        message, hint = f"the agent answers with status {status}", None
+    raise VirtSseError(message, hint=hint)
+
+
+def serve_event(root: Path, event: str, domain: str, xml: str) -> bool:
+    """Let the agent serve an event of the libvirt hook; whether there is one that did.
+
+    :raise VirtSseError: What the agent says is wrong.
+    """
+    path = root / SOCKET
+    if not path.exists():
+        return False
+    body = json.dumps({"event": event, "domain": domain, "xml": xml}).encode()
+    try:
+        ask(path, "POST", "/hook", body, timeout=configured_timeout(root))
+    except AgentUnavailableError:
+        return False
+    return True
+
+
+def configured_timeout(root: Path) -> float:
+    """``timeout`` in ``[agent]`` of the configuration; the default where that makes no sense."""
+    try:
+        text = (root / "etc/virt-sse/config.toml").read_text("utf-8")
+        if "[agent]" in text:
+            import tomllib
+
+            timeout = tomllib.loads(text)["agent"]["timeout"]
+            if type(timeout) in (int, float) and timeout > 0:
+                return float(timeout)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return TIMEOUT_SECONDS
+
+
+@contextlib.contextmanager
+def _connected(path: Path, timeout: float) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(timeout)
+        try:
+            connection.connect(str(path))
+        except OSError as exc:
+            raise AgentUnavailableError(
+                f"no agent answers at {path}: {exc.strerror or exc}", hint="systemctl start virt-sse-agent"
+            ) from exc
+        user = peer_user(connection)
+        if not is_trusted(user):
+            raise AgentError(f"what answers at {path} is a process of user {user}, not the agent")
+        yield connection
+
+
+def _read(connection: socket.socket, deadline: float) -> bytes:
+    """All that comes until the other end closes."""
+    received = b""
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        connection.settimeout(left)
+        if not (part := connection.recv(1 << 16)):
+            return received
+        received += part
+
+
+def _parse(response: bytes) -> tuple[int, bytes]:
+    """Status and body of an HTTP/1 response (RFC 9112 §4).
+
+    :raise ValueError: When it is none, or cut off.
+    """
+    head, end, body = response.partition(b"\r\n\r\n")
+    first, *fields = head.split(b"\r\n")
+    words = first.split(b" ", _STATUS_LINE_PARTS)
+    if not end or not words[0].startswith(b"HTTP/1.") or len(words) < _STATUS_LINE_PARTS:
+        raise ValueError("the answer was cut off")
+    for line in fields:
+        name, _, value = line.partition(b":")
+        if name.lower() == b"content-length" and int(value) != len(body):
+            raise ValueError("the answer was cut off")
+    return int(words[1]), body

@@ -1,0 +1,169 @@
+"""What runs: libvirt's domains with a disk of ours, and libvirt's secrets that are ours."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from uuid import UUID
+
+import libvirt
+
+from virt_sse.agent.logs import fields
+from virt_sse.errors import InvalidValueError, LibvirtError
+from virt_sse.libvirt import domain_xml
+from virt_sse.libvirt.connection import connected
+from virt_sse.libvirt.references import PREFIX, usage
+
+_log = logging.getLogger(__name__)
+
+PAUSED_NAMESPACE = "https://virt-sse.invalid/agent/1"
+"""Of the element in a running domain's metadata that says that the agent has paused it."""
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunningDomain:
+    """A running domain with a disk of ours.
+
+    :ivar run: libvirt's number of it, which no other run of the domain has.
+    :ivar runs: whether its processors do, rather than stand still.
+    :ivar paused_by_us: whether it was the agent that paused it.
+    """
+
+    uuid: UUID
+    run: int
+    name: str
+    uses: tuple[domain_xml.DomainDisk, ...]
+    runs: bool
+    paused_by_us: bool
+    xml: str = field(repr=False, compare=False)
+
+    @property
+    def usages(self) -> frozenset[str]:
+        """The usage ids of the libvirt secrets that it was started with."""
+        return frozenset(usage(use.disk_id, use.slot) for use in self.uses)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What ran at one moment.
+
+    :ivar number: counts the snapshots; 0 before the first.
+    :ivar secrets: the usage ids of libvirt's secrets that are ours. Seen before the domains: the secrets of a
+        domain that is listed may be missing here because it was just starting.
+    :ivar time: of ``time.time()``.
+    """
+
+    number: int = 0
+    domains: tuple[RunningDomain, ...] = ()
+    secrets: frozenset[str] = frozenset()
+    time: float = 0.0
+
+
+class Inventory:
+    """Looks again and again, in a thread of its own.
+
+    Of its own because libvirt does not list domains while a hook of one of them runs, and that may be waiting
+    for a key vault; what was seen last stays to be had meanwhile, and while libvirt does not answer.
+
+    :param seconds: between two looks.
+    :param changed: called after each.
+    """
+
+    def __init__(self, uri: str, seconds: float, changed: Callable[[], None]) -> None:
+        self._uri = uri
+        self._seconds = seconds
+        self._changed = changed
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="inventory", daemon=True)
+        self._odd: set[UUID] = set()
+        self.snapshot = Snapshot()
+        self.connected: bool | None = None
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._thread.start()
+
+    def look(self) -> None:
+        """Look again now."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Look no more. A look that libvirt does not answer is not waited for."""
+        self._stopping = True
+        self._wake.set()
+        self._thread.join(timeout=2)
+
+    def _run(self) -> None:
+        pause = _FIRST_PAUSE
+        while not self._stopping:
+            try:
+                with connected(self._uri) as connection:
+                    self._set_connected(None)
+                    pause = _FIRST_PAUSE
+                    self._keep_looking(connection)
+            except (LibvirtError, libvirt.libvirtError) as exc:
+                self._set_connected(exc)
+                self._wait(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _keep_looking(self, connection: libvirt.virConnect) -> None:
+        while not self._stopping:
+            secrets = frozenset(_our_secrets(connection))
+            listed = connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
+            domains = tuple(found for domain in listed if (found := self._look_at(domain)))
+            self.snapshot = Snapshot(self.snapshot.number + 1, domains, secrets, time.time())
+            self._changed()
+            self._wait(self._seconds)
+
+    def _wait(self, seconds: float) -> None:
+        self._wake.wait(seconds)
+        if not self._stopping:
+            self._wake.clear()
+
+    def _set_connected(self, error: Exception | None) -> None:
+        if error and self.connected is not False:
+            _log.warning("libvirt-lost", extra=fields({"uri": self._uri, "reason": str(error)}))
+        elif not error and not self.connected:
+            _log.info("libvirt-connected", extra=fields({"uri": self._uri}))
+        self.connected = error is None
+        self._changed()
+
+    def _look_at(self, domain: libvirt.virDomain) -> RunningDomain | None:
+        """The domain, if it has a disk of ours and has not ended since it was listed."""
+        uuid = UUID(bytes=domain.UUID())
+        try:
+            xml = domain.XMLDesc()
+            if PREFIX not in xml:
+                return None
+            state, _ = domain.state()
+            return RunningDomain(
+                uuid=uuid,
+                run=domain.ID(),
+                name=domain.name(),
+                uses=tuple(domain_xml.our_disks(xml)),
+                runs=state != libvirt.VIR_DOMAIN_PAUSED,
+                paused_by_us=PAUSED_NAMESPACE in xml,
+                xml=xml,
+            )
+        except libvirt.libvirtError as exc:
+            if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                raise
+        except InvalidValueError as exc:
+            if uuid not in self._odd:
+                self._odd.add(uuid)
+                _log.warning("domain-unclear", extra=fields({"domain": domain.name(), "reason": str(exc)}))
+        return None
+
+
+def _our_secrets(connection: libvirt.virConnect) -> list[str]:
+    return [name for secret in connection.listAllSecrets() if (name := _usage_id(secret)).startswith(PREFIX)]
+
+
+def _usage_id(secret: libvirt.virSecret) -> str:
+    return str(secret.usageID() or "")

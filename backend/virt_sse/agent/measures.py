@@ -1,0 +1,106 @@
+"""What can be done to a running domain, each in a connection of its own.
+
+Each says whether it was done: a domain whose run has ended needs nothing any more. Domains are found by UUID:
+to find one by anything else libvirt waits for those whose hooks run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import libvirt
+
+from virt_sse.agent.inventory import PAUSED_NAMESPACE, RunningDomain
+from virt_sse.libvirt.connection import connected
+from virt_sse.libvirt.secrets import drop_secret
+
+_ENDED = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
+_MARK, _PREFIX = "<paused/>", "virt-sse"
+
+
+def ask_to_shut_down(uri: str, domain: RunningDomain) -> bool:
+    """Press its power button, as ACPI has one; the guest may take no notice.
+
+    :raise LibvirtError: When libvirt refuses.
+    """
+    with _run(uri, domain) as found:
+        if found is None:
+            return False
+        found.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN)
+        return True
+    return False
+
+
+def destroy(uri: str, domain: RunningDomain) -> bool:
+    """Pull its plug, and take its secrets away.
+
+    :raise LibvirtError: When libvirt refuses.
+    """
+    done = False
+    with _run(uri, domain) as found:
+        if found is not None:
+            found.destroy()
+            done = True
+    drop_secrets(uri, domain)
+    return done
+
+
+def pause(uri: str, domain: RunningDomain) -> bool:
+    """Stop its processors, with a mark that it was us.
+
+    :raise LibvirtError: When libvirt refuses.
+    """
+    with _run(uri, domain) as found:
+        if found is None or found.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
+            return False
+        _mark(found, _MARK)
+        found.suspend()
+        return True
+    return False
+
+
+def resume(uri: str, domain: RunningDomain) -> bool:
+    """Let it go on, if it was us who paused it and it stands still.
+
+    :raise LibvirtError: When libvirt refuses.
+    """
+    with _run(uri, domain) as found:
+        if found is None:
+            return False
+        paused = found.state()[0] == libvirt.VIR_DOMAIN_PAUSED
+        if paused:
+            found.resume()
+        _mark(found, None)
+        return bool(paused)
+    return False
+
+
+def drop_secrets(uri: str, domain: RunningDomain) -> bool:
+    """Take the DEKs of its disks back from libvirt; QEMU has them, and runs on.
+
+    :raise LibvirtError: When libvirt refuses.
+    """
+    with connected(uri) as connection:
+        for use in domain.uses:
+            drop_secret(connection, use.disk_id, use.slot)
+    return True
+
+
+def _mark(found: libvirt.virDomain, mark: str | None) -> None:
+    """In its live definition alone, so that the mark ends with the run, and outlives the agent."""
+    found.setMetadata(
+        libvirt.VIR_DOMAIN_METADATA_ELEMENT, mark, _PREFIX, PAUSED_NAMESPACE, libvirt.VIR_DOMAIN_AFFECT_LIVE
+    )
+
+
+@contextlib.contextmanager
+def _run(uri: str, domain: RunningDomain) -> Iterator[libvirt.virDomain | None]:
+    """The domain, if it still is in that run; that it ends meanwhile is no error."""
+    with connected(uri) as connection:
+        try:
+            found = connection.lookupByUUID(domain.uuid.bytes)
+            yield found if found.ID() == domain.run else None
+        except libvirt.libvirtError as exc:
+            if exc.get_error_code() not in _ENDED:
+                raise

@@ -1,0 +1,116 @@
+"""What the agent tells Prometheus."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Collection, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from virt_sse.errors import VirtSseError
+from virt_sse.events import KeyAction, KeyEvent
+from virt_sse.hookspecs import hookimpl
+from virt_sse.keys import KeyState
+
+_PREFIX = "virt_sse_agent"
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+class Metrics:
+    """All of the agent's metrics. Threads may share them. Observes key events as a plugin does."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        self._shown: frozenset[tuple[str, str, KeyState]] = frozenset()
+        self.libvirt_connected = Gauge(
+            f"{_PREFIX}_libvirt_connected", "Whether libvirt answers.", registry=registry
+        )
+        self.domains = Gauge(f"{_PREFIX}_domains", "Running domains with a disk of ours.", registry=registry)
+        self.revoked_domains = Gauge(
+            f"{_PREFIX}_revoked_domains",
+            "Those of them whose key was taken away, and that still run.",
+            registry=registry,
+        )
+        self.spared_domains = Gauge(
+            f"{_PREFIX}_spared_domains",
+            "Those of them that run on, because of an ultra disk or the set's action.",
+            registry=registry,
+        )
+        self.keys_watched = Gauge(
+            f"{_PREFIX}_keys_watched",
+            "Versions of keys that running domains' disks are under.",
+            registry=registry,
+        )
+        self._key_state = Gauge(
+            f"{_PREFIX}_key_state",
+            "1 for the state that the key was last seen in.",
+            ["key", "encryption_set", "state"],
+            registry=registry,
+        )
+        self.last_watch = Gauge(
+            f"{_PREFIX}_last_watch_timestamp_seconds",
+            "When libvirt's domains and all their keys were last seen.",
+            registry=registry,
+        )
+        self.actions = Counter(
+            f"{_PREFIX}_domain_actions",
+            "What was done to domains.",
+            ["action"],
+            registry=registry,
+        )
+        self.failed_actions = Counter(
+            f"{_PREFIX}_domain_action_failures", "What could not be done.", ["action"], registry=registry
+        )
+        self.rewrapped = Counter(
+            f"{_PREFIX}_rewrapped_disks", "Disks that followed their key.", registry=registry
+        )
+        self._uses = Counter(f"{_PREFIX}_key_uses", "Uses of keys.", ["action", "result"], registry=registry)
+        self._unwrap_seconds = Histogram(
+            f"{_PREFIX}_unwrap_seconds", "How long unwraps took.", buckets=_SECONDS, registry=registry
+        )
+        self._hook_seconds = Histogram(
+            f"{_PREFIX}_hook_seconds",
+            "How long events of the libvirt hook took.",
+            ["event"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._hooks = Counter(
+            f"{_PREFIX}_hooks", "Events of the libvirt hook.", ["event", "result"], registry=registry
+        )
+
+    def render(self) -> bytes:
+        """All of it, in Prometheus' text format 0.0.4."""
+        return generate_latest(self._registry)
+
+    def show_keys(self, states: Collection[tuple[str, str, KeyState]]) -> None:
+        """Show just these: a key with its version, the id of its encryption set or nothing, its state."""
+        if (now := frozenset(states)) == self._shown:
+            return
+        self._shown = now
+        self.keys_watched.set(len(states))
+        self._key_state.clear()
+        for key, encryption_set, state in states:
+            for each in KeyState:
+                self._key_state.labels(key, encryption_set, each.value).set(each is state)
+
+    @contextlib.contextmanager
+    def hook(self, event: str) -> Iterator[None]:
+        """An event of the hook is served in here."""
+        began, result = time.monotonic(), "failed"
+        try:
+            yield
+            result = "served"
+        except VirtSseError:
+            result = "refused"
+            raise
+        finally:
+            self._hook_seconds.labels(event).observe(time.monotonic() - began)
+            self._hooks.labels(event, result).inc()
+
+    @hookimpl
+    def virt_sse_key_event(self, event: KeyEvent) -> None:
+        self._uses.labels(event.action.value, "refused" if event.error else "allowed").inc()
+        if event.action is KeyAction.UNWRAP:
+            self._unwrap_seconds.observe(event.seconds)

@@ -1,0 +1,212 @@
+"""What becomes of running domains whose key was taken away, and of those whose key came back."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from virt_sse.agent import measures
+from virt_sse.agent.inventory import RunningDomain
+from virt_sse.agent.logs import fields
+from virt_sse.agent.metrics import Metrics
+from virt_sse.disks import Disk, DiskSku
+from virt_sse.encryption_sets import EncryptionSet, RevocationAction
+from virt_sse.errors import VirtSseError
+
+_log = logging.getLogger(__name__)
+
+PLATFORM_ACTION, PLATFORM_GRACE_SECONDS = RevocationAction.SHUTDOWN, 60
+"""For disks in no encryption set: what a set does by default."""
+
+_RANK = (
+    RevocationAction.NONE,
+    RevocationAction.PAUSE,
+    RevocationAction.SHUTDOWN,
+    RevocationAction.DESTROY,
+)
+_THREADS = 16
+_AGAIN_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RevokedDisk:
+    """A disk in a running domain whose key was taken away, and why that is thought."""
+
+    disk: Disk
+    encryption_set: EncryptionSet | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What is done to a domain; ``SHUTDOWN`` has a grace time above 0."""
+
+    action: RevocationAction
+    grace_seconds: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a running domain stands with its keys.
+
+    :ivar revoked: its disks whose key was taken away.
+    :ivar is_clear: whether all its keys are known to be usable. Neither is also possible: a vault is silent.
+    :ivar has_secrets: whether libvirt has a DEK of it.
+    """
+
+    domain: RunningDomain
+    revoked: tuple[RevokedDisk, ...] = ()
+    is_clear: bool = False
+    has_secrets: bool = False
+
+
+def measure(revoked: Sequence[RevokedDisk]) -> Measure:
+    """What is done to a domain with these disks, at least one: the hardest of what their sets ask for."""
+    return max(map(_measure_for, revoked), key=lambda each: (_RANK.index(each.action), -each.grace_seconds))
+
+
+def _measure_for(revoked: RevokedDisk) -> Measure:
+    if revoked.disk.sku is DiskSku.ULTRA:
+        return Measure(RevocationAction.NONE)
+    action, grace = PLATFORM_ACTION, PLATFORM_GRACE_SECONDS
+    if revoked.encryption_set:
+        action, grace = revoked.encryption_set.revocation, revoked.encryption_set.grace_seconds
+    if action is not RevocationAction.SHUTDOWN:
+        return Measure(action)
+    return Measure(action, grace) if grace else Measure(RevocationAction.DESTROY)
+
+
+@dataclass(slots=True)
+class _Case:
+    """A domain whose key is gone, from when that was seen until the domain or the cause has ended."""
+
+    domain: RunningDomain
+    since: float
+    measure: Measure
+    reason: str
+    asked: bool = False
+
+
+@dataclass(slots=True)
+class _Job:
+    """What is being done to a domain; one thing at a time."""
+
+    future: Future[None]
+    not_before: float = field(default=0.0)
+
+
+class Revocation:
+    """Brings domains to where they should be, however often that takes. Remembers nothing over its own end:
+    a new one begins a domain's grace time anew.
+
+    :param done: called, in any thread, when something was done.
+    """
+
+    def __init__(self, uri: str, metrics: Metrics, done: Callable[[], None]) -> None:
+        self._uri = uri
+        self._metrics = metrics
+        self._done = done
+        self._cases: dict[tuple[UUID, int], _Case] = {}
+        self._jobs: dict[tuple[UUID, int], _Job] = {}
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="domain")
+
+    def apply(self, standings: Sequence[Standing]) -> float | None:
+        """Begin what has to be done now.
+
+        :param standings: of all running domains with a disk of ours.
+        :return: when a grace time ends, in ``time.monotonic()``.
+        """
+        present = {(each.domain.uuid, each.domain.run) for each in standings}
+        for key in self._cases.keys() - present:
+            self._end(self._cases.pop(key))
+        for key in self._jobs.keys() - present:
+            del self._jobs[key]
+        for each in standings:
+            if each.revoked:
+                self._enforce(each)
+            elif each.is_clear:
+                self._lift(each.domain)
+        cases = self._cases.values()
+        self._metrics.revoked_domains.set(len(cases))
+        self._metrics.spared_domains.set(sum(c.measure.action is RevocationAction.NONE for c in cases))
+        waiting = [c for c in cases if c.measure.action is RevocationAction.SHUTDOWN]
+        return min((c.since + c.measure.grace_seconds for c in waiting), default=None)
+
+    def reason(self, domain: RunningDomain) -> str | None:
+        """Why its key is thought to be gone, and its secrets are not restored; ``None`` when it is not."""
+        case = self._cases.get((domain.uuid, domain.run))
+        return case.reason if case else None
+
+    def stop(self) -> None:
+        """Begin nothing any more, and wait for what is under way."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _enforce(self, standing: Standing) -> None:
+        domain, now = standing.domain, time.monotonic()
+        key, wanted = (domain.uuid, domain.run), measure(standing.revoked)
+        if (case := self._cases.get(key)) is None:
+            case = self._cases[key] = _Case(domain, now, wanted, standing.revoked[0].reason)
+            self._tell(standing, wanted)
+        case.measure = wanted
+        expired = wanted.action is RevocationAction.SHUTDOWN and now >= case.since + wanted.grace_seconds
+        if wanted.action is RevocationAction.DESTROY or expired:
+            self._do("destroy", domain, measures.destroy)
+        elif wanted.action is RevocationAction.SHUTDOWN and not case.asked:
+            case.asked = self._do("shutdown", domain, measures.ask_to_shut_down)
+        elif wanted.action is RevocationAction.PAUSE and domain.runs:
+            self._do("pause", domain, measures.pause)
+        elif standing.has_secrets:
+            self._do("drop-secrets", domain, measures.drop_secrets)
+
+    def _lift(self, domain: RunningDomain) -> None:
+        if self._cases.pop((domain.uuid, domain.run), None):
+            _log.info("domain-restored", extra=fields({"domain": domain.name}))
+        if domain.paused_by_us:
+            self._do("resume", domain, measures.resume)
+
+    def _do(self, action: str, domain: RunningDomain, what: Callable[[str, RunningDomain], bool]) -> bool:
+        """Do *what* to the domain, in another thread; whether that could be begun."""
+        key, now = (domain.uuid, domain.run), time.monotonic()
+        job = self._jobs.get(key)
+        if job and (not job.future.done() or now < job.not_before):
+            return False
+        future = self._pool.submit(self._work, action, domain, what)
+        self._jobs[key] = _Job(future, now + _AGAIN_SECONDS)
+        return True
+
+    def _work(self, action: str, domain: RunningDomain, what: Callable[[str, RunningDomain], bool]) -> None:
+        told = {"domain": domain.name, "action": action}
+        try:
+            done = what(self._uri, domain)
+        except VirtSseError as exc:
+            self._metrics.failed_actions.labels(action).inc()
+            _log.warning("domain-action-failed", extra=fields(told | {"reason": str(exc)}))
+            case = self._cases.get((domain.uuid, domain.run))
+            if case and action == "shutdown":
+                case.asked = False
+            return
+        if done:
+            self._metrics.actions.labels(action).inc()
+            _log.warning("domain-action", extra=fields(told))
+        self._done()
+
+    def _tell(self, standing: Standing, wanted: Measure) -> None:
+        told = {
+            "domain": standing.domain.name,
+            "action": wanted.action.value,
+            "grace-seconds": wanted.grace_seconds,
+            "disks": [each.disk.name for each in standing.revoked],
+            "reason": standing.revoked[0].reason,
+        }
+        if any(each.disk.sku is DiskSku.ULTRA for each in standing.revoked):
+            told["ultra"] = "runs on, and cannot be started again"
+        _log.warning("domain-revoked", extra=fields(told))
+
+    def _end(self, case: _Case) -> None:
+        seconds = round(time.monotonic() - case.since, 3)
+        told = {"domain": case.domain.name, "action": case.measure.action.value, "after-seconds": seconds}
+        _log.warning("domain-ended", extra=fields(told))

@@ -1,0 +1,91 @@
+"""How running domains stand with their keys: libvirt's view, the store's and the keys' put together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from virt_sse.agent.inventory import RunningDomain, Snapshot
+from virt_sse.agent.key_watch import KeyWatch, Sample, WatchedKey
+from virt_sse.agent.logs import fields
+from virt_sse.agent.revocation import RevokedDisk, Standing
+from virt_sse.backend import Backend
+from virt_sse.disks import Disk
+from virt_sse.encryption_sets import EncryptionSet
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """:ivar samples: all keys that are in use, each with a DEK to try it with."""
+
+    standings: Sequence[Standing]
+    samples: Mapping[WatchedKey, Sample]
+
+
+class Standings:
+    """Looks domains' disks up in the store, anew each time: rotations and moves change their keys."""
+
+    def __init__(self, backend: Backend, keys: KeyWatch) -> None:
+        self._backend = backend
+        self._keys = keys
+        self._unknown: set[UUID] = set()
+
+    def of(self, snapshot: Snapshot) -> Found:
+        """How all domains stand.
+
+        :raise StoreError: When the store cannot be asked.
+        """
+        ids = {use.disk_id for domain in snapshot.domains for use in domain.uses}
+        disks = {disk.id: disk for disk in self._backend.disks_with_ids(ids)} if ids else {}
+        sets = {each.id: each for each in self._backend.list_sets()} if ids else {}
+        self._tell_unknown(snapshot, ids - disks.keys())
+        samples: dict[WatchedKey, Sample] = {}
+        standings = []
+        for domain in snapshot.domains:
+            revoked: list[RevokedDisk] = []
+            is_clear = True
+            for use in domain.uses:
+                disk = disks.get(use.disk_id)
+                watched = _watched(disk, use.slot) if disk else None
+                if disk is None or watched is None:
+                    is_clear = False
+                    continue
+                samples.setdefault(watched, Sample(disk, use.slot, domain.name))
+                encryption_set = sets.get(disk.encryption_set) if disk.encryption_set else None
+                verdict = self._keys.verdict(watched)
+                reason = self._no_identity(encryption_set) or (verdict.revoked if verdict else None)
+                if reason:
+                    revoked.append(RevokedDisk(disk, encryption_set, reason))
+                is_clear = is_clear and verdict is not None and verdict.is_usable
+            has_secrets = bool(domain.usages & snapshot.secrets)
+            standings.append(Standing(domain, tuple(revoked), is_clear and not revoked, has_secrets))
+        return Found(standings, samples)
+
+    def _no_identity(self, encryption_set: EncryptionSet | None) -> str | None:
+        """Why a set without the identity that it needs has no right to its key."""
+        if encryption_set is None or encryption_set.identity:
+            return None
+        if not self._backend.plugins.needs_identity(encryption_set.key.provider):
+            return None
+        return f"disk encryption set {encryption_set.name!r} has no identity"
+
+    def _tell_unknown(self, snapshot: Snapshot, unknown: set[UUID]) -> None:
+        for disk_id in unknown - self._unknown:
+            users = [domain.name for domain in snapshot.domains if _has(domain, disk_id)]
+            _log.warning("disk-unknown", extra=fields({"disk": disk_id, "domains": users}))
+        self._unknown = unknown
+
+
+def _watched(disk: Disk, slot: str) -> WatchedKey | None:
+    try:
+        return WatchedKey(disk.dek(slot).wrapped.key, disk.encryption_set)
+    except KeyError:
+        return None
+
+
+def _has(domain: RunningDomain, disk_id: UUID) -> bool:
+    return any(use.disk_id == disk_id for use in domain.uses)

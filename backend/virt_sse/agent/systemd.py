@@ -1,0 +1,51 @@
+"""systemd's units for the agent and the embedded key vault (systemd.unit(5))."""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import resources
+from pathlib import Path
+
+from virt_sse.config import Config
+from virt_sse.errors import ConfigError, InvalidValueError
+
+NAMES = ("virt-sse-agent.socket", "virt-sse-agent.service", "virt-sse-vault.service")
+
+_UNFIT = re.compile(r"[\x00-\x1f\x7f\"\\$]")
+
+
+def write_units(directory: Path, config: Config) -> list[Path]:
+    """Write the units, for this installation and this host's files, into *directory*; what was written.
+
+    :raise InvalidValueError: When a path cannot be named in a unit.
+    :raise ConfigError: When they cannot be written.
+    """
+    values = {
+        "PYTHON": sys.executable,
+        "PROGRAM": str(Path(sys.executable).with_name("virt-sse")),
+        "ROOT": str(config.root),
+        "URI": config.libvirt_uri,
+        "SOCKET": str(config.agent_socket),
+        "VAULT": str(config.state_directory / "vault"),
+    }
+    written = []
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in NAMES:
+            text = resources.files("virt_sse.agent").joinpath("units", name).read_text("utf-8")
+            for word, value in values.items():
+                text = text.replace(f"@{word}@", _escaped(value))
+            path = directory / name
+            path.write_text(text, "utf-8")
+            written.append(path)
+    except OSError as exc:
+        raise ConfigError(f"cannot write units into {directory}: {exc.strerror}") from exc
+    return written
+
+
+def _escaped(value: str) -> str:
+    """*value* where a unit has one: ``%`` would begin a specifier."""
+    if _UNFIT.search(value):
+        raise InvalidValueError(f"a unit cannot name {value[:80]!r}")
+    return value.replace("%", "%%")

@@ -1,0 +1,187 @@
+"""``virt-sse des``."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from virt_sse.cli.key import print_report
+from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
+from virt_sse.cli.session import backend
+from virt_sse.errors import VirtSseError
+
+if TYPE_CHECKING:
+    from virt_sse.encryption_sets import EncryptionSet
+
+app = typer.Typer(help="Disk encryption sets.", no_args_is_help=True, rich_markup_mode=None)
+
+
+class Revocation(enum.Enum):
+    """What ``--revocation`` takes."""
+
+    SHUTDOWN = "shutdown"
+    DESTROY = "destroy"
+    PAUSE = "pause"
+    NONE = "none"
+
+
+class Type(enum.Enum):
+    """What ``--encryption-type`` takes."""
+
+    CUSTOMER_KEY = "EncryptionAtRestWithCustomerKey"
+    PLATFORM_AND_CUSTOMER_KEYS = "EncryptionAtRestWithPlatformAndCustomerKeys"
+
+
+Name = Annotated[str, typer.Argument(help="The set's name or id.", show_default=False)]
+RevocationOption = typer.Option(
+    "--revocation", help="What becomes of running domains when the key is taken away."
+)
+GraceOption = typer.Option("--grace", help="Seconds between the request to shut down and the end.")
+KeyOption = typer.Option(
+    "--key", help="The key: for a key vault its URL, with a version or, for the newest, without."
+)
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Argument(help="The new set's name.", show_default=False)],
+    key: Annotated[str, KeyOption],
+    provider: Annotated[str, typer.Option("--provider", help="The key provider.")] = "customer-managed",
+    encryption_type: Annotated[
+        Type, typer.Option("--encryption-type", help="What its disks are encrypted with.")
+    ] = Type.CUSTOMER_KEY,
+    automatic_rotation: Annotated[
+        bool, typer.Option("--auto-rotation", help="Its disks follow new versions of the key by themselves.")
+    ] = False,
+    revocation: Annotated[Revocation, RevocationOption] = Revocation.SHUTDOWN,
+    grace: Annotated[int, GraceOption] = 60,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Make a set, and its identity; the key's administrator then grants that identity the key."""
+    from virt_sse.encryption_sets import RevocationAction
+    from virt_sse.layers import EncryptionType
+
+    with backend() as b:
+        made = b.create_set(
+            name,
+            provider=provider,
+            key=key,
+            encryption_type=EncryptionType(encryption_type.value),
+            automatic_rotation=automatic_rotation,
+            revocation=RevocationAction(revocation.value),
+            grace_seconds=grace,
+        )
+    print_fields(_fields(made), output)
+
+
+@app.command(name="list")
+def list_(output: Output = OutputFormat.TABLE) -> None:
+    """List all sets."""
+    with backend() as b:
+        rows = [_fields(each) | {"disks": len(b.disks_in_set(each))} for each in b.list_sets()]
+    print_rows(rows, ("name", "provider", "key", "auto-rotation", "revocation", "disks"), output)
+
+
+@app.command()
+def show(name: Name, output: Output = OutputFormat.TABLE) -> None:
+    """Show all about a set."""
+    with backend() as b:
+        found = b.get_set(name)
+        fields = _fields(found) | {"disks": [disk.name for disk in b.disks_in_set(found)]}
+    print_fields(fields, output)
+
+
+@app.command()
+def update(
+    name: Name,
+    key: Annotated[str | None, KeyOption] = None,
+    automatic_rotation: Annotated[
+        bool | None,
+        typer.Option("--auto-rotation/--no-auto-rotation", help="Follow new versions of the key."),
+    ] = None,
+    revocation: Annotated[Revocation | None, RevocationOption] = None,
+    grace: Annotated[int | None, GraceOption] = None,
+    tenant: Annotated[
+        str | None,
+        typer.Option("--tenant", help="Move the set to another tenant; its identity stays behind."),
+    ] = None,
+    assign_identity: Annotated[
+        bool, typer.Option("--assign-identity", help="Give a set without an identity a new one.")
+    ] = False,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Change a set; with another key, its disks' DEKs are rewrapped."""
+    from virt_sse.encryption_sets import RevocationAction
+
+    with backend() as b, progress_bar("rewrapping") as progress:
+        if tenant is not None:
+            moved = b.move_set_to_tenant(name, tenant)
+            for disk in b.disks_in_set(moved):
+                typer.echo(f"disk {disk.name} cannot be opened until the set has an identity again", err=True)
+        if assign_identity:
+            b.assign_set_identity(name)
+        changed, report = b.update_set(
+            name,
+            key=key,
+            automatic_rotation=automatic_rotation,
+            revocation=RevocationAction(revocation.value) if revocation else None,
+            grace_seconds=grace,
+            progress=progress,
+        )
+    print_report(_fields(changed), report, output)
+
+
+@app.command()
+def rotate(
+    name: Name,
+    prove: Annotated[
+        bool, typer.Option("--prove", help="Then try every wrapped DEK, and show which key each needs.")
+    ] = False,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Bring a set's disks under the present version of its key, or go on where that was cut off."""
+    with backend() as b:
+        with progress_bar("rewrapping") as progress:
+            report = b.rotate_set(name, progress=progress)
+        if not prove:
+            print_report({"set": name}, report, output)
+            return
+        with progress_bar("proving") as progress:
+            findings = b.prove_rotation(name, progress=progress)
+    rows = [
+        {"disk": each.disk, "place": each.place, "key": str(each.key or ""), "problem": each.problem}
+        for each in findings
+    ]
+    print_rows(rows, ("disk", "place", "key", "problem"), output)
+    problems = sum(each.problem is not None for each in findings)
+    if problems or report.failed:
+        raise VirtSseError(f"{problems} of {len(findings)} wrapped DEKs are not under the set's present key")
+
+
+@app.command()
+def delete(name: Name) -> None:
+    """Delete a set that no disk is in, and its identity."""
+    with backend() as b:
+        b.delete_set(name)
+    typer.echo(f"deleted disk encryption set {name}")
+
+
+def _fields(encryption_set: EncryptionSet) -> dict[str, object]:
+    version = f"/{encryption_set.key_version}" if encryption_set.key_version else ""
+    return {
+        "name": encryption_set.name,
+        "id": str(encryption_set.id),
+        "provider": encryption_set.key.provider,
+        "key": encryption_set.key.name + version,
+        "encryption-type": encryption_set.encryption_type.value,
+        "auto-rotation": encryption_set.automatic_rotation,
+        "revocation": encryption_set.revocation.value,
+        "grace-seconds": encryption_set.grace_seconds,
+        "subscription": encryption_set.subscription,
+        "region": encryption_set.region,
+        "tenant": encryption_set.tenant,
+        "identity": encryption_set.identity,
+        "created": encryption_set.created.isoformat(),
+    }

@@ -1,0 +1,280 @@
+"""``virt-sse key``, for the keys in a key vault: what their administrator does.
+
+By the official client library, so it works on Azure Key Vault's own as well as on the embedded vault.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows
+from virt_sse.cli.vault import Credential, credential_path
+from virt_sse.errors import InvalidValueError, VaultError
+
+if TYPE_CHECKING:
+    from azure.keyvault.keys import KeyClient, KeyProperties, KeyVaultKey
+
+app = typer.Typer(rich_markup_mode=None)
+
+KeyName = Annotated[
+    str, typer.Argument(metavar="NAME", help="The key's name in the vault.", show_default=False)
+]
+Version = Annotated[str | None, typer.Option("--version", help="Default: the newest.", show_default=False)]
+Size = Annotated[int, typer.Option("--size", help="2048, 3072 or 4096 bits.")]
+Hardware = Annotated[bool, typer.Option("--hsm", help="Keep it in the vault's HSM; needs a premium vault.")]
+NotBefore = Annotated[
+    datetime | None, typer.Option("--not-before", help="When it begins to wrap; UTC.", show_default=False)
+]
+Expires = Annotated[
+    datetime | None,
+    typer.Option("--expires", help="When it ceases to wrap; it still unwraps. UTC.", show_default=False),
+]
+
+
+@app.command()
+def create(
+    name: KeyName,
+    size: Size = 3072,
+    hsm: Hardware = False,
+    not_before: NotBefore = None,
+    expires: Expires = None,
+    credential: Credential = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Make an RSA key in a vault, or a new version of one."""
+    with _client(credential) as client:
+        made = client.create_rsa_key(
+            name, size=size, hardware_protected=hsm, not_before=not_before, expires_on=expires
+        )
+        print_fields(_fields(made), output)
+
+
+@app.command(name="import")
+def import_(
+    name: KeyName,
+    file: Annotated[Path, typer.Argument(help="An RSA private key, PEM, not encrypted.", show_default=False)],
+    hsm: Hardware = False,
+    credential: Credential = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Bring an RSA key of your own into a vault. It cannot be taken out again."""
+    key = _web_key(file)
+    with _client(credential) as client:
+        print_fields(_fields(client.import_key(name, key, hardware_protected=hsm)), output)
+
+
+@app.command()
+def show(
+    name: KeyName, version: Version = None, credential: Credential = None, output: Output = OutputFormat.TABLE
+) -> None:
+    """Show a key in a vault."""
+    with _client(credential) as client:
+        print_fields(_fields(client.get_key(name, version)), output)
+
+
+@app.command(name="list")
+def list_(credential: Credential = None, output: Output = OutputFormat.TABLE) -> None:
+    """List the keys in a vault."""
+    with _client(credential) as client:
+        rows = [_properties(each) for each in client.list_properties_of_keys()]
+    print_rows(rows, ("name", "enabled", "not-before", "expires", "url"), output)
+
+
+@app.command()
+def versions(name: KeyName, credential: Credential = None, output: Output = OutputFormat.TABLE) -> None:
+    """List the versions of a key in a vault, oldest first."""
+    with _client(credential) as client:
+        found = sorted(client.list_properties_of_key_versions(name), key=lambda each: str(each.created_on))
+        rows = [_properties(each) for each in found]
+    print_rows(rows, ("version", "enabled", "created", "expires"), output)
+
+
+@app.command()
+def disable(name: KeyName, version: Version = None, credential: Credential = None) -> None:
+    """Refuse every use of a key's version; what is wrapped with it cannot be opened."""
+    _enable(name, version, credential, enabled=False)
+
+
+@app.command()
+def enable(name: KeyName, version: Version = None, credential: Credential = None) -> None:
+    """Allow the use of a key's version again."""
+    _enable(name, version, credential, enabled=True)
+
+
+@app.command()
+def delete(name: KeyName, credential: Credential = None) -> None:
+    """Delete a key with all its versions; it can be recovered until it is purged."""
+    with _client(credential) as client:
+        deleted = client.begin_delete_key(name).result()
+    typer.echo(f"deleted key {name}; it will be purged on {deleted.scheduled_purge_date:%Y-%m-%d}")
+
+
+@app.command()
+def recover(name: KeyName, credential: Credential = None) -> None:
+    """Bring a deleted key back."""
+    with _client(credential) as client:
+        client.begin_recover_deleted_key(name).wait()
+    typer.echo(f"recovered key {name}")
+
+
+@app.command()
+def purge(
+    name: KeyName,
+    credential: Credential = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be lost, and do nothing.")
+    ] = False,
+) -> None:
+    """Destroy a deleted key for good, and with it all that is wrapped with it."""
+    with _client(credential) as client:
+        deleted = client.get_deleted_key(name)
+        if not dry_run:
+            client.purge_deleted_key(name)
+    typer.echo(f"{'would purge' if dry_run else 'purged'} key {name} ({deleted.recovery_id})")
+
+
+@app.command(name="rotation-policy")
+def rotation_policy(
+    name: KeyName,
+    every: Annotated[
+        str | None,
+        typer.Option("--every", help="Rotate so long after a version was made, ISO 8601, e.g. P90D."),
+    ] = None,
+    credential: Credential = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Show when a key in a vault rotates by itself, or set it."""
+    with _client(credential) as client:
+        if every is not None:
+            from azure.keyvault.keys import (
+                KeyRotationLifetimeAction,
+                KeyRotationPolicy,
+                KeyRotationPolicyAction,
+            )
+
+            action = KeyRotationLifetimeAction(KeyRotationPolicyAction.rotate, time_after_create=every)
+            client.update_key_rotation_policy(name, KeyRotationPolicy(), lifetime_actions=[action])
+        policy = client.get_key_rotation_policy(name)
+    rows: list[dict[str, object]] = [
+        {
+            "action": str(getattr(each.action, "value", each.action)),
+            "after-creation": each.time_after_create,
+            "before-expiry": each.time_before_expiry,
+        }
+        for each in policy.lifetime_actions or []
+    ]
+    print_rows(rows, ("action", "after-creation", "before-expiry"), output)
+
+
+def rotate(name: str, credential: Path | None) -> str:
+    """Make a new version of a key in a vault; its URL."""
+    with _client(credential) as client:
+        return str(client.rotate_key(name).id)
+
+
+def _enable(name: str, version: str | None, credential: Path | None, *, enabled: bool) -> None:
+    with _client(credential) as client:
+        changed = client.update_key_properties(name, version, enabled=enabled)
+    typer.echo(f"{'enabled' if enabled else 'disabled'} key {changed.id}")
+
+
+@contextlib.contextmanager
+def _client(credential: Path | None) -> Iterator[KeyClient]:
+    """A client of the vault that the credential file is for; its refusals as ours."""
+    try:
+        from azure.core.exceptions import AzureError, HttpResponseError
+        from azure.keyvault.keys import KeyClient
+    except ImportError as exc:
+        raise VaultError(
+            f"{exc.name} is not installed", hint="pip install 'virt-sse[azure]' in virt-sse's environment"
+        ) from exc
+    from virt_sse.vault.credential import VaultCredential
+
+    identity = VaultCredential(credential_path(credential))
+    try:
+        with KeyClient(
+            identity.file.vault_url,
+            identity,
+            connection_verify=identity.ca_file(),
+            verify_challenge_resource=False,
+            use_env_settings=False,
+            retry_total=1,
+            connection_timeout=5,
+            read_timeout=30,
+        ) as client:
+            yield client
+    except HttpResponseError as exc:
+        raise VaultError(f"the key vault refused ({exc.status_code}): {_reason(exc)}") from exc
+    except AzureError as exc:
+        raise VaultError(f"the key vault does not answer: {exc.message}") from exc
+    except ValueError as exc:
+        raise InvalidValueError(str(exc)) from exc
+    finally:
+        identity.close()
+
+
+def _reason(exc: Any) -> str:
+    """The vault's own sentence."""
+    return str(exc.error.message if exc.error else exc.message).splitlines()[0]
+
+
+def _web_key(file: Path) -> Any:
+    """The private key in *file* in the client library's form.
+
+    :raise InvalidValueError: When it is no RSA private key, or encrypted.
+    """
+    from azure.keyvault.keys import JsonWebKey, KeyType
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        key = load_pem_private_key(file.read_bytes(), None)
+    except OSError as exc:
+        raise InvalidValueError(f"cannot read {file}: {exc.strerror}") from exc
+    except (ValueError, TypeError) as exc:
+        raise InvalidValueError(f"{file} is no private key in PEM without a passphrase") from exc
+    if not isinstance(key, RSAPrivateKey):
+        raise InvalidValueError(f"{file} is no RSA key")
+    private, public = key.private_numbers(), key.public_key().public_numbers()
+    numbers = {
+        "n": public.n,
+        "e": public.e,
+        "d": private.d,
+        "p": private.p,
+        "q": private.q,
+        "dp": private.dmp1,
+        "dq": private.dmq1,
+        "qi": private.iqmp,
+    }
+    parts = {name: number.to_bytes((number.bit_length() + 7) // 8, "big") for name, number in numbers.items()}
+    return JsonWebKey(kty=KeyType.rsa, **parts)
+
+
+def _fields(key: KeyVaultKey) -> dict[str, object]:
+    modulus = getattr(key.key, "n", b"") or b""
+    return _properties(key.properties) | {
+        "type": getattr(key.key_type, "value", key.key_type),
+        "bits": 8 * len(modulus),
+    }
+
+
+def _properties(properties: KeyProperties) -> dict[str, object]:
+    return {
+        "name": properties.name,
+        "url": properties.id,
+        "version": properties.version,
+        "enabled": properties.enabled,
+        "created": _time(properties.created_on),
+        "not-before": _time(properties.not_before),
+        "expires": _time(properties.expires_on),
+    }
+
+
+def _time(time: datetime | None) -> str | None:
+    return time.isoformat() if time else None

@@ -1,0 +1,146 @@
+"""The agent of a lab host."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Self
+
+from virt_sse.agent.client import SOCKET, ask
+from virt_sse.errors import AgentUnavailableError, LabError
+from virt_sse.lab.host import LabHost
+
+_START_SECONDS = 30.0
+_STOP_SECONDS = 30.0
+_ANSWER_SECONDS = 10.0
+
+
+class LabAgent:
+    """The real agent of a lab host, in a process of its own; it ends with the process that started it.
+
+    It runs outside the host's namespaces. Hooks, inside, reach its socket all the same: the host's directory
+    has the same name there.
+    """
+
+    def __init__(self, host: LabHost) -> None:
+        self._host = host
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self.stop()
+
+    @property
+    def socket(self) -> Path:
+        """Where it answers."""
+        return self._host.root / SOCKET
+
+    @property
+    def log_path(self) -> Path:
+        """What it has said, over all its starts; a JSON object a line."""
+        return self._host.directory / "agent.log"
+
+    @property
+    def pid(self) -> int:
+        """Its process.
+
+        :raise LabError: When it does not run.
+        """
+        if self._process is None:
+            raise LabError("the lab agent does not run")
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start it; done when it answers.
+
+        :raise LabError: When it does not start; a note carries what it said.
+        """
+        if self._process is not None:
+            raise LabError("the lab agent runs already")
+        owner = os.pidfd_open(os.getpid())
+        try:
+            with self.log_path.open("a") as log:
+                self._process = subprocess.Popen(
+                    [
+                        *(sys.executable, "-m", "virt_sse.lab.leashed", str(owner)),
+                        *("agent", "run"),
+                    ],
+                    env=self._host.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(owner,),
+                    start_new_session=True,  # Ctrl-C in the terminal is for the owner alone
+                )
+        finally:
+            os.close(owner)
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                if self.status()["pid"] == self._process.pid:
+                    return
+            except AgentUnavailableError:
+                pass
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                error = LabError("the lab agent does not start")
+                error.add_note(self.log_path.read_text()[-2000:])
+                raise error
+            time.sleep(0.05)
+
+    def stop(self) -> int:
+        """End it, as a service manager would; its exit status."""
+        return self._end(signal.SIGTERM)
+
+    def kill(self) -> int:
+        """End it as a power cut would."""
+        return self._end(signal.SIGKILL)
+
+    def status(self) -> dict[str, object]:
+        """What it sees.
+
+        :raise AgentUnavailableError: When it does not answer.
+        """
+        document: dict[str, object] = json.loads(ask(self.socket, "GET", "/status", timeout=_ANSWER_SECONDS))
+        return document
+
+    def metrics(self) -> dict[str, float]:
+        """Its metrics, by name and labels as Prometheus writes them.
+
+        :raise AgentUnavailableError: When it does not answer.
+        """
+        text = ask(self.socket, "GET", "/metrics", timeout=_ANSWER_SECONDS).decode()
+        lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in lines}
+
+    def log(self) -> list[dict[str, object]]:
+        """The events in its log."""
+        return [json.loads(line) for line in self.log_path.read_text().splitlines() if line.startswith("{")]
+
+    def wait(self) -> int:
+        """Wait until it has ended; its exit status.
+
+        :raise LabError: When it does not end.
+        """
+        process, self._process = self._process, None
+        if process is None:
+            raise LabError("the lab agent does not run")
+        try:
+            return process.wait(timeout=_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise LabError("the lab agent does not end") from None
+
+    def _end(self, number: signal.Signals) -> int:
+        os.kill(self.pid, number)
+        return self.wait()

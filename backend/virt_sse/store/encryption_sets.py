@@ -1,0 +1,147 @@
+"""The part of the store that keeps disk encryption sets."""
+
+from __future__ import annotations
+
+import contextlib
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine, Row
+
+from virt_sse.encryption_sets import EncryptionSet, RevocationAction
+from virt_sse.errors import (
+    EncryptionSetExistsError,
+    EncryptionSetInUseError,
+    EncryptionSetNotFoundError,
+    PolicyError,
+)
+from virt_sse.keys import KeyRef
+from virt_sse.layers import EncryptionType
+from virt_sse.store.engine import reading, writing
+from virt_sse.store.tables import disks, encryption_sets
+
+
+class EncryptionSetStore:
+    """Queries and changes, each one transaction; every method raises StoreError when the database fails."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def add(self, encryption_set: EncryptionSet, *, limit: int) -> None:
+        """Add a set.
+
+        :param limit: how many a subscription may have in a region.
+        :raise EncryptionSetExistsError: When its name is taken.
+        :raise PolicyError: When the limit is reached.
+        """
+        with writing(self._engine) as connection:
+            if connection.scalar(
+                sa.select(encryption_sets.c.id).where(encryption_sets.c.name == encryption_set.name)
+            ):
+                raise EncryptionSetExistsError(f"disk encryption set {encryption_set.name!r} exists already")
+            there = connection.scalar(
+                sa.select(sa.func.count()).where(
+                    encryption_sets.c.subscription == encryption_set.subscription,
+                    encryption_sets.c.region == encryption_set.region,
+                )
+            )
+            if there is not None and there >= limit:
+                raise PolicyError(
+                    f"subscription {encryption_set.subscription!r} has {there} disk encryption sets "
+                    f"in region {encryption_set.region!r}; more are not allowed"
+                )
+            connection.execute(
+                encryption_sets.insert().values(id=encryption_set.id, **_values(encryption_set))
+            )
+
+    def get(self, name: str) -> EncryptionSet:
+        """The set of that name, or of that id.
+
+        :raise EncryptionSetNotFoundError: When there is none.
+        """
+        found = self._select(encryption_sets.c.name == name)
+        if not found:
+            with contextlib.suppress(ValueError):
+                found = self._select(encryption_sets.c.id == UUID(name))
+        if not found:
+            raise EncryptionSetNotFoundError(
+                f"no disk encryption set {name[:80]!r}", hint="'virt-sse des list' shows what there is"
+            )
+        return found[0]
+
+    def all(self) -> list[EncryptionSet]:
+        """All sets, by name."""
+        return self._select(sa.true())
+
+    def update(self, encryption_set: EncryptionSet) -> None:
+        """Put *encryption_set* in the place of the one with its id.
+
+        :raise EncryptionSetNotFoundError: When it is gone.
+        """
+        with writing(self._engine) as connection:
+            updated = connection.execute(
+                encryption_sets.update()
+                .where(encryption_sets.c.id == encryption_set.id)
+                .values(**_values(encryption_set))
+            )
+            if updated.rowcount != 1:
+                raise EncryptionSetNotFoundError(f"no disk encryption set {encryption_set.name!r} any more")
+
+    def remove(self, encryption_set: EncryptionSet) -> None:
+        """Forget a set that no disk is in.
+
+        :raise EncryptionSetInUseError: When one is.
+        """
+        with writing(self._engine) as connection:
+            name = connection.scalar(
+                sa.select(disks.c.name).where(disks.c.encryption_set_id == encryption_set.id).limit(1)
+            )
+            if name is not None:
+                raise EncryptionSetInUseError(
+                    f"disk {name!r} is in disk encryption set {encryption_set.name!r}",
+                    hint="move its disks to another set, or delete them, before it is deleted",
+                )
+            connection.execute(encryption_sets.delete().where(encryption_sets.c.id == encryption_set.id))
+
+    def _select(self, condition: sa.ColumnElement[bool]) -> list[EncryptionSet]:
+        query = sa.select(encryption_sets).where(condition).order_by(encryption_sets.c.name)
+        with reading(self._engine) as connection:
+            return [_encryption_set(row) for row in connection.execute(query)]
+
+
+def _values(encryption_set: EncryptionSet) -> dict[str, object]:
+    return {
+        "name": encryption_set.name,
+        "key_provider": encryption_set.key.provider,
+        "key_name": encryption_set.key.name,
+        "key_version": encryption_set.key_version,
+        "encryption_type": encryption_set.encryption_type.value,
+        "automatic_rotation": encryption_set.automatic_rotation,
+        "subscription": encryption_set.subscription,
+        "region": encryption_set.region,
+        "tenant": encryption_set.tenant,
+        "identity": encryption_set.identity,
+        "revocation": encryption_set.revocation.value,
+        "grace_seconds": encryption_set.grace_seconds,
+        "created": encryption_set.created.isoformat(),
+    }
+
+
+def _encryption_set(row: Row[Any]) -> EncryptionSet:
+    return EncryptionSet(
+        id=row.id,
+        name=row.name,
+        key=KeyRef(row.key_provider, row.key_name),
+        key_version=row.key_version,
+        encryption_type=EncryptionType(row.encryption_type),
+        automatic_rotation=row.automatic_rotation,
+        subscription=row.subscription,
+        region=row.region,
+        tenant=row.tenant,
+        identity=row.identity,
+        revocation=RevocationAction(row.revocation),
+        grace_seconds=row.grace_seconds,
+        created=datetime.fromisoformat(row.created),
+    )

@@ -1,0 +1,124 @@
+"""Making a vault."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from virt_sse.errors import VaultError
+from virt_sse.files import private_folder, write_private
+from virt_sse.vault.certificates import new_authority, new_server_certificate
+from virt_sse.vault.credential_file import CredentialFile, new_assertion_key
+from virt_sse.vault.database import Database
+from virt_sse.vault.layout import VaultDirectory
+from virt_sse.vault.permissions import ADMINISTRATION, Role
+from virt_sse.vault.principals import Principals
+from virt_sse.vault.refusals import Refusal
+from virt_sse.vault.sealing import ROOT_KEY_BYTES, TOKENS
+from virt_sse.vault.settings import DEFAULT_PORT, RETENTION_DAYS, Tier, VaultSettings, url_of
+from virt_sse.vault.tokens import signing_key
+
+DEFAULT_HOSTS = ("localhost", "127.0.0.1")
+FIRST_ADMINISTRATOR = "administrator"
+
+
+def initialise(
+    path: Path,
+    *,
+    name: str = "vault",
+    hosts: Sequence[str] = DEFAULT_HOSTS,
+    port: int = DEFAULT_PORT,
+    tier: Tier = Tier.STANDARD,
+    tenant: str | None = None,
+    retention_days: int = RETENTION_DAYS[-1],
+    purge_protection: bool = False,
+) -> VaultDirectory:
+    """Make a vault in the folder *path*, with its first administrator's credential file.
+
+    The administrator may do all there is but use keys; that is to be granted.
+
+    :param hosts: the names and addresses that clients reach it by, the first one in its URL.
+    :param tenant: a UUID; default a new one.
+    :raise VaultError: When there is one already, or the folder cannot be written.
+    :raise InvalidValueError: When a value makes no sense.
+    """
+    settings = VaultSettings(
+        name=name,
+        tenant=tenant or str(uuid.uuid4()),
+        tier=tier,
+        url=url_of(hosts[0], port) if hosts else "",
+        audience=url_of(hosts[0], port) if hosts else "",
+        hosts=tuple(hosts),
+        retention_days=retention_days,
+        purge_protection=purge_protection,
+    )
+    directory = VaultDirectory(path)
+    try:
+        private_folder(path)
+        with directory.lock():
+            if directory.settings_path.exists():
+                raise VaultError(f"there is a vault in {path} already")
+            _clear(directory)
+            _fill(directory, settings)
+            write_private(directory.settings_path, settings.to_json())
+    except OSError as exc:
+        raise VaultError(f"cannot make a vault in {path}: {exc.strerror}") from exc
+    return directory
+
+
+def _clear(directory: VaultDirectory) -> None:
+    """Forget what a killed run of this left; a whole vault has settings and is never touched."""
+    for suffix in ("", "-wal", "-shm"):
+        path = directory.database_path
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def _fill(directory: VaultDirectory, settings: VaultSettings) -> None:
+    ca, ca_key = new_authority(settings.name)
+    write_private(directory.root_key_path, secrets.token_bytes(ROOT_KEY_BYTES))
+    write_private(directory.ca_key_path, ca_key)
+    write_private(directory.ca_path, ca)
+    write_private(directory.server_path, new_server_certificate(ca, ca_key, settings.hosts))
+    with contextlib.closing(Database(directory.database_path)) as database:
+        signing_key(
+            database, directory.root_key(settings).sealer(TOKENS)
+        )  # from now on no other root key will do
+    _add_administrator(directory, settings, FIRST_ADMINISTRATOR, directory.administrator_path)
+
+
+def add_administrator(directory: VaultDirectory, name: str, file: Path) -> None:
+    """Make another administrator and its credential file, without asking one: when none is left.
+
+    :param file: where nothing may be yet.
+    :raise VaultError: When there is no vault, another process serves it, or the name or the file is taken.
+    """
+    settings = directory.settings()
+    if file.exists():
+        raise VaultError(f"{file} exists already")
+    with directory.lock():
+        try:
+            _add_administrator(directory, settings, name, file)
+        except Refusal as refusal:
+            raise VaultError(f"cannot make an administrator: {refusal.message.rstrip('.')}") from refusal
+
+
+def _add_administrator(directory: VaultDirectory, settings: VaultSettings, name: str, file: Path) -> None:
+    private, public = new_assertion_key()
+    with contextlib.closing(Database(directory.database_path)) as database:
+        administrator = Principals(database).create(
+            name, public, role=Role.ADMINISTRATOR, permissions=ADMINISTRATION
+        )
+    CredentialFile(
+        vault_url=settings.url,
+        ca_certificate=directory.ca_path.read_text("ascii"),
+        audience=settings.audience,
+        tenant=settings.tenant,
+        client_id=administrator.client_id,
+        object_id=administrator.object_id,
+        token_endpoint=settings.token_endpoint,
+        private_key=private,
+        expires=None,
+    ).write(file)

@@ -1,0 +1,88 @@
+"""The vault's tables. Nothing in them is secret that is not sealed."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    Boolean,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+SCHEMA = 1
+"""Kept in SQLite's ``user_version``."""
+
+metadata = MetaData()
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("name", String(127), primary_key=True),
+    Column("deleted", Integer),
+    Column("purge", Integer),
+    Column("policy", Text),
+)
+
+versions = Table(
+    "versions",
+    metadata,
+    Column("sequence", Integer, primary_key=True, autoincrement=True),
+    Column("name", String(127), ForeignKey("keys.name", ondelete="CASCADE"), nullable=False),
+    Column("version", String(32), nullable=False),
+    Column("key_type", String(16), nullable=False),
+    Column("n", LargeBinary, nullable=False),
+    Column("e", Integer, nullable=False),
+    Column("operations", Text, nullable=False),
+    Column("enabled", Boolean, nullable=False),
+    Column("not_before", Integer),
+    Column("expires", Integer),
+    Column("created", Integer, nullable=False),
+    Column("updated", Integer, nullable=False),
+    Column("tags", Text, nullable=False),
+    Column("stored", LargeBinary, nullable=False),
+    UniqueConstraint("name", "version"),
+    sqlite_autoincrement=True,
+)
+
+principals = Table(
+    "principals",
+    metadata,
+    Column("client_id", String(36), primary_key=True),
+    Column("object_id", String(36), nullable=False, unique=True),
+    Column("name", String(128), nullable=False, unique=True),
+    Column("public_key", Text, nullable=False),
+    Column("role", String(32), nullable=False),
+    Column("enabled", Boolean, nullable=False),
+    Column("expires", Integer),
+    Column("created", Integer, nullable=False),
+    Column("created_by", String(36)),
+)
+
+permissions = Table(
+    "permissions",
+    metadata,
+    Column("client_id", String(36), ForeignKey("principals.client_id", ondelete="CASCADE"), primary_key=True),
+    Column("permission", String(32), primary_key=True),
+)
+
+assertions = Table(
+    "assertions",
+    metadata,
+    Column("digest", LargeBinary, primary_key=True),
+    Column("expires", Integer, nullable=False),
+    Index("assertions_by_expiry", "expires"),
+)
+
+sealed_secrets = Table(
+    "sealed_secrets",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("sealed", LargeBinary, nullable=False),
+)

@@ -1,0 +1,83 @@
+"""A vault, opened: everything that answers requests, put together."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from virt_sse.audit_record import AuditRecord
+from virt_sse.vault.backups import Backups
+from virt_sse.vault.database import Database
+from virt_sse.vault.key_service import KeyService
+from virt_sse.vault.key_store import KeyStore
+from virt_sse.vault.layout import VaultDirectory
+from virt_sse.vault.material import SoftwareProtection
+from virt_sse.vault.principals import Principals
+from virt_sse.vault.rotation import Rotation
+from virt_sse.vault.sealing import BACKUPS, KEYS, TOKENS
+from virt_sse.vault.settings import VaultSettings
+from virt_sse.vault.tokens import TOKEN_SECONDS, TokenIssuer
+from virt_sse.vault.wire import Bundles
+
+
+class AuditSink(Protocol):
+    """Where records of key use go: :class:`virt_sse.audit.AuditLog`."""
+
+    def append(self, record: AuditRecord) -> object:
+        """Keep *record*, durably.
+
+        :raise VirtSseError: When that cannot be done.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Vault:
+    """:ivar audit: what is not recorded there is not answered."""
+
+    settings: VaultSettings
+    keys: KeyService
+    rotation: Rotation
+    backups: Backups
+    principals: Principals
+    tokens: TokenIssuer
+    bundles: Bundles
+    audit: AuditSink
+
+
+@contextlib.contextmanager
+def open_vault(
+    directory: VaultDirectory,
+    audit: AuditSink,
+    *,
+    token_seconds: int = TOKEN_SECONDS,
+    shortest_rotation: int | None = None,
+    clock: Callable[[], float] = time.time,
+) -> Iterator[Vault]:
+    """Open the vault in *directory*; nobody else can while it is open.
+
+    :param token_seconds: how long access tokens are good for.
+    :param shortest_rotation: the shortest interval in a rotation policy, in seconds; default Azure's 7 days.
+    :param clock: seconds since 1970.
+    :raise VaultError: When there is none, it is damaged, or another process has it.
+    """
+    settings = directory.settings()
+    with directory.lock(), contextlib.closing(Database(directory.database_path)) as database:
+        root = directory.root_key(settings)
+        store = KeyStore(database)
+        keys = KeyService(store, settings, [SoftwareProtection(root.sealer(KEYS))], clock=clock)
+        principals = Principals(database, clock=clock)
+        yield Vault(
+            settings=settings,
+            keys=keys,
+            rotation=Rotation(store, keys, shortest=shortest_rotation, clock=clock),
+            backups=Backups(store, keys, root.sealer(BACKUPS)),
+            principals=principals,
+            tokens=TokenIssuer(
+                settings, database, principals, root.sealer(TOKENS), seconds=token_seconds, clock=clock
+            ),
+            bundles=Bundles(settings),
+            audit=audit,
+        )

@@ -1,0 +1,231 @@
+"""Customer-managed keys: KEKs that lie in a key vault, ours or Azure's, and are used there alone."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import threading
+import uuid
+from collections.abc import Mapping
+from typing import Self
+
+from virt_sse.errors import (
+    InvalidValueError,
+    KeyDeniedError,
+    KeyDisabledError,
+    KeyNotFoundError,
+    KeyProviderUnavailableError,
+    UnwrapError,
+    VirtSseError,
+)
+from virt_sse.events import current_correlation
+from virt_sse.key_urls import KeyVaultKey, is_key_version
+from virt_sse.keys import Dek, DekContext, KeyId, KeyProvider, KeyState, ProviderConfig, WrappedDek
+from virt_sse_plugins.key_providers.key_vault import KeyVault, UnacceptableError
+from virt_sse_plugins.key_providers.key_vault_options import KeyVaultOptions
+
+ALGORITHM = "RSA-OAEP-256"
+"""RSAES-OAEP with SHA-256, RFC 8017 §7.1, in the words of RFC 7518 §4.3."""
+
+_ALGORITHMS = (ALGORITHM, "RSA-OAEP")
+_READING = "reading of the key"
+_CIPHERTEXT_LENGTHS = (256, 384, 512)
+"""Of RSA keys as key vaults have them."""
+
+
+class CustomerManagedKeyProvider(KeyProvider):
+    """Has DEKs wrapped by RSA-OAEP-256 in a key vault, as one identity.
+
+    The name of a key is its URL without a version. Wrapping is asked of the vault too, though the public key
+    would do: only so is it refused once the key is taken away, and on the vault's record.
+
+    Every method but :meth:`from_config` and :meth:`key_state` raises, besides what the contract says,
+    :class:`~virt_sse.errors.KeyDeniedError` when the vault refuses the identity, or the identity is not for
+    that vault, which then hears nothing of it, and :class:`~virt_sse.errors.KeyProviderUnavailableError` when
+    the vault does not answer, or not as a key vault does.
+    """
+
+    name = "customer-managed"
+
+    def __init__(self, options: KeyVaultOptions) -> None:
+        self._options = options
+        self._access = options.access()
+        self._vaults: dict[str, KeyVault] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_config(cls, config: ProviderConfig) -> Self:
+        return cls(KeyVaultOptions.parse(cls.name, config))
+
+    @classmethod
+    def parse_key(cls, text: str) -> tuple[str, str | None]:
+        key = KeyVaultKey.parse(text)
+        return key.url, key.version
+
+    @classmethod
+    def needs_identity(cls, config: ProviderConfig) -> bool:
+        return config.options.get("credential", "identity") == "identity"
+
+    def current_key(self, name: str) -> KeyId:
+        key = _parse(name)
+        document = self._vault(key).ask(_READING, key, "GET", headers=_headers())
+        return KeyId(self.name, name, _version(key, _table(document, "key").get("kid")))
+
+    def wrap(self, dek: Dek, key: KeyId, *, context: DekContext) -> WrappedDek:
+        ciphertext = self._use("wrap", key, ALGORITHM, context.bind(dek), context)
+        if len(ciphertext) not in _CIPHERTEXT_LENGTHS:  # no DEK could be had from it again
+            raise _senseless()
+        return WrappedDek(ciphertext, ALGORITHM, key)
+
+    def unwrap(self, wrapped: WrappedDek, *, context: DekContext) -> Dek:
+        if wrapped.algorithm not in _ALGORITHMS:
+            raise UnwrapError(f"a key of {self.name!r} wraps by {ALGORITHM}, not by {wrapped.algorithm!r}")
+        if len(wrapped.ciphertext) > max(_CIPHERTEXT_LENGTHS):
+            raise UnwrapError(f"a wrapped DEK of {len(wrapped.ciphertext)} bytes is no RSA key's")
+        try:
+            payload = self._use("unwrap", wrapped.key, wrapped.algorithm, wrapped.ciphertext, context)
+        except UnacceptableError as exc:
+            raise UnwrapError(
+                f"{exc}: the wrapped DEK of slot {context.slot!r} of disk {context.disk_id} is damaged, "
+                f"or was not wrapped with {wrapped.key}"
+            ) from exc
+        return context.release(payload)
+
+    def key_state(self, key: KeyId) -> KeyState:
+        """The state of that version.
+
+        A vault that the identity is not for is not asked, and ``UNREACHABLE`` like one that does not answer.
+        """
+        try:
+            located = _parse_version(key)
+            if not self._access.covers(located.vault_url):
+                return KeyState.UNREACHABLE
+            return self._state(located)
+        except KeyNotFoundError:
+            return KeyState.DELETED
+        except KeyDisabledError:
+            return KeyState.DISABLED
+        except KeyDeniedError:
+            return KeyState.DENIED
+        except VirtSseError:
+            return KeyState.UNREACHABLE
+
+    def rotate(self, name: str) -> KeyId:
+        """Make a new version of the key, if the identity may.
+
+        :raise KeyDeniedError: When it may not, as it should be where the key's administrator rotates it.
+        """
+        key = _parse(name)
+        vault = self._vault(key)
+        try:
+            document = vault.ask("rotation", key, "POST", "rotate", headers=_headers(), repeatable=False)
+        except KeyDeniedError as exc:
+            raise KeyDeniedError(str(exc), hint="the key's administrator rotates it") from exc
+        return KeyId(self.name, name, _version(key, _table(document, "key").get("kid")))
+
+    def close(self) -> None:
+        with self._lock:
+            for vault in self._vaults.values():
+                vault.close()
+        self._access.close()
+
+    def _use(self, what: str, key: KeyId, algorithm: str, value: bytes, context: DekContext) -> bytes:
+        located = _parse_version(key)
+        document = self._vault(located).ask(
+            what,
+            located,
+            "POST",
+            f"{what}key",
+            body={"alg": algorithm, "value": base64.urlsafe_b64encode(value).rstrip(b"=").decode()},
+            headers=_headers() | {"x-virt-sse-disk": str(context.disk_id)},
+        )
+        _version(located, document.get("kid"))
+        return _bytes(document.get("value"))
+
+    def _state(self, key: KeyVaultKey) -> KeyState:
+        document = self._vault(key).ask(_READING, key, "GET", headers=_headers())
+        material, enabled = _table(document, "key"), _table(document, "attributes").get("enabled")
+        _version(key, material.get("kid"))
+        if not isinstance(enabled, bool):
+            raise _senseless()
+        if not enabled:
+            return KeyState.DISABLED
+        operations = material.get("key_ops")
+        if isinstance(operations, list) and "unwrapKey" not in operations:
+            return KeyState.DENIED
+        return KeyState.ENABLED
+
+    def _vault(self, key: KeyVaultKey) -> KeyVault:
+        """:raise KeyDeniedError: When the identity is not for the key's vault."""
+        if not self._access.covers(key.vault_url):
+            raise KeyDeniedError(
+                f"{self._access.who()} is not for the key vault {key.vault_url}", hint=self._access.hint()
+            )
+        with self._lock:
+            if key.vault_url not in self._vaults:
+                self._vaults[key.vault_url] = KeyVault(
+                    key.vault_url,
+                    self._access,
+                    connection_timeout=self._options.connection_timeout,
+                    read_timeout=self._options.read_timeout,
+                )
+            return self._vaults[key.vault_url]
+
+
+def _parse(name: str) -> KeyVaultKey:
+    try:
+        key = KeyVaultKey.parse(name)
+    except InvalidValueError as exc:
+        raise KeyNotFoundError(f"no key vault has such a key: {exc}", hint=exc.hint) from exc
+    if key.version is not None:
+        raise KeyNotFoundError(f"the name of a key, {name!r}, is its URL without a version")
+    return key
+
+
+def _parse_version(key: KeyId) -> KeyVaultKey:
+    located = _parse(key.name)
+    if not is_key_version(key.version):
+        raise KeyNotFoundError(f"no key vault has a version {key.version!r} of a key")
+    return KeyVaultKey(located.vault_url, located.name, key.version)
+
+
+def _headers() -> dict[str, str]:
+    return {"x-ms-client-request-id": str(current_correlation() or uuid.uuid4())}
+
+
+def _senseless() -> KeyProviderUnavailableError:
+    return KeyProviderUnavailableError("the key vault's answer makes no sense")
+
+
+def _table(document: Mapping[str, object], name: str) -> Mapping[str, object]:
+    table = document.get(name)
+    if not isinstance(table, dict):
+        raise _senseless()
+    return table
+
+
+def _version(key: KeyVaultKey, identifier: object) -> str:
+    """The version in the key identifier of an answer, which must be about *key*.
+
+    A vault may call itself by another host name than its caller does.
+    """
+    try:
+        answered = KeyVaultKey.parse(identifier) if isinstance(identifier, str) else None
+    except InvalidValueError:
+        answered = None
+    if answered is None or answered.version is None or answered.name.lower() != key.name.lower():
+        raise _senseless()
+    if key.version not in (None, answered.version):
+        raise _senseless()
+    return answered.version
+
+
+def _bytes(value: object) -> bytes:
+    """What an answer holds in base64url without padding (RFC 7515 §2). It may be a DEK: no error shows it."""
+    if isinstance(value, str) and value.isascii():
+        try:
+            padded = value + "=" * (-len(value) % 4)
+            return base64.b64decode(padded.encode(), altchars=b"-_", validate=True)
+        except binascii.Error:
+            pass
+    raise _senseless()

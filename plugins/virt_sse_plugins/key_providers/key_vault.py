@@ -1,0 +1,294 @@
+"""One key vault, spoken to through Azure's SDK; its refusals and silences, told by their meaning.
+
+Only what the vault itself says is a verdict on a key. An answer that no key vault gives is as good as none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import ssl
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from virt_sse.errors import (
+    KeyDeniedError,
+    KeyDisabledError,
+    KeyNotFoundError,
+    KeyProviderError,
+    KeyProviderUnavailableError,
+    VirtSseError,
+)
+from virt_sse.key_urls import KeyVaultKey
+from virt_sse_plugins.key_providers.key_vault_access import Access
+
+if TYPE_CHECKING:
+    from azure.core.rest import HttpRequest, HttpResponse
+    from azure.keyvault.keys import KeyClient
+
+_CODE = re.compile(r"[A-Za-z]{1,64}", re.ASCII)
+_PAUSE_SECONDS = 0.1
+_LONGEST_PAUSE_SECONDS = 2.0
+_SOON_SECONDS = 1.0
+
+
+class UnacceptableError(KeyProviderError):
+    """What was asked for makes no sense to the vault."""
+
+
+class KeyVault:
+    """The vault at *url*, asked by one identity. Threads may share one, and so may a process and its fork.
+
+    The SDK's clients are not for several threads at once (a refused token is taken from under another
+    thread's request), so that each request has one to itself.
+
+    :param url: as in :class:`~virt_sse.key_urls.KeyVaultKey`; *access* covers it.
+    :param connection_timeout: in seconds.
+    :param read_timeout: for each answer, in seconds.
+    """
+
+    def __init__(self, url: str, access: Access, *, connection_timeout: float, read_timeout: float) -> None:
+        self.url = url
+        self._access = access
+        self._connection_timeout = connection_timeout
+        self._read_timeout = read_timeout
+        self._idle: dict[int, deque[KeyClient]] = {}
+        self._closed = False
+
+    def ask(
+        self,
+        what: str,
+        key: KeyVaultKey,
+        method: str,
+        operation: str = "",
+        *,
+        body: Mapping[str, str] | None = None,
+        headers: Mapping[str, str],
+        repeatable: bool = True,
+    ) -> Mapping[str, object]:
+        """The vault's answer to one question about *key*.
+
+        A connection that was lost at once is made anew, a refused token renewed and a short delay that the
+        vault asks for granted: each once.
+
+        :param what: the question, for messages: "key vault refused the {what}".
+        :param operation: the end of the request's path; empty for reading the key.
+        :param repeatable: whether asking twice does no more than asking once.
+        :raise KeyProviderError: By meaning, when there is none.
+        """
+        path = "/".join(filter(None, (key.version, operation)))
+        request = _request(method, f"/keys/{key.name}/{path}", body, headers)
+        renewable, attempts, began = True, 2 if repeatable else 1, time.monotonic()
+        while True:
+            attempts -= 1
+            outcome = self._send(what, request)
+            if isinstance(outcome, Exception):
+                soon = time.monotonic() - began < _SOON_SECONDS
+                if not attempts or not soon or not _was_lost(outcome):
+                    raise self._unanswered(outcome) from _chainable(outcome)
+                time.sleep(_PAUSE_SECONDS)
+            elif outcome.status_code == HTTPStatus.UNAUTHORIZED and renewable and self._access.renew():
+                renewable, attempts = False, 1
+            elif attempts and (pause := _pause(outcome)) is not None:
+                time.sleep(pause)
+            else:
+                return self._checked(what, key, outcome)
+
+    def close(self) -> None:
+        """Close all connections; those in use when they are free."""
+        self._closed = True
+        self._close_idle()
+
+    def _send(self, what: str, request: HttpRequest) -> HttpResponse | Exception:
+        """The answer, or why there is none. A token that is refused is an answer too.
+
+        :raise KeyProviderError: When it is for the identity that there is none.
+        """
+        with self._client() as client:
+            try:
+                return client.send_request(request)
+            except KeyDeniedError as exc:
+                raise KeyDeniedError(
+                    f"key vault refused the {what}: it gives no token to {self._access.who()}",
+                    hint="the identity was deleted or disabled, or has expired",
+                ) from exc
+            except KeyProviderError:
+                raise
+            except VirtSseError as exc:  # about the credential file
+                raise KeyProviderUnavailableError(str(exc), hint=exc.hint) from exc
+            except Exception as exc:  # noqa: BLE001 -- whatever the SDK fails with, the vault has not answered
+                return exc
+
+    @contextlib.contextmanager
+    def _client(self) -> Iterator[KeyClient]:
+        idle = self._idle.setdefault(os.getpid(), deque())  # a fork leaves its parent's connections alone
+        try:
+            client = idle.pop()
+        except IndexError:
+            client = self._new_client()
+        try:
+            yield client
+        finally:
+            idle.append(client)
+            if self._closed:
+                self._close_idle()
+
+    def _new_client(self) -> KeyClient:
+        from azure.keyvault.keys import KeyClient
+
+        return KeyClient(
+            self.url,
+            self._access.credential(self.url),
+            connection_verify=self._access.authorities(),
+            connection_timeout=self._connection_timeout,
+            read_timeout=self._read_timeout,
+            retry_total=0,
+            permit_redirects=False,
+            use_env_settings=self._access.follows_environment,
+            verify_challenge_resource=False,  # the access does, also for vaults that are not Azure's
+        )
+
+    def _close_idle(self) -> None:
+        idle = self._idle.get(os.getpid(), ())
+        with contextlib.suppress(IndexError):
+            while idle:
+                idle.pop().close()
+
+    def _checked(self, what: str, key: KeyVaultKey, response: HttpResponse) -> Mapping[str, object]:
+        status = response.status_code
+        document = _document(response)
+        if status == HTTPStatus.OK and document is not None and "error" not in document:
+            return document
+        reason = _reason(document)
+        told = f"{status} {reason}" if reason else f"{status}"
+        if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            raise KeyProviderUnavailableError(f"the key vault {self.url} cannot answer now ({told})")
+        if reason is None or status < HTTPStatus.BAD_REQUEST:
+            raise self._not_a_vault(told)
+        raise self._refusal(what, key, status, reason)
+
+    def _refusal(self, what: str, key: KeyVaultKey, status: int, reason: str) -> KeyProviderError:
+        message = f"key vault refused the {what} ({status} {reason})"
+        about = f"{key.url}/{key.version}" if key.version else key.url
+        if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+            if reason == "KeyDisabled":
+                return KeyDisabledError(message, hint=f"the key's administrator can enable {about}")
+            return KeyDeniedError(
+                message, hint=f"the key's administrator can grant {self._access.who()} the use of {about}"
+            )
+        if status == HTTPStatus.NOT_FOUND and reason == "KeyNotFound":
+            return KeyNotFoundError(
+                message, hint=f"{about} is not there; a deleted key can be recovered until it is purged"
+            )
+        if status == HTTPStatus.NOT_FOUND:
+            return self._not_a_vault(f"{status} {reason}")
+        if status in (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE):
+            return UnacceptableError(message)
+        return KeyProviderError(message)
+
+    def _not_a_vault(self, told: str) -> KeyProviderUnavailableError:
+        return KeyProviderUnavailableError(f"{self.url} does not answer as a key vault does ({told})")
+
+    def _unanswered(self, failure: Exception) -> KeyProviderUnavailableError:
+        reason = _failure_reason(failure)
+        return KeyProviderUnavailableError(f"the key vault {self.url} does not answer: {reason}")
+
+
+def _request(
+    method: str, path: str, body: Mapping[str, str] | None, headers: Mapping[str, str]
+) -> HttpRequest:
+    from azure.core.rest import HttpRequest
+
+    if body is None:
+        return HttpRequest(method, path, headers=dict(headers))
+    return HttpRequest(method, path, headers=dict(headers), json=dict(body))
+
+
+def _document(response: HttpResponse) -> Mapping[str, object] | None:
+    try:
+        document = response.json()
+    except Exception:  # noqa: BLE001 -- the SDK has many ways to say that it is no JSON
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _reason(document: Mapping[str, object] | None) -> str | None:
+    """The most exact error code; only letters, so that nothing else of an answer comes into a message."""
+    error = document.get("error") if document is not None else None
+    if not isinstance(error, dict):
+        return None
+    inner = error.get("innererror")
+    for code in (inner.get("code") if isinstance(inner, dict) else None, error.get("code")):
+        if isinstance(code, str) and _CODE.fullmatch(code):
+            return code
+    return None
+
+
+def _pause(response: HttpResponse) -> float | None:
+    """How long the vault asks to wait, if that is not long."""
+    if response.status_code not in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
+        return None
+    try:
+        seconds = float(response.headers.get("Retry-After", ""))
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds <= _LONGEST_PAUSE_SECONDS else None
+
+
+def _was_lost(failure: Exception) -> bool:
+    """Whether a connection was refused or lost: a new one may do better."""
+    from azure.core.exceptions import (
+        ServiceRequestError,
+        ServiceRequestTimeoutError,
+        ServiceResponseError,
+        ServiceResponseTimeoutError,
+    )
+
+    timeouts = (ServiceRequestTimeoutError, ServiceResponseTimeoutError)
+    return isinstance(failure, ServiceRequestError | ServiceResponseError) and not isinstance(
+        failure, timeouts
+    )
+
+
+def _failure_reason(failure: Exception) -> str:
+    causes = list(_causes(failure))
+    for cause in causes:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"its certificate is not trusted: {cause.verify_message}"
+        if isinstance(cause, ssl.SSLError):
+            return f"no TLS connection: {cause.reason}"
+        if isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__:
+            return "timed out"
+        if isinstance(cause, ConnectionError):
+            return cause.strerror or "the connection was lost"
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+    return type(causes[-1]).__name__
+
+
+def _causes(failure: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while id(failure) not in seen:
+        seen.add(id(failure))
+        yield failure
+        inner = getattr(failure, "inner_exception", None) or failure.__cause__ or failure.__context__
+        if isinstance(inner, BaseException):
+            failure = inner
+
+
+def _chainable(failure: Exception) -> Exception | None:
+    """*failure* without the request, which holds a DEK; ``None`` when it may hold an answer that does."""
+    from azure.core.exceptions import HttpResponseError
+
+    if isinstance(failure, HttpResponseError):
+        return None
+    for cause in _causes(failure):
+        for name in ("request", "response"):
+            if getattr(cause, name, None) is not None:
+                with contextlib.suppress(AttributeError):
+                    setattr(cause, name, None)
+    return failure

@@ -1,0 +1,194 @@
+"""A lab host with an agent, and guests whose disks are under keys of a lab vault."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+import uuid
+from collections.abc import Callable, Iterator
+
+import libvirt
+
+from customer_keys import CustomerKeys
+from virt_sse.backend import Backend
+from virt_sse.config import Config
+from virt_sse.disks import Disk, DiskSku
+from virt_sse.encryption_sets import EncryptionSet, RevocationAction
+from virt_sse.keys import KeyId
+from virt_sse.lab.acceleration import Acceleration
+from virt_sse.lab.agents import LabAgent
+from virt_sse.lab.guests import Guest
+from virt_sse.lab.host import LabHost
+from virt_sse.lab.recipes import boot_sector_image
+from virt_sse.lab.vaults import LabVault
+from virt_sse.vault.permissions import Permission, Role
+
+RIGHTS = (Permission.GET, Permission.WRAP_KEY, Permission.UNWRAP_KEY)
+
+CONFIG = """\
+[agent]
+probe-seconds = 3
+rotation-seconds = 1
+"""
+
+
+@contextlib.contextmanager
+def prepared(host: LabHost, config: str = CONFIG) -> Iterator[Backend]:
+    """The backend of a lab host that is initialised, whose libvirtd runs our hook; *config* holds in here."""
+    path = host.root / "etc/virt-sse/config.toml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(config)
+    try:
+        loaded = dataclasses.replace(Config.load(host.root), libvirt_uri=host.uri, disk_directory=host.images)
+        with Backend(loaded) as backend:
+            if backend.init_host():
+                host.restart_libvirtd()
+            yield backend
+    finally:
+        path.unlink()
+
+
+def wait_until(what: Callable[[], object], *, seconds: float = 20) -> float:
+    """Wait until that holds; for how many seconds."""
+    began = time.monotonic()
+    while not what():
+        assert time.monotonic() - began < seconds, "it does not come to pass"
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+class Site:
+    """:ivar agent: runs, unless a test stops it."""
+
+    def __init__(self, host: LabHost, backend: Backend, agent: LabAgent, acceleration: Acceleration) -> None:
+        self.host = host
+        self.backend = backend
+        self.agent = agent
+        self._acceleration = acceleration
+
+    def guest(
+        self, encryption_set: str | None = None, *, sku: DiskSku = DiskSku.PREMIUM_SSD
+    ) -> tuple[Guest, Disk]:
+        """A guest that stays, defined, on a new disk."""
+        name = f"t{uuid.uuid4().hex[:8]}"
+        source = boot_sector_image(stays=True)
+        disk = self.backend.import_disk(
+            name, source, source_format="raw", encryption_set=encryption_set, sku=sku
+        )
+        element = self.backend.disk_xml(name)
+        guest = Guest(self.host, name, acceleration=self._acceleration, disks=[element])
+        guest.define()
+        return guest, disk
+
+    def refusal(self, guest: Guest) -> str:
+        """What libvirt says to a start that is refused."""
+        try:
+            guest.start()
+        except libvirt.libvirtError as exc:
+            return str(exc)
+        raise AssertionError(f"{guest.name} has started")
+
+    def secrets(self) -> list[str]:
+        """The usage ids of libvirt's secrets that are ours."""
+        with contextlib.closing(self.host.connect()) as connection:
+            usages = [secret.usageID() for secret in connection.listAllSecrets()]
+        return [usage for usage in usages if usage.startswith("virt-sse:")]
+
+    def events(self, name: str, **values: object) -> list[dict[str, object]]:
+        """The events of that name in the agent's log that have these values."""
+        return [
+            event for event in self.agent.log() if event["event"] == name and values.items() <= event.items()
+        ]
+
+    def wait_until_watched(self, guest: Guest) -> None:
+        """Until the agent has seen that the guest runs, and that its keys are good."""
+
+        def is_watched() -> bool:
+            status = self.agent.status()
+            seen = {domain["name"] for domain in status["domains"]}  # type: ignore[attr-defined]
+            states = {key["state"] for key in status["keys"]}  # type: ignore[attr-defined]
+            return guest.name in seen and states == {"enabled"}
+
+        wait_until(is_watched)
+
+    def forget_domains(self) -> None:
+        with contextlib.closing(self.host.connect()) as connection:
+            for domain in connection.listAllDomains():
+                if domain.isActive():
+                    domain.destroy()
+                if domain.isPersistent():
+                    domain.undefine()
+
+
+class CustomerSite(Site):
+    """:ivar keys: the administrator of the vault whose keys the sets have."""
+
+    keys: CustomerKeys
+
+    def use(self, keys: CustomerKeys) -> None:
+        """Let this host make its sets' identities in the vault of *keys*."""
+        self.keys = keys
+        path = self.backend.config.operator_credential
+        path.unlink(missing_ok=True)
+        keys.administration.new_credential_file(
+            path, f"host-{uuid.uuid4().hex[:8]}", role=Role.IDENTITY_OPERATOR
+        )
+
+    def new_set(
+        self,
+        *,
+        action: RevocationAction = RevocationAction.SHUTDOWN,
+        grace_seconds: int = 0,
+        automatic_rotation: bool = False,
+    ) -> EncryptionSet:
+        """A set under a new key that its identity may use."""
+        made = self.backend.create_set(
+            f"s{uuid.uuid4().hex[:8]}",
+            provider="customer-managed",
+            key=self.keys.new_key(),
+            automatic_rotation=automatic_rotation,
+            revocation=action,
+            grace_seconds=grace_seconds,
+        )
+        self.grant(made)
+        return made
+
+    def grant(self, encryption_set: EncryptionSet) -> None:
+        """Let a set's identity use keys."""
+        assert encryption_set.identity
+        self.keys.administration.set_permissions(encryption_set.identity, RIGHTS)
+
+    def disable(self, disk: Disk) -> None:
+        self.keys.enable(key_of(disk), enabled=False)
+
+    def enable(self, disk: Disk) -> None:
+        self.keys.enable(key_of(disk), enabled=True)
+
+    @contextlib.contextmanager
+    def using(self, vault: LabVault) -> Iterator[CustomerKeys]:
+        """Make sets, their keys and identities in that vault."""
+        before = getattr(self, "keys", None)
+        with CustomerKeys(vault, self.host.directory / f"identities-{uuid.uuid4().hex[:8]}") as keys:
+            self.use(keys)
+            try:
+                yield keys
+            finally:
+                if before:
+                    self.use(before)
+
+
+@contextlib.contextmanager
+def customer_site(
+    host: LabHost, vault: LabVault, acceleration: Acceleration, config: str = CONFIG
+) -> Iterator[CustomerSite]:
+    """A lab host with an agent, for keys of *vault*."""
+    with prepared(host, config) as backend, LabAgent(host) as agent:
+        site = CustomerSite(host, backend, agent, acceleration)
+        with site.using(vault):
+            yield site
+
+
+def key_of(disk: Disk) -> KeyId:
+    """The version of the key that the disk is under."""
+    return disk.deks[0].wrapped.key

@@ -1,0 +1,310 @@
+"""Disk encryption sets with keys in a real vault, as an operator and a key's administrator use them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from customer_keys import CustomerKeys
+from virt_sse.backend import Backend
+from virt_sse.disks import Disk
+from virt_sse.encryption_sets import EncryptionSet, RevocationAction
+from virt_sse.errors import (
+    ConfigError,
+    EncryptionSetInUseError,
+    EncryptionSetNotFoundError,
+    InvalidValueError,
+    KeyDeniedError,
+    KeyDisabledError,
+    KeyNotFoundError,
+    KeyProviderUnavailableError,
+    PolicyError,
+    PrincipalNotFoundError,
+)
+from virt_sse.keys import KeyState
+from virt_sse.lab.vaults import LabVault
+from virt_sse.layers import EncryptionType
+from virt_sse.vault.permissions import Permission, Role
+
+USE = (Permission.GET, Permission.WRAP_KEY, Permission.UNWRAP_KEY)
+
+
+@pytest.fixture
+def keys(lab_vault: LabVault, tmp_path: Path) -> Iterator[CustomerKeys]:
+    with CustomerKeys(lab_vault, tmp_path / "credentials") as keys:
+        yield keys
+
+
+@pytest.fixture
+def host(backend: Backend, keys: CustomerKeys) -> Backend:
+    """A host that may make identities in the vault."""
+    path = backend.config.operator_credential
+    path.parent.mkdir(parents=True, exist_ok=True)
+    keys.administration.new_credential_file(
+        path, f"host-{path.parent.stat().st_ino}", role=Role.IDENTITY_OPERATOR
+    )
+    return backend
+
+
+@pytest.fixture
+def web(host: Backend, keys: CustomerKeys) -> EncryptionSet:
+    """A set whose identity may use its key."""
+    made = host.create_set("web", provider="customer-managed", key=keys.new_key())
+    keys.administration.grant(str(made.identity), USE)
+    return made
+
+
+@pytest.fixture
+def disk(host: Backend, web: EncryptionSet) -> Disk:
+    return host.create_disk("one", 1 << 20, encryption_set="web")
+
+
+def versions(host: Backend, name: str) -> set[str]:
+    """The key versions that the set's disks need, wherever their DEKs lie."""
+    findings = host.prove_rotation(name)
+    assert findings
+    assert [finding.problem for finding in findings] == [None] * len(findings)
+    return {str(finding.key) for finding in findings}
+
+
+def test_a_set_has_an_identity_that_may_do_nothing_until_that_is_granted(
+    host: Backend, keys: CustomerKeys
+) -> None:
+    made = host.create_set("web", provider="customer-managed", key=keys.new_key())
+    credential = host.config.identity(made.id)
+    assert credential.stat().st_mode & 0o777 == 0o600
+    assert credential.parent.stat().st_mode & 0o777 == 0o700
+    with pytest.raises(KeyDeniedError, match="ForbiddenByPolicy"):
+        host.create_disk("one", 1 << 20, encryption_set="web")
+    assert host.list_disks() == []
+    keys.administration.grant(str(made.identity), USE)
+    disk = host.create_disk("one", 1 << 20, encryption_set="web")
+    assert disk.encryption_type is EncryptionType.CUSTOMER_KEY
+    assert disk.encryption_set == made.id
+    host.check_disk("one")
+
+
+def test_a_set_is_deleted_with_its_identity(host: Backend, keys: CustomerKeys, disk: Disk) -> None:
+    web = host.get_set("web")
+    with pytest.raises(EncryptionSetInUseError):
+        host.delete_set("web")
+    host.check_disk("one")
+    host._provisioning.delete(disk, dry_run=False)
+    host.delete_set("web")
+    assert not host.config.identity(web.id).exists()
+    with pytest.raises(PrincipalNotFoundError):
+        keys.administration.get_principal(str(web.identity))
+    with pytest.raises(EncryptionSetNotFoundError):
+        host.get_set("web")
+
+
+def test_rotation_follows_the_key_and_leaves_nothing_under_the_old_version(
+    host: Backend, keys: CustomerKeys, web: EncryptionSet, disk: Disk
+) -> None:
+    host.create_disk("two", 1 << 20, encryption_set="web")
+    before = versions(host, "web")
+    keys.rotate(web.key.name)
+    assert [finding.problem for finding in host.prove_rotation("web")] != [None] * 6
+    report = host.rotate_set("web")
+    assert (report.rewrapped, report.current, report.failed) == (2, 0, {})
+    after = versions(host, "web")
+    assert len(after) == 1
+    assert not after & before
+    old = disk.deks[0].wrapped.key
+    keys.enable(old, enabled=False)
+    host.check_disk("one")
+    assert host.rotate_set("web").current == 2
+
+
+def test_a_set_with_a_fixed_version_stays_under_it(
+    host: Backend, keys: CustomerKeys, web: EncryptionSet, disk: Disk
+) -> None:
+    first = disk.deks[0].wrapped.key
+    host.update_set("web", key=f"{web.key.name}/{first.version}")
+    keys.rotate(web.key.name)
+    assert host.rotate_set("web").current == 1
+    assert versions(host, "web") == {str(first)}
+    with pytest.raises(InvalidValueError, match="fixed version"):
+        host.update_set("web", automatic_rotation=True)
+    host.update_set("web", key=web.key.name)
+    assert versions(host, "web") != {str(first)}
+
+
+def test_a_set_moves_to_a_wholly_different_key(
+    host: Backend, keys: CustomerKeys, web: EncryptionSet, disk: Disk
+) -> None:
+    other = keys.new_key(size=4096)
+    changed, report = host.update_set("web", key=other)
+    assert (changed.key.name, report.rewrapped, report.failed) == (other, 1, {})
+    keys.delete(web.key.name)
+    keys.purge(web.key.name)
+    host.check_disk("one")
+    assert disk.deks[0].wrapped.key.name == web.key.name
+
+
+def test_a_disk_moves_into_a_set_and_to_another_and_not_out(
+    host: Backend, keys: CustomerKeys, web: EncryptionSet
+) -> None:
+    host.create_disk("one", 1 << 20)
+    moved = host.move_disk("one", "web")
+    assert (moved.encryption_set, moved.encryption_type) == (web.id, EncryptionType.CUSTOMER_KEY)
+    host.check_disk("one")
+    other = host.create_set("other", provider="customer-managed", key=keys.new_key())
+    with pytest.raises(KeyDeniedError):
+        host.move_disk("one", "other")
+    assert host.get_disk("one") == moved
+    keys.administration.grant(str(other.identity), USE)
+    assert host.move_disk("one", "other").encryption_set == other.id
+    host.delete_set("web")
+    host.check_disk("one")
+
+
+def test_a_set_that_lost_its_rights_gives_its_disks_to_one_that_has_them(
+    host: Backend, keys: CustomerKeys, web: EncryptionSet, disk: Disk
+) -> None:
+    keys.administration.revoke(str(web.identity))
+    other = host.create_set("other", provider="customer-managed", key=web.key.name)
+    keys.administration.grant(str(other.identity), USE)
+    with pytest.raises(KeyDeniedError):
+        host.check_disk("one")
+    host.move_disk("one", "other")
+    host.check_disk("one")
+    assert disk.encryption_set == web.id
+
+
+def test_another_tenant_has_no_identity(
+    host: Backend, keys: CustomerKeys, web: EncryptionSet, disk: Disk
+) -> None:
+    moved = host.move_set_to_tenant("web", "elsewhere")
+    assert (moved.tenant, moved.identity) == ("elsewhere", None)
+    with pytest.raises(KeyDeniedError, match="has no identity"):
+        host.check_disk("one")
+    assert list(host.key_state(disk).values()) == [KeyState.DENIED]
+    with pytest.raises(PrincipalNotFoundError):
+        keys.administration.get_principal(str(web.identity))
+    assigned = host.assign_set_identity("web")
+    with pytest.raises(InvalidValueError, match="has identity"):
+        host.assign_set_identity("web")
+    keys.administration.grant(str(assigned.identity), USE)
+    host.check_disk("one")
+
+
+@pytest.mark.parametrize(
+    ("take", "give", "error"),
+    [
+        pytest.param(
+            lambda keys, disk: keys.enable(disk.deks[0].wrapped.key, enabled=False),
+            lambda keys, disk: keys.enable(disk.deks[0].wrapped.key, enabled=True),
+            KeyDisabledError,
+            id="disabled",
+        ),
+        pytest.param(
+            lambda keys, disk: keys.delete(disk.deks[0].wrapped.key.name),
+            lambda keys, disk: keys.recover(disk.deks[0].wrapped.key.name),
+            KeyNotFoundError,
+            id="deleted",
+        ),
+    ],
+)
+def test_what_is_taken_away_can_be_given_back(
+    host: Backend,
+    keys: CustomerKeys,
+    disk: Disk,
+    take: Callable[[CustomerKeys, Disk], None],
+    give: Callable[[CustomerKeys, Disk], None],
+    error: type[Exception],
+) -> None:
+    take(keys, disk)
+    with pytest.raises(error):
+        host.check_disk("one")
+    give(keys, disk)
+    host.check_disk("one")
+
+
+def test_a_lost_store_is_rebuilt_with_a_set_that_may_use_the_key(
+    host: Backend, keys: CustomerKeys, web: EncryptionSet, disk: Disk, root: Path
+) -> None:
+    host.close()
+    for file in (root / "var/lib/virt-sse").glob("store.*"):
+        file.unlink()
+    with Backend.open(root) as rebuilt:
+        with pytest.raises(EncryptionSetNotFoundError, match="which the store does not have"):
+            rebuilt.adopt_disk(disk.path)
+        again = rebuilt.create_set("again", provider="customer-managed", key=web.key.name)
+        keys.administration.grant(str(again.identity), USE)
+        adopted = rebuilt.adopt_disk(disk.path, encryption_set="again")
+        assert (adopted.id, adopted.encryption_set) == (disk.id, again.id)
+        rebuilt.check_disk("one")
+        assert rebuilt.rotate_set("again").current == 1
+
+
+def test_what_makes_no_sense_is_refused(host: Backend, keys: CustomerKeys, root: Path) -> None:
+    key = keys.new_key()
+    for wrong in ("web", "http://vault/keys/web", f"{key}/xyz", "https://vault/secrets/web"):
+        with pytest.raises(InvalidValueError):
+            host.create_set("set", provider="customer-managed", key=wrong)
+    with pytest.raises(ConfigError, match="no key provider named"):
+        host.create_set("set", provider="nobody", key=key)
+    with pytest.raises(InvalidValueError, match="no disk name"):
+        host.create_set("a/b", provider="customer-managed", key=key)
+    with pytest.raises(InvalidValueError, match="grace time"):
+        host.create_set("set", provider="customer-managed", key=key, grace_seconds=-1)
+    with pytest.raises(InvalidValueError, match="is not for"):
+        host.create_set(
+            "set", provider="customer-managed", key=key, encryption_type=EncryptionType.PLATFORM_KEY
+        )
+    assert host.list_sets() == []
+    assert not list(host.config.identity_directory.glob("*"))
+
+    made = host.create_set("set", provider="customer-managed", key=key, revocation=RevocationAction.NONE)
+    config = root / "etc/virt-sse/config.toml"
+    config.write_text('[host]\nregion = "elsewhere"\n\n[encryption-sets]\nlimit = 0\n')
+    with Backend.open(root) as moved:
+        keys.administration.grant(str(made.identity), USE)
+        with pytest.raises(PolicyError, match="region 'default'"):
+            moved.create_disk("one", 1 << 20, encryption_set="set")
+        with pytest.raises(PolicyError, match="more are not allowed"):
+            moved.create_set("other", provider="customer-managed", key=key)
+        assert len(list(moved.config.identity_directory.glob("*"))) == 1
+
+
+def test_a_host_without_a_credential_says_who_makes_one(backend: Backend, keys: CustomerKeys) -> None:
+    with pytest.raises(ConfigError, match="no credential to make identities with") as caught:
+        backend.create_set("web", provider="customer-managed", key=keys.new_key())
+    assert "identity-operator" in str(caught.value.hint)
+
+
+def test_a_dead_vault_is_no_verdict(host: Backend, tmp_path: Path) -> None:
+    with LabVault() as vault, CustomerKeys(vault, tmp_path / "others") as keys:
+        host.config.operator_credential.unlink()
+        keys.administration.new_credential_file(
+            host.config.operator_credential, "host", role=Role.IDENTITY_OPERATOR
+        )
+        made = host.create_set("web", provider="customer-managed", key=keys.new_key())
+        keys.administration.grant(str(made.identity), USE)
+        disk = host.create_disk("one", 1 << 20, encryption_set="web")
+        vault.kill()
+        assert list(host.key_state(disk).values()) == [KeyState.UNREACHABLE]
+        with pytest.raises(KeyProviderUnavailableError):
+            host.check_disk("one")
+        with pytest.raises(KeyProviderUnavailableError):
+            host.create_set("other", provider="customer-managed", key=made.key.name)
+        assert [each.name for each in host.list_sets()] == ["web"]
+        vault.start()
+        host.check_disk("one")
+
+
+def test_the_records_of_host_and_vault_match(
+    host: Backend, lab_vault: LabVault, web: EncryptionSet, disk: Disk, root: Path
+) -> None:
+    ours = [json.loads(line) for line in (root / "var/log/virt-sse/audit.jsonl").read_text().splitlines()]
+    theirs = {
+        record.get("correlation"): record
+        for record in map(json.loads, (lab_vault.directory / "audit.jsonl").read_text().splitlines())
+    }
+    (wrap,) = [record for record in ours if record.get("disk") == str(disk.id)]
+    assert theirs[wrap["correlation"]]["disk"] == str(disk.id)
+    assert web.identity in json.dumps(theirs[wrap["correlation"]])

@@ -1,0 +1,205 @@
+"""What a set chooses for its guests when its key is taken away; silent vaults; keys that move on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import libvirt
+import pytest
+from agent_site import CONFIG, CustomerSite, customer_site, key_of, wait_until
+
+from command_line import PROGRAM
+from virt_sse.disks import Disk, DiskSku
+from virt_sse.encryption_sets import RevocationAction
+from virt_sse.lab.acceleration import Acceleration
+from virt_sse.lab.guests import Guest
+from virt_sse.lab.host import LabHost
+from virt_sse.lab.vaults import LabVault
+
+
+@pytest.fixture(scope="module")
+def running_site(
+    lab_host: LabHost, lab_vault: LabVault, acceleration: Callable[[str], Acceleration]
+) -> Iterator[CustomerSite]:
+    config = CONFIG + "poll-seconds = 0.4\n"
+    with customer_site(lab_host, lab_vault, acceleration("boot-sector"), config) as site:
+        yield site
+
+
+@pytest.fixture
+def site(running_site: CustomerSite) -> Iterator[CustomerSite]:
+    yield running_site
+    running_site.forget_domains()
+
+
+def test_a_guest_that_ignores_the_power_button_is_ended_after_the_grace_time(site: CustomerSite) -> None:
+    guest, disk = site.guest(site.new_set(grace_seconds=3).name)
+    guest.start()
+    site.wait_until_watched(guest)
+    site.disable(disk)
+    wait_until(lambda: site.events("domain-action", domain=guest.name, action="shutdown"))
+    began = time.monotonic()
+    wait_until(lambda: site.secrets() == [])
+    assert guest.is_active()
+    wait_until(lambda: not guest.is_active())
+    assert 2 < time.monotonic() - began < 8
+    wait_until(lambda: site.events("domain-action", domain=guest.name, action="destroy"))
+
+
+def test_a_key_that_comes_back_within_the_grace_time_saves_the_guest(site: CustomerSite) -> None:
+    guest, disk = site.guest(site.new_set(grace_seconds=3).name)
+    guest.start()
+    site.wait_until_watched(guest)
+    site.disable(disk)
+    wait_until(lambda: site.events("domain-action", domain=guest.name, action="shutdown"))
+    site.enable(disk)
+    wait_until(lambda: site.events("domain-restored", domain=guest.name))
+    wait_until(lambda: len(site.secrets()) == 1)
+    time.sleep(3)
+    assert guest.is_active()
+
+
+def test_a_paused_guest_goes_on_when_the_key_is_back(site: CustomerSite) -> None:
+    guest, disk = site.guest(site.new_set(action=RevocationAction.PAUSE).name)
+    guest.start()
+    site.wait_until_watched(guest)
+    site.disable(disk)
+    wait_until(lambda: state_of(guest, site) == libvirt.VIR_DOMAIN_PAUSED)
+    wait_until(lambda: site.secrets() == [])
+    with site.host.connect() as connection:
+        connection.lookupByName(guest.name).resume()
+    wait_until(lambda: state_of(guest, site) == libvirt.VIR_DOMAIN_PAUSED)
+    site.agent.kill()
+    site.agent.start()  # which has only the domain to tell it who paused it
+    site.enable(disk)
+    wait_until(lambda: state_of(guest, site) == libvirt.VIR_DOMAIN_RUNNING)
+    wait_until(lambda: len(site.secrets()) == 1)
+
+
+def test_a_guest_that_others_paused_stays_paused(site: CustomerSite) -> None:
+    guest, disk = site.guest(site.new_set(action=RevocationAction.PAUSE).name)
+    guest.start()
+    site.wait_until_watched(guest)
+    with site.host.connect() as connection:
+        connection.lookupByName(guest.name).suspend()
+    site.disable(disk)
+    wait_until(lambda: site.events("domain-revoked", domain=guest.name))
+    site.enable(disk)
+    wait_until(lambda: site.events("domain-restored", domain=guest.name))
+    time.sleep(1)
+    assert state_of(guest, site) == libvirt.VIR_DOMAIN_PAUSED
+
+
+@pytest.mark.parametrize("how", ["ultra", "none"])
+def test_a_guest_that_is_spared_runs_on_and_cannot_come_back(site: CustomerSite, how: str) -> None:
+    action = RevocationAction.NONE if how == "none" else RevocationAction.DESTROY
+    sku = DiskSku.ULTRA if how == "ultra" else DiskSku.PREMIUM_SSD
+    guest, disk = site.guest(site.new_set(action=action).name, sku=sku)
+    guest.start()
+    site.wait_until_watched(guest)
+    site.disable(disk)
+    wait_until(lambda: site.events("domain-revoked", domain=guest.name, action="none"))
+    wait_until(lambda: site.agent.metrics()["virt_sse_agent_spared_domains"] == 1)
+    time.sleep(2)
+    assert guest.is_active()
+    assert site.secrets() == []
+    guest.destroy()
+    assert "KeyDisabled" in site.refusal(guest)
+
+
+def test_a_silent_vault_ends_no_guest_and_starts_none(site: CustomerSite) -> None:
+    with LabVault() as vault, site.using(vault):
+        encryption_set = site.new_set()
+        (guest, disk), (waiting, _) = site.guest(encryption_set.name), site.guest(encryption_set.name)
+        guest.start()
+        site.wait_until_watched(guest)
+        vault.kill()
+        shown = f'key="{key_of(disk)}"'
+        wait_until(lambda: _states(site, shown) == ["unreachable"])
+        said = site.refusal(waiting)
+        assert "does not answer" in said
+        assert _show(site, disk).count("unreachable") == 1
+        time.sleep(2)
+        assert guest.is_active()
+        assert not site.events("domain-revoked", domain=guest.name)
+        vault.start()
+        waiting.start()
+        site.disable(disk)
+        wait_until(lambda: not guest.is_active() and not waiting.is_active())
+
+
+def test_a_vault_that_falls_silent_lifts_no_revocation(site: CustomerSite) -> None:
+    with LabVault() as vault, site.using(vault):
+        guest, disk = site.guest(site.new_set(action=RevocationAction.PAUSE).name)
+        guest.start()
+        site.wait_until_watched(guest)
+        site.disable(disk)
+        wait_until(lambda: state_of(guest, site) == libvirt.VIR_DOMAIN_PAUSED)
+        vault.kill()
+        wait_until(lambda: _states(site, f'key="{key_of(disk)}"') == ["unreachable"])
+        time.sleep(1)
+        assert state_of(guest, site) == libvirt.VIR_DOMAIN_PAUSED
+
+
+def test_a_start_that_waits_for_a_frozen_vault_delays_no_revocation(site: CustomerSite) -> None:
+    """libvirt lists no domains while a hook runs."""
+    guest, disk = site.guest(site.new_set().name)
+    guest.start()
+    site.wait_until_watched(guest)
+    first = site.keys
+    with LabVault() as vault, site.using(vault):
+        waiting, _ = site.guest(site.new_set().name)
+        os.kill(vault.pid, signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as pool:
+            refusal = pool.submit(site.refusal, waiting)
+            time.sleep(1)
+            first.enable(key_of(disk), enabled=False)
+            took = wait_until(lambda: site.events("domain-action", domain=guest.name, action="destroy"))
+            assert not refusal.done()
+            assert took < 3
+            assert "does not answer" in refusal.result()
+        os.kill(vault.pid, signal.SIGCONT)
+
+
+def test_disks_follow_their_key_by_themselves(site: CustomerSite) -> None:
+    encryption_set = site.new_set(automatic_rotation=True)
+    guest, disk = site.guest(encryption_set.name)
+    guest.start()
+    site.wait_until_watched(guest)
+    site.keys.rotate(encryption_set.key.name)
+    wait_until(lambda: key_of(site.backend.get_disk(disk.name)) != key_of(disk))
+    wait_until(lambda: site.events("rotated", **{"encryption-set": encryption_set.name}))
+    site.disable(disk)  # the old version, which nothing needs any more
+    time.sleep(3)
+    assert guest.is_active()
+    assert all(finding.problem is None for finding in site.backend.prove_rotation(encryption_set.name)[:1])
+    site.disable(site.backend.get_disk(disk.name))
+    wait_until(lambda: not guest.is_active())
+
+
+def state_of(guest: Guest, site: CustomerSite) -> int:
+    with site.host.connect() as connection:
+        return int(connection.lookupByName(guest.name).state()[0])
+
+
+def _states(site: CustomerSite, shown: str) -> list[str]:
+    return [
+        name.partition('state="')[2].partition('"')[0]
+        for name, value in site.agent.metrics().items()
+        if name.startswith("virt_sse_agent_key_state") and shown in name and value
+    ]
+
+
+def _show(site: CustomerSite, disk: Disk) -> str:
+    return subprocess.run(
+        [PROGRAM, "disk", "show", disk.name],
+        env=site.host.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout

@@ -1,0 +1,132 @@
+"""``virt-sse vault``, as an administrator types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from command_line import PROGRAM, CommandLine
+from virt_sse.lab.vaults import LabVault
+
+
+@pytest.fixture
+def credential(lab_vault: LabVault, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The administrator's credential file, as the environment names it."""
+    monkeypatch.setenv("VIRT_SSE_VAULT_CREDENTIAL", str(lab_vault.administrator_path))
+    return lab_vault.administrator_path
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def serving(root: Path, *arguments: str) -> Iterator[str]:
+    """``virt-sse vault serve``, and what it says when it listens; it must end cleanly."""
+    server = subprocess.Popen(
+        [PROGRAM, "vault", "serve", *arguments],
+        env={**os.environ, "VIRT_SSE_ROOT": str(root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with server:
+        try:
+            assert server.stdout is not None
+            yield server.stdout.readline()
+        finally:
+            server.send_signal(signal.SIGTERM)
+            _, said = server.communicate(timeout=20)
+            assert server.returncode == 0
+            assert said == ""
+
+
+def test_a_vault_is_made_and_served(root: Path, virt_sse: CommandLine) -> None:
+    port = str(free_port())
+    made = virt_sse("vault", "init", "--name", "ours", "--port", port)
+    folder = root / "var/lib/virt-sse/vault"
+    assert f"made vault https://localhost:{port} in {folder}" in made
+    assert str(folder / "administrator.json") in made
+    assert "already" in virt_sse.refuses("vault", "init")
+    assert "does not answer" in virt_sse.refuses("vault", "status")
+    with serving(root) as said:
+        assert said == f"listening on https://127.0.0.1:{port}\n"
+        status = json.loads(virt_sse("vault", "status", "-o", "json"))
+        assert (status["name"], status["keys"], status["principals"]) == ("ours", 0, 1)
+        assert "another process" in virt_sse.refuses("vault", "serve")
+        assert "another process" in virt_sse.refuses("vault", "rescue", "b", "--file", root / "b.json")
+    virt_sse("vault", "rescue", "second", "--file", root / "second.json")
+    with serving(root, "--port", port):
+        assert "second" in virt_sse("vault", "principal", "list", "-c", root / "second.json")
+
+
+def test_why_a_vault_is_not_served(root: Path, virt_sse: CommandLine, tmp_path: Path) -> None:
+    said = virt_sse.refuses("vault", "serve")
+    assert "no vault in" in said
+    assert "'virt-sse vault init'" in said
+    port = free_port()
+    virt_sse("vault", "init", "--port", str(port))
+    with socket.create_server(("127.0.0.1", port)):
+        assert "Address already in use" in virt_sse.refuses("vault", "serve")
+    assert "cannot listen on no such host" in virt_sse.refuses("vault", "serve", "--host", "no such host")
+    root_key = root / "var/lib/virt-sse/vault/root.key"
+    root_key.chmod(0o640)
+    assert "is open to others" in virt_sse.refuses("vault", "serve")
+    root_key.chmod(0o600)
+    root_key.unlink()
+    assert "lacks" in virt_sse.refuses("vault", "serve")
+
+
+@pytest.mark.parametrize("options", [("--tier", "gold"), ("--host", "a b")])
+def test_a_vault_must_make_sense(root: Path, virt_sse: CommandLine, options: tuple[str, str]) -> None:
+    virt_sse.refuses("vault", "init", *options, status=2)
+    assert not (root / "var/lib/virt-sse/vault").exists()
+
+
+@pytest.mark.usefixtures("credential")
+def test_access_and_principals(virt_sse: CommandLine, tmp_path: Path) -> None:
+    file = tmp_path / "web.json"
+    made = json.loads(
+        virt_sse("vault", "principal", "create", "cli-web", "--file", file, "--days", "3", "-o", "json")
+    )
+    assert (made["name"], made["role"], made["enabled"], made["file"]) == ("cli-web", "none", True, str(file))
+    assert file.stat().st_mode & 0o777 == 0o600
+    listed = json.loads(virt_sse("vault", "access", "list", "-o", "json"))
+    assert {"principal": "cli-web", "permissions": []} in listed
+    virt_sse("vault", "access", "set", "cli-web", "get", "wrapkey", "unwrapKey")
+    rows = [line.split() for line in virt_sse("vault", "access", "list").splitlines()]
+    assert ["cli-web", "get,wrapKey,unwrapKey"] in rows
+    left = json.loads(virt_sse("vault", "access", "remove", "cli-web", "get", "decrypt", "-o", "json"))
+    assert left == {"principal": "cli-web", "permissions": ["wrapKey", "unwrapKey"]}
+    virt_sse("vault", "access", "set", made["object-id"], "administer")
+    assert "403 OperatorRequired" in virt_sse.refuses("vault", "principal", "list", "-c", file)
+    virt_sse("vault", "principal", "disable", "cli-web")
+    assert "gave no token (401" in virt_sse.refuses("vault", "status", "-c", file)
+    virt_sse("vault", "principal", "enable", "cli-web")
+    assert "lab-vault" in virt_sse("vault", "status", "-c", file)
+    virt_sse("vault", "principal", "delete", "cli-web")
+    assert "cli-web" not in virt_sse("vault", "principal", "list")
+
+
+@pytest.mark.usefixtures("credential")
+def test_what_an_administrator_mistypes(virt_sse: CommandLine, tmp_path: Path) -> None:
+    assert "there are get, list" in virt_sse.refuses(
+        "vault", "access", "set", "administrator", "wrap", status=2
+    )
+    assert "404" in virt_sse.refuses("vault", "principal", "delete", "no body")
+    assert "last administrator" in virt_sse.refuses("vault", "principal", "delete", "administrator")
+    virt_sse.refuses(
+        "vault", "principal", "create", "a", "--file", tmp_path / "a", "--role", "king", status=2
+    )
+    assert not (tmp_path / "a").exists()
+    assert "cannot read" in virt_sse.refuses("vault", "status", "-c", tmp_path / "none")

@@ -1,0 +1,80 @@
+"""What is done to a domain, by what the sets of its disks ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from virt_sse.agent.revocation import Measure, RevokedDisk, measure
+from virt_sse.disks import Disk, DiskSku, DiskState
+from virt_sse.encryption_sets import EncryptionSet, RevocationAction
+from virt_sse.keys import KeyRef
+from virt_sse.layers import EncryptionType
+from virt_sse.qemu.img import DiskFormat
+
+SHUTDOWN, DESTROY = RevocationAction.SHUTDOWN, RevocationAction.DESTROY
+PAUSE, NONE = RevocationAction.PAUSE, RevocationAction.NONE
+NOW = datetime(2025, 1, 1, tzinfo=UTC)
+
+DISK = Disk(
+    id=uuid.uuid4(),
+    name="disk",
+    path=Path("/images/disk"),
+    format=DiskFormat.QCOW2,
+    size=512,
+    state=DiskState.READY,
+    encryption_type=EncryptionType.CUSTOMER_KEY,
+    created=NOW,
+    generation=1,
+    deks=(),
+)
+
+
+def revoked(
+    action: RevocationAction | None, grace: int = 60, sku: DiskSku = DiskSku.PREMIUM_SSD
+) -> RevokedDisk:
+    disk = dataclasses.replace(DISK, sku=sku)
+    if action is None:
+        return RevokedDisk(disk, None, "disabled")
+    encryption_set = EncryptionSet(
+        id=uuid.uuid4(),
+        name="set",
+        key=KeyRef("provider", "key"),
+        key_version=None,
+        encryption_type=EncryptionType.CUSTOMER_KEY,
+        automatic_rotation=False,
+        subscription="default",
+        region="default",
+        tenant=None,
+        identity=None,
+        revocation=action,
+        grace_seconds=grace,
+        created=NOW,
+    )
+    return RevokedDisk(disk, encryption_set, "disabled")
+
+
+@pytest.mark.parametrize(
+    ("disks", "expected"),
+    [
+        ([revoked(SHUTDOWN, 60)], Measure(SHUTDOWN, 60)),
+        ([revoked(SHUTDOWN, 0)], Measure(DESTROY)),
+        ([revoked(DESTROY)], Measure(DESTROY)),
+        ([revoked(PAUSE)], Measure(PAUSE)),
+        ([revoked(NONE)], Measure(NONE)),
+        ([revoked(None)], Measure(SHUTDOWN, 60)),
+        ([revoked(SHUTDOWN, 60), revoked(SHUTDOWN, 5)], Measure(SHUTDOWN, 5)),
+        ([revoked(PAUSE), revoked(SHUTDOWN, 60), revoked(NONE)], Measure(SHUTDOWN, 60)),
+        ([revoked(NONE), revoked(PAUSE)], Measure(PAUSE)),
+        ([revoked(SHUTDOWN, 5), revoked(DESTROY)], Measure(DESTROY)),
+        ([revoked(DESTROY, sku=DiskSku.ULTRA)], Measure(NONE)),
+        ([revoked(DESTROY, sku=DiskSku.ULTRA), revoked(PAUSE)], Measure(PAUSE)),
+    ],
+)
+def test_the_hardest_measure_is_taken(disks: list[RevokedDisk], expected: Measure) -> None:
+    assert measure(disks) == expected
+    assert measure(disks[::-1]) == expected

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import pytest
+from vault_doubles import DAY, Clock, Records
+
+from virt_sse.errors import InvalidValueError
+from virt_sse.vault.durations import seconds_of
+from virt_sse.vault.limits import Limits, TokenBucket
+from virt_sse.vault.records import Attributes, NewKey
+from virt_sse.vault.refusals import Refusal
+from virt_sse.vault.trail import Trail
+from virt_sse.vault.upkeep import upkeep
+from virt_sse.vault.vault import Vault
+
+
+def policy(trigger: dict[str, str], expiry: str | None = None, action: str = "Rotate") -> dict[str, object]:
+    return {
+        "lifetimeActions": [{"trigger": trigger, "action": {"type": action}}],
+        "attributes": {"expiryTime": expiry} if expiry else {},
+    }
+
+
+AFTER_30_DAYS = policy({"timeAfterCreate": "P30D"})
+
+
+def test_a_key_is_rotated_when_its_newest_version_is_old_enough(vault: Vault, clock: Clock) -> None:
+    first = vault.keys.create("kek", "RSA", 3072, NewKey(operations=("unwrapKey",), tags={"a": "b"}))
+    vault.rotation.set_policy("kek", AFTER_30_DAYS)
+    clock.now += 30 * DAY - 1
+    assert vault.rotation.due() == []
+    clock.now += 1
+    assert vault.rotation.due() == ["kek"]
+    second = vault.rotation.rotate("kek")
+    assert vault.rotation.due() == []
+    assert (second.public.bits, second.operations, second.tags) == (3072, first.operations, first.tags)
+    assert second.version != first.version
+
+
+def test_a_key_is_rotated_before_it_expires_and_lives_as_long_again(vault: Vault, clock: Clock) -> None:
+    expires = int(clock.now) + 90 * DAY
+    vault.keys.create("kek", "RSA", 2048, NewKey(attributes=Attributes(expires=expires)))
+    vault.rotation.set_policy("kek", policy({"timeBeforeExpiry": "P10D"}, "P60D"))
+    clock.now = expires - 10 * DAY - 1
+    assert vault.rotation.due() == []
+    clock.now += 1
+    assert vault.rotation.due() == ["kek"]
+    assert vault.rotation.rotate("kek").attributes.expires == int(clock.now) + 60 * DAY
+    assert vault.rotation.due() == []
+
+
+def test_a_disabled_key_is_not_given_a_usable_version(vault: Vault, clock: Clock) -> None:
+    vault.keys.create("kek", "RSA", 2048, NewKey(attributes=Attributes(enabled=False)))
+    vault.rotation.set_policy("kek", AFTER_30_DAYS)
+    clock.now += 365 * DAY
+    assert vault.rotation.due() == []
+
+
+def test_neither_is_a_deleted_one(vault: Vault, clock: Clock) -> None:
+    vault.keys.create("kek", "RSA", 2048, NewKey())
+    vault.rotation.set_policy("kek", AFTER_30_DAYS)
+    vault.keys.delete("kek")
+    clock.now += 365 * DAY
+    assert vault.rotation.due() == []
+
+
+def test_what_the_vault_does_by_itself_is_recorded(vault: Vault, clock: Clock, records: Records) -> None:
+    vault.keys.create("kek", "RSA", 2048, NewKey())
+    vault.rotation.set_policy("kek", AFTER_30_DAYS)
+    vault.keys.create("old", "RSA", 2048, NewKey())
+    vault.keys.delete("old")
+    clock.now += 90 * DAY
+    upkeep(vault, Trail(records))
+    assert len(vault.keys.versions("kek")) == 2
+    assert vault.keys.count() == (1, 0)
+    told = [(record.actor, record.action, record.key[-4:], record.result.value) for record in records.all]
+    assert told == [
+        *(("vault", "rotate", "/kek", "requested"), ("vault", "rotate", "/kek", "allowed")),
+        *(("vault", "purge", "/old", "requested"), ("vault", "purge", "/old", "allowed")),
+    ]
+    upkeep(vault, Trail(records))
+    assert len(records.all) == 4
+
+
+def test_a_policy_is_given_back_as_it_was_given(vault: Vault, clock: Clock) -> None:
+    vault.keys.create("kek", "RSA", 2048, NewKey())
+    assert vault.rotation.policy("kek")["lifetimeActions"] == [
+        {"trigger": {"timeBeforeExpiry": "P30D"}, "action": {"type": "Notify"}}
+    ]
+    given = policy({"timeAfterCreate": "P1M"}, "P1Y")
+    made = vault.rotation.set_policy("kek", given)
+    assert made == vault.rotation.policy("kek")
+    assert made["lifetimeActions"] == given["lifetimeActions"]
+    clock.now += 5
+    again = vault.rotation.set_policy("kek", given)
+    assert again["attributes"] == {
+        "created": int(clock.now) - 5,
+        "updated": int(clock.now),
+        "expiryTime": "P1Y",
+    }
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        policy({"timeAfterCreate": "P6D"}),
+        policy({"timeAfterCreate": "P30D"}, "P27D"),
+        policy({"timeAfterCreate": "P60D"}, "P30D"),
+        policy({"timeBeforeExpiry": "P10D"}),
+        policy({"timeBeforeExpiry": "P60D"}, "P60D"),
+        policy({"timeAfterCreate": "P30D", "timeBeforeExpiry": "P30D"}, "P90D"),
+        policy({}),
+        policy({"timeAfterCreate": "thirty days"}),
+        policy({"timeAfterCreate": "P30D"}, action="Explode"),
+        {"lifetimeActions": [*AFTER_30_DAYS["lifetimeActions"], *AFTER_30_DAYS["lifetimeActions"]]},  # type: ignore[misc]
+        {"lifetimeActions": "often"},
+        {"lifetimeActions": ["often"]},
+        {"lifetimeActions": [{"action": "Rotate"}]},
+        {"attributes": []},
+    ],
+)
+def test_a_policy_that_makes_no_sense_is_refused(vault: Vault, wrong: dict[str, object]) -> None:
+    vault.keys.create("kek", "RSA", 2048, NewKey())
+    with pytest.raises(Refusal) as refused:
+        vault.rotation.set_policy("kek", wrong)
+    assert refused.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("P7D", 7 * DAY),
+        ("P1Y", 365 * DAY),
+        ("P2M", 60 * DAY),
+        ("P1W", 7 * DAY),
+        ("PT90M", 5400),
+        ("P1DT1S", DAY + 1),
+    ],
+)
+def test_durations(text: str, seconds: int) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "P", "PT", "7D", "P-7D", "P7", "P7D ", "p7d", "P1.5D", "P٣D", "P99999999D", "P7DT"]
+)
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(Refusal, match="ISO 8601"):
+        seconds_of(text)
+
+
+def test_a_bucket_gives_a_burst_then_its_rate() -> None:
+    clock = Clock()
+    bucket = TokenBucket(10, 5, clock)
+    assert [bucket.take() for _ in range(5)] == [0.0] * 5
+    assert bucket.take() == pytest.approx(0.1)
+    clock.now += 0.125
+    assert bucket.take() == 0.0
+    assert bucket.take() > 0
+    clock.now += 1000
+    assert [bucket.take() == 0.0 for _ in range(6)] == [True] * 5 + [False]
+
+
+@pytest.mark.parametrize(("concurrency", "rate"), [(0, 0), (1, -1), (1, float("inf")), (1, float("nan"))])
+def test_limits_must_be_some(concurrency: int, rate: float) -> None:
+    with pytest.raises(InvalidValueError):
+        Limits(concurrency, rate)
