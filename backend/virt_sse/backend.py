@@ -14,10 +14,9 @@ from virt_sse.audit_record import Component
 from virt_sse.config import Config
 from virt_sse.disks import PLATFORM_KEY, Disk, DiskSku, check_name
 from virt_sse.domains import Domains
-from virt_sse.encryption_sets import EncryptionSet, RevocationAction
+from virt_sse.encryption_sets import EncryptionSet
 from virt_sse.errors import ConfigError, DiskInUseError, ImageError, InvalidValueError, PolicyError
 from virt_sse.keys import KeyId, KeyRef, KeyState
-from virt_sse.layers import EncryptionType
 from virt_sse.libvirt import hook
 from virt_sse.libvirt.pools import pool_folder, refresh_pool
 from virt_sse.locks import DiskLocks
@@ -25,7 +24,7 @@ from virt_sse.plugins import PluginHost
 from virt_sse.provisioning import Provisioning
 from virt_sse.qemu import img
 from virt_sse.qemu.img import DiskFormat
-from virt_sse.rotation import Finding, RewrapReport, Rotation
+from virt_sse.rotation import RewrapReport, Rotation
 from virt_sse.set_provisioning import SetProvisioning
 from virt_sse.store import Store
 from virt_sse.transfer import Progress, Transfer, silent
@@ -65,7 +64,7 @@ class Backend:
         self._provisioning = Provisioning(self._store, self.plugins, wrapping, locks)
         self._transfer = Transfer(self.plugins, self._provisioning)
         self._rotation = Rotation(self._store, self.plugins, wrapping, locks)
-        self._sets = SetProvisioning(config, self._store, self.plugins)
+        self.sets = SetProvisioning(config, self._store, self.plugins, wrapping, self._rotation)
         self.domains = Domains(config.libvirt_uri, self._store, self.plugins, wrapping)
         try:
             self._provisioning.recover()
@@ -300,105 +299,6 @@ class Backend:
         self._require_here(target)
         self._rotation.move(self._store.get(name), target)
         return self._store.get(name)
-
-    # Disk encryption sets
-
-    def create_set(
-        self,
-        name: str,
-        *,
-        provider: str,
-        key: str,
-        encryption_type: EncryptionType = EncryptionType.CUSTOMER_KEY,
-        automatic_rotation: bool = False,
-        revocation: RevocationAction = RevocationAction.SHUTDOWN,
-        grace_seconds: int = 60,
-    ) -> EncryptionSet:
-        """Make a disk encryption set; :meth:`SetProvisioning.create` says what is raised."""
-        return self._sets.create(
-            name,
-            provider=provider,
-            key=key,
-            encryption_type=encryption_type,
-            automatic_rotation=automatic_rotation,
-            revocation=revocation,
-            grace_seconds=grace_seconds,
-        )
-
-    def list_sets(self) -> list[EncryptionSet]:
-        """All disk encryption sets, by name."""
-        return self._store.encryption_sets.all()
-
-    def get_set(self, name: str) -> EncryptionSet:
-        """The disk encryption set of that name or id.
-
-        :raise EncryptionSetNotFoundError: When there is none.
-        """
-        return self._store.encryption_sets.get(name)
-
-    def disks_in_set(self, encryption_set: EncryptionSet) -> list[Disk]:
-        """The disks in a set, by name."""
-        return self._store.in_set(encryption_set.id)
-
-    def update_set(
-        self,
-        name: str,
-        *,
-        key: str | None = None,
-        automatic_rotation: bool | None = None,
-        revocation: RevocationAction | None = None,
-        grace_seconds: int | None = None,
-        progress: Progress = silent,
-    ) -> tuple[EncryptionSet, RewrapReport]:
-        """Change a set, and rewrap its disks if its key is another now.
-
-        :raise VirtSseError: By meaning; see :meth:`SetProvisioning.update`.
-        """
-        changed = self._sets.update(
-            self._store.encryption_sets.get(name),
-            key=key,
-            automatic_rotation=automatic_rotation,
-            revocation=revocation,
-            grace_seconds=grace_seconds,
-        )
-        disks = self._store.in_set(changed.id) if key is not None else []
-        return changed, self._rotation.rewrap(disks, progress)
-
-    def move_set_to_tenant(self, name: str, tenant: str) -> EncryptionSet:
-        """Move a set to another tenant, where it has no identity.
-
-        :raise VirtSseError: By meaning; see :meth:`SetProvisioning.move_to_tenant`.
-        """
-        return self._sets.move_to_tenant(self._store.encryption_sets.get(name), tenant)
-
-    def assign_set_identity(self, name: str) -> EncryptionSet:
-        """Give a set that has no identity a new one; see :meth:`SetProvisioning.assign_identity`."""
-        return self._sets.assign_identity(self._store.encryption_sets.get(name))
-
-    def wanted_key(self, encryption_set: EncryptionSet) -> KeyId:
-        """The version of its key that the disks of a set are to be under now.
-
-        :raise KeyProviderError: When the provider has no such key or does not answer.
-        """
-        return self._wrapping.wrapping_key(encryption_set.key, encryption_set)
-
-    def rotate_set(self, name: str, *, progress: Progress = silent) -> RewrapReport:
-        """Bring the disks of a set under the present version of its key, or go on where that was cut off.
-
-        :raise EncryptionSetNotFoundError: When there is none.
-        """
-        return self._rotation.rewrap(self._store.in_set(self._store.encryption_sets.get(name).id), progress)
-
-    def prove_rotation(self, name: str, *, progress: Progress = silent) -> list[Finding]:
-        """Try every wrapped DEK of the disks of a set, and see whether any needs an older key.
-
-        :raise EncryptionSetNotFoundError: When there is none.
-        """
-        return self._rotation.prove(self._store.in_set(self._store.encryption_sets.get(name).id), progress)
-
-    def delete_set(self, name: str) -> None:
-        """Delete a set that no disk is in, and its identity; see :meth:`SetProvisioning.delete`."""
-        self._sets.delete(self._store.encryption_sets.get(name))
 
     # Keys
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from virt_sse.config import Config
-from virt_sse.disks import check_name
+from virt_sse.disks import Disk, check_name
 from virt_sse.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.errors import (
     ConfigError,
@@ -22,11 +22,14 @@ from virt_sse.errors import (
     VirtSseError,
 )
 from virt_sse.files import private_folder
-from virt_sse.keys import KeyRef
+from virt_sse.keys import KeyId, KeyRef
 from virt_sse.layers import EncryptionType
 from virt_sse.plugins import PluginHost
 from virt_sse.policy import CreateEncryptionSet
+from virt_sse.rotation import Finding, RewrapReport, Rotation
 from virt_sse.store import Store
+from virt_sse.transfer import Progress, silent
+from virt_sse.wrapping import Wrapping
 
 if TYPE_CHECKING:
     from virt_sse.vault.client import VaultClient
@@ -35,12 +38,32 @@ _log = logging.getLogger(__name__)
 
 
 class SetProvisioning:
-    """Makes, changes and deletes disk encryption sets."""
+    """Makes, changes and deletes disk encryption sets, and keeps their disks under their keys.
 
-    def __init__(self, config: Config, store: Store, plugins: PluginHost) -> None:
+    Sets are named by name or id; every method that takes one raises EncryptionSetNotFoundError when there is
+    none.
+    """
+
+    def __init__(
+        self, config: Config, store: Store, plugins: PluginHost, wrapping: Wrapping, rotation: Rotation
+    ) -> None:
         self._config = config
         self._store = store
         self._plugins = plugins
+        self._wrapping = wrapping
+        self._rotation = rotation
+
+    def all(self) -> list[EncryptionSet]:
+        """All sets, by name."""
+        return self._store.encryption_sets.all()
+
+    def get(self, name: str) -> EncryptionSet:
+        """The set of that name or id."""
+        return self._store.encryption_sets.get(name)
+
+    def disks(self, name: str) -> list[Disk]:
+        """The disks in a set, by name."""
+        return self._store.in_set(self.get(name).id)
 
     def create(
         self,
@@ -48,10 +71,10 @@ class SetProvisioning:
         *,
         provider: str,
         key: str,
-        encryption_type: EncryptionType,
-        automatic_rotation: bool,
-        revocation: RevocationAction,
-        grace_seconds: int,
+        encryption_type: EncryptionType = EncryptionType.CUSTOMER_KEY,
+        automatic_rotation: bool = False,
+        revocation: RevocationAction = RevocationAction.SHUTDOWN,
+        grace_seconds: int = 60,
     ) -> EncryptionSet:
         """Make a set, and its identity if its provider acts with one. That identity may do nothing yet.
 
@@ -89,18 +112,19 @@ class SetProvisioning:
 
     def update(
         self,
-        encryption_set: EncryptionSet,
+        name: str,
         *,
         key: str | None = None,
         automatic_rotation: bool | None = None,
         revocation: RevocationAction | None = None,
         grace_seconds: int | None = None,
-    ) -> EncryptionSet:
-        """Change a set; its disks follow a new key only by a rewrap.
+        progress: Progress = silent,
+    ) -> tuple[EncryptionSet, RewrapReport]:
+        """Change a set, and rewrap its disks' DEKs if its key is another now.
 
         :raise InvalidValueError: When a value makes no sense.
         """
-        changed = encryption_set
+        changed = self.get(name)
         if automatic_rotation is not None:
             changed = replace(changed, automatic_rotation=automatic_rotation)
         if revocation is not None:
@@ -110,13 +134,30 @@ class SetProvisioning:
         changed = self._with_key(changed, key) if key is not None else changed
         _check_rotation(changed)
         self._store.encryption_sets.update(changed)
-        return changed
+        disks = self._store.in_set(changed.id) if key is not None else []
+        return changed, self._rotation.rewrap(disks, progress)
 
-    def move_to_tenant(self, encryption_set: EncryptionSet, tenant: str) -> EncryptionSet:
+    def wanted_key(self, encryption_set: EncryptionSet) -> KeyId:
+        """The version of its key that the disks of a set are to be under now.
+
+        :raise KeyProviderError: When the provider has no such key or does not answer.
+        """
+        return self._wrapping.wrapping_key(encryption_set.key, encryption_set)
+
+    def rotate(self, name: str, *, progress: Progress = silent) -> RewrapReport:
+        """Bring the disks of a set under the present version of its key, or go on where that was cut off."""
+        return self._rotation.rewrap(self.disks(name), progress)
+
+    def prove(self, name: str, *, progress: Progress = silent) -> list[Finding]:
+        """Try every wrapped DEK of the disks of a set, and see whether any needs an older key."""
+        return self._rotation.prove(self.disks(name), progress)
+
+    def move_to_tenant(self, name: str, tenant: str) -> EncryptionSet:
         """Move a set to another tenant; its identity stays behind, and with it the right to its key.
 
         :raise InvalidValueError: When it is in that tenant.
         """
+        encryption_set = self.get(name)
         if tenant == encryption_set.tenant:
             raise InvalidValueError(f"set {encryption_set.name!r} is in tenant {tenant!r}")
         self._drop_identity(encryption_set)
@@ -124,11 +165,12 @@ class SetProvisioning:
         self._store.encryption_sets.update(moved)
         return moved
 
-    def assign_identity(self, encryption_set: EncryptionSet) -> EncryptionSet:
+    def assign_identity(self, name: str) -> EncryptionSet:
         """Give a set that has no identity a new one, in the tenant of the host's credential.
 
         :raise InvalidValueError: When it has one, or its provider needs none.
         """
+        encryption_set = self.get(name)
         if encryption_set.identity:
             raise InvalidValueError(f"set {encryption_set.name!r} has identity {encryption_set.identity}")
         if not self._plugins.needs_identity(encryption_set.key.provider):
@@ -138,12 +180,13 @@ class SetProvisioning:
         self._plugins.forget(encryption_set.id)
         return identified
 
-    def delete(self, encryption_set: EncryptionSet) -> None:
+    def delete(self, name: str) -> None:
         """Delete a set that no disk is in, and its identity.
 
         :raise EncryptionSetInUseError: When a disk is in it.
         :raise KeyProviderUnavailableError: When the key vault does not answer.
         """
+        encryption_set = self.get(name)
         if disks := self._store.in_set(encryption_set.id):
             raise EncryptionSetInUseError(
                 f"disk {disks[0].name!r} is in disk encryption set {encryption_set.name!r}",

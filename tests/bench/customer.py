@@ -54,7 +54,7 @@ def _new_set(vault: LabVault, backend: Backend, size: int) -> EncryptionSet:
         if not operator.exists():
             operator.parent.mkdir(parents=True, exist_ok=True)
             administrator.new_credential_file(operator, f"host-{name}", role=Role.IDENTITY_OPERATOR)
-        made = backend.create_set(
+        made = backend.sets.create(
             name, provider="customer-managed", key=f"{vault.url}/keys/{name}", grace_seconds=0
         )
         administrator.grant(str(made.identity), _USE)
@@ -103,7 +103,7 @@ def _rewrap(bench: Run, vault: LabVault, backend: Backend, encryption_set: Encry
         backend.create_disk(f"disk-{index}", 1 << 20, encryption_set=encryption_set.name)
     _key(vault, "rotate", encryption_set.key.name.rpartition("/")[2])
     took = seconds(lambda: _rotate(backend, encryption_set, count))
-    disk = backend.disks_in_set(encryption_set)[0]
+    disk = backend.sets.disks(encryption_set.name)[0]
     entry, context = disk.deks[0], disk.context(disk.deks[0].slot)
     provider = backend.plugins.key_provider(entry.wrapped.key.provider, encryption_set.id)
 
@@ -122,7 +122,7 @@ def _rewrap(bench: Run, vault: LabVault, backend: Backend, encryption_set: Encry
 
 
 def _rotate(backend: Backend, encryption_set: EncryptionSet, count: int) -> None:
-    report = backend.rotate_set(encryption_set.name)
+    report = backend.sets.rotate(encryption_set.name)
     if report.rewrapped != count:
         raise LabError(f"{report.rewrapped} of {count} disks were rewrapped")
 

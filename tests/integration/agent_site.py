@@ -143,7 +143,7 @@ class CustomerSite(Site):
         automatic_rotation: bool = False,
     ) -> EncryptionSet:
         """A set under a new key that its identity may use."""
-        made = self.backend.create_set(
+        made = self.backend.sets.create(
             f"s{uuid.uuid4().hex[:8]}",
             provider="customer-managed",
             key=self.keys.new_key(),

@@ -341,6 +341,24 @@ def test_disks_in_use_are_not_exported_or_deleted(
     operator.virt_sse("disk", "check", name)
 
 
+def test_a_disk_moves_into_an_encryption_set_while_its_domain_runs(
+    operator: Operator, acceleration: Accelerate, name: str
+) -> None:
+    element = operator.import_boot_sector(name, stays=True)
+    operator.virt_sse("des", "create", name, "--provider", "platform-managed", "--key", "default")
+    guest = Guest(operator.host, name, acceleration=acceleration("boot-sector"), disks=[element])
+    guest.start()
+    guest.wait_for("boot-sector: done")
+    moved = json.loads(operator.virt_sse("disk", "update", name, "--des", name, "-o", "json"))
+    assert moved["encryption-type"] == "EncryptionAtRestWithCustomerKey"
+    assert guest.is_active()
+    guest.destroy()
+    operator.virt_sse("disk", "check", name)
+    guest.start()
+    assert "start 2" in guest.wait_for("boot-sector: done")
+    guest.destroy()
+
+
 def test_a_disk_in_a_storage_pool(operator: Operator, name: str) -> None:
     folder = operator.host.directory / "pool"
     folder.mkdir(exist_ok=True)

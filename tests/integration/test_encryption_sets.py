@@ -52,7 +52,7 @@ def host(backend: Backend, keys: CustomerKeys) -> Backend:
 @pytest.fixture
 def web(host: Backend, keys: CustomerKeys) -> EncryptionSet:
     """A set whose identity may use its key."""
-    made = host.create_set("web", provider="customer-managed", key=keys.new_key())
+    made = host.sets.create("web", provider="customer-managed", key=keys.new_key())
     keys.administration.grant(str(made.identity), USE)
     return made
 
@@ -64,7 +64,7 @@ def disk(host: Backend, web: EncryptionSet) -> Disk:
 
 def versions(host: Backend, name: str) -> set[str]:
     """The key versions that the set's disks need, wherever their DEKs lie."""
-    findings = host.prove_rotation(name)
+    findings = host.sets.prove(name)
     assert findings
     assert [finding.problem for finding in findings] == [None] * len(findings)
     return {str(finding.key) for finding in findings}
@@ -73,7 +73,7 @@ def versions(host: Backend, name: str) -> set[str]:
 def test_a_set_has_an_identity_that_may_do_nothing_until_that_is_granted(
     host: Backend, keys: CustomerKeys
 ) -> None:
-    made = host.create_set("web", provider="customer-managed", key=keys.new_key())
+    made = host.sets.create("web", provider="customer-managed", key=keys.new_key())
     credential = host.config.identity(made.id)
     assert credential.stat().st_mode & 0o777 == 0o600
     assert credential.parent.stat().st_mode & 0o777 == 0o700
@@ -88,17 +88,17 @@ def test_a_set_has_an_identity_that_may_do_nothing_until_that_is_granted(
 
 
 def test_a_set_is_deleted_with_its_identity(host: Backend, keys: CustomerKeys, disk: Disk) -> None:
-    web = host.get_set("web")
+    web = host.sets.get("web")
     with pytest.raises(EncryptionSetInUseError):
-        host.delete_set("web")
+        host.sets.delete("web")
     host.check_disk("one")
     host._provisioning.delete(disk, dry_run=False)
-    host.delete_set("web")
+    host.sets.delete("web")
     assert not host.config.identity(web.id).exists()
     with pytest.raises(PrincipalNotFoundError):
         keys.administration.get_principal(str(web.identity))
     with pytest.raises(EncryptionSetNotFoundError):
-        host.get_set("web")
+        host.sets.get("web")
 
 
 def test_rotation_follows_the_key_and_leaves_nothing_under_the_old_version(
@@ -107,8 +107,8 @@ def test_rotation_follows_the_key_and_leaves_nothing_under_the_old_version(
     host.create_disk("two", 1 << 20, encryption_set="web")
     before = versions(host, "web")
     keys.rotate(web.key.name)
-    assert [finding.problem for finding in host.prove_rotation("web")] != [None] * 6
-    report = host.rotate_set("web")
+    assert [finding.problem for finding in host.sets.prove("web")] != [None] * 6
+    report = host.sets.rotate("web")
     assert (report.rewrapped, report.current, report.failed) == (2, 0, {})
     after = versions(host, "web")
     assert len(after) == 1
@@ -116,20 +116,20 @@ def test_rotation_follows_the_key_and_leaves_nothing_under_the_old_version(
     old = disk.deks[0].wrapped.key
     keys.enable(old, enabled=False)
     host.check_disk("one")
-    assert host.rotate_set("web").current == 2
+    assert host.sets.rotate("web").current == 2
 
 
 def test_a_set_with_a_fixed_version_stays_under_it(
     host: Backend, keys: CustomerKeys, web: EncryptionSet, disk: Disk
 ) -> None:
     first = disk.deks[0].wrapped.key
-    host.update_set("web", key=f"{web.key.name}/{first.version}")
+    host.sets.update("web", key=f"{web.key.name}/{first.version}")
     keys.rotate(web.key.name)
-    assert host.rotate_set("web").current == 1
+    assert host.sets.rotate("web").current == 1
     assert versions(host, "web") == {str(first)}
     with pytest.raises(InvalidValueError, match="fixed version"):
-        host.update_set("web", automatic_rotation=True)
-    host.update_set("web", key=web.key.name)
+        host.sets.update("web", automatic_rotation=True)
+    host.sets.update("web", key=web.key.name)
     assert versions(host, "web") != {str(first)}
 
 
@@ -137,7 +137,7 @@ def test_a_set_moves_to_a_wholly_different_key(
     host: Backend, keys: CustomerKeys, web: EncryptionSet, disk: Disk
 ) -> None:
     other = keys.new_key(size=4096)
-    changed, report = host.update_set("web", key=other)
+    changed, report = host.sets.update("web", key=other)
     assert (changed.key.name, report.rewrapped, report.failed) == (other, 1, {})
     keys.delete(web.key.name)
     keys.purge(web.key.name)
@@ -152,13 +152,13 @@ def test_a_disk_moves_into_a_set_and_to_another_and_not_out(
     moved = host.move_disk("one", "web")
     assert (moved.encryption_set, moved.encryption_type) == (web.id, EncryptionType.CUSTOMER_KEY)
     host.check_disk("one")
-    other = host.create_set("other", provider="customer-managed", key=keys.new_key())
+    other = host.sets.create("other", provider="customer-managed", key=keys.new_key())
     with pytest.raises(KeyDeniedError):
         host.move_disk("one", "other")
     assert host.get_disk("one") == moved
     keys.administration.grant(str(other.identity), USE)
     assert host.move_disk("one", "other").encryption_set == other.id
-    host.delete_set("web")
+    host.sets.delete("web")
     host.check_disk("one")
 
 
@@ -166,7 +166,7 @@ def test_a_set_that_lost_its_rights_gives_its_disks_to_one_that_has_them(
     host: Backend, keys: CustomerKeys, web: EncryptionSet, disk: Disk
 ) -> None:
     keys.administration.revoke(str(web.identity))
-    other = host.create_set("other", provider="customer-managed", key=web.key.name)
+    other = host.sets.create("other", provider="customer-managed", key=web.key.name)
     keys.administration.grant(str(other.identity), USE)
     with pytest.raises(KeyDeniedError):
         host.check_disk("one")
@@ -178,16 +178,16 @@ def test_a_set_that_lost_its_rights_gives_its_disks_to_one_that_has_them(
 def test_another_tenant_has_no_identity(
     host: Backend, keys: CustomerKeys, web: EncryptionSet, disk: Disk
 ) -> None:
-    moved = host.move_set_to_tenant("web", "elsewhere")
+    moved = host.sets.move_to_tenant("web", "elsewhere")
     assert (moved.tenant, moved.identity) == ("elsewhere", None)
     with pytest.raises(KeyDeniedError, match="has no identity"):
         host.check_disk("one")
     assert list(host.key_state(disk).values()) == [KeyState.DENIED]
     with pytest.raises(PrincipalNotFoundError):
         keys.administration.get_principal(str(web.identity))
-    assigned = host.assign_set_identity("web")
+    assigned = host.sets.assign_identity("web")
     with pytest.raises(InvalidValueError, match="has identity"):
-        host.assign_set_identity("web")
+        host.sets.assign_identity("web")
     keys.administration.grant(str(assigned.identity), USE)
     host.check_disk("one")
 
@@ -233,33 +233,33 @@ def test_a_lost_store_is_rebuilt_with_a_set_that_may_use_the_key(
     with Backend.open(root) as rebuilt:
         with pytest.raises(EncryptionSetNotFoundError, match="which the store does not have"):
             rebuilt.adopt_disk(disk.path)
-        again = rebuilt.create_set("again", provider="customer-managed", key=web.key.name)
+        again = rebuilt.sets.create("again", provider="customer-managed", key=web.key.name)
         keys.administration.grant(str(again.identity), USE)
         adopted = rebuilt.adopt_disk(disk.path, encryption_set="again")
         assert (adopted.id, adopted.encryption_set) == (disk.id, again.id)
         rebuilt.check_disk("one")
-        assert rebuilt.rotate_set("again").current == 1
+        assert rebuilt.sets.rotate("again").current == 1
 
 
 def test_what_makes_no_sense_is_refused(host: Backend, keys: CustomerKeys, root: Path) -> None:
     key = keys.new_key()
     for wrong in ("web", "http://vault/keys/web", f"{key}/xyz", "https://vault/secrets/web"):
         with pytest.raises(InvalidValueError):
-            host.create_set("set", provider="customer-managed", key=wrong)
+            host.sets.create("set", provider="customer-managed", key=wrong)
     with pytest.raises(ConfigError, match="no key provider named"):
-        host.create_set("set", provider="nobody", key=key)
+        host.sets.create("set", provider="nobody", key=key)
     with pytest.raises(InvalidValueError, match="no disk name"):
-        host.create_set("a/b", provider="customer-managed", key=key)
+        host.sets.create("a/b", provider="customer-managed", key=key)
     with pytest.raises(InvalidValueError, match="grace time"):
-        host.create_set("set", provider="customer-managed", key=key, grace_seconds=-1)
+        host.sets.create("set", provider="customer-managed", key=key, grace_seconds=-1)
     with pytest.raises(InvalidValueError, match="is not for"):
-        host.create_set(
+        host.sets.create(
             "set", provider="customer-managed", key=key, encryption_type=EncryptionType.PLATFORM_KEY
         )
-    assert host.list_sets() == []
+    assert host.sets.all() == []
     assert not list(host.config.identity_directory.glob("*"))
 
-    made = host.create_set("set", provider="customer-managed", key=key, revocation=RevocationAction.NONE)
+    made = host.sets.create("set", provider="customer-managed", key=key, revocation=RevocationAction.NONE)
     config = root / "etc/virt-sse/config.toml"
     config.write_text('[host]\nregion = "elsewhere"\n\n[encryption-sets]\nlimit = 0\n')
     with Backend.open(root) as moved:
@@ -267,13 +267,13 @@ def test_what_makes_no_sense_is_refused(host: Backend, keys: CustomerKeys, root:
         with pytest.raises(PolicyError, match="region 'default'"):
             moved.create_disk("one", 1 << 20, encryption_set="set")
         with pytest.raises(PolicyError, match="more are not allowed"):
-            moved.create_set("other", provider="customer-managed", key=key)
+            moved.sets.create("other", provider="customer-managed", key=key)
         assert len(list(moved.config.identity_directory.glob("*"))) == 1
 
 
 def test_a_host_without_a_credential_says_who_makes_one(backend: Backend, keys: CustomerKeys) -> None:
     with pytest.raises(ConfigError, match="no credential to make identities with") as caught:
-        backend.create_set("web", provider="customer-managed", key=keys.new_key())
+        backend.sets.create("web", provider="customer-managed", key=keys.new_key())
     assert "identity-operator" in str(caught.value.hint)
 
 
@@ -283,7 +283,7 @@ def test_a_dead_vault_is_no_verdict(host: Backend, tmp_path: Path) -> None:
         keys.administration.new_credential_file(
             host.config.operator_credential, "host", role=Role.IDENTITY_OPERATOR
         )
-        made = host.create_set("web", provider="customer-managed", key=keys.new_key())
+        made = host.sets.create("web", provider="customer-managed", key=keys.new_key())
         keys.administration.grant(str(made.identity), USE)
         disk = host.create_disk("one", 1 << 20, encryption_set="web")
         vault.kill()
@@ -291,8 +291,8 @@ def test_a_dead_vault_is_no_verdict(host: Backend, tmp_path: Path) -> None:
         with pytest.raises(KeyProviderUnavailableError):
             host.check_disk("one")
         with pytest.raises(KeyProviderUnavailableError):
-            host.create_set("other", provider="customer-managed", key=made.key.name)
-        assert [each.name for each in host.list_sets()] == ["web"]
+            host.sets.create("other", provider="customer-managed", key=made.key.name)
+        assert [each.name for each in host.sets.all()] == ["web"]
         vault.start()
         host.check_disk("one")
 

@@ -57,9 +57,9 @@ def change_identity(site: CustomerSite, encryption_set: EncryptionSet, *, enable
 
 
 def new_identity(site: CustomerSite, encryption_set: EncryptionSet) -> None:
-    if site.backend.get_set(encryption_set.name).identity:
-        site.backend.move_set_to_tenant(encryption_set.name, str(uuid.uuid4()))
-    site.grant(site.backend.assign_set_identity(encryption_set.name))
+    if site.backend.sets.get(encryption_set.name).identity:
+        site.backend.sets.move_to_tenant(encryption_set.name, str(uuid.uuid4()))
+    site.grant(site.backend.sets.assign_identity(encryption_set.name))
 
 
 def purge(site: CustomerSite, encryption_set: EncryptionSet) -> None:
@@ -103,7 +103,7 @@ CASES = {
     ),
     "set-moved-to-another-tenant": Case(
         "has no identity",
-        lambda s, e, _: s.backend.move_set_to_tenant(e.name, str(uuid.uuid4())),
+        lambda s, e, _: s.backend.sets.move_to_tenant(e.name, str(uuid.uuid4())),
         lambda s, e, _: new_identity(s, e),
     ),
 }

@@ -177,7 +177,7 @@ def test_disks_follow_their_key_by_themselves(site: CustomerSite) -> None:
     site.disable(disk)  # the old version, which nothing needs any more
     time.sleep(3)
     assert guest.is_active()
-    assert all(finding.problem is None for finding in site.backend.prove_rotation(encryption_set.name)[:1])
+    assert all(finding.problem is None for finding in site.backend.sets.prove(encryption_set.name)[:1])
     site.disable(site.backend.get_disk(disk.name))
     wait_until(lambda: not guest.is_active())
 

@@ -41,7 +41,7 @@ class AutomaticRotation:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                for encryption_set in self._backend.list_sets():
+                for encryption_set in self._backend.sets.all():
                     if encryption_set.automatic_rotation and not self._stop.is_set():
                         self._follow(encryption_set)
             except VirtSseError as exc:
@@ -54,17 +54,17 @@ class AutomaticRotation:
         """Rewrap a set's disks if its key has a new version, or an earlier rewrap may have been cut off."""
         told: dict[str, object] = {"encryption-set": encryption_set.name}
         try:
-            disks = self._backend.disks_in_set(encryption_set)
+            disks = self._backend.sets.disks(encryption_set.name)
             if not disks:
                 return
-            wanted = self._backend.wanted_key(encryption_set)
+            wanted = self._backend.sets.wanted_key(encryption_set)
         except VirtSseError as exc:
             _log.warning("rotation-failed", extra=fields(told | {"reason": str(exc)}))
             return
         current = all(disk.deks and disk.deks[0].wrapped.key == wanted for disk in disks)
         if current and encryption_set.id in self._whole:
             return
-        report = self._backend.rotate_set(str(encryption_set.id))
+        report = self._backend.sets.rotate(str(encryption_set.id))
         if report.failed:
             self._whole.discard(encryption_set.id)
             _log.warning("rotation-failed", extra=fields(told | {"failed": report.failed}))

@@ -41,7 +41,7 @@ class Standings:
         """
         ids = {use.disk_id for domain in snapshot.domains for use in domain.uses}
         disks = {disk.id: disk for disk in self._backend.disks_with_ids(ids)} if ids else {}
-        sets = {each.id: each for each in self._backend.list_sets()} if ids else {}
+        sets = {each.id: each for each in self._backend.sets.all()} if ids else {}
         self._tell_unknown(snapshot, ids - disks.keys())
         samples: dict[WatchedKey, Sample] = {}
         standings = []

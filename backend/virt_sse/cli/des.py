@@ -64,7 +64,7 @@ def create(
     from virt_sse.layers import EncryptionType
 
     with backend() as b:
-        made = b.create_set(
+        made = b.sets.create(
             name,
             provider=provider,
             key=key,
@@ -80,7 +80,7 @@ def create(
 def list_(output: Output = OutputFormat.TABLE) -> None:
     """List all sets."""
     with backend() as b:
-        rows = [_fields(each) | {"disks": len(b.disks_in_set(each))} for each in b.list_sets()]
+        rows = [_fields(each) | {"disks": len(b.sets.disks(each.name))} for each in b.sets.all()]
     print_rows(rows, ("name", "provider", "key", "auto-rotation", "revocation", "disks"), output)
 
 
@@ -88,8 +88,8 @@ def list_(output: Output = OutputFormat.TABLE) -> None:
 def show(name: Name, output: Output = OutputFormat.TABLE) -> None:
     """Show all about a set."""
     with backend() as b:
-        found = b.get_set(name)
-        fields = _fields(found) | {"disks": [disk.name for disk in b.disks_in_set(found)]}
+        found = b.sets.get(name)
+        fields = _fields(found) | {"disks": [disk.name for disk in b.sets.disks(name)]}
     print_fields(fields, output)
 
 
@@ -117,12 +117,12 @@ def update(
 
     with backend() as b, progress_bar("rewrapping") as progress:
         if tenant is not None:
-            moved = b.move_set_to_tenant(name, tenant)
-            for disk in b.disks_in_set(moved):
+            b.sets.move_to_tenant(name, tenant)
+            for disk in b.sets.disks(name):
                 typer.echo(f"disk {disk.name} cannot be opened until the set has an identity again", err=True)
         if assign_identity:
-            b.assign_set_identity(name)
-        changed, report = b.update_set(
+            b.sets.assign_identity(name)
+        changed, report = b.sets.update(
             name,
             key=key,
             automatic_rotation=automatic_rotation,
@@ -144,12 +144,12 @@ def rotate(
     """Bring a set's disks under the present version of its key, or go on where that was cut off."""
     with backend() as b:
         with progress_bar("rewrapping") as progress:
-            report = b.rotate_set(name, progress=progress)
+            report = b.sets.rotate(name, progress=progress)
         if not prove:
             print_report({"set": name}, report, output)
             return
         with progress_bar("proving") as progress:
-            findings = b.prove_rotation(name, progress=progress)
+            findings = b.sets.prove(name, progress=progress)
     rows = [
         {"disk": each.disk, "place": each.place, "key": str(each.key or ""), "problem": each.problem}
         for each in findings
@@ -164,7 +164,7 @@ def rotate(
 def delete(name: Name) -> None:
     """Delete a set that no disk is in, and its identity."""
     with backend() as b:
-        b.delete_set(name)
+        b.sets.delete(name)
     typer.echo(f"deleted disk encryption set {name}")
 
 

@@ -57,7 +57,7 @@ class Watched:
     def __init__(self, backend: Backend, probe_seconds: float = 60) -> None:
         plugin = SimpleNamespace(virt_sse_register_key_providers=virt_sse_register_key_providers)
         backend.plugins.register(plugin, NAME)
-        made = backend.create_set("set", provider=NAME, key="key")
+        made = backend.sets.create("set", provider=NAME, key="key")
         disk = backend.create_disk("disk", 1 << 20, encryption_set="set")
         self.key = WatchedKey(disk.deks[0].wrapped.key, made.id)
         self.samples = {self.key: Sample(disk, disk.deks[0].slot, "domain")}
