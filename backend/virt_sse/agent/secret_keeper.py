@@ -17,7 +17,7 @@ from virt_sse.agent.inventory import RunningDomain, Snapshot
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
 from virt_sse.domains import Domains
-from virt_sse.errors import VirtSseError
+from virt_sse.errors import LibvirtError, VirtSseError
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.references import parse_usage
 from virt_sse.libvirt.secrets import drop_secret
@@ -87,6 +87,8 @@ class SecretKeeper:
         try:
             self._domains.prepare(domain.name, domain.xml)
         except VirtSseError as exc:
+            if isinstance(exc, LibvirtError):  # a libvirtd that comes or goes; the next one is asked soon
+                self._tried[domain.uuid, domain.run] = time.monotonic()
             _log.warning("secrets-not-restored", extra=fields({"domain": domain.name, "reason": str(exc)}))
         else:
             self._metrics.actions.labels("restore-secrets").inc()

@@ -137,9 +137,13 @@ class LabAgent:
         try:
             return process.wait(timeout=_STOP_SECONDS)
         except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGUSR1)  # it says what its threads are doing
+            time.sleep(0.5)
             process.kill()
             process.wait()
-            raise LabError("the lab agent does not end") from None
+            error = LabError("the lab agent does not end")
+            error.add_note(self.log_path.read_text()[-8000:])
+            raise error from None
 
     def _end(self, number: signal.Signals) -> int:
         os.kill(self.pid, number)
