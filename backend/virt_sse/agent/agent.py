@@ -197,16 +197,18 @@ def run(config: Config, plugins: PluginHost) -> None:
 def _stop_signal() -> Iterator[int]:
     """A descriptor that can be read from once the process is asked to end.
 
-    A handler of Python's may not take locks: what it interrupts may hold them.
+    The interpreter's own C handler writes to it, in whichever thread the signal comes: a handler in Python
+    waits until the main thread runs, and that is waiting for this descriptor.
     """
     readable, writable = os.pipe()
-    before = {
-        number: signal.signal(number, lambda *_: os.write(writable, b"x") and None)
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    os.set_blocking(writable, False)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    signal.set_wakeup_fd(writable)
     try:
         yield readable
     finally:
+        signal.set_wakeup_fd(-1)
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(readable)
