@@ -274,8 +274,11 @@ def test_what_is_not_even_http(vault: LabVault) -> None:
     ):
         plain = socket.create_connection((host, int(port)), 10)
         with context.wrap_socket(plain, server_hostname=host) as connection:
-            connection.sendall(said)
-            answer = connection.recv(4096)
+            try:
+                connection.sendall(said)
+                answer = connection.recv(4096)
+            except OSError:  # it has hung up already, before all was said
+                answer = b""
             assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
     with socket.create_connection((host, int(port)), 10) as plain:  # no TLS
         plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
