@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import enum
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from virt_sse.cli.key import print_report
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend
+from virt_sse.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.errors import VirtSseError
-
-if TYPE_CHECKING:
-    from virt_sse.encryption_sets import EncryptionSet
+from virt_sse.layers import EncryptionType
 
 app = typer.Typer(help="Disk encryption sets.", no_args_is_help=True, rich_markup_mode=None)
-
-
-class Revocation(enum.Enum):
-    """What ``--revocation`` takes."""
-
-    SHUTDOWN = "shutdown"
-    DESTROY = "destroy"
-    PAUSE = "pause"
-    NONE = "none"
-
-
-class Type(enum.Enum):
-    """What ``--encryption-type`` takes."""
-
-    CUSTOMER_KEY = "EncryptionAtRestWithCustomerKey"
-    PLATFORM_AND_CUSTOMER_KEYS = "EncryptionAtRestWithPlatformAndCustomerKeys"
 
 
 Name = Annotated[str, typer.Argument(help="The set's name or id.", show_default=False)]
@@ -50,27 +32,24 @@ def create(
     key: Annotated[str, KeyOption],
     provider: Annotated[str, typer.Option("--provider", help="The key provider.")] = "customer-managed",
     encryption_type: Annotated[
-        Type, typer.Option("--encryption-type", help="What its disks are encrypted with.")
-    ] = Type.CUSTOMER_KEY,
+        EncryptionType, typer.Option("--encryption-type", help="What its disks are encrypted with.")
+    ] = EncryptionType.CUSTOMER_KEY,
     automatic_rotation: Annotated[
         bool, typer.Option("--auto-rotation", help="Its disks follow new versions of the key by themselves.")
     ] = False,
-    revocation: Annotated[Revocation, RevocationOption] = Revocation.SHUTDOWN,
+    revocation: Annotated[RevocationAction, RevocationOption] = RevocationAction.SHUTDOWN,
     grace: Annotated[int, GraceOption] = 60,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Make a set, and its identity; the key's administrator then grants that identity the key."""
-    from virt_sse.encryption_sets import RevocationAction
-    from virt_sse.layers import EncryptionType
-
     with backend() as b:
         made = b.sets.create(
             name,
             provider=provider,
             key=key,
-            encryption_type=EncryptionType(encryption_type.value),
+            encryption_type=encryption_type,
             automatic_rotation=automatic_rotation,
-            revocation=RevocationAction(revocation.value),
+            revocation=revocation,
             grace_seconds=grace,
         )
     print_fields(_fields(made), output)
@@ -101,7 +80,7 @@ def update(
         bool | None,
         typer.Option("--auto-rotation/--no-auto-rotation", help="Follow new versions of the key."),
     ] = None,
-    revocation: Annotated[Revocation | None, RevocationOption] = None,
+    revocation: Annotated[RevocationAction | None, RevocationOption] = None,
     grace: Annotated[int | None, GraceOption] = None,
     tenant: Annotated[
         str | None,
@@ -113,8 +92,6 @@ def update(
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Change a set; with another key, its disks' DEKs are rewrapped."""
-    from virt_sse.encryption_sets import RevocationAction
-
     with backend() as b, progress_bar("rewrapping") as progress:
         if tenant is not None:
             b.sets.move_to_tenant(name, tenant)
@@ -126,7 +103,7 @@ def update(
             name,
             key=key,
             automatic_rotation=automatic_rotation,
-            revocation=RevocationAction(revocation.value) if revocation else None,
+            revocation=revocation,
             grace_seconds=grace,
             progress=progress,
         )

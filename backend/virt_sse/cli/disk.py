@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from virt_sse.cli.output import Output, OutputFormat, human_size, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend
+from virt_sse.disks import Disk, DiskSku, parse_size
 from virt_sse.errors import LibvirtUnavailableError, PolicyError
-
-if TYPE_CHECKING:
-    from virt_sse.disks import Disk
+from virt_sse.qemu.img import DiskFormat
 
 app = typer.Typer(help="Encrypted disks.", no_args_is_help=True, rich_markup_mode=None)
-
-
-class Sku(enum.Enum):
-    """What ``--sku`` takes."""
-
-    STANDARD_HDD = "Standard_LRS"
-    STANDARD_SSD = "StandardSSD_LRS"
-    PREMIUM_SSD = "Premium_LRS"
-    ULTRA = "UltraSSD_LRS"
-
-
-class Format(enum.Enum):
-    """What ``--format`` takes."""
-
-    QCOW2 = "qcow2"
-    RAW = "raw"
 
 
 Name = Annotated[str, typer.Argument(help="The disk's name or id.", show_default=False)]
 NewName = Annotated[str, typer.Argument(help="The new disk's name.", show_default=False)]
 DomainName = Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name.", show_default=False)]
-ImageFormat = Annotated[Format, typer.Option("--format", help="How the disk lies in its file.")]
+ImageFormat = Annotated[DiskFormat, typer.Option("--format", help="How the disk lies in its file.")]
 ImagePath = Annotated[
     Path | None,
     typer.Option("--path", help="The image file to make; default NAME.FORMAT among libvirt's images."),
@@ -50,7 +32,7 @@ SetName = Annotated[
     typer.Option("--des", help="The disk encryption set whose key it is under; default: the platform's key."),
 ]
 SkuOption = Annotated[
-    Sku, typer.Option("--sku", help="The kind of storage; ultra disks' domains outlive a revocation.")
+    DiskSku, typer.Option("--sku", help="The kind of storage; ultra disks' domains outlive a revocation.")
 ]
 Target = Annotated[str, typer.Option("--target", help="The disk's name in the guest; chooses the bus.")]
 ReadOnly = Annotated[bool, typer.Option("--read-only", help="The guest may not write to it.")]
@@ -63,22 +45,19 @@ def create(
         str, typer.Option("--size", "-s", help="What the guest sees, e.g. 10G.", show_default=False)
     ],
     des: SetName = None,
-    sku: SkuOption = Sku.PREMIUM_SSD,
-    image_format: ImageFormat = Format.QCOW2,
+    sku: SkuOption = DiskSku.PREMIUM_SSD,
+    image_format: ImageFormat = DiskFormat.QCOW2,
     path: ImagePath = None,
     pool: Pool = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Make an empty disk."""
-    from virt_sse.disks import DiskSku, parse_size
-    from virt_sse.qemu.img import DiskFormat
-
     with backend() as b:
         disk = b.create_disk(
             name,
             parse_size(size),
-            image_format=DiskFormat(image_format.value),
-            sku=DiskSku(sku.value),
+            image_format=image_format,
+            sku=sku,
             encryption_set=des,
             path=path,
             pool=pool,
@@ -97,24 +76,21 @@ def import_(
         bool, typer.Option("--with-backing", help="Read the source's backing files, too.")
     ] = False,
     des: SetName = None,
-    sku: SkuOption = Sku.PREMIUM_SSD,
-    image_format: ImageFormat = Format.QCOW2,
+    sku: SkuOption = DiskSku.PREMIUM_SSD,
+    image_format: ImageFormat = DiskFormat.QCOW2,
     path: ImagePath = None,
     pool: Pool = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Make a disk with the content of an image, encrypting it on the way."""
-    from virt_sse.disks import DiskSku
-    from virt_sse.qemu.img import DiskFormat
-
     with backend() as b, progress_bar("encrypting") as progress:
         disk = b.import_disk(
             name,
             source,
             source_format=source_format,
             with_backing=with_backing,
-            image_format=DiskFormat(image_format.value),
-            sku=DiskSku(sku.value),
+            image_format=image_format,
+            sku=sku,
             encryption_set=des,
             path=path,
             pool=pool,
@@ -224,8 +200,6 @@ def resize(
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Make a disk larger, also while a domain has it."""
-    from virt_sse.disks import parse_size
-
     with backend() as b:
         disk = b.resize_disk(name, parse_size(size), shrink=shrink)
     _print_disk(disk, output)
