@@ -90,10 +90,10 @@ class Site:
         raise AssertionError(f"{guest.name} has started")
 
     def secrets(self) -> list[str]:
-        """The usage ids of libvirt's secrets that are ours."""
+        """The usage ids of libvirt's secrets that are ours, sorted: libvirt lists them in any order."""
         with contextlib.closing(self.host.connect()) as connection:
             usages = [secret.usageID() for secret in connection.listAllSecrets()]
-        return [usage for usage in usages if usage.startswith("virt-sse:")]
+        return sorted(usage for usage in usages if usage.startswith("virt-sse:"))
 
     def events(self, name: str, **values: object) -> list[dict[str, object]]:
         """The events of that name in the agent's log that have these values."""

@@ -246,12 +246,14 @@ def test_it_starts_before_libvirtd_does(site: Site) -> None:
     site.agent.stop()
     pid = int((site.host.directory / "run/libvirt/libvirtd.pid").read_text())
     guest, _ = site.guest()
-    site.host.run(["kill", "-STOP", str(pid)])  # as good as absent: it answers nobody
+    send = 'kill -s "$1" "$2"'
+    # Stopped, it is as good as absent: it answers nobody.
+    site.host.run(["sh", "-c", send, "sh", "STOP", str(pid)], check=True)
     try:
         site.agent.start()
         assert site.agent.status()["libvirt-connected"] is False
     finally:
-        site.host.run(["kill", "-CONT", str(pid)])
+        site.host.run(["sh", "-c", send, "sh", "CONT", str(pid)], check=True)
     guest.start()
     site.wait_until_watched(guest)
 
