@@ -5,36 +5,18 @@ from __future__ import annotations
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from agent_site import CONFIG, CustomerSite, customer_site, key_of, wait_until
+from agent_site import CustomerSite, key_of, wait_until
 
 from virt_sse.disks import Disk
 from virt_sse.encryption_sets import EncryptionSet
-from virt_sse.lab.acceleration import Acceleration
-from virt_sse.lab.host import LabHost
-from virt_sse.lab.vaults import LabVault
 from virt_sse.vault.permissions import Permission
 
 SOON_SECONDS = 5.0
 """From the administrator's command to the end of the guest, with no grace time."""
-
-
-@pytest.fixture(scope="module")
-def running_site(
-    lab_host: LabHost, lab_vault: LabVault, acceleration: Callable[[str], Acceleration]
-) -> Iterator[CustomerSite]:
-    config = CONFIG + "poll-seconds = 0.4\n"
-    with customer_site(lab_host, lab_vault, acceleration("boot-sector"), config) as site:
-        yield site
-
-
-@pytest.fixture
-def site(running_site: CustomerSite) -> Iterator[CustomerSite]:
-    yield running_site
-    running_site.forget_domains()
 
 
 @dataclass(frozen=True)

@@ -6,35 +6,17 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import libvirt
 import pytest
-from agent_site import CONFIG, CustomerSite, customer_site, key_of, wait_until
+from agent_site import CustomerSite, key_of, wait_until
 
 from command_line import PROGRAM
 from virt_sse.disks import Disk, DiskSku
 from virt_sse.encryption_sets import RevocationAction
-from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.guests import Guest
-from virt_sse.lab.host import LabHost
 from virt_sse.lab.vaults import LabVault
-
-
-@pytest.fixture(scope="module")
-def running_site(
-    lab_host: LabHost, lab_vault: LabVault, acceleration: Callable[[str], Acceleration]
-) -> Iterator[CustomerSite]:
-    config = CONFIG + "poll-seconds = 0.4\n"
-    with customer_site(lab_host, lab_vault, acceleration("boot-sector"), config) as site:
-        yield site
-
-
-@pytest.fixture
-def site(running_site: CustomerSite) -> Iterator[CustomerSite]:
-    yield running_site
-    running_site.forget_domains()
 
 
 def test_a_guest_that_ignores_the_power_button_is_ended_after_the_grace_time(site: CustomerSite) -> None:

@@ -70,11 +70,6 @@ def key_not_found(name: str, version: str = "") -> Refusal:
     )
 
 
-def not_found() -> Refusal:
-    """404: no such path."""
-    return Refusal(404, "NotFound", "There is nothing at this address.")
-
-
 def conflict(message: str, inner: str | None = None) -> Refusal:
     """409: it stands in the way of what there is."""
     return Refusal(409, "Conflict", message, inner=inner)
