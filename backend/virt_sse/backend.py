@@ -11,6 +11,7 @@ from uuid import UUID
 from virt_sse import envelope
 from virt_sse.audit import AuditLog
 from virt_sse.audit_record import Component
+from virt_sse.ciphers import Cipher
 from virt_sse.config import Config
 from virt_sse.disks import PLATFORM_KEY, Disk, DiskSku, check_name
 from virt_sse.domains import Domains
@@ -25,7 +26,9 @@ from virt_sse.provisioning import Provisioning
 from virt_sse.qemu import img
 from virt_sse.qemu.img import DiskFormat
 from virt_sse.rotation import RewrapReport, Rotation
+from virt_sse.serving import Serving
 from virt_sse.set_provisioning import SetProvisioning
+from virt_sse.stages import Stages
 from virt_sse.store import Store
 from virt_sse.transfer import Progress, Transfer, silent
 from virt_sse.wrapping import Wrapping
@@ -61,11 +64,15 @@ class Backend:
         self._store = Store(config.store_url)
         locks = DiskLocks(config.state_directory / "disks.lock")
         wrapping = self._wrapping = Wrapping(self.plugins, AuditLog.of_host(config), component=component)
-        self._provisioning = Provisioning(self._store, self.plugins, wrapping, locks)
+        self._provisioning = Provisioning(
+            self._store, self.plugins, wrapping, locks, config.infrastructure_cipher
+        )
         self._transfer = Transfer(self.plugins, self._provisioning)
         self._rotation = Rotation(self._store, self.plugins, wrapping, locks)
         self.sets = SetProvisioning(config, self._store, self.plugins, wrapping, self._rotation)
-        self.domains = Domains(config.libvirt_uri, self._store, self.plugins, wrapping)
+        self.stages = Stages(config)
+        serving = Serving(config, self._store, self.plugins, wrapping, self.stages)
+        self.domains = Domains(config.libvirt_uri, self.plugins, serving, self.stages)
         try:
             self._provisioning.recover()
         except BaseException:
@@ -120,12 +127,14 @@ class Backend:
         image_format: DiskFormat = DiskFormat.QCOW2,
         sku: DiskSku = DiskSku.PREMIUM_SSD,
         encryption_set: str | None = None,
+        infrastructure_cipher: Cipher | None = None,
         path: Path | None = None,
         pool: str | None = None,
     ) -> Disk:
         """Make an empty disk of *size* bytes.
 
         :param encryption_set: whose key it is under; the platform's key without.
+        :param infrastructure_cipher: of the second layer, if the set is for double encryption.
         :param path: where its image lies; or
         :param pool: the libvirt storage pool, of type ``dir``, ``fs`` or ``netfs``, that it lies in.
         :raise VirtSseError: By meaning; see :meth:`Provisioning.create`.
@@ -137,6 +146,7 @@ class Backend:
             image_format=image_format,
             sku=sku,
             encryption_set=self._usable_set(encryption_set),
+            infrastructure_cipher=infrastructure_cipher,
         )
         self._refresh_pool(pool)
         return disk
@@ -151,6 +161,7 @@ class Backend:
         image_format: DiskFormat = DiskFormat.QCOW2,
         sku: DiskSku = DiskSku.PREMIUM_SSD,
         encryption_set: str | None = None,
+        infrastructure_cipher: Cipher | None = None,
         path: Path | None = None,
         pool: str | None = None,
         progress: Progress = silent,
@@ -168,6 +179,7 @@ class Backend:
             image_format=image_format,
             sku=sku,
             encryption_set=self._usable_set(encryption_set),
+            infrastructure_cipher=infrastructure_cipher,
             progress=progress,
         )
         self._refresh_pool(pool)
@@ -202,13 +214,15 @@ class Backend:
         :raise AuditError: When that cannot be recorded.
         """
         self._wrapping.unwrap(
-            disk.dek(slot).wrapped, context=disk.context(slot), encryption_set=disk.encryption_set
+            disk.dek(slot).wrapped, context=disk.context(slot), encryption_set=disk.identity_for(slot)
         )
 
     def key_state(self, disk: Disk) -> dict[KeyId, KeyState]:
         """The state of each KEK that the disk is under."""
         return {
-            entry.wrapped.key: self._wrapping.key_state(entry.wrapped.key, encryption_set=disk.encryption_set)
+            entry.wrapped.key: self._wrapping.key_state(
+                entry.wrapped.key, encryption_set=disk.identity_for(entry.slot)
+            )
             for entry in disk.deks
         }
 

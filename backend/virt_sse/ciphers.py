@@ -60,3 +60,4 @@ class Cipher:
 
 
 AES_256_XTS = Cipher("aes-256", "xts")
+AES_256_CBC = Cipher("aes-256", "cbc")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 import os
 import tomllib
@@ -15,18 +16,31 @@ from typing import Self
 from uuid import UUID
 
 from virt_sse.agent.client import SOCKET
-from virt_sse.errors import ConfigError
+from virt_sse.ciphers import AES_256_CBC, Cipher
+from virt_sse.errors import ConfigError, InvalidValueError
 from virt_sse.keys import ProviderConfig
 
 _TABLES = {
     "store": {"url"},
     "libvirt": {"uri"},
-    "disks": {"directory"},
+    "disks": {"directory", "infrastructure-cipher", "io-errors", "reconnect-seconds"},
     "plugins": {"required"},
-    "host": {"subscription", "region"},
+    "host": {"subscription", "region", "storage-user"},
     "encryption-sets": {"limit", "operator-credential"},
     "agent": {"timeout", "poll-seconds", "probe-seconds", "rotation-seconds"},
 }
+
+
+_LONGEST_RECONNECT = 3600
+
+
+class IoErrors(enum.Enum):
+    """What a guest gets when its disk cannot be read or written, because a process below QEMU is gone for
+    one.
+    """
+
+    PAUSE = "pause"
+    REPORT = "report"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +70,11 @@ class Config:
     :ivar subscription: the one that this host's disks belong to; so
     :ivar region: their region.
     :ivar encryption_set_limit: how many disk encryption sets a subscription may have in a region.
+    :ivar infrastructure_cipher: of the second layer of double encryption.
+    :ivar io_errors: what a guest is to get when its disk cannot be read or written.
+    :ivar reconnect_seconds: how long a guest's requests wait for a storage process that died to be back.
+    :ivar storage_user: the user, or its number, that storage processes run as; ``None``: see
+        :func:`virt_sse.stages.users.storage_user`.
     :ivar operator_credential: what makes and deletes the sets' identities in a key vault.
     :ivar required_plugins: entry points without which nothing may run, e.g. a site's policy.
     :ivar provider_options: by provider name, its table ``[key-providers.NAME]``.
@@ -66,6 +85,10 @@ class Config:
     libvirt_uri: str
     disk_directory: Path
     operator_credential: Path
+    infrastructure_cipher: Cipher = AES_256_CBC
+    io_errors: IoErrors = IoErrors.PAUSE
+    reconnect_seconds: int = 30
+    storage_user: str | None = None
     subscription: str = "default"
     region: str = "default"
     encryption_set_limit: int = 50
@@ -94,14 +117,17 @@ class Config:
             or document.get("libvirt", {}).get("uri")
             or "qemu:///system"
         )
+        disks = document.get("disks", {})
         store = document.get("store", {}).get("url") or _sqlite_url(root / "var/lib/virt-sse/store.sqlite")
         return cls(
             root=root,
             store_url=store,
             libvirt_uri=uri,
-            disk_directory=Path(
-                document.get("disks", {}).get("directory") or root / "var/lib/libvirt/images"
-            ),
+            disk_directory=Path(disks.get("directory") or root / "var/lib/libvirt/images"),
+            infrastructure_cipher=_cipher(path, disks.get("infrastructure-cipher")),
+            io_errors=_io_errors(path, disks.get("io-errors")),
+            reconnect_seconds=disks.get("reconnect-seconds", 30),
+            storage_user=document.get("host", {}).get("storage-user"),
             operator_credential=Path(
                 document.get("encryption-sets", {}).get("operator-credential")
                 or root / "etc/virt-sse/identity-operator.json"
@@ -137,6 +163,23 @@ class Config:
         return self.root / SOCKET
 
     @property
+    def stage_directory(self) -> Path:
+        """What is known of the processes between QEMU and the storage; 0700."""
+        return self.root / "run/virt-sse/stages"
+
+    @property
+    def socket_directory(self) -> Path:
+        """Their sockets, each in a folder that only its two sides may enter. This one anybody may pass
+        through.
+        """
+        return self.root / "run/virt-sse-disks"
+
+    @property
+    def cache_directory(self) -> Path:
+        """Host caches, in files without a name; 0700, of the user that storage processes run as."""
+        return self.root / "var/cache/virt-sse"
+
+    @property
     def identity_directory(self) -> Path:
         """The credentials of the disk encryption sets' identities; 0700."""
         return self.state_directory / "identities"
@@ -154,6 +197,21 @@ class Config:
 def _sqlite_url(path: Path) -> str:
     """SQLAlchemy's URL of an SQLite file; ``?`` and ``%`` have a meaning in it."""
     return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")
+
+
+def _cipher(path: Path, text: str | None) -> Cipher:
+    try:
+        return Cipher.parse(text) if text else AES_256_CBC
+    except InvalidValueError as exc:
+        raise ConfigError(f"{path}: 'infrastructure-cipher' in [disks]: {exc}", hint=exc.hint) from exc
+
+
+def _io_errors(path: Path, text: str | None) -> IoErrors:
+    try:
+        return IoErrors(text) if text else IoErrors.PAUSE
+    except ValueError as exc:
+        known = ", ".join(repr(each.value) for each in IoErrors)
+        raise ConfigError(f"{path}: 'io-errors' in [disks] must be one of {known}") from exc
 
 
 def _check(path: Path, document: Mapping[str, object]) -> None:
@@ -177,6 +235,11 @@ def _check(path: Path, document: Mapping[str, object]) -> None:
             elif option == "limit":
                 if type(value) is not int or value < 0:
                     raise ConfigError(f"{path}: 'limit' in [{table}] must be a number")
+            elif option == "reconnect-seconds":
+                if type(value) is not int or not 0 < value <= _LONGEST_RECONNECT:
+                    raise ConfigError(
+                        f"{path}: {option!r} in [disks] must be seconds, from 1 to {_LONGEST_RECONNECT}"
+                    )
             elif table == "agent":
                 if type(value) not in (int, float) or not 0 < value < math.inf:
                     raise ConfigError(f"{path}: {option!r} in [agent] must be a number of seconds above 0")

@@ -13,7 +13,7 @@ from virt_sse.envelope import DekEntry, Envelope
 from virt_sse.errors import InvalidValueError
 from virt_sse.files import canonical
 from virt_sse.keys import DekContext, KeyRef
-from virt_sse.layers import EncryptionType
+from virt_sse.layers import EncryptionType, HostCaching
 from virt_sse.qemu.img import DiskFormat
 
 PLATFORM_KEY = KeyRef("platform-managed", "default")
@@ -54,6 +54,7 @@ class Disk:
     :ivar size: what the guest sees, in bytes.
     :ivar generation: counts the rewraps of its DEKs.
     :ivar encryption_set: the id of the set that its own key is that of; ``None`` for the platform's key.
+    :ivar caching: what the host caches of it in a domain; not ``NONE`` only with encryption at host.
     """
 
     id: UUID
@@ -68,6 +69,7 @@ class Disk:
     deks: tuple[DekEntry, ...]
     sku: DiskSku = DiskSku.PREMIUM_SSD
     encryption_set: UUID | None = None
+    caching: HostCaching = HostCaching.NONE
 
     def dek(self, slot: str) -> DekEntry:
         """The wrapped DEK in *slot*.
@@ -78,6 +80,14 @@ class Disk:
             if entry.slot == slot:
                 return entry
         raise KeyError(slot)
+
+    def identity_for(self, slot: str) -> UUID | None:
+        """The encryption set with whose identity the KEK of the DEK in *slot* is used; ``None``: the host
+        itself.
+
+        The disk's own key is its set's. Another layer's is the platform's.
+        """
+        return self.encryption_set if slot == self.deks[0].slot else None
 
     def context(self, slot: str) -> DekContext:
         """What the DEK in *slot* is bound to."""

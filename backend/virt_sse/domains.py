@@ -5,40 +5,34 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from uuid import UUID
 
 import libvirt
 
-from virt_sse import envelope
 from virt_sse.disks import Disk, DiskState
 from virt_sse.errors import (
     DiskInUseError,
     DiskNotFoundError,
     DiskStateError,
-    EnvelopeError,
-    ImageError,
-    InvalidValueError,
     LibvirtError,
     LibvirtUnavailableError,
     VirtSseError,
 )
-from virt_sse.events import audit_context
-from virt_sse.files import canonical
-from virt_sse.keys import Dek
 from virt_sse.libvirt import domain_xml
 from virt_sse.libvirt.connection import connected
-from virt_sse.libvirt.secrets import drop_secret, set_secret
+from virt_sse.libvirt.secrets import drop_secret
 from virt_sse.plugins import PluginHost
-from virt_sse.policy import AttachDisk, UnlockDisk
-from virt_sse.qemu import img
-from virt_sse.store import Store
-from virt_sse.wrapping import Wrapping
+from virt_sse.policy import AttachDisk
+from virt_sse.serving import Serving
+from virt_sse.stages import Stages
 
 _log = logging.getLogger(__name__)
 
 _UNPLUG_SECONDS = 20.0
 """How long a guest may take to let go of a disk."""
 
+_RECONNECT_SECONDS = 10.0
 _ENDING_SECONDS = 2.0
 """How long libvirt may take to note that a domain has ended."""
 
@@ -46,63 +40,11 @@ _ENDING_SECONDS = 2.0
 class Domains:
     """Serves libvirt's domains at *uri*."""
 
-    def __init__(self, uri: str, store: Store, plugins: PluginHost, wrapping: Wrapping) -> None:
+    def __init__(self, uri: str, plugins: PluginHost, serving: Serving, stages: Stages) -> None:
         self._uri = uri
-        self._store = store
         self._plugins = plugins
-        self._wrapping = wrapping
-
-    def prepare(self, name: str, xml: str) -> None:
-        """Give libvirt the DEKs of the domain's disks, all or none, before it starts the domain.
-
-        :raise VirtSseError: When one of them cannot be served; the domain must not start then.
-        """
-        uses = domain_xml.our_disks(xml)
-        if not uses:
-            return
-        deks = [(use, self._unlock(use, name)) for use in uses]
-        with connected(self._uri) as connection, contextlib.ExitStack() as undo:
-            for use, dek in deks:
-                undo.callback(drop_secret, connection, use.disk_id, use.slot)
-                set_secret(connection, use.disk_id, use.slot, dek)
-            undo.pop_all()
-
-    def _unlock(self, use: domain_xml.DomainDisk, domain: str) -> Dek:
-        disk = self._disk_of(use)
-        self._plugins.validate(UnlockDisk(disk, domain))
-        try:
-            entry = disk.dek(use.slot)
-        except KeyError:
-            raise InvalidValueError(f"disk {disk.name!r} has no DEK in slot {use.slot!r}") from None
-        with audit_context(domain=domain):
-            return self._wrapping.unwrap(
-                entry.wrapped, context=disk.context(use.slot), encryption_set=disk.encryption_set
-            )
-
-    def _disk_of(self, use: domain_xml.DomainDisk) -> Disk:
-        """The disk that a domain names, if that is what lies where the domain says."""
-        try:
-            disk = self._store.get(str(use.disk_id))
-        except DiskNotFoundError as exc:
-            raise DiskNotFoundError(
-                f"{use.target} names disk {use.disk_id}, which the store does not have",
-                hint="if its image is whole, 'virt-sse disk adopt PATH' brings it back",
-            ) from exc
-        if disk.state is not DiskState.READY:
-            raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
-        if use.source is None or canonical(use.source) != disk.path:
-            raise InvalidValueError(
-                f"{use.target} has the key of disk {disk.name!r} but the image {use.source}",
-                hint=f"the disk's image is {disk.path}; one that was moved is found by 'virt-sse disk adopt'",
-            )
-        with img.opened(disk.path) as descriptor:
-            try:
-                carried = envelope.read(descriptor, disk.format).disk_id
-            except EnvelopeError:
-                carried = disk.id  # damaged; the store's wrapped DEKs are whole, and QEMU needs no envelope
-        if carried != disk.id:
-            raise ImageError(f"{disk.path} is the image of another disk than {disk.name!r}")
-        return disk
+        self._stages = stages
+        self.serving = serving
 
     def reconnect(self, name: str, xml: str) -> None:
         """Give libvirt, which has been restarted, the DEKs of a running domain's disks again.
@@ -110,7 +52,7 @@ class Domains:
         Raises nothing: libvirt kills the guest of a ``reconnect`` hook that fails.
         """
         try:
-            self.prepare(name, xml)
+            self.serving.restore(name, xml)
         except VirtSseError as exc:
             _log.warning("cannot restore the secrets of domain %s: %s", name, exc)
 
@@ -141,10 +83,9 @@ class Domains:
             element = self.element(disk, target=target, read_only=read_only)
             with contextlib.ExitStack() as undo:
                 if domain.isActive():
-                    for use in domain_xml.our_disks(f"<domain><devices>{element}</devices></domain>"):
-                        dek = self._unlock(use, name)
-                        undo.callback(drop_secret, connection, use.disk_id, use.slot)
-                        set_secret(connection, use.disk_id, use.slot, dek)
+                    uses = domain_xml.our_disks(f"<domain><devices>{element}</devices></domain>")
+                    undo.callback(self._forget, connection, disk)
+                    self.serving.serve(connection, name, domain.XMLDesc(), uses)
                 domain.attachDeviceFlags(element, sum(_definitions(domain)))
                 undo.pop_all()
         return target
@@ -166,8 +107,26 @@ class Domains:
                     domain.detachDeviceFlags(element, definition)
             with _ending_is_fine(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE):
                 self._await_unplug(domain, disk)
-            for entry in disk.deks:
-                drop_secret(connection, disk.id, entry.slot)
+            self._forget(connection, disk)
+
+    def _forget(self, connection: libvirt.virConnect, disk: Disk) -> None:
+        """Take away what a domain was given of the disk."""
+        for entry in disk.deks:
+            drop_secret(connection, disk.id, entry.slot)
+        self._stages.stop(disk.id)
+
+    def redefine_disks(self, domain: libvirt.virDomain, disks: Mapping[UUID, Disk]) -> None:
+        """Let the definition of a domain find our disks as they are served now, e.g. with other host caching.
+
+        :param disks: by id; those that are to be found anew.
+        :raise libvirt.libvirtError: When libvirt refuses.
+        """
+        flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
+        before = domain.XMLDesc(flags)
+        sources = {disk_id: self.serving.source(disk) for disk_id, disk in disks.items()}
+        after = domain_xml.with_sources(before, sources)
+        if after != before:
+            domain.connect().defineXML(after)
 
     def _await_unplug(self, domain: libvirt.virDomain, disk: Disk) -> None:
         """The guest itself must let go of a disk of a running domain."""
@@ -190,7 +149,9 @@ class Domains:
             with connected(self._uri) as connection:
                 for domain in _using(connection, disk):
                     if domain.isActive():
-                        domain.blockResize(str(disk.path), size, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+                        self._stages.grow(disk, size)
+                        (use, *_) = _uses(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE, disk)
+                        _block_resize(domain, use.target, size)
                         return True
         except LibvirtUnavailableError:
             pass  # then QEMU's lock on the image tells whether a domain has it
@@ -201,14 +162,20 @@ class Domains:
 
         :raise InvalidValueError: When *target* is no name of a disk in a guest.
         """
-        return domain_xml.disk_element(
-            path=disk.path,
-            driver_type=disk.format.value,
-            disk_id=disk.id,
-            slot=disk.deks[0].slot,
-            target=target,
-            read_only=read_only,
-        )
+        return domain_xml.disk_element(self.serving.source(disk), target=target, read_only=read_only)
+
+
+def _block_resize(domain: libvirt.virDomain, target: str, size: int) -> None:
+    """Resize a disk in a running domain, whose QEMU may be about to connect again to what is below it."""
+    deadline = time.monotonic() + _RECONNECT_SECONDS
+    while True:
+        try:
+            domain.blockResize(target, size, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+            return
+        except libvirt.libvirtError as exc:
+            if "NBD" not in str(exc) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
 
 
 def _lookup(connection: libvirt.virConnect, name: str) -> libvirt.virDomain:

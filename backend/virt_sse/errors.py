@@ -33,6 +33,8 @@
     │   └── AgentUnavailableError    no agent answers
     ├── AuditError                   a key use cannot be recorded, or the log is not whole
     ├── StoreError
+    ├── StageError                   a process between QEMU and the storage does not start, or has failed
+    ├── MonitorError                 a QEMU process refuses what it is told by QMP, or is gone
     ├── LibvirtError
     │   └── LibvirtUnavailableError  no libvirt daemon answers
     ├── ToolError                    qemu-img, cryptsetup, …: missing or failed
@@ -185,6 +187,14 @@ class AuditError(VirtSseError):
 
 class StoreError(VirtSseError):
     """The store cannot be opened, migrated or written."""
+
+
+class StageError(VirtSseError):
+    """A process between a guest's QEMU and the storage cannot be started, or has failed."""
+
+
+class MonitorError(VirtSseError):
+    """A QEMU process refuses a QMP command, or is gone."""
 
 
 class LibvirtError(VirtSseError):

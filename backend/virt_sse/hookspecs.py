@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from virt_sse.events import KeyEvent
     from virt_sse.keys import KeyProvider
-    from virt_sse.layers import EncryptionLayer
+    from virt_sse.layers import EncryptionLayer, HostLayer
     from virt_sse.policy import Operation
 
 PROJECT = "virt_sse"
@@ -30,7 +30,7 @@ class RegisterKeyProvider(Protocol):
 class RegisterEncryptionLayer(Protocol):
     """Adds an encryption layer under *name*; *load* imports and returns its class at its first use."""
 
-    def __call__(self, name: str, load: Callable[[], type[EncryptionLayer]]) -> None: ...
+    def __call__(self, name: str, load: Callable[[], type[EncryptionLayer | HostLayer]]) -> None: ...
 
 
 @hookspec
@@ -44,7 +44,8 @@ def virt_sse_register_key_providers(register: RegisterKeyProvider) -> None:
 
 @hookspec
 def virt_sse_register_encryption_layers(register: RegisterEncryptionLayer) -> None:
-    """Call ``register(name, load)`` for each encryption layer that the plugin brings."""
+    """Call ``register(name, load)`` for each encryption layer that the plugin brings: of disks at rest, or of
+    VMs with encryption at host."""
 
 
 @hookspec

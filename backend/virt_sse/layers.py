@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from virt_sse.ciphers import Cipher
+from virt_sse.errors import PolicyError
 from virt_sse.keys import KeyRef
 
 
@@ -37,6 +38,14 @@ class DekSpec:
     cipher: Cipher
 
 
+class HostCaching(enum.Enum):
+    """What of a disk a host caches, in the cloud's words."""
+
+    NONE = "None"
+    READ_ONLY = "ReadOnly"
+    READ_WRITE = "ReadWrite"
+
+
 @dataclass(frozen=True, slots=True)
 class GuestNode:
     """Stage: a LUKS node in the guest's own QEMU, wired by libvirt's ``<encryption format='luks'>``."""
@@ -44,24 +53,79 @@ class GuestNode:
     slot: str
 
 
-Stage = GuestNode
-"""One thing that data passes, guest first."""
+@dataclass(frozen=True, slots=True)
+class HostCache:
+    """Stage: a cache on the host, below the guest's LUKS node: it holds ciphertext and nothing else."""
+
+    caching: HostCaching
+
+
+@dataclass(frozen=True, slots=True)
+class StorageNode:
+    """Stage: another LUKS node, in a storage daemon of its own, apart from the guest's QEMU."""
+
+    slot: str
+
+
+Stage = GuestNode | HostCache | StorageNode
+"""One thing that data passes."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What a layer asks of the host: DEKs to make, and stages from guest to storage."""
+    """What a layer asks of the host.
+
+    :ivar deks: to make; the guest's first, in the order of the LUKS volumes, which lie one in the other.
+    :ivar stages: what data passes, from guest to storage.
+    :raise PolicyError: When one layer would add nothing to another: same cipher, same mode, same key.
+    """
 
     deks: tuple[DekSpec, ...]
     stages: tuple[Stage, ...]
 
+    def __post_init__(self) -> None:
+        if len({(spec.cipher, spec.key) for spec in self.deks}) < len(self.deks):
+            raise PolicyError(
+                f"two layers with the same cipher, {self.deks[0].cipher}, under the same key",
+                hint="another cipher for the infrastructure layer: 'disks.infrastructure-cipher'",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """What a layer plans for.
+
+    :ivar key: the disk's own key.
+    :ivar infrastructure_cipher: of the layer under the platform's key, where there is one.
+    """
+
+    key: KeyRef
+    infrastructure_cipher: Cipher
+
 
 class EncryptionLayer(ABC):
-    """Plans the encryption of a disk. Returns data and does no I/O."""
+    """Plans the encryption of a disk at rest. Returns data and does no I/O."""
 
     name: ClassVar[str]
     encryption_types: ClassVar[frozenset[EncryptionType]]
 
     @abstractmethod
-    def plan(self, key: KeyRef) -> LayerPlan:
-        """The plan for a disk whose own key is *key*."""
+    def plan(self, choice: LayerChoice) -> LayerPlan:
+        """The plan for a disk.
+
+        :raise PolicyError: When the choice makes no sense.
+        """
+
+
+class HostLayer(ABC):
+    """Plans what a VM with encryption at host has beside its disks' own layers. Does no I/O."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def cache(self, plan: LayerPlan, caching: HostCaching) -> LayerPlan:
+        """*plan* with a host cache of that kind in it, where it never holds plaintext."""
+
+    @abstractmethod
+    def temporary_disk(self) -> LayerPlan:
+        """The plan of a VM's temporary disk."""

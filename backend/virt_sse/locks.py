@@ -34,9 +34,10 @@ class DiskLocks:
         self._path = path
 
     @contextlib.contextmanager
-    def hold(self, disk_id: UUID) -> Iterator[None]:
+    def hold(self, disk_id: UUID, *, wait: bool = False) -> Iterator[None]:
         """Keep every other command away from the disk.
 
+        :param wait: for one that is at work on it, rather than to refuse.
         :raise DiskInUseError: When another command is at work on it.
         :raise StoreError: When the file of locks cannot be made.
         """
@@ -49,7 +50,9 @@ class DiskLocks:
             byte = disk_id.int & ((1 << 62) - 1)
             try:
                 fcntl.fcntl(
-                    descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+                    descriptor,
+                    fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK,
+                    _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0),
                 )
             except BlockingIOError as exc:
                 raise DiskInUseError(f"another command is at work on disk {disk_id}") from exc

@@ -13,6 +13,7 @@ import pluggy
 
 from virt_sse import hookspecs
 from virt_sse.errors import ConfigError, KeyDeniedError, PluginError, PolicyError
+from virt_sse.layers import EncryptionLayer, HostLayer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from virt_sse.config import Config
     from virt_sse.events import KeyEvent
     from virt_sse.keys import KeyProvider
-    from virt_sse.layers import EncryptionLayer, EncryptionType
+    from virt_sse.layers import EncryptionType
     from virt_sse.policy import Operation
 
 _log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ _log = logging.getLogger(__name__)
 ENTRY_POINT_GROUP = "virt_sse"
 
 T = TypeVar("T")
+L = TypeVar("L", EncryptionLayer, HostLayer)
 
 
 class _Registry(Generic[T]):
@@ -72,6 +74,20 @@ class _Registry(Generic[T]):
             raise PluginError(plugin, f"{self._kind} {name!r} does not load: {exc}") from exc
 
 
+def _only(serving: list[type[L]], what: str, broken: Iterable[PluginError]) -> type[L]:
+    """The one layer that does *what*.
+
+    :raise ConfigError: When it is none, or not one.
+    """
+    if len(serving) != 1:
+        hint = f"these do: {', '.join(layer.name for layer in serving)}" if serving else None
+        raise ConfigError(
+            f"{len(serving) or 'no'} encryption layers {what}",
+            hint=hint or "; ".join(map(str, broken)) or None,
+        )
+    return serving[0]
+
+
 def _call(implementation: pluggy.HookImpl, **arguments: object) -> object:
     """Call one plugin's implementation; like pluggy itself, with just the arguments that it names."""
     return implementation.function(*(arguments[name] for name in implementation.argnames))
@@ -104,7 +120,7 @@ class PluginHost:
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self._provider_classes: _Registry[KeyProvider] = _Registry("key provider")
-        self._layer_classes: _Registry[EncryptionLayer] = _Registry("encryption layer")
+        self._layer_classes: _Registry[EncryptionLayer | HostLayer] = _Registry("encryption layer")
         self._providers: dict[tuple[str, UUID | None], KeyProvider] = {}
         self._identities: dict[tuple[str, UUID | None], object] = {}
         self._lock = threading.RLock()
@@ -235,7 +251,21 @@ class PluginHost:
 
         :raise ConfigError: When no layer does, or more than one.
         """
-        serving = []
+        loaded, broken = self._load_layers(EncryptionLayer)  # type: ignore[type-abstract]
+        serving = [layer for layer in loaded if encryption_type in layer.encryption_types]
+        return _only(serving, f"serve {encryption_type.value}", broken)()
+
+    def host_layer(self) -> HostLayer:
+        """The layer that serves VMs with encryption at host.
+
+        :raise ConfigError: When none does, or more than one.
+        """
+        loaded, broken = self._load_layers(HostLayer)  # type: ignore[type-abstract]
+        return _only(loaded, "serve encryption at host", broken)()
+
+    def _load_layers(self, kind: type[L]) -> tuple[list[type[L]], list[PluginError]]:
+        """The layers of that kind, and what is wrong with the plugins that cannot be loaded."""
+        loaded = []
         broken = list(self.broken)
         for name in self._layer_classes.names():
             try:
@@ -243,15 +273,9 @@ class PluginHost:
             except PluginError as exc:
                 broken.append(exc)
                 continue
-            if encryption_type in layer.encryption_types:
-                serving.append(layer)
-        if len(serving) != 1:
-            hint = f"these do: {', '.join(layer.name for layer in serving)}" if serving else None
-            raise ConfigError(
-                f"{len(serving) or 'no'} encryption layers serve {encryption_type.value}",
-                hint=hint or "; ".join(map(str, broken)) or None,
-            )
-        return serving[0]()
+            if issubclass(layer, kind):
+                loaded.append(layer)
+        return loaded, broken
 
     def add_commands(self, app: typer.Typer) -> None:
         """Let every plugin add its commands to *app*; one that fails is named in :attr:`broken`."""

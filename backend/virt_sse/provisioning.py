@@ -13,11 +13,12 @@ import errno
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from virt_sse import envelope
+from virt_sse.ciphers import Cipher
 from virt_sse.disks import PLATFORM_KEY, Disk, DiskSku, DiskState, check_name, check_path, check_size
 from virt_sse.encryption_sets import EncryptionSet
 from virt_sse.envelope import DekEntry, Envelope
@@ -34,11 +35,12 @@ from virt_sse.errors import (
 )
 from virt_sse.files import publish, sync_folder
 from virt_sse.keys import Dek, DekContext
-from virt_sse.layers import EncryptionType
+from virt_sse.layers import EncryptionType, LayerChoice
 from virt_sse.locks import DiskLocks
 from virt_sse.plugins import PluginHost
 from virt_sse.policy import CreateDisk, DeleteDisk, ResizeDisk
 from virt_sse.qemu import img
+from virt_sse.qemu.formatting import Volume, make
 from virt_sse.qemu.img import DiskFormat
 from virt_sse.store import Store
 from virt_sse.wrapping import Wrapping
@@ -49,7 +51,15 @@ _log = logging.getLogger(__name__)
 class Provisioning:
     """Makes, changes and deletes disks."""
 
-    def __init__(self, store: Store, plugins: PluginHost, wrapping: Wrapping, locks: DiskLocks) -> None:
+    def __init__(
+        self,
+        store: Store,
+        plugins: PluginHost,
+        wrapping: Wrapping,
+        locks: DiskLocks,
+        infrastructure_cipher: Cipher,
+    ) -> None:
+        self._infrastructure_cipher = infrastructure_cipher
         self._store = store
         self._plugins = plugins
         self._wrapping = wrapping
@@ -64,11 +74,14 @@ class Provisioning:
         image_format: DiskFormat,
         sku: DiskSku,
         encryption_set: EncryptionSet | None,
-        fill: Callable[[Path, Dek], None] | None = None,
+        infrastructure_cipher: Cipher | None = None,
+        fill: Callable[[Path, Sequence[Dek]], None] | None = None,
     ) -> Disk:
         """Make a disk of *size* bytes; its image lies at *path*.
 
         :param encryption_set: whose key it is under; the platform's key without.
+        :param infrastructure_cipher: of the layer under the platform's key, if it is to have one; default the
+            configured one.
         :param fill: writes the first content into the image at the path that it is given.
         :raise InvalidValueError: When name or size make no sense.
         :raise DiskExistsError: When the name or the path is taken.
@@ -82,20 +95,26 @@ class Provisioning:
         key = encryption_set.key if encryption_set else PLATFORM_KEY
         encryption_type = encryption_set.encryption_type if encryption_set else EncryptionType.PLATFORM_KEY
         self._plugins.validate(CreateDisk(name, size, path, image_format, encryption_type, key))
-        (spec,) = self._plugins.encryption_layer(encryption_type).plan(key).deks
+        layer = self._plugins.encryption_layer(encryption_type)
+        plan = layer.plan(LayerChoice(key, infrastructure_cipher or self._infrastructure_cipher))
         if os.path.lexists(path):
             raise DiskExistsError(f"{path} exists already")
         if not os.path.isdir(path.parent):  # noqa: PTH112 -- Path.is_dir raises for a name that is too long
             raise ImageError(f"{path.parent} is not a folder")
 
         disk_id = uuid.uuid4()
-        dek = Dek.generate()
-        wrapped = self._wrapping.wrap(
-            dek,
-            self._wrapping.wrapping_key(spec.key, encryption_set),
-            context=DekContext(disk_id, spec.slot),
-            encryption_set=encryption_set.id if encryption_set else None,
-        )
+        set_id = encryption_set.id if encryption_set else None
+        deks = [Dek.generate() for _ in plan.deks]
+        entries = []
+        for position, (spec, dek) in enumerate(zip(plan.deks, deks, strict=True)):
+            acting = encryption_set if position == 0 else None  # see Disk.identity_for
+            wrapped = self._wrapping.wrap(
+                dek,
+                self._wrapping.wrapping_key(spec.key, acting),
+                context=DekContext(disk_id, spec.slot),
+                encryption_set=acting.id if acting else None,
+            )
+            entries.append(DekEntry(spec.slot, spec.cipher, wrapped))
         disk = Disk(
             id=disk_id,
             name=name,
@@ -106,17 +125,18 @@ class Provisioning:
             encryption_type=encryption_type,
             created=datetime.now(UTC).replace(microsecond=0),
             generation=1,
-            deks=(DekEntry(spec.slot, spec.cipher, wrapped),),
+            deks=tuple(entries),
             sku=sku,
-            encryption_set=encryption_set.id if encryption_set else None,
+            encryption_set=set_id,
         )
         with self._locks.hold(disk_id):
             self._store.add(disk)
             try:
                 partial = _partial(disk)
-                img.make(partial, image_format, size, spec.cipher, dek)
+                volumes = [Volume(spec.cipher, dek) for spec, dek in zip(plan.deks, deks, strict=True)]
+                make(partial, image_format, size, volumes)
                 if fill:
-                    fill(partial, dek)
+                    fill(partial, deks)
                 with img.opened(partial, os.O_RDWR) as descriptor:
                     envelope.write(descriptor, image_format, disk.envelope)
                 publish(partial, path)
@@ -180,13 +200,12 @@ class Provisioning:
         with img.opened(path) as descriptor:
             image_format = img.probe_format(descriptor)
             carried = envelope.read(descriptor, image_format)
-            size = img.usable_size(descriptor, image_format)
         disk = Disk(
             id=carried.disk_id,
             name=check_name(name or carried.name),
             path=path,
             format=image_format,
-            size=size,
+            size=0,  # unknown until it is unlocked
             state=DiskState.READY,
             encryption_type=carried.encryption_type,
             created=carried.created,
@@ -196,11 +215,13 @@ class Provisioning:
         )
         if not disk.deks:
             raise EnvelopeError(f"the envelope of {path} holds no DEK")
-        self._plugins.validate(
-            CreateDisk(disk.name, size, path, image_format, disk.encryption_type, disk.key)
-        )
         with self._locks.hold(disk.id):
-            img.check_unlocks(path, image_format, self.unlock(disk))
+            deks = self.unlock(disk)
+            img.check_unlocks(path, image_format, deks)
+            disk = dataclasses.replace(disk, size=img.usable_size_within(path, image_format, deks))
+            self._plugins.validate(
+                CreateDisk(disk.name, disk.size, path, image_format, disk.encryption_type, disk.key)
+            )
             if disk.envelope != carried:
                 with img.opened(path, os.O_RDWR) as descriptor:
                     envelope.write(descriptor, image_format, disk.envelope)
@@ -226,22 +247,19 @@ class Provisioning:
                 hint="say --des with a set that may use the disk's key",
             ) from exc
 
-    def unlock(self, disk: Disk) -> Dek:
-        """The DEK that opens the disk's image.
+    def unlock(self, disk: Disk) -> list[Dek]:
+        """The DEKs that open the disk's image, the guest's first.
 
         :raise KeyProviderError: When the provider refuses.
         """
-        entry = disk.deks[-1]
-        return self._wrapping.unwrap(
-            entry.wrapped, context=disk.context(entry.slot), encryption_set=disk.encryption_set
-        )
+        return self._wrapping.unwrap_all(disk)
 
     def refresh(self, disk: Disk) -> Disk:
         """The disk with its image's real size: a resize may have been cut off, or done by others.
 
-        A missing or damaged image changes nothing.
+        A missing or damaged image changes nothing, nor does one with several layers: its size is encrypted.
         """
-        if disk.state is not DiskState.READY:
+        if disk.state is not DiskState.READY or len(disk.deks) > 1:
             return disk
         with contextlib.suppress(ImageError), img.opened(disk.path) as descriptor:
             size = img.usable_size(descriptor, disk.format)
@@ -269,7 +287,8 @@ class Provisioning:
             self._plugins.validate(ResizeDisk(current, size))
             if not live(size):
                 img.resize(current.path, current.format, size, self.unlock(current), shrink=shrink)
-            return self.refresh(current)
+            self._store.set_size(current.id, size)
+            return self.refresh(dataclasses.replace(current, size=size))
 
     def check(self, disk: Disk) -> None:
         """See whether the disk's image is whole and opens with its DEK.

@@ -69,9 +69,9 @@ class _Targets:
     _known: dict[tuple[KeyRef, EncryptionSet | None], KeyId] = field(default_factory=dict)
 
     def of(self, disk: Disk, position: int, encryption_set: EncryptionSet | None) -> KeyId:
-        """What the DEK at *position* should be under. The first is the disk's own; its key is the set's."""
+        """What the DEK at *position* should be under: the first, the disk's own, under the key of its set."""
         pinned = disk.deks[position].wrapped.key
-        key = encryption_set.key if encryption_set and position == 0 else KeyRef(pinned.provider, pinned.name)
+        key = encryption_set.key if encryption_set else KeyRef(pinned.provider, pinned.name)
         if (key, encryption_set) not in self._known:
             self._known[key, encryption_set] = self.wrapping.wrapping_key(key, encryption_set)
         return self._known[key, encryption_set]
@@ -170,9 +170,11 @@ class Rotation:
         self, disk: Disk, position: int, targets: _Targets, encryption_set: EncryptionSet | None
     ) -> envelope.DekEntry:
         entry = disk.deks[position]
+        if position:  # the platform's, see Disk.identity_for
+            encryption_set = None
         target = targets.of(disk, position, encryption_set)
         set_id = encryption_set.id if encryption_set else None
-        if target == entry.wrapped.key and set_id == disk.encryption_set:
+        if target == entry.wrapped.key and set_id == disk.identity_for(entry.slot):
             return entry
         context = disk.context(entry.slot)
         dek = self._unwrap(disk, entry, encryption_set)
@@ -182,10 +184,11 @@ class Rotation:
     def _unwrap(self, disk: Disk, entry: envelope.DekEntry, encryption_set: EncryptionSet | None) -> Dek:
         """With the identity of the disk's set; if that has lost its rights, of the set that it moves to."""
         context = disk.context(entry.slot)
+        identity = disk.identity_for(entry.slot)
         try:
-            return self._wrapping.unwrap(entry.wrapped, context=context, encryption_set=disk.encryption_set)
+            return self._wrapping.unwrap(entry.wrapped, context=context, encryption_set=identity)
         except KeyDeniedError:
-            if encryption_set is None or encryption_set.id == disk.encryption_set:
+            if encryption_set is None or encryption_set.id == identity:
                 raise
             return self._wrapping.unwrap(entry.wrapped, context=context, encryption_set=encryption_set.id)
 
@@ -198,7 +201,7 @@ class Rotation:
                 except EnvelopeError:
                     carried = None
                     # Damaged, or another image that was put here: that must not come to pass for ours.
-                    img.check_unlocks(disk.path, disk.format, self._unwrap(disk, disk.deks[-1], None))
+                    img.check_unlocks(disk.path, disk.format, [self._unwrap(disk, disk.deks[-1], None)])
                 if carried == disk.envelope:
                     return False
                 if carried and carried.disk_id != disk.id:
@@ -222,14 +225,14 @@ class Rotation:
             for position, entry in enumerate(deks):
                 problem = None
                 try:
-                    target = targets.of(disk, position, encryption_set)
+                    target = targets.of(disk, position, encryption_set if position == 0 else None)
                     if entry.wrapped.key != target:
                         problem = f"needs this key, not {target}"
                     else:
                         self._wrapping.unwrap(
                             entry.wrapped,
                             context=disk.context(entry.slot),
-                            encryption_set=disk.encryption_set,
+                            encryption_set=disk.identity_for(entry.slot),
                         )
                 except (VirtSseError, IndexError) as exc:
                     problem = str(exc)

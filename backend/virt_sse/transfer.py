@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from virt_sse.ciphers import Cipher
 from virt_sse.disks import Disk, DiskSku
 from virt_sse.encryption_sets import EncryptionSet
 from virt_sse.errors import DiskExistsError, ImageError, ImageFormatError
@@ -44,6 +45,7 @@ class Transfer:
         image_format: DiskFormat,
         sku: DiskSku,
         encryption_set: EncryptionSet | None,
+        infrastructure_cipher: Cipher | None,
         progress: Progress,
     ) -> Disk:
         """Make a disk with the content of the image *source*, which is encrypted on its way.
@@ -68,8 +70,8 @@ class Transfer:
                 hint="if that is meant to be read, say --with-backing",
             )
 
-        def fill(partial: Path, dek: Dek) -> None:
-            img.encrypt_from(source, information.format, partial, image_format, dek, progress)
+        def fill(partial: Path, deks: Sequence[Dek]) -> None:
+            img.encrypt_from(source, information.format, partial, image_format, deks, progress)
 
         return self._provisioning.create(
             name,
@@ -78,6 +80,7 @@ class Transfer:
             image_format=image_format,
             sku=sku,
             encryption_set=encryption_set,
+            infrastructure_cipher=infrastructure_cipher,
             fill=fill,
         )
 
@@ -95,11 +98,11 @@ class Transfer:
             raise DiskExistsError(f"{destination} exists already")
         with self._provisioning.usable(disk) as current:
             self._plugins.validate(ExportDisk(current, destination))
-            dek = self._provisioning.unlock(current)
+            deks = self._provisioning.unlock(current)
             try:
                 with unnamed_file(destination.parent) as descriptor:
                     img.decrypt_to(
-                        current.path, current.format, descriptor, destination_format, dek, progress
+                        current.path, current.format, descriptor, destination_format, deks, progress
                     )
                     os.fsync(descriptor)
                     publish(Path(f"/proc/self/fd/{descriptor}"), destination)

@@ -13,6 +13,7 @@ from uuid import UUID
 
 from virt_sse.audit import AuditLog
 from virt_sse.audit_record import AuditRecord, Component, Result, process_actor
+from virt_sse.disks import Disk
 from virt_sse.encryption_sets import EncryptionSet
 from virt_sse.errors import AuditError, KeyDeniedError, VirtSseError
 from virt_sse.events import KeyAction, KeyEvent, correlated, current_domain
@@ -98,6 +99,21 @@ class Wrapping:
             context,
             lambda: self._plugins.key_provider(key.provider, encryption_set).unwrap(wrapped, context=context),
         )
+
+    def unwrap_all(self, disk: Disk) -> list[Dek]:
+        """All DEKs of *disk*, in its order.
+
+        :raise KeyProviderError: By meaning; see :meth:`KeyProvider.unwrap`.
+        :raise AuditError: When it cannot be recorded.
+        """
+        return [
+            self.unwrap(
+                entry.wrapped,
+                context=disk.context(entry.slot),
+                encryption_set=disk.identity_for(entry.slot),
+            )
+            for entry in disk.deks
+        ]
 
     def rotate(self, key: KeyRef) -> KeyId:
         """Make a new version of *key*, and make it current.

@@ -86,7 +86,7 @@ def test_a_domain_that_starts_is_named(virt_sse: CommandLine, backend: Backend) 
     backend.create_disk("web", 1 << 20)
     xml = f"<domain><devices>{backend.disk_xml('web')}</devices></domain>"
     with pytest.raises(LibvirtUnavailableError):  # which is asked when the DEKs are there
-        backend.domains.prepare("my-domain", xml)
+        backend.domains.serving.prepare("my-domain", xml)
     assert [(entry["action"], entry["domain"]) for entry in entries(virt_sse)] == [
         ("wrap", None),
         ("unwrap", "my-domain"),

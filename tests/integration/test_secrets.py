@@ -16,6 +16,7 @@ from virt_sse.backend import PLATFORM_KEY, Backend
 from virt_sse.errors import VirtSseError
 from virt_sse.keys import Dek
 from virt_sse.qemu import img
+from virt_sse.qemu.formatting import Volume, make
 from virt_sse.qemu.img import DiskFormat
 
 M = 1 << 20
@@ -98,8 +99,8 @@ def test_no_error_and_no_log_line_shows_it(
         lambda: backend.check_disk("disk"),
         lambda: backend.resize_disk("disk", 2 * M),
         lambda: backend.export_disk("disk", tmp_path / "out"),
-        lambda: img.make(tmp_path / "image", DiskFormat.QCOW2, 1 << 62, disk.deks[0].cipher, dek),
-        lambda: img.check(tmp_path / "image", DiskFormat.QCOW2, dek),
+        lambda: make(tmp_path / "image", DiskFormat.QCOW2, 1 << 62, [Volume(disk.deks[0].cipher, dek)]),
+        lambda: img.check(tmp_path / "image", DiskFormat.QCOW2, [dek]),
     )
     for attempt in attempts:
         with pytest.raises(VirtSseError) as caught:

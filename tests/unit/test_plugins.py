@@ -60,7 +60,7 @@ LAYER = """
         name = "{name}"
         encryption_types = frozenset({{EncryptionType.CUSTOMER_KEY}})
 
-        def plan(self, key):
+        def plan(self, choice):
             return LayerPlan(deks=(), stages=())
 
     @hookimpl

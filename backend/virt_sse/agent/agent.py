@@ -30,8 +30,8 @@ from virt_sse.errors import VirtSseError
 from virt_sse.keys import KeyState
 from virt_sse.libvirt.domain_xml import our_disks
 from virt_sse.libvirt.references import usage
-from virt_sse.libvirt.secrets import drop_secrets_of
 from virt_sse.plugins import PluginHost
+from virt_sse.serving import release
 
 _log = logging.getLogger(__name__)
 
@@ -89,11 +89,11 @@ class Agent:
         """
         with self._metrics.hook(event):
             if event == "release":
-                drop_secrets_of(self._config.libvirt_uri, xml)
+                release(self._config, xml)
             else:
                 self._secrets.expect([usage(use.disk_id, use.slot) for use in our_disks(xml)])
                 if event == "prepare":
-                    self._backend.domains.prepare(domain, xml)
+                    self._backend.domains.serving.prepare(domain, xml)
                 else:
                     self._backend.domains.reconnect(domain, xml)
         self._inventory.look()

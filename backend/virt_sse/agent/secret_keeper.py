@@ -85,7 +85,7 @@ class SecretKeeper:
 
     def _restore(self, domain: RunningDomain) -> None:
         try:
-            self._domains.prepare(domain.name, domain.xml)
+            self._domains.serving.restore(domain.name, domain.xml)
         except VirtSseError as exc:
             if isinstance(exc, LibvirtError):  # a libvirtd that comes or goes; the next one is asked soon
                 self._tried[domain.uuid, domain.run] = time.monotonic()

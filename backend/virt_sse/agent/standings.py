@@ -12,7 +12,6 @@ from virt_sse.agent.key_watch import KeyWatch, Sample, WatchedKey
 from virt_sse.agent.logs import fields
 from virt_sse.agent.revocation import RevokedDisk, Standing
 from virt_sse.backend import Backend
-from virt_sse.disks import Disk
 from virt_sse.encryption_sets import EncryptionSet
 
 _log = logging.getLogger(__name__)
@@ -50,17 +49,19 @@ class Standings:
             is_clear = True
             for use in domain.uses:
                 disk = disks.get(use.disk_id)
-                watched = _watched(disk, use.slot) if disk else None
-                if disk is None or watched is None:
+                if disk is None or all(entry.slot != use.slot for entry in disk.deks):
                     is_clear = False
                     continue
-                samples.setdefault(watched, Sample(disk, use.slot, domain.name))
                 encryption_set = sets.get(disk.encryption_set) if disk.encryption_set else None
-                verdict = self._keys.verdict(watched)
-                reason = self._no_identity(encryption_set) or (verdict.revoked if verdict else None)
-                if reason:
-                    revoked.append(RevokedDisk(disk, encryption_set, reason))
-                is_clear = is_clear and verdict is not None and verdict.is_usable
+                for entry in disk.deks:  # a layer outside QEMU has a DEK that the domain does not name
+                    watched = WatchedKey(entry.wrapped.key, disk.identity_for(entry.slot))
+                    samples.setdefault(watched, Sample(disk, entry.slot, domain.name))
+                    verdict = self._keys.verdict(watched)
+                    reason = self._no_identity(encryption_set) if entry is disk.deks[0] else None
+                    reason = reason or (verdict.revoked if verdict else None)
+                    if reason:
+                        revoked.append(RevokedDisk(disk, encryption_set, reason))
+                    is_clear = is_clear and verdict is not None and verdict.is_usable
             has_secrets = bool(domain.usages & snapshot.secrets)
             standings.append(Standing(domain, tuple(revoked), is_clear and not revoked, has_secrets))
         return Found(standings, samples)
@@ -78,13 +79,6 @@ class Standings:
             users = [domain.name for domain in snapshot.domains if _has(domain, disk_id)]
             _log.warning("disk-unknown", extra=fields({"disk": disk_id, "domains": users}))
         self._unknown = unknown
-
-
-def _watched(disk: Disk, slot: str) -> WatchedKey | None:
-    try:
-        return WatchedKey(disk.dek(slot).wrapped.key, disk.encryption_set)
-    except KeyError:
-        return None
 
 
 def _has(domain: RunningDomain, disk_id: UUID) -> bool:

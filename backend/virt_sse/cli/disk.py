@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from virt_sse.ciphers import Cipher
 from virt_sse.cli.output import Output, OutputFormat, human_size, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend
 from virt_sse.disks import Disk, DiskSku, parse_size
@@ -31,6 +32,15 @@ SetName = Annotated[
     str | None,
     typer.Option("--des", help="The disk encryption set whose key it is under; default: the platform's key."),
 ]
+InfrastructureCipher = Annotated[
+    Cipher | None,
+    typer.Option(
+        "--infrastructure-cipher",
+        parser=Cipher.parse,
+        metavar="CIPHER",
+        help="Of the second layer, in a set for double encryption; default: the configured one.",
+    ),
+]
 SkuOption = Annotated[
     DiskSku, typer.Option("--sku", help="The kind of storage; ultra disks' domains outlive a revocation.")
 ]
@@ -45,6 +55,7 @@ def create(
         str, typer.Option("--size", "-s", help="What the guest sees, e.g. 10G.", show_default=False)
     ],
     des: SetName = None,
+    infrastructure_cipher: InfrastructureCipher = None,
     sku: SkuOption = DiskSku.PREMIUM_SSD,
     image_format: ImageFormat = DiskFormat.QCOW2,
     path: ImagePath = None,
@@ -59,6 +70,7 @@ def create(
             image_format=image_format,
             sku=sku,
             encryption_set=des,
+            infrastructure_cipher=infrastructure_cipher,
             path=path,
             pool=pool,
         )
@@ -76,6 +88,7 @@ def import_(
         bool, typer.Option("--with-backing", help="Read the source's backing files, too.")
     ] = False,
     des: SetName = None,
+    infrastructure_cipher: InfrastructureCipher = None,
     sku: SkuOption = DiskSku.PREMIUM_SSD,
     image_format: ImageFormat = DiskFormat.QCOW2,
     path: ImagePath = None,
@@ -92,6 +105,7 @@ def import_(
             image_format=image_format,
             sku=sku,
             encryption_set=des,
+            infrastructure_cipher=infrastructure_cipher,
             path=path,
             pool=pool,
             progress=progress,

@@ -88,15 +88,15 @@ def main() -> int:
 def _serve(event: str, domain: str, xml: str) -> None:
     if event == "release":  # without the store, which takes most of the time to load
         from virt_sse.config import Config
-        from virt_sse.libvirt.secrets import drop_secrets_of
+        from virt_sse.serving import release
 
-        drop_secrets_of(Config.load().libvirt_uri, xml)
+        release(Config.load(), xml)
     elif event in EVENTS:
         from virt_sse.backend import Backend
 
         with Backend.open() as backend:
             if event == "prepare":
-                backend.domains.prepare(domain, xml)
+                backend.domains.serving.prepare(domain, xml)
             else:
                 backend.domains.reconnect(domain, xml)
 

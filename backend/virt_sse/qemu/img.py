@@ -1,4 +1,9 @@
-"""LUKS-encrypted images: made, measured, converted, resized and erased with qemu-img."""
+"""LUKS-encrypted images: measured, converted, resized and erased with qemu-img.
+
+Where an image has more than one LUKS volume, they lie one in the other, each with the image's format. They
+and
+their DEKs are always named from the guest's, innermost, to the one that lies in the file.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +12,17 @@ import enum
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from virt_sse.ciphers import Cipher
 from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError, ToolError
-from virt_sse.files import PRIVATE_FILE, write_at
+from virt_sse.files import write_at
 from virt_sse.keys import Dek
 from virt_sse.locks import is_locked
 from virt_sse.qemu import luks, qcow2
 from virt_sse.qemu.process import passphrase_descriptor, run, run_with_progress
 
-_FORMATTER_TRIES = 10
-_SPURIOUS = "Unable to get accurate CPU usage"
-"""QEMU measures how fast PBKDF2 is here, and in a virtual machine sometimes cannot."""
 _QEMU_LOCKS, _QEMU_LOCKS_LENGTH = 100, 200
 _ERASED_AT_LEAST = 4 << 20
 """Where the fields that tell the header's place and length are damaged, this much of the file is erased."""
@@ -96,87 +97,48 @@ def _locks_named(path: Path) -> Iterator[None]:
         raise
 
 
-def make(path: Path, image_format: DiskFormat, size: int, cipher: Cipher, dek: Dek) -> None:
-    """Make a new, empty, LUKS-encrypted image of *size* usable bytes at *path*, 0600.
-
-    A file that was begun is left to the caller. The tools know it by its descriptor: one that outlives us by
-    a moment, because we are killed, cannot make anew what was removed meanwhile.
-
-    :raise OSError: When *path* exists or there is no room.
-    :raise ImageError: When there is no room.
-    :raise ToolError: When neither cryptsetup nor QEMU can do it.
+@contextlib.contextmanager
+def secrets_for(deks: Sequence[Dek]) -> Iterator[tuple[list[str], list[int]]]:
+    """The arguments that give a tool of QEMU's the secret objects ``dek0``, ``dek1``, and their
+    descriptors.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE_FILE)
-    try:
-        try:
-            header = luks.make_header(cipher, dek)
-        except ToolError as exc:
-            _make_with_qemu(descriptor, image_format, size, cipher, dek, because=exc)
-            return
-        if image_format is DiskFormat.RAW:
-            os.ftruncate(descriptor, len(header) + size)
-            write_at(descriptor, header.rstrip(b"\0"), 0)
-        else:
-            run(
-                ["qemu-img", "create", "-q", "-f", "qcow2", f"/proc/self/fd/{descriptor}", str(size)],
-                pass_fds=[descriptor],
-            )
-            qcow2.add_luks_header(descriptor, header)
-    finally:
-        os.close(descriptor)
-
-
-def _make_with_qemu(
-    target: int, image_format: DiskFormat, size: int, cipher: Cipher, dek: Dek, *, because: ToolError
-) -> None:
-    """For what cryptsetup cannot do, e.g. serpent on a kernel without it. *because* is its complaint."""
-    prefix = image_format.luks_option_prefix
-    options = {image_format.qemu_key_secret: "dek", f"{prefix}iter-time": "10"}
-    if prefix:
-        options["encrypt.format"] = "luks"
-    options |= {prefix + option: value for option, value in cipher.qemu.items()}
-    for _ in range(_FORMATTER_TRIES):
-        try:
-            with _secret(dek) as (secret, descriptor):
-                run(
-                    ["qemu-img", "create", "-q", "-f", image_format.qemu_driver, *secret]
-                    + ["-o", ",".join(f"{option}={value}" for option, value in options.items())]
-                    + [f"/proc/self/fd/{target}", str(size)],
-                    pass_fds=[descriptor, target],
-                )
-            return
-        except ToolError as exc:
-            if _SPURIOUS not in str(exc):
-                raise ToolError(f"cannot make a LUKS image with {cipher}: {exc}; {because}") from exc
-    raise ToolError(f"qemu-img failed {_FORMATTER_TRIES} times to measure this machine's speed") from because
+    with contextlib.ExitStack() as stack:
+        descriptors = [stack.enter_context(passphrase_descriptor(dek.passphrase)) for dek in deks]
+        arguments = []
+        for number, descriptor in enumerate(descriptors):
+            arguments += ["--object", f"secret,id=dek{number},file=/proc/self/fd/{descriptor}"]
+        yield arguments, descriptors
 
 
 @contextlib.contextmanager
-def _secret(dek: Dek) -> Iterator[tuple[list[str], int]]:
-    """The arguments that give a tool of QEMU's the secret object ``dek``, and the descriptor they name."""
-    with passphrase_descriptor(dek.passphrase) as descriptor:
-        yield ["--object", f"secret,id=dek,file=/proc/self/fd/{descriptor}"], descriptor
-
-
-@contextlib.contextmanager
-def _key_to(path: Path, image_format: DiskFormat, dek: Dek) -> Iterator[tuple[list[str], int]]:
-    """As :func:`_secret`, for an image whose LUKS header QEMU can be trusted with.
+def keys_to(
+    path: Path, image_format: DiskFormat, deks: Sequence[Dek]
+) -> Iterator[tuple[list[str], list[int]]]:
+    """As :func:`secrets_for`, for an image whose LUKS header QEMU can be trusted with.
 
     :raise ImageFormatError: When the image has no LUKS header, or a damaged one.
     """
     with opened(path) as image:
         luks_area(image, image_format)
-    with _secret(dek) as secret:
-        yield secret
+    with secrets_for(deks) as secrets:
+        yield secrets
 
 
-def _options(path: Path, image_format: DiskFormat) -> str:
-    """*path* as an option string for ``--image-opts``, opened with the secret object ``dek``."""
+def image_options(path: Path, image_format: DiskFormat, volumes: int) -> str:
+    """*path* as an option string for ``--image-opts``, with the secret objects of :func:`secrets_for`.
+
+    :param volumes: how many LUKS volumes to open; with fewer than there are, the result is ciphertext.
+    """
+    options = []
+    for number in range(volumes):
+        prefix = "file." * number
+        options += [
+            f"{prefix}driver={image_format.qemu_driver}",
+            f"{prefix}{image_format.qemu_key_secret}=dek{number}",
+        ]
+    prefix = "file." * volumes
     filename = str(path).replace(",", ",,")
-    return (
-        f"driver={image_format.qemu_driver},{image_format.qemu_key_secret}=dek,"
-        f"file.driver=file,file.filename={filename}"
-    )
+    return ",".join([*options, f"{prefix}driver=file", f"{prefix}filename={filename}"])
 
 
 def encrypt_from(
@@ -184,7 +146,7 @@ def encrypt_from(
     source_format: str,
     target: Path,
     target_format: DiskFormat,
-    dek: Dek,
+    deks: Sequence[Dek],
     progress: Callable[[float], None],
 ) -> None:
     """Write the content of the image *source* into the fresh encrypted image *target*, of the same size.
@@ -195,11 +157,11 @@ def encrypt_from(
     :raise ToolError: When *source* cannot be read.
     """
     zero = ["--target-is-zero"] if target_format is DiskFormat.QCOW2 else []
-    with _secret(dek) as (secret, descriptor), _locks_named(source):
+    with secrets_for(deks) as (secrets, descriptors), _locks_named(source):
         run_with_progress(
-            ["qemu-img", "convert", "-p", "-n", *zero, *secret, "-f", source_format]
-            + ["--target-image-opts", str(source), _options(target, target_format)],
-            pass_fds=[descriptor],
+            ["qemu-img", "convert", "-p", "-n", *zero, *secrets, "-f", source_format]
+            + ["--target-image-opts", str(source), image_options(target, target_format, len(deks))],
+            pass_fds=descriptors,
             progress=progress,
         )
 
@@ -209,7 +171,7 @@ def decrypt_to(
     source_format: DiskFormat,
     target: int,
     target_format: str,
-    dek: Dek,
+    deks: Sequence[Dek],
     progress: Callable[[float], None],
 ) -> None:
     """Write the plaintext of the encrypted image *source* to the descriptor *target*, in *target_format*.
@@ -218,61 +180,86 @@ def decrypt_to(
     :raise ImageError: When there is no room.
     :raise ToolError: When *source* cannot be read.
     """
-    with _key_to(source, source_format, dek) as (secret, descriptor), _locks_named(source):
+    with keys_to(source, source_format, deks) as (secrets, descriptors), _locks_named(source):
         run_with_progress(
-            ["qemu-img", "convert", "-p", *secret, "--image-opts", "-O", target_format]
-            + [_options(source, source_format), f"/proc/self/fd/{target}"],
-            pass_fds=[descriptor, target],
+            ["qemu-img", "convert", "-p", *secrets, "--image-opts", "-O", target_format]
+            + [image_options(source, source_format, len(deks)), f"/proc/self/fd/{target}"],
+            pass_fds=[*descriptors, target],
             progress=progress,
         )
 
 
-def resize(path: Path, image_format: DiskFormat, size: int, dek: Dek, *, shrink: bool) -> None:
+def usable_size_within(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> int:
+    """The size that a guest sees, in bytes, of an image that may have several volumes and be in use.
+
+    :raise ImageFormatError: When the DEKs do not open it, or it is damaged.
+    """
+    try:
+        with keys_to(path, image_format, deks) as (secrets, descriptors):
+            answer = run(
+                ["qemu-img", "info", "--output=json", "--force-share", *secrets]
+                + ["--image-opts", image_options(path, image_format, len(deks))],
+                pass_fds=descriptors,
+            )
+    except ToolError as exc:
+        raise ImageFormatError(f"{path} does not open with its DEK: {exc}") from exc
+    return int(json.loads(answer)["virtual-size"])
+
+
+def resize(path: Path, image_format: DiskFormat, size: int, deks: Sequence[Dek], *, shrink: bool) -> None:
     """Make the usable size of an image that nobody has open *size* bytes.
 
     :param shrink: allow a smaller one; what lies beyond is lost.
     :raise DiskInUseError: When a QEMU process has the image open.
     """
     refuse_if_open(path)
-    with _key_to(path, image_format, dek) as (secret, descriptor), _locks_named(path):
+    if len(deks) > 1 and image_format is DiskFormat.QCOW2:  # raw LUKS volumes grow with what lies in them
+        with opened(path) as descriptor:
+            room, needed = usable_size(descriptor, image_format), qcow2.most_room(size)
+        if needed > room:
+            resize(path, image_format, needed, deks[-1:], shrink=False)
+    with keys_to(path, image_format, deks) as (secrets, descriptors), _locks_named(path):
         run(
-            ["qemu-img", "resize", "-q", *secret, *(["--shrink"] if shrink else [])]
-            + ["--image-opts", _options(path, image_format), str(size)],
-            pass_fds=[descriptor],
+            ["qemu-img", "resize", "-q", *secrets, *(["--shrink"] if shrink else [])]
+            + ["--image-opts", image_options(path, image_format, len(deks)), str(size)],
+            pass_fds=descriptors,
         )
 
 
-def check(path: Path, image_format: DiskFormat, dek: Dek) -> None:
-    """See whether the image is whole and opens with *dek*.
+def check(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> None:
+    """See whether the image is whole and opens with *deks*.
 
     :raise ImageFormatError: When it is not, or does not.
     :raise DiskInUseError: When a QEMU process has it open.
     """
     refuse_if_open(path)
-    check_unlocks(path, image_format, dek)
+    check_unlocks(path, image_format, deks)
     if image_format is DiskFormat.RAW:
         return  # nothing to check: a raw image has no metadata beyond its LUKS header
-    try:
-        with _key_to(path, image_format, dek) as (secret, descriptor), _locks_named(path):
-            run(
-                ["qemu-img", "check", "-q", *secret, "--image-opts", _options(path, image_format)],
-                pass_fds=[descriptor],
-            )
-    except ToolError as exc:
-        raise ImageFormatError(f"{path} is damaged: {exc}") from exc
+    for volume in range(len(deks)):
+        opening = deks[volume:]
+        try:
+            with keys_to(path, image_format, opening) as (secrets, descriptors), _locks_named(path):
+                run(
+                    ["qemu-img", "check", "-q", *secrets]
+                    + ["--image-opts", image_options(path, image_format, len(opening))],
+                    pass_fds=descriptors,
+                )
+        except ToolError as exc:
+            raise ImageFormatError(f"{path} is damaged: {exc}") from exc
 
 
-def check_unlocks(path: Path, image_format: DiskFormat, dek: Dek) -> None:
-    """See whether *dek* opens the image, be it in use or not.
+def check_unlocks(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> None:
+    """See whether *deks* open the image, be it in use or not.
 
-    :raise ImageFormatError: When it does not, or the image is damaged.
+    :raise ImageFormatError: When they do not, or the image is damaged.
     """
     try:
-        with _key_to(path, image_format, dek) as (secret, descriptor):
+        with keys_to(path, image_format, deks) as (secrets, descriptors):
             run(
-                ["qemu-io", "--read-only", "--force-share", *secret, "-c", "read -q 0 512"]
-                + ["--image-opts", _options(path, image_format)],
-                pass_fds=[descriptor],
+                ["qemu-io", "--read-only", "--force-share", *secrets, "-c", "read -q 0 512"]
+                + ["--image-opts", image_options(path, image_format, len(deks))],
+                pass_fds=descriptors,
             )
     except ToolError as exc:
         raise ImageFormatError(f"{path} does not open with its DEK: {exc}") from exc

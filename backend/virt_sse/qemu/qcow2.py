@@ -91,6 +91,13 @@ def _extensions(cluster: bytes, position: int) -> tuple[int, tuple[int, int] | N
     raise ImageFormatError("a qcow2 image with damaged header extensions")
 
 
+def most_room(size: int) -> int:
+    """What an image of *size* usable bytes takes at most, in bytes: metadata is less than a thousandth of
+    it.
+    """
+    return size + size // 256 // 512 * 512 + (64 << 20)
+
+
 def add_luks_header(descriptor: int, luks: bytes) -> None:
     """Turn the fresh, empty qcow2 open at *descriptor* into a LUKS-encrypted one with the header *luks*.
 

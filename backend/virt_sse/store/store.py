@@ -110,12 +110,13 @@ class Store:
         return self._select(disks.c.encryption_set_id == set_id)
 
     def keys_in_use(self) -> dict[tuple[KeyId, UUID | None], int]:
-        """Each KEK version that DEKs are under, by the encryption set of their disks, and how many are."""
+        """Each KEK version that DEKs are under, by the encryption set that uses it, and how many are."""
+        own = wrapped_deks.c.position == 0  # see Disk.identity_for
         columns = (
             wrapped_deks.c.key_provider,
             wrapped_deks.c.key_name,
             wrapped_deks.c.key_version,
-            disks.c.encryption_set_id,
+            sa.case((own, disks.c.encryption_set_id), else_=sa.null()),
         )
         query = sa.select(*columns, sa.func.count()).select_from(wrapped_deks.join(disks))
         with reading(self._engine) as connection:

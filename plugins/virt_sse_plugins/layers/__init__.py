@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from virt_sse.hookspecs import RegisterEncryptionLayer, hookimpl
-from virt_sse.layers import EncryptionLayer
+from virt_sse.layers import EncryptionLayer, HostLayer
 
 
 def _single() -> type[EncryptionLayer]:
@@ -12,6 +12,20 @@ def _single() -> type[EncryptionLayer]:
     return SingleLayer
 
 
+def _double() -> type[EncryptionLayer]:
+    from virt_sse_plugins.layers.double import DoubleLayer
+
+    return DoubleLayer
+
+
+def _at_host() -> type[HostLayer]:
+    from virt_sse_plugins.layers.at_host import AtHostLayer
+
+    return AtHostLayer
+
+
 @hookimpl
 def virt_sse_register_encryption_layers(register: RegisterEncryptionLayer) -> None:
     register("single", _single)
+    register("double", _double)
+    register("at-host", _at_host)

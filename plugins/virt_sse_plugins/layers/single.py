@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from virt_sse.ciphers import AES_256_XTS
-from virt_sse.keys import KeyRef
-from virt_sse.layers import DekSpec, EncryptionLayer, EncryptionType, GuestNode, LayerPlan
+from virt_sse.layers import DekSpec, EncryptionLayer, EncryptionType, GuestNode, LayerChoice, LayerPlan
 
 
 class SingleLayer(EncryptionLayer):
@@ -13,5 +12,5 @@ class SingleLayer(EncryptionLayer):
     name = "single"
     encryption_types = frozenset({EncryptionType.PLATFORM_KEY, EncryptionType.CUSTOMER_KEY})
 
-    def plan(self, key: KeyRef) -> LayerPlan:
-        return LayerPlan(deks=(DekSpec("service", key, AES_256_XTS),), stages=(GuestNode("service"),))
+    def plan(self, choice: LayerChoice) -> LayerPlan:
+        return LayerPlan(deks=(DekSpec("service", choice.key, AES_256_XTS),), stages=(GuestNode("service"),))

@@ -2,32 +2,39 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
 
 from virt_sse.errors import InvalidValueError
-from virt_sse.libvirt.domain_xml import DomainDisk, disk_element, free_target, our_disks
+from virt_sse.libvirt.domain_xml import (
+    Behind,
+    DiskSource,
+    DomainDisk,
+    disk_element,
+    free_target,
+    our_disks,
+)
 from virt_sse.libvirt.references import usage
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 DISK = UUID("6e2a0c0e-8d1f-4c58-9c63-0a1c62d7a9b1")
 
+
+def source(path: str, driver_type: str = "raw", **other: Any) -> DiskSource:
+    return DiskSource(disk_id=DISK, slot="service", driver_type=driver_type, path=Path(path), **other)
+
+
+BEHIND = Behind(Path(f"/run/virt-sse-disks/{DISK}/guest/nbd"), 30)
 ELEMENTS = {
-    "disk-qcow2": disk_element(
-        path=Path("/var/lib/libvirt/images/db-01.qcow2"),
-        driver_type="qcow2",
-        disk_id=DISK,
-        slot="service",
-        target="vda",
-    ),
+    "disk-qcow2": disk_element(source("/var/lib/libvirt/images/db-01.qcow2", "qcow2"), target="vda"),
     "disk-raw-read-only-scsi": disk_element(
-        path=Path('/srv/a & b\'s "disk" <1>, ä.raw'),
-        driver_type="raw",
-        disk_id=DISK,
-        slot="service",
-        target="sdb",
-        read_only=True,
+        source('/srv/a & b\'s "disk" <1>, ä.raw'), target="sdb", read_only=True
+    ),
+    "disk-behind-a-socket": disk_element(
+        source("/var/lib/libvirt/images/db-01.qcow2", "qcow2", behind=BEHIND, error_policy="stop"),
+        target="vda",
     ),
 }
 
@@ -43,11 +50,12 @@ def test_golden(name: str, request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize("name", ELEMENTS)
 def test_what_we_write_we_find(name: str) -> None:
     (use,) = our_disks(domain(ELEMENTS[name]))
-    source = ET.fromstring(ELEMENTS[name]).find("source")  # noqa: S314 -- our own
+    place = ET.fromstring(ELEMENTS[name]).find("source")  # noqa: S314 -- our own
     target = ET.fromstring(ELEMENTS[name]).find("target")  # noqa: S314 -- our own
-    assert source is not None
+    assert place is not None
     assert target is not None
-    assert use == DomainDisk(DISK, "service", Path(source.get("file", "")), target.get("dev", ""))
+    expected = place.get("file") or BEHIND.socket
+    assert use == DomainDisk(DISK, "service", Path(expected), target.get("dev", ""))
 
 
 def domain(*disks: str) -> str:
@@ -106,14 +114,12 @@ def test_what_is_no_xml(text: str) -> None:
 @pytest.mark.parametrize("target", ["", "vd", "vdA", "vda1", "xvda", "vd a", "vdaaa", "vda\n", "x" * 1000])
 def test_what_is_no_target(target: str) -> None:
     with pytest.raises(InvalidValueError, match="is no target"):
-        disk_element(path=Path("/x"), driver_type="raw", disk_id=DISK, slot="service", target=target)
+        disk_element(source("/x"), target=target)
 
 
 def test_the_bus_follows_the_target() -> None:
     for target, bus in (("vda", "virtio"), ("sdz", "scsi"), ("hdb", "ide"), ("vdaa", "virtio")):
-        element = disk_element(
-            path=Path("/x"), driver_type="raw", disk_id=DISK, slot="service", target=target
-        )
+        element = disk_element(source("/x"), target=target)
         assert f'dev="{target}" bus="{bus}"' in element
 
 

@@ -10,7 +10,8 @@ from images import FORMATS, KeyedImage
 from virt_sse.ciphers import AES_256_XTS, Cipher
 from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError, ToolError
 from virt_sse.keys import Dek
-from virt_sse.qemu import img
+from virt_sse.qemu import formatting, img
+from virt_sse.qemu.formatting import Volume
 from virt_sse.qemu.img import DiskFormat
 
 M = 1 << 20
@@ -23,7 +24,7 @@ def _tools() -> None:
 
 
 def make(path: Path, image_format: str, size: int = M, cipher: Cipher = AES_256_XTS) -> KeyedImage:
-    img.make(path, DiskFormat(image_format), size, cipher, DEK)
+    formatting.make(path, DiskFormat(image_format), size, [Volume(cipher, DEK)])
     return KeyedImage(path, image_format, DEK.passphrase)
 
 
@@ -80,12 +81,12 @@ def test_info(tmp_path: Path) -> None:
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_it_opens_with_its_dek_alone(tmp_path: Path, image_format: str) -> None:
     image = make(tmp_path / "a 'name', with: all=sorts", image_format)
-    img.check(image.path, DiskFormat(image_format), DEK)
+    img.check(image.path, DiskFormat(image_format), [DEK])
     with pytest.raises(ImageFormatError, match="does not open with its DEK"):
-        img.check(image.path, DiskFormat(image_format), Dek.generate())
+        img.check(image.path, DiskFormat(image_format), [Dek.generate()])
     other = DiskFormat.RAW if image_format == "qcow2" else DiskFormat.QCOW2
     with pytest.raises(ImageFormatError):
-        img.check(image.path, other, DEK)
+        img.check(image.path, other, [DEK])
 
 
 def test_a_damaged_qcow2_is_found(tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_a_damaged_qcow2_is_found(tmp_path: Path) -> None:
     content[65536:65544] = b"\xff" * 8  # the refcount table
     image.path.write_bytes(content)
     with pytest.raises(ImageFormatError, match=r"is damaged|does not open"):
-        img.check(image.path, DiskFormat.QCOW2, DEK)
+        img.check(image.path, DiskFormat.QCOW2, [DEK])
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
@@ -127,11 +128,11 @@ def test_an_image_that_is_open_is_seen(tmp_path: Path, image_format: str) -> Non
     for read_only in (False, True):
         with image.held(read_only=read_only), pytest.raises(DiskInUseError):
             img.refuse_if_open(image.path)
-        img.check_unlocks(image.path, DiskFormat(image_format), DEK)
+        img.check_unlocks(image.path, DiskFormat(image_format), [DEK])
     with image.held():
-        img.check_unlocks(image.path, DiskFormat(image_format), DEK)
+        img.check_unlocks(image.path, DiskFormat(image_format), [DEK])
         with pytest.raises(DiskInUseError):
-            img.resize(image.path, DiskFormat(image_format), 2 * M, DEK, shrink=False)
+            img.resize(image.path, DiskFormat(image_format), 2 * M, [DEK], shrink=False)
 
 
 def test_what_is_no_image_file(tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_a_raw_image_that_ends_in_its_header(tmp_path: Path) -> None:
     with img.opened(image.path) as descriptor, pytest.raises(ImageFormatError, match="without any data"):
         img.usable_size(descriptor, DiskFormat.RAW)
     with pytest.raises(ImageFormatError):
-        img.check(image.path, DiskFormat.RAW, DEK)
+        img.check(image.path, DiskFormat.RAW, [DEK])
 
 
 def test_qemus_formatter_says_what_it_cannot_do(tmp_path: Path) -> None:

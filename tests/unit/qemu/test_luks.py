@@ -10,7 +10,8 @@ import images
 from virt_sse.ciphers import AES_256_XTS, Cipher
 from virt_sse.errors import ImageFormatError, ToolError
 from virt_sse.keys import Dek
-from virt_sse.qemu.img import DiskFormat, make
+from virt_sse.qemu.formatting import Volume, make
+from virt_sse.qemu.img import DiskFormat
 from virt_sse.qemu.luks import FIRST_KEYSLOT, HEADER_END, Luks1Header, make_header
 
 DEK = Dek.generate()
@@ -60,7 +61,7 @@ def test_headers_of_qemus_formatter_are_read(cipher: str, tmp_path: Path) -> Non
     """cryptsetup makes those of aes; the others need QEMU's formatter where the kernel lacks the cipher."""
     images.require("qemu-img", "cryptsetup")
     path = tmp_path / "image"
-    make(path, DiskFormat.RAW, 1 << 20, Cipher.parse(cipher), DEK)
+    make(path, DiskFormat.RAW, 1 << 20, [Volume(Cipher.parse(cipher), DEK)])
     parsed = Luks1Header.parse(path.read_bytes()[:HEADER_END])
     assert parsed.cipher_name == cipher.split("-")[0]
     assert path.stat().st_size == parsed.payload_offset + (1 << 20)

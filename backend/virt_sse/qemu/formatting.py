@@ -1,0 +1,126 @@
+"""New LUKS-encrypted images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from virt_sse.ciphers import Cipher
+from virt_sse.errors import ToolError
+from virt_sse.files import PRIVATE_FILE, write_at
+from virt_sse.keys import Dek
+from virt_sse.qemu import luks, qcow2
+from virt_sse.qemu.img import DiskFormat, image_options, luks_area, secrets_for
+from virt_sse.qemu.process import run
+
+_HEADROOM, _LARGEST = 8, 64 << 40
+_FORMATTER_TRIES = 10
+_SPURIOUS = "Unable to get accurate CPU usage"
+"""QEMU measures how fast PBKDF2 is here, and in a virtual machine sometimes cannot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A LUKS volume to be made: what it encrypts with, and the DEK that opens it."""
+
+    cipher: Cipher
+    dek: Dek
+
+
+def make(path: Path, image_format: DiskFormat, size: int, volumes: Sequence[Volume]) -> None:
+    """Make a new, empty, LUKS-encrypted image of *size* usable bytes at *path*, 0600.
+
+    A file that was begun is left to the caller. The tools know it by its descriptor: one that outlives us by
+    a moment, because we are killed, cannot make anew what was removed meanwhile.
+
+    :param volumes: one or two.
+    :raise OSError: When *path* exists or there is no room.
+    :raise ImageError: When there is no room.
+    :raise ToolError: When neither cryptsetup nor QEMU can do it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE_FILE)
+    try:
+        *within, outer = volumes
+        if not within:
+            _make_volume(descriptor, image_format, size, outer)
+            return
+        (inner,) = within
+        content = os.memfd_create("volume")
+        try:
+            _make_volume(content, image_format, size, inner)
+            room = _room_for(content, image_format, size)
+            if image_format is DiskFormat.RAW:
+                os.ftruncate(content, luks_area(content, image_format)[1])
+            _make_volume(descriptor, image_format, room, outer)
+            _copy_into(descriptor, image_format, content, outer.dek)
+        finally:
+            os.close(content)
+    finally:
+        os.close(descriptor)
+
+
+def _room_for(content: int, image_format: DiskFormat, size: int) -> int:
+    """How large to make the volume that is to hold the image *content* of *size* usable bytes.
+
+    A qcow2 volume takes what is written to it, so there it is more than enough: a disk that is made larger
+    while a guest uses it then need not move the volume's end, which NBD's clients do not see.
+    """
+    if image_format is DiskFormat.RAW:
+        return luks_area(content, image_format)[1] + size
+    return min(qcow2.most_room(_HEADROOM * size), qcow2.most_room(_LARGEST))
+
+
+def _make_volume(descriptor: int, image_format: DiskFormat, size: int, volume: Volume) -> None:
+    """Make one LUKS volume in the empty file open at *descriptor*."""
+    try:
+        header = luks.make_header(volume.cipher, volume.dek)
+    except ToolError as exc:
+        _make_with_qemu(descriptor, image_format, size, volume, because=exc)
+        return
+    if image_format is DiskFormat.RAW:
+        os.ftruncate(descriptor, len(header) + size)
+        write_at(descriptor, header.rstrip(b"\0"), 0)
+    else:
+        run(
+            ["qemu-img", "create", "-q", "-f", "qcow2", f"/proc/self/fd/{descriptor}", str(size)],
+            pass_fds=[descriptor],
+        )
+        qcow2.add_luks_header(descriptor, header)
+
+
+def _make_with_qemu(
+    target: int, image_format: DiskFormat, size: int, volume: Volume, *, because: ToolError
+) -> None:
+    """For what cryptsetup cannot do, e.g. serpent on a kernel without it. *because* is its complaint."""
+    prefix = image_format.luks_option_prefix
+    options = {image_format.qemu_key_secret: "dek0", f"{prefix}iter-time": "10"}
+    if prefix:
+        options["encrypt.format"] = "luks"
+    options |= {prefix + option: value for option, value in volume.cipher.qemu.items()}
+    for _ in range(_FORMATTER_TRIES):
+        try:
+            with secrets_for([volume.dek]) as (secrets, descriptors):
+                run(
+                    ["qemu-img", "create", "-q", "-f", image_format.qemu_driver, *secrets]
+                    + ["-o", ",".join(f"{option}={value}" for option, value in options.items())]
+                    + [f"/proc/self/fd/{target}", str(size)],
+                    pass_fds=[*descriptors, target],
+                )
+            return
+        except ToolError as exc:
+            if _SPURIOUS not in str(exc):
+                raise ToolError(f"cannot make a LUKS image with {volume.cipher}: {exc}; {because}") from exc
+    raise ToolError(f"qemu-img failed {_FORMATTER_TRIES} times to measure this machine's speed") from because
+
+
+def _copy_into(target: int, image_format: DiskFormat, content: int, dek: Dek) -> None:
+    """Write *content* to the beginning of the fresh volume *target*."""
+    zero = ["--target-is-zero"] if image_format is DiskFormat.QCOW2 else []
+    with secrets_for([dek]) as (secrets, descriptors):
+        run(
+            ["qemu-img", "convert", "-n", *zero, *secrets, "-f", "raw", "--target-image-opts"]
+            + [f"/proc/self/fd/{content}", image_options(Path(f"/proc/self/fd/{target}"), image_format, 1)],
+            pass_fds=[*descriptors, content, target],
+        )

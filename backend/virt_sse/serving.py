@@ -1,0 +1,224 @@
+"""Serving domains: the DEKs of their disks for libvirt, and the stages below their QEMU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from uuid import UUID
+
+import libvirt
+
+from virt_sse import envelope
+from virt_sse.config import Config, IoErrors
+from virt_sse.disks import Disk, DiskState
+from virt_sse.errors import (
+    DiskInUseError,
+    DiskNotFoundError,
+    DiskStateError,
+    EnvelopeError,
+    ImageError,
+    InvalidValueError,
+)
+from virt_sse.events import audit_context
+from virt_sse.files import canonical
+from virt_sse.keys import Dek
+from virt_sse.layers import GuestNode, LayerChoice, LayerPlan
+from virt_sse.libvirt import domain_xml
+from virt_sse.libvirt.connection import connected
+from virt_sse.libvirt.domain_xml import Behind, DiskSource, DomainDisk
+from virt_sse.libvirt.secrets import drop_secret, drop_secrets_of, set_secret
+from virt_sse.libvirt.users import User, default_qemu_user
+from virt_sse.plugins import PluginHost
+from virt_sse.policy import UnlockDisk
+from virt_sse.qemu import img
+from virt_sse.stages import Stages
+from virt_sse.store import Store
+from virt_sse.wrapping import Wrapping
+
+_AT_ONCE = 8
+"""Disks that are served at the same time: most of it is waiting, for key providers and for processes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """A disk that a domain is to be given, and how the domain names its DEKs."""
+
+    disk: Disk
+    plan: LayerPlan
+    uses: tuple[DomainDisk, ...]
+
+
+class Serving:
+    """Gives domains what they need to use their disks, and takes it away."""
+
+    def __init__(
+        self, config: Config, store: Store, plugins: PluginHost, wrapping: Wrapping, stages: Stages
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._plugins = plugins
+        self._wrapping = wrapping
+        self._stages = stages
+
+    def prepare(self, name: str, xml: str) -> None:
+        """Serve all disks of a domain that libvirt is about to start, or none.
+
+        :raise VirtSseError: When one of them cannot be served; the domain must not start then.
+        """
+        if uses := domain_xml.our_disks(xml):
+            served = self._look_up(uses, name)
+            with connected(self._config.libvirt_uri) as connection:
+                self._serve(connection, name, xml, served)
+
+    def serve(self, connection: libvirt.virConnect, name: str, xml: str, uses: Sequence[DomainDisk]) -> None:
+        """Serve the disks in *uses* to the domain *name*, all or none: their stages, then libvirt's secrets.
+
+        :param xml: the domain's.
+        :raise VirtSseError: When one of them cannot be served.
+        """
+        self._serve(connection, name, xml, self._look_up(uses, name))
+
+    def _serve(self, connection: libvirt.virConnect, name: str, xml: str, served: Sequence[_Served]) -> None:
+        domain_id = domain_xml.domain_uuid(xml)
+        qemu = None
+        if any(self._source(each).behind for each in served):
+            for each in served:
+                self._refuse_shared(connection, each.disk, domain_id)
+            qemu = domain_xml.qemu_user(xml) or default_qemu_user(connection.getCapabilities())
+        with contextlib.ExitStack() as undo:
+            pool = undo.enter_context(ThreadPoolExecutor(_AT_ONCE, "serve"))
+            for each in served:
+                undo.callback(self._stages.stop, each.disk.id)
+            starting = [pool.submit(self._start, each, name, domain_id, qemu) for each in served]
+            for use, dek in [found for started in starting for found in started.result()]:
+                undo.callback(drop_secret, connection, use.disk_id, use.slot)
+                set_secret(connection, use.disk_id, use.slot, dek)
+            pool.shutdown()
+            undo.pop_all()
+
+    def restore(self, name: str, xml: str) -> None:
+        """Give libvirt the DEKs of a running domain's disks again, all or none. Its stages are left alone.
+
+        :raise VirtSseError: When one cannot be had.
+        """
+        uses = domain_xml.our_disks(xml)
+        deks = [(use, dek) for each in self._look_up(uses, name) for use, dek in self._unlock(each, name)[1]]
+        with connected(self._config.libvirt_uri) as connection, contextlib.ExitStack() as undo:
+            for use, dek in deks:
+                undo.callback(drop_secret, connection, use.disk_id, use.slot)
+                set_secret(connection, use.disk_id, use.slot, dek)
+            undo.pop_all()
+
+    def source(self, disk: Disk) -> DiskSource:
+        """How a domain finds the disk."""
+        return self._source(_Served(disk, self._plan(disk), ()))
+
+    def _source(self, served: _Served) -> DiskSource:
+        guest, *below = served.plan.stages
+        assert isinstance(guest, GuestNode)  # noqa: S101 -- the contract of layers
+        behind = None
+        if below:
+            socket = self._stages.guest_socket(served.disk.id)
+            behind = Behind(canonical(socket), self._config.reconnect_seconds)
+        policy = "stop" if self._config.io_errors is IoErrors.PAUSE else "report"
+        return DiskSource(
+            disk_id=served.disk.id,
+            slot=guest.slot,
+            driver_type=served.disk.format.value,
+            path=served.disk.path,
+            behind=behind,
+            error_policy=policy if behind else None,
+        )
+
+    def _plan(self, disk: Disk) -> LayerPlan:
+        layer = self._plugins.encryption_layer(disk.encryption_type)
+        plan = layer.plan(LayerChoice(disk.key, disk.deks[-1].cipher))
+        return self._plugins.host_layer().cache(plan, disk.caching)
+
+    def _look_up(self, uses: Sequence[DomainDisk], domain: str) -> list[_Served]:
+        """The disks that a domain names, if they are what lies where it says."""
+        by_disk: dict[UUID, list[DomainDisk]] = {}
+        for use in uses:
+            by_disk.setdefault(use.disk_id, []).append(use)
+        found = []
+        for of_disk in by_disk.values():
+            disk = self._disk_of(of_disk[0])
+            served = _Served(disk, self._plan(disk), tuple(of_disk))
+            for use in of_disk:
+                self._check_use(use, served)
+            self._plugins.validate(UnlockDisk(disk, domain))
+            found.append(served)
+        return found
+
+    def _disk_of(self, use: DomainDisk) -> Disk:
+        try:
+            disk = self._store.get(str(use.disk_id))
+        except DiskNotFoundError as exc:
+            raise DiskNotFoundError(
+                f"{use.target} names disk {use.disk_id}, which the store does not have",
+                hint="if its image is whole, 'virt-sse disk adopt PATH' brings it back",
+            ) from exc
+        if disk.state is not DiskState.READY:
+            raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
+        with img.opened(disk.path) as descriptor:
+            try:
+                carried = envelope.read(descriptor, disk.format).disk_id
+            except EnvelopeError:
+                carried = disk.id  # damaged; the store's wrapped DEKs are whole, and QEMU needs no envelope
+        if carried != disk.id:
+            raise ImageError(f"{disk.path} is the image of another disk than {disk.name!r}")
+        return disk
+
+    def _check_use(self, use: DomainDisk, served: _Served) -> None:
+        disk, source = served.disk, self._source(served)
+        if all(entry.slot != use.slot for entry in disk.deks):
+            raise InvalidValueError(f"disk {disk.name!r} has no DEK in slot {use.slot!r}")
+        if use.slot != source.slot:
+            raise InvalidValueError(f"the DEK in slot {use.slot!r} of disk {disk.name!r} is not for guests")
+        if use.source is not None and canonical(use.source) == source.place:
+            return
+        if source.behind:
+            raise InvalidValueError(
+                f"{use.target} has the key of disk {disk.name!r} and is at {use.source}",
+                hint=f"it is served at {source.place}; 'virt-sse disk xml {disk.name}' says how it is used",
+            )
+        raise InvalidValueError(
+            f"{use.target} has the key of disk {disk.name!r} but the image {use.source}",
+            hint=f"the disk's image is {disk.path}; one that was moved is found by 'virt-sse disk adopt'",
+        )
+
+    def _refuse_shared(self, connection: libvirt.virConnect, disk: Disk, domain_id: UUID) -> None:
+        record = self._stages.record(disk.id)
+        if record is None or record.domain_id == domain_id:
+            return
+        with contextlib.suppress(libvirt.libvirtError):
+            if connection.lookupByUUID(record.domain_id.bytes).isActive():
+                raise DiskInUseError(f"disk {disk.name!r} is in use by domain {record.domain!r}")
+
+    def _start(
+        self, served: _Served, domain: str, domain_id: UUID, qemu: User | None
+    ) -> list[tuple[DomainDisk, Dek]]:
+        """Start the disk's stages; the DEKs that libvirt is to have."""
+        deks, for_libvirt = self._unlock(served, domain)
+        if qemu:
+            self._stages.start(served.disk, served.plan, deks, domain_id=domain_id, domain=domain, qemu=qemu)
+        return for_libvirt
+
+    def _unlock(self, served: _Served, domain: str) -> tuple[dict[str, Dek], list[tuple[DomainDisk, Dek]]]:
+        """The disk's DEKs by slot, and those that the domain names."""
+        with audit_context(domain=domain):
+            unwrapped = self._wrapping.unwrap_all(served.disk)
+        deks = {entry.slot: dek for entry, dek in zip(served.disk.deks, unwrapped, strict=True)}
+        return deks, [(use, deks[use.slot]) for use in served.uses]
+
+
+def release(config: Config, xml: str) -> None:
+    """Take from a domain that has ended all that it was given. Needs no store, and no key.
+
+    :raise VirtSseError: When something of it cannot be taken.
+    """
+    with contextlib.ExitStack() as all_of_it:
+        all_of_it.callback(Stages(config).stop_domain, domain_xml.domain_uuid(xml))
+        drop_secrets_of(config.libvirt_uri, xml)

@@ -1,0 +1,102 @@
+"""What a host notes of a disk's stages, so that any later command can go on with them or end them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+from uuid import UUID
+
+from virt_sse.files import private_folder, write_private
+from virt_sse.layers import HostCache, HostCaching, Stage, StorageNode
+from virt_sse.libvirt.users import User
+from virt_sse.qemu.img import DiskFormat
+
+
+@dataclass(frozen=True, slots=True)
+class StageRecord:
+    """The stages of a disk in a domain.
+
+    :ivar image: where the image lies, and whose it was before.
+    :ivar storage_slot: the slot of the DEK that the storage daemon opens the image with; ``None`` without
+        one.
+    """
+
+    disk_id: UUID
+    domain_id: UUID
+    domain: str
+    image: Path
+    format: DiskFormat
+    owner: User
+    qemu: User
+    caching: HostCaching
+    storage_slot: str | None
+
+    @property
+    def has_cache(self) -> bool:
+        return self.caching is not HostCaching.NONE
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether what a stage has acknowledged outlives it, and so whether it may be started anew under a
+        guest.
+
+        A raw volume's writes, and those that go through a read-only cache, are in the kernel's page cache by
+        then.
+        A qcow2 volume's metadata and a write-back cache are in the process until the guest asks for a flush:
+        a new
+        process would answer with older data, and the guest would never know.
+        """
+        if self.caching is HostCaching.READ_WRITE:
+            return False
+        return self.storage_slot is None or self.format is DiskFormat.RAW
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """The record in *folder*; ``None`` when there is none that makes sense."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            fields = json.loads((folder / "stages.json").read_bytes())
+            return cls(
+                disk_id=UUID(fields["disk"]),
+                domain_id=UUID(fields["domain-id"]),
+                domain=fields["domain"],
+                image=Path(fields["image"]),
+                format=DiskFormat(fields["format"]),
+                owner=User(*fields["owner"]),
+                qemu=User(*fields["qemu"]),
+                caching=HostCaching(fields["caching"]),
+                storage_slot=fields["storage-slot"],
+            )
+        return None
+
+    def write(self, folder: Path) -> None:
+        """Make it durable in *folder*.
+
+        :raise OSError: When it cannot be written.
+        """
+        private_folder(folder.parent)
+        private_folder(folder)
+        fields = {
+            "disk": str(self.disk_id),
+            "domain-id": str(self.domain_id),
+            "domain": self.domain,
+            "image": str(self.image),
+            "format": self.format.value,
+            "owner": [self.owner.uid, self.owner.gid],
+            "qemu": [self.qemu.uid, self.qemu.gid],
+            "caching": self.caching.value,
+            "storage-slot": self.storage_slot,
+        }
+        write_private(folder / "stages.json", json.dumps(fields).encode())
+
+
+def stages_of(record: StageRecord) -> list[Stage]:
+    """What a record says there is, from guest to storage."""
+    found: list[Stage] = []
+    if record.has_cache:
+        found.append(HostCache(record.caching))
+    if record.storage_slot is not None:
+        found.append(StorageNode(record.storage_slot))
+    return found

@@ -1,0 +1,310 @@
+"""Starts, watches and ends the stages of disks on this host."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from uuid import UUID
+
+from virt_sse.config import Config
+from virt_sse.disks import Disk
+from virt_sse.errors import StageError, VirtSseError
+from virt_sse.files import private_folder
+from virt_sse.keys import Dek
+from virt_sse.layers import HostCache, HostCaching, LayerPlan, StorageNode
+from virt_sse.libvirt.users import User
+from virt_sse.locks import DiskLocks
+from virt_sse.qemu import img, qcow2
+from virt_sse.qemu.img import DiskFormat
+from virt_sse.qemu.storage_daemon import StorageDaemon
+from virt_sse.qemu.storage_daemon import arguments as daemon_arguments
+from virt_sse.stages import cache
+from virt_sse.stages.process import Command, Process
+from virt_sse.stages.record import StageRecord
+from virt_sse.stages.users import storage_user
+
+_BACKLOG = 8
+_LONGEST_SOCKET_PATH = 107
+"""Linux, unix(7): ``sun_path`` less its zero byte."""
+_GREETING, _GREETING_SECONDS = b"NBDMAGIC", 10.0
+_GUEST_SOCKET = "guest/nbd"
+_INNER_SOCKET = "stages/nbd"
+"""Between a cache and a storage daemon."""
+
+
+class Stages:
+    """All of a host's; several processes may use one at the same time."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._locks = DiskLocks(config.stage_directory.parent / "stages.lock")
+
+    def guest_socket(self, disk_id: UUID) -> Path:
+        """Where a guest's QEMU finds the disk."""
+        return self._config.socket_directory / str(disk_id) / _GUEST_SOCKET
+
+    def records(self) -> list[StageRecord]:
+        """What there is, running or not."""
+        try:
+            folders = sorted(self._config.stage_directory.iterdir())
+        except FileNotFoundError:
+            return []
+        return [record for folder in folders if (record := StageRecord.read(folder))]
+
+    def record(self, disk_id: UUID) -> StageRecord | None:
+        """What there is of one disk."""
+        return StageRecord.read(self._folder(disk_id))
+
+    def dead(self, record: StageRecord) -> list[str]:
+        """The names of the processes of *record* that do not run."""
+        names = ["cache"] if record.has_cache else []
+        if record.storage_slot is not None:
+            names.append("storage")
+        return [name for name in names if self._process(record.disk_id, name).pid() is None]
+
+    def storage_daemon(self, disk_id: UUID) -> StorageDaemon:
+        """The storage daemon of a disk that has one."""
+        return StorageDaemon(self._folder(disk_id) / "qmp")
+
+    def start(
+        self,
+        disk: Disk,
+        plan: LayerPlan,
+        deks: Mapping[str, Dek],
+        *,
+        domain_id: UUID,
+        domain: str,
+        qemu: User,
+    ) -> None:
+        """Start the stages of *plan* below the guest's, anew if any run; nothing when there are none.
+
+        :param deks: by slot.
+        :param qemu: whom the domain's QEMU runs as.
+        :raise StageError: When one does not start; none of them runs then.
+        :raise VirtSseError: By meaning, likewise.
+        """
+        caches = [stage.caching for stage in plan.stages if isinstance(stage, HostCache)]
+        slots = [stage.slot for stage in plan.stages if isinstance(stage, StorageNode)]
+        if not caches and not slots:
+            return
+        with self._locks.hold(disk.id, wait=True):
+            self._stop(disk.id)
+            with img.opened(disk.path) as image:
+                status = os.fstat(image)
+            record = StageRecord(
+                disk_id=disk.id,
+                domain_id=domain_id,
+                domain=domain,
+                image=disk.path,
+                format=disk.format,
+                owner=User(status.st_uid, status.st_gid),
+                qemu=qemu,
+                caching=caches[0] if caches else HostCaching.NONE,
+                storage_slot=slots[0] if slots else None,
+            )
+            try:
+                record.write(self._folder(disk.id))
+                self._start(record, deks, size=disk.size)
+            except BaseException as exc:
+                self._stop(disk.id)
+                if isinstance(exc, OSError):
+                    raise StageError(f"cannot serve disk {disk.name!r}: {exc}") from exc
+                raise
+
+    def restart(self, disk_id: UUID, deks: Mapping[str, Dek]) -> None:
+        """Start what has died of a disk's stages again, below a guest that runs on.
+
+        :raise StageError: When that might give the guest older data than it was told is written.
+        :raise VirtSseError: By meaning, when it does not start.
+        """
+        with self._locks.hold(disk_id, wait=True):
+            record = self.record(disk_id)
+            if record is None or not self.dead(record):
+                return
+            if not record.keeps_all:
+                raise StageError("what it had not flushed is lost: the domain must be stopped and started")
+            for name in ("cache", "storage"):
+                self._process(disk_id, name).stop()
+            try:
+                self._start(record, deks, size=0)
+            except OSError as exc:
+                raise StageError(f"cannot serve disk {disk_id}: {exc}") from exc
+
+    def stop(self, disk_id: UUID) -> None:
+        """End a disk's stages, and leave nothing of them. Nothing when there are none.
+
+        :raise StageError: When they cannot be ended from here.
+        """
+        with self._locks.hold(disk_id, wait=True):
+            self._stop(disk_id)
+
+    def stop_domain(self, domain_id: UUID) -> None:
+        """End the stages of all disks of a domain.
+
+        :raise StageError: When some cannot be ended from here; the others are.
+        """
+        failed: VirtSseError | None = None
+        for record in self.records():
+            if record.domain_id == domain_id:
+                try:
+                    self.stop(record.disk_id)
+                except VirtSseError as exc:
+                    failed = exc
+        if failed:
+            raise failed
+
+    def grow(self, disk: Disk, size: int) -> None:
+        """Make room for a disk of *size* usable bytes in the volume that holds it, while a guest uses it.
+
+        :raise StageError: When a host cache is in between, which does not grow.
+        """
+        with self._locks.hold(disk.id, wait=True):
+            record = self.record(disk.id)
+            if record is None:
+                return
+            if record.has_cache:
+                raise StageError(
+                    f"disk {disk.name!r} has a host cache, which does not grow",
+                    hint="stop the domain, or set the disk's caching to None",
+                )
+            self.storage_daemon(disk.id).grow(_room(disk, size), disk.id)
+
+    def _start(self, record: StageRecord, deks: Mapping[str, Dek], *, size: int) -> None:
+        storage = storage_user(self._config.storage_user, record.qemu)
+        _make_folders(self._config.socket_directory / str(record.disk_id), record.qemu, storage)
+        with img.opened(record.image, os.O_RDWR) as image:
+            os.fchown(image, storage.uid, storage.gid)
+            if record.storage_slot is None and record.format is DiskFormat.QCOW2:
+                _extend(image, size)
+            guest = self.guest_socket(record.disk_id)
+            if record.storage_slot is not None:
+                inner = guest.parent.parent / _INNER_SOCKET
+                self._start_storage(
+                    record, deks[record.storage_slot], storage, inner if record.has_cache else guest
+                )
+                source = cache.over_export(inner, record.disk_id)
+            else:
+                source = cache.over_image(record.image)
+            if record.has_cache:
+                self._start_cache(record, source, storage, guest, image)
+
+    def _start_storage(self, record: StageRecord, dek: Dek, user: User, path: Path) -> None:
+        process = self._process(record.disk_id, "storage")
+        daemon = self.storage_daemon(record.disk_id)
+        with _listening(daemon.monitor) as monitor, _listening(path) as listening:
+            process.start(Command(daemon_arguments(monitor, listening), [monitor, listening]), user)
+        try:
+            daemon.open_volume(record.image, record.format, dek, record.disk_id)
+        except VirtSseError as exc:
+            said = f" ({process.log})" if process.log else ""
+            raise StageError(f"the storage daemon cannot serve {record.image}: {exc}{said}") from exc
+
+    def _start_cache(
+        self, record: StageRecord, source: list[str], user: User, path: Path, image: int
+    ) -> None:
+        folder = private_folder(self._config.cache_directory)
+        os.chown(folder, user.uid, user.gid)
+        with _listening(path) as listening:
+            command = Command(
+                cache.arguments(record.caching, source),
+                listening=listening,
+                environment={"TMPDIR": str(folder)},
+            )
+            lock = image if record.storage_slot is None else None
+            process = self._process(record.disk_id, "cache")
+            process.start(command, user, image=lock)
+        _await_greeting(path, process)
+
+    def _stop(self, disk_id: UUID) -> None:
+        for name in ("cache", "storage"):  # the one that writes into the other first
+            self._process(disk_id, name).stop()
+        record = self.record(disk_id)
+        if record:
+            with contextlib.suppress(VirtSseError), img.opened(record.image) as image:
+                if os.fstat(image).st_uid == storage_user(self._config.storage_user, record.qemu).uid:
+                    os.fchown(image, record.owner.uid, record.owner.gid)
+        _remove_tree(self._config.socket_directory / str(disk_id))
+        _remove_tree(self._folder(disk_id))
+
+    def _folder(self, disk_id: UUID) -> Path:
+        return self._config.stage_directory / str(disk_id)
+
+    def _process(self, disk_id: UUID, name: str) -> Process:
+        return Process(self._folder(disk_id) / name)
+
+
+def _room(disk: Disk, size: int) -> int:
+    if disk.format is DiskFormat.QCOW2:
+        return qcow2.most_room(size)
+    with img.opened(disk.path) as image:
+        # Both volumes' headers have the length that ours have.
+        return img.luks_area(image, disk.format)[1] + size
+
+
+def _extend(image: int, size: int) -> None:
+    """Make the file as large as the qcow2 in it can become: what is served by NBD does not grow. Takes no
+    room.
+    """
+    if os.fstat(image).st_size < qcow2.most_room(size):
+        os.ftruncate(image, qcow2.most_room(size))
+
+
+def _make_folders(folder: Path, qemu: User, storage: User) -> None:
+    folder.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+    folder.mkdir(mode=0o711, exist_ok=True)
+    for path in (folder.parent, folder):
+        path.chmod(0o711)
+    for name, user in (("guest", qemu), ("stages", storage)):
+        path = private_folder(folder / name)
+        os.chown(path, user.uid, user.gid)
+
+
+@contextlib.contextmanager
+def _listening(path: Path) -> Iterator[int]:
+    """The descriptor of a socket that listens at *path*, made anew. Whoever may enter its folder may connect.
+
+    :raise OSError: When it cannot be made.
+    """
+    if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
+        raise StageError(
+            f"{path} is too long for a socket, by {len(os.fsencode(path)) - _LONGEST_SOCKET_PATH} bytes"
+        )
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        path.chmod(0o666)
+        listener.listen(_BACKLOG)
+        yield listener.fileno()
+
+
+def _await_greeting(path: Path, process: Process) -> None:
+    """Go on when an NBD server greets at *path* (NBD protocol, "newstyle negotiation").
+
+    :raise StageError: When *process*, whose socket it is, ends before, or does not.
+    """
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.settimeout(_GREETING_SECONDS)
+            client.connect(str(path))
+            if client.recv(len(_GREETING), socket.MSG_WAITALL) == _GREETING:
+                return
+    except OSError:
+        pass
+    raise StageError(f"the host cache does not start: {process.log or 'it says nothing'}")
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove what is ours of *folder*: two levels of files, sockets and folders."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            for inner in path.iterdir():
+                inner.unlink(missing_ok=True)
+            path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+    folder.rmdir()

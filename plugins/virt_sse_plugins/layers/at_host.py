@@ -1,0 +1,27 @@
+"""Encryption at host: what a host keeps of a VM beside its disks is encrypted, too."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from virt_sse.ciphers import AES_256_XTS
+from virt_sse.disks import PLATFORM_KEY
+from virt_sse.layers import DekSpec, GuestNode, HostCache, HostCaching, HostLayer, LayerPlan
+
+
+class AtHostLayer(HostLayer):
+    """Caches below the LUKS node in the guest's QEMU; temporary disks under the platform's key."""
+
+    name = "at-host"
+
+    def cache(self, plan: LayerPlan, caching: HostCaching) -> LayerPlan:
+        if caching is HostCaching.NONE:
+            return plan
+        guest, *storage = plan.stages
+        return dataclasses.replace(plan, stages=(guest, HostCache(caching), *storage))
+
+    def temporary_disk(self) -> LayerPlan:
+        return LayerPlan(
+            deks=(DekSpec("temp", PLATFORM_KEY, AES_256_XTS),),
+            stages=(GuestNode("temp"),),
+        )
