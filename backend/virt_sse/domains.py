@@ -143,14 +143,15 @@ class Domains:
     def resize_live(self, disk: Disk, size: int) -> bool:
         """Resize the disk in the running domain that has it, if one does; whether one did.
 
+        :raise StageError: When what is below the domain's QEMU cannot grow under it.
         :raise LibvirtError: When libvirt refuses.
         """
         try:
             with connected(self._uri) as connection:
                 for domain in _using(connection, disk):
                     if domain.isActive():
-                        self._stages.grow(disk, size)
                         (use, *_) = _uses(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE, disk)
+                        self._stages.grow(disk, size, reconnects=use.reconnects)
                         _block_resize(domain, use.target, size)
                         return True
         except LibvirtUnavailableError:
@@ -166,7 +167,7 @@ class Domains:
 
 
 def _block_resize(domain: libvirt.virDomain, target: str, size: int) -> None:
-    """Resize a disk in a running domain, whose QEMU may be about to connect again to what is below it."""
+    """Resize a disk in a running domain, whose QEMU may have to connect again to what is below it."""
     deadline = time.monotonic() + _RECONNECT_SECONDS
     while True:
         try:

@@ -34,6 +34,7 @@ from virt_sse.plugins import PluginHost
 from virt_sse.policy import UnlockDisk
 from virt_sse.qemu import img
 from virt_sse.stages import Stages
+from virt_sse.stages.record import StageRecord
 from virt_sse.store import Store
 from virt_sse.wrapping import Wrapping
 
@@ -110,6 +111,23 @@ class Serving:
                 undo.callback(drop_secret, connection, use.disk_id, use.slot)
                 set_secret(connection, use.disk_id, use.slot, dek)
             undo.pop_all()
+
+    def restart_stages(self, record: StageRecord) -> None:
+        """Start what has died of a disk's stages again, below a guest that runs on.
+
+        :raise StageError: When that might give the guest older data than it was told is written.
+        :raise VirtSseError: By meaning, when it does not start.
+        """
+        deks = {}
+        if record.storage_slot is not None:
+            disk = self._store.get(str(record.disk_id))
+            with audit_context(domain=record.domain):
+                deks[record.storage_slot] = self._wrapping.unwrap(
+                    disk.dek(record.storage_slot).wrapped,
+                    context=disk.context(record.storage_slot),
+                    encryption_set=disk.identity_for(record.storage_slot),
+                )
+        self._stages.restart(record.disk_id, deks)
 
     def source(self, disk: Disk) -> DiskSource:
         """How a domain finds the disk."""

@@ -22,6 +22,7 @@ from virt_sse.agent.metrics import Metrics
 from virt_sse.agent.revocation import Revocation
 from virt_sse.agent.secret_keeper import SecretKeeper
 from virt_sse.agent.server import AgentServer, Service
+from virt_sse.agent.stage_watch import StageWatch
 from virt_sse.agent.standings import Standings
 from virt_sse.audit_record import Component
 from virt_sse.backend import Backend
@@ -36,7 +37,7 @@ from virt_sse.serving import release
 _log = logging.getLogger(__name__)
 
 _UNUSED_POLLS = 5
-"""For how many polls a secret must have been of no use before it is dropped."""
+"""For how many polls a secret or a stage must have been of no use before it is dropped."""
 
 
 class Agent:
@@ -62,6 +63,9 @@ class Agent:
         self._secrets = SecretKeeper(
             config.libvirt_uri, backend.domains, metrics, unused_seconds=_UNUSED_POLLS * seconds
         )
+        self._stages = StageWatch(
+            backend.stages, backend.domains, metrics, unused_seconds=_UNUSED_POLLS * seconds
+        )
         self._rotation = AutomaticRotation(backend, metrics, config.agent.rotation_seconds)
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
@@ -80,6 +84,7 @@ class Agent:
         self._thread.join()
         self._revocation.stop()
         self._secrets.stop()
+        self._stages.stop()
         self._keys.stop()
 
     def serve_hook(self, event: str, domain: str, xml: str) -> None:
@@ -151,6 +156,7 @@ class Agent:
         grace_end = self._revocation.apply(found.standings)
         if self._inventory.connected:
             self._secrets.keep(snapshot, lambda domain: self._revocation.reason(domain) is not None)
+            self._stages.keep(snapshot)
         states = self._keys.states()
         self._metrics.libvirt_connected.set(bool(self._inventory.connected))
         self._metrics.domains.set(len(snapshot.domains))

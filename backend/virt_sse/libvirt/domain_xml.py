@@ -10,7 +10,7 @@ from pathlib import Path
 from uuid import UUID
 
 from virt_sse.errors import InvalidValueError
-from virt_sse.libvirt.references import parse_usage, usage
+from virt_sse.libvirt.references import TEMP_SLOT, parse_usage, usage
 from virt_sse.libvirt.users import User
 
 # Domain XML comes from libvirtd, which is trusted; ElementTree resolves no external entities.
@@ -26,19 +26,33 @@ class DomainDisk:
     :ivar source: the image, or the NBD server's Unix socket, that the domain names; ``None`` when it is
         neither.
     :ivar target: its name in the guest, e.g. ``vda``.
+    :ivar reconnects: whether QEMU connects again to an NBD server that was gone; libvirt has it from 9.5.
     """
 
     disk_id: UUID
     slot: str
     source: Path | None
     target: str
+    reconnects: bool = False
 
 
 def our_disks(xml: str) -> list[DomainDisk]:
-    """Every use of a DEK of ours in the domain *xml*, backing files included.
+    """Every use of a DEK of a disk of ours in the domain *xml*, backing files included.
 
     :raise InvalidValueError: When the XML makes no sense, or a secret in it that is named like ours.
     """
+    return [use for use in _our_uses(xml) if use.slot != TEMP_SLOT]
+
+
+def temp_disks(xml: str) -> list[DomainDisk]:
+    """Every use of a temporary disk in the domain *xml*; more than one, or another VM's, makes no sense.
+
+    :raise InvalidValueError: As for :func:`our_disks`.
+    """
+    return [use for use in _our_uses(xml) if use.slot == TEMP_SLOT]
+
+
+def _our_uses(xml: str) -> list[DomainDisk]:
     try:
         root = ET.fromstring(xml)  # noqa: S314 -- see above
     except ET.ParseError as exc:
@@ -53,7 +67,8 @@ def our_disks(xml: str) -> list[DomainDisk]:
                 raise InvalidValueError(f"the domain names an unknown secret: {exc}") from exc
             if reference:
                 name = target.get("dev", "") if target is not None else ""
-                found.append(DomainDisk(*reference, _source(place), name))
+                reconnects = place.find("source/reconnect") is not None
+                found.append(DomainDisk(*reference, _source(place), name, reconnects))
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Self
 from uuid import UUID
 
 from virt_sse.files import private_folder, write_private
-from virt_sse.layers import HostCache, HostCaching, Stage, StorageNode
+from virt_sse.layers import HostCaching
 from virt_sse.libvirt.users import User
 from virt_sse.qemu.img import DiskFormat
 
@@ -90,13 +90,3 @@ class StageRecord:
             "storage-slot": self.storage_slot,
         }
         write_private(folder / "stages.json", json.dumps(fields).encode())
-
-
-def stages_of(record: StageRecord) -> list[Stage]:
-    """What a record says there is, from guest to storage."""
-    found: list[Stage] = []
-    if record.has_cache:
-        found.append(HostCache(record.caching))
-    if record.storage_slot is not None:
-        found.append(StorageNode(record.storage_slot))
-    return found

@@ -156,10 +156,12 @@ class Stages:
         if failed:
             raise failed
 
-    def grow(self, disk: Disk, size: int) -> None:
+    def grow(self, disk: Disk, size: int, *, reconnects: bool) -> None:
         """Make room for a disk of *size* usable bytes in the volume that holds it, while a guest uses it.
 
-        :raise StageError: When a host cache is in between, which does not grow.
+        :param reconnects: whether the guest's QEMU connects again when it is cut off.
+        :raise StageError: When a host cache is in between, which does not grow; or when QEMU would have to
+            connect again and does not.
         """
         with self._locks.hold(disk.id, wait=True):
             record = self.record(disk.id)
@@ -170,7 +172,15 @@ class Stages:
                     f"disk {disk.name!r} has a host cache, which does not grow",
                     hint="stop the domain, or set the disk's caching to None",
                 )
-            self.storage_daemon(disk.id).grow(_room(disk, size), disk.id)
+            daemon = self.storage_daemon(disk.id)
+            if (room := _room(disk, size)) <= daemon.size():
+                return
+            if not reconnects:
+                raise StageError(
+                    f"the volume that holds disk {disk.name!r} cannot grow under a running guest",
+                    hint="stop the domain first; libvirt lets QEMU connect again to a grown one from 9.5 on",
+                )
+            daemon.grow(room, disk.id)
 
     def _start(self, record: StageRecord, deks: Mapping[str, Dek], *, size: int) -> None:
         storage = storage_user(self._config.storage_user, record.qemu)

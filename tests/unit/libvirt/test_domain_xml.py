@@ -55,7 +55,8 @@ def test_what_we_write_we_find(name: str) -> None:
     assert place is not None
     assert target is not None
     expected = place.get("file") or BEHIND.socket
-    assert use == DomainDisk(DISK, "service", Path(expected), target.get("dev", ""))
+    reconnects = place.find("reconnect") is not None
+    assert use == DomainDisk(DISK, "service", Path(expected), target.get("dev", ""), reconnects)
 
 
 def domain(*disks: str) -> str:

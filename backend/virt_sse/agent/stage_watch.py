@@ -1,0 +1,108 @@
+"""The processes between QEMU and the storage: there for domains that run, and for no others.
+
+The hook sees to that. Here is seen to what no hook was run for: one that died under a running guest, and
+those of
+a domain that ended while nobody was there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from uuid import UUID
+
+from virt_sse.agent.inventory import RunningDomain, Snapshot
+from virt_sse.agent.logs import fields
+from virt_sse.agent.metrics import Metrics
+from virt_sse.domains import Domains
+from virt_sse.errors import VirtSseError
+from virt_sse.stages import Stages
+from virt_sse.stages.record import StageRecord
+
+_log = logging.getLogger(__name__)
+
+_THREADS = 4
+_AGAIN_SECONDS = 10.0
+
+
+class StageWatch:
+    """:param unused_seconds: how long stages must have been of no use before they are ended: a command starts
+    them a little before the domain has the disk.
+    """
+
+    def __init__(self, stages: Stages, domains: Domains, metrics: Metrics, *, unused_seconds: float) -> None:
+        self._stages = stages
+        self._domains = domains
+        self._metrics = metrics
+        self._unused_seconds = unused_seconds
+        self._unused: dict[UUID, float] = {}
+        self._tried: dict[UUID, float] = {}
+        self._lost: set[tuple[UUID, int]] = set()
+        self._seen = 0
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="stage")
+
+    def keep(self, snapshot: Snapshot) -> None:
+        """Start what died and can be started again, and end what no running domain uses; once for each
+        snapshot.
+        """
+        if snapshot.number == self._seen:
+            return
+        self._seen = snapshot.number
+        now = time.monotonic()
+        running = {domain.uuid: domain for domain in snapshot.domains}
+        unused = set()
+        for record in self._stages.records():
+            domain = running.get(record.domain_id)
+            if domain is None or all(use.disk_id != record.disk_id for use in domain.uses):
+                unused.add(record.disk_id)
+            elif dead := self._stages.dead(record):
+                self._revive(record, domain, dead, now)
+        for disk_id in self._unused.keys() - unused:
+            del self._unused[disk_id]
+        for disk_id in unused:
+            if self._unused.setdefault(disk_id, now) <= now - self._unused_seconds:
+                del self._unused[disk_id]
+                self._pool.submit(self._end, disk_id)
+
+    def stop(self) -> None:
+        """Begin nothing any more, and wait for what is under way."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _revive(self, record: StageRecord, domain: RunningDomain, dead: list[str], now: float) -> None:
+        reconnects = any(use.reconnects for use in domain.uses if use.disk_id == record.disk_id)
+        if not (record.keeps_all and reconnects):
+            if (record.disk_id, domain.run) not in self._lost:
+                self._lost.add((record.disk_id, domain.run))
+                self._metrics.actions.labels("stage-lost").inc()
+                _log.error("stage-lost", extra=fields(_told(record, dead) | {"reason": _why_not(record)}))
+        elif self._tried.get(record.disk_id, 0.0) <= now:
+            self._tried[record.disk_id] = now + _AGAIN_SECONDS
+            self._pool.submit(self._restart, record, dead)
+
+    def _restart(self, record: StageRecord, dead: list[str]) -> None:
+        try:
+            self._domains.serving.restart_stages(record)
+        except VirtSseError as exc:
+            _log.warning("stage-not-restarted", extra=fields(_told(record, dead) | {"reason": str(exc)}))
+        else:
+            self._metrics.actions.labels("restart-stage").inc()
+            _log.info("stage-restarted", extra=fields(_told(record, dead)))
+
+    def _end(self, disk_id: UUID) -> None:
+        try:
+            self._stages.stop(disk_id)
+        except VirtSseError as exc:
+            _log.warning("stage-not-ended", extra=fields({"disk": disk_id, "reason": str(exc)}))
+        else:
+            _log.info("stage-ended", extra=fields({"disk": disk_id}))
+
+
+def _told(record: StageRecord, dead: list[str]) -> dict[str, object]:
+    return {"disk": record.disk_id, "domain": record.domain, "stages": dead}
+
+
+def _why_not(record: StageRecord) -> str:
+    if record.keeps_all:
+        return "libvirt before 9.5 does not let QEMU connect again: the domain must be stopped and started"
+    return "what it had not flushed is lost: the domain must be stopped and started"
