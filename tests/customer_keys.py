@@ -65,10 +65,10 @@ class CustomerKeys:
         self.administration.close()
         self._credential.close()
 
-    def new_key(self, *, size: int = 2048) -> str:
+    def new_key(self, *, size: int = 2048, in_hsm: bool = False) -> str:
         """Make a key; its URL."""
         name = f"test-{uuid.uuid4()}"
-        self.client.create_rsa_key(name, size=size)
+        self.client.create_rsa_key(name, size=size, hardware_protected=in_hsm)
         return f"{self._vault.url}/keys/{name}"
 
     def new_identity(self, *permissions: Permission) -> Path:

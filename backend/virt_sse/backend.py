@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 from uuid import UUID
 
-from virt_sse import envelope
+from virt_sse import envelope, temp_disks
 from virt_sse.audit import AuditLog
 from virt_sse.audit_record import Component
 from virt_sse.ciphers import Cipher
 from virt_sse.config import Config
-from virt_sse.disks import PLATFORM_KEY, Disk, DiskSku, check_name
+from virt_sse.disks import Disk, DiskSku, check_name
 from virt_sse.domains import Domains
 from virt_sse.encryption_sets import EncryptionSet
-from virt_sse.errors import ConfigError, DiskInUseError, ImageError, InvalidValueError, PolicyError
+from virt_sse.errors import DiskInUseError, ImageError, InvalidValueError, PolicyError
+from virt_sse.host_setup import initialise
+from virt_sse.in_guest.inspection import Finding
+from virt_sse.in_guest.inspector import Inspector
 from virt_sse.keys import KeyId, KeyRef, KeyState
-from virt_sse.libvirt import hook
+from virt_sse.layers import HostCaching
 from virt_sse.libvirt.pools import pool_folder, refresh_pool
 from virt_sse.locks import DiskLocks
 from virt_sse.plugins import PluginHost
@@ -31,6 +36,7 @@ from virt_sse.set_provisioning import SetProvisioning
 from virt_sse.stages import Stages
 from virt_sse.store import Store
 from virt_sse.transfer import Progress, Transfer, silent
+from virt_sse.virtual_machines import VirtualMachines
 from virt_sse.wrapping import Wrapping
 
 
@@ -67,13 +73,16 @@ class Backend:
         self._provisioning = Provisioning(
             self._store, self.plugins, wrapping, locks, config.infrastructure_cipher
         )
+        self.inspector = Inspector(config.libvirt_uri, self._store, wrapping)
         self._transfer = Transfer(self.plugins, self._provisioning)
         self._rotation = Rotation(self._store, self.plugins, wrapping, locks)
         self.sets = SetProvisioning(config, self._store, self.plugins, wrapping, self._rotation)
         self.stages = Stages(config)
         serving = Serving(config, self._store, self.plugins, wrapping, self.stages)
         self.domains = Domains(config.libvirt_uri, self.plugins, serving, self.stages)
+        self.vms = VirtualMachines(config, self._store, self.plugins, wrapping, serving, self.inspector)
         try:
+            temp_disks.erase_of_other_boots(config)
             self._provisioning.recover()
         except BaseException:
             self.close()
@@ -96,26 +105,11 @@ class Backend:
         self.close()
 
     def init_host(self) -> list[str]:
-        """Make what a host needs and does not have: the platform's keyring, and libvirt's hook.
+        """Make what a host needs and does not have: what was made, in words.
 
-        :return: what was made, in words.
-        :raise KeyringError: When part of a keyring is there, or disks are under one that is not there: it is
-            never made anew.
-        :raise ConfigError: When the hook cannot be written.
+        :raise VirtSseError: By meaning; see :func:`virt_sse.host_setup.initialise`.
         """
-        made = []
-        provider = self.plugins.key_provider(PLATFORM_KEY.provider)
-        if any(key.provider == PLATFORM_KEY.provider for key, _ in self._store.keys_in_use()):
-            provider.current_key(PLATFORM_KEY.name)
-        elif provider.provision():
-            made.append(f"keyring {self.config.key_provider(PLATFORM_KEY.provider).directory}")
-        environment = {"VIRT_SSE_ROOT": str(self.config.root), "LIBVIRT_DEFAULT_URI": self.config.libvirt_uri}
-        try:
-            if hook.install(self.config.hook_path, environment):
-                made.append(f"libvirt hook {self.config.hook_path}")
-        except OSError as exc:
-            raise ConfigError(f"cannot write {self.config.hook_path}: {exc.strerror}") from exc
-        return made
+        return initialise(self.config, self.plugins, self._store)
 
     # Disks
 
@@ -264,6 +258,13 @@ class Backend:
         """
         self._provisioning.check(self._store.get(name))
 
+    def inspect_disk(self, name: str) -> list[Finding]:
+        """What the guest has encrypted on a disk, also while a domain has it.
+
+        :raise VirtSseError: By meaning; see :meth:`Inspector.disk`.
+        """
+        return self.inspector.disk(self._store.get(name))
+
     def delete_disk(self, name: str, *, dry_run: bool = False) -> Disk:
         """Erase a disk for good.
 
@@ -289,20 +290,37 @@ class Backend:
         return self.domains.element(self._store.get(name), target=target, read_only=read_only)
 
     def attach_disk(
-        self, name: str, domain: str, *, target: str | None = None, read_only: bool = False
+        self,
+        name: str,
+        domain: str,
+        *,
+        target: str | None = None,
+        read_only: bool = False,
+        caching: HostCaching = HostCaching.NONE,
     ) -> str:
         """Add a disk to a domain, running or not; its target in the guest.
 
+        :param caching: what the host is to cache of it, in a domain with encryption at host.
         :raise VirtSseError: By meaning; see :meth:`Domains.attach`.
         """
-        return self.domains.attach(self._store.get(name), domain, target=target, read_only=read_only)
+        disk = dataclasses.replace(self._store.get(name), caching=caching)
+        return self.domains.attach(
+            disk,
+            domain,
+            target=target,
+            read_only=read_only,
+            content=self.inspector.content(disk, domain),
+            settled=lambda: self._store.vms.set_caching(disk.id, caching),
+        )
 
     def detach_disk(self, name: str, domain: str) -> None:
         """Take a disk out of a domain, running or not.
 
         :raise VirtSseError: By meaning; see :meth:`Domains.detach`.
         """
-        self.domains.detach(self._store.get(name), domain)
+        disk = self._store.get(name)
+        self.domains.detach(disk, domain)
+        self._store.vms.set_caching(disk.id, HostCaching.NONE)
 
     def move_disk(self, name: str, encryption_set: str) -> Disk:
         """Put a disk into another encryption set, also while a domain has it.
@@ -317,27 +335,31 @@ class Backend:
     # Keys
 
     def keys_in_use(self) -> list[KeyUse]:
-        """Each KEK version that disks are under, with its state; one entry per encryption set."""
+        """Each KEK version that disks and VMs are under, with its state; one entry per encryption set."""
+        used = Counter(self._store.keys_in_use())
+        used.update({(key, None): deks for key, deks in self._store.vms.keys_in_use().items()})
         return [
             KeyUse(key, set_id, deks, self._wrapping.key_state(key, encryption_set=set_id))
-            for (key, set_id), deks in self._store.keys_in_use().items()
+            for (key, set_id), deks in used.items()
         ]
 
     def rotate_key(self, key: KeyRef, *, progress: Progress = silent) -> tuple[KeyId, RewrapReport]:
-        """Make a new version of *key* and bring every disk under it; see :meth:`Rotation.rewrap`.
+        """Make a new version of *key* and bring every disk and VM under it; see :meth:`Rotation.rewrap`.
 
         :raise KeyProviderError: When the provider refuses, or its keys are rotated elsewhere.
         """
-        version = self._wrapping.rotate(key)
-        return version, self._rotation.rewrap(self._store.under_key(key), progress)
+        return self._wrapping.rotate(key), self._rewrap(key, progress)
 
     def rewrap(self, key: KeyRef, *, progress: Progress = silent) -> RewrapReport:
-        """Bring every disk under *key* to its current version, e.g. after a rotation that was cut off.
+        """Bring every disk and VM under *key* to its current version, e.g. after a rotation that was cut off.
 
         :raise KeyProviderError: When the provider cannot name the current version.
         """
         self._wrapping.current_key(key)
-        return self._rotation.rewrap(self._store.under_key(key), progress)
+        return self._rewrap(key, progress)
+
+    def _rewrap(self, key: KeyRef, progress: Progress) -> RewrapReport:
+        return self._rotation.rewrap(self._store.under_key(key), progress) + self.vms.rewrap(key)
 
     def _usable_set(self, name: str | None) -> EncryptionSet | None:
         """The set that a disk of this host is to be in."""

@@ -33,8 +33,9 @@ class Cipher:
                 cipher = cls(algorithm, mode)
                 if text in (str(cipher), f"{algorithm}-{mode}"):
                     return cipher
-        known = ", ".join(str(cls(algorithm, mode)) for algorithm in _ALGORITHMS for mode in _MODES)
-        raise InvalidValueError(f"unknown cipher {text!r}", hint=f"known ciphers: {known}")
+        raise InvalidValueError(
+            f"unknown cipher {text!r}", hint=f"known ciphers: {', '.join(map(str, KNOWN))}"
+        )
 
     def __str__(self) -> str:
         return f"{self.algorithm}-{self.mode}" + ("-essiv:sha256" if self.mode == "cbc" else "")
@@ -61,3 +62,5 @@ class Cipher:
 
 AES_256_XTS = Cipher("aes-256", "xts")
 AES_256_CBC = Cipher("aes-256", "cbc")
+KNOWN = tuple(Cipher(algorithm, mode) for algorithm in _ALGORITHMS for mode in _MODES)
+"""All that QEMU's LUKS driver may have; which of them it has, depends on how QEMU was built."""

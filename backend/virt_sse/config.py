@@ -19,6 +19,7 @@ from virt_sse.agent.client import SOCKET
 from virt_sse.ciphers import AES_256_CBC, Cipher
 from virt_sse.errors import ConfigError, InvalidValueError
 from virt_sse.keys import ProviderConfig
+from virt_sse.policy import Site
 
 _TABLES = {
     "store": {"url"},
@@ -27,6 +28,7 @@ _TABLES = {
     "plugins": {"required"},
     "host": {"subscription", "region", "storage-user"},
     "encryption-sets": {"limit", "operator-credential"},
+    "policy": {"tables", "enforce"},
     "agent": {"timeout", "poll-seconds", "probe-seconds", "rotation-seconds"},
 }
 
@@ -76,6 +78,9 @@ class Config:
     :ivar storage_user: the user, or its number, that storage processes run as; ``None``: see
         :func:`virt_sse.stages.users.storage_user`.
     :ivar operator_credential: what makes and deletes the sets' identities in a key vault.
+    :ivar policy_tables: what is supported where, in place of what comes with virt-sse; see ``cloud.toml``
+        there.
+    :ivar enforce_policy: whether the rules of a cloud, which the tables tell in part, hold here.
     :ivar required_plugins: entry points without which nothing may run, e.g. a site's policy.
     :ivar provider_options: by provider name, its table ``[key-providers.NAME]``.
     """
@@ -92,6 +97,8 @@ class Config:
     subscription: str = "default"
     region: str = "default"
     encryption_set_limit: int = 50
+    policy_tables: Path | None = None
+    enforce_policy: bool = True
     required_plugins: tuple[str, ...] = ()
     provider_options: Mapping[str, Mapping[str, object]] = field(default_factory=dict, repr=False)
     agent: AgentConfig = AgentConfig()
@@ -135,6 +142,8 @@ class Config:
             subscription=document.get("host", {}).get("subscription") or "default",
             region=document.get("host", {}).get("region") or "default",
             encryption_set_limit=document.get("encryption-sets", {}).get("limit", 50),
+            policy_tables=Path(tables) if (tables := document.get("policy", {}).get("tables")) else None,
+            enforce_policy=document.get("policy", {}).get("enforce", True),
             required_plugins=tuple(document.get("plugins", {}).get("required", ())),
             provider_options=document.get("key-providers", {}),
             agent=AgentConfig(
@@ -161,6 +170,18 @@ class Config:
     def agent_socket(self) -> Path:
         """Where the per-host agent answers, if one runs."""
         return self.root / SOCKET
+
+    @property
+    def temp_disk_directory(self) -> Path:
+        """VMs' temporary disks, each in a folder that only its QEMU may enter. Anybody may pass through this
+        one.
+        """
+        return self.disk_directory / "temporary-disks"
+
+    @property
+    def site(self) -> Site:
+        """What policies are told of the host."""
+        return Site(self.subscription, self.region, self.policy_tables, self.enforce_policy)
 
     @property
     def stage_directory(self) -> Path:
@@ -232,6 +253,9 @@ def _check(path: Path, document: Mapping[str, object]) -> None:
             if option == "required":
                 if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                     raise ConfigError(f"{path}: 'required' in [plugins] must be a list of names")
+            elif option == "enforce":
+                if not isinstance(value, bool):
+                    raise ConfigError(f"{path}: 'enforce' in [policy] must be true or false")
             elif option == "limit":
                 if type(value) is not int or value < 0:
                     raise ConfigError(f"{path}: 'limit' in [{table}] must be a number")

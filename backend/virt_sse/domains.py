@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from uuid import UUID
 
 import libvirt
@@ -19,13 +19,17 @@ from virt_sse.errors import (
     LibvirtUnavailableError,
     VirtSseError,
 )
+from virt_sse.in_guest.inspection import Content
 from virt_sse.libvirt import domain_xml
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.secrets import drop_secret
+from virt_sse.libvirt.vm_metadata import has_encryption_at_host
 from virt_sse.plugins import PluginHost
 from virt_sse.policy import AttachDisk
 from virt_sse.serving import Serving
 from virt_sse.stages import Stages
+from virt_sse.vm_serving import refuse_unencrypted
+from virt_sse.vms import VmProperties
 
 _log = logging.getLogger(__name__)
 
@@ -64,12 +68,26 @@ class Domains:
         with connected(self._uri) as connection:
             return sorted(domain.name() for domain in _using(connection, disk))
 
-    def attach(self, disk: Disk, name: str, *, target: str | None, read_only: bool) -> str:
+    def attach(
+        self,
+        disk: Disk,
+        name: str,
+        *,
+        target: str | None,
+        read_only: bool,
+        content: Content,
+        settled: Callable[[], None],
+    ) -> str:
         """Add the disk to the domain *name*: to its definition, and at once if it runs.
 
+        :param disk: with the host caching that it is to have.
         :param target: its name in the guest; the first free one unless given.
+        :param content: what is on it, for policies to look at.
+        :param settled: called when nothing of ours stands against it, before the domain is given anything.
         :return: the target.
         :raise DiskInUseError: When a domain has it already.
+        :raise PolicyError: When a rule refuses it; or it is to be cached, and the domain has no encryption at
+            host.
         :raise LibvirtError: When there is no such domain, or libvirt refuses.
         """
         if disk.state is not DiskState.READY:
@@ -78,7 +96,10 @@ class Domains:
             if users := [domain.name() for domain in _using(connection, disk)]:
                 raise DiskInUseError(f"disk {disk.name!r} is attached to domain {users[0]!r}")
             domain = _lookup(connection, name)
-            self._plugins.validate(AttachDisk(disk, name))
+            at_host = has_encryption_at_host(domain.XMLDesc())
+            self._plugins.validate(AttachDisk(disk, name, at_host, content))
+            refuse_unencrypted(name, VmProperties(at_host), (disk,), has_temp_disk=False)
+            settled()
             target = target or domain_xml.free_target(domain.XMLDesc())
             element = self.element(disk, target=target, read_only=read_only)
             with contextlib.ExitStack() as undo:

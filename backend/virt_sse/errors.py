@@ -14,6 +14,7 @@
     ├── DiskExistsError              the name or the path is taken
     ├── DiskStateError               the disk is in a state that does not allow this
     │   └── DiskInUseError           a domain or another command is using it
+    ├── VmStateError                 the domain is in a state that does not allow this
     ├── ImageError                   the image file cannot be made, read or written
     │   ├── ImageFormatError         it is not what its format says
     │   └── EnvelopeError            the wrapped DEKs in its header cannot be read
@@ -111,6 +112,10 @@ class DiskStateError(VirtSseError):
 
 class DiskInUseError(DiskStateError):
     """A domain, or another command at this moment, is using the disk."""
+
+
+class VmStateError(VirtSseError):
+    """The domain is in a state that does not allow the operation: it runs, is saved, or is at work on."""
 
 
 class ImageError(VirtSseError):

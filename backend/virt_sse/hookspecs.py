@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from virt_sse.events import KeyEvent
     from virt_sse.keys import KeyProvider
     from virt_sse.layers import EncryptionLayer, HostLayer
-    from virt_sse.policy import Operation
+    from virt_sse.policy import Operation, Site
 
 PROJECT = "virt_sse"
 
@@ -57,8 +57,9 @@ def virt_sse_add_commands(app: typer.Typer) -> None:
 
 
 @hookspec
-def virt_sse_validate(operation: Operation) -> None:
-    """Raise :class:`~virt_sse.errors.PolicyError` to refuse *operation* before anything of it is done.
+def virt_sse_validate(operation: Operation, site: Site) -> None:
+    """Raise :class:`~virt_sse.errors.PolicyError` to refuse *operation*, at *site*, before anything of it is
+    done.
 
     Any other exception refuses it, too, and so does any answer: a policy that cannot be asked is not a
     permission.

@@ -292,7 +292,7 @@ class PluginHost:
         """
         for implementation in self._manager.hook.virt_sse_validate.get_hookimpls():
             try:
-                answer = _call(implementation, operation=operation)
+                answer = _call(implementation, operation=operation, site=self._config.site)
             except PolicyError:
                 raise
             except Exception as exc:

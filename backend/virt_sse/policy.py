@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,12 +12,31 @@ from virt_sse.layers import EncryptionType
 if TYPE_CHECKING:
     from virt_sse.disks import Disk
     from virt_sse.encryption_sets import EncryptionSet
+    from virt_sse.in_guest.inspection import Content
     from virt_sse.qemu.img import DiskFormat
+    from virt_sse.vms import VmProperties
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where operations take place: all disks and VMs of one host are in one region.
+
+    :ivar tables: the site's own file of what is supported where, if it has one.
+    :ivar enforce: whether the rules of a cloud hold here.
+    """
+
+    subscription: str = "default"
+    region: str = "default"
+    tables: Path | None = None
+    enforce: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class CreateDisk:
-    """A new disk, of *size* bytes; also an import and an adoption."""
+    """A new disk, of *size* bytes; also an import and an adoption.
+
+    :ivar content: what it is to hold; ``None`` for an empty disk.
+    """
 
     name: str
     size: int
@@ -25,6 +44,7 @@ class CreateDisk:
     format: DiskFormat
     encryption_type: EncryptionType
     key: KeyRef
+    content: Content | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +79,28 @@ class CreateEncryptionSet:
 
 @dataclass(frozen=True, slots=True)
 class MoveDisk:
-    """A disk is put into another disk encryption set."""
+    """A disk is put into another disk encryption set.
+
+    :ivar content: what it holds.
+    """
 
     disk: Disk
     encryption_set: EncryptionSet
+    content: Content | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class AttachDisk:
-    """A disk becomes part of the definition, or of the running instance, of *domain*."""
+    """A disk becomes part of the definition, or of the running instance, of *domain*.
+
+    :ivar encryption_at_host: whether the domain has it.
+    :ivar content: what the disk holds.
+    """
 
     disk: Disk
     domain: str
+    encryption_at_host: bool = False
+    content: Content | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +109,34 @@ class UnlockDisk:
 
     disk: Disk
     domain: str
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateVm:
+    """A VM is to be another than before.
+
+    :ivar before: all defaults for one that is not known yet.
+    :ivar disks: of ours, those that it has, as they are to be.
+    :ivar content: what all its disks hold, ours or not.
+    """
+
+    domain: str
+    before: VmProperties
+    after: VmProperties
+    disks: tuple[Disk, ...]
+    content: Content | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class StartVm:
+    """A VM that something was asked of is about to start.
+
+    :ivar disks: of ours, those that it has.
+    """
+
+    domain: str
+    properties: VmProperties
+    disks: tuple[Disk, ...]
 
 
 Operation = (
@@ -90,4 +148,6 @@ Operation = (
     | MoveDisk
     | AttachDisk
     | UnlockDisk
+    | UpdateVm
+    | StartVm
 )

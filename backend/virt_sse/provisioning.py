@@ -34,6 +34,8 @@ from virt_sse.errors import (
     VirtSseError,
 )
 from virt_sse.files import publish, sync_folder
+from virt_sse.in_guest.images import in_image
+from virt_sse.in_guest.inspection import Content
 from virt_sse.keys import Dek, DekContext
 from virt_sse.layers import EncryptionType, LayerChoice
 from virt_sse.locks import DiskLocks
@@ -76,6 +78,7 @@ class Provisioning:
         encryption_set: EncryptionSet | None,
         infrastructure_cipher: Cipher | None = None,
         fill: Callable[[Path, Sequence[Dek]], None] | None = None,
+        content: Content | None = None,
     ) -> Disk:
         """Make a disk of *size* bytes; its image lies at *path*.
 
@@ -83,6 +86,7 @@ class Provisioning:
         :param infrastructure_cipher: of the layer under the platform's key, if it is to have one; default the
             configured one.
         :param fill: writes the first content into the image at the path that it is given.
+        :param content: that content, for policies to look at.
         :raise InvalidValueError: When name or size make no sense.
         :raise DiskExistsError: When the name or the path is taken.
         :raise PolicyError: When a rule refuses it.
@@ -94,7 +98,7 @@ class Provisioning:
         path = check_path(path)
         key = encryption_set.key if encryption_set else PLATFORM_KEY
         encryption_type = encryption_set.encryption_type if encryption_set else EncryptionType.PLATFORM_KEY
-        self._plugins.validate(CreateDisk(name, size, path, image_format, encryption_type, key))
+        self._plugins.validate(CreateDisk(name, size, path, image_format, encryption_type, key, content))
         layer = self._plugins.encryption_layer(encryption_type)
         plan = layer.plan(LayerChoice(key, infrastructure_cipher or self._infrastructure_cipher))
         if os.path.lexists(path):
@@ -219,8 +223,9 @@ class Provisioning:
             deks = self.unlock(disk)
             img.check_unlocks(path, image_format, deks)
             disk = dataclasses.replace(disk, size=img.usable_size_within(path, image_format, deks))
+            content = Content(lambda: in_image(path, image_format, deks))
             self._plugins.validate(
-                CreateDisk(disk.name, disk.size, path, image_format, disk.encryption_type, disk.key)
+                CreateDisk(disk.name, disk.size, path, image_format, disk.encryption_type, disk.key, content)
             )
             if disk.envelope != carried:
                 with img.opened(path, os.O_RDWR) as descriptor:

@@ -21,6 +21,8 @@ from virt_sse.errors import (
     PolicyError,
     VirtSseError,
 )
+from virt_sse.in_guest.images import in_image
+from virt_sse.in_guest.inspection import Content
 from virt_sse.keys import Dek, KeyId, KeyRef
 from virt_sse.locks import DiskLocks
 from virt_sse.plugins import PluginHost
@@ -35,16 +37,21 @@ _AT_ONCE = 4
 
 @dataclass(frozen=True, slots=True)
 class RewrapReport:
-    """What became of some disks.
+    """What became of the DEKs of some disks, or VMs.
 
     :ivar rewrapped: how many got a new wrapped DEK, in the store or in their image.
     :ivar current: how many had it already.
-    :ivar failed: by disk name, why it could not be done; their DEKs are as they were, and still good.
+    :ivar failed: by disk or VM, why it could not be done; their DEKs are as they were, and still good.
     """
 
     rewrapped: int
     current: int
     failed: dict[str, str]
+
+    def __add__(self, other: RewrapReport) -> RewrapReport:
+        return RewrapReport(
+            self.rewrapped + other.rewrapped, self.current + other.current, self.failed | other.failed
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +132,8 @@ class Rotation:
                 f"disk {disk.name!r} has {before} encryption, set {encryption_set.name!r} is for {after}",
                 hint="export it, and import it into the set",
             )
-        self._plugins.validate(MoveDisk(disk, encryption_set))
+        content = Content(lambda: in_image(disk.path, disk.format, self._unwrap_all(disk, encryption_set)))
+        self._plugins.validate(MoveDisk(disk, encryption_set, content))
         self._rewrap_disk(disk, _Targets(self._wrapping), move_to=encryption_set)
 
     def prove(self, disks: Sequence[Disk], progress: Callable[[float], None]) -> list[Finding]:
@@ -191,6 +199,14 @@ class Rotation:
             if encryption_set is None or encryption_set.id == identity:
                 raise
             return self._wrapping.unwrap(entry.wrapped, context=context, encryption_set=encryption_set.id)
+
+    def _unwrap_all(self, disk: Disk, encryption_set: EncryptionSet) -> list[Dek]:
+        """All DEKs of a disk that is to move to *encryption_set*, the guest's first."""
+        own, *others = disk.deks
+        return [
+            self._unwrap(disk, own, encryption_set),
+            *(self._unwrap(disk, entry, None) for entry in others),
+        ]
 
     def _update_envelope(self, disk: Disk) -> bool:
         """Make the image carry what the store has; whether it did not yet."""

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import libvirt
 
-from virt_sse import envelope
+from virt_sse import envelope, vm_serving
 from virt_sse.config import Config, IoErrors
 from virt_sse.disks import Disk, DiskState
 from virt_sse.errors import (
@@ -36,6 +36,7 @@ from virt_sse.qemu import img
 from virt_sse.stages import Stages
 from virt_sse.stages.record import StageRecord
 from virt_sse.store import Store
+from virt_sse.vm_serving import VmServing
 from virt_sse.wrapping import Wrapping
 
 _AT_ONCE = 8
@@ -57,6 +58,7 @@ class Serving:
     def __init__(
         self, config: Config, store: Store, plugins: PluginHost, wrapping: Wrapping, stages: Stages
     ) -> None:
+        self.vms = VmServing(config, store, plugins, wrapping)
         self._config = config
         self._store = store
         self._plugins = plugins
@@ -64,14 +66,15 @@ class Serving:
         self._stages = stages
 
     def prepare(self, name: str, xml: str) -> None:
-        """Serve all disks of a domain that libvirt is about to start, or none.
+        """Serve all that a domain that libvirt is about to start needs of ours, or nothing.
 
-        :raise VirtSseError: When one of them cannot be served; the domain must not start then.
+        :raise VirtSseError: When something of it cannot be served; the domain must not start then.
         """
-        if uses := domain_xml.our_disks(xml):
-            served = self._look_up(uses, name)
-            with connected(self._config.libvirt_uri) as connection:
-                self._serve(connection, name, xml, served)
+        with self.vms.prepared(name, xml):
+            if uses := domain_xml.our_disks(xml):
+                served = self._look_up(uses, name)
+                with connected(self._config.libvirt_uri) as connection:
+                    self._serve(connection, name, xml, served)
 
     def serve(self, connection: libvirt.virConnect, name: str, xml: str, uses: Sequence[DomainDisk]) -> None:
         """Serve the disks in *uses* to the domain *name*, all or none: their stages, then libvirt's secrets.
@@ -100,10 +103,11 @@ class Serving:
             undo.pop_all()
 
     def restore(self, name: str, xml: str) -> None:
-        """Give libvirt the DEKs of a running domain's disks again, all or none. Its stages are left alone.
+        """Give libvirt the DEKs of a running domain's disks, and of its own, again. Its stages are left alone.
 
-        :raise VirtSseError: When one cannot be had.
+        :raise VirtSseError: When one cannot be had; then none of the disks'.
         """
+        self.vms.restore(name, xml)
         uses = domain_xml.our_disks(xml)
         deks = [(use, dek) for each in self._look_up(uses, name) for use, dek in self._unlock(each, name)[1]]
         with connected(self._config.libvirt_uri) as connection, contextlib.ExitStack() as undo:
@@ -131,7 +135,7 @@ class Serving:
 
     def source(self, disk: Disk) -> DiskSource:
         """How a domain finds the disk."""
-        return self._source(_Served(disk, self._plan(disk), ()))
+        return self._source(_Served(disk, self.plan(disk), ()))
 
     def _source(self, served: _Served) -> DiskSource:
         guest, *below = served.plan.stages
@@ -150,7 +154,8 @@ class Serving:
             error_policy=policy if behind else None,
         )
 
-    def _plan(self, disk: Disk) -> LayerPlan:
+    def plan(self, disk: Disk) -> LayerPlan:
+        """What the disk's data is to pass between a guest and the storage."""
         layer = self._plugins.encryption_layer(disk.encryption_type)
         plan = layer.plan(LayerChoice(disk.key, disk.deks[-1].cipher))
         return self._plugins.host_layer().cache(plan, disk.caching)
@@ -163,7 +168,7 @@ class Serving:
         found = []
         for of_disk in by_disk.values():
             disk = self._disk_of(of_disk[0])
-            served = _Served(disk, self._plan(disk), tuple(of_disk))
+            served = _Served(disk, self.plan(disk), tuple(of_disk))
             for use in of_disk:
                 self._check_use(use, served)
             self._plugins.validate(UnlockDisk(disk, domain))
@@ -238,5 +243,6 @@ def release(config: Config, xml: str) -> None:
     :raise VirtSseError: When something of it cannot be taken.
     """
     with contextlib.ExitStack() as all_of_it:
+        all_of_it.callback(vm_serving.release, config, xml)
         all_of_it.callback(Stages(config).stop_domain, domain_xml.domain_uuid(xml))
         drop_secrets_of(config.libvirt_uri, xml)

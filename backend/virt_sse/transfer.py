@@ -12,6 +12,8 @@ from virt_sse.disks import Disk, DiskSku
 from virt_sse.encryption_sets import EncryptionSet
 from virt_sse.errors import DiskExistsError, ImageError, ImageFormatError
 from virt_sse.files import canonical, publish, unnamed_file
+from virt_sse.in_guest.images import in_unencrypted_image
+from virt_sse.in_guest.inspection import Content
 from virt_sse.keys import Dek
 from virt_sse.plugins import PluginHost
 from virt_sse.policy import ExportDisk
@@ -82,6 +84,7 @@ class Transfer:
             encryption_set=encryption_set,
             infrastructure_cipher=infrastructure_cipher,
             fill=fill,
+            content=Content(lambda: in_unencrypted_image(source, information.format)),
         )
 
     def export(self, disk: Disk, destination: Path, *, destination_format: str, progress: Progress) -> None:

@@ -35,9 +35,10 @@ _CLIENTS = 8
 
 def measure(bench: Run) -> Iterator[Row]:
     """Unwraps and a rotation without a domain, then domains under the agent."""
-    with LabVault() as vault:
+    with LabVault(premium=True) as vault:
         with private_backend(bench.scratch / "customer") as backend:
-            yield _unwraps(bench, backend, _new_set(vault, backend, 2048))
+            yield _unwraps(bench, backend, _new_set(vault, backend, 2048), "RSA")
+            yield _unwraps(bench, backend, _new_set(vault, backend, 2048, "--hsm"), "RSA-HSM")
             yield _rewrap(bench, vault, backend, _new_set(vault, backend, 3072))
         with prepared_host() as (host, backend), LabHost() as peer, LabAgent(host):
             encryption_set = _new_set(vault, backend, 2048)
@@ -45,10 +46,13 @@ def measure(bench: Run) -> Iterator[Row]:
             yield _revocation(bench, vault, host, backend, encryption_set)
 
 
-def _new_set(vault: LabVault, backend: Backend, size: int) -> EncryptionSet:
-    """A set of its own, under a key of *size* bits that its identity may use."""
+def _new_set(vault: LabVault, backend: Backend, size: int, *options: str) -> EncryptionSet:
+    """A set of its own, under a key of *size* bits that its identity may use.
+
+    :param options: of ``virt-sse key create``, besides.
+    """
     name = f"rsa-{size}-{os.urandom(4).hex()}"
-    _key(vault, "create", name, "--size", str(size))
+    _key(vault, "create", name, "--size", str(size), *options)
     operator = backend.config.operator_credential
     with VaultClient(vault.administrator_path) as administrator:
         if not operator.exists():
@@ -70,10 +74,13 @@ def _key(vault: LabVault, *arguments: str) -> None:
         raise LabError(f"virt-sse key {arguments[0]}: {done.stderr.strip()}")
 
 
-def _unwraps(bench: Run, backend: Backend, encryption_set: EncryptionSet) -> Row:
-    """Over kept-alive TLS, several clients at once; against the bare private operation, in process."""
+def _unwraps(bench: Run, backend: Backend, encryption_set: EncryptionSet, kind: str) -> Row:
+    """Over kept-alive TLS, several clients at once; against the bare private operation, in process.
+
+    :param kind: the key's type, in Azure's words.
+    """
     count = bench.amount(2000, quick=400)
-    disk = backend.create_disk("unwraps", 1 << 20, encryption_set=encryption_set.name)
+    disk = backend.create_disk(f"unwraps-{kind}", 1 << 20, encryption_set=encryption_set.name)
     entry = disk.deks[0]
     provider = backend.plugins.key_provider(entry.wrapped.key.provider, encryption_set.id)
 
@@ -88,8 +95,8 @@ def _unwraps(bench: Run, backend: Backend, encryption_set: EncryptionSet) -> Row
     ciphertext = key.public_key().encrypt(bytes(64), oaep)
     bare = count / seconds(lambda: [key.decrypt(ciphertext, oaep) for _ in range(count)])
     return Row(
-        "customer/unwrap",
-        f"unwrap at the vault, RSA-2048, {_CLIENTS} clients",
+        "customer/unwrap" if kind == "RSA" else "customer/unwrap-hsm",
+        f"unwrap at the vault, {kind} 2048, {_CLIENTS} clients",
         Measurement(ours, Unit.PER_SECOND),
         Measurement(bare, Unit.PER_SECOND),
         "cryptography, in process",

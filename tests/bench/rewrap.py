@@ -8,7 +8,8 @@ from pathlib import Path
 
 from hosts import private_backend
 from measurement import Measurement, Row, Run, Unit, seconds
-from virt_sse.backend import PLATFORM_KEY, Backend
+from virt_sse.backend import Backend
+from virt_sse.disks import PLATFORM_KEY
 from virt_sse.errors import LabError
 
 _ENVELOPE = 1024

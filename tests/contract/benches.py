@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from virt_sse.keys import KeyId, ProviderConfig
+from virt_sse.lab.tokens import LabToken
+from virt_sse.pkcs11.token import KeyKind
 from virt_sse.vault.permissions import USE, Permission
 from virt_sse_plugins.key_providers.platform_keyring import DEFAULT_KEY
 from virt_sse_plugins.key_providers.platform_managed import PlatformManagedKeyProvider
@@ -62,6 +64,29 @@ def _customer_managed(directory: Path, fixture: Fixture) -> Iterator[Bench]:
 
 
 @contextmanager
+def _hsm_simulated(lab_token: LabToken, kind: KeyKind) -> Iterator[Bench]:
+    """With a key of its own name in the token, and an administrator who has a session of his own."""
+    from virt_sse.pkcs11.versions import VersionedKeys
+
+    administrator = VersionedKeys(lab_token.open())
+    name = f"contract-{secrets.token_hex(8)}"
+    administrator.create(name, kind, 2048)
+
+    def set_enabled(key: KeyId, enabled: bool) -> None:
+        administrator.token.set_enabled(administrator.get(key.name, key.version), enabled)
+
+    yield Bench(
+        key=name,
+        rotate=lambda: administrator.rotate(name),
+        disable=lambda key: set_enabled(key, False),
+        enable=lambda key: set_enabled(key, True),
+        options=lab_token.options,
+        secrets=(lab_token.pin.encode(),),
+    )
+    administrator.token.close()
+
+
+@contextmanager
 def _platform_managed(directory: Path, _fixture: Fixture) -> Iterator[Bench]:
     administrator = PlatformManagedKeyProvider.from_config(ProviderConfig(directory))
     assert administrator.provision()
@@ -93,7 +118,13 @@ def _kek_file(directory: Path, _fixture: Fixture) -> Iterator[Bench]:
 
 BENCHES: Mapping[str, Callable[[Path, Fixture], AbstractContextManager[Bench]]] = {
     "customer-managed": _customer_managed,
+    "hsm-simulated": lambda _folder, fixture: _hsm_simulated(fixture("lab_token"), KeyKind.RSA),
+    "hsm-simulated, AES": lambda _folder, fixture: _hsm_simulated(fixture("lab_token"), KeyKind.AES),
+    "hsm-simulated, NSS": lambda _folder, fixture: _hsm_simulated(fixture("lab_nss_token"), KeyKind.RSA),
     "kek-file": _kek_file,
     "platform-managed": _platform_managed,
 }
-"""By name; each is given the provider's own folder, which does not exist yet, and pytest's fixtures."""
+"""By name, and after a comma what sets one bench of a provider apart from its others.
+
+Each is given the provider's own folder, which does not exist yet, and pytest's fixtures.
+"""

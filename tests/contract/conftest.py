@@ -35,7 +35,7 @@ def entry_points(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Entr
 
 
 @pytest.fixture(params=sorted({*_REGISTERED, *BENCHES}))
-def provider_name(request: pytest.FixtureRequest) -> str:
+def bench_name(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     if name not in BENCHES:
         pytest.fail(f"key provider {name!r} has no entry in tests/contract/benches.py")
@@ -43,10 +43,17 @@ def provider_name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def bench(provider_name: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Bench]:
+def provider_name(bench_name: str) -> str:
+    return bench_name.split(",")[0]
+
+
+@pytest.fixture
+def bench(
+    bench_name: str, provider_name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[Bench]:
     config = Config.load(tmp_path)
     directory = config.key_provider(provider_name).directory
-    with BENCHES[provider_name](directory, request.getfixturevalue) as bench:
+    with BENCHES[bench_name](directory, request.getfixturevalue) as bench:
         if bench.identity is not None:
             config.identity_directory.mkdir(mode=0o700, parents=True)
             bench.identity.rename(config.identity(_ENCRYPTION_SET))

@@ -71,7 +71,7 @@ def test_it_serves_the_hook(site: Site) -> None:
     assert metrics["virt_sse_agent_keys_watched"] == 1
     assert time.time() - metrics["virt_sse_agent_last_watch_timestamp_seconds"] < 5
     assert guest.name in virt_sse(site, "agent", "status")
-    assert json.loads(virt_sse(site, "agent", "status", "--output", "json"))["pid"] == site.agent.pid
+    assert json.loads(virt_sse(site, "agent", "status", "--output", "json"))["pid"] == site.agent.own_pid
     lines = (site.host.root / "var/log/virt-sse/audit.jsonl").read_text().splitlines()
     uses = [use for line in lines if (use := json.loads(line))["disk"] == str(disk.id)]
     unwraps = [use for use in uses if use["action"] == "unwrap"]
@@ -112,14 +112,14 @@ def test_without_it_the_hook_serves_by_itself(site: Site) -> None:
 
 def test_one_that_hangs_is_waited_for_and_then_done_without(site: Site) -> None:
     guest, _ = site.guest()
-    os.kill(site.agent.pid, signal.SIGSTOP)
+    site.agent.suspend()
     try:
         began = time.monotonic()
         guest.start()
         assert 2 < time.monotonic() - began < 10
         guest.wait_for("verified")
     finally:
-        os.kill(site.agent.pid, signal.SIGCONT)
+        site.agent.resume()
     site.wait_until_watched(guest)
 
 
@@ -143,7 +143,7 @@ def test_it_ends_at_once_and_takes_its_socket_along(site: Site) -> None:
 def test_there_is_one(site: Site) -> None:
     said = virt_sse(site, "agent", "run", status=1)
     assert "another agent serves" in said
-    assert site.agent.status()["pid"] == site.agent.pid
+    assert site.agent.status()["pid"] == site.agent.own_pid
 
 
 def test_another_user_is_not_let_in(site: Site) -> None:
@@ -239,7 +239,7 @@ def test_what_is_no_event_is_refused(site: Site) -> None:
     status, answer = post(json.dumps(event))
     assert status == 409
     assert "not a domain's XML" in json.loads(answer)["error"]
-    assert site.agent.status()["pid"] == site.agent.pid
+    assert site.agent.status()["pid"] == site.agent.own_pid
 
 
 def test_it_starts_before_libvirtd_does(site: Site) -> None:

@@ -17,8 +17,8 @@ from command_line import PROGRAM
 from crashes import crash_points, dies_at
 from images import KeyedImage
 from virt_sse import envelope, files, provisioning, rotation, transfer
-from virt_sse.backend import PLATFORM_KEY, Backend
-from virt_sse.disks import Disk, DiskState
+from virt_sse.backend import Backend
+from virt_sse.disks import PLATFORM_KEY, Disk, DiskState
 from virt_sse.qemu import img, qcow2
 from virt_sse.qemu.img import DiskFormat
 from virt_sse.store import store

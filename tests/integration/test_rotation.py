@@ -11,8 +11,8 @@ import pytest
 import images
 from command_line import CommandLine
 from images import FORMATS, KeyedImage
-from virt_sse.backend import PLATFORM_KEY, Backend
-from virt_sse.disks import Disk
+from virt_sse.backend import Backend
+from virt_sse.disks import PLATFORM_KEY, Disk
 from virt_sse.errors import EnvelopeError, ImageFormatError
 from virt_sse.keys import KeyRef
 from virt_sse.qemu.img import DiskFormat

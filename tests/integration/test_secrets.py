@@ -12,7 +12,8 @@ import pytest
 
 import images
 from command_line import PROGRAM, no_libvirt
-from virt_sse.backend import PLATFORM_KEY, Backend
+from virt_sse.backend import Backend
+from virt_sse.disks import PLATFORM_KEY
 from virt_sse.errors import VirtSseError
 from virt_sse.keys import Dek
 from virt_sse.qemu import img

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from command_line import PROGRAM, CommandLine
+from virt_sse.lab.tokens import LabToken
 from virt_sse.lab.vaults import LabVault
 
 
@@ -130,3 +135,66 @@ def test_what_an_administrator_mistypes(virt_sse: CommandLine, tmp_path: Path) -
     )
     assert not (tmp_path / "a").exists()
     assert "cannot read" in virt_sse.refuses("vault", "status", "-c", tmp_path / "none")
+
+
+def test_a_vault_with_a_token_of_its_own(virt_sse: CommandLine, tmp_path: Path) -> None:
+    with LabVault(premium=True) as vault:
+        arguments = ("--credential", vault.administrator_path)
+        made = json.loads(virt_sse("key", "create", "web", "--protection", "hsm", *arguments, "-o", "json"))
+        assert (made["type"], made["bits"]) == ("RSA-HSM", 3072)
+        virt_sse("key", "create", "soft", *arguments)
+        pem = tmp_path / "key.pem"
+        private = rsa.generate_private_key(65537, 2048)
+        pem.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        virt_sse("key", "import", "mine", pem, "--protection", "hsm", *arguments)
+        virt_sse.refuses("key", "create", "x", "--protection", "steel", *arguments, status=2)
+        rows = [line.split()[:2] for line in virt_sse("key", "list", *arguments).splitlines()[1:]]
+        assert rows == [["mine", "RSA-HSM"], ["soft", "RSA"], ["web", "RSA-HSM"]]
+
+        pin = (vault.directory / "hsm/pin").read_bytes().strip()
+        for name in ("cmdline", "environ"):
+            assert pin not in Path(f"/proc/{vault.pid}/{name}").read_bytes()
+        assert {path.stat().st_mode & 0o077 for path in (vault.directory / "hsm").rglob("*")} == {0}
+
+        (inside,) = (vault.directory / "hsm/tokens").iterdir()
+        inside.rename(vault.directory / "hsm/hidden")
+        assert "unavailable: " in virt_sse("vault", "status", *arguments)
+        (vault.directory / "hsm/hidden").rename(inside)
+        vault.stop()
+
+        moved = shutil.copytree(vault.directory, tmp_path / "moved")
+        program = (
+            "import sys, pathlib\n"
+            "from virt_sse.vault.layout import VaultDirectory\n"
+            "from virt_sse.vault.vault import open_vault\n"
+            "from virt_sse.audit import AuditLog\n"
+            "path = pathlib.Path(sys.argv[1])\n"
+            "with open_vault(VaultDirectory(path), AuditLog(path / 'audit.jsonl')) as vault:\n"
+            "    sealed = vault.keys.encrypt('wrapKey', 'web', '', 'RSA-OAEP-256', b'dek')[1]\n"
+            "    print(vault.keys.decrypt('unwrapKey', 'web', '', 'RSA-OAEP-256', sealed)[1])\n"
+        )
+        done = subprocess.run([sys.executable, "-c", program, moved], capture_output=True, text=True)
+        assert done.stdout == "b'dek'\n", done.stderr
+
+
+def test_a_vault_is_given_a_token_that_was_there(
+    root: Path, virt_sse: CommandLine, lab_token: LabToken
+) -> None:
+    uri = ("--hsm-uri", str(lab_token.uri))
+    assert "standard vault has no token" in virt_sse.refuses("vault", "init", *uri, status=2)
+    assert "--hsm-uri names" in virt_sse.refuses(
+        "vault", "init", "--tier", "premium", "--hsm-pin-file", lab_token.folder.pin, status=2
+    )
+    said = virt_sse.refuses("vault", "init", "--tier", "premium", "--hsm-uri", "pkcs11:token=x;pin-value=77")
+    assert "may not hold a PIN" in said
+    assert "77" not in said
+    assert not (root / "var/lib/virt-sse/vault/vault.json").exists()
+    virt_sse("vault", "init")
+    assert "vault hsm add" in virt_sse.refuses("vault", "hsm", "unlock")
+    # SoftHSM's configuration comes from the environment, as for all who use it.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOFTHSM2_CONF", str(lab_token.folder.path.parent / "softhsm2.conf"))
+        options = (*uri, "--hsm-module", "softhsm2", "--hsm-pin-file", lab_token.folder.pin)
+        assert f"serial={lab_token.uri.serial}" in virt_sse("vault", "hsm", "add", *options)
+        assert "has a token already" in virt_sse.refuses("vault", "hsm", "add", *options)
+        assert virt_sse("vault", "hsm", "unlock") == "the token takes the PIN\n"

@@ -98,13 +98,19 @@ def test_what_azure_refuses_is_refused(client: KeyClient, credential: VaultCrede
     for make in (
         lambda: client.create_ec_key(name),
         lambda: client.create_oct_key(name, size=256),
-        lambda: client.create_rsa_key(name, hardware_protected=True),
         lambda: client.create_rsa_key(name, size=1024),
         lambda: client.create_rsa_key("no_name"),
     ):
         with pytest.raises(HttpResponseError) as refused:
             make()
         assert refusal(refused) == (400, "BadParameter")
+    for make in (
+        lambda: client.create_rsa_key(name, hardware_protected=True),
+        lambda: client.create_ec_key(name, hardware_protected=True),
+    ):
+        with pytest.raises(HttpResponseError, match="Hardware key operation not allowed") as refused:
+            make()
+        assert refusal(refused) == (403, "Forbidden")
     with pytest.raises(ResourceNotFoundError):
         client.get_key(name)
     key = client.create_rsa_key(name)
@@ -184,7 +190,7 @@ def test_import(client: KeyClient, credential: VaultCredential) -> None:
     assert remote.unwrap_key(KeyWrapAlgorithm.rsa_oaep_256, wrapped.encrypted_key).key == DEK
     with pytest.raises(HttpResponseError) as refused:
         client.import_key(new_name(), web_key, hardware_protected=True)
-    assert refusal(refused) == (400, "BadParameter")
+    assert refusal(refused) == (403, "Forbidden")
     with pytest.raises(HttpResponseError) as refused:
         client.import_key(new_name(), JsonWebKey(kty="RSA", n=web_key.n, e=web_key.e))
     assert refusal(refused) == (400, "BadParameter")

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 
 import virt_sse
+from virt_sse import temp_disks
 from virt_sse.agent.automatic_rotation import AutomaticRotation
 from virt_sse.agent.inventory import Inventory
 from virt_sse.agent.key_watch import KeyWatch
@@ -31,6 +32,7 @@ from virt_sse.errors import VirtSseError
 from virt_sse.keys import KeyState
 from virt_sse.libvirt.domain_xml import our_disks
 from virt_sse.libvirt.references import usage
+from virt_sse.libvirt.vm_metadata import secrets_of_vm
 from virt_sse.plugins import PluginHost
 from virt_sse.serving import release
 
@@ -96,7 +98,8 @@ class Agent:
             if event == "release":
                 release(self._config, xml)
             else:
-                self._secrets.expect([usage(use.disk_id, use.slot) for use in our_disks(xml)])
+                of_disks = [(use.disk_id, use.slot) for use in our_disks(xml)]
+                self._secrets.expect([usage(*each) for each in (*of_disks, *secrets_of_vm(xml))])
                 if event == "prepare":
                     self._backend.domains.serving.prepare(domain, xml)
                 else:
@@ -157,6 +160,8 @@ class Agent:
         if self._inventory.connected:
             self._secrets.keep(snapshot, lambda domain: self._revocation.reason(domain) is not None)
             self._stages.keep(snapshot)
+            running = {domain.uuid for domain in snapshot.domains}
+            temp_disks.erase_unused(self._config, running, before=snapshot.time - temp_disks.SETTLED_SECONDS)
         states = self._keys.states()
         self._metrics.libvirt_connected.set(bool(self._inventory.connected))
         self._metrics.domains.set(len(snapshot.domains))

@@ -16,6 +16,7 @@ from virt_sse.errors import InvalidValueError, LibvirtError
 from virt_sse.libvirt import domain_xml
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.references import PREFIX, usage
+from virt_sse.libvirt.vm_metadata import secrets_of_vm
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class RunningDomain:
     :ivar run: libvirt's number of it, which no other run of the domain has.
     :ivar runs: whether its processors do, rather than stand still.
     :ivar paused_by_us: whether it was the agent that paused it.
+    :ivar own_secrets: of ours, those that are not a disk's in the store; by id and slot.
     """
 
     uuid: UUID
@@ -40,12 +42,14 @@ class RunningDomain:
     uses: tuple[domain_xml.DomainDisk, ...]
     runs: bool
     paused_by_us: bool
+    own_secrets: tuple[tuple[UUID, str], ...]
     xml: str = field(repr=False, compare=False)
 
     @property
     def usages(self) -> frozenset[str]:
         """The usage ids of the libvirt secrets that it was started with."""
-        return frozenset(usage(use.disk_id, use.slot) for use in self.uses)
+        of_disks = [(use.disk_id, use.slot) for use in self.uses]
+        return frozenset(usage(*reference) for reference in (*of_disks, *self.own_secrets))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +153,7 @@ class Inventory:
                 uses=tuple(domain_xml.our_disks(xml)),
                 runs=state != libvirt.VIR_DOMAIN_PAUSED,
                 paused_by_us=PAUSED_NAMESPACE in xml,
+                own_secrets=tuple(secrets_of_vm(xml)),
                 xml=xml,
             )
         except libvirt.libvirtError as exc:

@@ -10,8 +10,10 @@ import typer
 from virt_sse.ciphers import Cipher
 from virt_sse.cli.output import Output, OutputFormat, human_size, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend
+from virt_sse.cli.vm_inspect import disk_inspect
 from virt_sse.disks import Disk, DiskSku, parse_size
 from virt_sse.errors import LibvirtUnavailableError, PolicyError
+from virt_sse.layers import HostCaching
 from virt_sse.qemu.img import DiskFormat
 
 app = typer.Typer(help="Encrypted disks.", no_args_is_help=True, rich_markup_mode=None)
@@ -192,6 +194,9 @@ def check(name: Name) -> None:
     typer.echo(f"disk {name}: ok")
 
 
+app.command(name="inspect")(disk_inspect)
+
+
 @app.command()
 def update(
     name: Name,
@@ -247,10 +252,14 @@ def attach(
         str | None, typer.Option("--target", help="The disk's name in the guest; default: the first free.")
     ] = None,
     read_only: ReadOnly = False,
+    caching: Annotated[
+        HostCaching,
+        typer.Option("--caching", help="What the host caches of it, in a domain with encryption at host."),
+    ] = HostCaching.NONE,
 ) -> None:
     """Add a disk to a domain: to its definition, and at once if it runs."""
     with backend() as b:
-        target = b.attach_disk(name, domain, target=target, read_only=read_only)
+        target = b.attach_disk(name, domain, target=target, read_only=read_only, caching=caching)
     typer.echo(f"attached disk {name} to domain {domain} as {target}")
 
 
@@ -279,6 +288,7 @@ def _fields(disk: Disk) -> dict[str, object]:
         "format": disk.format.value,
         "path": str(disk.path),
         "sku": disk.sku.value,
+        "caching": disk.caching.value,
         "encryption-type": disk.encryption_type.value,
         "encryption-set": str(disk.encryption_set) if disk.encryption_set else None,
         "key": str(disk.key) if disk.deks else None,

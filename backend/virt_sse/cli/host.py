@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import typer
 
+from virt_sse.cli import host_hsm
+from virt_sse.cli.output import Output, OutputFormat, print_rows
 from virt_sse.cli.session import backend
 
 app = typer.Typer(help="This host.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(host_hsm.app, name="hsm")
 
 
 @app.callback()
@@ -16,7 +19,7 @@ def _group() -> None:
 
 @app.command()
 def init() -> None:
-    """Make the platform's keyring and install libvirt's hook, unless they are there."""
+    """Make the platform's keyring, libvirt's hook and what else the host needs, unless they are there."""
     with backend() as b:
         made = b.init_host()
     for thing in made:
@@ -25,3 +28,16 @@ def init() -> None:
         typer.echo("restart libvirtd (or virtqemud): it looks for hooks only when it starts")
     if not made:
         typer.echo("nothing to do")
+
+
+@app.command()
+def capabilities(output: Output = OutputFormat.TABLE) -> None:
+    """Show what this host can do: ciphers, double encryption, host caches, …"""
+    from virt_sse.config import Config
+    from virt_sse.host_capabilities import probe
+
+    rows = [
+        {"capability": each.name, "available": each.available, "detail": each.detail}
+        for each in probe(Config.load())
+    ]
+    print_rows(rows, ["capability", "available", "detail"], output)

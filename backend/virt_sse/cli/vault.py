@@ -15,6 +15,7 @@ from virt_sse.vault.permissions import ADMINISTRATION, USE, Permission, Role
 
 if TYPE_CHECKING:
     from virt_sse.vault.client import PrincipalInfo, VaultClient
+    from virt_sse.vault.layout import VaultDirectory
 
 app = typer.Typer(help="The embedded key vault.", no_args_is_help=True, rich_markup_mode=None)
 access = typer.Typer(
@@ -22,7 +23,9 @@ access = typer.Typer(
 )
 principal = typer.Typer(help="Whom the vault knows.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(access, name="access")
+hsm = typer.Typer(help="The token of a premium vault.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(principal, name="principal")
+app.add_typer(hsm, name="hsm")
 
 _PORT, _HOSTS = 8443, ["localhost", "127.0.0.1"]
 
@@ -45,6 +48,24 @@ PrincipalName = Annotated[
 ]
 
 
+HsmUri = Annotated[
+    str | None,
+    typer.Option(
+        "--hsm-uri",
+        help="The PKCS#11 token for RSA-HSM keys, as RFC 7512 has it, e.g. pkcs11:token=LABEL.",
+        show_default="a SoftHSM token of the vault's own",
+    ),
+]
+HsmModule = Annotated[
+    str | None,
+    typer.Option("--hsm-module", help="That token's PKCS#11 module, by path or name.", show_default=False),
+]
+HsmPinFile = Annotated[
+    Path | None,
+    typer.Option("--hsm-pin-file", help="A file, 0600, with its user's PIN; it is kept.", show_default=False),
+]
+
+
 @app.command()
 def init(
     directory: Directory = None,
@@ -58,10 +79,13 @@ def init(
         ),
     ] = None,
     port: Annotated[int, typer.Option("--port", help="The port in its URL.", min=1, max=65535)] = _PORT,
-    tier: Annotated[str, typer.Option("--tier", help="standard or premium.")] = "standard",
+    tier: Annotated[str, typer.Option("--tier", help="standard, or premium: with an HSM.")] = "standard",
     tenant: Annotated[
         str | None, typer.Option("--tenant", help="Its tenant, a UUID.", show_default="a new one")
     ] = None,
+    hsm_uri: HsmUri = None,
+    hsm_module: HsmModule = None,
+    hsm_pin_file: HsmPinFile = None,
     retention_days: Annotated[
         int, typer.Option("--retention-days", help="How long deleted keys are kept: 7 to 90.")
     ] = 90,
@@ -86,12 +110,14 @@ def init(
         tenant=tenant,
         retention_days=retention_days,
         purge_protection=purge_protection,
+        token=_token_options(hsm_uri, hsm_module, hsm_pin_file),
     )
     typer.echo(f"made vault {made.settings().url} in {made.path}")
     typer.echo(f"made {made.administrator_path}: whoever has it administers the vault")
     typer.echo(
         f"back up {made.root_key_path} and {made.database_path}, apart: without both its keys are lost"
     )
+    _tell_token(made)
 
 
 @app.command()
@@ -266,6 +292,55 @@ def delete_principal(name: PrincipalName, credential: Credential = None) -> None
     with _client(credential) as client:
         client.delete_principal(name)
     typer.echo(f"deleted principal {name}")
+
+
+@hsm.command(name="add")
+def add_hsm(
+    directory: Directory = None,
+    hsm_uri: HsmUri = None,
+    hsm_module: HsmModule = None,
+    hsm_pin_file: HsmPinFile = None,
+) -> None:
+    """Give a vault that has no token one, while it is not served. It is a premium vault from then on."""
+    from virt_sse.vault.layout import VaultDirectory
+    from virt_sse.vault.token_access import add_token
+
+    vault = VaultDirectory(_directory(directory))
+    add_token(vault, _token_options(hsm_uri, hsm_module, hsm_pin_file))
+    _tell_token(vault)
+
+
+@hsm.command(name="unlock")
+def unlock_hsm(directory: Directory = None) -> None:
+    """Forget wrong PINs, after which the token is not asked any more, and try the one that there is now."""
+    from virt_sse.vault.layout import VaultDirectory
+    from virt_sse.vault.token_access import unlock_token
+
+    unlock_token(VaultDirectory(_directory(directory)))
+    typer.echo("the token takes the PIN")
+
+
+def _token_options(uri: str | None, module: str | None, pin_file: Path | None) -> dict[str, str]:
+    if uri is None:
+        if module is not None or pin_file is not None:
+            raise InvalidValueError("--hsm-module and --hsm-pin-file are of the token that --hsm-uri names")
+        return {}
+    options = {"uri": uri}
+    if module is not None:
+        options["module"] = module
+    if pin_file is not None:
+        options["pin-file"] = str(pin_file.absolute())
+    return options
+
+
+def _tell_token(vault: VaultDirectory) -> None:
+    token = vault.settings().token
+    if token is None:
+        return
+    if token.options:
+        typer.echo(f"keeps RSA-HSM keys in {token.options['uri']}")
+    else:
+        typer.echo(f"back up {vault.hsm_path} too: it is a token with the vault's RSA-HSM keys, and its PIN")
 
 
 def _directory(given: Path | None) -> Path:

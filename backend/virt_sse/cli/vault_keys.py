@@ -27,7 +27,10 @@ KeyName = Annotated[
 ]
 Version = Annotated[str | None, typer.Option("--version", help="Default: the newest.", show_default=False)]
 Size = Annotated[int, typer.Option("--size", help="2048, 3072 or 4096 bits.")]
-Hardware = Annotated[bool, typer.Option("--hsm", help="Keep it in the vault's HSM; needs a premium vault.")]
+Protection = Annotated[
+    str, typer.Option("--protection", help="software, or hsm: kept in the HSM of a premium vault.")
+]
+Hardware = Annotated[bool, typer.Option("--hsm", help="The same as --protection hsm.")]
 NotBefore = Annotated[
     datetime | None, typer.Option("--not-before", help="When it begins to wrap; UTC.", show_default=False)
 ]
@@ -41,6 +44,7 @@ Expires = Annotated[
 def create(
     name: KeyName,
     size: Size = 3072,
+    protection: Protection = "software",
     hsm: Hardware = False,
     not_before: NotBefore = None,
     expires: Expires = None,
@@ -48,9 +52,10 @@ def create(
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Make an RSA key in a vault, or a new version of one."""
+    in_hsm = _in_hsm(protection, hsm=hsm)
     with _client(credential) as client:
         made = client.create_rsa_key(
-            name, size=size, hardware_protected=hsm, not_before=not_before, expires_on=expires
+            name, size=size, hardware_protected=in_hsm, not_before=not_before, expires_on=expires
         )
         print_fields(_fields(made), output)
 
@@ -59,14 +64,15 @@ def create(
 def import_(
     name: KeyName,
     file: Annotated[Path, typer.Argument(help="An RSA private key, PEM, not encrypted.", show_default=False)],
+    protection: Protection = "software",
     hsm: Hardware = False,
     credential: Credential = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Bring an RSA key of your own into a vault. It cannot be taken out again."""
-    key = _web_key(file)
+    key, in_hsm = _web_key(file), _in_hsm(protection, hsm=hsm)
     with _client(credential) as client:
-        print_fields(_fields(client.import_key(name, key, hardware_protected=hsm)), output)
+        print_fields(_fields(client.import_key(name, key, hardware_protected=in_hsm)), output)
 
 
 @app.command()
@@ -82,8 +88,11 @@ def show(
 def list_(credential: Credential = None, output: Output = OutputFormat.TABLE) -> None:
     """List the keys in a vault."""
     with _client(credential) as client:
-        rows = [_properties(each) for each in client.list_properties_of_keys()]
-    print_rows(rows, ("name", "enabled", "not-before", "expires", "url"), output)
+        rows = [
+            _properties(each) | {"type": _type(client, each.name or "")}
+            for each in client.list_properties_of_keys()
+        ]
+    print_rows(rows, ("name", "type", "enabled", "not-before", "expires", "url"), output)
 
 
 @app.command()
@@ -219,6 +228,32 @@ def _client(credential: Path | None) -> Iterator[KeyClient]:
         identity.close()
 
 
+def _in_hsm(protection: str, *, hsm: bool) -> bool:
+    """Whether that asks for a key in an HSM.
+
+    :raise InvalidValueError: When it is no protection that there is.
+    """
+    if protection not in ("software", "hsm"):
+        raise InvalidValueError(f"a key's protection is software or hsm, not {protection!r}")
+    return hsm or protection == "hsm"
+
+
+def _type(client: KeyClient, name: str) -> str | None:
+    """The type of a key, which a vault's listing does not tell; ``None`` for who may only list."""
+    from azure.core.exceptions import HttpResponseError
+
+    try:
+        return _key_type(client.get_key(name))
+    except HttpResponseError as exc:
+        if exc.status_code in (403, 404):  # the latter when it was deleted this moment
+            return None
+        raise
+
+
+def _key_type(key: KeyVaultKey) -> str:
+    return str(getattr(key.key_type, "value", key.key_type))
+
+
 def _reason(exc: Any) -> str:
     """The vault's own sentence."""
     return str(exc.error.message if exc.error else exc.message).splitlines()[0]
@@ -259,7 +294,7 @@ def _web_key(file: Path) -> Any:
 def _fields(key: KeyVaultKey) -> dict[str, object]:
     modulus = getattr(key.key, "n", b"") or b""
     return _properties(key.properties) | {
-        "type": getattr(key.key_type, "value", key.key_type),
+        "type": _key_type(key),
         "bits": 8 * len(modulus),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Self
 from virt_sse.agent.client import SOCKET, ask
 from virt_sse.errors import AgentUnavailableError, LabError
 from virt_sse.lab.host import LabHost
+from virt_sse.lab.requirements import SYSTEM_PATH
 
 _START_SECONDS = 30.0
 _STOP_SECONDS = 30.0
@@ -23,8 +25,8 @@ _ANSWER_SECONDS = 10.0
 class LabAgent:
     """The real agent of a lab host, in a process of its own; it ends with the process that started it.
 
-    It runs outside the host's namespaces. Hooks, inside, reach its socket all the same: the host's directory
-    has the same name there.
+    It runs inside the host's namespaces, as the hooks do: each can end the processes that the other has
+    started, and they end with the host.
     """
 
     def __init__(self, host: LabHost) -> None:
@@ -55,9 +57,15 @@ class LabAgent:
 
         :raise LabError: When it does not run.
         """
-        if self._process is None:
-            raise LabError("the lab agent does not run")
-        return self._process.pid
+        return self._inside()[0]
+
+    @property
+    def own_pid(self) -> int:
+        """What it calls itself, in the host's PID namespace.
+
+        :raise LabError: When it does not run.
+        """
+        return self._inside()[1]
 
     def start(self) -> None:
         """Start it; done when it answers.
@@ -70,11 +78,11 @@ class LabAgent:
         try:
             with self.log_path.open("a") as log:
                 self._process = subprocess.Popen(
-                    [
-                        *(sys.executable, "-m", "virt_sse.lab.leashed", str(owner)),
-                        *("agent", "run"),
-                    ],
-                    env=self._host.environment,
+                    self._host.command(
+                        [sys.executable, "-m", "virt_sse.lab.leashed", str(owner), "agent", "run"]
+                    ),
+                    env=self._host.environment
+                    | {"PATH": f"{os.environ.get('PATH', os.defpath)}:{SYSTEM_PATH}"},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -86,12 +94,12 @@ class LabAgent:
         deadline = time.monotonic() + _START_SECONDS
         while True:
             try:
-                if self.status()["pid"] == self._process.pid:
+                if self.status()["pid"] == self.own_pid:
                     return
-            except AgentUnavailableError:
+            except (AgentUnavailableError, LabError):
                 pass
             if self._process.poll() is not None or time.monotonic() > deadline:
-                self.kill()
+                self._give_up()
                 error = LabError("the lab agent does not start")
                 error.add_note(self.log_path.read_text()[-2000:])
                 raise error
@@ -104,6 +112,16 @@ class LabAgent:
     def kill(self) -> int:
         """End it as a power cut would."""
         return self._end(signal.SIGKILL)
+
+    def suspend(self) -> None:
+        """Let it hang: it answers nobody."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        os.kill(self.pid, signal.SIGCONT)
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)  # nsenter(1) stops with what it waits for
 
     def status(self) -> dict[str, object]:
         """What it sees.
@@ -131,19 +149,43 @@ class LabAgent:
 
         :raise LabError: When it does not end.
         """
-        process, self._process = self._process, None
+        process = self._process
         if process is None:
             raise LabError("the lab agent does not run")
         try:
-            return process.wait(timeout=_STOP_SECONDS)
+            status = process.wait(timeout=_STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGUSR1)  # it says what its threads are doing
+            os.kill(self.pid, signal.SIGUSR1)  # it says what its threads are doing
             time.sleep(0.5)
-            process.kill()
-            process.wait()
+            self._give_up()
             error = LabError("the lab agent does not end")
             error.add_note(self.log_path.read_text()[-8000:])
             raise error from None
+        self._process = None
+        return status
+
+    def _inside(self) -> tuple[int, int]:
+        """The agent's process id here, and the one that it has itself.
+
+        :raise LabError: When it does not run.
+        """
+        if self._process is not None:
+            nsenter = self._process.pid
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                for child in Path(f"/proc/{nsenter}/task/{nsenter}/children").read_text().split():
+                    status = Path(f"/proc/{child}/status").read_text()
+                    (line,) = (line for line in status.splitlines() if line.startswith("NSpid:"))
+                    return int(child), int(line.split()[-1])
+        raise LabError("the lab agent does not run")
+
+    def _give_up(self) -> None:
+        """Kill it, and the nsenter(1) that waits for it."""
+        with contextlib.suppress(LabError, ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
 
     def _end(self, number: signal.Signals) -> int:
         os.kill(self.pid, number)

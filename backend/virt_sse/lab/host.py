@@ -228,6 +228,7 @@ class LabHost:
                 f"the lab needs user {QEMU_USER} and group {QEMU_GROUP}",
                 hint="apt-get install libvirt-daemon-system",
             ) from exc
+        _like(Path("/") / supervisor.TPM_AUTHORITY, self.directory / supervisor.TPM_AUTHORITY)
         etc = self.directory / "etc/libvirt"
         (etc / "libvirtd.conf").write_text(_LIBVIRTD_CONF.format(host_uuid=uuid.uuid4()))
         (etc / "qemu.conf").write_text(_QEMU_CONF)
@@ -292,3 +293,12 @@ class LabHost:
         except FileNotFoundError:
             return []
         return ["libvirtd's log ends:", *lines] if lines else []
+
+
+def _like(original: Path, folder: Path) -> None:
+    """Make *folder*, empty, with *original*'s owner and permissions; nothing where that is not there."""
+    if original.exists():
+        folder.mkdir(parents=True)
+        status = original.stat()
+        os.chown(folder, status.st_uid, status.st_gid)
+        folder.chmod(status.st_mode & 0o7777)

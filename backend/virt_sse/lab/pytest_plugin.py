@@ -4,6 +4,10 @@
     running :class:`virt_sse.lab.host.LabHost`, one each for the whole session
 ``lab_vault``
     a running :class:`virt_sse.lab.vaults.LabVault` for the whole session
+``lab_token``
+    a new :class:`virt_sse.lab.tokens.LabToken` of SoftHSM for each test; ``lab_hsm`` gives more of them
+``lab_nss_token``
+    the token of NSS, one for the whole session
 ``acceleration``
     :func:`virt_sse.lab.acceleration.probe`
 ``boot_sector``
@@ -18,7 +22,7 @@ fixture is used, since pytest loads this module in every project that virt-sse i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     from virt_sse.lab.acceleration import Acceleration, GuestName
     from virt_sse.lab.host import LabHost
     from virt_sse.lab.recipes import LinuxMicro
+    from virt_sse.lab.tokens import LabHsm, LabToken
     from virt_sse.lab.vaults import LabVault
 
 _USED = pytest.StashKey[dict[str, str]]()
@@ -74,6 +79,35 @@ def lab_vault() -> Iterator[LabVault]:
 
     with LabVault() as vault:
         yield vault
+
+
+@pytest.fixture(scope="session")
+def lab_hsm() -> Iterator[LabHsm]:
+    """SoftHSM, in this process and for its whole session."""
+    with ExitStack() as stack:
+        with _skip_if_unavailable():
+            from virt_sse.lab.tokens import LabHsm
+
+            hsm = stack.enter_context(LabHsm())
+        yield hsm
+
+
+@pytest.fixture
+def lab_token(lab_hsm: LabHsm) -> Iterator[LabToken]:
+    """A new token."""
+    with lab_hsm.token() as token:
+        yield token
+
+
+@pytest.fixture(scope="session")
+def lab_nss_token() -> Iterator[LabToken]:
+    """NSS's token, shared by the session's tests."""
+    with ExitStack() as stack:
+        with _skip_if_unavailable():
+            from virt_sse.lab.tokens import nss_token
+
+            token = stack.enter_context(nss_token())
+        yield token
 
 
 @pytest.fixture(scope="session")

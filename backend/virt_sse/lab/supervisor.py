@@ -20,6 +20,9 @@ from pathlib import Path
 BINDS = ("etc/libvirt", "var/lib/libvirt", "var/log/libvirt", "var/cache/libvirt", "run")
 """What a lab host has of its own. All of /run, so that libvirt meets neither D-Bus nor systemd nor locks."""
 
+TPM_AUTHORITY = "var/lib/swtpm-localca"
+"""What signs emulated TPMs' certificates; there only where swtpm is installed."""
+
 KVM = Path("/dev/kvm")
 
 
@@ -53,7 +56,7 @@ def arrange(directory: Path, hostname: str) -> None:
     if Path("/sys/fs/cgroup").is_mount():
         run("umount", "--recursive", "--lazy", "/sys/fs/cgroup")
     bring_kvm(directory / "dev")
-    for name in BINDS:
+    for name in (*BINDS, *([TPM_AUTHORITY] if (directory / TPM_AUTHORITY).exists() else [])):
         mount("--bind", directory / name, Path("/") / name)
 
 

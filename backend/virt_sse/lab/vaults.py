@@ -11,10 +11,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Self, cast
+from typing import IO, TYPE_CHECKING, Self, cast
 
-from virt_sse.errors import LabError
+from virt_sse.errors import LabError, LabUnavailableError
 from virt_sse.lab import directories
+
+if TYPE_CHECKING:
+    from virt_sse.lab.tokens import LabToken
 
 _STOP_TIMEOUT = 20.0
 _HOST = "127.0.0.1"
@@ -28,6 +31,8 @@ class LabVault:
     :meth:`remove`, or with the next lab's start after a kill.
 
     :param arguments: what ``virt-sse vault serve`` is given besides.
+    :param premium: whether it has RSA-HSM keys too, in
+    :param token: this token, or a SoftHSM one of its own.
     :param retention_days: how long a deleted key can be recovered.
     """
 
@@ -35,11 +40,15 @@ class LabVault:
         self,
         *,
         arguments: Sequence[str] = (),
+        premium: bool = False,
+        token: LabToken | None = None,
         retention_days: int = 90,
         purge_protection: bool = False,
         base: Path = Path("/tmp"),  # noqa: S108 -- a folder of its own below
     ) -> None:
         self._arguments = list(arguments)
+        self._premium = premium
+        self._token = token
         self._retention_days = retention_days
         self._purge_protection = purge_protection
         self._base = base
@@ -105,19 +114,43 @@ class LabVault:
 
     def initialise(self) -> None:
         """Sweep what killed runs left, then make the vault, without serving it yet."""
-        from virt_sse.vault.initialise import initialise
-
         directories.sweep(self._base)
         self._folder = directories.create(self._base)
         self._port = _free_port()
+        if self._premium and self._token is None:
+            self._initialise_with_own_token()
+        else:
+            self._initialise()
+
+    def _initialise(self) -> None:
+        from virt_sse.vault.initialise import initialise
+        from virt_sse.vault.settings import Tier
+
         initialise(
             self.directory,
+            tier=Tier.PREMIUM if self._premium else Tier.STANDARD,
+            token={} if self._token is None else {k: str(v) for k, v in self._token.options.items()},
             name="lab-vault",
             hosts=(_HOST, "localhost"),
             port=self._port,
             retention_days=self._retention_days,
             purge_protection=self._purge_protection,
         )
+
+    def _initialise_with_own_token(self) -> None:
+        """In a process of its own: SoftHSM reads one configuration in the life of a process.
+
+        :raise LabUnavailableError: When SoftHSM or PyKCS11 is not installed.
+        """
+        command = [sys.executable, "-c", "from virt_sse.cli.main import main; main()"]
+        command += ["vault", "init", "--directory", str(self.directory)]
+        command += ["--name", "lab-vault", "--host", _HOST, "--host", "localhost", "--port", str(self._port)]
+        command += ["--tier", "premium", "--retention-days", str(self._retention_days)]
+        command += ["--purge-protection"] if self._purge_protection else []
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            self.remove()
+            raise LabUnavailableError(f"no premium vault: {done.stderr.strip().splitlines()[0]}")
 
     def start(self) -> None:
         """Serve it; done when it answers.

@@ -1,8 +1,9 @@
 """The libvirt qemu hook (libvirt ``hooks.html``): what runs when a domain starts, ends or is found again.
 
-What lies in ``hooks/qemu.d/`` is a shell script that lets every domain without a disk of ours pass before any
-of our code is loaded, and so whatever state we are in. For the others it runs this module, which hands the
-event to the agent. Where none answers, it serves the event in its own process, to the same effect.
+What lies in ``hooks/qemu.d/`` is a shell script that lets every domain that has no disk of ours, and of which
+nothing else was asked, pass before any of our code is loaded, and so whatever state we are in. For the others
+it runs this module, which hands the event to the agent. Where none answers, it serves the event in its own
+process, to the same effect.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from virt_sse.libvirt.references import PREFIX
+from virt_sse.libvirt.references import PREFIX, VM_NAMESPACE
 
 EVENTS = ("prepare", "release", "reconnect")
 """A domain is about to start; it has ended; libvirtd was restarted and has found it running."""
@@ -24,12 +25,12 @@ _SCRIPT = """\
 # Brings libvirt the keys of a domain's encrypted disks, and takes them away when the domain has ended.
 xml=$(cat)
 case $2 in {events}) ;; *) exit 0 ;; esac
-case $xml in *"usage='{prefix}"* | *'usage="{prefix}'*) ;; *) exit 0 ;; esac
+case $xml in *"usage='{prefix}"* | *'usage="{prefix}'* | *{namespace}*) ;; *) exit 0 ;; esac
 {environment}\
 if [ -x {python} ]; then
     printf '%s\\n' "$xml" | {python} -I -m {module} "$@" && exit 0
 else
-    echo "virt-sse: error: the domain has an encrypted disk and {python} is gone" >&2
+    echo "virt-sse: error: the domain needs virt-sse and {python} is gone" >&2
 fi
 # A failure refuses the domain. But libvirt kills a running guest if its 'reconnect' hook fails.
 [ "$2" = reconnect ]
@@ -45,6 +46,7 @@ def script(environment: dict[str, str]) -> str:
     return _SCRIPT.format(
         events=" | ".join(EVENTS),
         prefix=PREFIX,
+        namespace=VM_NAMESPACE,
         environment=exports,
         python=shlex.quote(sys.executable),
         module="virt_sse.libvirt.hook",

@@ -10,7 +10,7 @@ import libvirt
 from virt_sse.keys import Dek
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.domain_xml import our_disks
-from virt_sse.libvirt.references import secret_uuid, usage
+from virt_sse.libvirt.references import TPM_SLOT, secret_uuid, usage
 
 
 def set_secret(connection: libvirt.virConnect, disk_id: UUID, slot: str, dek: Dek) -> None:
@@ -18,10 +18,11 @@ def set_secret(connection: libvirt.virConnect, disk_id: UUID, slot: str, dek: De
 
     :raise libvirt.libvirtError: When libvirt refuses.
     """
+    kind, name = ("vtpm", "name") if slot == TPM_SLOT else ("volume", "volume")  # libvirt formatsecret
     secret = connection.secretDefineXML(
         f"<secret ephemeral='yes' private='yes'>"
         f"<uuid>{secret_uuid(disk_id, slot)}</uuid>"
-        f"<usage type='volume'><volume>{escape(usage(disk_id, slot))}</volume></usage>"
+        f"<usage type='{kind}'><{name}>{escape(usage(disk_id, slot))}</{name}></usage>"
         f"</secret>"
     )
     try:

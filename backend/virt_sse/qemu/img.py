@@ -63,13 +63,14 @@ class ImageInfo:
     other_files: tuple[str, ...]
 
 
-def info(path: Path, image_format: str | None = None) -> ImageInfo:
+def info(path: Path, image_format: str | None = None, *, shared: bool = False) -> ImageInfo:
     """Ask qemu-img about any image; *image_format* is probed unless given.
 
+    :param shared: also while a QEMU process has it open for writing.
     :raise DiskInUseError: When a QEMU process has the image open for writing.
     :raise ToolError: When the image cannot be read, or not as *image_format*.
     """
-    chosen = ["-f", image_format] if image_format else []
+    chosen = (["-f", image_format] if image_format else []) + (["--force-share"] if shared else [])
     with _locks_named(path):
         answer = json.loads(run(["qemu-img", "info", "--output=json", *chosen, str(path)]))
     details = answer.get("format-specific", {}).get("data", {})

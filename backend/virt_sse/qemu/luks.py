@@ -24,6 +24,7 @@ FIRST_KEYSLOT = 4096
 _MAGIC = b"LUKS\xba\xbe"
 _HEADER = struct.Struct(">6sH32s32s32sII20s32sI40s")
 _KEYSLOT = struct.Struct(">II32sII")
+_CIPHER_NAME, _VOLUME_KEY_BYTES = 8, 108
 _KEYSLOTS = 8
 _KEYSLOT_ACTIVE = 0x00AC71F3
 
@@ -105,6 +106,13 @@ class Luks1Header:
 
 def _text(field: bytes) -> str:
     return field.rstrip(b"\0").decode("ascii", errors="replace")
+
+
+def set_cipher(header: bytearray, cipher: Cipher) -> None:
+    """Make *header* say that it is of *cipher*. Its keyslots, encrypted with another, then open no more."""
+    name, _, mode = cipher.cryptsetup.partition("-")
+    struct.pack_into("32s32s", header, _CIPHER_NAME, name.encode(), mode.encode())
+    struct.pack_into(">I", header, _VOLUME_KEY_BYTES, cipher.volume_key_bits // 8)
 
 
 def make_header(cipher: Cipher, dek: Dek) -> bytes:

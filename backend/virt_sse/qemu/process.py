@@ -6,11 +6,14 @@ import contextlib
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO
 
 from virt_sse.errors import ImageError, ToolError
 
 _COMMAND_NOT_FOUND = 127
 """What setpriv exits with when it does not find the tool."""
+_ENDING_SECONDS = 2.0
+_MOST_ERRORS = 1 << 16
 
 
 def run(
@@ -80,6 +83,49 @@ def run_with_progress(
         if process.wait() != 0:
             errors.seek(0)
             raise failure(arguments[0], process.returncode, errors.read().decode(errors="replace"))
+
+
+class Running:
+    """A tool that runs."""
+
+    def __init__(self, tool: str, process: subprocess.Popen[bytes], errors: BinaryIO) -> None:
+        self._tool = tool
+        self._process = process
+        self._errors = errors
+
+    def failure(self) -> ImageError | ToolError | None:
+        """Why the tool has ended, if it has, or is about to; ``None`` when it has not failed."""
+        try:
+            status = self._process.wait(_ENDING_SECONDS)
+        except subprocess.TimeoutExpired:
+            return None
+        self._errors.seek(0)
+        return failure(self._tool, status, self._errors.read(_MOST_ERRORS).decode(errors="replace"))
+
+
+@contextlib.contextmanager
+def running(arguments: Sequence[str], *, pass_fds: Sequence[int]) -> Iterator[Running]:
+    """A tool that runs while the block does, and is killed at its end; it dies with this thread, too.
+
+    :raise ToolError: When setpriv is missing. Whether the tool fails is for :meth:`Running.failure` to say.
+    """
+    with os.fdopen(os.memfd_create("stderr"), "w+b") as errors:
+        try:
+            process = subprocess.Popen(
+                _leashed(arguments),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                pass_fds=pass_fds,
+                env=_environment(),
+            )
+        except FileNotFoundError as exc:
+            raise ToolError("setpriv is not installed") from exc
+        with process:
+            try:
+                yield Running(arguments[0], process, errors)
+            finally:
+                process.kill()
 
 
 def failure(tool: str, status: int, stderr: str) -> ImageError | ToolError:

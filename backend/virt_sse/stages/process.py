@@ -124,9 +124,10 @@ class Process:
             os.close(descriptor)
         return None if kind == fcntl.F_UNLCK else int(pid)
 
-    def stop(self) -> None:
+    def stop(self, *, patience: float = _KILL_AFTER_SECONDS) -> None:
         """End it, in good order if it can; done when it is gone. Nothing when it does not run.
 
+        :param patience: for how many seconds it may end in good order, before it is killed.
         :raise StageError: When it cannot be reached from here.
         """
         while (pid := self.pid()) is not None:
@@ -139,18 +140,18 @@ class Process:
             try:
                 if self.pid() != pid:
                     continue
-                _end(handle)
+                _end(handle, patience)
             except ProcessLookupError:
                 continue
             finally:
                 os.close(handle)
 
 
-def _end(handle: int) -> None:
+def _end(handle: int, patience: float) -> None:
     """Signal the process until it is gone."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         signal.pidfd_send_signal(handle, number)
         waiting = select.poll()
         waiting.register(handle, select.POLLIN)
-        if waiting.poll(_KILL_AFTER_SECONDS * 1000):
+        if waiting.poll(patience * 1000):
             return

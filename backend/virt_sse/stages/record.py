@@ -56,7 +56,7 @@ class StageRecord:
     @classmethod
     def read(cls, folder: Path) -> Self | None:
         """The record in *folder*; ``None`` when there is none that makes sense."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             fields = json.loads((folder / "stages.json").read_bytes())
             return cls(
                 disk_id=UUID(fields["disk"]),

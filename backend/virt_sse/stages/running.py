@@ -184,6 +184,7 @@ class Stages:
 
     def _start(self, record: StageRecord, deks: Mapping[str, Dek], *, size: int) -> None:
         storage = storage_user(self._config.storage_user, record.qemu)
+        img.refuse_if_open(record.image)  # QEMU's driver for raw LUKS would not
         _make_folders(self._config.socket_directory / str(record.disk_id), record.qemu, storage)
         with img.opened(record.image, os.O_RDWR) as image:
             os.fchown(image, storage.uid, storage.gid)

@@ -20,11 +20,11 @@ def storage_user(configured: str | None, qemu: User) -> User:
 
     :raise ConfigError: When *configured* is no user, or root.
     """
-    if configured is not None and configured.isdecimal():
+    if configured is not None and configured.isascii() and configured.isdecimal():
         user = User(int(configured), int(configured))
     else:
         try:
-            entry = pwd.getpwnam(configured or DEFAULT_STORAGE_USER)
+            entry = pwd.getpwnam(DEFAULT_STORAGE_USER if configured is None else configured)
         except KeyError as exc:
             if configured is None:
                 return qemu

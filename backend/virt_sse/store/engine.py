@@ -16,7 +16,7 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 from virt_sse.errors import StoreError
 from virt_sse.files import PRIVATE_FILE, private_folder
 
-SCHEMA = "0002"
+SCHEMA = "0003"
 """The newest migration; spelt out so that Alembic need not be imported to see that nothing is to be done."""
 
 READ_ONLY = {"virt_sse_read_only": True}

@@ -17,11 +17,12 @@ from virt_sse.disks import Disk, DiskSku, DiskState
 from virt_sse.envelope import DekEntry
 from virt_sse.errors import DiskExistsError, DiskNotFoundError
 from virt_sse.keys import KeyId, KeyRef, WrappedDek
-from virt_sse.layers import EncryptionType
+from virt_sse.layers import EncryptionType, HostCaching
 from virt_sse.qemu.img import DiskFormat
 from virt_sse.store.encryption_sets import EncryptionSetStore
 from virt_sse.store.engine import open_engine, reading, writing
 from virt_sse.store.tables import disks, wrapped_deks
+from virt_sse.store.vms import VmStore
 
 
 class Store:
@@ -33,6 +34,7 @@ class Store:
     def __init__(self, url: str) -> None:
         self._engine = open_engine(url)
         self.encryption_sets = EncryptionSetStore(self._engine)
+        self.vms = VmStore(self._engine)
 
     def close(self) -> None:
         """Let go of all connections."""
@@ -60,6 +62,7 @@ class Store:
                     generation=disk.generation,
                     sku=disk.sku.value,
                     encryption_set_id=disk.encryption_set,
+                    caching=disk.caching.value,
                 )
             )
             _insert_deks(connection, disk.id, disk.deks)
@@ -235,6 +238,7 @@ def _disk(rows: list[Row[Any]]) -> Disk:
         generation=first.generation,
         sku=DiskSku(first.sku),
         encryption_set=first.encryption_set_id,
+        caching=HostCaching(first.caching),
         deks=tuple(
             DekEntry(
                 row.slot,

@@ -52,6 +52,7 @@ disks = Table(
     Column("generation", Integer, nullable=False),
     Column("sku", String(32), nullable=False, server_default="Premium_LRS"),
     Column("encryption_set_id", Uuid, ForeignKey("encryption_sets.id")),
+    Column("caching", String(16), nullable=False, server_default="None"),
 )
 
 wrapped_deks = Table(
@@ -67,4 +68,22 @@ wrapped_deks = Table(
     Column("key_name", Text, nullable=False),
     Column("key_version", String(64), nullable=False),
     Index("wrapped_deks_by_key", "key_provider", "key_name", "key_version"),
+)
+
+vms = Table(
+    "vms",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("host", Uuid, nullable=False),
+    Column("encryption_at_host", Boolean, nullable=False),
+    Column("size", String(64)),
+    Column("temp_disk_size", BigInteger),
+    Column("generation", Integer, nullable=False),
+    Column("pending", Text),
+    Column("tpm_algorithm", String(32)),
+    Column("tpm_ciphertext", LargeBinary),
+    Column("tpm_key_provider", String(64)),
+    Column("tpm_key_name", Text),
+    Column("tpm_key_version", String(64)),
 )

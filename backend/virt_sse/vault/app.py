@@ -25,10 +25,16 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from virt_sse.vault.calls import Answer, Call
-from virt_sse.vault.database import DatabaseRefusal
 from virt_sse.vault.limits import Limiter, Limits
 from virt_sse.vault.principals import Principal
-from virt_sse.vault.refusals import Refusal, bad_parameter, forbidden, internal, unauthorized
+from virt_sse.vault.refusals import (
+    FailureRefusal,
+    Refusal,
+    bad_parameter,
+    forbidden,
+    internal,
+    unauthorized,
+)
 from virt_sse.vault.requests import (
     ClientGoneError,
     correlation_of,
@@ -177,8 +183,8 @@ class _Endpoint:
                 self._service.trail.requested(asked)
             answer = self._operation.handler(call)
         except Refusal as refusal:
-            if isinstance(refusal, DatabaseRefusal):
-                _log.error("the vault's database failed: %s", refusal.detail)
+            if isinstance(refusal, FailureRefusal):
+                _log.error("%s", refusal.detail)
             self._service.trail.refused(asked, refusal)
             raise
         except Exception as exc:
@@ -233,8 +239,8 @@ class _TokenEndpoint:
         except OAuthError as error:
             trail.refused(asked, Refusal(error.status, error.error, error.description))
             raise
-        except DatabaseRefusal as refusal:
-            _log.error("the vault's database failed: %s", refusal.detail)
+        except FailureRefusal as refusal:
+            _log.error("%s", refusal.detail)
             raise
         except Exception as exc:
             _log.exception("issuing a token failed")

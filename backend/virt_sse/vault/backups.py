@@ -19,7 +19,10 @@ _FORMAT = 1
 
 
 class Backups:
-    """Makes and reads backups: private keys sealed as they are in the database, and all of it once more."""
+    """Makes and reads backups: private keys sealed as they are in the database, and all of it once more.
+
+    Of a key in an HSM a backup holds no more than where it lies: it brings it back as long as it is there.
+    """
 
     def __init__(self, store: KeyStore, keys: KeyService, sealer: Sealer) -> None:
         self._store = store
@@ -42,7 +45,7 @@ class Backups:
         """Bring a key back as it was, with its name and versions.
 
         :return: its newest version.
-        :raise Refusal: When *blob* is no backup of this vault, or the name is taken.
+        :raise Refusal: When *blob* is no backup of this vault, its name is taken, or the HSM lost the key.
         """
         try:
             document = json.loads(self._sealer.open(blob, _CONTEXT))
@@ -51,7 +54,7 @@ class Backups:
         if document["format"] != _FORMAT:
             raise bad_parameter("This backup was made by a newer version.")
         records = [_record(fields) for fields in document["versions"]]
-        self._store.restore(records, document["policy"])
+        self._keys.restore(records, document["policy"])
         return records[-1]
 
 

@@ -15,7 +15,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from virt_sse.errors import VaultError
 from virt_sse.files import PRIVATE_FILE
 from virt_sse.vault import tables
-from virt_sse.vault.refusals import Refusal, unavailable
+from virt_sse.vault.refusals import FailureRefusal
 
 _READING = {"virt_sse_reading": True}
 _BUSY_TIMEOUT_SECONDS = 10
@@ -109,16 +109,13 @@ def _refusing() -> Iterator[None]:
         raise DatabaseRefusal(_reason(exc)) from None
 
 
-class DatabaseRefusal(Refusal):
-    """503: the database failed.
+class DatabaseRefusal(FailureRefusal):
+    """503: the database failed."""
 
-    :ivar detail: why, for the log: the caller is not told.
-    """
-
-    def __init__(self, detail: str) -> None:
-        told = unavailable("The vault cannot read or write its database now.")
-        super().__init__(told.status, told.code, told.message, retry_after=told.retry_after)
-        self.detail = detail
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            "The vault cannot read or write its database now.", f"the vault's database failed: {reason}"
+        )
 
 
 def _reason(exc: Exception) -> str:

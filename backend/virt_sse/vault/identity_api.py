@@ -11,6 +11,7 @@ from virt_sse.vault.calls import Answer, Call
 from virt_sse.vault.permissions import Permission, Role
 from virt_sse.vault.principals import Principal
 from virt_sse.vault.refusals import Refusal, bad_parameter, forbidden
+from virt_sse.vault.settings import Tier
 
 
 def list_principals(call: Call) -> Answer:
@@ -105,6 +106,7 @@ def status(call: Call) -> Answer:
             "name": settings.name,
             "tenant": settings.tenant,
             "tier": settings.tier.value,
+            "hsm": _hsm(call),
             "url": settings.url,
             "retention_days": settings.retention_days,
             "purge_protection": settings.purge_protection,
@@ -113,6 +115,17 @@ def status(call: Call) -> Answer:
             "principals": len(call.vault.principals.all()),
         }
     )
+
+
+def _hsm(call: Call) -> str | None:
+    """How the vault's token is; why it cannot be used, for administrators alone."""
+    token = call.vault.token
+    if token is None:
+        return "none" if call.vault.settings.tier is Tier.PREMIUM else None
+    failure = token.failure()
+    if failure is None:
+        return "available"
+    return f"unavailable: {failure}" if _administers(call) else "unavailable"
 
 
 def principal_document(principal: Principal, tenant: str) -> dict[str, object]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import secrets
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from virt_sse.errors import VaultError
+from virt_sse.errors import InvalidValueError, VaultError
 from virt_sse.files import private_folder, write_private
 from virt_sse.vault.certificates import new_authority, new_server_certificate
 from virt_sse.vault.credential_file import CredentialFile, new_assertion_key
@@ -18,7 +19,14 @@ from virt_sse.vault.permissions import ADMINISTRATION, Role
 from virt_sse.vault.principals import Principals
 from virt_sse.vault.refusals import Refusal
 from virt_sse.vault.sealing import ROOT_KEY_BYTES, TOKENS
-from virt_sse.vault.settings import DEFAULT_PORT, RETENTION_DAYS, Tier, VaultSettings, url_of
+from virt_sse.vault.settings import (
+    DEFAULT_PORT,
+    RETENTION_DAYS,
+    Tier,
+    VaultSettings,
+    url_of,
+)
+from virt_sse.vault.token_access import prepare_token
 from virt_sse.vault.tokens import signing_key
 
 DEFAULT_HOSTS = ("localhost", "127.0.0.1")
@@ -35,6 +43,7 @@ def initialise(
     tenant: str | None = None,
     retention_days: int = RETENTION_DAYS[-1],
     purge_protection: bool = False,
+    token: Mapping[str, str] | None = None,
 ) -> VaultDirectory:
     """Make a vault in the folder *path*, with its first administrator's credential file.
 
@@ -42,9 +51,15 @@ def initialise(
 
     :param hosts: the names and addresses that clients reach it by, the first one in its URL.
     :param tenant: a UUID; default a new one.
+    :param token: where a premium vault keeps its RSA-HSM keys, as in
+        :class:`~virt_sse.pkcs11.options.TokenOptions`; default a new SoftHSM token in its folder.
     :raise VaultError: When there is one already, or the folder cannot be written.
     :raise InvalidValueError: When a value makes no sense.
+    :raise ConfigError: When what the token needs is not installed, or its PIN cannot be read.
+    :raise KeyProviderUnavailableError: When the token does not answer, or takes no such PIN.
     """
+    if token and tier is Tier.STANDARD:
+        raise InvalidValueError("a standard vault has no token", hint="make a premium one")
     settings = VaultSettings(
         name=name,
         tenant=tenant or str(uuid.uuid4()),
@@ -62,6 +77,9 @@ def initialise(
             if directory.settings_path.exists():
                 raise VaultError(f"there is a vault in {path} already")
             _clear(directory)
+            if tier is Tier.PREMIUM:
+                prepared = prepare_token(directory, token or {})
+                settings = dataclasses.replace(settings, token=prepared)
             _fill(directory, settings)
             write_private(directory.settings_path, settings.to_json())
     except OSError as exc:
@@ -70,7 +88,10 @@ def initialise(
 
 
 def _clear(directory: VaultDirectory) -> None:
-    """Forget what a killed run of this left; a whole vault has settings and is never touched."""
+    """Forget what a killed run of this left; a whole vault has settings and is never touched.
+
+    A token is never forgotten: it is finished and taken.
+    """
     for suffix in ("", "-wal", "-shm"):
         path = directory.database_path
         path.with_name(path.name + suffix).unlink(missing_ok=True)

@@ -33,7 +33,7 @@ def bring(call: Call) -> Answer:
     document = call.document()
     key = wire.table(document, "key")
     key_type = wire.key_type(key)
-    if document.get("Hsm") and not key_type.endswith("-HSM"):
+    if (document.get("Hsm") or document.get("hsm")) and not key_type.endswith("-HSM"):
         key_type += "-HSM"
     if not key_type.startswith("RSA"):
         raise bad_parameter(f"Property kty: {key_type!r} is not supported by this vault.")

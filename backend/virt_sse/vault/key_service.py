@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+from virt_sse.vault.disposal import Disposal
 from virt_sse.vault.key_store import KeyStore
-from virt_sse.vault.material import ALGORITHMS, KEY_SIZES, Protection, PublicKey, binding
+from virt_sse.vault.material import ALGORITHMS, KEY_SIZES, Protection, PublicKey, private_key
 from virt_sse.vault.opened_keys import OpenedKey, OpenedKeys
 from virt_sse.vault.records import (
     KEY_OPERATIONS,
     Attributes,
     Deletion,
     KeyVersion,
+    Leftover,
     NewKey,
     check_name,
     check_version,
     new_version,
 )
-from virt_sse.vault.refusals import Refusal, bad_parameter, forbidden
-from virt_sse.vault.settings import VaultSettings
+from virt_sse.vault.refusals import FailureRefusal, Refusal, bad_parameter, conflict, forbidden
+from virt_sse.vault.settings import Tier, VaultSettings
 
 _DAY = 86400
 _OPENED_KEYS = 1024
+_HARDWARE_TYPES = ("RSA-HSM", "EC-HSM")
 _WITHIN_THE_WINDOW = frozenset({"wrapKey", "encrypt"})
 
 
@@ -49,6 +53,7 @@ class KeyService:
         self._store = store
         self._settings = settings
         self._protections = {protection.key_type: protection for protection in protections}
+        self._disposal = Disposal(store, self._protections)
         self._clock = clock
         self._opened = OpenedKeys(_OPENED_KEYS)
 
@@ -57,17 +62,12 @@ class KeyService:
         protection = self._protection(key_type)
         if bits not in KEY_SIZES:
             raise bad_parameter("An RSA key has 2048, 3072 or 4096 bits.")
-        version = new_version()
-        _check_window(new.attributes)
-        public, stored = protection.generate(bits, binding(check_name(name), version))
-        return self._add(name, version, key_type, public, stored, new)
+        return self._add(name, protection, new, lambda version: protection.generate(bits, name, version))
 
     def bring(self, name: str, key_type: str, numbers: rsa.RSAPrivateNumbers, new: NewKey) -> KeyVersion:
         """Take in a key that was made elsewhere, as a new key or a new version of one."""
-        version = new_version()
-        _check_window(new.attributes)
-        public, stored = self._protection(key_type).bring(numbers, binding(check_name(name), version))
-        return self._add(name, version, key_type, public, stored, new)
+        protection, private = self._protection(key_type), private_key(numbers)
+        return self._add(name, protection, new, lambda version: protection.bring(private, name, version))
 
     def rotate(self, name: str, *, expires_after: int | None = None) -> KeyVersion:
         """Make a new version like the newest one; the older ones stay usable.
@@ -149,15 +149,38 @@ class KeyService:
                 'Operation "purge" is not allowed because purge protection is enabled for this vault.',
                 "PurgeProtectionEnabled",
             )
-        self._store.purge(check_name(name))
+        self._store.get_deleted(check_name(name))
+        for key_type in self._store.key_types(name):
+            self._keeper(key_type).require()
+        self.purge_due(name)
 
     def due_for_purge(self) -> list[str]:
         """The names of the deleted keys that have been kept for the retention period."""
         return self._store.due_for_purge(int(self._clock()))
 
     def purge_due(self, name: str) -> None:
-        """Forget such a key; purge protection has done its part."""
-        self._store.purge(name)
+        """Forget such a key; purge protection has done its part.
+
+        What of it lies outside and cannot be reached is destroyed by a later :meth:`sweep`.
+        """
+        outside = [each.key_type for each in self._protections.values() if each.outside]
+        self._store.purge(name, kept_outside=outside)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Destroy the material outside that no key names."""
+        self._disposal.sweep()
+
+    def restore(self, records: Sequence[KeyVersion], policy: str | None) -> None:
+        """Bring a key back from its backup, its oldest version first.
+
+        What of it lies outside must still be there.
+        """
+        with self._disposal.suspended():
+            for record in records:
+                if self._keeper(record.key_type).outside:
+                    self._require(record)
+            self._store.restore(records, policy)
 
     def count(self) -> tuple[int, int]:
         """How many live keys there are, and how many deleted ones."""
@@ -171,8 +194,9 @@ class KeyService:
         :param operation: ``encrypt`` or ``wrapKey``.
         :return: which version did it, and the ciphertext.
         """
-        record = self._usable(operation, name, version, algorithm).record
-        return record, record.public.encrypt(plaintext, algorithm)
+        key = self._usable(operation, name, version, algorithm)
+        key.material.require()
+        return key.record, key.record.public.encrypt(plaintext, algorithm)
 
     def decrypt(
         self, operation: str, name: str, version: str, algorithm: str, ciphertext: bytes
@@ -215,27 +239,79 @@ class KeyService:
         return None
 
     def _open(self, record: KeyVersion) -> OpenedKey:
-        context = binding(record.name, record.version)
-        return OpenedKey(record, self._protection(record.key_type).open(record.stored, context))
+        keeper = self._keeper(record.key_type)
+        return OpenedKey(record, keeper.open(record.stored, record.name, record.version))
+
+    def _require(self, record: KeyVersion) -> None:
+        """Make sure that a version from a backup can be used."""
+        try:
+            self._open(record).material.require()
+        except Refusal as refusal:
+            if isinstance(refusal, FailureRefusal):
+                raise
+            raise conflict(
+                f"Version {record.version} of key {record.name} is no longer in the HSM, out of which no "
+                "backup can bring it."
+            ) from refusal
 
     def _protection(self, key_type: str) -> Protection:
+        """Who keeps a new key of that type."""
+        protection = self._protections.get(key_type)
+        if protection is not None:
+            return protection
+        if key_type in _HARDWARE_TYPES and self._settings.tier is Tier.STANDARD:  # Azure's words
+            raise Refusal(403, "Forbidden", "Hardware key operation not allowed on standard vault.")
+        if key_type == "RSA-HSM":
+            raise Refusal(
+                403,
+                "Forbidden",
+                "This vault has no token for hardware-protected keys; 'virt-sse vault hsm add' gives it one.",
+            )
+        raise bad_parameter(f"Property kty: {key_type[:32]!r} is not supported by this vault.")
+
+    def _keeper(self, key_type: str) -> Protection:
+        """Who keeps the keys of that type which there are. That it is not there says nothing about them."""
         try:
             return self._protections[key_type]
         except KeyError:
-            raise bad_parameter(f"Property kty: {key_type[:32]!r} is not supported by this vault.") from None
+            raise FailureRefusal(
+                "The vault cannot reach what keeps this key.",
+                f"the vault's settings name nothing that keeps its keys of type {key_type}",
+            ) from None
 
     def _add(
-        self, name: str, version: str, key_type: str, public: PublicKey, stored: bytes, new: NewKey
+        self,
+        name: str,
+        protection: Protection,
+        new: NewKey,
+        make: Callable[[str], tuple[PublicKey, bytes]],
     ) -> KeyVersion:
-        now = int(self._clock())
-        operations = new.operations or KEY_OPERATIONS
-        record = KeyVersion(
-            name, version, key_type, public, operations, new.attributes, now, now, new.tags, stored
-        )
-        try:
-            self._store.add(record)
-        finally:
-            self._opened.forget(name)
+        """Add a version.
+
+        :param make: its material, given the version.
+        """
+        version = new_version()
+        _check_window(new.attributes)
+        leftover = Leftover(check_name(name), version, protection.key_type)
+        with self._disposal.making(leftover) if protection.outside else contextlib.nullcontext():
+            public, stored = make(version)
+            now = int(self._clock())
+            record = KeyVersion(
+                name=name,
+                version=version,
+                key_type=protection.key_type,
+                public=public,
+                operations=new.operations or KEY_OPERATIONS,
+                attributes=new.attributes,
+                created=now,
+                updated=now,
+                tags=new.tags,
+                stored=stored,
+            )
+            try:
+                self._store.add(record)
+            finally:
+                self._opened.forget(name)
         return record
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -11,9 +12,9 @@ from sqlalchemy.engine import Connection, Row
 
 from virt_sse.vault.database import Database
 from virt_sse.vault.material import PublicKey
-from virt_sse.vault.records import Attributes, Deletion, KeyVersion
+from virt_sse.vault.records import Attributes, Deletion, KeyVersion, Leftover
 from virt_sse.vault.refusals import conflict, key_not_found
-from virt_sse.vault.tables import keys, versions
+from virt_sse.vault.tables import keys, leftovers, versions
 
 _LIVE = keys.c.deleted.is_(None)
 _NEWEST = versions.c.sequence.desc()
@@ -34,7 +35,7 @@ class KeyStore:
             _refuse_deleted(connection, record.name)
             if not _exists(connection, record.name):
                 connection.execute(keys.insert().values(name=record.name))
-            connection.execute(versions.insert().values(_values(record)))
+            _take_up(connection, [record])
 
     def restore(self, records: Sequence[KeyVersion], policy: str | None) -> None:
         """Add a whole key, its oldest version first.
@@ -47,7 +48,7 @@ class KeyStore:
             if _exists(connection, name):
                 raise conflict(f"A key named {name} exists already.", "KeyAlreadyExists")
             connection.execute(keys.insert().values(name=name, policy=policy))
-            connection.execute(versions.insert(), [_values(record) for record in records])
+            _take_up(connection, records)
 
     def get(self, name: str, version: str = "") -> KeyVersion:
         """A version, or the newest one.
@@ -140,15 +141,54 @@ class KeyStore:
         """
         self._mark(name, keys.c.deleted.is_not(None), deleted=None, purge=None)
 
-    def purge(self, name: str) -> None:
+    def purge(self, name: str, *, kept_outside: Collection[str]) -> None:
         """Forget a deleted key, for good.
 
+        :param kept_outside: the types of keys whose material does not go with the row: it is left over.
         :raise Refusal: When no deleted key has that name.
         """
+        columns = ("name", "version", "key_type")
+        found = (
+            sa.select(*(versions.c[column] for column in columns))
+            .join(keys)
+            .where(keys.c.name == name, keys.c.deleted.is_not(None), versions.c.key_type.in_(kept_outside))
+        )
         with self._database.writing() as connection:
+            connection.execute(leftovers.insert().from_select(columns, found))
             gone = connection.execute(keys.delete().where(keys.c.name == name, keys.c.deleted.is_not(None)))
             if gone.rowcount != 1:
                 raise key_not_found(name)
+
+    def announce(self, leftover: Leftover) -> None:
+        """Remember material that is about to be made outside: it is left over until its version is added."""
+        with self._database.writing() as connection:
+            connection.execute(leftovers.insert().values(_named(leftover)))
+
+    def leftovers(self) -> list[Leftover]:
+        """Material outside that no version names, or that is being made."""
+        columns = (leftovers.c.name, leftovers.c.version, leftovers.c.key_type)
+        with self._database.reading() as connection:
+            return [Leftover(*row) for row in connection.execute(sa.select(*columns))]
+
+    def is_left_over(self, leftover: Leftover) -> bool:
+        """Whether it still is, and no version names it: neither a live key's nor a deleted one's."""
+        found = sa.select(leftovers.c.version).where(
+            *(leftovers.c[column] == value for column, value in _named(leftover).items()),
+            ~sa.exists().where(versions.c.name == leftover.name, versions.c.version == leftover.version),
+        )
+        with self._database.reading() as connection:
+            return connection.scalar(found) is not None
+
+    def forget(self, leftover: Leftover) -> None:
+        """It is destroyed."""
+        with self._database.writing() as connection:
+            connection.execute(_leftover_of(leftover))
+
+    def key_types(self, name: str) -> frozenset[str]:
+        """The types of a key's versions, whether it is deleted or not; none when there is no such key."""
+        with self._database.reading() as connection:
+            found = sa.select(versions.c.key_type).where(versions.c.name == name).distinct()
+            return frozenset(connection.scalars(found))
 
     def due_for_purge(self, now: int) -> list[str]:
         """The names of the deleted keys whose time is up."""
@@ -214,6 +254,21 @@ def _refuse_deleted(connection: Connection, name: str) -> None:
             "in this state, the key can only be recovered or purged.",
             "ObjectIsDeletedButRecoverable",
         )
+
+
+def _take_up(connection: Connection, records: Sequence[KeyVersion]) -> None:
+    """Add versions, whose material is no longer left over."""
+    for record in records:
+        connection.execute(_leftover_of(record))
+    connection.execute(versions.insert(), [_values(record) for record in records])
+
+
+def _leftover_of(named: KeyVersion | Leftover) -> sa.Delete:
+    return leftovers.delete().where(leftovers.c.name == named.name, leftovers.c.version == named.version)
+
+
+def _named(leftover: Leftover) -> dict[str, str]:
+    return dataclasses.asdict(leftover)
 
 
 def _values(record: KeyVersion) -> dict[str, object]:

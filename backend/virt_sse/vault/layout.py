@@ -17,7 +17,7 @@ from virt_sse.vault.settings import VaultSettings
 
 @dataclass(frozen=True, slots=True)
 class VaultDirectory:
-    """A vault's folder, 0700; every file in it is 0600."""
+    """A vault's folder, 0700; every file in it is 0600, every folder 0700."""
 
     path: Path
 
@@ -50,6 +50,11 @@ class VaultDirectory:
     def database_path(self) -> Path:
         """Keys, principals and access."""
         return self.path / "vault.sqlite"
+
+    @property
+    def hsm_path(self) -> Path:
+        """A premium vault's RSA-HSM keys, in a SoftHSM token with its PIN, if not in another one."""
+        return self.path / "hsm"
 
     @property
     def audit_path(self) -> Path:

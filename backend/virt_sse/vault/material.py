@@ -71,41 +71,68 @@ class KeyMaterial(ABC):
         :raise Refusal: When it was not made with this key and algorithm. One answer for every cause.
         """
 
+    def require(self) -> None:  # noqa: B027 -- most have nothing to say
+        """Make sure that what the public key encrypts now can be decrypted.
+
+        :raise Refusal: When it cannot.
+        """
+
 
 class Protection(ABC):
     """Makes and keeps key material.
 
+    Every method may raise :class:`~virt_sse.vault.refusals.Refusal` where the material lies outside.
+
     :ivar key_type: Azure's ``kty`` of its keys.
+    :ivar outside: whether material lies outside the vault's database, and outlives a row that is deleted.
     """
 
     key_type: str
+    outside = False
 
     @abstractmethod
-    def generate(self, bits: int, context: bytes) -> tuple[PublicKey, bytes]:
-        """A new key.
+    def generate(self, bits: int, name: str, version: str) -> tuple[PublicKey, bytes]:
+        """A new key, bound to its name and version.
 
-        :param context: what it is bound to: :func:`binding`.
         :return: its public key, and what the vault stores in order to open it again.
         """
 
     @abstractmethod
-    def bring(self, numbers: rsa.RSAPrivateNumbers, context: bytes) -> tuple[PublicKey, bytes]:
-        """A key that was made elsewhere.
-
-        :raise Refusal: When *numbers* are no RSA key, or not one of :data:`KEY_SIZES`.
-        """
+    def bring(self, private: rsa.RSAPrivateKey, name: str, version: str) -> tuple[PublicKey, bytes]:
+        """A key that was made elsewhere."""
 
     @abstractmethod
-    def open(self, stored: bytes, context: bytes) -> KeyMaterial:
+    def open(self, stored: bytes, name: str, version: str) -> KeyMaterial:
         """The key that was stored so.
 
         :raise VaultError: When *stored* is damaged or was bound to something else.
         """
 
+    def destroy(self, name: str, version: str) -> None:  # noqa: B027 -- what lies in the database goes with it
+        """Destroy what lies outside of that version; nothing when there is none."""
+
+    def require(self) -> None:  # noqa: B027 -- memory is always there
+        """Make sure that what lies outside can be reached."""
+
 
 def binding(name: str, version: str) -> bytes:
     """What stored material is bound to: it opens as this version of this key only."""
     return f"key\0{name}\0{version}".encode()
+
+
+def private_key(numbers: rsa.RSAPrivateNumbers) -> rsa.RSAPrivateKey:
+    """The key that *numbers* are of.
+
+    :raise Refusal: When they do not fit together, or it is not one of :data:`KEY_SIZES`.
+    """
+    if numbers.public_numbers.n.bit_length() not in KEY_SIZES:
+        raise bad_parameter("An RSA key has 2048, 3072 or 4096 bits.")
+    if numbers.public_numbers.e != PUBLIC_EXPONENT:
+        raise bad_parameter(f"An RSA key has the public exponent {PUBLIC_EXPONENT}.")
+    try:
+        return numbers.private_key()
+    except (ValueError, UnsupportedAlgorithm):
+        raise bad_parameter("The numbers of the RSA key do not fit together.") from None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,30 +154,19 @@ class SoftwareProtection(Protection):
     def __init__(self, sealer: Sealer) -> None:
         self._sealer = sealer
 
-    def generate(self, bits: int, context: bytes) -> tuple[PublicKey, bytes]:
-        return self._keep(rsa.generate_private_key(PUBLIC_EXPONENT, bits), context)
+    def generate(self, bits: int, name: str, version: str) -> tuple[PublicKey, bytes]:
+        return self.bring(rsa.generate_private_key(PUBLIC_EXPONENT, bits), name, version)
 
-    def bring(self, numbers: rsa.RSAPrivateNumbers, context: bytes) -> tuple[PublicKey, bytes]:
-        if numbers.public_numbers.n.bit_length() not in KEY_SIZES:
-            raise bad_parameter("An RSA key has 2048, 3072 or 4096 bits.")
-        if numbers.public_numbers.e != PUBLIC_EXPONENT:
-            raise bad_parameter(f"An RSA key has the public exponent {PUBLIC_EXPONENT}.")
-        try:
-            private = numbers.private_key()
-        except (ValueError, UnsupportedAlgorithm):
-            raise bad_parameter("The numbers of the RSA key do not fit together.") from None
-        return self._keep(private, context)
+    def bring(self, private: rsa.RSAPrivateKey, name: str, version: str) -> tuple[PublicKey, bytes]:
+        numbers = private.public_key().public_numbers()
+        der = private.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+        return PublicKey(numbers.n, numbers.e), self._sealer.seal(der, binding(name, version))
 
-    def open(self, stored: bytes, context: bytes) -> KeyMaterial:
+    def open(self, stored: bytes, name: str, version: str) -> KeyMaterial:
         # Its numbers were checked when it came, which takes up to 0.4 s; the seal says that it is the same.
         private = load_der_private_key(
-            self._sealer.open(stored, context), None, unsafe_skip_rsa_key_validation=True
+            self._sealer.open(stored, binding(name, version)), None, unsafe_skip_rsa_key_validation=True
         )
         if not isinstance(private, rsa.RSAPrivateKey):
             raise VaultError("a key of the vault is no RSA key")
         return _SoftwareKey(private)
-
-    def _keep(self, private: rsa.RSAPrivateKey, context: bytes) -> tuple[PublicKey, bytes]:
-        numbers = private.public_key().public_numbers()
-        der = private.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
-        return PublicKey(numbers.n, numbers.e), self._sealer.seal(der, context)

@@ -61,6 +61,15 @@ class Deletion:
 
 
 @dataclass(frozen=True, slots=True)
+class Leftover:
+    """A version that is not in use, whose material may still lie outside the database."""
+
+    name: str
+    version: str
+    key_type: str
+
+
+@dataclass(frozen=True, slots=True)
 class NewKey:
     """What a caller asks for when a version is made.
 

@@ -90,6 +90,18 @@ def unavailable(message: str) -> Refusal:
     return Refusal(503, "ServiceUnavailable", message, retry_after=5)
 
 
+class FailureRefusal(Refusal):
+    """503: what the vault works with failed.
+
+    :ivar detail: why, for the log: the caller is not told.
+    """
+
+    def __init__(self, message: str, detail: str) -> None:
+        told = unavailable(message)
+        super().__init__(told.status, told.code, told.message, retry_after=told.retry_after)
+        self.detail = detail
+
+
 def internal() -> Refusal:
     """500: what must not happen. The log has it, the answer has not."""
     return Refusal(500, "InternalServerError", "The vault failed.")

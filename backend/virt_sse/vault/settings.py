@@ -7,7 +7,8 @@ import enum
 import ipaddress
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Self
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -29,6 +30,24 @@ class Tier(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class TokenSettings:
+    """Where a premium vault keeps its RSA-HSM keys.
+
+    :ivar tag: how the labels of this vault's objects begin: other vaults may have theirs in the same token.
+    :ivar options: which token, as in :class:`~virt_sse.pkcs11.options.TokenOptions`; none: a SoftHSM token of
+        the vault's own, in its folder.
+    """
+
+    tag: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        texts = (self.tag, *self.options.keys(), *self.options.values())
+        if not self.tag or not all(isinstance(text, str) for text in texts):
+            raise InvalidValueError("a vault's token has a tag, and options that are strings")
+
+
+@dataclass(frozen=True, slots=True)
 class VaultSettings:
     """:ivar name: 3 to 24 letters, digits and single hyphens, as Azure has it.
     :ivar tenant: a UUID; identities and tokens are of this tenant.
@@ -37,6 +56,7 @@ class VaultSettings:
     :ivar hosts: the names and addresses in the server's certificate.
     :ivar retention_days: how long a deleted key can be recovered.
     :ivar purge_protection: a deleted key cannot be purged before that. Once on, never off again.
+    :ivar token: ``None``: the vault has no RSA-HSM keys, as premium ones had none before there were tokens.
     """
 
     name: str
@@ -47,6 +67,7 @@ class VaultSettings:
     hosts: tuple[str, ...]
     retention_days: int = RETENTION_DAYS[-1]
     purge_protection: bool = False
+    token: TokenSettings | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
@@ -59,6 +80,8 @@ class VaultSettings:
             UUID(self.tenant)
         except ValueError:
             raise InvalidValueError(f"tenant {self.tenant[:80]!r} is no UUID") from None
+        if self.token is not None and self.tier is Tier.STANDARD:
+            raise InvalidValueError("a standard vault has no token; a premium one has")
         for host in self.hosts:
             if not _HOST.match(host) and not _is_address(host):
                 raise InvalidValueError(f"{host[:80]!r} is no host name or address")
@@ -89,6 +112,8 @@ class VaultSettings:
     def to_json(self) -> bytes:
         """The form in which it lies in a vault's folder."""
         fields = dataclasses.asdict(self) | {"tier": self.tier.value, "format": _FORMAT}
+        if self.token is None:  # so that older versions read it
+            del fields["token"]
         return json.dumps(fields, indent=2).encode() + b"\n"
 
     @classmethod
@@ -98,6 +123,8 @@ class VaultSettings:
             fields = json.loads(document)
             if fields.pop("format") != _FORMAT:
                 raise VaultError("the vault was made by a newer version")
+            if "token" in fields:
+                fields["token"] = TokenSettings(**fields["token"])
             return cls(**fields | {"tier": Tier(fields["tier"]), "hosts": tuple(fields["hosts"])})
         except (ValueError, TypeError, KeyError, AttributeError) as exc:
             raise VaultError(f"the vault's settings cannot be read: {type(exc).__name__}") from exc

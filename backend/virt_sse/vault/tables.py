@@ -16,7 +16,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA = 1
+SCHEMA = 2
 """Kept in SQLite's ``user_version``."""
 
 metadata = MetaData()
@@ -50,6 +50,16 @@ versions = Table(
     UniqueConstraint("name", "version"),
     sqlite_autoincrement=True,
 )
+
+leftovers = Table(
+    "leftovers",
+    metadata,
+    Column("name", String(127), primary_key=True),
+    Column("version", String(32), primary_key=True),
+    Column("key_type", String(16), nullable=False),
+)
+"""Versions whose material may lie outside the database, in a token, though no row of ``versions`` names it:
+written before the material is made, and in the transaction that forgets a version."""
 
 principals = Table(
     "principals",

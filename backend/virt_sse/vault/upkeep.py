@@ -17,11 +17,12 @@ _ACTOR = "vault"
 
 
 def upkeep(vault: Vault, trail: Trail) -> None:
-    """Rotate and purge what is due. What fails is logged, and tried again next time."""
+    """Rotate and purge what is due, and clear up. What fails is logged, and tried again next time."""
     for name in vault.rotation.due():
         _attempt(vault, trail, "rotate", name, vault.rotation.rotate)
     for name in vault.keys.due_for_purge():
         _attempt(vault, trail, "purge", name, vault.keys.purge_due)
+    vault.keys.sweep()
 
 
 def _attempt(

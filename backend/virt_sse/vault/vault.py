@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,13 +15,17 @@ from virt_sse.vault.database import Database
 from virt_sse.vault.key_service import KeyService
 from virt_sse.vault.key_store import KeyStore
 from virt_sse.vault.layout import VaultDirectory
-from virt_sse.vault.material import SoftwareProtection
+from virt_sse.vault.material import Protection, SoftwareProtection
 from virt_sse.vault.principals import Principals
 from virt_sse.vault.rotation import Rotation
-from virt_sse.vault.sealing import BACKUPS, KEYS, TOKENS
-from virt_sse.vault.settings import VaultSettings
+from virt_sse.vault.sealing import BACKUPS, KEYS, TOKENS, Sealer
+from virt_sse.vault.settings import TokenSettings, VaultSettings
+from virt_sse.vault.token_access import open_token
+from virt_sse.vault.token_protection import TokenProtection
 from virt_sse.vault.tokens import TOKEN_SECONDS, TokenIssuer
 from virt_sse.vault.wire import Bundles
+
+_log = logging.getLogger(__name__)
 
 
 class AuditSink(Protocol):
@@ -35,7 +40,9 @@ class AuditSink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Vault:
-    """:ivar audit: what is not recorded there is not answered."""
+    """:ivar audit: what is not recorded there is not answered.
+    :ivar token: what keeps RSA-HSM keys, of a vault that has such.
+    """
 
     settings: VaultSettings
     keys: KeyService
@@ -45,6 +52,7 @@ class Vault:
     tokens: TokenIssuer
     bundles: Bundles
     audit: AuditSink
+    token: TokenProtection | None
 
 
 @contextlib.contextmanager
@@ -64,10 +72,22 @@ def open_vault(
     :raise VaultError: When there is none, it is damaged, or another process has it.
     """
     settings = directory.settings()
-    with directory.lock(), contextlib.closing(Database(directory.database_path)) as database:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(directory.lock())
+        database = stack.enter_context(contextlib.closing(Database(directory.database_path)))
         root = directory.root_key(settings)
         store = KeyStore(database)
-        keys = KeyService(store, settings, [SoftwareProtection(root.sealer(KEYS))], clock=clock)
+        sealer = root.sealer(KEYS)
+        protections: list[Protection] = [SoftwareProtection(sealer)]
+        token = _token(directory, settings.token, sealer)
+        if token is not None:
+            stack.callback(token.close)
+            protections.append(token)
+        keys = KeyService(store, settings, protections, clock=clock)
+        keys.sweep()
+        failure = token.failure() if token is not None else None
+        if failure is not None:
+            _log.warning("%s", failure)
         principals = Principals(database, clock=clock)
         yield Vault(
             settings=settings,
@@ -80,4 +100,13 @@ def open_vault(
             ),
             bundles=Bundles(settings),
             audit=audit,
+            token=token,
         )
+
+
+def _token(
+    directory: VaultDirectory, settings: TokenSettings | None, sealer: Sealer
+) -> TokenProtection | None:
+    if settings is None:
+        return None
+    return TokenProtection(lambda: open_token(directory, settings), settings.tag, sealer)

@@ -18,7 +18,17 @@ def _customer_managed() -> type[KeyProvider]:
     return CustomerManagedKeyProvider
 
 
+def _hsm_simulated() -> type[KeyProvider]:
+    from virt_sse import pkcs11
+
+    pkcs11.require()
+    from virt_sse_plugins.key_providers.hsm_simulated import HsmSimulatedKeyProvider
+
+    return HsmSimulatedKeyProvider
+
+
 @hookimpl
 def virt_sse_register_key_providers(register: RegisterKeyProvider) -> None:
     register("platform-managed", _platform_managed)
     register("customer-managed", _customer_managed)
+    register("hsm-simulated", _hsm_simulated)

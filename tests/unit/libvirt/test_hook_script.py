@@ -14,7 +14,7 @@ from command_line import no_libvirt
 from virt_sse.libvirt import hook
 from virt_sse.libvirt.references import usage
 
-OURS = f"<domain><devices><disk><source file='/x'><encryption format='luks'><secret type='passphrase' usage='{usage(uuid.uuid4(), 'service')}'/></encryption></source><target dev='vda'/></disk></devices></domain>"  # noqa: E501 -- XML
+OURS = f"<domain><uuid>{uuid.uuid4()}</uuid><devices><disk><source file='/x'><encryption format='luks'><secret type='passphrase' usage='{usage(uuid.uuid4(), 'service')}'/></encryption></source><target dev='vda'/></disk></devices></domain>"  # noqa: E501 -- XML
 THEIRS = "<domain><devices><disk><source file='/x'/><target dev='vda'/></disk></devices></domain>"
 PREPARE, RECONNECT = ("prepare", "begin", "-"), ("reconnect", "begin", "-")
 

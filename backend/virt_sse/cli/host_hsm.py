@@ -1,0 +1,273 @@
+"""``virt-sse host hsm``: the token that key provider ``hsm-simulated`` keeps its keys in, and those keys."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from virt_sse import pkcs11
+from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows
+from virt_sse.cli.session import backend, config
+from virt_sse.errors import ConfigError, InvalidValueError, PolicyError, VirtSseError
+from virt_sse.keys import KeyId
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+
+    from virt_sse.pkcs11.administration import TokenAdministration
+    from virt_sse.pkcs11.options import TokenOptions
+    from virt_sse.pkcs11.pins import PinSource
+    from virt_sse.pkcs11.token import TokenKey
+
+PROVIDER = "hsm-simulated"
+
+app = typer.Typer(
+    help=f"The token that holds the keys of key provider {PROVIDER!r}.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+class KeyType(enum.Enum):
+    """What ``--type`` takes."""
+
+    RSA = "rsa"
+    AES = "aes"
+
+
+KeyName = Annotated[
+    str, typer.Argument(metavar="NAME", help="The key's name, its label.", show_default=False)
+]
+Version = Annotated[str | None, typer.Option("--version", help="Default: all versions.", show_default=False)]
+AskPin = Annotated[bool, typer.Option("--ask-pin", help="Ask for the PIN, and do not read the file.")]
+PinDescriptor = Annotated[
+    int | None,
+    typer.Option("--pin-descriptor", help="Read the PIN from this open descriptor.", show_default=False),
+]
+
+
+@app.command()
+def init(
+    label: Annotated[str, typer.Option("--label", help="The token's label.")] = "virt-sse",
+) -> None:
+    """Make a SoftHSM token, its PINs and its configuration, unless they are there: for a lab or a trial."""
+    options = _options()
+    if options.uri is not None:
+        raise ConfigError(
+            f"the configuration names another token, {options.uri}",
+            hint=f"its maker's tools initialise it; or take 'uri' out of [key-providers.{PROVIDER}]",
+        )
+    made = options.folder.initialise(label)
+    typer.echo(f"made token {options.folder.read_uri()}" if made else "nothing to do")
+
+
+@app.command()
+def status(
+    ask_pin: AskPin = False, pin_descriptor: PinDescriptor = None, output: Output = OutputFormat.TABLE
+) -> None:
+    """Show the token, and whether it can be used; exits 1 if it cannot."""
+    options = _options()
+    failure, keys = None, 0
+    try:
+        with _administration(ask_pin, pin_descriptor) as administration:
+            keys = len(administration.all())
+    except VirtSseError as exc:
+        failure = exc
+    fields: dict[str, object] = {
+        "token": str(options.uri or "") or _known_uri(options),
+        "module": options.module,
+        "softhsm-config": str(options.softhsm_config or "") or None,
+        "pin-file": str(options.pin_file),
+        "wrong-pins": f"{options.guard.failures()} of {options.guard.limit}",
+        "state": "ready" if failure is None else "unreachable",
+        "keys": keys if failure is None else None,
+    }
+    print_fields(fields, output)
+    if failure is not None:
+        raise failure
+
+
+@app.command()
+def unlock(ask_pin: AskPin = False, pin_descriptor: PinDescriptor = None) -> None:
+    """Forget the wrong PINs, and try the PIN as it is now."""
+    options = _options()
+    options.guard.reset()
+    options.open(_pin(ask_pin, pin_descriptor)).close()
+    typer.echo("the token takes the PIN")
+
+
+@app.command()
+def create(
+    name: KeyName,
+    key_type: Annotated[KeyType, typer.Option("--type", help="RSA for OAEP, AES-256 for AES key wrap.")] = (
+        KeyType.RSA
+    ),
+    size: Annotated[int, typer.Option("--size", help="Of an RSA key: 2048, 3072 or 4096 bits.")] = 3072,
+    ask_pin: AskPin = False,
+    pin_descriptor: PinDescriptor = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Make a key inside the token. 'virt-sse key rotate --provider hsm-simulated' makes further versions."""
+    from virt_sse.pkcs11.token import KeyKind
+
+    with _administration(ask_pin, pin_descriptor) as administration:
+        print_fields(_fields(administration.create(name, KeyKind(key_type.value), size)), output)
+
+
+@app.command(name="import")
+def import_(
+    name: KeyName,
+    file: Annotated[Path, typer.Argument(help="An RSA private key, PEM, not encrypted.", show_default=False)],
+    ask_pin: AskPin = False,
+    pin_descriptor: PinDescriptor = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Bring an RSA key of your own into the token, by wrapped transfer. It cannot be taken out again."""
+    private = _private_key(file)
+    with _administration(ask_pin, pin_descriptor) as administration:
+        print_fields(_fields(administration.bring(name, private)), output)
+
+
+@app.command(name="list")
+def list_(
+    ask_pin: AskPin = False, pin_descriptor: PinDescriptor = None, output: Output = OutputFormat.TABLE
+) -> None:
+    """List the keys in the token, by name; of each the oldest version first, the current one last."""
+    with _administration(ask_pin, pin_descriptor) as administration:
+        rows = [_fields(key) for key in administration.all()]
+    print_rows(rows, ("name", "version", "type", "bits", "enabled", "never-extractable"), output)
+
+
+@app.command()
+def disable(
+    name: KeyName, version: Version = None, ask_pin: AskPin = False, pin_descriptor: PinDescriptor = None
+) -> None:
+    """Refuse every use of a key; what is wrapped with it cannot be opened until it is enabled again."""
+    _set_enabled(name, version, ask_pin, pin_descriptor, enabled=False)
+
+
+@app.command()
+def enable(
+    name: KeyName, version: Version = None, ask_pin: AskPin = False, pin_descriptor: PinDescriptor = None
+) -> None:
+    """Allow the use of a key again."""
+    _set_enabled(name, version, ask_pin, pin_descriptor, enabled=True)
+
+
+@app.command()
+def destroy(
+    name: KeyName,
+    version: Version = None,
+    all_versions: Annotated[bool, typer.Option("--all-versions", help="Destroy the whole key.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also if disks of this host are under it.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
+    ] = False,
+    ask_pin: AskPin = False,
+    pin_descriptor: PinDescriptor = None,
+) -> None:
+    """Destroy a key's version for good: what is wrapped with it can never be opened again."""
+    if all_versions is (version is not None):
+        raise InvalidValueError("destroying takes either --version or --all-versions")
+    with _administration(ask_pin, pin_descriptor) as administration:
+        doomed = administration.versions(name, version)
+        if not force:
+            _require_unused(doomed)
+        for key in doomed:
+            if not dry_run:
+                administration.destroy(key)
+            typer.echo(f"{'would destroy' if dry_run else 'destroyed'} key {_key_id(key)}")
+
+
+def _set_enabled(
+    name: str, version: str | None, ask_pin: bool, pin_descriptor: int | None, *, enabled: bool
+) -> None:
+    with _administration(ask_pin, pin_descriptor) as administration:
+        for key in administration.versions(name, version):
+            administration.set_enabled(key, enabled=enabled)
+            typer.echo(f"{'enabled' if enabled else 'disabled'} key {_key_id(key)}")
+
+
+def _require_unused(keys: list[TokenKey]) -> None:
+    doomed = {_key_id(key) for key in keys}
+    with backend() as b:
+        used = [use for use in b.keys_in_use() if use.key in doomed]
+    if used:
+        raise PolicyError(
+            f"{sum(use.deks for use in used)} DEKs of this host's disks are wrapped with key {used[0].key}",
+            hint="rewrap them first; or --force, and these disks are lost",
+        )
+
+
+def _options() -> TokenOptions:
+    pkcs11.require()
+    from virt_sse.pkcs11.options import TokenOptions
+
+    provider = config().key_provider(PROVIDER)
+    return TokenOptions.parse(f"[key-providers.{PROVIDER}]", provider.directory, provider.options)
+
+
+@contextlib.contextmanager
+def _administration(ask_pin: bool, pin_descriptor: int | None) -> Iterator[TokenAdministration]:
+    options = _options()
+    from virt_sse.audit import AuditLog
+    from virt_sse.pkcs11.administration import TokenAdministration
+
+    token = options.open(_pin(ask_pin, pin_descriptor))
+    with TokenAdministration(token, AuditLog.of_host(config()), provider=PROVIDER) as administration:
+        yield administration
+
+
+def _pin(ask_pin: bool, descriptor: int | None) -> PinSource | None:
+    from virt_sse.pkcs11.pins import PinSource
+
+    if ask_pin and descriptor is not None:
+        raise InvalidValueError("the PIN comes from a descriptor or is asked for, not both")
+    if descriptor is not None:
+        return PinSource.descriptor(descriptor)
+    if ask_pin:
+        return PinSource.prompt(lambda: str(typer.prompt("PIN", hide_input=True, err=True)))
+    return None
+
+
+def _known_uri(options: TokenOptions) -> str | None:
+    try:
+        return str(options.token_uri())
+    except ConfigError:
+        return None
+
+
+def _private_key(file: Path) -> RSAPrivateKey:
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        key = load_pem_private_key(file.read_bytes(), None)
+    except OSError as exc:
+        raise InvalidValueError(f"cannot read {file}: {exc.strerror}") from exc
+    except (ValueError, TypeError) as exc:
+        raise InvalidValueError(f"{file} is no private key in PEM without a passphrase") from exc
+    if not isinstance(key, RSAPrivateKey):
+        raise InvalidValueError(f"{file} is no RSA key")
+    return key
+
+
+def _key_id(key: TokenKey) -> KeyId:
+    return KeyId(PROVIDER, key.label, key.id.hex())
+
+
+def _fields(key: TokenKey) -> dict[str, object]:
+    return {
+        "name": key.label,
+        "version": key.id.hex(),
+        "type": key.kind.value,
+        "bits": key.bits,
+        "enabled": key.is_enabled,
+        "never-extractable": key.is_never_extractable,
+        "extractable": key.is_extractable,
+    }

@@ -1,0 +1,165 @@
+"""``virt-sse vm``."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from virt_sse.at_rest import State
+from virt_sse.cli.output import Output, OutputFormat, human_size, print_fields, print_rows
+from virt_sse.cli.session import backend
+from virt_sse.cli.vm_inspect import vm_inspect
+from virt_sse.disks import parse_size
+from virt_sse.errors import InvalidValueError
+from virt_sse.layers import HostCaching
+
+if TYPE_CHECKING:
+    from virt_sse.virtual_machines import VmView
+
+app = typer.Typer(help="Virtual machines: libvirt's domains.", no_args_is_help=True, rich_markup_mode=None)
+app.command(name="inspect")(vm_inspect)
+
+DomainName = Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name.", show_default=False)]
+
+_NONE = "none"
+
+
+class Switch(enum.Enum):
+    """On or off."""
+
+    ON = "on"
+    OFF = "off"
+
+
+@app.command(name="list")
+def list_(output: Output = OutputFormat.TABLE) -> None:
+    """List all domains, and what they are to be."""
+    with backend() as b:
+        views = b.vms.all()
+    print_rows(
+        [_summary(view, output) for view in views],
+        ("name", "state", "encryption-at-host", "size", "temp-disk-size", "disks"),
+        output,
+    )
+
+
+@app.command()
+def show(domain: DomainName, output: Output = OutputFormat.TABLE) -> None:
+    """Show what a domain is to be, and all of it that lies on this host at rest: encrypted, or not and why."""
+    with backend() as b:
+        view = b.vms.show(domain)
+    _print(view, output)
+
+
+@app.command()
+def update(
+    domain: DomainName,
+    encryption_at_host: Annotated[
+        Switch | None,
+        typer.Option("--encryption-at-host", help="Whether all of it on the host is to be encrypted."),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option("--size", help="Its size in the cloud's words, e.g. Standard_D2s_v3; or none."),
+    ] = None,
+    temp_disk_size: Annotated[
+        str | None,
+        typer.Option("--temp-disk-size", help="Of a disk that is there while it runs, e.g. 10G; or none."),
+    ] = None,
+    disk_caching: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--disk-caching",
+            metavar="TARGET=CACHING",
+            help="What the host caches of a disk: None, ReadOnly or ReadWrite, e.g. vda=ReadOnly. Repeatable.",
+        ),
+    ] = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Change what a domain is to be, from its next start on. It must not run."""
+    from virt_sse.virtual_machines import KEEP, VmChanges
+
+    changes = VmChanges(
+        encryption_at_host=KEEP if encryption_at_host is None else encryption_at_host is Switch.ON,
+        size=KEEP if size is None else None if size == _NONE else size,
+        temp_disk_size=KEEP
+        if temp_disk_size is None
+        else None
+        if temp_disk_size == _NONE
+        else parse_size(temp_disk_size),
+        caching=dict(_caching(each) for each in disk_caching or ()),
+    )
+    if changes == VmChanges():
+        raise InvalidValueError("nothing to change", hint="'virt-sse vm update --help' lists what can be")
+    with backend() as b:
+        view = b.vms.update(domain, changes)
+    _print(view, output)
+
+
+def _caching(text: str) -> tuple[str, HostCaching]:
+    target, separator, mode = text.partition("=")
+    try:
+        if target and separator:
+            return target, HostCaching(mode)
+    except ValueError:
+        pass
+    known = ", ".join(each.value for each in HostCaching)
+    raise InvalidValueError(
+        f"{text[:40]!r} is no caching of a disk", hint=f"e.g. vda=ReadWrite; known: {known}"
+    )
+
+
+def _summary(view: VmView, output: OutputFormat) -> dict[str, object]:
+    temp_size = view.properties.temp_disk_size
+    return {
+        "name": view.name,
+        "uuid": str(view.id),
+        "state": "running" if view.is_active else "shut off",
+        "encryption-at-host": (Switch.ON if view.properties.encryption_at_host else Switch.OFF).value,
+        "size": view.properties.size,
+        "temp-disk-size": temp_size
+        if temp_size is None or output is OutputFormat.JSON
+        else human_size(temp_size),
+        "disks": len(view.disks),
+        "problem": str(view.problem) if view.problem else None,
+    }
+
+
+def _print(view: VmView, output: OutputFormat) -> None:
+    """The VM; what of it is in plaintext at the end, and once more as a warning."""
+    fields = _summary(view, output)
+    fields["tpm-key"] = str(view.tpm_key) if view.tpm_key else None
+    fields["disks"] = [
+        {
+            "target": target,
+            "name": disk.name,
+            "caching": disk.caching.value,
+            "encryption-type": disk.encryption_type.value,
+        }
+        for target, disk in view.disks.items()
+    ]
+    fields["at-rest"] = [
+        {"what": each.what, "state": each.state.value, "where": each.where, "reason": each.reason}
+        for each in view.at_rest
+    ]
+    if output is OutputFormat.JSON:
+        print_fields(fields, output)
+    else:
+        print_fields(fields | {"at-rest": _lines(fields["at-rest"])}, output)
+    for each in view.at_rest if view.properties.encryption_at_host else ():
+        if each.state is State.PLAINTEXT:
+            where = f" at {each.where}" if each.where else ""
+            typer.echo(f"virt-sse: warning: {each.what}{where} is not encrypted: {each.reason}", err=True)
+
+
+def _lines(items: object) -> list[str]:
+    """What is at rest, an aligned line each."""
+    assert isinstance(items, Sequence)  # noqa: S101 -- ours
+    width = max((len(item["what"]) for item in items), default=0)
+    return [
+        f"{item['what']:{width}}  {item['state']:9}  {item['where'] or '-'}  ({item['reason']})"
+        for item in items
+    ]

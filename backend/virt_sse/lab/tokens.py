@@ -1,0 +1,188 @@
+"""Throw-away PKCS#11 tokens: SoftHSM's, and NSS's own.
+
+A module is initialised once in a process, and for SoftHSM reads one configuration: so all lab tokens that a
+process opens itself lie in one :class:`LabHsm`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from virt_sse.errors import ConfigError, LabError, LabUnavailableError
+from virt_sse.files import private_folder, write_private
+from virt_sse.lab import directories
+from virt_sse.pkcs11.module import Module, find_module
+from virt_sse.pkcs11.options import TokenOptions
+from virt_sse.pkcs11.pins import PinSource
+from virt_sse.pkcs11.softhsm import MODULE_NAME, TokenFolder, init_token, use_config
+from virt_sse.pkcs11.token import Token
+from virt_sse.pkcs11.uri import TokenUri
+
+_NSS_MODULE_NAME = "softokn3"
+_NSS_ROUNDS = "NSS_MAX_MP_PBE_ITERATION_COUNT"
+_NSS_SLOT = 2
+"""That of the key database; the other one holds nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabToken:
+    """:ivar folder: its PINs, and the count of wrong ones.
+    :ivar options: what a provider's configuration says to use it.
+    """
+
+    uri: TokenUri
+    folder: TokenFolder
+    options: dict[str, object] = field(repr=False)
+
+    def open(self) -> Token:
+        """Log in to it, in this process.
+
+        :raise KeyProviderUnavailableError: When it does not answer.
+        """
+        return TokenOptions.parse("the lab's token", self.folder.path, self.options).open()
+
+    @property
+    def pin(self) -> str:
+        """The user PIN."""
+        return PinSource.file(self.folder.pin).read().text
+
+
+class LabHsm:
+    """SoftHSM, with any number of tokens.
+
+    :raise LabUnavailableError: On entering, when it is not installed.
+    """
+
+    def __init__(self, *, base: Path = Path("/tmp")) -> None:  # noqa: S108 -- a folder of its own below
+        self._base = base
+        self._directory: directories.LabDirectory | None = None
+
+    def __enter__(self) -> Self:
+        self.module = _installed(MODULE_NAME, "softhsm2")
+        directories.sweep(self._base)
+        self._directory = directories.create(self._base)
+        try:
+            self.folder.write_config()
+            use_config(self.folder.config)
+        except BaseException:
+            self.remove()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    @property
+    def folder(self) -> TokenFolder:
+        """The configuration, and what all tokens hold.
+
+        :raise LabError: When it is not there yet, or gone.
+        """
+        if self._directory is None:
+            raise LabError("the lab HSM has not been made")
+        return TokenFolder(self._directory.path / "hsm")
+
+    def remove(self) -> None:
+        """Remove it with all tokens and keys."""
+        directory, self._directory = self._directory, None
+        if directory is not None:
+            directory.remove()
+
+    @contextlib.contextmanager
+    def token(self) -> Iterator[LabToken]:
+        """A new token; it goes with the context."""
+        label = f"lab-{secrets.token_hex(8)}"
+        before = set(self.folder.tokens.iterdir())
+        folder = TokenFolder(self.folder.path / label)
+        _write_pins(folder)
+        pins = (PinSource.file(folder.so_pin).read(), PinSource.file(folder.pin).read())
+        serial = init_token(Module.load(self.module), label, so_pin=pins[0], pin=pins[1])
+        uri = TokenUri(token=label, serial=serial)
+        try:
+            yield LabToken(
+                uri,
+                folder,
+                {
+                    "uri": str(uri),
+                    "module": str(self.module),
+                    "pin-file": str(folder.pin),
+                    "softhsm-config": str(self.folder.config),
+                },
+            )
+        finally:
+            for path in {folder.path, *set(self.folder.tokens.iterdir()) - before}:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def nss_token(*, base: Path = Path("/tmp")) -> Iterator[LabToken]:  # noqa: S108 -- a folder of its own below
+    """The token of NSS's ``libsoftokn3.so``: another maker's, and of other habits. One in a process.
+
+    :raise LabUnavailableError: When it is not installed.
+    """
+    module = _installed(_NSS_MODULE_NAME, "libnss3")
+    directory = directories.create(base)
+    try:
+        folder = TokenFolder(directory.path / "nss")
+        private_folder(folder.tokens)
+        _write_pins(folder)
+        description = f"lab-{secrets.token_hex(8)}"
+        reserved = f"configdir='sql:{folder.tokens}' dbTokenDescription='{description}' flags=noModDB"
+        uri = TokenUri(token=description, slot_id=_NSS_SLOT)
+        options: dict[str, object] = {
+            "uri": str(uri),
+            "module": str(module),
+            "pin-file": str(folder.pin),
+            "init-reserved": reserved,
+        }
+        with _few_rounds():
+            _set_nss_pin(Module.load(module, reserved=reserved), PinSource.file(folder.pin).read().text)
+            yield LabToken(uri, folder, options)
+    finally:
+        directory.remove()
+
+
+def _set_nss_pin(module: Module, pin: str) -> None:
+    from PyKCS11 import CKF_RW_SESSION, CKU_SO
+
+    with module.calls() as library:
+        session = library.openSession(_NSS_SLOT, CKF_RW_SESSION)
+        session.login("", CKU_SO)
+        session.initPin(pin)
+        session.logout()
+        session.closeSession()
+
+
+@contextlib.contextmanager
+def _few_rounds() -> Iterator[None]:
+    """NSS derives keys from the PIN for every private object, at each use, in as many rounds as it was told
+    when that was written; 10000 take 40 ms.
+    """
+    before = os.environ.get(_NSS_ROUNDS)
+    os.environ[_NSS_ROUNDS] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_NSS_ROUNDS]
+        if before is not None:
+            os.environ[_NSS_ROUNDS] = before
+
+
+def _installed(name: str, package: str) -> Path:
+    try:
+        return find_module(name)
+    except ConfigError as exc:
+        raise LabUnavailableError(str(exc), hint=f"apt-get install {package}") from exc
+
+
+def _write_pins(folder: TokenFolder) -> None:
+    private_folder(folder.path)
+    for path in (folder.pin, folder.so_pin):
+        write_private(path, secrets.token_hex(16).encode() + b"\n")

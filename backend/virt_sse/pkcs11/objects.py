@@ -1,0 +1,248 @@
+"""Keys as a token holds them: what they are asked for by, and what they are made with."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric import rsa
+from PyKCS11 import (
+    CKA_CLASS,
+    CKA_DECRYPT,
+    CKA_ENCRYPT,
+    CKA_EXTRACTABLE,
+    CKA_ID,
+    CKA_KEY_TYPE,
+    CKA_LABEL,
+    CKA_MODULUS,
+    CKA_MODULUS_BITS,
+    CKA_NEVER_EXTRACTABLE,
+    CKA_PRIVATE,
+    CKA_PUBLIC_EXPONENT,
+    CKA_SENSITIVE,
+    CKA_SIGN,
+    CKA_TOKEN,
+    CKA_UNWRAP,
+    CKA_VALUE,
+    CKA_VALUE_LEN,
+    CKA_VERIFY,
+    CKA_WRAP,
+    CKK_AES,
+    CKK_GENERIC_SECRET,
+    CKK_RSA,
+    CKO_PRIVATE_KEY,
+    CKO_PUBLIC_KEY,
+    CKO_SECRET_KEY,
+    PyKCS11Error,
+)
+
+from virt_sse.pkcs11.codes import STALE
+
+Template = list[tuple[int, Any]]
+
+RSA_BITS = (2048, 3072, 4096)
+AES_BYTES = 32
+EXPONENT = 65537
+
+
+class KeyKind(enum.Enum):
+    """What a key is for: RSA for OAEP, AES for AES key wrap."""
+
+    RSA = "rsa"
+    AES = "aes"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenKey:
+    """A key in a token, as it was when it was looked up; no handle, and nothing secret.
+
+    :ivar id: CKA_ID.
+    :ivar n: the modulus; of RSA keys.
+    :ivar e: the public exponent; of RSA keys.
+    :ivar is_enabled: whether it could be used then.
+    :ivar is_never_extractable: whether it has always been inside; of an imported key that cannot be said.
+    :ivar is_extractable: whether it can be got out, wrapped or in clear.
+    """
+
+    label: str
+    id: bytes
+    kind: KeyKind
+    bits: int
+    n: int | None
+    e: int | None
+    is_enabled: bool
+    is_never_extractable: bool
+    is_extractable: bool
+
+    @property
+    def public_key(self) -> rsa.RSAPublicKey:
+        """:raise ValueError: When it is no RSA key."""
+        if self.n is None or self.e is None:
+            raise ValueError("an AES key has no public half")
+        return rsa.RSAPublicNumbers(self.e, self.n).public_key()
+
+
+_CLASSES = {KeyKind.RSA: CKO_PRIVATE_KEY, KeyKind.AES: CKO_SECRET_KEY}
+_ATTRIBUTES = (
+    CKA_LABEL,
+    CKA_ID,
+    CKA_KEY_TYPE,
+    CKA_DECRYPT,
+    CKA_WRAP,
+    CKA_UNWRAP,
+    CKA_NEVER_EXTRACTABLE,
+    CKA_SENSITIVE,
+    CKA_EXTRACTABLE,
+)
+_RSA_ATTRIBUTES = (*_ATTRIBUTES, CKA_MODULUS, CKA_PUBLIC_EXPONENT)
+_AES_ATTRIBUTES = (*_ATTRIBUTES, CKA_VALUE_LEN)
+
+
+def locate(
+    session: Any, kind: KeyKind, label: str | None = None, key_id: bytes | None = None
+) -> list[tuple[Any, TokenKey]]:
+    """Handles and values of the keys of that kind, label and id in the token; what is ``None`` may be any."""
+    template: Template = [(CKA_CLASS, _CLASSES[kind]), (CKA_TOKEN, True)]
+    found = []
+    for handle in session.findObjects(template + _names(label, key_id)):
+        try:
+            key = read(session, handle, kind)
+        except PyKCS11Error as exc:
+            if exc.value not in STALE:  # else: destroyed since
+                raise
+            continue
+        # Compared here too: a label with a NUL in it, for one, reaches the module cut off.
+        if key is not None and label in (None, key.label) and key_id in (None, key.id):
+            found.append((handle, key))
+    return found
+
+
+def read(session: Any, handle: Any, kind: KeyKind) -> TokenKey | None:
+    """The key; ``None`` when it is no RSA or AES key.
+
+    :raise PyKCS11Error: Among others in :data:`STALE`, when the handle is none any more.
+    """
+    names = _RSA_ATTRIBUTES if kind is KeyKind.RSA else _AES_ATTRIBUTES
+    values = dict(zip(names, session.getAttributeValue(handle, names), strict=True))
+    if values[CKA_KEY_TYPE] != (CKK_RSA if kind is KeyKind.RSA else CKK_AES):
+        return None
+    is_inside = values[CKA_SENSITIVE] is True and values[CKA_EXTRACTABLE] is False
+    label, key_id = values[CKA_LABEL] or "", bytes(values[CKA_ID] or ())
+    never = is_inside and values[CKA_NEVER_EXTRACTABLE] is True
+    if kind is KeyKind.AES:
+        enabled = values[CKA_WRAP] is True and values[CKA_UNWRAP] is True
+        bits = 8 * (values[CKA_VALUE_LEN] or AES_BYTES)
+        return TokenKey(label, key_id, kind, bits, None, None, enabled, never, not is_inside)
+    n, e = _number(values[CKA_MODULUS]), _number(values[CKA_PUBLIC_EXPONENT])
+    if not e:
+        n, e = _public_numbers(session, label, key_id, n)
+    enabled = values[CKA_DECRYPT] is True
+    return TokenKey(label, key_id, kind, n.bit_length(), n, e, enabled, never, not is_inside)
+
+
+def public_handles(session: Any, label: str, key_id: bytes) -> list[Any]:
+    """The public halves that lie in the token, too."""
+    template: Template = [(CKA_CLASS, CKO_PUBLIC_KEY), (CKA_TOKEN, True)]
+    return list(session.findObjects(template + _names(label, key_id)))
+
+
+def _public_numbers(session: Any, label: str, key_id: bytes, n: int) -> tuple[int, int]:
+    """From the public half: a token need not show the exponent with the private one."""
+    for handle in public_handles(session, label, key_id):
+        numbers = [
+            _number(each) for each in session.getAttributeValue(handle, (CKA_MODULUS, CKA_PUBLIC_EXPONENT))
+        ]
+        if n in (0, numbers[0]):
+            return numbers[0], numbers[1]
+    return n, EXPONENT
+
+
+def _names(label: str | None, key_id: bytes | None) -> Template:
+    names: Template = []
+    if label is not None:
+        names.append((CKA_LABEL, label))
+    if key_id is not None:
+        names.append((CKA_ID, key_id))
+    return names
+
+
+def _number(value: tuple[int, ...] | None) -> int:
+    return int.from_bytes(bytes(value or ()), "big")
+
+
+def private_template(label: str, key_id: bytes) -> Template:
+    """Of a private RSA key that decrypts and does nothing else, and never comes out."""
+    return [
+        *_kept(CKO_PRIVATE_KEY, CKK_RSA, label, key_id),
+        (CKA_DECRYPT, True),
+        (CKA_SIGN, False),
+        (CKA_UNWRAP, False),
+    ]
+
+
+def public_template(label: str, key_id: bytes) -> Template:
+    """Of its public half."""
+    return [
+        (CKA_CLASS, CKO_PUBLIC_KEY),
+        (CKA_KEY_TYPE, CKK_RSA),
+        (CKA_TOKEN, True),
+        (CKA_PRIVATE, False),
+        (CKA_LABEL, label),
+        (CKA_ID, key_id),
+        (CKA_ENCRYPT, True),
+        (CKA_VERIFY, False),
+        (CKA_WRAP, False),
+    ]
+
+
+def new_public_template(label: str, key_id: bytes, bits: int) -> Template:
+    """Of the public half of a pair that is generated."""
+    return [*public_template(label, key_id), (CKA_MODULUS_BITS, bits), (CKA_PUBLIC_EXPONENT, b"\1\0\1")]
+
+
+def secret_template(label: str, key_id: bytes) -> Template:
+    """Of an AES key that wraps and unwraps and does nothing else, and never comes out."""
+    return [
+        *_kept(CKO_SECRET_KEY, CKK_AES, label, key_id),
+        (CKA_VALUE_LEN, AES_BYTES),
+        (CKA_WRAP, True),
+        (CKA_UNWRAP, True),
+        (CKA_ENCRYPT, False),
+        (CKA_DECRYPT, False),
+        (CKA_SIGN, False),
+        (CKA_VERIFY, False),
+    ]
+
+
+def payload_template(payload: bytes | None = None) -> Template:
+    """Of what an AES key wraps: an object of the session alone, and no secret from us who gave or get it."""
+    template: Template = [
+        (CKA_CLASS, CKO_SECRET_KEY),
+        (CKA_KEY_TYPE, CKK_GENERIC_SECRET),
+        (CKA_TOKEN, False),
+        (CKA_PRIVATE, True),
+        (CKA_SENSITIVE, False),
+        (CKA_EXTRACTABLE, True),
+    ]
+    return template if payload is None else [*template, (CKA_VALUE, payload)]
+
+
+def enabling_template(kind: KeyKind, *, enabled: bool) -> Template:
+    """What makes a key usable or not."""
+    if kind is KeyKind.RSA:
+        return [(CKA_DECRYPT, enabled)]
+    return [(CKA_WRAP, enabled), (CKA_UNWRAP, enabled)]
+
+
+def _kept(object_class: int, key_type: int, label: str, key_id: bytes) -> Template:
+    return [
+        (CKA_CLASS, object_class),
+        (CKA_KEY_TYPE, key_type),
+        (CKA_TOKEN, True),
+        (CKA_PRIVATE, True),
+        (CKA_SENSITIVE, True),
+        (CKA_EXTRACTABLE, False),
+        (CKA_LABEL, label),
+        (CKA_ID, key_id),
+    ]

@@ -1,0 +1,133 @@
+"""What names a token in a configuration: an URI, a module, a file with the PIN."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from virt_sse.errors import ConfigError, InvalidValueError
+from virt_sse.pkcs11.module import find_module
+from virt_sse.pkcs11.pins import PinGuard, PinSource
+from virt_sse.pkcs11.softhsm import MODULE_NAME, TokenFolder, use_config
+from virt_sse.pkcs11.token import Token
+from virt_sse.pkcs11.uri import SCHEME, TokenUri
+
+_OPTIONS = frozenset({"uri", "module", "pin-file", "softhsm-config", "init-reserved"})
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOptions:
+    """The options; all may be absent, and then mean the token that ``virt-sse host hsm init`` makes.
+
+    :ivar folder: where that token would be, and where wrong PINs are counted for any other.
+    :ivar uri: which token; ``None`` for the folder's.
+    :ivar module: its path, or its name among the installed ones.
+    :ivar softhsm_config: what SoftHSM is to read instead of the system's configuration.
+    :ivar reserved: see :meth:`Module.load`.
+    """
+
+    folder: TokenFolder
+    uri: TokenUri | None
+    module: str
+    pin_file: Path
+    softhsm_config: Path | None
+    reserved: str | None
+
+    @classmethod
+    def parse(cls, table: str, folder: Path, options: Mapping[str, object]) -> Self:
+        """:param table: the name of the table that *options* is, for messages.
+        :raise ConfigError: When the options make no sense.
+        """
+        unknown = sorted(set(options) - _OPTIONS)
+        if unknown:
+            raise ConfigError(f"unknown option {unknown[0]!r} in {table}")
+        texts = {name: _text(table, name, value) for name, value in options.items()}
+        own = TokenFolder(folder)
+        uri = _uri(table, texts.get("uri"))
+        is_own = uri is None and "module" not in texts
+        config = _path(table, "softhsm-config", texts.get("softhsm-config"))
+        return cls(
+            folder=own,
+            uri=uri,
+            module=_module(table, texts.get("module"), uri),
+            pin_file=_pin_file(table, texts.get("pin-file"), uri) or own.pin,
+            softhsm_config=config or (own.config if is_own else None),
+            reserved=texts.get("init-reserved"),
+        )
+
+    @property
+    def guard(self) -> PinGuard:
+        """Counts the wrong PINs."""
+        return PinGuard(self.folder.wrong_pins)
+
+    @property
+    def module_path(self) -> Path:
+        """:raise ConfigError: When no such module is installed."""
+        return Path(self.module) if "/" in self.module else find_module(self.module)
+
+    def token_uri(self) -> TokenUri:
+        """:raise ConfigError: When it is to be the folder's token, and there is none."""
+        return self.uri or self.folder.read_uri()
+
+    def open(self, pin: PinSource | None = None) -> Token:
+        """The token.
+
+        :param pin: instead of the file's.
+        :raise: As :meth:`Token.open`.
+        """
+        uri, path = self.token_uri(), self.module_path
+        if self.softhsm_config is not None or "softhsm" in Path(os.path.realpath(path)).name:
+            use_config(self.softhsm_config)
+        source = pin or PinSource.file(self.pin_file)
+        return Token.open(uri, path, source, guard=self.guard, reserved=self.reserved)
+
+
+def _text(table: str, name: str, value: object) -> str:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ConfigError(f"{name!r} in {table} must be a string")
+    return value
+
+
+def _path(table: str, name: str, value: str | None) -> Path | None:
+    if value is not None and not Path(value).is_absolute():
+        raise ConfigError(f"{name!r} in {table} must be an absolute path")
+    return Path(value) if value is not None else None
+
+
+def _uri(table: str, value: str | None) -> TokenUri | None:
+    if value is None:
+        return None
+    try:
+        uri = TokenUri.parse(value)
+    except InvalidValueError as exc:
+        raise ConfigError(f"'uri' in {table}: {exc}", hint=exc.hint) from exc
+    if not uri.names_a_token:
+        raise ConfigError(
+            f"'uri' in {table} does not say which token",
+            hint=f"for example {SCHEME}token=LABEL;serial=NUMBER",
+        )
+    if (uri.object, uri.id, uri.type) != (None, None, None):
+        raise ConfigError(f"'uri' in {table} is to name a token, and no key in it")
+    return uri
+
+
+def _module(table: str, value: str | None, uri: TokenUri | None) -> str:
+    named = [each for each in (value, uri and uri.module_path, uri and uri.module_name) if each]
+    if len(named) > 1:
+        raise ConfigError(f"the module is named more than once in {table}")
+    module = named[0] if named else MODULE_NAME
+    if "/" in module and not Path(module).is_absolute():
+        raise ConfigError(f"'module' in {table} must be an absolute path, or a name")
+    return module
+
+
+def _pin_file(table: str, value: str | None, uri: TokenUri | None) -> Path | None:
+    source = uri.pin_source if uri else None
+    if value is not None and source is not None:
+        raise ConfigError(f"the file with the PIN is named more than once in {table}")
+    if source is not None and source.startswith("|"):
+        raise ConfigError(f"'uri' in {table}: a PIN comes from a file, and from no program")
+    return _path(table, "pin-file", value or (source.removeprefix("file:") if source else None))

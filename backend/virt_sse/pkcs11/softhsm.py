@@ -1,0 +1,271 @@
+"""SoftHSM: a token in files, for a lab or for a trial."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PyKCS11 import (
+    CKF_RW_SESSION,
+    CKF_TOKEN_INITIALIZED,
+    CKF_USER_PIN_INITIALIZED,
+    CKU_SO,
+    PyKCS11Error,
+)
+
+from virt_sse.errors import ConfigError, InvalidValueError, KeyProviderUnavailableError
+from virt_sse.files import private_folder, sync_folder, write_at, write_private
+from virt_sse.pkcs11.module import Module, find_module
+from virt_sse.pkcs11.pins import Pin, PinGuard, PinSource
+from virt_sse.pkcs11.token import Token
+from virt_sse.pkcs11.uri import TokenUri
+
+VARIABLE = "SOFTHSM2_CONF"
+MODULE_NAME = "softhsm2"
+_PIN_BYTES = 16
+_LONGEST_LABEL = 32
+_TOKEN_OBJECT = "token.object"  # noqa: S105 -- the name of a file
+_CONFIG = """\
+directories.tokendir = {tokens}
+objectstore.backend = file
+objectstore.umask = 0077
+log.level = ERROR
+slots.removable = false
+"""
+
+_lock = threading.Lock()
+_chosen: list[Path | None] = []
+
+
+def use_config(path: Path | None) -> None:
+    """Have SoftHSM read the configuration file *path* in this process; ``None`` for the system's.
+
+    It reads one, and takes its name from the environment. Call this before the module is loaded.
+
+    :raise ConfigError: When this process uses another one already.
+    """
+    with _lock:
+        if _chosen and _chosen[0] != path:
+            raise ConfigError(
+                f"this process uses SoftHSM with {_chosen[0] or 'the system configuration'} already, "
+                f"and cannot with {path or 'the system configuration'}",
+                hint="keep their tokens in one folder",
+            )
+        if path is not None:
+            os.environ[VARIABLE] = str(path.absolute())
+        _chosen[:] = [path]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFolder:
+    """Where a SoftHSM token, its configuration and its PINs lie.
+
+    A token is made in the folder ``new``, and moved when it is whole, as the file ``uri`` in there says. What
+    else is found in ``new`` was never used.
+
+    SoftHSM writes its file ``token.object`` anew, in place, at each login: killed in that instant it leaves
+    an empty one, and no key could be used again. Hence a copy is kept.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """SoftHSM's configuration."""
+        return self.path / "softhsm2.conf"
+
+    @property
+    def tokens(self) -> Path:
+        """What the token holds, encrypted under its PINs."""
+        return self.path / "tokens"
+
+    @property
+    def pin(self) -> Path:
+        """The user PIN."""
+        return self.path / "pin"
+
+    @property
+    def so_pin(self) -> Path:
+        """The PIN of the security officer, who can set a new user PIN and do nothing with keys."""
+        return self.path / "so-pin"
+
+    @property
+    def uri(self) -> Path:
+        """The token's URI, with its serial."""
+        return self.path / "uri"
+
+    @property
+    def wrong_pins(self) -> Path:
+        """For :class:`PinGuard`."""
+        return self.path / "wrong-pins"
+
+    @property
+    def spare(self) -> Path:
+        """The copy of ``token.object``; what is secret in it is under the PINs."""
+        return self.path / "token.object"
+
+    def read_uri(self) -> TokenUri:
+        """:raise ConfigError: When there is no token here, or the file cannot be read."""
+        try:
+            return TokenUri.parse(self.uri.read_text("utf-8").strip())
+        except FileNotFoundError as exc:
+            raise ConfigError(
+                f"there is no token in {self.path}",
+                hint="'virt-sse host hsm init' makes one; or name another one by its 'uri'",
+            ) from exc
+        except (OSError, UnicodeDecodeError, InvalidValueError) as exc:
+            raise ConfigError(f"cannot read {self.uri}: {exc}") from exc
+
+    def write_config(self, tokens: Path | None = None) -> None:
+        """Make the folder and the configuration.
+
+        :param tokens: where the tokens lie meanwhile.
+        """
+        private_folder(self.path)
+        for stray in self.path.glob(f".{self.config.name}.*"):  # of a writer that was killed
+            stray.unlink()
+        tokens = private_folder(tokens or self.tokens)
+        write_private(self.config, _CONFIG.format(tokens=tokens.absolute()).encode())
+
+    def initialise(self, label: str) -> bool:
+        """Make the token, unless it is there; whether it was made. What was cut off before is finished.
+
+        Mends a token that a killed login has torn, too.
+
+        :raise ConfigError: When SoftHSM is not installed, or the folder cannot be written.
+        :raise KeyProviderUnavailableError: When the token was there and cannot be opened; it is never made
+            anew.
+        """
+        module = Module.load(find_module(MODULE_NAME))
+        new = TokenFolder(self.path / "new")
+        try:
+            is_new = not self.uri.exists()
+            if is_new:
+                use_config(self.config)
+                if not new.uri.exists():
+                    self._make(module, new, label)
+                self._move(module, new)
+            elif self._mend():
+                module.restart()
+            self.open().close()
+        except OSError as exc:
+            raise ConfigError(f"cannot make a token in {self.path}: {exc.strerror}") from exc
+        return is_new
+
+    def _make(self, module: Module, new: TokenFolder, label: str) -> None:
+        if self.tokens.exists():
+            raise ConfigError(
+                f"there are tokens in {self.tokens}, and no file {self.uri} that says which is meant",
+                hint="restore it from a backup, or move the tokens away",
+            )
+        if new.path.exists():
+            shutil.rmtree(new.path)
+        self.write_config(private_folder(new.path) / new.tokens.name)
+        for path in (new.pin, new.so_pin):
+            write_private(path, secrets.token_hex(_PIN_BYTES).encode() + b"\n")
+        pins = (PinSource.file(new.so_pin).read(), PinSource.file(new.pin).read())
+        serial = init_token(module, label, so_pin=pins[0], pin=pins[1])
+        (made,) = new.tokens.glob(f"*/{_TOKEN_OBJECT}")
+        write_private(new.spare, made.read_bytes())
+        write_private(new.uri, f"{TokenUri(token=label, serial=serial)}\n".encode())
+
+    def _move(self, module: Module, new: TokenFolder) -> None:
+        for source, target in (
+            (new.tokens, self.tokens),
+            (new.pin, self.pin),
+            (new.so_pin, self.so_pin),
+            (new.spare, self.spare),
+        ):
+            if source.exists():
+                source.rename(target)
+        self.write_config()
+        module.restart()
+        PinGuard(self.wrong_pins).reset()
+        new.uri.rename(self.uri)
+        sync_folder(self.path)
+        new.path.rmdir()
+
+    def _mend(self) -> bool:
+        """Write the copy over a ``token.object`` that was torn; whether one was."""
+        mended = False
+        for path in self.tokens.glob(f"*/{_TOKEN_OBJECT}"):
+            with path.open("r+b") as file, path.with_name("token.lock").open("wb") as lock:
+                for each in (lock, file):  # as SoftHSM does: else it might be at work on it just now
+                    fcntl.lockf(each, fcntl.LOCK_EX)
+                if os.fstat(file.fileno()).st_size == 0 and self.spare.exists():
+                    write_at(file.fileno(), self.spare.read_bytes(), 0)
+                    os.fsync(file.fileno())
+                    mended = True
+        return mended
+
+    def open(self) -> Token:
+        """The token in this folder.
+
+        :raise: As :meth:`Token.open` and :meth:`read_uri`.
+        """
+        use_config(self.config)
+        return Token.open(
+            self.read_uri(),
+            find_module(MODULE_NAME),
+            PinSource.file(self.pin),
+            guard=PinGuard(self.wrong_pins),
+        )
+
+
+def init_token(module: Module, label: str, *, so_pin: Pin, pin: Pin) -> str:
+    """Make a token in a free slot, or finish that; its serial.
+
+    :raise InvalidValueError: When the label is none.
+    :raise KeyProviderUnavailableError: When there is no free slot, or the module fails.
+    """
+    if not 0 < len(label.encode()) <= _LONGEST_LABEL or not label.isprintable():
+        raise InvalidValueError(f"a token's label has 1 to {_LONGEST_LABEL} printable bytes")
+    try:
+        with module.calls() as library:
+            module.restart()
+            slot, is_made = _slot(library, label)
+            if not is_made:
+                padding = " " * (_LONGEST_LABEL - len(label.encode()))
+                library.initToken(slot, so_pin.text, label + padding)
+            if not library.getTokenInfo(slot).flags & CKF_USER_PIN_INITIALIZED:
+                with _security_officer(library, slot, so_pin) as session:
+                    session.initPin(pin.text)
+            serial = str(library.getTokenInfo(slot).serialNumber).rstrip("\0 ")
+            module.restart()  # SoftHSM then shows the token in a slot of its own
+            return serial
+    except PyKCS11Error as exc:
+        raise KeyProviderUnavailableError(f"cannot make token {label!r}: {exc}") from exc
+
+
+def _slot(library: Any, label: str) -> tuple[int, bool]:
+    """Where the token is, or can be made; and whether it is there."""
+    free: list[int] = []
+    for slot in library.getSlotList(True):
+        info = library.getTokenInfo(slot)
+        if not info.flags & CKF_TOKEN_INITIALIZED:
+            free.append(slot)
+        elif str(info.label).rstrip("\0 ") == label:
+            return slot, True
+    if not free:
+        raise KeyProviderUnavailableError("the module has no slot for another token")
+    return free[0], False
+
+
+@contextlib.contextmanager
+def _security_officer(library: Any, slot: int, so_pin: Pin) -> Iterator[Any]:
+    session = library.openSession(slot, CKF_RW_SESSION)
+    try:
+        session.login(so_pin.text, CKU_SO)
+        yield session
+    finally:
+        with contextlib.suppress(PyKCS11Error):
+            session.logout()
+        session.closeSession()

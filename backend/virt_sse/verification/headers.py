@@ -1,0 +1,57 @@
+"""The ciphers of a disk's LUKS volumes, from the volumes' own headers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from virt_sse.disks import Disk
+from virt_sse.errors import ImageFormatError
+from virt_sse.files import write_at
+from virt_sse.keys import Dek
+from virt_sse.qemu import img, luks
+from virt_sse.qemu.img import DiskFormat
+from virt_sse.qemu.luks import Luks1Header
+from virt_sse.qemu.qcow2 import Qcow2Header
+from virt_sse.qemu.reading import plaintext
+
+_LARGEST_CLUSTER = 2 << 20
+
+
+def cipher_of_image(descriptor: int, image_format: DiskFormat) -> str:
+    """What the volume that lies in the open image itself encrypts with, e.g. ``aes-256-xts``.
+
+    :raise ImageFormatError: When there is no LUKS header.
+    """
+    offset, _ = img.luks_area(descriptor, image_format)
+    return _cipher(Luks1Header.parse(os.pread(descriptor, luks.HEADER_END, offset)))
+
+
+def cipher_within(disk: Disk, deks: Sequence[Dek]) -> str:
+    """What the volume within the volumes that *deks* open encrypts with; these are taken off for that, in a
+    process of its own, read-only.
+
+    :param deks: the outermost last, as everywhere; without the first of the disk.
+    :raise ImageError: When it cannot be read.
+    :raise ToolError: When *deks* do not open it.
+    """
+    content = os.memfd_create("header", os.MFD_CLOEXEC)
+    try:
+        with plaintext(disk.path, disk.format, deks) as reader:
+            write_at(content, reader.read(0, _LARGEST_CLUSTER), 0)
+            os.ftruncate(content, reader.size)
+            if disk.format is DiskFormat.QCOW2 and (area := Qcow2Header.read(content).luks):
+                write_at(content, reader.read(area[0], luks.HEADER_END), area[0])
+        return cipher_of_image(content, disk.format)
+    except OSError as exc:
+        raise ImageFormatError(f"{disk.path}: cannot take a layer off: {exc.strerror}") from exc
+    finally:
+        os.close(content)
+
+
+def _cipher(header: Luks1Header) -> str:
+    """In the words of :class:`~virt_sse.ciphers.Cipher`."""
+    mode, _, generator = header.cipher_mode.partition("-")
+    bits = header.volume_key_bytes * (4 if mode == "xts" else 8)  # xts takes two keys
+    cipher = f"{header.cipher_name}-{bits}-{mode}"
+    return cipher if generator == "plain64" else f"{cipher}-{generator}"

@@ -1,0 +1,94 @@
+"""What the kernel says of processes: which files they really have open, and which sockets (proc(5))."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+from virt_sse.config import Config
+
+_PROC = Path("/proc")
+_LISTENS = 0x10000
+"""Linux ``SO_ACCEPTCON`` in the flags of ``/proc/net/unix``."""
+_DELETED = " (deleted)"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """A file that a process has open.
+
+    :ivar name: the kernel's; of a file whose name is gone, the one that it had.
+    :ivar identity: device and inode, which tell a file from another that has taken its name.
+    """
+
+    descriptor: int
+    name: str
+    is_unnamed: bool
+    identity: tuple[int, int]
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode of the file that is at *path* now."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def open_files(pid: int) -> list[OpenFile]:
+    """The regular files, devices and sockets that a process has open; none for one that is gone."""
+    found = []
+    with contextlib.suppress(OSError):
+        for entry in sorted((_PROC / str(pid) / "fd").iterdir(), key=lambda each: int(each.name)):
+            with contextlib.suppress(OSError):
+                name = os.readlink(entry)  # noqa: PTH115 -- a Path would normalise "socket:[1]"
+                status = entry.stat()
+                is_unnamed = name.endswith(_DELETED)
+                found.append(
+                    OpenFile(
+                        descriptor=int(entry.name),
+                        name=name.removesuffix(_DELETED),
+                        is_unnamed=is_unnamed,
+                        identity=(status.st_dev, status.st_ino),
+                    )
+                )
+    return found
+
+
+def has_open(pid: int, path: Path) -> bool:
+    """Whether a process has the file open that is at *path* now, rather than one that was there before."""
+    wanted = identity(path)
+    return wanted is not None and any(file.identity == wanted for file in open_files(pid))
+
+
+def listens_at(pid: int, path: Path) -> bool:
+    """Whether a process has the socket that listens at *path*."""
+    inodes = set()
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in (_PROC / str(pid) / "net/unix").read_text("utf-8", errors="replace").splitlines()[1:]:
+            fields = line.split(maxsplit=7)
+            if len(fields) == 8 and int(fields[3], 16) & _LISTENS and fields[7] == str(path):
+                inodes.add(f"socket:[{fields[6]}]")
+    return any(file.name in inodes for file in open_files(pid))
+
+
+def command_line(pid: int) -> list[str]:
+    """The arguments that a process was started with."""
+    try:
+        content = (_PROC / str(pid) / "cmdline").read_bytes()
+    except OSError:
+        return []
+    return content.decode(errors="replace").removesuffix("\0").split("\0")
+
+
+def qemu_process(config: Config, name: str, vm_id: UUID) -> int | None:
+    """The QEMU of a running domain, by libvirt's note of it; ``None`` where that process is not seen from here."""
+    try:
+        pid = int((config.root / "run/libvirt/qemu" / f"{name}.pid").read_text())
+    except (OSError, ValueError):
+        return None
+    return pid if str(vm_id) in command_line(pid) else None

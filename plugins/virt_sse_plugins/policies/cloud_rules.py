@@ -1,0 +1,72 @@
+"""The rules of a cloud: which regions and VM sizes support what, and what does not go together."""
+
+from __future__ import annotations
+
+from virt_sse.errors import PolicyError
+from virt_sse.layers import EncryptionType
+from virt_sse.policy import (
+    AttachDisk,
+    CreateDisk,
+    CreateEncryptionSet,
+    MoveDisk,
+    Operation,
+    Site,
+    StartVm,
+    UpdateVm,
+)
+from virt_sse.vms import VmProperties
+from virt_sse_plugins.policies.tables import Tables
+
+
+def validate(operation: Operation, site: Site) -> None:
+    """Refuse *operation* where a rule does.
+
+    :raise PolicyError: When one does, or the site's tables cannot be read.
+    """
+    match operation:
+        case CreateDisk(encryption_type=kind):
+            _check_double(kind, site)
+        case CreateEncryptionSet(encryption_set=made) | MoveDisk(encryption_set=made):
+            _check_double(made.encryption_type, site)
+        case UpdateVm(after=properties) | StartVm(properties=properties) if properties.encryption_at_host:
+            tables = Tables.load(site.tables)
+            _check_region(tables, site)
+            _check_size(tables, properties, site)
+            for disk in operation.disks:
+                _check_sku(tables, disk.name, disk.sku.value)
+        case AttachDisk(disk=disk, encryption_at_host=True):
+            _check_sku(Tables.load(site.tables), disk.name, disk.sku.value)
+
+
+def _check_double(kind: EncryptionType, site: Site) -> None:
+    if kind is not EncryptionType.PLATFORM_AND_CUSTOMER_KEYS:
+        return
+    tables = Tables.load(site.tables)
+    if tables.governs(site.region) and not tables.region(site.region).double_encryption:
+        raise PolicyError(f"region {tables.region(site.region).name!r} does not support double encryption")
+
+
+def _check_region(tables: Tables, site: Site) -> None:
+    if tables.governs(site.region) and not tables.region(site.region).encryption_at_host:
+        raise PolicyError(f"region {tables.region(site.region).name!r} does not support encryption at host")
+
+
+def _check_size(tables: Tables, properties: VmProperties, site: Site) -> None:
+    if not tables.governs(site.region) or properties.size is None:
+        return
+    series = tables.series_of(properties.size)
+    if series is None:
+        raise PolicyError(
+            f"size {properties.size!r} is in no series that is known to support encryption at host",
+            hint="'virt-sse vm sizes' lists those that do",
+        )
+    if not series.encryption_at_host:
+        raise PolicyError(
+            f"size {properties.size!r}, of series {series.name}, does not support encryption at host",
+            hint="'virt-sse vm sizes' lists those that do",
+        )
+
+
+def _check_sku(tables: Tables, name: str, sku: str) -> None:
+    if any(each.value == sku for each in tables.skus_without_at_host):
+        raise PolicyError(f"disk {name!r} is of kind {sku}, which does not go with encryption at host")

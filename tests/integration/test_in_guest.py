@@ -1,0 +1,337 @@
+"""Encryption by guests themselves: found on their disks, also while they run; refused where it does not go."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from test_domains import Operator
+
+import images
+from command_line import CommandLine
+from customer_keys import RIGHTS, CustomerKeys
+from guest_disks import GuestDisk, K, M, bitlocker, gpt, luks_format
+from virt_sse.backend import Backend
+from virt_sse.encryption_sets import EncryptionSet
+from virt_sse.errors import ImageError, KeyringError, PolicyError, ToolError
+from virt_sse.lab.acceleration import Acceleration
+from virt_sse.lab.guests import Guest, disk_xml
+from virt_sse.lab.host import LabHost
+from virt_sse.lab.recipes import LinuxMicro, boot_sector_image
+from virt_sse.lab.vaults import LabVault
+from virt_sse.layers import EncryptionType
+from virt_sse.qemu import reading
+from virt_sse.qemu.img import DiskFormat
+from virt_sse.vault.permissions import Role
+
+Accelerate = Callable[[str], Acceleration]
+FORMATS = tuple(DiskFormat)
+
+
+@pytest.fixture(autouse=True)
+def _tools() -> None:
+    images.require("qemu-storage-daemon", "qemu-img", "cryptsetup")
+
+
+@pytest.fixture(scope="module")
+def encrypted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A raw image with BitLocker and LUKS2 in partitions, and a file system without."""
+    folder = tmp_path_factory.mktemp("encrypted")
+    disk = GuestDisk(64 * M)
+    gpt(disk, [(2048, 4095), (8192, 16383), (40960, 81919)])
+    disk.write(8192 * 512, bitlocker())
+    disk.write(40960 * 512, luks_format(folder / "luks", 2)[: 64 * K])
+    return disk.save(folder / "encrypted.raw")
+
+
+FOUND = [
+    {"partition": "gpt-2", "offset": 4 * M, "size": 4 * M, "encryption": "BitLocker"},
+    {"partition": "gpt-3", "offset": 20 * M, "size": 20 * M, "encryption": "LUKS2"},
+]
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    path = tmp_path / "plain.raw"
+    with path.open("wb") as file:
+        file.truncate(8 * M)
+    return path
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_a_disk_is_looked_at(
+    backend: Backend, virt_sse: CommandLine, encrypted: Path, image_format: DiskFormat
+) -> None:
+    backend.import_disk("one", encrypted, image_format=image_format)
+    assert json.loads(virt_sse("disk", "inspect", "one", "-o", "json"))["findings"] == FOUND
+    lines = virt_sse("disk", "inspect", "one").splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["gpt-2", "4M", "4M", "BitLocker"],
+        ["gpt-3", "20M", "20M", "LUKS2"],
+    ]
+    backend.create_disk("two", M, image_format=image_format)
+    assert "none found" in virt_sse("disk", "inspect", "two")
+    one, two = backend.get_disk("one"), backend.get_disk("two")
+    with (
+        pytest.raises(ToolError, match=r"^qemu-storage-daemon: .*nvalid password"),
+        reading.plaintext(one.path, image_format, backend._provisioning.unlock(two)),
+    ):
+        pass
+
+
+def test_reading(backend: Backend, tmp_path: Path) -> None:
+    content = bytes(range(256)) * 4096
+    source = tmp_path / "source.raw"
+    source.write_bytes(content)
+    for image_format in FORMATS:
+        disk = backend.import_disk(image_format.value, source, source_format="raw", image_format=image_format)
+        with reading.plaintext(disk.path, disk.format, backend._provisioning.unlock(disk)) as reader:
+            assert reader.size == len(content)
+            for offset, length in ((0, 1), (0, M), (511, 2), (4095, 5000), (M - 1, 9), (M, 5), (2**70, 5)):
+                assert reader.read(offset, length) == content[offset : offset + length]
+    with (
+        pytest.raises(ImageError, match=r"missing\.raw: No such file"),
+        reading.unencrypted(tmp_path / "missing.raw", "raw"),
+    ):
+        pass
+    with (
+        pytest.raises(ToolError, match=r"^qemu-storage-daemon: .*not in qcow2 format"),
+        reading.unencrypted(source, "qcow2"),
+    ):
+        pass
+
+
+def test_an_image_that_is_written_to_is_looked_at(backend: Backend, encrypted: Path) -> None:
+    disk = backend.import_disk("one", encrypted)
+    with images.KeyedImage.of(backend, disk).held():
+        assert [finding.partition for finding in backend.inspect_disk("one")] == ["gpt-2", "gpt-3"]
+
+
+@pytest.fixture(scope="module")
+def keys(lab_vault: LabVault, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CustomerKeys]:
+    with CustomerKeys(lab_vault, tmp_path_factory.mktemp("credentials")) as keys:
+        yield keys
+
+
+class Sets:
+    """Makes encryption sets on a host."""
+
+    def __init__(self, host: Backend, keys: CustomerKeys) -> None:
+        self.host = host
+        self.keys = keys
+        path = host.config.operator_credential
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keys.administration.new_credential_file(path, f"host-{uuid.uuid4()}", role=Role.IDENTITY_OPERATOR)
+
+    def new(self, name: str, kind: EncryptionType = EncryptionType.CUSTOMER_KEY) -> EncryptionSet:
+        made = self.host.sets.create(
+            name, provider="customer-managed", key=self.keys.new_key(), encryption_type=kind
+        )
+        self.keys.administration.grant(str(made.identity), RIGHTS)
+        return made
+
+
+@pytest.fixture
+def sets(backend: Backend, keys: CustomerKeys) -> Sets:
+    return Sets(backend, keys)
+
+
+def key_uses(backend: Backend) -> int:
+    return len(backend.config.audit_log.read_text().splitlines())
+
+
+@pytest.mark.parametrize("kind", [EncryptionType.CUSTOMER_KEY, EncryptionType.PLATFORM_AND_CUSTOMER_KEYS])
+def test_none_comes_in_under_a_customers_key(
+    backend: Backend, sets: Sets, encrypted: Path, plain: Path, tmp_path: Path, kind: EncryptionType
+) -> None:
+    sets.new("web", kind)
+    for image in (encrypted, images.make_plain(tmp_path / "e.qcow2", "qcow2", encrypted.read_bytes())):
+        with pytest.raises(PolicyError, match=r"customer's key: .*, BitLocker \(gpt-2\), LUKS2 \(gpt-3\)"):
+            backend.import_disk("one", image, encryption_set="web")
+    assert backend.list_disks() == []
+    backend.import_disk("two", plain, source_format="raw", encryption_set="web")
+    assert backend.inspect_disk("two") == []
+
+
+def test_none_moves_under_a_customers_key(backend: Backend, sets: Sets, encrypted: Path, plain: Path) -> None:
+    web = sets.new("web")
+    backend.import_disk("one", encrypted)
+    before = backend.get_disk("one")
+    with pytest.raises(PolicyError, match=r"'one' cannot be put under .*LUKS2 \(gpt-3\)"):
+        backend.move_disk("one", "web")
+    assert backend.get_disk("one") == before
+    backend.import_disk("two", plain, source_format="raw")
+    moved = backend.move_disk("two", "web")
+    assert moved.encryption_set == web.id
+    other = sets.new("other")
+    images.make_plain(plain, "raw", encrypted.read_bytes())
+    _write(backend, "two", encrypted)
+    assert backend.inspect_disk("two")
+    assert backend.move_disk("two", "other").encryption_set == other.id, "it must be able to leave a key"
+
+
+def _write(backend: Backend, name: str, content: Path) -> None:
+    """What the guest writes to the beginning of its disk."""
+    disk = backend.get_disk(name)
+    deks = backend._provisioning.unlock(disk)
+    image = images.KeyedImage(disk.path, disk.format.value, deks[0].passphrase)
+    start = content.with_name("start")
+    start.write_bytes(content.read_bytes()[: 8 * M])
+    assert image.io(f"write -s {start} 0 {8 * M}").returncode == 0
+
+
+def test_none_is_adopted_under_a_customers_key(
+    backend: Backend, sets: Sets, encrypted: Path, plain: Path, root: Path
+) -> None:
+    sets.new("web")
+    disk = backend.import_disk("one", plain, source_format="raw", encryption_set="web")
+    ours = backend.import_disk("two", encrypted)
+    _write(backend, "one", encrypted)
+    for each in (disk, ours):
+        backend._store.remove(each.id)
+    with pytest.raises(PolicyError, match=r"'one' cannot be under .*BitLocker \(gpt-2\)") as caught:
+        backend.adopt_disk(disk.path)
+    assert "enforce" in str(caught.value.hint)
+    assert backend.adopt_disk(ours.path).id == ours.id
+    backend.close()
+    (root / "etc/virt-sse").mkdir(parents=True, exist_ok=True)
+    (root / "etc/virt-sse/config.toml").write_text("[policy]\nenforce = false\n")
+    with Backend.open(root) as lenient:
+        assert lenient.adopt_disk(disk.path).id == disk.id
+
+
+def test_a_key_that_cannot_be_used_is_no_pass_and_the_platforms_disks_cost_nothing(
+    backend: Backend, sets: Sets, encrypted: Path, root: Path
+) -> None:
+    sets.new("web")
+    before = key_uses(backend)
+    backend.import_disk("one", encrypted)
+    assert key_uses(backend) == before + 1, "wrapped, and not unwrapped to look"
+    keyring = backend.config.key_provider("platform-managed").directory
+    keyring.rename(root / "away")
+    with Backend.open(root) as again:
+        with pytest.raises(PolicyError, match="cannot see whether it has in-guest encryption"):
+            again.move_disk("one", "web")
+        with pytest.raises(KeyringError):
+            again.inspect_disk("one")
+
+
+@pytest.fixture(scope="module")
+def prepared_host(lab_host: LabHost) -> Operator:
+    operator = Operator(lab_host)
+    operator.virt_sse("host", "init")
+    lab_host.restart_libvirtd()
+    return operator
+
+
+@pytest.fixture
+def operator(prepared_host: Operator) -> Iterator[Operator]:
+    yield prepared_host
+    prepared_host.forget_domains()
+
+
+@pytest.fixture
+def name() -> str:
+    return f"t{uuid.uuid4().hex[:8]}"
+
+
+def inspected(operator: Operator, name: str, status: int = 0) -> list[dict[str, object]]:
+    said = operator.virt_sse("vm", "inspect", name, "--output", "json", status=status)
+    document = json.JSONDecoder().raw_decode(said[said.index("{") :])[0]
+    assert document["domain"] == name
+    disks: list[dict[str, object]] = document["disks"]
+    return disks
+
+
+def imported(operator: Operator, name: str, source: Path, image_format: str) -> str:
+    path = operator.host.images / f"{name}.{image_format}"
+    operator.virt_sse(
+        "disk", "import", name, source, "--source-format", "raw", "--path", path, "--format", image_format
+    )
+    return operator.virt_sse("disk", "xml", name)
+
+
+def test_a_running_guest_is_looked_at(
+    operator: Operator, acceleration: Accelerate, name: str, tmp_path: Path
+) -> None:
+    """Its boot sector and what is behind it leave no room for a GPT: that is at the end of its disk."""
+    disk = GuestDisk(16 * M)
+    gpt(disk, [(4096, 8191)])
+    disk.write(0, boot_sector_image(stays=True).read_bytes()[: 4 * K])
+    disk.write(4096 * 512, luks_format(tmp_path / "luks", 2)[: 32 * K])
+    source = disk.save(tmp_path / "boot.raw")
+    element = imported(operator, name, source, "qcow2")
+    guest = Guest(operator.host, name, acceleration=acceleration("boot-sector"), disks=[element])
+    guest.start()
+    guest.wait_for("boot-sector: done")
+    finding = {"partition": "gpt-1", "offset": 2 * M, "size": 2 * M, "encryption": "LUKS2"}
+    assert inspected(operator, name) == [
+        {
+            "target": "vda",
+            "disk": name,
+            "path": str(operator.host.images / f"{name}.qcow2"),
+            "findings": [finding],
+            "problem": None,
+        }
+    ]
+    assert guest.is_active()
+    log = (operator.host.root / "var/log/virt-sse/audit.jsonl").read_text()
+    last = json.loads(log.splitlines()[-1])
+    assert (last["action"], last["domain"], last["result"]) == ("unwrap", name, "allowed")
+    assert "virt-sse: error: no domain 'other'" in operator.virt_sse("vm", "inspect", "other", status=1)
+    guest.destroy()
+    refusal = operator.virt_sse("vm", "update", name, "--encryption-at-host", "on", status=1)
+    assert f"domain {name!r} cannot have encryption at host: it has in-guest encryption, LUKS2" in refusal
+
+
+def test_what_a_guest_encrypts_while_it_runs_is_seen(
+    operator: Operator, acceleration: Accelerate, name: str, linux_micro: LinuxMicro
+) -> None:
+    element = operator.create(name, "--size", "8M")
+    guest = Guest(
+        operator.host, name, acceleration=acceleration("linux-micro"), disks=[element], boot=linux_micro
+    )
+    header = r"'LUKS\272\276\000\001'"
+    guest.start(f"printf {header} | dd of=/dev/vda conv=fsync 2>/dev/null; echo encrypted; sleep 60")
+    guest.wait_for("encrypted\n")
+    assert inspected(operator, name)[0]["findings"] == [
+        {"partition": "disk", "offset": 0, "size": 8 * M, "encryption": "LUKS1"}
+    ]
+    guest.destroy()
+
+
+def test_disks_that_are_not_ours(
+    operator: Operator, acceleration: Accelerate, name: str, encrypted: Path
+) -> None:
+    folder = operator.host.images
+    raw, qcow2, overlay = (folder / f"{name}.{end}" for end in ("raw", "qcow2", "overlay"))
+    raw.write_bytes(encrypted.read_bytes())
+    images.make_plain(qcow2, "qcow2", encrypted.read_bytes())
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", qcow2, overlay], check=True
+    )
+    disks = [
+        disk_xml(raw, target="vda"),
+        disk_xml(qcow2, target="vdb", image_format="qcow2"),
+        disk_xml(overlay, target="vdc", image_format="qcow2"),
+        disk_xml(folder / "missing", target="vdd"),
+        "<disk type='network' device='disk'><source protocol='nbd'><host name='localhost'/></source>"
+        "<target dev='vde' bus='virtio'/></disk>",
+        "<disk type='file' device='cdrom'><target dev='sda' bus='sata'/></disk>",
+    ]
+    guest = Guest(operator.host, name, acceleration=acceleration("boot-sector"), disks=disks)
+    guest.define()
+    problems = {"vdc": "draws on another file", "vdd": "cannot read|Could not open", "vde": "'network'"}
+    found = inspected(operator, name, status=1)
+    assert [disk["target"] for disk in found] == ["vda", "vdb", "vdc", "vdd", "vde"]
+    for disk in found[:2]:
+        assert (disk["disk"], disk["findings"], disk["problem"]) == (None, FOUND, None)
+    for disk in found[2:]:
+        assert disk["findings"] == []
+        assert any(part in str(disk["problem"]) for part in problems[str(disk["target"])].split("|"))
+    said = operator.virt_sse("vm", "inspect", name, status=1)
+    assert "virt-sse: error: 3 of 5 disks cannot be read, vdc: it draws on another file" in said

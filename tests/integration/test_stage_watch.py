@@ -1,0 +1,79 @@
+"""The agent sees to storage daemons: one that died under a guest, and one that nobody uses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import uuid
+
+import pytest
+from agent_site import Site, wait_until
+
+from virt_sse.layers import EncryptionType
+from virt_sse.stages.process import Process
+
+DOUBLE = EncryptionType.PLATFORM_AND_CUSTOMER_KEYS
+
+
+@pytest.fixture
+def double(site: Site) -> str:
+    """A set for double encryption, under the platform's key."""
+    name = f"double-{uuid.uuid4().hex[:8]}"
+    site.backend.sets.create(
+        name, key="default", provider="platform-managed", encryption_type=DOUBLE, automatic_rotation=False
+    )
+    return name
+
+
+def daemon_of(site: Site, disk_id: uuid.UUID) -> Process:
+    return Process(site.backend.config.stage_directory / str(disk_id) / "storage")
+
+
+def events(site: Site, name: str, disk_id: uuid.UUID) -> list[dict[str, object]]:
+    wanted = (name, str(disk_id))
+    return [event for event in site.agent.log() if (event["event"], event.get("disk")) == wanted]
+
+
+def test_one_that_dies_is_told_of_and_the_guest_gets_no_wrong_data(site: Site, double: str) -> None:
+    guest, disk = site.guest(double)
+    guest.start()
+    guest.wait_for("verified")
+    pid = daemon_of(site, disk.id).pid()
+    assert pid
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: events(site, "stage-lost", disk.id))
+    (event,) = events(site, "stage-lost", disk.id)
+    assert "must be stopped and started" in str(event["reason"])
+    assert daemon_of(site, disk.id).pid() is None, "a new one would answer with older data"
+    guest.destroy()
+    guest.start()
+    guest.wait_for("start 2")
+    guest.wait_for("verified")
+
+
+def test_one_of_no_domain_is_ended(site: Site, double: str) -> None:
+    """The release hook did not run, or could not."""
+    guest, disk = site.guest(double)
+    guest.start()
+    site.wait_until_watched(guest)
+    folder = site.backend.config.stage_directory / str(disk.id)
+    kept = (folder / "stages.json").read_bytes()
+    guest.destroy()
+    assert not folder.exists()
+    folder.mkdir(mode=0o700)
+    (folder / "stages.json").write_bytes(kept)
+    # What a storage daemon is to who looks for one: a process with the lock.
+    hold = "import fcntl, sys, time; fcntl.lockf(file := open(sys.argv[1], 'w'), 2); print(flush=True)"
+    hold += "; time.sleep(99)"
+    command = site.host.command(["python3", "-c", hold, folder / "storage.lock"])
+    held = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert held.stdout
+        held.stdout.read(1)
+        assert daemon_of(site, disk.id).pid()
+        assert held.wait(timeout=30) == -signal.SIGTERM
+        wait_until(lambda: not folder.exists())
+    finally:
+        held.kill()
+        held.communicate()

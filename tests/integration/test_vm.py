@@ -1,0 +1,363 @@
+"""Virtual machines on a lab host: encryption at host, and all that it is a promise about."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from test_domains import Operator
+
+import virt_sse.store.vms
+import virt_sse.virtual_machines
+from crashes import crash_points, dies_at
+from virt_sse.backend import Backend
+from virt_sse.config import Config
+from virt_sse.disks import PLATFORM_KEY
+from virt_sse.errors import InvalidValueError, LibvirtError, PolicyError, VirtSseError, VmStateError
+from virt_sse.lab.acceleration import Acceleration
+from virt_sse.lab.agents import LabAgent
+from virt_sse.lab.guests import Guest
+from virt_sse.lab.host import LabHost
+from virt_sse.layers import HostCaching
+from virt_sse.virtual_machines import VmChanges, VmView
+from virt_sse.vm_serving import release
+
+Accelerate = Callable[[str], Acceleration]
+
+ON, OFF = VmChanges(encryption_at_host=True), VmChanges(encryption_at_host=False)
+TPM = "<tpm model='tpm-tis'><backend type='emulator' version='2.0'/></tpm>"
+
+
+class VmOperator(Operator):
+    """Does what commands about VMs do, most of it in this process, which is faster."""
+
+    def vm(self, *arguments: str, status: int = 0) -> str:
+        return self.virt_sse("vm", *arguments, status=status)
+
+    def backend(self) -> Backend:
+        return Backend(dataclasses.replace(Config.load(self.host.root), libvirt_uri=self.host.uri))
+
+    def update(self, name: str, changes: VmChanges) -> VmView:
+        with self.backend() as backend:
+            return backend.vms.update(name, changes)
+
+    def refuses(self, name: str, changes: VmChanges, error: type[VirtSseError] = PolicyError) -> str:
+        """What is said, hint included, of an update that is refused."""
+        with pytest.raises(error) as caught:
+            self.update(name, changes)
+        return f"{caught.value} {caught.value.hint}"
+
+    def show(self, name: str) -> VmView:
+        with self.backend() as backend:
+            return backend.vms.show(name)
+
+    @contextlib.contextmanager
+    def prepared(self, name: str) -> Iterator[Backend]:
+        """What the hook does at the start of a domain, and at its end, without the domain."""
+        xml = self.definition(name)
+        with self.backend() as backend, backend.domains.serving.vms.prepared(name, xml):
+            yield backend
+            release(backend.config, xml)
+
+    def at_rest(self, name: str) -> dict[str, str]:
+        return {each.what: each.state.value for each in self.show(name).at_rest}
+
+    def define(self, guest: Guest, *edits: tuple[str, str]) -> str:
+        """Define *guest*, with replacements in its XML; the XML."""
+        xml = guest.xml()
+        for before, after in edits:
+            assert before in xml
+            xml = xml.replace(before, after)
+        return self.define_xml(xml)
+
+    def define_xml(self, xml: str) -> str:
+        connection = self.host.connect()
+        try:
+            connection.defineXML(xml)
+        finally:
+            connection.close()
+        return xml
+
+    def definition(self, name: str) -> str:
+        return self.virsh("dumpxml", "--inactive", "--security-info", name)
+
+    @property
+    def temp_disks(self) -> Path:
+        return self.host.root / "var/lib/libvirt/images/temporary-disks"
+
+    def tpm_files(self, name: str) -> list[Path]:
+        folder = self.host.root / "var/lib/libvirt/swtpm" / self.virsh("domuuid", name).strip()
+        return list(folder.glob("tpm2/*.permall"))
+
+
+@pytest.fixture(scope="module")
+def prepared(lab_host: LabHost) -> VmOperator:
+    operator = VmOperator(lab_host)
+    operator.virt_sse("host", "init")
+    lab_host.restart_libvirtd()
+    return operator
+
+
+@pytest.fixture
+def operator(prepared: VmOperator) -> Iterator[VmOperator]:
+    yield prepared
+    prepared.forget_domains()
+
+
+@pytest.fixture
+def name() -> str:
+    return f"v{uuid.uuid4().hex[:8]}"
+
+
+def _guest(operator: VmOperator, accelerate: Accelerate, name: str) -> Guest:
+    element = operator.import_boot_sector(name, stays=True)
+    return Guest(operator.host, name, acceleration=accelerate("boot-sector"), disks=[element])
+
+
+def test_a_vm_with_all_of_it_encrypted(operator: VmOperator, acceleration: Accelerate, name: str) -> None:
+    guest = _guest(operator, acceleration, name)
+    operator.define(guest, ("</devices>", f"{TPM}</devices>"))
+    updated = operator.vm(
+        *("update", name, "--encryption-at-host", "on", "--size", "Standard_D2s_v3"),
+        *("--temp-disk-size", "8M", "--disk-caching", "vda=ReadWrite"),
+    )
+    assert re.search(r"encryption-at-host +on\n", updated)
+    assert re.search(rf"{name} +shut off +on +Standard_D2s_v3 +8M +1\n", operator.vm("list"))
+    # SeaBIOS shows the guest a disk only if it is in the boot order; what an operator edits stays.
+    xml = operator.definition(name)
+    assert "dumpCore='off'" in xml
+    vdb = "<target dev='vdb' bus='virtio'/>"
+    operator.define_xml(xml.replace(vdb, f"{vdb}<boot order='2'/>"))
+
+    operator.virsh("start", name)
+    said = guest.wait_for("boot-sector: done")
+    assert said.count("verified 8 sectors, ok") == 2, said
+    temp = operator.temp_disks / operator.virsh("domuuid", name).strip() / "disk.raw"
+    assert temp.read_bytes().startswith(b"LUKS\xba\xbe")
+    assert temp.parent.stat().st_mode & 0o777 == 0o710
+    assert len(temp.read_bytes()) > 8 << 20
+    before = operator.secrets()
+    assert sorted(usage.rpartition(":")[2] for usage in before) == ["service", "temp", "tpm"]
+    (state,) = operator.tpm_files(name)
+    assert state.read_bytes()[5] & 1, "swtpm says that its file is encrypted"
+    document = json.loads(operator.vm("show", name, "-o", "json").partition("virt-sse: warning")[0])
+    assert document["problem"] is None
+    assert document["disks"] == [
+        {
+            "target": "vda",
+            "name": name,
+            "caching": "ReadWrite",
+            "encryption-type": "EncryptionAtRestWithPlatformKey",
+        }
+    ]
+    assert {
+        "disk vda": "encrypted",
+        "disk vdb": "encrypted",
+        "tpm": "encrypted",
+        "nvram": "absent",
+        "managed-save": "absent",
+        "crash-dump": "absent",
+        "core-dump": "absent",
+    }.items() <= {each["what"]: each["state"] for each in document["at-rest"]}.items()
+
+    refused = operator.vm("update", name, "--encryption-at-host", "off", status=1)
+    assert "runs" in refused
+    assert "virsh shutdown" in refused
+    operator.virsh("suspend", name)
+    assert "runs" in operator.refuses(name, OFF, VmStateError)
+    operator.virsh("resume", name)
+    operator.host.restart_libvirtd()
+    assert guest.is_active()
+    assert operator.secrets() == before
+    operator.virsh("reset", name)
+    assert guest.wait_for("start 2").count("start 2") == 1
+
+    operator.virsh("destroy", name)
+    assert operator.secrets() == []
+    assert list(operator.temp_disks.iterdir()) == []
+    assert operator.tpm_files(name) == [state]
+    with operator.backend() as backend:
+        old = backend.vms.show(name).tpm_key
+        _, report = backend.rotate_key(PLATFORM_KEY)
+        assert report.failed == {}
+        assert backend.vms.show(name).tpm_key != old
+    operator.virsh("start", name)
+    operator.virsh("destroy", name)
+
+    assert "host caching" in operator.refuses(name, OFF)
+    uncached = dataclasses.replace(OFF, caching={"vda": HostCaching.NONE})
+    assert "temporary disk" in operator.refuses(name, uncached)
+    operator.update(name, dataclasses.replace(uncached, temp_disk_size=None))
+    xml = operator.definition(name)
+    assert "vdb" not in xml
+    assert "<encryption secret=" in xml, "a TPM's state stays encrypted, or the guest would lose its keys"
+    operator.virsh("start", name)
+    assert [usage.rpartition(":")[2] for usage in operator.secrets()] == ["service", "tpm"]
+    guest.destroy()
+
+
+def test_what_would_lie_on_the_host_in_plaintext_is_refused(
+    operator: VmOperator, acceleration: Accelerate, name: str
+) -> None:
+    guest = _guest(operator, acceleration, name)
+    assert f"no domain {name!r}" in operator.refuses(name, ON, LibvirtError)
+    crash = ("<on_crash>destroy</on_crash>", "<on_crash>coredump-destroy</on_crash>")
+    for edit, said in (
+        (crash, "crash-dump"),
+        (("<memory unit", "<memory dumpCore='on' unit"), "core-dump"),
+        (("<vcpu>", "<memoryBacking><source type='file'/></memoryBacking><vcpu>"), "memory at /var/lib"),
+    ):
+        operator.define(guest, edit)
+        refused = operator.refuses(name, ON)
+        assert said in refused
+        assert "virsh edit" in refused
+    operator.define(guest)
+    cached = VmChanges(caching={"vda": HostCaching.READ_ONLY})
+    nowhere = dataclasses.replace(ON, caching={"vdx": HostCaching.READ_ONLY})
+    assert "no disk of virt-sse" in operator.refuses(name, nowhere, InvalidValueError)
+    assert "host caching" in operator.refuses(name, cached)
+    assert "temporary disk" in operator.refuses(name, VmChanges(temp_disk_size=1 << 30))
+    operator.update(name, ON)
+
+    xml = operator.definition(name)
+    operator.define_xml(xml.replace(*crash))
+    assert "crash-dump" in operator.virsh("start", name, status=1)
+    operator.define_xml(xml.replace("</devices>", f"{TPM}</devices>"))
+    assert "its tpm" in operator.virsh("start", name, status=1)
+
+    operator.define_xml(xml)
+    operator.virsh("start", name)
+    operator.virsh("managedsave", name)
+    assert operator.secrets() == []
+    assert operator.at_rest(name)["managed-save"] == "plaintext"
+    assert "saved state" in operator.refuses(name, OFF, VmStateError)
+    assert "managedsave-remove" in operator.virsh("start", name, status=1)
+    operator.virsh("managedsave-remove", name)
+
+    connection = operator.host.connect()
+    transient = f"{name}t"
+    operator.update(name, OFF)
+    guest.undefine()
+    connection.createXML(guest.xml().replace(f"<name>{name}<", f"<name>{transient}<"))
+    connection.close()
+    assert "transient" in operator.refuses(transient, ON, VmStateError)
+    operator.virsh("destroy", transient)
+
+
+def test_a_tpm_that_was_made_without_encryption_is_not_silently_replaced(
+    operator: VmOperator, acceleration: Accelerate, name: str
+) -> None:
+    guest = _guest(operator, acceleration, name)
+    operator.define(guest, ("</devices>", f"{TPM}</devices>"))
+    operator.virsh("start", name)
+    guest.destroy()
+    assert "made without encryption" in operator.refuses(name, ON)
+    (state,) = operator.tpm_files(name)
+    assert not state.read_bytes()[5] & 1
+    state.parents[1].rename(state.parents[1].with_name("kept"))
+    operator.update(name, ON)
+    operator.virsh("start", name)
+    guest.destroy()
+    (state,) = operator.tpm_files(name)
+    assert state.read_bytes()[5] & 1
+
+
+def test_definition_and_store_must_agree(operator: VmOperator, acceleration: Accelerate, name: str) -> None:
+    guest = _guest(operator, acceleration, name)
+    plain = operator.define(guest)
+    operator.update(name, ON)
+    ours = operator.definition(name)
+    operator.define_xml(plain)
+    refused = operator.virsh("start", name, status=1)
+    assert "says encryption-at-host is off, the store says on" in refused
+    assert "--encryption-at-host off" in refused
+    assert "the store says on" in str(operator.show(name).problem)
+    assert "the store says on" in operator.refuses(name, VmChanges(size="Standard_D2s_v3"))
+    operator.define_xml(ours)
+    operator.virsh("start", name)
+    guest.destroy()
+    operator.define_xml(plain)
+    operator.update(name, OFF)
+    with operator.prepared(name):
+        pass
+
+    operator.update(name, ON)
+    ours = operator.definition(name)
+    guest.undefine()
+    operator.define_xml(ours)
+    with operator.prepared(name):
+        pass
+    guest.undefine()
+    with operator.backend() as backend:
+        assert name not in {view.name for view in backend.vms.all()}
+    operator.define_xml(ours)
+    with operator.prepared(name):
+        pass  # a store that does not know a domain does not contradict it
+    operator.define_xml(plain)
+    with pytest.raises(PolicyError, match="the store says on"), operator.prepared(name):
+        pass
+
+
+def test_an_update_that_is_killed_is_finished_or_undone(
+    operator: VmOperator, acceleration: Accelerate, name: str
+) -> None:
+    operator.define(_guest(operator, acceleration, name))
+    on = dataclasses.replace(ON, temp_disk_size=1 << 20, caching={"vda": HostCaching.READ_ONLY})
+    off = dataclasses.replace(OFF, temp_disk_size=None, caching={"vda": HostCaching.NONE})
+    operator.update(name, off)
+    modules = [virt_sse.virtual_machines, virt_sse.store.vms]
+    points = crash_points(modules, lambda: operator.update(name, on))
+    operator.update(name, off)
+    outcomes = set()
+    for point in points[len(points) // 4 :: 8]:
+        assert dies_at(point, modules, lambda: operator.update(name, on))
+        assert operator.show(name).problem is None
+        xml = operator.definition(name)
+        is_on = 'encryption-at-host="on"' in xml
+        assert ("protocol='nbd'" in xml) is is_on
+        assert ("temporary-disks" in xml) is is_on
+        with operator.prepared(name) as backend:
+            assert temp_disk_is_there(operator) is is_on
+            assert (backend.vms.show(name).disks["vda"].caching is HostCaching.READ_ONLY) is is_on
+        outcomes.add(is_on)
+        operator.update(name, off)
+    assert outcomes == {True, False}
+
+
+def temp_disk_is_there(operator: VmOperator) -> bool:
+    return operator.temp_disks.exists() and any(operator.temp_disks.iterdir())
+
+
+def test_the_agent_keeps_what_runs_and_erases_what_is_left(
+    operator: VmOperator, acceleration: Accelerate, name: str
+) -> None:
+    guest = _guest(operator, acceleration, name)
+    operator.define(guest, ("</devices>", f"{TPM}</devices>"))
+    operator.update(name, dataclasses.replace(ON, temp_disk_size=1 << 20))
+    config = operator.host.root / "etc/virt-sse/config.toml"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text("[agent]\npoll-seconds = 0.2\n")
+    left = operator.temp_disks / str(uuid.uuid4())
+    left.mkdir(parents=True)
+    (left / "disk.raw").write_bytes(b"LUKS left over by a host that was killed" * 100)
+    os.utime(left, (1, 1))
+    try:
+        with LabAgent(operator.host):
+            operator.virsh("start", name)
+            time.sleep(1.5)
+            assert len(operator.secrets()) == 3
+            assert not left.exists()
+            assert len(list(operator.temp_disks.iterdir())) == 1
+            guest.destroy()
+            assert operator.secrets() == []
+            assert list(operator.temp_disks.iterdir()) == []
+    finally:
+        config.unlink()

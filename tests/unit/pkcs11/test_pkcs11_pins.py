@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from virt_sse.errors import ConfigError, KeyProviderUnavailableError
+from virt_sse.pkcs11.pins import Pin, PinGuard, PinSource
+
+
+@pytest.fixture
+def guard(tmp_path: Path) -> PinGuard:
+    return PinGuard(tmp_path / "folder/wrong-pins")
+
+
+def fail(guard: PinGuard) -> None:
+    with guard.attempt():
+        pass
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """The exit code of a forked process that does *work*."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def write(path: Path, content: bytes, mode: int = 0o600) -> Path:
+    path.write_bytes(content)
+    path.chmod(mode)
+    return path
+
+
+def test_a_pin_does_not_print_or_pickle() -> None:
+    pin = Pin("4711")
+    assert "4711" not in repr(pin) + str(pin)
+    with pytest.raises(TypeError):
+        pickle.dumps(pin)
+
+
+@pytest.mark.parametrize(
+    "content", [b"4711", b"4711\n", b"4711\r\n", b"4711\nmore\n"], ids=str.split("a b c d")
+)
+def test_a_file(tmp_path: Path, content: bytes) -> None:
+    source = PinSource.file(write(tmp_path / "pin", content))
+    assert source.read().text == "4711"
+    assert "4711" not in repr(source)
+    write(tmp_path / "pin", b"0815")
+    assert source.read().text == "0815"
+
+
+@pytest.mark.parametrize("content", [b"", b"\n4711", b"47\x0011", b"\xff", b"1" * 256])
+def test_a_file_without_a_pin(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(ConfigError, match="PIN") as caught:
+        PinSource.file(write(tmp_path / "pin", content)).read()
+    assert "4711" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
+def test_a_file_that_others_can_read(tmp_path: Path, mode: int) -> None:
+    with pytest.raises(ConfigError, match="open to other users"):
+        PinSource.file(write(tmp_path / "pin", b"4711", mode)).read()
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        PinSource.file(tmp_path / "pin").read()
+    with pytest.raises(ConfigError, match="not a file"):
+        PinSource.file(tmp_path).read()
+
+
+def test_a_descriptor_is_read_once_to_its_end() -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"47")
+    os.write(writing, b"11\n")
+    os.close(writing)
+    source = PinSource.descriptor(reading)
+    assert source.read().text == "4711"
+    os.close(reading)
+    assert source.read().text == "4711"
+    with pytest.raises(ConfigError, match="descriptor"):
+        PinSource.descriptor(reading).read()
+
+
+def test_a_prompt_is_shown_once() -> None:
+    asked = []
+
+    def ask() -> str:
+        asked.append(1)
+        return "4711"
+
+    source = PinSource.prompt(ask)
+    assert [source.read().text for _ in range(2)] == ["4711", "4711"]
+    assert asked == [1]
+
+
+def test_after_three_wrong_ones_the_token_is_not_asked(guard: PinGuard) -> None:
+    for _ in range(3):
+        fail(guard)
+    with pytest.raises(KeyProviderUnavailableError, match="locked after 3 wrong PINs"), guard.attempt():
+        pytest.fail("the token was asked")
+    guard.reset()
+    with guard.attempt() as attempt:
+        attempt.succeeded()
+    assert guard.failures() == 0
+
+
+def test_a_right_one_begins_anew_and_a_dead_token_counts_nothing(guard: PinGuard) -> None:
+    fail(guard)
+    fail(guard)
+    with guard.attempt() as attempt:
+        attempt.inconclusive()
+    assert guard.failures() == 2
+    with guard.attempt() as attempt:
+        attempt.succeeded()
+    assert guard.failures() == 0
+
+
+def test_it_is_counted_over_processes_and_restarts(guard: PinGuard, tmp_path: Path) -> None:
+    assert in_child(lambda: fail(guard)) == 0
+    assert PinGuard(tmp_path / "folder/wrong-pins").failures() == 1
+    assert (tmp_path / "folder/wrong-pins").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_killed_try_is_a_wrong_one(guard: PinGuard) -> None:
+    def die() -> None:
+        with guard.attempt():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for failures in (1, 2, 3):
+        assert in_child(die) == -signal.SIGKILL
+        assert guard.failures() == failures
+    assert in_child(die) == 1, "it was let in"
+
+
+def test_one_tries_at_a_time(guard: PinGuard) -> None:
+    """Ten guessers at once have three tries between them."""
+
+    def guess(writing: int) -> None:
+        with guard.attempt():
+            os.write(writing, b".")
+
+    reading, writing = os.pipe()
+    children = []
+    for _ in range(10):
+        child = os.fork()
+        if not child:
+            try:
+                guess(writing)
+            finally:
+                os._exit(0)
+        children.append(child)
+    os.close(writing)
+    for child in children:
+        os.waitpid(child, 0)
+    with os.fdopen(reading, "rb") as file:
+        assert file.read() == b"..."
+
+
+def test_a_count_that_makes_no_sense_is_a_lock(guard: PinGuard, tmp_path: Path) -> None:
+    fail(guard)
+    write(tmp_path / "folder/wrong-pins", b"none\n")
+    with pytest.raises(KeyProviderUnavailableError, match="locked"), guard.attempt():
+        pass
+
+
+def test_a_count_that_others_could_change_is_refused(guard: PinGuard, tmp_path: Path) -> None:
+    fail(guard)
+    (tmp_path / "folder/wrong-pins").chmod(0o666)
+    with pytest.raises(ConfigError, match="open to other users"), guard.attempt():
+        pass
+    (tmp_path / "folder/wrong-pins").unlink()
+    (tmp_path / "folder/wrong-pins").symlink_to(write(tmp_path / "other", b"0\n"))
+    with pytest.raises(ConfigError, match="cannot count"), guard.attempt():
+        pass

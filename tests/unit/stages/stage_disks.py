@@ -1,0 +1,135 @@
+"""Disks with stages, without a store or a key provider; and a guest's end of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import uuid
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from virt_sse.ciphers import AES_256_CBC, AES_256_XTS
+from virt_sse.config import Config
+from virt_sse.disks import Disk, DiskState
+from virt_sse.keys import Dek
+from virt_sse.layers import (
+    EncryptionType,
+    GuestNode,
+    HostCache,
+    HostCaching,
+    LayerPlan,
+    Stage,
+    StorageNode,
+)
+from virt_sse.libvirt.users import User
+from virt_sse.qemu import formatting, img
+from virt_sse.qemu.formatting import Volume
+from virt_sse.qemu.img import DiskFormat
+from virt_sse.stages import Stages
+from virt_sse.stages.process import Process
+
+M = 1 << 20
+QEMU = User(64911, 64912)
+DOMAIN = uuid.UUID(int=7)
+
+
+class StagedDisk:
+    """A disk of 1 MiB, its image in *config*'s root, with one or two LUKS volumes and perhaps a cache."""
+
+    def __init__(
+        self,
+        config: Config,
+        image_format: str,
+        *,
+        double: bool = True,
+        caching: HostCaching = HostCaching.NONE,
+    ) -> None:
+        self.config = config
+        self.stages = Stages(config)
+        self.deks = {"service": Dek.generate()}
+        volumes = [Volume(AES_256_XTS, self.deks["service"])]
+        below: list[Stage] = []
+        if caching is not HostCaching.NONE:
+            below.append(HostCache(caching))
+        if double:
+            self.deks["infrastructure"] = Dek.generate()
+            volumes.append(Volume(AES_256_CBC, self.deks["infrastructure"]))
+            below.append(StorageNode("infrastructure"))
+        self.plan = LayerPlan(deks=(), stages=(GuestNode("service"), *below))
+        disk_id = uuid.uuid4()
+        self.disk = Disk(
+            id=disk_id,
+            name="disk",
+            path=config.root / f"{disk_id}.{image_format}",
+            format=DiskFormat(image_format),
+            size=M,
+            state=DiskState.READY,
+            encryption_type=EncryptionType.PLATFORM_AND_CUSTOMER_KEYS,
+            created=datetime.now(UTC),
+            generation=1,
+            deks=(),
+            caching=caching,
+        )
+        formatting.make(self.disk.path, self.disk.format, M, volumes)
+
+    def start(self, *, domain_id: uuid.UUID = DOMAIN, deks: dict[str, Dek] | None = None) -> None:
+        self.stages.start(
+            self.disk, self.plan, deks or self.deks, domain_id=domain_id, domain="web", qemu=QEMU
+        )
+
+    def stop(self) -> None:
+        self.stages.stop(self.disk.id)
+
+    def process(self, name: str) -> Process:
+        return Process(self.config.stage_directory / str(self.disk.id) / name)
+
+    def pids(self) -> list[int]:
+        """Of the processes that run."""
+        return [pid for name in ("storage", "cache") if (pid := self.process(name).pid())]
+
+    @property
+    def folders(self) -> list[Path]:
+        return [
+            self.config.stage_directory / str(self.disk.id),
+            self.config.socket_directory / str(self.disk.id),
+        ]
+
+    def assert_nothing_is_left(self) -> None:
+        assert self.pids() == []
+        assert [path for path in self.folders if path.exists()] == []
+        assert (self.disk.path.stat().st_uid, self.disk.path.stat().st_gid) == (0, 0)
+        img.refuse_if_open(self.disk.path)
+
+    def guest_io(self, *commands: str) -> str:
+        """What qemu-io says, with the service DEK and at the socket that a guest's QEMU is given."""
+        socket = self.stages.guest_socket(self.disk.id)
+        node = f"file.driver=nbd,file.server.type=unix,file.server.path={socket},file.export={self.disk.id}"
+        return self._io(commands, [self.deks["service"]], f"{self._driver('')},{node}")
+
+    def image_io(self, *commands: str) -> str:
+        """What it says with all DEKs, and the image."""
+        deks = list(self.deks.values())
+        return self._io(commands, deks, img.image_options(self.disk.path, self.disk.format, len(deks)))
+
+    def _driver(self, prefix: str) -> str:
+        return (
+            f"{prefix}driver={self.disk.format.qemu_driver},{prefix}{self.disk.format.qemu_key_secret}=dek0"
+        )
+
+    @staticmethod
+    def _io(commands: Sequence[str], deks: Sequence[Dek], options: str) -> str:
+        arguments = [part for command in commands for part in ("-c", command)]
+        with img.secrets_for(deks) as (secrets, descriptors):
+            done = subprocess.run(
+                ["qemu-io", *secrets, *arguments, "--image-opts", options],
+                pass_fds=descriptors,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        return done.stdout + done.stderr
+
+
+def with_storage_user(config: Config, user: User) -> Config:
+    return dataclasses.replace(config, storage_user=str(user.uid))

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from stage_programs import SLEEP, command_line, say, status, wait_end, wait_until
+
+from images import mode
+from virt_sse.errors import StageError, ToolError
+from virt_sse.libvirt.users import User
+from virt_sse.stages.process import Command, Process
+
+_ELSEWHERE = ["unshare", "--pid", "--fork", "--kill-child", "--"]
+"""What runs a command in a PID namespace of its own."""
+
+
+@pytest.fixture
+def process(folder: Path) -> Iterator[Process]:
+    process = Process(folder / "storage")
+    yield process
+    process.stop()
+
+
+def script(folder: Path, user: User, body: str) -> list[str]:
+    """Another Python that has the same ``process``."""
+    return [
+        sys.executable,
+        "-c",
+        "from pathlib import Path\n"
+        "from virt_sse.libvirt.users import User\n"
+        "from virt_sse.stages.process import Command, Process\n"
+        f"user, process = User({user.uid}, {user.gid}), Process(Path({str(folder)!r}) / 'storage')\n{body}",
+    ]
+
+
+def test_it_is_known_by_its_lock(process: Process, folder: Path, user: User) -> None:
+    assert process.pid() is None
+    process.stop()
+    process.start(SLEEP, user)
+    pid = process.pid()
+    assert pid
+    wait_until(lambda: command_line(pid) == [shutil.which("sleep"), "60"])
+    assert Process(folder / "storage").pid() == pid
+    assert Process(folder / "cache").pid() is None
+    assert {path.name: mode(path) for path in folder.iterdir()} == {
+        "storage.lock": 0o600,
+        "storage.log": 0o600,
+    }
+    Process(folder / "storage").stop()
+    assert process.pid() is None
+    assert not Path(f"/proc/{pid}/exe").exists()
+
+
+def test_a_file_that_nobody_locks_is_no_process(process: Process, folder: Path, user: User) -> None:
+    process.start(say("exit 0"), user)
+    wait_end(process)
+    (folder / "storage.lock").write_text(str(os.getpid()))
+    with (folder / "storage.lock").open("r+"):
+        assert process.pid() is None
+        process.stop()
+
+
+def test_it_outlives_who_started_it(process: Process, folder: Path, user: User) -> None:
+    body = "process.start(Command(['sleep', '60']), user)\nimport os; os.kill(os.getpid(), 9)"
+    assert subprocess.run(script(folder, user, body), check=False).returncode == -signal.SIGKILL
+    pid = process.pid()
+    assert pid
+    assert status(pid)["PPid"] != str(os.getpid())
+    assert os.getsid(pid) == pid
+
+
+def test_one_that_was_killed_can_be_started_again(process: Process, user: User) -> None:
+    process.start(SLEEP, user)
+    first = process.pid()
+    assert first
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: process.pid() is None)
+    process.start(SLEEP, user)
+    assert process.pid() not in (None, first)
+
+
+def test_it_is_not_started_twice(process: Process, user: User) -> None:
+    process.start(SLEEP, user)
+    pid = process.pid()
+    with pytest.raises(StageError, match="cannot start sleep: Resource temporarily unavailable"):
+        process.start(SLEEP, user)
+    assert process.pid() == pid
+
+
+def test_one_that_does_not_end_by_itself_is_killed(process: Process, user: User) -> None:
+    process.start(say("trap '' TERM; echo ready; while :; do sleep 0.05; done"), user)
+    wait_until(lambda: process.log == "ready")
+    began = time.monotonic()
+    process.stop(patience=0.2)
+    assert 0.2 <= time.monotonic() - began < 3
+    assert process.pid() is None
+
+
+def test_programs_that_do_not_start(process: Process, folder: Path, user: User) -> None:
+    with pytest.raises(ToolError, match=r"^no-such-program is not installed$"):
+        process.start(Command(["no-such-program"]), user)
+    nonsense = folder / "nonsense"
+    nonsense.write_bytes(b"\x7fELF")
+    nonsense.chmod(0o755)
+    process.start(Command([str(nonsense)]), user)
+    assert "Exec format error" in wait_end(process)
+    process.start(say("echo one; echo two >&2"), user)
+    assert wait_end(process) == "one two"
+    (folder / "storage.log").unlink()
+    (folder / "storage.log").mkdir()
+    with pytest.raises(StageError, match=r"cannot start sleep: .*storage\.log"):
+        process.start(SLEEP, user)
+    (folder / "storage.log").rmdir()
+
+
+def test_one_in_another_pid_namespace_is_not_stopped(process: Process, folder: Path, user: User) -> None:
+    process.start(SLEEP, user)
+    body = (
+        "from virt_sse.errors import StageError\n"
+        "print(process.pid())\n"
+        "try: process.stop()\n"
+        "except StageError as error: print(error)"
+    )
+    done = subprocess.run(
+        _ELSEWHERE + script(folder, user, body), capture_output=True, text=True, check=False
+    )
+    if "Operation not permitted" in done.stderr:
+        pytest.skip("no right to make a PID namespace")
+    assert done.stdout == "0\nthe process of storage runs in another PID namespace\n", done.stderr
+    assert process.pid()
+
+
+def test_one_of_a_pid_namespace_below_is_stopped_by_its_number_here(
+    process: Process, folder: Path, user: User
+) -> None:
+    body = (
+        "process.start(Command(['sleep', '60']), user)\n"
+        "print(process.pid(), flush=True)\nimport sys; sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        _ELSEWHERE + script(folder, user, body), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as below:
+        assert below.stdout
+        there = int(below.stdout.readline())
+        here = process.pid()
+        assert here
+        assert here != there
+        assert status(here)["NSpid"].split()[-1] == str(there)
+        process.stop()
+        assert not Path(f"/proc/{here}/exe").exists()
+
+
+def test_no_descriptor_is_left_open(process: Process, user: User) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208 -- the listing's own descriptor is in both
+    process.start(SLEEP, user)
+    process.pid()
+    process.stop()
+    with pytest.raises(ToolError):
+        process.start(Command(["no-such-program"]), user)
+    assert sorted(os.listdir("/proc/self/fd")) == before  # noqa: PTH208 -- likewise

@@ -1,0 +1,370 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from stage_disks import DOMAIN, QEMU, M, StagedDisk
+from stage_programs import command_line, status, wait_until
+
+import images
+import virt_sse.stages.running
+from crashes import crash_points, dies_at
+from virt_sse.config import Config
+from virt_sse.errors import DiskInUseError, StageError, ToolError
+from virt_sse.keys import Dek
+from virt_sse.layers import HostCaching
+from virt_sse.libvirt.users import User
+from virt_sse.qemu import img, qcow2
+from virt_sse.stages import Stages
+
+NONE, READ_ONLY, READ_WRITE = HostCaching
+Make = Callable[..., StagedDisk]
+
+
+@pytest.fixture
+def config(folder: Path, user: User) -> Config:
+    images.require("qemu-storage-daemon", "qemu-io", "qemu-img", "cryptsetup", "nbdkit")
+    return dataclasses.replace(Config.load(folder), storage_user=str(user.uid))
+
+
+@pytest.fixture
+def make(config: Config) -> Iterator[Make]:
+    """Makes disks, and ends their stages."""
+    made: list[StagedDisk] = []
+
+    def make_one(*arguments: object, **options: object) -> StagedDisk:
+        made.append(StagedDisk(config, *arguments, **options))  # type: ignore[arg-type] # handed on
+        return made[-1]
+
+    yield make_one
+    for disk in made:
+        disk.stop()
+
+
+@pytest.mark.parametrize("image_format", images.FORMATS)
+@pytest.mark.parametrize("caching", HostCaching)
+@pytest.mark.parametrize("double", [False, True])
+def test_what_a_guest_writes_is_in_the_image(
+    make: Make, image_format: str, caching: HostCaching, double: bool
+) -> None:
+    disk = make(image_format, double=double, caching=caching)
+    disk.start()
+    names = {Path(command_line(pid)[0]).name for pid in disk.pids()}
+    assert names == {
+        *(["qemu-storage-daemon"] if double else []),
+        *(["nbdkit"] if caching is not NONE else []),
+    }
+    if not names:
+        assert disk.stages.records() == []
+        return
+    said = disk.guest_io("write -P 0x5a 4096 8192", "flush", "read -P 0x5a 4096 8192")
+    assert said.count("8192/8192") == 2, said
+    assert "failed" not in said
+    with pytest.raises(DiskInUseError):
+        img.refuse_if_open(disk.disk.path)
+    disk.stop()
+    disk.assert_nothing_is_left()
+    said = disk.image_io("read -P 0x5a 4096 8192", "length")
+    assert "failed" not in said
+    assert "1 MiB" in said
+    assert not images.contains([disk.disk.path], b"\x5a" * 32)
+    if image_format == "qcow2":
+        img.check(disk.disk.path, disk.disk.format, list(disk.deks.values()))
+
+
+def test_who_may_do_what(make: Make, user: User) -> None:
+    disk = make("raw", caching=READ_ONLY)
+    disk.start()
+    for pid in disk.pids():
+        assert status(pid)["Uid"].split()[0] == str(user.uid)
+    owner = disk.disk.path.stat()
+    assert (owner.st_uid, images.mode(disk.disk.path)) == (user.uid, 0o600)
+    sockets = disk.config.socket_directory / str(disk.disk.id)
+    found = {path.name: (images.mode(path), path.stat().st_uid) for path in sockets.iterdir()}
+    assert found == {"guest": (0o700, QEMU.uid), "stages": (0o700, user.uid)}
+    assert images.mode(disk.config.stage_directory) == 0o700
+    guest, inner = sockets / "guest/nbd", sockets / "stages/nbd"
+    monitor = disk.config.stage_directory / str(disk.disk.id) / "qmp"
+    outsider = User(64999, 64999)
+    reached = {
+        (who.uid, path)
+        for who in (QEMU, user, outsider)
+        for path in (guest, inner, monitor)
+        if can_connect(who, path)
+    }
+    assert reached == {(QEMU.uid, guest), (user.uid, inner)}
+
+
+def can_connect(user: User, path: Path) -> bool:
+    script = (
+        f"import os, socket; os.setgroups([]); os.setgid({user.gid}); os.setuid({user.uid})\n"
+        f"try: socket.socket(socket.AF_UNIX).connect({str(path)!r})\n"
+        "except PermissionError: raise SystemExit(1)"
+    )
+    done = subprocess.run([sys.executable, "-S", "-c", script], check=False)
+    assert done.returncode in (0, 1)
+    return done.returncode == 0
+
+
+@pytest.mark.parametrize("caching", [READ_ONLY, READ_WRITE])
+@pytest.mark.parametrize("double", [False, True])
+def test_a_cache_holds_ciphertext_in_a_file_without_a_name(
+    make: Make, caching: HostCaching, double: bool
+) -> None:
+    disk = make("qcow2", double=double, caching=caching)
+    disk.start()
+    said = disk.guest_io("write -P 0x5a 0 1M", "flush", "read -P 0x5a 0 1M")
+    assert said.count("1 MiB") >= 2, said
+    pid = disk.process("cache").pid()
+    files = [path for path in Path(f"/proc/{pid}/fd").iterdir() if "(deleted)" in str(path.readlink())]
+    cached = [path for path in files if path.readlink().parent == disk.config.cache_directory]
+    assert cached
+    assert sum(path.stat().st_blocks * 512 for path in cached) >= M
+    assert not images.contains(cached, b"\x5a" * 32)
+    assert list(disk.config.cache_directory.iterdir()) == []
+    assert images.mode(disk.config.cache_directory) == 0o700
+    if double:
+        # The cache is above the storage daemon: what it holds is the disk's own ciphertext.
+        assert b"LUKS\xba\xbe" in b"".join(path.read_bytes() for path in cached)
+
+
+def test_a_qcow2_below_a_cache_has_all_the_room_that_it_can_need(make: Make) -> None:
+    disk = make("qcow2", double=False, caching=READ_ONLY)
+    disk.start()
+    info = disk.disk.path.stat()
+    assert info.st_size >= qcow2.most_room(M)
+    assert info.st_blocks * 512 < 4 * M
+    assert "wrote 1048576" in disk.guest_io("write -P 0x5a 0 1M")
+
+
+def test_stages_are_made_anew(make: Make) -> None:
+    disk = make("qcow2")
+    disk.start()
+    (first,) = disk.pids()
+    disk.start()
+    (second,) = disk.pids()
+    assert second != first
+    (record,) = disk.stages.records()
+    assert record == disk.stages.record(disk.disk.id)
+    assert (record.domain, record.domain_id, record.owner) == ("web", DOMAIN, User(0, 0))
+    disk.stop()
+    disk.assert_nothing_is_left()
+    disk.stop()
+
+
+def test_a_domains_stages_are_ended_and_no_others(make: Make) -> None:
+    one, two, other = make("qcow2"), make("raw", caching=READ_ONLY), make("raw")
+    one.start()
+    two.start()
+    other.start(domain_id=uuid.UUID(int=8))
+    Stages(one.config).stop_domain(DOMAIN)
+    one.assert_nothing_is_left()
+    two.assert_nothing_is_left()
+    assert len(other.pids()) == 1
+    (one.config.stage_directory / "nonsense").mkdir()
+    assert [record.disk_id for record in one.stages.records()] == [other.disk.id]
+
+
+class TestNothingIsLeftOfAStartThatFails:
+    def test_another_dek(self, make: Make) -> None:
+        disk = make("qcow2", caching=READ_ONLY)
+        wrong = Dek.generate()
+        with pytest.raises(
+            StageError, match=r"the storage daemon cannot serve .*: Invalid password"
+        ) as failure:
+            disk.start(deks={"infrastructure": wrong})
+        disk.assert_nothing_is_left()
+        said = "".join(traceback.format_exception(failure.value))
+        assert wrong.passphrase.decode() not in said
+
+    def test_an_image_in_use(self, make: Make) -> None:
+        disk = make("raw")
+        keyed = images.KeyedImage(disk.disk.path, "raw", disk.deks["infrastructure"].passphrase)
+        with keyed.held():
+            with pytest.raises(DiskInUseError, match="in use by a running domain or another QEMU process"):
+                disk.start()
+            assert disk.pids() == []
+        disk.assert_nothing_is_left()
+
+    def test_a_program_that_is_missing(
+        self, make: Make, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        disk = make("raw", caching=READ_ONLY)
+        (folder / "bin").mkdir()
+        daemon = shutil.which("qemu-storage-daemon")
+        assert daemon
+        (folder / "bin/qemu-storage-daemon").symlink_to(daemon)
+        with monkeypatch.context() as patched:
+            patched.setenv("PATH", str(folder / "bin"))
+            with pytest.raises(ToolError, match=r"^nbdkit is not installed"):
+                disk.start()
+        disk.assert_nothing_is_left()
+
+    def test_a_cache_that_does_not_start(
+        self, make: Make, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        disk = make("raw", double=False, caching=READ_ONLY)
+        (folder / "bin").mkdir()
+        (folder / "bin/nbdkit").write_text("#!/bin/sh\necho no such filter >&2; exit 1\n")
+        (folder / "bin/nbdkit").chmod(0o755)
+        with monkeypatch.context() as patched:
+            patched.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
+            with pytest.raises(StageError, match="the host cache does not start: no such filter"):
+                disk.start()
+        disk.assert_nothing_is_left()
+
+    def test_a_path_that_is_too_long_for_a_socket(self, make: Make, config: Config, folder: Path) -> None:
+        root = folder / ("x" * 60)
+        root.mkdir()
+        disk = StagedDisk(dataclasses.replace(config, root=root), "raw")
+        with pytest.raises(StageError, match=r"too long for a socket, by [0-9]+ bytes"):
+            disk.start()
+        disk.assert_nothing_is_left()
+
+    def test_no_image(self, make: Make) -> None:
+        disk = make("raw")
+        disk.disk.path.unlink()
+        with pytest.raises(img.ImageError, match="is missing"):
+            disk.start()
+        assert disk.stages.records() == []
+
+
+def test_a_start_that_is_killed_anywhere_is_no_hindrance(make: Make) -> None:
+    disk = make("qcow2", caching=READ_ONLY)
+    modules = [virt_sse.stages.running]
+    points = crash_points(modules, disk.start)
+    disk.stop()
+    assert len(points) > 50
+    for number, point in enumerate(points):
+        assert dies_at(point, modules, disk.start)
+        if number % 4 == 0:
+            disk.start()
+            assert len(disk.pids()) == 2
+        disk.stop()
+        disk.assert_nothing_is_left()
+
+
+def test_an_end_that_is_killed_anywhere_is_no_hindrance(make: Make) -> None:
+    disk = make("qcow2", caching=READ_ONLY)
+    modules = [virt_sse.stages.running]
+    disk.start()
+    points = crash_points(modules, disk.stop)
+    assert len(points) > 20
+    for number, point in enumerate(points):
+        if number % 4 == 0:
+            disk.start()
+        dies_at(point, modules, disk.stop)
+        disk.stop()
+        disk.assert_nothing_is_left()
+
+
+def kill(disk: StagedDisk, name: str) -> None:
+    pid = disk.process(name).pid()
+    assert pid
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: disk.process(name).pid() is None)
+
+
+@pytest.mark.parametrize(
+    ("name", "double", "caching"),
+    [
+        ("storage", True, NONE),
+        ("storage", True, READ_ONLY),
+        ("cache", True, READ_ONLY),
+        ("cache", False, READ_ONLY),
+    ],
+)
+def test_what_keeps_all_is_started_again_and_has_all(
+    make: Make, name: str, double: bool, caching: HostCaching
+) -> None:
+    disk = make("raw", double=double, caching=caching)
+    disk.start()
+    assert "wrote 8192" in disk.guest_io("write -P 0x5a 4096 8192")
+    kill(disk, name)
+    (record,) = disk.stages.records()
+    assert disk.stages.dead(record) == [name]
+    assert "can't open" in disk.guest_io("read 0 512")
+    disk.stages.restart(disk.disk.id, disk.deks)
+    assert disk.stages.dead(record) == []
+    assert "failed" not in disk.guest_io("read -P 0x5a 4096 8192")
+    pids = disk.pids()
+    disk.stages.restart(disk.disk.id, disk.deks)
+    assert disk.pids() == pids
+    disk.stop()
+    disk.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize(
+    ("image_format", "double", "caching"),
+    [("qcow2", True, NONE), ("raw", True, READ_WRITE), ("qcow2", False, READ_WRITE)],
+)
+def test_what_may_have_lost_something_is_not(
+    make: Make, image_format: str, double: bool, caching: HostCaching
+) -> None:
+    disk = make(image_format, double=double, caching=caching)
+    disk.start()
+    name = "storage" if double else "cache"
+    kill(disk, name)
+    with pytest.raises(StageError, match="what it had not flushed is lost"):
+        disk.stages.restart(disk.disk.id, disk.deks)
+    assert disk.process(name).pid() is None
+    disk.start()
+    assert "read 512/512" in disk.guest_io("read 0 512")
+
+
+@pytest.mark.parametrize("caching", [NONE, READ_ONLY, READ_WRITE])
+@pytest.mark.parametrize("victim", ["storage", "cache"])
+def test_what_was_flushed_survives_a_kill(make: Make, caching: HostCaching, victim: str) -> None:
+    if victim == "cache" and caching is NONE:
+        pytest.skip("there is no cache")
+    disk = make("qcow2", caching=caching)
+    disk.start()
+    assert "wrote 1048576" in disk.guest_io("write -P 0x5a 0 1M", "flush")
+    kill(disk, victim)
+    disk.start()
+    assert "failed" not in disk.guest_io("read -P 0x5a 0 1M")
+    disk.stop()
+    disk.assert_nothing_is_left()
+
+
+class TestGrowth:
+    def test_a_raw_volume_under_a_guest_that_connects_again(self, make: Make) -> None:
+        disk = make("raw")
+        disk.start()
+        disk.stages.grow(disk.disk, 5 * M, reconnects=True)
+        disk.stop()
+        info = img.usable_size_within(disk.disk.path, disk.disk.format, list(disk.deks.values()))
+        assert info == 5 * M
+
+    def test_not_under_one_that_does_not(self, make: Make) -> None:
+        disk = make("raw")
+        disk.start()
+        with pytest.raises(StageError, match="cannot grow under a running guest") as failure:
+            disk.stages.grow(disk.disk, 5 * M, reconnects=False)
+        assert "stop the domain first" in str(failure.value.hint)
+
+    def test_a_qcow2_volume_has_room(self, make: Make) -> None:
+        disk = make("qcow2")
+        disk.start()
+        before = disk.stages.storage_daemon(disk.disk.id).size()
+        disk.stages.grow(disk.disk, 2 * M, reconnects=False)
+        assert disk.stages.storage_daemon(disk.disk.id).size() == before
+
+    def test_not_below_a_cache(self, make: Make) -> None:
+        disk = make("raw", caching=READ_ONLY)
+        disk.start()
+        with pytest.raises(StageError, match="host cache, which does not grow"):
+            disk.stages.grow(disk.disk, 5 * M, reconnects=True)
+
+    def test_a_disk_without_stages(self, make: Make) -> None:
+        disk = make("raw")
+        disk.stages.grow(disk.disk, 5 * M, reconnects=False)
