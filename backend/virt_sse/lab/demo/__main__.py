@@ -6,7 +6,7 @@ import sys
 import time
 
 from virt_sse.errors import VirtSseError, report
-from virt_sse.lab.demo import customer_key, platform_key
+from virt_sse.lab.demo import customer_key, platform_key, two_layers
 from virt_sse.lab.demo.stage import Stage
 from virt_sse.lab.host import LabHost
 
@@ -19,6 +19,7 @@ def main() -> None:
             stage = Stage(host)
             platform_key.play(stage)
             customer_key.play(stage)
+            two_layers.play(stage)
     except VirtSseError as exc:
         report(exc)
         for note in getattr(exc, "__notes__", ()):

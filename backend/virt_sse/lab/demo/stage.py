@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 from virt_sse.errors import LabError
 from virt_sse.lab.host import LabHost
+from virt_sse.lab.requirements import SYSTEM_PATH
 
 
 class Stage:
@@ -41,20 +41,14 @@ class Stage:
 
     def run(self, *command: str | Path, succeeds: bool = True) -> str:
         """Run a command behind the scenes, likewise."""
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        result = subprocess.run(
-            list(map(str, command)),
-            env=self.host.environment | {"PATH": path},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
+        path = os.pathsep.join(
+            [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath), SYSTEM_PATH]
         )
+        result = self.host.run(command, env={"PATH": path})
         if (result.returncode == 0) != succeeds:
             line = " ".join(map(str, command))
-            raise LabError(f"{line} exited {result.returncode}: {result.stdout.strip()}")
-        return result.stdout
+            raise LabError(f"{line} exited {result.returncode}: {result.stdout}{result.stderr}".strip())
+        return result.stdout + result.stderr
 
     def see_no_secret(self) -> None:
         """libvirt must have no secret of ours once no domain runs.
