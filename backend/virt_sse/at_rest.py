@@ -89,6 +89,7 @@ def survey(root: ET.Element, files: LibvirtFiles) -> list[AtRest]:
         _core_dumps(root, settings),
         *_memory_files(root, settings),
         _swap(root),
+        *_files_beside(root),
     ]
 
 
@@ -132,9 +133,18 @@ def tpm_state(root: ET.Element, files: LibvirtFiles) -> AtRest:
     domain = vm_id(root)
     folder = files.tpm(domain)
     where = str(folder)
+    backend = vm_metadata.emulated_tpm(root)
+    if backend is not None and backend.find("source") is not None:
+        return AtRest(
+            "tpm",
+            None,
+            State.PLAINTEXT,
+            "its state is at a place of its own, where nobody looks how it lies",
+            hint="take <source> out of the TPM's <backend>, with 'virsh edit'",
+        )
     present = _tpm_files(folder)
     encrypted = all(_is_encrypted_tpm(path) for path in present)
-    if vm_metadata.emulated_tpm(root) is None and not present:
+    if backend is None and not present:
         return AtRest("tpm", None, State.ABSENT, "the VM has no emulated TPM")
     if present and not encrypted:
         return AtRest(
@@ -283,3 +293,23 @@ def _swap(root: ET.Element) -> AtRest:
             "the host swaps without encryption, and memoryBacking is not locked",
         )
     return AtRest("swap", None, State.ABSENT, "the host does not swap to where it would lie in plaintext")
+
+
+def _files_beside(root: ET.Element) -> Iterator[AtRest]:
+    """What the guest says on a serial port, and folders of the host that it uses: an operator wants it so."""
+    consoles = [source.get("path") for source in root.iterfind("./devices/*[@type='file']/source")]
+    logs = [log.get("file") for log in root.iterfind("./devices/*/log")]
+    for path in dict.fromkeys(path for path in consoles + logs if path):
+        yield AtRest("console", path, State.PLAINTEXT, "what the guest says there is in a file")
+    for source in root.iterfind("./devices/filesystem/source"):
+        yield AtRest("filesystem", source.get("dir"), State.PLAINTEXT, "the guest shares it with the host")
+
+
+def memory_snapshot(xml: str) -> AtRest | None:
+    """What of a domain's snapshot *xml* is at rest beside its disks: the guest's memory, if it has that."""
+    root = ET.fromstring(xml)  # noqa: S314 -- from libvirtd, which is trusted
+    memory = root.find("memory[@snapshot='external']")
+    if memory is None or not memory.get("file"):
+        return None
+    reason = "libvirt cannot encrypt the memory in a snapshot"
+    return AtRest("memory-snapshot", memory.get("file"), State.PLAINTEXT, reason)

@@ -36,6 +36,7 @@ from virt_sse.set_provisioning import SetProvisioning
 from virt_sse.stages import Stages
 from virt_sse.store import Store
 from virt_sse.transfer import Progress, Transfer, silent
+from virt_sse.verification.verification import Verification
 from virt_sse.virtual_machines import VirtualMachines
 from virt_sse.wrapping import Wrapping
 
@@ -81,6 +82,7 @@ class Backend:
         serving = Serving(config, self._store, self.plugins, wrapping, self.stages)
         self.domains = Domains(config.libvirt_uri, self.plugins, serving, self.stages)
         self.vms = VirtualMachines(config, self._store, self.plugins, wrapping, serving, self.inspector)
+        self.verification = Verification(config, self._store, self.plugins, wrapping, serving, self.vms)
         try:
             temp_disks.erase_of_other_boots(config)
             self._provisioning.recover()

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 from uuid import UUID
 
 from virt_sse.agent.client import SOCKET
@@ -29,7 +29,7 @@ _TABLES = {
     "host": {"subscription", "region", "storage-user"},
     "encryption-sets": {"limit", "operator-credential"},
     "policy": {"tables", "enforce"},
-    "agent": {"timeout", "poll-seconds", "probe-seconds", "rotation-seconds"},
+    "agent": {"timeout", "poll-seconds", "probe-seconds", "rotation-seconds", "plaintext"},
 }
 
 
@@ -45,20 +45,30 @@ class IoErrors(enum.Enum):
     REPORT = "report"
 
 
+class PlaintextPolicy(enum.Enum):
+    """What the agent does when it finds an image without encryption that data of an encrypted disk is in."""
+
+    WARN = "warn"
+    PAUSE = "pause"
+    FOLD = "fold"
+
+
 @dataclass(frozen=True, slots=True)
 class AgentConfig:
-    """How the agent works. All in seconds.
+    """How the agent works. Times are in seconds.
 
     :ivar timeout: how long the hook waits for it before it serves an event itself.
     :ivar poll_seconds: between two looks at each key that is in use.
     :ivar probe_seconds: between two unwraps with each, which find what a look does not.
     :ivar rotation_seconds: between two looks for new versions of keys.
+    :ivar plaintext: what it does about images without encryption.
     """
 
     timeout: float = 30.0
     poll_seconds: float = 2.0
     probe_seconds: float = 30.0
     rotation_seconds: float = 60.0
+    plaintext: PlaintextPolicy = PlaintextPolicy.WARN
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +156,7 @@ class Config:
             enforce_policy=document.get("policy", {}).get("enforce", True),
             required_plugins=tuple(document.get("plugins", {}).get("required", ())),
             provider_options=document.get("key-providers", {}),
-            agent=AgentConfig(
-                **{name.replace("-", "_"): float(value) for name, value in document.get("agent", {}).items()}
-            ),
+            agent=_agent(document.get("agent", {})),
         )
 
     @property
@@ -235,6 +243,11 @@ def _io_errors(path: Path, text: str | None) -> IoErrors:
         raise ConfigError(f"{path}: 'io-errors' in [disks] must be one of {known}") from exc
 
 
+def _agent(table: Mapping[str, Any]) -> AgentConfig:
+    seconds = {name.replace("-", "_"): float(value) for name, value in table.items() if name != "plaintext"}
+    return AgentConfig(plaintext=PlaintextPolicy(table.get("plaintext", "warn")), **seconds)
+
+
 def _check(path: Path, document: Mapping[str, object]) -> None:
     """Refuse what is misspelt: an option that is silently ignored is a policy that does not hold."""
     for table, content in document.items():
@@ -264,6 +277,10 @@ def _check(path: Path, document: Mapping[str, object]) -> None:
                     raise ConfigError(
                         f"{path}: {option!r} in [disks] must be seconds, from 1 to {_LONGEST_RECONNECT}"
                     )
+            elif option == "plaintext":
+                if value not in [policy.value for policy in PlaintextPolicy]:
+                    known = ", ".join(repr(policy.value) for policy in PlaintextPolicy)
+                    raise ConfigError(f"{path}: 'plaintext' in [agent] must be one of {known}")
             elif table == "agent":
                 if type(value) not in (int, float) or not 0 < value < math.inf:
                     raise ConfigError(f"{path}: {option!r} in [agent] must be a number of seconds above 0")

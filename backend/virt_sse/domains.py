@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from uuid import UUID
 
 import libvirt
@@ -105,7 +105,7 @@ class Domains:
             with contextlib.ExitStack() as undo:
                 if domain.isActive():
                     uses = domain_xml.our_disks(f"<domain><devices>{element}</devices></domain>")
-                    undo.callback(self._forget, connection, disk)
+                    undo.callback(self._forget, domain, disk)
                     self.serving.serve(connection, name, domain.XMLDesc(), uses)
                 domain.attachDeviceFlags(element, sum(_definitions(domain)))
                 undo.pop_all()
@@ -128,26 +128,13 @@ class Domains:
                     domain.detachDeviceFlags(element, definition)
             with _ending_is_fine(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE):
                 self._await_unplug(domain, disk)
-            self._forget(connection, disk)
+            self._forget(domain, disk)
 
-    def _forget(self, connection: libvirt.virConnect, disk: Disk) -> None:
+    def _forget(self, domain: libvirt.virDomain, disk: Disk) -> None:
         """Take away what a domain was given of the disk."""
         for entry in disk.deks:
-            drop_secret(connection, disk.id, entry.slot)
-        self._stages.stop(disk.id)
-
-    def redefine_disks(self, domain: libvirt.virDomain, disks: Mapping[UUID, Disk]) -> None:
-        """Let the definition of a domain find our disks as they are served now, e.g. with other host caching.
-
-        :param disks: by id; those that are to be found anew.
-        :raise libvirt.libvirtError: When libvirt refuses.
-        """
-        flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
-        before = domain.XMLDesc(flags)
-        sources = {disk_id: self.serving.source(disk) for disk_id, disk in disks.items()}
-        after = domain_xml.with_sources(before, sources)
-        if after != before:
-            domain.connect().defineXML(after)
+            drop_secret(domain.connect(), disk.id, entry.slot)
+        self._stages.stop(disk.id, domain_id=UUID(domain.UUIDString()))
 
     def _await_unplug(self, domain: libvirt.virDomain, disk: Disk) -> None:
         """The guest itself must let go of a disk of a running domain."""

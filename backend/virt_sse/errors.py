@@ -15,6 +15,7 @@
     ├── DiskStateError               the disk is in a state that does not allow this
     │   └── DiskInUseError           a domain or another command is using it
     ├── VmStateError                 the domain is in a state that does not allow this
+    ├── VerificationError            what runs is not what was asked for
     ├── ImageError                   the image file cannot be made, read or written
     │   ├── ImageFormatError         it is not what its format says
     │   └── EnvelopeError            the wrapped DEKs in its header cannot be read
@@ -116,6 +117,10 @@ class DiskInUseError(DiskStateError):
 
 class VmStateError(VirtSseError):
     """The domain is in a state that does not allow the operation: it runs, is saved, or is at work on."""
+
+
+class VerificationError(VirtSseError):
+    """What runs, or is defined, is not what was asked for."""
 
 
 class ImageError(VirtSseError):

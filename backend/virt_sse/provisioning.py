@@ -38,6 +38,7 @@ from virt_sse.in_guest.images import in_image
 from virt_sse.in_guest.inspection import Content
 from virt_sse.keys import Dek, DekContext
 from virt_sse.layers import EncryptionType, LayerChoice
+from virt_sse.libvirt.references import TEMP_SLOT
 from virt_sse.locks import DiskLocks
 from virt_sse.plugins import PluginHost
 from virt_sse.policy import CreateDisk, DeleteDisk, ResizeDisk
@@ -204,6 +205,8 @@ class Provisioning:
         with img.opened(path) as descriptor:
             image_format = img.probe_format(descriptor)
             carried = envelope.read(descriptor, image_format)
+        if any(entry.slot == TEMP_SLOT for entry in carried.deks):
+            raise ImageError(f"{path} is the temporary disk of a VM, and goes with it")
         disk = Disk(
             id=carried.disk_id,
             name=check_name(name or carried.name),

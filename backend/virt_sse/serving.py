@@ -87,23 +87,26 @@ class Serving:
     def _serve(self, connection: libvirt.virConnect, name: str, xml: str, served: Sequence[_Served]) -> None:
         domain_id = domain_xml.domain_uuid(xml)
         qemu = None
+        before: dict[UUID, UUID | None] = {}
         if any(self._source(each).behind for each in served):
             for each in served:
-                self._refuse_shared(connection, each.disk, domain_id)
+                before[each.disk.id] = self._ended_user(connection, each.disk, domain_id)
             qemu = domain_xml.qemu_user(xml) or default_qemu_user(connection.getCapabilities())
         with contextlib.ExitStack() as undo:
-            pool = undo.enter_context(ThreadPoolExecutor(_AT_ONCE, "serve"))
             for each in served:
-                undo.callback(self._stages.stop, each.disk.id)
-            starting = [pool.submit(self._start, each, name, domain_id, qemu) for each in served]
+                undo.callback(self._stages.stop, each.disk.id, domain_id=domain_id)
+            with ThreadPoolExecutor(_AT_ONCE, "serve") as pool:  # all have ended before one is undone
+                starting = [
+                    pool.submit(self._start, each, name, domain_id, qemu, before.get(each.disk.id))
+                    for each in served
+                ]
             for use, dek in [found for started in starting for found in started.result()]:
                 undo.callback(drop_secret, connection, use.disk_id, use.slot)
                 set_secret(connection, use.disk_id, use.slot, dek)
-            pool.shutdown()
             undo.pop_all()
 
     def restore(self, name: str, xml: str) -> None:
-        """Give libvirt the DEKs of a running domain's disks, and of its own, again. Its stages are left alone.
+        """Give libvirt the DEKs of a running domain, and of its disks, again. Its stages are left alone.
 
         :raise VirtSseError: When one cannot be had; then none of the disks'.
         """
@@ -212,21 +215,34 @@ class Serving:
             hint=f"the disk's image is {disk.path}; one that was moved is found by 'virt-sse disk adopt'",
         )
 
-    def _refuse_shared(self, connection: libvirt.virConnect, disk: Disk, domain_id: UUID) -> None:
+    def _ended_user(self, connection: libvirt.virConnect, disk: Disk, domain_id: UUID) -> UUID | None:
+        """Another domain that stages of the disk were started for, and that has ended since.
+
+        :raise DiskInUseError: When it runs.
+        """
         record = self._stages.record(disk.id)
         if record is None or record.domain_id == domain_id:
-            return
+            return None
         with contextlib.suppress(libvirt.libvirtError):
             if connection.lookupByUUID(record.domain_id.bytes).isActive():
                 raise DiskInUseError(f"disk {disk.name!r} is in use by domain {record.domain!r}")
+        return record.domain_id
 
     def _start(
-        self, served: _Served, domain: str, domain_id: UUID, qemu: User | None
+        self, served: _Served, domain: str, domain_id: UUID, qemu: User | None, replacing: UUID | None
     ) -> list[tuple[DomainDisk, Dek]]:
         """Start the disk's stages; the DEKs that libvirt is to have."""
         deks, for_libvirt = self._unlock(served, domain)
         if qemu:
-            self._stages.start(served.disk, served.plan, deks, domain_id=domain_id, domain=domain, qemu=qemu)
+            self._stages.start(
+                served.disk,
+                served.plan,
+                deks,
+                domain_id=domain_id,
+                domain=domain,
+                qemu=qemu,
+                replacing=replacing,
+            )
         return for_libvirt
 
     def _unlock(self, served: _Served, domain: str) -> tuple[dict[str, Dek], list[tuple[DomainDisk, Dek]]]:

@@ -20,7 +20,7 @@ from uuid import UUID
 import libvirt
 
 from virt_sse import temp_disks
-from virt_sse.at_rest import AtRest, has_tpm_state, survey
+from virt_sse.at_rest import AtRest, has_tpm_state, memory_snapshot, survey
 from virt_sse.config import Config
 from virt_sse.disks import Disk
 from virt_sse.errors import InvalidValueError, LibvirtError, PolicyError, VirtSseError, VmStateError
@@ -141,6 +141,7 @@ class VirtualMachines:
             _refuse_if_it_runs(domain)
             vm_id = UUID(bytes=domain.UUID())
             with self._serving.locked(vm_id, name):
+                _refuse_if_it_runs(domain)
                 self._update(domain, vm_id, changes, host_id(connection))
             return self._view(domain, with_rest=True)
 
@@ -232,7 +233,7 @@ class VirtualMachines:
         disks: dict[str, Disk] = {}
         rest: list[AtRest] = []
         try:
-            rest = survey(root, self._serving.files) if with_rest else []
+            rest = self._at_rest(domain, root) if with_rest else []
             disks = self._by_target(text)
             said = vm_metadata.stated(root)
             properties = said.properties if said else VmProperties()
@@ -246,6 +247,10 @@ class VirtualMachines:
             problem = exc
         tpm_key = vm.tpm.key if vm and vm.tpm else None
         return VmView(vm_id, name, is_active, properties, problem, disks, tpm_key, tuple(rest))
+
+    def _at_rest(self, domain: libvirt.virDomain, root: ET.Element) -> list[AtRest]:
+        snapshots = [memory_snapshot(snapshot.getXMLDesc()) for snapshot in domain.listAllSnapshots()]
+        return [*survey(root, self._serving.files), *(each for each in snapshots if each)]
 
     def _tidy(self, connection: libvirt.virConnect, domains: Collection[libvirt.virDomain]) -> None:
         """Erase temporary disks that no domain uses, and forget the VMs of this host whose domain is gone.
@@ -293,6 +298,8 @@ class VirtualMachines:
         wrapped = self._wrapping.wrap(dek, target, context=tpm_context(vm.id))
         if not self._store.vms.replace_tpm(vm.id, vm.tpm, wrapped):
             raise VmStateError(f"domain {vm.name!r} was changed by another command at the same time")
+        if self._has_tpm_state(vm.id):
+            self._serving.carry_tpm_dek(dataclasses.replace(vm, tpm=wrapped))
         return True
 
 

@@ -11,7 +11,7 @@ from uuid import UUID
 
 import libvirt
 
-from virt_sse import temp_disks
+from virt_sse import temp_disks, tpm_envelope
 from virt_sse.at_rest import AtRest, LibvirtFiles, has_tpm_state, survey
 from virt_sse.config import Config
 from virt_sse.disks import PLATFORM_KEY, Disk
@@ -30,7 +30,7 @@ from virt_sse.layers import HostCaching
 from virt_sse.libvirt import domain_xml, vm_metadata
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.host_id import host_id
-from virt_sse.libvirt.references import TEMP_SLOT, TPM_SLOT
+from virt_sse.libvirt.references import TEMP_SLOT, TPM_SLOT, secret_uuid
 from virt_sse.libvirt.secrets import drop_secret, set_secret
 from virt_sse.libvirt.users import default_qemu_user
 from virt_sse.libvirt.vm_metadata import Stated
@@ -51,7 +51,7 @@ class VmServing:
         self._config = config
         self._store = store
         self._plugins = plugins
-        self._wrapping = wrapping
+        self.wrapping = wrapping
         self._locks = DiskLocks(config.state_directory / "vms.lock")
         self.files = LibvirtFiles(config.root)
 
@@ -76,6 +76,7 @@ class VmServing:
                 if properties.encryption_at_host:
                     refuse_at_rest(survey(root, self.files), name)
                 has_tpm = vm_metadata.has_tpm_of_ours(root, vm_id)
+                self._refuse_tpm_of_another(root, vm_id, name)
                 if said or has_tpm:
                     with connected(self._config.libvirt_uri) as connection:
                         vm = self._seen(vm or new(vm_id, said), name, host_id(connection))
@@ -97,7 +98,7 @@ class VmServing:
             if slot == TPM_SLOT:
                 dek = self.tpm_dek(self._store.vms.find(vm_id), name)
             else:
-                dek = temp_disks.unlock(self._config, self._wrapping, vm_id, name)
+                dek = temp_disks.unlock(self._config, self.wrapping, vm_id, name)
             deks.append((owner, slot, dek))
         with connected(self._config.libvirt_uri) as connection, contextlib.ExitStack() as undo:
             for owner, slot, dek in deks:
@@ -124,7 +125,7 @@ class VmServing:
             yield
 
     def settled(self, vm: Vm | None, said: Stated | None) -> Vm | None:
-        """The VM after an update that was cut off has been finished, or undone, by what the definition says."""
+        """The VM once an update that was cut off is finished, or undone, by what the definition says."""
         if vm is None or vm.pending is None:
             return vm
         if said and said.generation == vm.generation + 1 and said.properties == vm.pending.properties:
@@ -145,29 +146,41 @@ class VmServing:
         :raise KeyProviderError: When it cannot be unwrapped.
         """
         if vm is None or vm.tpm is None:
-            raise KeyNotFoundError(
-                f"the store does not have the key of the TPM of domain {name!r}",
-                hint="restore the store from a backup; without it what the TPM holds is lost",
-            )
+            raise _lost(name)
         with audit_context(domain=name):
-            return self._wrapping.unwrap(vm.tpm, context=tpm_context(vm.id))
+            return self.wrapping.unwrap(vm.tpm, context=tpm_context(vm.id))
 
     def with_tpm_dek(self, vm: Vm) -> Vm:
         """The VM with a DEK for its TPM, in the store before anything is encrypted with it.
 
+        For state that there is, one that the store has lost is that which lies beside it.
+
         :raise KeyProviderError: When it cannot be wrapped.
-        :raise KeyNotFoundError: When there is state already that was encrypted with one that is lost.
+        :raise KeyNotFoundError: When there is state, and its DEK is lost.
+        :raise EnvelopeError: When what lies beside the state cannot be read.
         """
         if vm.tpm is not None:
             return vm
+        wrapped = None
         if has_tpm_state(vm.id, self.files):
-            self.tpm_dek(vm, vm.name)
-        with audit_context(domain=vm.name):
-            key = self._wrapping.current_key(PLATFORM_KEY)
-            wrapped = self._wrapping.wrap(Dek.generate(), key, context=tpm_context(vm.id))
+            wrapped = tpm_envelope.read(self.files.tpm(vm.id), vm.id)
+            if wrapped is None:
+                raise _lost(vm.name)
+        if wrapped is None:
+            with audit_context(domain=vm.name):
+                key = self.wrapping.current_key(PLATFORM_KEY)
+                wrapped = self.wrapping.wrap(Dek.generate(), key, context=tpm_context(vm.id))
         vm = dataclasses.replace(vm, tpm=wrapped)
         self._store.vms.put(vm)
         return vm
+
+    def carry_tpm_dek(self, vm: Vm) -> None:
+        """Let the state of a VM's TPM carry its wrapped DEK.
+
+        :raise EnvelopeError: When it cannot be written.
+        """
+        if vm.tpm is not None:
+            tpm_envelope.write(self.files.tpm(vm.id), vm.id, vm.tpm)
 
     def _seen(self, vm: Vm, name: str, host: UUID) -> Vm:
         """The VM, noted to be here."""
@@ -189,6 +202,7 @@ class VmServing:
         if has_tpm:
             vm = self.with_tpm_dek(vm)
             deks[vm.id, TPM_SLOT] = self.tpm_dek(vm, vm.name)
+            self.carry_tpm_dek(vm)
         size = vm.properties.temp_disk_size
         uses = domain_xml.temp_disks(xml)
         self._check_temp_disk(vm, uses)
@@ -196,12 +210,25 @@ class VmServing:
             qemu = domain_xml.qemu_user(xml) or default_qemu_user(connection.getCapabilities())
             undo.callback(temp_disks.erase, self._config, vm.id)
             dek = temp_disks.create(
-                self._config, self._plugins.host_layer(), self._wrapping, vm.id, vm.name, size, qemu
+                self._config, self._plugins.host_layer(), self.wrapping, vm.id, vm.name, size, qemu
             )
             deks[temp_disk_id(vm.id), TEMP_SLOT] = dek
         undo.callback(_drop, self._config.libvirt_uri, list(deks))
         for (owner, slot), dek in deks.items():
             set_secret(connection, owner, slot, dek)
+
+    def _refuse_tpm_of_another(self, root: ET.Element, vm_id: UUID, name: str) -> None:
+        """A copy of a VM's definition names that one's secret, which is there while that one runs."""
+        secret = vm_metadata.tpm_secret(root)
+        if secret is None:
+            return
+        for other in self._store.vms.all():
+            if other.id != vm_id and secret == secret_uuid(other.id, TPM_SLOT):
+                raise InvalidValueError(
+                    f"the TPM of domain {name!r} has the key of that of domain {other.name!r}",
+                    hint="take <encryption> out of its <backend>, with 'virsh edit'; "
+                    f"'virt-sse vm update {name} --encryption-at-host on' puts its own there",
+                )
 
     def _check_temp_disk(self, vm: Vm, uses: list[domain_xml.DomainDisk]) -> None:
         wanted = vm.properties.temp_disk_size is not None
@@ -218,6 +245,13 @@ class VmServing:
                 )
             if use.source is None or canonical(use.source) != place:
                 raise InvalidValueError(f"the temporary disk {use.target} is not at {place}", hint=hint)
+
+
+def _lost(name: str) -> KeyNotFoundError:
+    return KeyNotFoundError(
+        f"the store does not have the key of the TPM of domain {name!r}",
+        hint="restore the store from a backup; without it what the TPM holds is lost",
+    )
 
 
 def new(vm_id: UUID, said: Stated | None) -> Vm:

@@ -25,6 +25,7 @@ import customer
 import data
 import domain
 import hook
+import hsm
 import machine
 import rewrap
 import virt_sse
@@ -41,6 +42,7 @@ BENCHES: Mapping[str, Bench] = {
     "data": data.measure,
     "rewrap": rewrap.measure,
     "customer": customer.measure,
+    "hsm": hsm.measure,
 }
 
 

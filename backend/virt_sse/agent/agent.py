@@ -20,6 +20,7 @@ from virt_sse.agent.key_watch import KeyWatch
 from virt_sse.agent.listener import listening
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
+from virt_sse.agent.plaintext_watch import PlaintextWatch
 from virt_sse.agent.revocation import Revocation
 from virt_sse.agent.secret_keeper import SecretKeeper
 from virt_sse.agent.server import AgentServer, Service
@@ -68,6 +69,7 @@ class Agent:
         self._stages = StageWatch(
             backend.stages, backend.domains, metrics, unused_seconds=_UNUSED_POLLS * seconds
         )
+        self._plaintext = PlaintextWatch(backend, metrics)
         self._rotation = AutomaticRotation(backend, metrics, config.agent.rotation_seconds)
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
@@ -87,6 +89,7 @@ class Agent:
         self._revocation.stop()
         self._secrets.stop()
         self._stages.stop()
+        self._plaintext.stop()
         self._keys.stop()
 
     def serve_hook(self, event: str, domain: str, xml: str) -> None:
@@ -122,7 +125,8 @@ class Agent:
                     "name": domain.name,
                     "disks": len({use.disk_id for use in domain.uses}),
                     "revoked": self._revocation.reason(domain),
-                    "paused": domain.paused_by_us,
+                    "paused": domain.paused_by_us or domain.paused_for_plaintext,
+                    "plaintext": self._plaintext.links(domain),
                 }
                 for domain in snapshot.domains
             ],
@@ -160,6 +164,8 @@ class Agent:
         if self._inventory.connected:
             self._secrets.keep(snapshot, lambda domain: self._revocation.reason(domain) is not None)
             self._stages.keep(snapshot)
+            revoked = {domain.uuid for domain in snapshot.domains if self._revocation.reason(domain)}
+            self._plaintext.keep(snapshot, revoked)
             running = {domain.uuid for domain in snapshot.domains}
             temp_disks.erase_unused(self._config, running, before=snapshot.time - temp_disks.SETTLED_SECONDS)
         states = self._keys.states()

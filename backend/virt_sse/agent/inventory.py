@@ -17,11 +17,15 @@ from virt_sse.libvirt import domain_xml
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.references import PREFIX, usage
 from virt_sse.libvirt.vm_metadata import secrets_of_vm
+from virt_sse.verification.chains import may_be_ours
 
 _log = logging.getLogger(__name__)
 
 PAUSED_NAMESPACE = "https://virt-sse.invalid/agent/1"
-"""Of the element in a running domain's metadata that says that the agent has paused it."""
+"""Of the element in a running domain's metadata that says that the agent has paused it: its key was gone."""
+
+PLAINTEXT_NAMESPACE = "https://virt-sse.invalid/agent/plaintext/1"
+"""Likewise, because data of its encrypted disks was in an image without encryption."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0
 
@@ -32,7 +36,9 @@ class RunningDomain:
 
     :ivar run: libvirt's number of it, which no other run of the domain has.
     :ivar runs: whether its processors do, rather than stand still.
-    :ivar paused_by_us: whether it was the agent that paused it.
+    :ivar paused_by_us: whether it was the agent that paused it, for its key.
+    :ivar paused_for_plaintext: whether it was the agent that paused it, for an image without encryption.
+    :ivar backup: libvirt's XML of a backup of it that is under way.
     :ivar own_secrets: of ours, those that are not a disk's in the store; by id and slot.
     """
 
@@ -44,6 +50,8 @@ class RunningDomain:
     paused_by_us: bool
     own_secrets: tuple[tuple[UUID, str], ...]
     xml: str = field(repr=False, compare=False)
+    paused_for_plaintext: bool = False
+    backup: str | None = field(default=None, repr=False, compare=False)
 
     @property
     def usages(self) -> frozenset[str]:
@@ -60,12 +68,14 @@ class Snapshot:
     :ivar secrets: the usage ids of libvirt's secrets that are ours. Seen before the domains: the secrets of a
         domain that is listed may be missing here because it was just starting.
     :ivar time: of ``time.time()``.
+    :ivar others: domains that have no disk of ours, and one that may have been.
     """
 
     number: int = 0
     domains: tuple[RunningDomain, ...] = ()
     secrets: frozenset[str] = frozenset()
     time: float = 0.0
+    others: tuple[RunningDomain, ...] = ()
 
 
 class Inventory:
@@ -120,8 +130,10 @@ class Inventory:
         while not self._stopping:
             secrets = frozenset(_our_secrets(connection))
             listed = connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
-            domains = tuple(found for domain in listed if (found := self._look_at(domain)))
-            self.snapshot = Snapshot(self.snapshot.number + 1, domains, secrets, time.time())
+            seen = [found for domain in listed if (found := self._look_at(domain))]
+            domains = tuple(each for each in seen if PREFIX in each.xml)
+            others = tuple(each for each in seen if PREFIX not in each.xml)
+            self.snapshot = Snapshot(self.snapshot.number + 1, domains, secrets, time.time(), others)
             self._changed()
             self._wait(self._seconds)
 
@@ -143,7 +155,7 @@ class Inventory:
         uuid = UUID(bytes=domain.UUID())
         try:
             xml = domain.XMLDesc()
-            if PREFIX not in xml:
+            if PREFIX not in xml and not may_be_ours(xml):
                 return None
             state, _ = domain.state()
             return RunningDomain(
@@ -155,6 +167,8 @@ class Inventory:
                 paused_by_us=PAUSED_NAMESPACE in xml,
                 own_secrets=tuple(secrets_of_vm(xml)),
                 xml=xml,
+                paused_for_plaintext=PLAINTEXT_NAMESPACE in xml,
+                backup=_backup(domain),
             )
         except libvirt.libvirtError as exc:
             if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
@@ -163,6 +177,15 @@ class Inventory:
             if uuid not in self._odd:
                 self._odd.add(uuid)
                 _log.warning("domain-unclear", extra=fields({"domain": domain.name(), "reason": str(exc)}))
+        return None
+
+
+def _backup(domain: libvirt.virDomain) -> str | None:
+    try:
+        return str(domain.backupGetXMLDesc())
+    except libvirt.libvirtError as exc:
+        if exc.get_error_code() not in (libvirt.VIR_ERR_NO_DOMAIN_BACKUP, libvirt.VIR_ERR_NO_SUPPORT):
+            raise
         return None
 
 

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 
 import libvirt
 
-from virt_sse.agent.inventory import PAUSED_NAMESPACE, RunningDomain
+from virt_sse.agent.inventory import PAUSED_NAMESPACE, PLAINTEXT_NAMESPACE, RunningDomain
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.secrets import drop_secret
 
 _ENDED = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
 _MARK, _PREFIX = "<paused/>", "virt-sse"
+_MARKS = (PAUSED_NAMESPACE, PLAINTEXT_NAMESPACE)
+"""By why a domain was paused. It may be for both, and then goes on when neither holds."""
 
 
 def ask_to_shut_down(uri: str, domain: RunningDomain) -> bool:
@@ -46,32 +48,37 @@ def destroy(uri: str, domain: RunningDomain) -> bool:
     return done
 
 
-def pause(uri: str, domain: RunningDomain) -> bool:
+def pause(uri: str, domain: RunningDomain, why: str = PAUSED_NAMESPACE) -> bool:
     """Stop its processors, with a mark that it was us.
 
+    :param why: the mark's namespace.
     :raise LibvirtError: When libvirt refuses.
     """
     with _run(uri, domain) as found:
         if found is None or found.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
             return False
-        _mark(found, _MARK)
+        _mark(found, _MARK, why)
         found.suspend()
         return True
     return False
 
 
-def resume(uri: str, domain: RunningDomain) -> bool:
-    """Let it go on, if it was us who paused it and it stands still.
+def resume(uri: str, domain: RunningDomain, why: str = PAUSED_NAMESPACE) -> bool:
+    """Let it go on, if it was us who paused it, for no other reason, and it stands still.
 
+    :param why: the mark's namespace.
     :raise LibvirtError: When libvirt refuses.
     """
     with _run(uri, domain) as found:
         if found is None:
             return False
         paused = found.state()[0] == libvirt.VIR_DOMAIN_PAUSED
+        xml = found.XMLDesc()
+        if any(other in xml for other in _MARKS if other != why):
+            paused = False
         if paused:
             found.resume()
-        _mark(found, None)
+        _mark(found, None, why)
         return bool(paused)
     return False
 
@@ -87,11 +94,9 @@ def drop_secrets(uri: str, domain: RunningDomain) -> bool:
     return True
 
 
-def _mark(found: libvirt.virDomain, mark: str | None) -> None:
+def _mark(found: libvirt.virDomain, mark: str | None, why: str) -> None:
     """In its live definition alone, so that the mark ends with the run, and outlives the agent."""
-    found.setMetadata(
-        libvirt.VIR_DOMAIN_METADATA_ELEMENT, mark, _PREFIX, PAUSED_NAMESPACE, libvirt.VIR_DOMAIN_AFFECT_LIVE
-    )
+    found.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, mark, _PREFIX, why, libvirt.VIR_DOMAIN_AFFECT_LIVE)
 
 
 @contextlib.contextmanager

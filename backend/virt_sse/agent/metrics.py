@@ -62,6 +62,17 @@ class Metrics:
         self.failed_actions = Counter(
             f"{_PREFIX}_domain_action_failures", "What could not be done.", ["action"], registry=registry
         )
+        self.plaintext_links = Gauge(
+            f"{_PREFIX}_plaintext_links",
+            "Images without encryption that data of our disks is in now.",
+            registry=registry,
+        )
+        self.plaintext_links_found = Counter(
+            f"{_PREFIX}_plaintext_links_found",
+            "Those that were found, by what they are to the disk.",
+            ["kind"],
+            registry=registry,
+        )
         self.rewrapped = Counter(
             f"{_PREFIX}_rewrapped_disks", "Disks that followed their key.", registry=registry
         )

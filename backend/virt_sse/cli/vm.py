@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from virt_sse.at_rest import State
 from virt_sse.cli.output import Output, OutputFormat, human_size, print_fields, print_rows
 from virt_sse.cli.session import backend
 from virt_sse.cli.vm_inspect import vm_inspect
+from virt_sse.cli.vm_verify import vm_verify
 from virt_sse.disks import parse_size
 from virt_sse.errors import InvalidValueError
 from virt_sse.layers import HostCaching
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Virtual machines: libvirt's domains.", no_args_is_help=True, rich_markup_mode=None)
 app.command(name="inspect")(vm_inspect)
+app.command(name="verify")(vm_verify)
 
 DomainName = Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name.", show_default=False)]
 
@@ -48,7 +49,7 @@ def list_(output: Output = OutputFormat.TABLE) -> None:
 
 @app.command()
 def show(domain: DomainName, output: Output = OutputFormat.TABLE) -> None:
-    """Show what a domain is to be, and all of it that lies on this host at rest: encrypted, or not and why."""
+    """Show what a domain is to be, and how all of it that is at rest on this host lies there."""
     with backend() as b:
         view = b.vms.show(domain)
     _print(view, output)
@@ -74,7 +75,7 @@ def update(
         typer.Option(
             "--disk-caching",
             metavar="TARGET=CACHING",
-            help="What the host caches of a disk: None, ReadOnly or ReadWrite, e.g. vda=ReadOnly. Repeatable.",
+            help="What the host caches of a disk: None, ReadOnly or ReadWrite. May be repeated.",
         ),
     ] = None,
     output: Output = OutputFormat.TABLE,
@@ -130,6 +131,8 @@ def _summary(view: VmView, output: OutputFormat) -> dict[str, object]:
 
 def _print(view: VmView, output: OutputFormat) -> None:
     """The VM; what of it is in plaintext at the end, and once more as a warning."""
+    from virt_sse.at_rest import State
+
     fields = _summary(view, output)
     fields["tpm-key"] = str(view.tpm_key) if view.tpm_key else None
     fields["disks"] = [

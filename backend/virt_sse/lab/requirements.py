@@ -19,6 +19,8 @@ PACKAGES = {
     "nsenter": "util-linux",
     "qemu-system-x86_64": "qemu-system-x86",
     "setpriv": "util-linux",
+    "swtpm": "swtpm",
+    "swtpm_setup": "swtpm-tools",
     "umount": "mount",
     "unshare": "util-linux",
     "virsh": "libvirt-clients",

@@ -19,7 +19,7 @@ from virt_sse.disks import check_size
 from virt_sse.errors import InvalidValueError
 from virt_sse.libvirt import domain_xml
 from virt_sse.libvirt.domain_xml import DiskSource
-from virt_sse.libvirt.references import TEMP_SLOT, TPM_SLOT, VM_NAMESPACE, secret_uuid, usage
+from virt_sse.libvirt.references import PREFIX, TEMP_SLOT, TPM_SLOT, VM_NAMESPACE, secret_uuid
 from virt_sse.vms import VmProperties, check_size_name, temp_disk_id
 
 _PREFIX = "virt-sse"
@@ -133,11 +133,7 @@ def set_temp_disk(root: ET.Element, vm_id: UUID, path: Path | None) -> None:
     devices = root.find("devices")
     if devices is None:
         raise InvalidValueError("the domain has no devices")
-    present = [
-        disk
-        for disk in devices.findall("disk")
-        if any(secret.get("usage") == usage(disk_id, TEMP_SLOT) for secret in disk.iter("secret"))
-    ]
+    present = [disk for disk in devices.findall("disk") if _is_temporary(disk)]
     for disk in present if path is None else present[1:]:
         devices.remove(disk)
     if path is None:
@@ -145,9 +141,16 @@ def set_temp_disk(root: ET.Element, vm_id: UUID, path: Path | None) -> None:
     source = DiskSource(disk_id, TEMP_SLOT, "raw", path)
     if present:
         domain_xml.set_source(present[0], source)
+        for serial in present[0].findall("serial"):  # another VM's, in a copy of its definition
+            serial.text = disk_id.hex[:20]
     else:
         target = domain_xml.free_target(ET.tostring(root, encoding="unicode"))
         devices.append(ET.fromstring(domain_xml.disk_element(source, target=target)))  # noqa: S314 -- ours
+
+
+def _is_temporary(disk: ET.Element) -> bool:
+    usages = [secret.get("usage", "") for secret in disk.iter("secret")]
+    return any(text.startswith(PREFIX) and text.endswith(f":{TEMP_SLOT}") for text in usages)
 
 
 def emulated_tpm(root: ET.Element) -> ET.Element | None:

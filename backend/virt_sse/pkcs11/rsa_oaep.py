@@ -52,7 +52,8 @@ class RsaOaep:
 
         :raise PyKCS11Error: When the token cannot.
         """
-        if self._mode(session, handle, key, hash_name) is OaepMode.TOKEN:
+        mode = self._mode(session, handle, key, hash_name)
+        if mode is OaepMode.TOKEN and message:  # PyKCS11 passes nothing at all for nothing
             for public in objects.public_handles(session, key.label, key.id):
                 return bytes(session.encrypt(public, message, mechanism(hash_name)))
         return on_host(key, message, hash_name)

@@ -17,6 +17,7 @@ from virt_sse.qemu.process import run
 
 _HEADROOM, _LARGEST = 8, 64 << 40
 _FORMATTER_TRIES = 10
+_KEYSLOTS, _STRIPES, _ALIGNMENT = 8, 4000, 4096
 _SPURIOUS = "Unable to get accurate CPU usage"
 """QEMU measures how fast PBKDF2 is here, and in a virtual machine sometimes cannot."""
 
@@ -27,6 +28,15 @@ class Volume:
 
     cipher: Cipher
     dek: Dek
+
+
+def header_length(cipher: Cipher) -> int:
+    """What the header of a volume with that cipher takes, in bytes, as cryptsetup and QEMU make it.
+
+    LUKS1 On-Disk Format Specification 1.2.3: eight keyslots, each with the volume key in 4000 stripes.
+    """
+    keyslot = cipher.volume_key_bits // 8 * _STRIPES
+    return luks.FIRST_KEYSLOT + _KEYSLOTS * (-(-keyslot // _ALIGNMENT) * _ALIGNMENT)
 
 
 def make(path: Path, image_format: DiskFormat, size: int, volumes: Sequence[Volume]) -> None:

@@ -20,9 +20,11 @@ import os
 import resource
 import struct
 import sys
+import time
 
 _FIRST_LISTENING, _FREE = 3, 64
 _PR_SET_NO_NEW_PRIVS = 38
+_POLL_SECONDS = 0.0005
 _FLOCK = struct.Struct("hhqqi4x")
 _QEMU_USED = (100, 101, 103)
 """QEMU ``block/file-posix.c``: reads consistently, writes, resizes, …"""
@@ -32,9 +34,12 @@ _QEMU_UNSHARED = (201, 203)
 
 def main() -> None:
     asked = json.loads(sys.argv[1])
+    starter = os.getpid()
     if os.fork():
         os._exit(0)  # the program belongs to nobody here, and leaves no zombie
     os.setsid()
+    while os.getppid() == starter:  # nbdkit, handed a socket, ends when its parent does: PR_SET_PDEATHSIG
+        time.sleep(_POLL_SECONDS)
     environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"} | asked["environment"]
     if asked["listening"] is not None:
         _hand_over(asked)

@@ -11,13 +11,14 @@ from uuid import UUID
 
 from virt_sse.config import Config
 from virt_sse.disks import Disk
-from virt_sse.errors import StageError, VirtSseError
+from virt_sse.errors import DiskInUseError, StageError, VirtSseError
 from virt_sse.files import private_folder
 from virt_sse.keys import Dek
 from virt_sse.layers import HostCache, HostCaching, LayerPlan, StorageNode
 from virt_sse.libvirt.users import User
 from virt_sse.locks import DiskLocks
 from virt_sse.qemu import img, qcow2
+from virt_sse.qemu.formatting import header_length
 from virt_sse.qemu.img import DiskFormat
 from virt_sse.qemu.storage_daemon import StorageDaemon
 from virt_sse.qemu.storage_daemon import arguments as daemon_arguments
@@ -78,11 +79,14 @@ class Stages:
         domain_id: UUID,
         domain: str,
         qemu: User,
+        replacing: UUID | None = None,
     ) -> None:
         """Start the stages of *plan* below the guest's, anew if any run; nothing when there are none.
 
         :param deks: by slot.
         :param qemu: whom the domain's QEMU runs as.
+        :param replacing: another domain, which does not run, and whose stages may be ended.
+        :raise DiskInUseError: When there are stages for any other; or a QEMU process has the image open.
         :raise StageError: When one does not start; none of them runs then.
         :raise VirtSseError: By meaning, likewise.
         """
@@ -91,6 +95,9 @@ class Stages:
         if not caches and not slots:
             return
         with self._locks.hold(disk.id, wait=True):
+            before = self.record(disk.id)
+            if before and before.domain_id not in (domain_id, replacing):
+                raise DiskInUseError(f"disk {disk.name!r} is in use by domain {before.domain!r}")
             self._stop(disk.id)
             with img.opened(disk.path) as image:
                 status = os.fstat(image)
@@ -133,13 +140,16 @@ class Stages:
             except OSError as exc:
                 raise StageError(f"cannot serve disk {disk_id}: {exc}") from exc
 
-    def stop(self, disk_id: UUID) -> None:
+    def stop(self, disk_id: UUID, *, domain_id: UUID | None = None) -> None:
         """End a disk's stages, and leave nothing of them. Nothing when there are none.
 
+        :param domain_id: not if they are another domain's by now.
         :raise StageError: When they cannot be ended from here.
         """
         with self._locks.hold(disk_id, wait=True):
-            self._stop(disk_id)
+            record = self.record(disk_id) if domain_id else None
+            if record is None or record.domain_id == domain_id:
+                self._stop(disk_id)
 
     def stop_domain(self, domain_id: UUID) -> None:
         """End the stages of all disks of a domain.
@@ -150,7 +160,7 @@ class Stages:
         for record in self.records():
             if record.domain_id == domain_id:
                 try:
-                    self.stop(record.disk_id)
+                    self.stop(record.disk_id, domain_id=domain_id)
                 except VirtSseError as exc:
                     failed = exc
         if failed:
@@ -248,11 +258,10 @@ class Stages:
 
 
 def _room(disk: Disk, size: int) -> int:
+    """What the volume that the disk's own lies in must hold; of a raw one to the byte, or QEMU refuses it."""
     if disk.format is DiskFormat.QCOW2:
         return qcow2.most_room(size)
-    with img.opened(disk.path) as image:
-        # Both volumes' headers have the length that ours have.
-        return img.luks_area(image, disk.format)[1] + size
+    return header_length(disk.deks[0].cipher) + size
 
 
 def _extend(image: int, size: int) -> None:

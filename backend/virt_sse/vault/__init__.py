@@ -10,8 +10,8 @@ What holds for it:
 - **enabled** is stronger: a disabled version refuses all four.
 - RSA of 2048, 3072 and 4096 bits, with RSA-OAEP and RSA-OAEP-256. Private keys never leave the vault in the
   clear, not even in a backup.
-- A premium vault's RSA-HSM keys are in a PKCS#11 token and never out of it; the database says where. While the
-  token cannot be used the answer is 503, which is no verdict on any key.
+- A premium vault's RSA-HSM keys are in a PKCS#11 token and never out of it; the database says where. While
+  the token cannot be used the answer is 503, which is no verdict on any key.
 - Nobody may do anything that was not granted. An administrator manages identities and access; using keys is
   granted like to anybody else, and recorded.
 - Every use of a key, allowed or refused, is in the audit log before its answer leaves.

@@ -5,8 +5,9 @@ copied beside (libvirt formatdomain, formatbackup).
 from __future__ import annotations
 
 import enum
+import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
@@ -15,6 +16,9 @@ from virt_sse.errors import InvalidValueError
 from virt_sse.libvirt.references import parse_usage
 
 # Domain XML comes from libvirtd, which is trusted; ElementTree resolves no external entities.
+
+_SERIAL_LENGTH = 20
+_SERIAL = re.compile(rf"<serial>[0-9a-f]{{{_SERIAL_LENGTH}}}</serial>")
 
 ACTIVE_COMMIT = "active-commit"
 """The job of a mirror by which libvirt commits what is on top into what is below; it copies nowhere else."""
@@ -76,6 +80,7 @@ class LinkKind(enum.Enum):
     BACKING = "backing file"
     MIRROR = "mirror"
     BACKUP = "backup"
+    SUBSTITUTE = "image in its place"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +109,15 @@ def disk_chains(xml: str) -> list[DiskChain]:
     return [chain for chain in chains if chain.links]
 
 
-def plaintext_links(xml: str, backup: str | None = None) -> list[PlaintextLink]:
+def plaintext_links(
+    xml: str, backup: str | None = None, *, known: Collection[UUID] = ()
+) -> list[PlaintextLink]:
     """The images without encryption that libvirt says data of disks of ours goes to or comes from.
 
     :param xml: the domain's; of a running one, the live one.
     :param backup: libvirt's XML of a backup that is under way.
+    :param known: disks of ours that are found by their serials, if libvirt has put something else in their
+        places.
     :raise InvalidValueError: As for :func:`disk_chains`.
     """
     found: list[PlaintextLink] = []
@@ -116,6 +125,7 @@ def plaintext_links(xml: str, backup: str | None = None) -> list[PlaintextLink]:
     for chain in disk_chains(xml):
         position = chain.ours
         if position is None:
+            found += _substitutes(chain, known)
             continue
         disk_id = chain.links[position].disk_id
         assert disk_id is not None  # noqa: S101 -- the meaning of the position
@@ -137,6 +147,25 @@ def plaintext_links(xml: str, backup: str | None = None) -> list[PlaintextLink]:
             if target in ours
         ]
     return found
+
+
+def may_be_ours(xml: str) -> bool:
+    """Whether a domain that has no disk of ours has one that, by its serial, may have been."""
+    return _SERIAL.search(xml) is not None
+
+
+def serial(disk_id: UUID) -> str:
+    """What the guest knows a disk of ours by."""
+    return disk_id.hex[:_SERIAL_LENGTH]
+
+
+def _substitutes(chain: DiskChain, known: Collection[UUID]) -> list[PlaintextLink]:
+    top = chain.links[0]
+    return [
+        PlaintextLink(disk_id, chain.target, LinkKind.SUBSTITUTE, top.place)
+        for disk_id in known
+        if chain.serial == serial(disk_id) and not top.is_encrypted
+    ]
 
 
 def _chain(disk: ET.Element) -> DiskChain:
@@ -166,13 +195,11 @@ def _link(place: ET.Element, source: ET.Element) -> ChainLink:
     references = [found for secret in secrets if (found := parse_usage(secret.get("usage", "")))]
     disk_id, slot = references[0] if references else (None, None)
     encryption = place.find("./encryption") is not None or source.find("./encryption") is not None
-    host = source.find("host[@transport='unix']")
-    file, socket = source.get("file"), host.get("socket") if host is not None else None
-    name = file or socket
+    name = source.get("file") or _socket(source)
     return ChainLink(
-        place=name or source.get("dev") or _elsewhere(source),
+        place=_place(source),
         path=Path(name) if name else None,
-        is_file=file is not None,
+        is_file=source.get("file") is not None,
         index=place.get("index") or source.get("index"),
         is_encrypted=encryption,
         disk_id=disk_id,
@@ -180,8 +207,15 @@ def _link(place: ET.Element, source: ET.Element) -> ChainLink:
     )
 
 
-def _elsewhere(source: ET.Element) -> str:
-    """In words, a source that is no file, device or Unix socket."""
+def _socket(source: ET.Element) -> str | None:
+    host = source.find("host[@transport='unix']")
+    return host.get("socket") if host is not None else None
+
+
+def _place(source: ET.Element) -> str:
+    """In words, where a ``<source>``, or what is like one, is."""
+    if known := source.get("file") or source.get("dev") or _socket(source):
+        return known
     words = [source.get(name) for name in ("protocol", "pool", "name", "volume", "startupPolicy")]
     hosts = [host.get("name") for host in source.iterfind("host")]
     return " ".join(word for word in (*words, *hosts) if word) or "an unnamed source"
@@ -194,4 +228,4 @@ def _plaintext_backups(xml: str) -> Iterator[tuple[str, str]]:
             continue
         for place in (*disk.iterfind("target"), *disk.iterfind("scratch")):
             if place.find("encryption") is None:
-                yield disk.get("name", ""), place.get("file") or place.get("dev") or "an unnamed place"
+                yield disk.get("name", ""), _place(place)

@@ -1,8 +1,8 @@
 """The block graph of a running QEMU: which block node's data comes from which, and what is not encrypted.
 
 Made of the answers to ``query-named-block-nodes``, ``x-debug-query-block-graph``, ``query-jobs`` and
-``query-block-exports`` (QEMU ``qapi/block-core.json``). The second alone tells the edges; QEMU has had it since
-4.0, and calls it unstable.
+``query-block-exports`` (QEMU ``qapi/block-core.json``). The second alone tells the edges; QEMU has had it
+since 4.0, and calls it unstable.
 """
 
 from __future__ import annotations
@@ -128,9 +128,7 @@ class BlockGraph:
 
     def _is_stored(self, vertex: Vertex) -> bool:
         return (
-            vertex.kind == "block-driver"
-            and not self._children[vertex.id]
-            and vertex.driver not in _DATALESS
+            vertex.kind == "block-driver" and not self._children[vertex.id] and vertex.driver not in _DATALESS
         )
 
     def _climb(self, vertex: int, volumes: tuple[Vertex, ...]) -> Iterator[tuple[Vertex, ...]]:

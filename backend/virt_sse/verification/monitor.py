@@ -1,8 +1,8 @@
 """What a running domain's QEMU says of itself, through libvirt.
 
-libvirt passes commands on to QEMU's monitor and marks the domain ``tainted: custom-monitor`` in its log for it:
-it cannot know what they do. Ours only ask. libvirt's own XML tells what libvirt has meant, without a cipher, and
-nothing of what others have told QEMU.
+libvirt passes commands on to QEMU's monitor and, as it cannot know what they do, marks the domain ``tainted:
+custom-monitor`` in its log. Ours only ask. libvirt's own XML tells what libvirt has meant, without a cipher,
+and nothing of what others have told QEMU.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def command_line(pid: int) -> list[str]:
 
 
 def qemu_process(config: Config, name: str, vm_id: UUID) -> int | None:
-    """The QEMU of a running domain, by libvirt's note of it; ``None`` where that process is not seen from here."""
+    """The QEMU of a running domain, by libvirt's note of it; ``None`` where it is not seen from here."""
     try:
         pid = int((config.root / "run/libvirt/qemu" / f"{name}.pid").read_text())
     except (OSError, ValueError):

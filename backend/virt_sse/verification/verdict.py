@@ -1,4 +1,4 @@
-"""What a verification has found: per disk its layers, where its plaintext is, and what is not as it should be."""
+"""What a verification has found: each disk's layers, where its plaintext is, and what is not as asked for."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class Layer:
     """What a disk's data passes, or lies in.
 
     :ivar where: ``guest's QEMU``, ``host cache``, ``storage daemon`` or ``image``.
-    :ivar cipher: what the data is encrypted with, on its side towards the storage, as the header of the volume
-        says; ``None`` when it cannot be told.
+    :ivar cipher: what the data is encrypted with on its side towards the storage, by the volume's header;
+        ``None`` when it cannot be told.
     :ivar slot: of the DEK that opens the volume.
     :ivar key: the KEK, with its version, that the DEK is under.
     :ivar detail: what else was seen.
@@ -75,6 +75,7 @@ class AtRestFinding:
 class Verdict:
     """A domain.
 
+    :ivar places: where all its disks' data is.
     :ivar problems: of the domain itself; its disks have their own.
     """
 
@@ -82,6 +83,7 @@ class Verdict:
     runs: bool
     encryption_at_host: bool
     disks: tuple[DiskVerdict, ...]
+    places: tuple[DataPlace, ...] = ()
     at_rest: tuple[AtRestFinding, ...] = ()
     problems: tuple[str, ...] = ()
 

@@ -12,7 +12,7 @@ import pytest
 
 from command_line import no_libvirt
 from virt_sse.libvirt import hook
-from virt_sse.libvirt.references import usage
+from virt_sse.libvirt.references import VM_NAMESPACE, usage
 
 OURS = f"<domain><uuid>{uuid.uuid4()}</uuid><devices><disk><source file='/x'><encryption format='luks'><secret type='passphrase' usage='{usage(uuid.uuid4(), 'service')}'/></encryption></source><target dev='vda'/></disk></devices></domain>"  # noqa: E501 -- XML
 THEIRS = "<domain><devices><disk><source file='/x'/><target dev='vda'/></disk></devices></domain>"
@@ -89,6 +89,14 @@ def test_a_domain_of_ours_that_cannot_be_served_is_refused_with_the_reason(insta
     assert "which the store does not have" in said
     assert "virt-sse: hint: " in said
     assert "Traceback" not in said
+
+
+def test_a_domain_of_which_something_was_asked_is_served_also_without_a_disk_of_ours(
+    installed: Hook,
+) -> None:
+    element = f'<virt-sse:vm xmlns:virt-sse="{VM_NAMESPACE}" encryption-at-host="perhaps"/>'
+    asked = THEIRS.replace("<devices>", f"<uuid>{uuid.uuid4()}</uuid><metadata>{element}</metadata><devices>")
+    assert "metadata makes no sense" in installed(asked, *PREPARE, status=1)
 
 
 def test_a_secret_that_makes_no_sense_is_refused(installed: Hook) -> None:

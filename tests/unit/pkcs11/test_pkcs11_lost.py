@@ -1,4 +1,4 @@
-"""What is lost in the midst of the work: sessions, logins, handles, the process's module, the token itself."""
+"""What is lost in the midst of the work: sessions, logins, handles, the module's state, the token itself."""
 
 from __future__ import annotations
 
@@ -311,7 +311,7 @@ def test_what_is_no_module(path: str, lab_token: LabToken) -> None:
 
 
 def test_a_module_has_one_configuration_in_a_process(lab_token: LabToken, lab_nss_token: LabToken) -> None:
-    with pytest.raises(ConfigError, match="uses SoftHSM with .* already"):
+    with pytest.raises(ConfigError, match=r"uses SoftHSM with .* already"):
         use_config(Path("/other/softhsm2.conf"))
     with pytest.raises(ConfigError, match="initialised otherwise"):
         Module.load(find_module("softokn3"), reserved="configdir='sql:/elsewhere'")

@@ -79,7 +79,7 @@ def test_a_key_is_made_inside_and_stays_there(token: Token, rsa_key: TokenKey, a
         assert key.is_never_extractable
         assert not key.is_extractable
         assert key.is_enabled
-        seen = token._run(  # noqa: SLF001 -- beside the interface, as a thief would
+        seen = token._run(  # beside the interface, as a thief would
             "show a secret",
             lambda session, key=key, secret=secret: session.getAttributeValue_fragmented(
                 objects.locate(session, key.kind, key.label, key.id)[0][0], [secret]
@@ -237,6 +237,7 @@ def test_two_keys_of_a_name_are_one_too_many(lab_token: LabToken, label: str) ->
 
 
 def test_names_and_sizes_that_make_no_sense(token: Token, label: str) -> None:
+    weak = rsa.generate_private_key(65537, 1024)  # noqa: S505 -- it is refused
     for wrong in ("", "a\0b", "a\nb", "x" * 256):
         with pytest.raises(InvalidValueError):
             token.generate_aes(wrong, b"\1")
@@ -245,7 +246,7 @@ def test_names_and_sizes_that_make_no_sense(token: Token, label: str) -> None:
     with pytest.raises(InvalidValueError, match="2048, 3072 or 4096"):
         token.generate_rsa(label, b"\1", 1024)
     with pytest.raises(InvalidValueError, match="2048, 3072 or 4096"):
-        token.import_rsa(rsa.generate_private_key(65537, 1024), label, b"\1")
+        token.import_rsa(weak, label, b"\1")
     assert token.find(label=label) == []
 
 

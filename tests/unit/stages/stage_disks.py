@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import uuid
 from collections.abc import Sequence
@@ -12,7 +11,8 @@ from pathlib import Path
 from virt_sse.ciphers import AES_256_CBC, AES_256_XTS
 from virt_sse.config import Config
 from virt_sse.disks import Disk, DiskState
-from virt_sse.keys import Dek
+from virt_sse.envelope import DekEntry
+from virt_sse.keys import Dek, KeyId, WrappedDek
 from virt_sse.layers import (
     EncryptionType,
     GuestNode,
@@ -68,14 +68,29 @@ class StagedDisk:
             encryption_type=EncryptionType.PLATFORM_AND_CUSTOMER_KEYS,
             created=datetime.now(UTC),
             generation=1,
-            deks=(),
+            deks=tuple(
+                DekEntry(slot, volume.cipher, WrappedDek(b"", "none", KeyId("none", "none", "1")))
+                for slot, volume in zip(self.deks, volumes, strict=True)
+            ),
             caching=caching,
         )
         formatting.make(self.disk.path, self.disk.format, M, volumes)
 
-    def start(self, *, domain_id: uuid.UUID = DOMAIN, deks: dict[str, Dek] | None = None) -> None:
+    def start(
+        self,
+        *,
+        domain_id: uuid.UUID = DOMAIN,
+        deks: dict[str, Dek] | None = None,
+        replacing: uuid.UUID | None = None,
+    ) -> None:
         self.stages.start(
-            self.disk, self.plan, deks or self.deks, domain_id=domain_id, domain="web", qemu=QEMU
+            self.disk,
+            self.plan,
+            deks or self.deks,
+            domain_id=domain_id,
+            domain="web",
+            qemu=QEMU,
+            replacing=replacing,
         )
 
     def stop(self) -> None:
@@ -129,7 +144,3 @@ class StagedDisk:
                 check=False,
             )
         return done.stdout + done.stderr
-
-
-def with_storage_user(config: Config, user: User) -> Config:
-    return dataclasses.replace(config, storage_user=str(user.uid))

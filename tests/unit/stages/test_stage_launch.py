@@ -71,6 +71,15 @@ def test_it_inherits_nothing_but_what_it_is_given(
     assert list(found.values()) == [folder / "cache.lock"]
 
 
+def test_its_parent_does_not_end(process: Process, user: User) -> None:
+    """nbdkit asks to be ended together with its parent, PR_SET_PDEATHSIG."""
+    process.start(say("echo $PPID; exec sleep 60"), user)
+    pid = process.pid()
+    assert pid
+    wait_until(lambda: status(pid)["Name"] == "sleep")
+    assert status(pid)["PPid"] == process.log
+
+
 def test_it_makes_files_for_itself_alone(process: Process, user: User) -> None:
     process.start(say("umask"), user)
     assert wait_end(process) == "0077"

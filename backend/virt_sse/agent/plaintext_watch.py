@@ -1,0 +1,201 @@
+"""Finds images without encryption that data of our disks is in, and does about it what the site has chosen.
+
+libvirt makes such images: the overlay of a snapshot, the target of a block copy or a backup, when the XML or
+the command that asks for it names no encryption. It is seen from libvirt's live definition of the domain and
+of its backup. What is made and done with between two looks, such as a short backup, is not seen.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from uuid import UUID
+
+from virt_sse.agent import measures
+from virt_sse.agent.fold import Fold, FoldUnclearError, foldable
+from virt_sse.agent.fold_record import FoldRecord
+from virt_sse.agent.inventory import PLAINTEXT_NAMESPACE, RunningDomain, Snapshot
+from virt_sse.agent.logs import fields
+from virt_sse.agent.metrics import Metrics
+from virt_sse.backend import Backend
+from virt_sse.config import PlaintextPolicy
+from virt_sse.errors import InvalidValueError, VirtSseError
+from virt_sse.verification.chains import LinkKind, PlaintextLink, disk_chains, plaintext_links
+from virt_sse.verification.chains import serial as serial_of
+
+_log = logging.getLogger(__name__)
+
+_THREADS = 4
+_AGAIN_SECONDS = 10.0
+
+Run = tuple[UUID, int]
+"""A run of a domain."""
+
+
+class PlaintextWatch:
+    """Remembers what it has told; the records of folds alone outlive it."""
+
+    def __init__(self, backend: Backend, metrics: Metrics) -> None:
+        self._backend = backend
+        self._uri = backend.config.libvirt_uri
+        self._policy = backend.config.agent.plaintext
+        self._folder: Path = backend.config.state_directory / "folds"
+        self._metrics = metrics
+        self._seen = 0
+        self._links: Mapping[Run, tuple[PlaintextLink, ...]] = {}
+        self._serials: frozenset[str] = frozenset()
+        self._by_serial: list[UUID] = []
+        self._jobs: dict[UUID, Future[None]] = {}
+        self._not_before: dict[UUID, float] = {}
+        self._complaints: dict[UUID, str] = {}
+        self._stopping = threading.Event()
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="plaintext")
+
+    def keep(self, snapshot: Snapshot, revoked: Collection[UUID]) -> None:
+        """Look at what runs, once for each snapshot, and begin what has to be done.
+
+        :param revoked: domains whose key is gone: they are not let go on.
+        """
+        if snapshot.number == self._seen:
+            return
+        self._seen = snapshot.number
+        domains = {(each.uuid, each.run): each for each in (*snapshot.domains, *snapshot.others)}
+        known = self._known(domains.values())
+        found = {run: links for run, each in domains.items() if (links := _links(each, known))}
+        self._tell(found, domains)
+        self._links = found
+        self._metrics.plaintext_links.set(sum(map(len, found.values())))
+        for run, domain in domains.items():
+            if run in found and self._policy is PlaintextPolicy.PAUSE:
+                if domain.runs:
+                    self._do(domain.uuid, self._pause, domain)
+            elif domain.paused_for_plaintext and domain.uuid not in revoked:
+                self._do(domain.uuid, self._resume, domain)
+        self._fold(found, domains)
+
+    def links(self, domain: RunningDomain) -> list[str]:
+        """What was found in a domain, in words."""
+        return [str(link) for link in self._links.get((domain.uuid, domain.run), ())]
+
+    def stop(self) -> None:
+        """Begin nothing any more. Folds that are under way are left for the next agent."""
+        self._stopping.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def _known(self, domains: Iterable[RunningDomain]) -> Collection[UUID]:
+        """Our disks that domains have by their serials alone; asked for when there are new such serials."""
+        serials = frozenset(serial for domain in domains for serial in _strange_serials(domain))
+        if serials != self._serials:
+            self._serials = serials
+            ids = [disk.id for disk in self._backend.list_disks()] if serials else []
+            self._by_serial = [disk_id for disk_id in ids if serial_of(disk_id) in serials]
+        return self._by_serial
+
+    def _tell(
+        self,
+        found: Mapping[Run, tuple[PlaintextLink, ...]],
+        domains: Mapping[Run, RunningDomain],
+    ) -> None:
+        for run, links in found.items():
+            for link in links:
+                if link not in self._links.get(run, ()):
+                    self._metrics.plaintext_links_found.labels(link.kind.value).inc()
+                    told = _told(domains[run], link) | {"policy": self._policy.value}
+                    _log.warning("plaintext-link", extra=fields(told))
+        for run, links in self._links.items():
+            for link in links:
+                if link not in found.get(run, ()) and run in domains:
+                    _log.info("plaintext-link-gone", extra=fields(_told(domains[run], link)))
+
+    def _fold(
+        self,
+        found: Mapping[Run, tuple[PlaintextLink, ...]],
+        domains: Mapping[Run, RunningDomain],
+    ) -> None:
+        """One at a time in each domain: those that have begun, and then those that should."""
+        if self._policy is PlaintextPolicy.FOLD or self._folder.is_dir():
+            for record in FoldRecord.read_all(self._folder):
+                if self._policy is PlaintextPolicy.FOLD or record.is_committed:
+                    self._do(record.domain_id, self._run_fold, record.domain_id, record.target, record)
+        if self._policy is PlaintextPolicy.FOLD:
+            for run, links in found.items():
+                targets = {link.target for link in links if link.kind is LinkKind.OVERLAY}
+                for chain in disk_chains(domains[run].xml) if targets else ():
+                    if chain.target in targets and foldable(chain):
+                        self._do(run[0], self._run_fold, run[0], chain.target, None)
+
+    def _do(self, domain_id: UUID, what: Callable[..., None], *arguments: object) -> None:
+        """Do *what* in another thread, if nothing is being done to the domain, nor failed a moment ago."""
+        job = self._jobs.get(domain_id)
+        if (job is None or job.done()) and time.monotonic() >= self._not_before.get(domain_id, 0.0):
+            self._jobs[domain_id] = self._pool.submit(what, *arguments)
+
+    def _pause(self, domain: RunningDomain) -> None:
+        self._measure("pause", domain)
+
+    def _resume(self, domain: RunningDomain) -> None:
+        self._measure("resume", domain)
+
+    def _measure(self, action: str, domain: RunningDomain) -> None:
+        told = {"domain": domain.name, "action": action, "for": "plaintext"}
+        measure = measures.pause if action == "pause" else measures.resume
+        try:
+            done = measure(self._uri, domain, PLAINTEXT_NAMESPACE)
+        except VirtSseError as exc:
+            self._metrics.failed_actions.labels(action).inc()
+            _log.warning("domain-action-failed", extra=fields(told | {"reason": str(exc)}))
+            return
+        if done:
+            self._metrics.actions.labels(action).inc()
+            _log.warning("domain-action", extra=fields(told))
+
+    def _run_fold(self, domain_id: UUID, target: str, record: FoldRecord | None) -> None:
+        told: dict[str, object] = {"domain-id": domain_id, "target": target}
+        try:
+            if Fold(self._uri, self._folder, domain_id, target, self._stopping).run(record):
+                self._metrics.actions.labels("fold").inc()
+            else:
+                self._not_before[domain_id] = time.monotonic() + _AGAIN_SECONDS
+            self._complaints.pop(domain_id, None)
+        except VirtSseError as exc:
+            self._not_before[domain_id] = time.monotonic() + _AGAIN_SECONDS
+            unclear = isinstance(exc, FoldUnclearError) and record is not None
+            if unclear and record and not any(each.path.exists() for each in record.overlays):
+                record.remove(self._folder)  # whoever removed them knows
+                return
+            if self._complaints.get(domain_id) != str(exc):
+                self._complaints[domain_id] = str(exc)
+                self._metrics.failed_actions.labels("fold").inc()
+                told["reason"] = str(exc)
+                if unclear and record:
+                    told["not-wiped"] = [str(each.path) for each in record.overlays]
+                _log.warning("fold-unclear" if unclear else "fold-failed", extra=fields(told))
+
+
+def _links(domain: RunningDomain, known: Collection[UUID]) -> tuple[PlaintextLink, ...]:
+    try:
+        return tuple(dict.fromkeys(plaintext_links(domain.xml, domain.backup, known=known)))
+    except InvalidValueError:  # the inventory has told that
+        return ()
+
+
+def _strange_serials(domain: RunningDomain) -> list[str]:
+    """Of disks that are not ours, as libvirt has them."""
+    try:
+        return [chain.serial for chain in disk_chains(domain.xml) if chain.ours is None and chain.serial]
+    except InvalidValueError:
+        return []
+
+
+def _told(domain: RunningDomain, link: PlaintextLink) -> dict[str, object]:
+    return {
+        "domain": domain.name,
+        "disk": link.disk_id,
+        "target": link.target,
+        "kind": link.kind.value,
+        "place": link.place,
+    }

@@ -1,0 +1,71 @@
+"""Overwriting a file that holds plaintext, and removing it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+
+from virt_sse.errors import ImageError
+from virt_sse.files import sync_folder, write_at
+
+_CHUNK = 1 << 20
+_MOUNTS = Path("/proc/self/mountinfo")
+_ELSEWHERE = frozenset({"btrfs", "zfs", "bcachefs", "f2fs", "nilfs2", "overlay", "nfs", "nfs4", "cifs", "9p"})
+"""File systems that write new content to another place than the old, or of which that is not known."""
+
+
+def wipe(path: Path, identity: tuple[int, int]) -> bool:
+    """Overwrite the file at *path* with random bytes, durably, and remove it. Nothing when it is not there.
+
+    What is on copy-on-write storage, also by a snapshot or a reflink of it, or on flash memory may lie there
+    still, in a place that has no name.
+
+    :param identity: its device and inode: another file that has its name is left alone.
+    :return: whether the file system is one that overwrites in place.
+    :raise ImageError: When it is another file, or cannot be overwritten.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return True
+    except OSError as exc:
+        raise ImageError(f"cannot open {path}: {exc.strerror}") from exc
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or (status.st_dev, status.st_ino) != identity:
+            raise ImageError(f"{path} is another file than before, and is left alone")
+        _overwrite(descriptor, status.st_size)
+        path.unlink()
+        sync_folder(path.parent)
+        return _file_system(status.st_dev) not in _ELSEWHERE
+    except OSError as exc:
+        raise ImageError(f"cannot wipe {path}: {exc.strerror}") from exc
+    finally:
+        os.close(descriptor)
+
+
+def _overwrite(descriptor: int, size: int) -> None:
+    """What is a hole holds nothing, and is left one."""
+    end = 0
+    while end < size:
+        try:
+            begin = os.lseek(descriptor, end, os.SEEK_DATA)
+        except OSError:  # nothing but a hole from here on
+            break
+        end = os.lseek(descriptor, begin, os.SEEK_HOLE)
+        for offset in range(begin, end, _CHUNK):
+            write_at(descriptor, os.urandom(min(_CHUNK, end - offset)), offset)
+    os.fsync(descriptor)
+
+
+def _file_system(device: int) -> str:
+    """The type of the file system with that device number (proc_pid_mountinfo(5))."""
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with contextlib.suppress(OSError, IndexError):
+        for line in _MOUNTS.read_text("utf-8", errors="replace").splitlines():
+            before, _, after = line.partition(" - ")
+            if before.split()[2] == wanted:
+                return after.split()[0]
+    return "btrfs"  # whose files have device numbers of their own

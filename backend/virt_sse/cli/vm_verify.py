@@ -1,0 +1,99 @@
+"""``virt-sse vm verify``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from virt_sse.cli.output import Output, OutputFormat, print_fields, print_json, print_rows
+from virt_sse.cli.session import backend
+from virt_sse.errors import VerificationError
+
+if TYPE_CHECKING:
+    from virt_sse.verification.verdict import DataPlace, DiskVerdict, Verdict
+
+
+def vm_verify(
+    domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name.", show_default=False)],
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Disks that are not virt-sse's must be encrypted, too; as with at-host."
+        ),
+    ] = False,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """See whether a domain runs as was asked for: what is encrypted where, and where plaintext is.
+
+    Asks the running QEMU, for which libvirt marks the domain as tainted by "custom-monitor" in its log; the
+    commands only ask. Of a domain that is shut off it looks at the definition and the images.
+    """
+    with backend() as b:
+        verdict = b.verification.verify(domain, strict=strict)
+    problems = verdict.all_problems
+    if output is OutputFormat.JSON:
+        document = dataclasses.asdict(verdict) | {"problems": problems, "as-asked": not problems}
+        print_json(_with_hyphens(document))
+    else:
+        _print(verdict)
+    if problems:
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise VerificationError(f"domain {domain!r} is not as was asked for: {problems[0]}{more}")
+
+
+def _print(verdict: Verdict) -> None:
+    layers = [
+        {
+            "target": disk.target,
+            "disk": disk.disk or "(not virt-sse's)",
+            "layer": layer.where,
+            "slot": layer.slot,
+            "cipher": layer.cipher,
+            "key": layer.key,
+        }
+        for disk in verdict.disks
+        for layer in disk.layers
+    ]
+    print_rows(layers, ("target", "disk", "layer", "slot", "cipher", "key"), OutputFormat.TABLE)
+    typer.echo()
+    rows = [_place("-", place) for place in verdict.places]
+    rows += [_place(disk.target, place) for disk in verdict.disks for place in disk.places]
+    rows += [
+        {"target": "-", "data": each.state, "where": f"{each.what}: {each.where or each.reason}"}
+        for each in verdict.at_rest
+        if each.state != "absent"
+    ]
+    print_rows(rows, ("target", "data", "where"), OutputFormat.TABLE)
+    typer.echo()
+    fields: dict[str, object] = {
+        "domain": verdict.domain,
+        "runs": "yes" if verdict.runs else "no",
+        "encryption-at-host": "on" if verdict.encryption_at_host else "off",
+        "asked": [_asked(disk) for disk in verdict.disks if disk.asked],
+        "as-asked": "no" if verdict.all_problems else "yes",
+        "problems": verdict.all_problems,
+    }
+    print_fields(fields, OutputFormat.TABLE)
+
+
+def _place(target: str, place: DataPlace) -> dict[str, object]:
+    return {
+        "target": target,
+        "data": "plaintext" if place.is_plaintext else "ciphertext",
+        "where": place.where,
+    }
+
+
+def _asked(disk: DiskVerdict) -> str:
+    return f"{disk.target}: {disk.asked}, host caching {disk.caching}"
+
+
+def _with_hyphens(value: object) -> object:
+    """As all JSON of this program has its names."""
+    if isinstance(value, dict):
+        return {str(name).replace("_", "-"): _with_hyphens(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_hyphens(each) for each in value]
+    return value

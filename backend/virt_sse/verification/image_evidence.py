@@ -1,0 +1,98 @@
+"""What the images themselves say: their LUKS headers, and the wrapped DEKs that they carry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from uuid import UUID
+
+from virt_sse import envelope
+from virt_sse.disks import Disk
+from virt_sse.envelope import Envelope
+from virt_sse.errors import EnvelopeError, ImageError, VirtSseError
+from virt_sse.events import audit_context
+from virt_sse.qemu import img
+from virt_sse.qemu.img import DiskFormat
+from virt_sse.verification.headers import cipher_of_image, cipher_within
+from virt_sse.verification.verdict import DataPlace, DiskVerdict, Layer
+from virt_sse.wrapping import Wrapping
+
+IMAGE, WITHIN = "image", "within that"
+
+
+def check_image(verdict: DiskVerdict, disk: Disk) -> None:
+    """Whether the image's own volume is what the store says, and it carries the DEKs that the store has."""
+    entry = disk.deks[-1]
+    carried = _check(verdict, disk.path, disk.format, disk.id)
+    cipher, key = _cipher(verdict, disk.path, disk.format), str(entry.wrapped.key)
+    verdict.layers.append(Layer(IMAGE, cipher, entry.slot, key, str(disk.path)))
+    if cipher:
+        verdict.expect(
+            cipher == str(entry.cipher), f"the image is encrypted with {cipher}, not {entry.cipher}"
+        )
+    if carried and carried.disk_id == disk.id:
+        is_same = carried.deks == disk.deks
+        verdict.expect(is_same, "the image carries other wrapped DEKs than the store has")
+
+
+def check_within(verdict: DiskVerdict, disk: Disk, wrapping: Wrapping, domain: str) -> None:
+    """Whether the volume within the image's own one is what the store says, by taking that one off.
+
+    For a disk that nobody has open. Unwraps the DEKs of all volumes but the guest's, and records that.
+    """
+    entry, *others = disk.deks
+    if not others:
+        return
+    try:
+        with audit_context(domain=domain):
+            deks = [
+                wrapping.unwrap(
+                    other.wrapped,
+                    context=disk.context(other.slot),
+                    encryption_set=disk.identity_for(other.slot),
+                )
+                for other in others
+            ]
+        cipher = cipher_within(disk, deks)
+    except VirtSseError as exc:
+        verdict.expect(False, f"the image's inner layer cannot be looked at: {exc}")
+        return
+    verdict.layers.append(Layer(WITHIN, cipher, entry.slot, str(entry.wrapped.key)))
+    verdict.expect(
+        cipher == str(entry.cipher), f"within, the image is encrypted with {cipher}, not {entry.cipher}"
+    )
+
+
+def check_temporary(verdict: DiskVerdict, path: Path, disk_id: UUID, cipher: str) -> Layer:
+    """Whether the image of a VM's temporary disk is the one that it should be; what was seen of it."""
+    carried = _check(verdict, path, DiskFormat.RAW, disk_id)
+    entry = carried.deks[0] if carried and carried.deks else None
+    key = str(entry.wrapped.key) if entry else None
+    found = _cipher(verdict, path, DiskFormat.RAW)
+    if found:
+        verdict.expect(found == cipher, f"the image is encrypted with {found}, not {cipher}")
+    return Layer(IMAGE, found, entry.slot if entry else None, key, str(path))
+
+
+def _check(verdict: DiskVerdict, path: Path, image_format: DiskFormat, disk_id: UUID) -> Envelope | None:
+    """The envelope of an image, if it is that disk's."""
+    try:
+        with img.opened(path) as descriptor:
+            carried = envelope.read(descriptor, image_format)
+    except EnvelopeError as exc:
+        verdict.expect(False, f"the image carries no wrapped DEKs: {exc}")
+        return None
+    except ImageError:  # told by _cipher
+        return None
+    verdict.expect(carried.disk_id == disk_id, f"{path} is the image of another disk: it was replaced")
+    return carried
+
+
+def _cipher(verdict: DiskVerdict, path: Path, image_format: DiskFormat) -> str | None:
+    try:
+        with img.opened(path) as descriptor:
+            cipher = cipher_of_image(descriptor, image_format)
+    except ImageError as exc:
+        verdict.expect(False, f"{path}: {exc}" if str(path) not in str(exc) else str(exc))
+        return None
+    verdict.places.append(DataPlace(str(path), False))
+    return cipher

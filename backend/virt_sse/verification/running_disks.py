@@ -1,0 +1,110 @@
+"""The disks of a running domain, as its QEMU has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from virt_sse.ciphers import Cipher
+from virt_sse.files import canonical
+from virt_sse.verification.chains import DiskChain
+from virt_sse.verification.graph import BlockGraph, Vertex
+from virt_sse.verification.processes import has_open
+from virt_sse.verification.verdict import DataPlace, DiskVerdict, Layer
+
+GUEST_QEMU = "guest's QEMU"
+
+
+class RunningDisks:
+    """:param pid: the QEMU's process; ``None`` where it is not seen from here."""
+
+    def __init__(self, graph: BlockGraph, pid: int | None) -> None:
+        self._graph = graph
+        self._pid = pid
+
+    def check_ours(
+        self, verdict: DiskVerdict, chain: DiskChain, place: Path, layer: Layer, cipher: Cipher
+    ) -> None:
+        """Whether QEMU has one volume, of *cipher*, over what is at *place*, and nothing of its plaintext
+        elsewhere.
+
+        :param place: the image, or the NBD server's socket.
+        :param layer: what is known of the volume beside its cipher.
+        """
+        stacks = [stack for vertex in self.stored_at(place) for stack in self._graph.volumes_over(vertex)]
+        volumes = list(dict.fromkeys(stack[-1] for stack in stacks if stack))
+        self._check_device(verdict, chain, volumes)
+        verdict.expect(bool(stacks), f"the guest's QEMU does not have {place} open")
+        for stack in stacks:
+            if not verdict.expect(bool(stack), f"the guest's QEMU has {place} open without its layer"):
+                verdict.places.append(DataPlace(f"QEMU's node over {place}, without a layer", True))
+            count = len(stack)
+            verdict.expect(count < 2, f"the guest's QEMU has {count} layers over {place}, not one")
+        for volume in volumes:
+            verdict.layers.append(Layer(layer.where, volume.cipher, layer.slot, layer.key, layer.detail))
+            verdict.expect(
+                volume.cipher == str(cipher), f"the guest's QEMU encrypts with {volume.cipher}, not {cipher}"
+            )
+            self._expose(verdict, volume)
+
+    def check_open(self, verdict: DiskVerdict, image: Path) -> None:
+        """Whether QEMU has the very file open that is at *image* now."""
+        if verdict.expect(self._pid is not None, "the guest's QEMU cannot be seen from here"):
+            assert self._pid is not None  # noqa: S101 -- seen above
+            verdict.expect(
+                has_open(self._pid, image),
+                f"the guest's QEMU has another file open than {image}: it was replaced",
+            )
+
+    def check_others(self, verdict: DiskVerdict, chain: DiskChain) -> bool:
+        """Tell what a disk that is not ours is like; whether it is in plaintext."""
+        plain = False
+        for vertex in self._below(chain):
+            for stack in self._graph.volumes_over(vertex):
+                name = vertex.place.name if vertex.place else vertex.name
+                cipher = ", ".join(volume.cipher or "" for volume in stack) or None
+                verdict.layers.append(Layer(GUEST_QEMU, cipher, detail=name))
+                verdict.places.append(DataPlace(name, not stack))
+                plain = plain or not stack
+        return plain
+
+    def stored_at(self, place: Path) -> list[Vertex]:
+        """QEMU's nodes with their data at *place*."""
+        wanted = canonical(place)
+        return [
+            vertex
+            for vertex in self._graph.stored()
+            if vertex.place and vertex.place.path and _same(vertex.place.path, wanted)
+        ]
+
+    def places(self) -> list[Path]:
+        """The files and sockets that QEMU's nodes have their data at."""
+        return [vertex.place.path for vertex in self._graph.stored() if vertex.place and vertex.place.path]
+
+    def _expose(self, verdict: DiskVerdict, volume: Vertex) -> None:
+        for exposure in self._graph.exposures(volume):
+            kind = exposure.kind.value if exposure.kind else "node"
+            verdict.places.append(DataPlace(f"{kind} {exposure.place}", True))
+            verdict.expect(False, f"{kind} {exposure.place} is not encrypted")
+        for export in self._graph.exports(volume):
+            verdict.places.append(DataPlace(f"NBD export {export}", True))
+            verdict.expect(False, f"its plaintext leaves QEMU through the NBD export {export!r}")
+
+    def _check_device(self, verdict: DiskVerdict, chain: DiskChain, volumes: Sequence[Vertex]) -> None:
+        if any(chain.alias in self._graph.devices_over(volume) for volume in volumes):
+            return
+        for vertex in self._below(chain):
+            if not all(self._graph.volumes_over(vertex)):
+                name = vertex.place.name if vertex.place else vertex.name
+                verdict.places.append(DataPlace(name, True))
+                verdict.expect(False, f"the guest's device is on {name}, which is not encrypted")
+        verdict.expect(False, "the guest's device does not read it")
+
+    def _below(self, chain: DiskChain) -> list[Vertex]:
+        stored = {vertex.id for vertex in self._graph.stored()}
+        roots = [root for alias, root in self._graph.devices() if alias == chain.alias]
+        return [vertex for root in roots for vertex in self._graph.below(root) if vertex.id in stored]
+
+
+def _same(path: Path, wanted: Path) -> bool:
+    return canonical(path) == wanted or (path.exists() and wanted.exists() and path.samefile(wanted))

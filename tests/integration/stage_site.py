@@ -1,0 +1,224 @@
+"""A lab host for guests whose disks have stages, and what is left of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import libvirt_qemu
+from agent_site import prepared, wait_until
+
+from virt_sse.backend import Backend
+from virt_sse.disks import Disk
+from virt_sse.lab.acceleration import Acceleration
+from virt_sse.lab.guests import Guest
+from virt_sse.lab.host import LabHost
+from virt_sse.lab.recipes import boot_sector_image
+from virt_sse.layers import EncryptionType
+from virt_sse.qemu.img import DiskFormat
+from virt_sse.stages.process import Process
+
+STORAGE_USER = 64901
+CONFIG = f"""\
+[host]
+storage-user = "{STORAGE_USER}"
+[agent]
+poll-seconds = 0.2
+"""
+_STAGE_PROGRAMS = {"qemu-storage-daemon", "nbdkit"}
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A process of a lab host, by its number out here."""
+
+    pid: int
+
+    @property
+    def command(self) -> list[str]:
+        return Path(f"/proc/{self.pid}/cmdline").read_text(errors="replace").split("\0")[:-1]
+
+    @property
+    def uid(self) -> int:
+        return os.stat(f"/proc/{self.pid}").st_uid  # noqa: PTH116 -- of the folder itself
+
+
+class StageSite:
+    """:ivar backend: of that host, outside of its namespaces: for all that starts and ends no process."""
+
+    def __init__(self, host: LabHost, backend: Backend, acceleration: Acceleration) -> None:
+        self.host = host
+        self.backend = backend
+        self.acceleration = acceleration
+        self.set = f"double-{uuid.uuid4().hex[:8]}"
+        backend.sets.create(
+            self.set,
+            provider="platform-managed",
+            key="default",
+            encryption_type=EncryptionType.PLATFORM_AND_CUSTOMER_KEYS,
+        )
+
+    def run(self, *command: str | Path, status: int = 0) -> str:
+        """A command's standard output and error together, inside the host; it must exit with *status*."""
+        done = self.popen(*command)
+        said, _ = done.communicate(timeout=60)
+        assert done.returncode == status, f"{command}: {said}"
+        assert "Traceback" not in said
+        return said
+
+    def popen(self, *command: str | Path) -> subprocess.Popen[str]:
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        return subprocess.Popen(
+            self.host.command(command),
+            env=self.host.environment | {"PATH": path},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def virt_sse(self, *arguments: str | Path, status: int = 0) -> str:
+        return self.run("virt-sse", *arguments, status=status)
+
+    def virsh(self, *arguments: str | Path, status: int = 0) -> str:
+        return self.run("virsh", *arguments, status=status)
+
+    def disk(self, image_format: str = "qcow2", *, size: int | None = None) -> Disk:
+        """A double disk: empty, of *size* bytes, or else with the boot-sector guest that stays."""
+        name = f"d{uuid.uuid4().hex[:8]}"
+        kind = DiskFormat(image_format)
+        if size is not None:
+            return self.backend.create_disk(name, size, image_format=kind, encryption_set=self.set)
+        source = boot_sector_image(stays=True)
+        return self.backend.import_disk(
+            name, source, source_format="raw", image_format=kind, encryption_set=self.set
+        )
+
+    def guest(self, *disks: Disk) -> Guest:
+        """A guest with those disks, defined; named like the first, and some."""
+        elements = [
+            self.backend.disk_xml(disk.name, target=f"vd{letter}")
+            for disk, letter in zip(disks, "abcdefgh", strict=False)
+        ]
+        name = f"{disks[0].name}-{uuid.uuid4().hex[:4]}"
+        guest = Guest(self.host, name, acceleration=self.acceleration, disks=elements)
+        guest.define()
+        return guest
+
+    def start_paused(self, guest: Guest) -> None:
+        """Start *guest*, and let it do nothing."""
+        self.virsh("start", guest.name, "--paused")
+
+    def processes(self) -> list[Running]:
+        """All processes of the host."""
+        supervisor = self.host.command([])[1].removeprefix("--mount=").removesuffix("/mnt")
+        namespace = os.stat(f"{supervisor}/pid_for_children").st_ino  # noqa: PTH116 -- a symbolic link
+        found = []
+        for folder in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if folder.name.isdigit() and (folder / "ns/pid").stat().st_ino == namespace:
+                    found.append(Running(int(folder.name)))
+        return found
+
+    def stage_processes(self) -> list[Running]:
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(OSError):
+                if process.command and Path(process.command[0]).name in _STAGE_PROGRAMS:
+                    found.append(process)
+        return found
+
+    def qemu(self, guest: Guest) -> Running:
+        """The process of a guest that runs."""
+        pattern = f"guest={guest.name},"
+        (found,) = (
+            process
+            for process in self.processes()
+            if any(argument.startswith(pattern) for argument in process.command)
+        )
+        return found
+
+    def storage(self, disk: Disk) -> Process:
+        return Process(self.backend.config.stage_directory / str(disk.id) / "storage")
+
+    def secrets(self) -> list[str]:
+        """The usage ids of libvirt's secrets that are ours."""
+        with contextlib.closing(self.host.connect()) as connection:
+            usages = [secret.usageID() for secret in connection.listAllSecrets()]
+        return sorted(usage for usage in usages if usage.startswith("virt-sse:"))
+
+    def qemu_io(self, guest: Guest, command: str, *, disk: int = 0) -> str:
+        """What qemu-io says, run within a guest's QEMU on the disk with that number: all below the guest is
+        passed.
+        """
+        log = self.host.root / f"var/log/libvirt/qemu/{guest.name}.log"
+        before = len(log.read_bytes())
+        monitor = f'qemu-io -d /machine/peripheral/virtio-disk{disk}/virtio-backend "{command}"'
+        with contextlib.closing(self.host.connect()) as connection:
+            flag = libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP
+            domain = connection.lookupByName(guest.name)
+            answer = libvirt_qemu.qemuMonitorCommand(domain, monitor, flag)
+
+        def said() -> str:
+            return log.read_bytes()[before:].decode(errors="replace")
+
+        if command.startswith(("read", "write")) and not answer.strip():
+            wait_until(lambda: re.search(r"ops/sec\)|failed|error|offset", said()))
+        return said() + answer
+
+    def state(self, guest: Guest) -> tuple[int, int]:
+        """libvirt's state and reason of a domain."""
+        with contextlib.closing(self.host.connect()) as connection:
+            state, reason = connection.lookupByName(guest.name).state()
+            return state, reason
+
+    def left(self) -> dict[str, Sequence[object]]:
+        """What there is of guests and stages."""
+        config = self.backend.config
+        found = {
+            "processes": [process.command for process in self.stage_processes()],
+            "records": self.backend.stages.records(),
+            "sockets": list(config.socket_directory.glob("*")),
+            "folders": list(config.stage_directory.glob("*")),
+            "caches": list(config.cache_directory.glob("*")),
+            "secrets": self.secrets(),
+        }
+        return {name: things for name, things in found.items() if things}
+
+    def forget_domains(self) -> None:
+        with contextlib.closing(self.host.connect()) as connection:
+            for domain in connection.listAllDomains():
+                if domain.isActive():
+                    domain.destroy()
+                if domain.isPersistent():
+                    domain.undefine()
+
+
+@contextlib.contextmanager
+def stage_site(host: LabHost, acceleration: Acceleration, config: str = CONFIG) -> Iterator[StageSite]:
+    with prepared(host, config) as backend:
+        yield StageSite(host, backend, acceleration)
+
+
+def show(site: StageSite, disk: Disk) -> dict[str, object]:
+    document: dict[str, object] = json.loads(site.virt_sse("disk", "show", disk.name, "-o", "json"))
+    return document
+
+
+def eventually(what: Callable[[], object], *, seconds: float) -> bool:
+    """Whether that comes to hold in that time."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True

@@ -1,0 +1,440 @@
+"""Double encryption on a lab host: guests, what runs below them, and what is left of it."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import libvirt
+import pytest
+from agent_site import wait_until
+from stage_site import CONFIG, STORAGE_USER, StageSite, eventually, stage_site
+
+from images import FORMATS, contains
+from virt_sse.disks import Disk
+from virt_sse.errors import DiskNotFoundError, ImageFormatError, StageError
+from virt_sse.keys import Dek
+from virt_sse.lab.acceleration import Acceleration
+from virt_sse.lab.agents import LabAgent
+from virt_sse.lab.guests import Guest
+from virt_sse.lab.host import QEMU_USER, LabHost
+from virt_sse.lab.recipes import BOOT_SECTOR_TEXT, LinuxMicro
+from virt_sse.qemu import img
+
+M = 1 << 20
+Accelerate = Callable[[str], Acceleration]
+
+
+@pytest.fixture(scope="module")
+def running_site(lab_host: LabHost, acceleration: Accelerate) -> Iterator[StageSite]:
+    with stage_site(lab_host, acceleration("boot-sector")) as site:
+        yield site
+
+
+@pytest.fixture
+def site(running_site: StageSite) -> Iterator[StageSite]:
+    yield running_site
+    running_site.forget_domains()
+    assert running_site.left() == {}
+
+
+@contextlib.contextmanager
+def configured(site: StageSite, text: str) -> Iterator[None]:
+    """With *text* as the host's configuration."""
+    path = site.host.root / "etc/virt-sse/config.toml"
+    path.write_text(text)
+    try:
+        yield
+    finally:
+        path.write_text(CONFIG)
+
+
+def owner(disk: Disk) -> int:
+    return disk.path.stat().st_uid
+
+
+def deks(site: StageSite, disk: Disk) -> list[bytes]:
+    return [
+        site.backend.plugins.key_provider(entry.wrapped.key.provider)
+        .unwrap(entry.wrapped, context=disk.context(entry.slot))
+        .passphrase
+        for entry in disk.deks
+    ]
+
+
+def test_a_guest_on_two_disks_from_start_to_end(site: StageSite) -> None:
+    disks = [site.disk("qcow2"), site.disk("raw", size=M)]
+    assert [owner(disk) for disk in disks] == [0, 0]
+    guest = site.guest(*disks)
+    guest.start()
+
+    stages = site.stage_processes()
+    assert [Path(process.command[0]).name for process in stages] == ["qemu-storage-daemon"] * 2
+    assert {process.uid for process in stages} == {STORAGE_USER}
+    assert [owner(disk) for disk in disks] == [STORAGE_USER] * 2
+    assert site.secrets() == sorted(f"virt-sse:{disk.id}:service" for disk in disks)
+    assert_out_of_qemus_reach(site, disks)
+    keys = [key for disk in disks for key in deks(site, disk)]
+    assert len(set(keys)) == 4
+    assert_nowhere(site, *keys)
+
+    said = guest.wait_for("boot-sector: done")
+    assert said.count("verified 8 sectors, ok") == 2
+    guest.destroy()
+    assert site.left() == {}
+    assert [owner(disk) for disk in disks] == [0, 0]
+    assert not contains([disk.path for disk in disks], BOOT_SECTOR_TEXT)
+    for disk in disks:
+        site.backend.check_disk(disk.name)
+        plain = site.host.directory / disk.name
+        site.backend.export_disk(disk.name, plain, destination_format="raw")
+        assert plain.read_bytes()[1000 * 512 :].startswith(BOOT_SECTOR_TEXT)
+    assert_nowhere(site, *keys)
+
+
+def assert_out_of_qemus_reach(site: StageSite, disks: list[Disk]) -> None:
+    """QEMU's user comes to the guest's socket, and to nothing else of a stage."""
+    config = site.backend.config
+    for disk in disks:
+        monitor = config.stage_directory / str(disk.id) / "qmp"
+        guest = site.backend.stages.guest_socket(disk.id)
+        script = (
+            "import os, pwd, socket, sys\n"
+            f"user = pwd.getpwnam({QEMU_USER!r})\n"
+            "os.setgroups([]); os.setgid(user.pw_gid); os.setuid(user.pw_uid)\n"
+            "for path in sys.argv[1:]:\n"
+            "    try: socket.socket(socket.AF_UNIX).connect(path) if 'image' not in path else open(path)\n"
+            "    except PermissionError: print('refused')\n"
+            "    else: print('reached')"
+        )
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", script, guest, monitor, disk.path], capture_output=True, text=True
+        )
+        assert done.stdout.split() == ["reached", "refused", "refused"], done.stderr
+        with socket.socket(socket.AF_UNIX) as root:
+            root.connect(str(monitor))
+
+
+def assert_nowhere(site: StageSite, *keys: bytes) -> None:
+    """The keys are on no command line, in no environment, no log and no file of what runs."""
+    for process in site.processes():
+        with contextlib.suppress(OSError):
+            for name in ("cmdline", "environ"):
+                content = Path(f"/proc/{process.pid}/{name}").read_bytes()
+                assert not any(key in content for key in keys), process
+    folders = [
+        site.host.root / "run/virt-sse",
+        site.host.root / "run/virt-sse-disks",
+        site.host.root / "var/log",
+    ]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert files
+    assert contains(files, *keys) == []
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_discard_and_zeroes(site: StageSite, image_format: str) -> None:
+    """A qcow2 disk's pass both layers. A raw one's do not: QEMU's driver for raw LUKS has no discard, and the
+    zeroes that a guest writes are ciphertext below it.
+    """
+    disk = site.disk(image_format, size=16 * M)
+    guest = site.guest(disk)
+    site.start_paused(guest)
+
+    def allocated() -> int:
+        return disk.path.stat().st_blocks * 512
+
+    assert "wrote 8388608" in site.qemu_io(guest, "write -P 0x5a 0 8M")
+    full = allocated()
+    assert full > 8 * M
+    site.qemu_io(guest, "discard 0 4M")
+    assert "wrote 4194304" in site.qemu_io(guest, "write -z -u 4M 4M")
+    if image_format == "qcow2":
+        assert eventually(lambda: allocated() <= full - 8 * M + M // 2, seconds=5)
+        assert "failed" not in site.qemu_io(guest, "read -P 0 0 8M")
+    else:
+        assert allocated() == full
+        assert "failed" not in site.qemu_io(guest, "read -P 0x5a 0 4M")
+    assert "failed" not in site.qemu_io(guest, "read -P 0 4M 4M")
+    guest.destroy()
+    site.backend.check_disk(disk.name)
+
+
+class TestSize:
+    def test_a_qcow2_disk_grows_under_a_guest(self, site: StageSite) -> None:
+        disk = site.disk("qcow2", size=M)
+        guest = site.guest(disk)
+        site.start_paused(guest)
+        site.virt_sse("disk", "resize", disk.name, "8M")
+        assert f"Capacity:       {8 * M}" in site.virsh("domblkinfo", guest.name, "vda")
+        assert "wrote 4096" in site.qemu_io(guest, f"write -P 0x5a {8 * M - 4096} 4096")
+        guest.destroy()
+        assert site.backend.get_disk(disk.name).size == 8 * M
+        site.backend.check_disk(disk.name)
+
+    def test_one_beyond_the_room_that_was_made_for_it_grows_offline(self, site: StageSite) -> None:
+        disk = site.disk("qcow2", size=M)
+        guest = site.guest(disk)
+        site.start_paused(guest)
+        said = site.virt_sse("disk", "resize", disk.name, "1G", status=1)
+        assert "cannot grow under a running guest" in said
+        assert "stop the domain first" in said
+        assert site.backend.get_disk(disk.name).size == M
+        guest.destroy()
+        site.virt_sse("disk", "resize", disk.name, "1G")
+        site.start_paused(guest)
+        assert f"Capacity:       {1 << 30}" in site.virsh("domblkinfo", guest.name, "vda")
+        assert "wrote 4096" in site.qemu_io(guest, f"write -P 0x5a {(1 << 30) - 4096} 4096")
+
+    def test_a_raw_disk_under_a_guest(self, site: StageSite) -> None:
+        disk = site.disk("raw", size=M)
+        guest = site.guest(disk)
+        site.start_paused(guest)
+        if "<reconnect" in site.virsh("dumpxml", guest.name):
+            site.virsh("resume", guest.name)
+            site.backend.resize_disk(disk.name, 8 * M)
+            assert f"Capacity:       {8 * M}" in site.virsh("domblkinfo", guest.name, "vda")
+            return
+        with pytest.raises(StageError, match="cannot grow under a running guest"):
+            site.backend.resize_disk(disk.name, 8 * M)
+        assert "read 512" in site.qemu_io(guest, "read 0 512")
+        guest.destroy()
+        site.backend.resize_disk(disk.name, 8 * M)
+        site.start_paused(guest)
+        assert f"Capacity:       {8 * M}" in site.virsh("domblkinfo", guest.name, "vda")
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_delete_erases_what_the_keys_open(site: StageSite, image_format: str) -> None:
+    disk = site.disk(image_format, size=M)
+    keys = deks(site, disk)
+    kept = site.host.images / f"{disk.name}.kept"
+    os.link(disk.path, kept)
+    opening = [Dek(base64.b64decode(key)) for key in keys]
+    img.check_unlocks(kept, disk.format, opening)
+    site.backend.delete_disk(disk.name)
+    assert not disk.path.exists()
+    with pytest.raises(ImageFormatError):
+        img.check_unlocks(kept, disk.format, opening)
+    with pytest.raises(DiskNotFoundError):
+        site.backend.get_disk(disk.name)
+
+
+def test_two_domains_are_not_given_the_same_disk(site: StageSite) -> None:
+    disk = site.disk("raw", size=M)
+    guests = [site.guest(disk), site.guest(disk)]
+    starts = [site.popen("virsh", "start", guest.name, "--paused") for guest in guests]
+    said = [start.communicate(timeout=60)[0] for start in starts]
+    assert sorted(start.returncode for start in starts) == [0, 1], said
+    assert "in use by domain" in "".join(said)
+    first, second = sorted(guests, key=Guest.is_active, reverse=True)
+    assert f"in use by domain '{first.name}'" in site.virsh("start", second.name, "--paused", status=1)
+    assert len(site.stage_processes()) == 1
+    assert "wrote 512" in site.qemu_io(first, "write 0 512")
+    first.destroy()
+    site.start_paused(second)
+
+
+def test_nothing_is_left_of_a_start_that_is_refused(site: StageSite) -> None:
+    disks = [site.disk("raw", size=M) for _ in range(3)]
+    guest = site.guest(*disks)
+    holder = subprocess.Popen(
+        ["qemu-io", "-f", "raw", str(disks[0].path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert holder.stdin
+        assert holder.stdout
+        holder.stdin.write(b"length\n")
+        holder.stdin.flush()
+        holder.stdout.readline()
+        assert "in use by a running domain or another QEMU" in site.virsh("start", guest.name, status=1)
+        assert site.left() == {}
+    finally:
+        holder.kill()
+        holder.communicate()
+    site.start_paused(guest)
+    assert len(site.stage_processes()) == 3
+
+
+def kill_storage(site: StageSite, disk: Disk) -> None:
+    pid = site.storage(disk).pid()
+    assert pid
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: site.storage(disk).pid() is None)
+
+
+class TestAStorageDaemonThatIsKilled:
+    PAUSED = (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR)
+
+    def test_the_guest_is_paused_and_has_all_that_it_wrote_when_it_starts_again(
+        self, site: StageSite
+    ) -> None:
+        disks = [site.disk("qcow2"), site.disk("raw", size=M)]
+        guest = site.guest(*disks)
+        site.start_paused(guest)
+        for number in range(2):
+            assert "wrote 4096" in site.qemu_io(guest, "write -P 0x5a 900K 4096", disk=number)
+            assert "error" not in site.qemu_io(guest, "flush", disk=number)
+            kill_storage(site, disks[number])
+            assert "Input/output error" in site.qemu_io(guest, "read 900K 4096", disk=number)
+        for _ in range(2):  # to let it go on is to have it paused again
+            site.virsh("resume", guest.name)
+            wait_until(lambda: site.state(guest) == self.PAUSED)
+        guest.destroy()
+        assert site.left() == {}
+        assert [owner(disk) for disk in disks] == [0, 0]
+        site.start_paused(guest)
+        for number in range(2):
+            assert "failed" not in site.qemu_io(guest, "read -P 0x5a 900K 4096", disk=number)
+        guest.destroy()
+        for disk in disks:
+            site.backend.check_disk(disk.name)
+
+    def test_the_guest_gets_the_error_where_a_site_wants_it_so(self, site: StageSite) -> None:
+        disk = site.disk("raw", size=M)
+        with configured(site, f'{CONFIG}[disks]\nio-errors = "report"\n'):
+            element = site.virt_sse("disk", "xml", disk.name)
+        guest = Guest(site.host, disk.name, acceleration=site.acceleration, disks=[element])
+        guest.define()
+        site.start_paused(guest)
+        assert '"werror":"report","rerror":"report"' in "".join(site.qemu(guest).command)
+        kill_storage(site, disk)
+        assert "Input/output error" in site.qemu_io(guest, "write 0 512")
+
+
+def hook_of(site: StageSite, event: str) -> int | None:
+    """The process of ours that serves a hook's event."""
+    for process in site.processes():
+        with contextlib.suppress(OSError):
+            if "virt_sse.libvirt.hook" in process.command and event in process.command:
+                return process.pid
+    return None
+
+
+class TestKilledOnTheWay:
+    @pytest.mark.parametrize("when", ["hook", "storage", "secret"])
+    def test_the_hook_of_a_start(self, site: StageSite, when: str) -> None:
+        disk = site.disk("qcow2", size=M)
+        guest = site.guest(disk)
+        reached: dict[str, Callable[[], object]] = {
+            "hook": lambda: True,
+            "storage": lambda: site.storage(disk).pid(),
+            "secret": site.secrets,
+        }
+        start = site.popen("virsh", "start", guest.name, "--paused")
+        wait_until(lambda: hook_of(site, "prepare"))
+        hook = hook_of(site, "prepare")
+        assert hook
+        wait_until(reached[when])
+        with contextlib.suppress(ProcessLookupError):  # it may have come to its end by now
+            os.kill(hook, signal.SIGKILL)
+        said, _ = start.communicate(timeout=60)
+        if start.returncode:
+            assert "hook" in said.lower()
+            site.start_paused(guest)
+        assert len(site.stage_processes()) == 1
+        assert "read 512" in site.qemu_io(guest, "read 0 512")
+        guest.destroy()
+        assert site.left() == {}
+        assert owner(disk) == 0
+
+    def test_the_hook_of_an_end(self, site: StageSite) -> None:
+        disk = site.disk("qcow2", size=M)
+        guest = site.guest(disk)
+        site.start_paused(guest)
+        stop = site.popen("virsh", "destroy", guest.name)
+        wait_until(lambda: hook_of(site, "release"))
+        hook = hook_of(site, "release")
+        assert hook
+        os.kill(hook, signal.SIGKILL)
+        stop.communicate(timeout=60)
+        assert site.left()
+        site.start_paused(guest)
+        assert len(site.stage_processes()) == 1
+        assert "read 512" in site.qemu_io(guest, "read 0 512")
+        guest.destroy()
+        assert site.left() == {}
+        assert owner(disk) == 0
+
+    def test_qemu(self, site: StageSite) -> None:
+        disk = site.disk("raw", size=M)
+        guest = site.guest(disk)
+        site.start_paused(guest)
+        assert "wrote 4096" in site.qemu_io(guest, "write -P 0x5a 0 4096")
+        os.kill(site.qemu(guest).pid, signal.SIGKILL)
+        wait_until(lambda: not guest.is_active() and not site.left())
+        assert owner(disk) == 0
+        site.start_paused(guest)
+        assert "failed" not in site.qemu_io(guest, "read -P 0x5a 0 4096")
+
+    def test_the_agent(self, site: StageSite) -> None:
+        """While it serves a start, and under a guest."""
+        disk = site.disk("qcow2", size=M)
+        guest = site.guest(disk)
+        with LabAgent(site.host) as agent:
+            start = site.popen("virsh", "start", guest.name, "--paused")
+            wait_until(lambda: site.backend.stages.record(disk.id))
+            agent.kill()
+            start.communicate(timeout=60)
+            agent.start()
+            if not guest.is_active():
+                site.start_paused(guest)
+            (before,) = site.stage_processes()
+            agent.kill()
+            assert site.stage_processes() == [before]
+            assert "read 512" in site.qemu_io(guest, "read 0 512")
+            agent.start()
+            guest.destroy()
+        assert site.left() == {}
+        assert owner(disk) == 0
+
+
+def test_hot_plug_and_unplug_discard_and_growth_in_a_linux(
+    site: StageSite, acceleration: Accelerate, linux_micro: LinuxMicro
+) -> None:
+    """By our command inside the host, and by plain virsh."""
+    disk = site.disk("qcow2", size=16 * M)
+    guest = Guest(site.host, f"{disk.name}-linux", acceleration=acceleration("linux-micro"), boot=linux_micro)
+    guest.start(
+        "up() { while [ ! -e /dev/vda ]; do sleep 0.1; done; }\n"
+        "down() { while [ -e /dev/vda ]; do sleep 0.1; done; }\n"
+        "echo ready; up; cat /sys/block/vda/size\n"
+        "dd if=/dev/zero bs=1M count=12 2>&- | tr '\\0' Z >/dev/vda; sync; echo full\n"
+        "until [ $(cat /sys/block/vda/size) = 49152 ]; do sleep 0.1; done; echo grown\n"
+        "blkdiscard -o 0 -l 8388608 /dev/vda; echo discarded\n"
+        "echo plugged | dd of=/dev/vda bs=512 conv=sync 2>&-; sync; echo written\n"
+        "down; echo gone; up; head -c 7 /dev/vda; echo; echo again; down; echo end; sleep 600"
+    )
+    guest.wait_for("ready")
+    assert site.left() == {}
+    site.virt_sse("disk", "attach", disk.name, guest.name)
+    assert len(site.stage_processes()) == 1
+    guest.wait_for("full")
+    assert f"\n{16 * M // 512}\n" in guest.serial
+    before = disk.path.stat().st_blocks * 512
+    assert before > 12 * M
+    site.virt_sse("disk", "resize", disk.name, "24M")
+    guest.wait_for("grown")
+    guest.wait_for("written")
+    assert eventually(lambda: disk.path.stat().st_blocks * 512 < before - 7 * M, seconds=5)
+    site.virt_sse("disk", "detach", disk.name, guest.name)
+    assert site.left() == {}
+    assert owner(disk) == 0
+    guest.wait_for("gone")
+    site.virt_sse("disk", "attach", disk.name, guest.name)
+    guest.wait_for("plugged\nagain")
+    # libvirt runs no hook for this, and at the domain's end none that knows of the disk.
+    site.virsh("detach-disk", guest.name, "vda", "--live")
+    guest.wait_for("end")
+    assert len(site.stage_processes()) == 1
+    with LabAgent(site.host):
+        wait_until(lambda: not site.left())
+    assert owner(disk) == 0
+    site.backend.check_disk(disk.name)

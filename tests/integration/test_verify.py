@@ -1,0 +1,362 @@
+"""``virt-sse vm verify``, and the agent's watch for images without encryption, on a lab host.
+
+The guests stand still: what they would write is written by QEMU, through their devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import libvirt
+import pytest
+from agent_site import wait_until
+from stage_site import CONFIG, StageSite, stage_site
+
+import virt_sse.agent.fold
+import virt_sse.agent.fold_record
+import virt_sse.agent.wiping
+from crashes import crash_points, dies_at
+from virt_sse.agent.fold import Fold
+from virt_sse.agent.fold_record import FoldRecord
+from virt_sse.disks import Disk
+from virt_sse.lab.acceleration import Acceleration
+from virt_sse.lab.agents import LabAgent
+from virt_sse.lab.guests import Guest
+from virt_sse.lab.host import LabHost
+from virt_sse.qemu.img import DiskFormat
+
+M = 1 << 20
+REUSE = libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL
+
+
+@pytest.fixture(scope="module")
+def running_site(lab_host: LabHost, acceleration: Callable[[str], Acceleration]) -> Iterator[StageSite]:
+    with stage_site(lab_host, acceleration("boot-sector")) as site:
+        yield site
+
+
+@pytest.fixture
+def site(running_site: StageSite) -> Iterator[StageSite]:
+    yield running_site
+    with contextlib.closing(running_site.host.connect()) as connection:
+        for domain in connection.listAllDomains():
+            for each in domain.listAllSnapshots():
+                each.delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
+    running_site.forget_domains()
+
+
+def single(site: StageSite, image_format: str = "qcow2", *, size: int = 8 * M) -> Disk:
+    """A disk with one layer: the site's set is for two."""
+    name = f"s{uuid.uuid4().hex[:8]}"
+    return site.backend.create_disk(name, size, image_format=DiskFormat(image_format))
+
+
+def verify(site: StageSite, guest: Guest, *options: str, status: int = 0) -> dict[str, Any]:
+    said = site.virt_sse("vm", "verify", guest.name, "--output", "json", *options, status=status)
+    document, end = json.JSONDecoder().raw_decode(said)
+    assert document["as-asked"] is (status == 0)
+    assert ("virt-sse: error: " in said[end:]) is (status == 1)
+    return dict(document)
+
+
+def layers(document: dict[str, Any], number: int = 0) -> list[tuple[str, str, str | None]]:
+    disk = document["disks"][number]
+    return [(layer["where"], layer["cipher"], layer["slot"]) for layer in disk["layers"]]
+
+
+XTS, CBC = "aes-256-xts", "aes-256-cbc-essiv:sha256"
+GUEST = ("guest's QEMU", XTS, "service")
+STORAGE = ("storage daemon", CBC, "infrastructure")
+CACHE = ("host cache", "holds ciphertext", None)
+
+
+def test_what_was_asked_for_is_told_and_seen(site: StageSite) -> None:
+    one, two = site.guest(single(site, "raw")), site.guest(site.disk("qcow2"))
+    cached = site.guest(site.disk("raw"))
+    site.virt_sse("vm", "update", cached.name, "--encryption-at-host", "on", "--temp-disk-size", "1M")
+    site.virt_sse("vm", "update", cached.name, "--disk-caching", "vda=ReadWrite")
+    assert layers(verify(site, one)) == [("image", XTS, "service")]
+    assert layers(verify(site, cached)) == [
+        ("image", CBC, "infrastructure"),
+        ("within that", XTS, "service"),
+    ]
+    for guest in (one, two, cached):
+        site.start_paused(guest)
+    site.qemu_io(cached, "write -P 0x41 0 512k")
+    assert layers(verify(site, one)) == [GUEST, ("image", XTS, "service")]
+    assert layers(verify(site, two)) == [GUEST, STORAGE, ("image", CBC, "infrastructure")]
+    seen = verify(site, cached)
+    assert layers(seen) == [GUEST, CACHE, STORAGE, ("image", CBC, "infrastructure")]
+    assert "sectors looked at: 5" in seen["disks"][0]["layers"][1]["detail"]
+    assert layers(seen, 1) == [("guest's QEMU", XTS, "temp"), ("image", XTS, "temp")]
+    assert not any(place["is-plaintext"] for disk in seen["disks"] for place in disk["places"])
+    table = site.virt_sse("vm", "verify", cached.name)
+    assert "as-asked            yes" in table
+    assert "plaintext   the guest's memory, and its QEMU's" in table
+
+
+def test_plaintext_beside_a_disk_is_found(site: StageSite) -> None:
+    disk = site.disk("raw")
+    guest, image = site.guest(disk), site.host.images / disk.name
+
+    def problems(status: int = 1) -> list[str]:
+        return list(verify(site, guest, status=status)["problems"])
+
+    site.start_paused(guest)
+    overlay = ("snapshot-create-as", guest.name, "--disk-only", "--diskspec", f"vda,file={image}.overlay")
+    site.virsh(*overlay)
+    assert problems() == [f"vda: overlay {image}.overlay is not encrypted"]
+    site.virsh("blockcommit", guest.name, "vda", "--active", "--pivot")
+    site.virsh("snapshot-delete", guest.name, "--current", "--metadata")
+
+    copy = ("blockcopy", guest.name, "vda", "--dest", f"{image}.copy", "--transient-job", "--wait")
+    site.virsh(*copy, "--format", "raw")
+    assert problems() == [f"vda: mirror {image}.copy is not encrypted"]
+    site.virsh("blockjob", guest.name, "vda", "--abort")
+
+    with backup(site, guest, f"<scratch file='{image}.scratch'/>"):
+        assert f"vda: backup {image}.scratch is not encrypted" in problems()
+        assert any("its plaintext leaves QEMU" in problem for problem in problems())
+    assert problems(0) == []
+
+    site.virsh(*overlay[:-1], f"vda,file={image}.off")
+    site.virsh("destroy", guest.name)
+    assert problems() == [f"vda: overlay {image}.off is not encrypted"]
+
+
+@contextlib.contextmanager
+def backup(site: StageSite, guest: Guest, place: str) -> Iterator[None]:
+    """One that is under way: to a target that takes its time, or with a scratch file."""
+    pull = f"<server transport='unix' socket='{site.host.images}/{guest.name}.nbd'/>"
+    mode, server, flags = ("pull", pull, 0) if place.startswith("<scratch") else ("push", "", REUSE)
+    kind = "file" if mode == "pull" else "network"
+    disks = f"<disks><disk name='vda' type='{kind}'>{place}</disk></disks>"
+    with contextlib.closing(site.host.connect()) as connection:
+        domain = connection.lookupByName(guest.name)
+        domain.backupBegin(f"<domainbackup mode='{mode}'>{server}{disks}</domainbackup>", None, flags)
+        yield
+        domain.abortJob()
+
+
+def test_the_target_of_a_backup_is_found(site: StageSite) -> None:
+    guest = site.guest(single(site, "raw"))
+    site.start_paused(guest)
+    target = site.host.images / f"{guest.name}.target"
+    host = f"<host transport='unix' socket='{target}'/>"
+    place = f"<target protocol='nbd' name='x'>{host}</target><driver type='raw'/>"
+    server = ["nbdkit", "--exit-with-parent", "--unix", target, "--filter=delay", "memory", "8M", "wdelay=4"]
+    with ended(site.popen("setpriv", "--reuid", "libvirt-qemu", "--clear-groups", *server)):
+        wait_until(target.exists)
+        with backup(site, guest, place):
+            problem = f"vda: backup socket {target} is not encrypted"
+            assert verify(site, guest, status=1)["problems"] == [problem]
+            with agent(site, "warn") as running:
+                wait_until(lambda: events(running, "plaintext-link", kind="backup", place=str(target)))
+    assert verify(site, guest)["problems"] == []
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[None]:
+    with process:
+        yield
+        process.kill()
+
+
+def test_what_is_dead_or_another_is_found(site: StageSite) -> None:
+    disk, other = site.disk("qcow2"), single(site)
+    guest, beside = site.guest(disk), site.guest(other)
+    plain = site.host.images / f"{disk.name}.plain"
+    plain.write_bytes(bytes(M))
+    site.start_paused(guest)
+    site.start_paused(beside)
+    site.virsh("attach-disk", beside.name, plain, "vdb", "--live")
+    assert verify(site, beside)["disks"][1]["disk"] is None
+    assert verify(site, beside, "--strict", status=1)["problems"] == [
+        "vdb: it is not virt-sse's, and in plaintext"
+    ]
+
+    moved = other.path.with_suffix(".moved")
+    other.path.rename(moved)
+    shutil.copy(moved, other.path)
+    (problem,) = verify(site, beside, status=1)["problems"]
+    assert problem == f"vda: the guest's QEMU has another file open than {other.path}: it was replaced"
+    moved.rename(other.path)
+    assert verify(site, beside)["problems"] == []
+
+    moved = disk.path.with_suffix(".moved")
+    disk.path.rename(moved)
+    shutil.copy(other.path, disk.path)
+    problems = verify(site, guest, status=1)["problems"]
+    assert f"vda: the storage daemon has another file open than {disk.path}: it was replaced" in problems
+    assert f"vda: {disk.path} is the image of another disk: it was replaced" in problems
+    assert f"vda: the image is encrypted with {XTS}, not {CBC}" in problems
+    moved.rename(disk.path)
+    site.run("sh", "-c", "kill -9 $(pidof qemu-storage-daemon)")
+    assert verify(site, guest, status=1)["problems"] == ["vda: its storage daemon does not run"]
+    assert "no domain" in site.virt_sse("vm", "verify", "nowhere", status=1)
+
+
+def test_a_copy_that_took_the_place_of_a_disk_is_found(site: StageSite) -> None:
+    disk = single(site)
+    guest, copy = site.guest(disk), site.host.images / f"{disk.name}.copy"
+    site.start_paused(guest)
+    site.virsh("blockcopy", guest.name, "vda", "--dest", copy, "--transient-job", "--wait", "--pivot")
+    problems = verify(site, guest, status=1)["problems"]
+    assert f"vda: the guest's device is on {copy}, which is not encrypted" in problems
+    with agent(site, "warn") as running:
+        kind = {"kind": "image in its place", "place": str(copy)}
+        wait_until(lambda: events(running, "plaintext-link", domain=guest.name, **kind))
+    site.virsh("destroy", guest.name)
+    assert (
+        f"vda: its definition has {copy}, which is not encrypted by us"
+        in (verify(site, guest, status=1)["problems"])
+    )
+
+
+@contextlib.contextmanager
+def agent(site: StageSite, policy: str) -> Iterator[LabAgent]:
+    path = site.backend.config.root / "etc/virt-sse/config.toml"
+    path.write_text(CONFIG + f'[agent]\npoll-seconds = 0.3\nplaintext = "{policy}"\n')
+    try:
+        with LabAgent(site.host) as running:
+            yield running
+    finally:
+        path.write_text(CONFIG)
+
+
+def events(running: LabAgent, name: str, **values: object) -> list[dict[str, object]]:
+    return [event for event in running.log() if event["event"] == name and values.items() <= event.items()]
+
+
+def test_the_agent_tells_of_a_link_once_and_pauses_the_guest_while_it_is_there(site: StageSite) -> None:
+    disk = single(site)
+    guest, overlay = site.guest(disk), site.host.images / f"{disk.name}.overlay"
+    guest.define()
+    site.virsh("start", guest.name)
+    with agent(site, "warn") as running:
+        site.virsh("snapshot-create-as", guest.name, "--disk-only", "--diskspec", f"vda,file={overlay}")
+        waited = wait_until(lambda: events(running, "plaintext-link", domain=guest.name))
+        assert waited < 3
+        time.sleep(1)
+        (event,) = events(running, "plaintext-link", domain=guest.name)
+        assert (event["kind"], event["place"]) == ("overlay", str(overlay))
+        metrics = running.metrics()
+        assert metrics["virt_sse_agent_plaintext_links"] == 1
+        assert metrics['virt_sse_agent_plaintext_links_found_total{kind="overlay"}'] == 1
+        assert guest.is_active()
+        assert site.state(guest)[0] == libvirt.VIR_DOMAIN_RUNNING
+    with agent(site, "pause") as running:
+        wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_PAUSED)
+        site.virsh("blockcommit", guest.name, "vda", "--active", "--pivot")
+        wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_RUNNING)
+        with backup(site, guest, f"<scratch file='{overlay}.scratch'/>"):
+            wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_PAUSED)
+            assert events(running, "plaintext-link", domain=guest.name, kind="backup")
+        wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_RUNNING)
+
+
+def snapshot(site: StageSite, guest: Guest, name: str) -> Path:
+    """Make one without encryption; the overlay."""
+    overlay = site.host.images / f"{guest.name}.{name}"
+    spec = ("--diskspec", f"vda,file={overlay}")
+    site.virsh("snapshot-create-as", guest.name, name, "--disk-only", *spec)
+    return overlay
+
+
+def has(site: StageSite, guest: Guest, pattern: int, offset: str) -> bool:
+    return "verification failed" not in site.qemu_io(guest, f"read -P {pattern:#x} {offset} 64k")
+
+
+@pytest.mark.parametrize("layer", ["single", "double"])
+def test_the_agent_folds_overlays_back_and_wipes_them(site: StageSite, layer: str) -> None:
+    disk = single(site) if layer == "single" else site.disk("raw", size=8 * M)
+    guest = site.guest(disk)
+    site.start_paused(guest)
+    site.qemu_io(guest, "write -P 1 0 64k")
+    first = snapshot(site, guest, "one")
+    site.qemu_io(guest, "write -P 2 64k 64k")
+    second = snapshot(site, guest, "two")
+    site.qemu_io(guest, "write -P 3 128k 64k")
+    kept = second.with_suffix(".kept")
+    kept.hardlink_to(second)
+    assert bytes([3]) * 4096 in kept.read_bytes()
+    with agent(site, "fold") as running:
+        wait_until(lambda: events(running, "folded", domain=guest.name))
+        assert running.metrics()['virt_sse_agent_domain_actions_total{action="fold"}'] == 1
+        wait_until(lambda: running.metrics()["virt_sse_agent_plaintext_links"] == 0)
+    assert not first.exists()
+    assert not second.exists()
+    assert bytes([3]) * 4096 not in kept.read_bytes(), "its content was overwritten"
+    assert site.virsh("snapshot-list", guest.name, "--name").split() == []
+    assert verify(site, guest)["problems"] == []
+    assert all(has(site, guest, number + 1, f"{64 * number}k") for number in range(3))
+    site.virsh("destroy", guest.name)
+    site.start_paused(guest)
+    assert all(has(site, guest, number + 1, f"{64 * number}k") for number in range(3))
+
+
+def test_a_fold_that_was_killed_is_gone_on_with(site: StageSite) -> None:
+    guest = site.guest(single(site))
+    folder = site.backend.config.state_directory / "folds"
+    with contextlib.closing(site.host.connect()) as connection:
+        vm_id = uuid.UUID(connection.lookupByName(guest.name).UUIDString())
+
+    def fold(record: FoldRecord | None = None) -> None:
+        assert Fold(site.host.uri, folder, vm_id, "vda", threading.Event()).run(record)
+
+    site.start_paused(guest)
+    modules = [virt_sse.agent.fold, virt_sse.agent.fold_record, virt_sse.agent.wiping]
+    snapshot(site, guest, "s")
+    points = crash_points(modules, fold)
+    for number, point in enumerate(points[len(points) // 8 :: len(points) // 8], start=1):
+        overlay = snapshot(site, guest, f"s{number}")
+        site.qemu_io(guest, f"write -P {number} 0 64k")
+        assert dies_at(point, modules, fold)
+        records = FoldRecord.read_all(folder)
+        fold(records[0] if records else None)
+        assert not overlay.exists()
+        assert FoldRecord.read_all(folder) == []
+        assert has(site, guest, number, "0")
+        assert site.virsh("snapshot-list", guest.name, "--name").split() == []
+    assert verify(site, guest)["problems"] == []
+
+
+def test_what_may_not_have_been_folded_is_not_wiped(site: StageSite) -> None:
+    guest = site.guest(disk := single(site))
+    site.start_paused(guest)
+    overlay = snapshot(site, guest, "s")
+    folder = site.backend.config.state_directory / "folds"
+    with contextlib.closing(site.host.connect()) as connection:
+        domain = connection.lookupByName(guest.name)
+        found = (overlay.stat().st_dev, overlay.stat().st_ino)
+        record = FoldRecord(
+            uuid.UUID(domain.UUIDString()),
+            guest.name,
+            "vda",
+            disk.id,
+            "token",
+            (virt_sse.agent.fold_record.Overlay(overlay, found),),
+        )
+        domain.destroy()
+        domain.snapshotLookupByName("s").delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
+    record.write(folder)
+    guest.define()  # without the overlay
+    with agent(site, "fold") as running:
+        wait_until(lambda: events(running, "fold-unclear"))
+        site.start_paused(guest)
+        time.sleep(1)
+        assert overlay.exists()
+        overlay.unlink()
+        site.virsh("destroy", guest.name)
+        running.stop()
+        running.start()
+        wait_until(lambda: not FoldRecord.read_all(folder))

@@ -1,0 +1,280 @@
+"""The hsm-simulated provider, beside what the contract says of all providers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from PyKCS11 import CKF_RW_SESSION, CKM_RSA_PKCS_KEY_PAIR_GEN, Mechanism
+
+from virt_sse.errors import (
+    ConfigError,
+    InvalidValueError,
+    KeyDeniedError,
+    KeyDisabledError,
+    KeyNotFoundError,
+    KeyOperationUnsupportedError,
+    UnwrapError,
+    VirtSseError,
+)
+from virt_sse.files import write_private
+from virt_sse.keys import Dek, DekContext, KeyId, KeyState, ProviderConfig
+from virt_sse.lab.tokens import LabToken
+from virt_sse.pkcs11 import objects
+from virt_sse.pkcs11.module import Module, find_module
+from virt_sse.pkcs11.token import KeyKind
+from virt_sse.pkcs11.versions import VersionedKeys
+from virt_sse_plugins.key_providers.hsm_simulated import HsmSimulatedKeyProvider
+
+CONTEXT = DekContext(uuid.uuid4(), "service")
+DEK = Dek.generate()
+
+Open = Callable[..., HsmSimulatedKeyProvider]
+
+
+@pytest.fixture
+def open_provider(lab_token: LabToken, tmp_path: Path) -> Iterator[Open]:
+    """The provider with the options of a lab token, but for those that are given."""
+    opened = []
+
+    def open_one(**options: object) -> HsmSimulatedKeyProvider:
+        config = ProviderConfig(tmp_path / "hsm", {**lab_token.options, **options})
+        opened.append(HsmSimulatedKeyProvider.from_config(config))
+        return opened[-1]
+
+    yield open_one
+    for provider in opened:
+        provider.close()
+
+
+@pytest.fixture
+def provider(open_provider: Open) -> HsmSimulatedKeyProvider:
+    return open_provider()
+
+
+@pytest.fixture
+def keys(provider: HsmSimulatedKeyProvider) -> VersionedKeys:
+    """The administrator's."""
+    return provider.keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("disks", ("disks", None)),
+        ("a/b:c", ("a/b:c", None)),
+        ("pkcs11:object=my%20disks", ("my disks", None)),
+        ("pkcs11:object=disks;id=%01%FF;type=private", ("disks", "01ff")),
+    ],
+)
+def test_keys_are_named_by_label_or_uri(text: str, key: tuple[str, str | None]) -> None:
+    assert HsmSimulatedKeyProvider.parse_key(text) == key
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pkcs11:",
+        "pkcs11:id=%01",
+        "pkcs11:object=a;token=t",
+        "pkcs11:object=a;type=cert",
+        "pkcs11:object=a?pin-value=1",
+    ],
+)
+def test_uris_that_name_no_key(text: str) -> None:
+    with pytest.raises(InvalidValueError):
+        HsmSimulatedKeyProvider.parse_key(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pin": "1234"}, "unknown option 'pin'"),
+        ({"uri": 1}, "must be a string"),
+        ({"uri": "token=a"}, "begins with"),
+        ({"uri": "pkcs11:?pin-source=/x"}, "does not say which token"),
+        ({"uri": "pkcs11:token=a;object=k"}, "no key in it"),
+        ({"uri": "pkcs11:token=a?pin-value=1"}, "may not hold a PIN"),
+        ({"uri": "pkcs11:token=a?pin-source=|cat"}, "from no program"),
+        ({"uri": "pkcs11:token=a?pin-source=/x", "pin-file": "/y"}, "more than once"),
+        ({"uri": "pkcs11:token=a?module-path=/x", "module": "/y"}, "more than once"),
+        ({"module": "lib/x.so"}, "absolute path"),
+        ({"pin-file": "pin"}, "absolute path"),
+        ({"softhsm-config": "softhsm2.conf"}, "absolute path"),
+    ],
+)
+def test_options_that_make_no_sense(options: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        HsmSimulatedKeyProvider.from_config(ProviderConfig(tmp_path, options))
+
+
+def test_it_needs_no_identity(tmp_path: Path) -> None:
+    assert not HsmSimulatedKeyProvider.needs_identity(ProviderConfig(tmp_path))
+
+
+def test_module_and_pin_by_the_uri(open_provider: Open, lab_token: LabToken, tmp_path: Path) -> None:
+    uri = dataclasses.replace(
+        lab_token.uri, module_name="softhsm2", pin_source=f"file:{lab_token.folder.pin}"
+    )
+    options = {"uri": str(uri), "softhsm-config": lab_token.options["softhsm-config"]}
+    provider = HsmSimulatedKeyProvider.from_config(ProviderConfig(tmp_path / "other", options))
+    provider.keys().create("key", KeyKind.AES, 0)
+    assert open_provider().current_key("key") == provider.current_key("key")
+    provider.close()
+
+
+def test_states(provider: HsmSimulatedKeyProvider, keys: VersionedKeys) -> None:
+    made = keys.create("key", KeyKind.RSA, 2048)
+    key = provider.current_key("key")
+    wrapped = provider.wrap(DEK, key, context=CONTEXT)
+    assert provider.key_state(key) is KeyState.ENABLED
+    keys.token.set_enabled(made, False)
+    assert provider.key_state(key) is KeyState.DISABLED
+    keys.token.set_enabled(made, True)
+    assert provider.unwrap(wrapped, context=CONTEXT) == DEK
+    keys.token.destroy(made)
+    assert provider.key_state(key) is KeyState.DELETED
+    for use in (
+        lambda: provider.wrap(DEK, key, context=CONTEXT),
+        lambda: provider.unwrap(wrapped, context=CONTEXT),
+        lambda: provider.current_key("key"),
+        lambda: provider.rotate("key"),
+    ):
+        with pytest.raises(KeyNotFoundError):
+            use()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"module": "/no/such/module.so"},
+        {"module": "no-such-module"},
+        {"module": "/etc/passwd"},
+        {"uri": "pkcs11:token=none"},
+        {"uri": "pkcs11:model=SoftHSM%20v2;serial=0"},
+        {"pin-file": "/no/such/pin"},
+        {"pin-file": "wrong"},
+        {"softhsm-config": "/no/such/softhsm2.conf"},
+    ],
+    ids=lambda options: next(iter(options.values())),
+)
+def test_what_is_out_of_reach_is_no_verdict(
+    open_provider: Open, keys: VersionedKeys, options: dict[str, object], tmp_path: Path
+) -> None:
+    keys.create("key", KeyKind.AES, 0)
+    key = open_provider().current_key("key")
+    wrapped = open_provider().wrap(DEK, key, context=CONTEXT)
+    if options.get("pin-file") == "wrong":
+        write_private(tmp_path / "pin", b"0000")
+        options = {"pin-file": str(tmp_path / "pin")}
+    provider = open_provider(**options)
+    assert provider.key_state(key) is KeyState.UNREACHABLE
+    for use in (
+        lambda: provider.wrap(DEK, key, context=CONTEXT),
+        lambda: provider.unwrap(wrapped, context=CONTEXT),
+        lambda: provider.current_key("key"),
+        lambda: provider.rotate("key"),
+    ):
+        with pytest.raises(VirtSseError) as caught:
+            use()
+        assert not isinstance(caught.value, KeyNotFoundError | KeyDisabledError | KeyDeniedError)
+    assert open_provider().key_state(key) in (KeyState.ENABLED, KeyState.UNREACHABLE)
+
+
+def test_processes_that_rotate_at_once_agree(
+    provider: HsmSimulatedKeyProvider, open_provider: Open, keys: VersionedKeys
+) -> None:
+    keys.create("key", KeyKind.AES, 0)
+    reading, writing = os.pipe()
+    children = []
+    for _ in range(4):
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                for _ in range(3):
+                    os.write(writing, f"{provider.rotate('key').version}\n".encode())
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    os.close(writing)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+    with os.fdopen(reading) as file:
+        made = file.read().split()
+    versions = [key.id.hex() for key in keys.versions("key")]
+    assert sorted(made) == versions[1:]
+    assert len(set(made)) == 12
+    assert {open_provider().current_key("key").version for _ in range(3)} == {versions[-1]}
+    after = provider.rotate("key")
+    assert open_provider().current_key("key") == after
+    for version in (*made, after.version):
+        wrapped = provider.wrap(DEK, KeyId(provider.name, "key", version), context=CONTEXT)
+        assert provider.unwrap(wrapped, context=CONTEXT) == DEK
+
+
+def test_versions_that_others_have_made_come_first(
+    provider: HsmSimulatedKeyProvider, keys: VersionedKeys
+) -> None:
+    for key_id in (b"\2", b"\1", b"\1\0"):
+        keys.token.generate_aes("key", key_id)
+    assert provider.current_key("key").version == "0100"
+    assert provider.key_state(KeyId(provider.name, "key", "01")) is KeyState.ENABLED
+    assert provider.rotate("key") == provider.current_key("key")
+    assert len(keys.versions("key")) == 4
+
+
+def test_an_algorithm_belongs_to_a_kind_of_key(
+    provider: HsmSimulatedKeyProvider, keys: VersionedKeys
+) -> None:
+    keys.create("rsa", KeyKind.RSA, 2048)
+    keys.create("aes", KeyKind.AES, 0)
+    by_rsa, by_aes = (
+        provider.wrap(DEK, provider.current_key(name), context=CONTEXT) for name in ("rsa", "aes")
+    )
+    assert (by_rsa.algorithm, by_aes.algorithm) == ("RSA-OAEP-256", "A256KW")
+    for wrapped, other in ((by_rsa, by_aes), (by_aes, by_rsa)):
+        for wrong in (
+            dataclasses.replace(wrapped, algorithm=other.algorithm),
+            dataclasses.replace(wrapped, key=other.key),
+        ):
+            with pytest.raises(UnwrapError):
+                provider.unwrap(wrong, context=CONTEXT)
+
+
+def test_a_weak_key_of_others_wraps_nothing(provider: HsmSimulatedKeyProvider, lab_token: LabToken) -> None:
+    keys = provider.keys()
+    with Module.load(find_module("softhsm2")).calls() as library:
+        (slot,) = [
+            each
+            for each in library.getSlotList(True)
+            if library.getTokenInfo(each).serialNumber.strip() == lab_token.uri.serial
+        ]
+        session = library.openSession(slot, CKF_RW_SESSION)
+        session.generateKeyPair(
+            objects.new_public_template("weak", b"\1", 1024),
+            objects.private_template("weak", b"\1"),
+            Mechanism(CKM_RSA_PKCS_KEY_PAIR_GEN, None),
+        )
+        session.closeSession()
+    with pytest.raises(KeyOperationUnsupportedError, match="1024 bits"):
+        provider.wrap(DEK, provider.current_key("weak"), context=CONTEXT)
+    assert keys.rotate("weak").bits == 2048
+
+
+def test_names_that_are_taken(keys: VersionedKeys) -> None:
+    keys.create("key", KeyKind.AES, 0)
+    with pytest.raises(InvalidValueError, match="already"):
+        keys.create("key", KeyKind.RSA, 2048)
+
+
+def test_versions_are_written_in_one_way(provider: HsmSimulatedKeyProvider, keys: VersionedKeys) -> None:
+    keys.token.generate_aes("key", b"\xab\xcd")
+    assert provider.key_state(KeyId(provider.name, "key", "abcd")) is KeyState.ENABLED
+    for version in ("ABCD", "ab cd", " abcd", "abc", "", secrets.token_hex(16)):
+        assert provider.key_state(KeyId(provider.name, "key", version)) is KeyState.DELETED

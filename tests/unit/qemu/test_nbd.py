@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from virt_sse.errors import ImageError
+from virt_sse.qemu.nbd import NbdReader
+
+GREETING = b"NBDMAGICIHAVEOPT\0\3" + struct.pack(">QH", 1000, 3)
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, servers = socket.socketpair()
+    with ours, servers:
+        yield ours, servers
+
+
+def reply(content: bytes, *, error: int = 0, number: int = 1, magic: int = 0x67446698) -> bytes:
+    return struct.pack(">IIQ", magic, error, number) + content
+
+
+def test_a_read_within_the_end(ends: tuple[socket.socket, socket.socket]) -> None:
+    ours, server = ends
+    server.sendall(GREETING + reply(b"y" * 10))
+    reader = NbdReader(ours, "image")
+    assert reader.size == 1000
+    assert reader.read(990, 100) == b"y" * 10
+    assert reader.read(1000, 1) == reader.read(2**70, 1) == reader.read(5, 0) == b""
+    asked = server.recv(1000)
+    assert asked[:4] == struct.pack(">I", 3)
+    assert asked[4:25] == b"IHAVEOPT" + struct.pack(">II", 1, 5) + b"image"
+    assert asked[25:] == struct.pack(">IHHQQI", 0x25609513, 0, 0, 1, 990, 10)
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        (b"", "has hung up"),
+        (b"SSH-2.0-OpenSSH_9.2p1 Debian", "is no NBD server"),
+        (GREETING[:20], "has hung up"),
+        (GREETING, "has hung up"),
+        (GREETING + reply(b"", error=5), "cannot read 10 bytes at 0: error 5"),
+        (GREETING + reply(b"x" * 10, number=2), "does not keep to the protocol"),
+        (GREETING + reply(b"x" * 10, magic=7), "does not keep to the protocol"),
+        (GREETING + reply(b"x" * 9), "has hung up"),
+    ],
+)
+def test_a_server_that_does_not_serve(
+    ends: tuple[socket.socket, socket.socket], said: bytes, error: str
+) -> None:
+    ours, server = ends
+    server.sendall(said)
+    server.shutdown(socket.SHUT_WR)
+    with pytest.raises(ImageError, match=error):
+        NbdReader(ours, "image").read(0, 10)
