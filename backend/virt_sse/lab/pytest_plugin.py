@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from virt_sse.lab.vaults import LabVault
 
 _USED = pytest.StashKey[dict[str, str]]()
+_WORKER_OUTPUT = "virt-sse-lab"
 
 
 @contextmanager
@@ -142,6 +143,20 @@ def linux_micro() -> LinuxMicro:
 
     with _skip_if_unavailable():
         return built_linux_micro()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist has no terminal: what it found out goes to the one that has."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output[_WORKER_OUTPUT] = session.config.stash.get(_USED, {})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker of pytest-xdist has ended."""
+    used = node.config.stash.setdefault(_USED, {})
+    used.update(getattr(node, "workeroutput", {}).get(_WORKER_OUTPUT, {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
