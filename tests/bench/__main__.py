@@ -26,8 +26,10 @@ import data
 import domain
 import hook
 import hsm
+import layers
 import machine
 import rewrap
+import start
 import virt_sse
 from measurement import Bench, Row, Run
 from virt_sse.cli.output import OutputFormat, print_rows
@@ -37,9 +39,11 @@ from virt_sse.lab import directories
 BENCHES: Mapping[str, Bench] = {
     "create": create.measure,
     "domain": domain.measure,
+    "start": start.measure,
     "hook": hook.measure,
     "command": command.measure,
     "data": data.measure,
+    "layers": layers.measure,
     "rewrap": rewrap.measure,
     "customer": customer.measure,
     "hsm": hsm.measure,

@@ -14,12 +14,12 @@ from virt_sse.qemu.img import DiskFormat
 from virt_sse.qemu.process import run
 
 _MIB = 1 << 20
-_ENCRYPTION = {
+ENCRYPTION = {
     DiskFormat.QCOW2: "encrypt.format=luks,encrypt.key-secret=dek",
     DiskFormat.RAW: "key-secret=dek",
 }
-_FILL = Load("write", _MIB)
-_LOADS = {
+FILL = Load("write", _MIB)
+LOADS = {
     "seq-write": ("sequential write, 1 MiB", Load("write", _MIB)),
     "seq-read": ("sequential read, 1 MiB", Load("read", _MIB)),
     "rand-write": ("random write, 4 KiB", Load("randwrite", 4096)),
@@ -39,7 +39,7 @@ def measure(bench: Run) -> Iterator[Row]:
             plain = folder / f"disk.{image_format.value}"
             run(["qemu-img", "create", "-q", "-f", image_format.value, str(plain), str(size)])
             disk = backend.create_disk(image_format.value, size, image_format=image_format)
-            luks = f"driver={image_format.qemu_driver},{_ENCRYPTION[image_format]}"
+            luks = f"driver={image_format.qemu_driver},{ENCRYPTION[image_format]}"
             with contextlib.ExitStack() as stack:
                 ours = stack.enter_context(
                     exported(f"{luks},{_file(disk.path, cache)}", folder, dek=dek_of(backend, disk))
@@ -54,16 +54,16 @@ def measure(bench: Run) -> Iterator[Row]:
 
 def _rows(bench: Run, name: str, ours: Export, peer: Export, size: int, *, direct: bool) -> Iterator[Row]:
     for export in (peer, ours):
-        drive(export, _FILL, size, runtime=None)
-    for load_name, (description, load) in _LOADS.items():
+        drive(export, FILL, size, runtime=None)
+    for load_name, (description, load) in LOADS.items():
         plain, encrypted = (
             drive(export, load, size, runtime=bench.amount(3, quick=1)) for export in (peer, ours)
         )
         yield Row(
             f"data/{name}/{load_name}",
             f"{name}, {description}",
-            _rate(encrypted),
-            _rate(plain),
+            rate(encrypted),
+            rate(plain),
             f"the same in plain, {'O_DIRECT' if direct else 'page cache'}",
             details={
                 "cpu_s_per_gib": encrypted.cpu_seconds_per_gib,
@@ -72,7 +72,7 @@ def _rows(bench: Run, name: str, ours: Export, peer: Export, size: int, *, direc
         )
 
 
-def _rate(throughput: Throughput) -> Measurement:
+def rate(throughput: Throughput) -> Measurement:
     return Measurement(throughput.bytes_per_second / _MIB, Unit.MIB_PER_SECOND)
 
 

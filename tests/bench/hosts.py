@@ -9,9 +9,10 @@ from pathlib import Path
 
 from virt_sse.backend import Backend
 from virt_sse.config import Config
-from virt_sse.disks import Disk
+from virt_sse.disks import PLATFORM_KEY, Disk
 from virt_sse.keys import Dek
 from virt_sse.lab.host import LabHost
+from virt_sse.layers import EncryptionType
 
 
 @contextlib.contextmanager
@@ -29,6 +30,17 @@ def private_backend(root: Path) -> Iterator[Backend]:
         yield backend
 
 
+def double_set(backend: Backend) -> str:
+    """A new set for double encryption, both layers under the platform's key; its name."""
+    made = backend.sets.create(
+        "double",
+        provider=PLATFORM_KEY.provider,
+        key=PLATFORM_KEY.name,
+        encryption_type=EncryptionType.PLATFORM_AND_CUSTOMER_KEYS,
+    )
+    return made.name
+
+
 @contextlib.contextmanager
 def prepared_host() -> Iterator[tuple[LabHost, Backend]]:
     """A lab host after ``virt-sse host init``, whose libvirtd runs our hook, and its backend.
@@ -43,8 +55,8 @@ def prepared_host() -> Iterator[tuple[LabHost, Backend]]:
             yield host, backend
 
 
-def dek_of(backend: Backend, disk: Disk) -> Dek:
-    """The DEK that opens the disk's image."""
-    (entry,) = disk.deks
-    provider = backend.plugins.key_provider(entry.wrapped.key.provider, disk.encryption_set)
+def dek_of(backend: Backend, disk: Disk, slot: str = "service") -> Dek:
+    """The DEK in a slot of the disk; of one with a single layer, what opens its image."""
+    entry = disk.dek(slot)
+    provider = backend.plugins.key_provider(entry.wrapped.key.provider, disk.identity_for(slot))
     return provider.unwrap(entry.wrapped, context=disk.context(entry.slot))

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,24 +34,30 @@ def require_tools() -> None:
 class Export:
     """A running daemon's export.
 
-    :ivar pid: the daemon's.
+    :ivar pids: the daemon's, and those of what stands between it and the storage.
     """
 
     socket: Path
-    pid: int
+    pids: tuple[int, ...]
 
     def cpu_seconds(self) -> float:
-        """What the daemon has used so far, user and system (proc(5), ``/proc/PID/stat``)."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """What they have used so far, user and system (proc(5), ``/proc/PID/stat``)."""
+        ticks = 0
+        for pid in self.pids:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager
-def exported(node: str, folder: Path, *, dek: Dek | None = None) -> Iterator[Export]:
+def exported(
+    node: str, folder: Path, *, dek: Dek | None = None, below: Sequence[int] = ()
+) -> Iterator[Export]:
     """Export *node*, the storage daemon's ``--blockdev`` without its ``node-name``.
 
     :param folder: where the socket lies, in a folder of its own that only we may enter.
     :param dek: what the secret object ``dek`` is, if *node* names it; it goes through a pipe.
+    :param below: the processes between the daemon and the storage.
     :raise ToolError: When the daemon does not start.
     """
     with contextlib.ExitStack() as stack:
@@ -73,7 +79,7 @@ def exported(node: str, folder: Path, *, dek: Dek | None = None) -> Iterator[Exp
             stack.callback(process.wait)
             stack.callback(process.kill)
             _await(process, path, private / "stderr")
-        yield Export(path, process.pid)
+        yield Export(path, (process.pid, *below))
 
 
 def _await(process: subprocess.Popen[bytes], path: Path, said: Path) -> None:
@@ -100,7 +106,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """:ivar cpu_seconds_per_gib: the storage daemon's."""
+    """:ivar cpu_seconds_per_gib: of the daemon, and of what stands below it."""
 
     bytes_per_second: float
     cpu_seconds_per_gib: float

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
 from agent_site import CONFIG, CustomerSite, customer_site
+from lab_operator import Operator
 
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.host import LabHost
@@ -23,3 +25,25 @@ def running_site(
 def site(running_site: CustomerSite) -> Iterator[CustomerSite]:
     yield running_site
     running_site.forget_domains()
+
+
+@pytest.fixture(scope="module")
+def prepared_host(lab_host: LabHost) -> Operator:
+    """An operator at a lab host that is initialised."""
+    operator = Operator(lab_host)
+    operator.virt_sse("host", "init")
+    lab_host.restart_libvirtd()
+    return operator
+
+
+@pytest.fixture
+def operator(prepared_host: Operator) -> Iterator[Operator]:
+    """The same; a test's domains end with it."""
+    yield prepared_host
+    prepared_host.forget_domains()
+
+
+@pytest.fixture
+def name() -> str:
+    """One that no other test uses."""
+    return f"t{uuid.uuid4().hex[:8]}"

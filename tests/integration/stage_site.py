@@ -60,6 +60,7 @@ class StageSite:
         self.backend = backend
         self.acceleration = acceleration
         self.set = f"double-{uuid.uuid4().hex[:8]}"
+        self._others_secrets = self.secrets()
         backend.sets.create(
             self.set,
             provider="platform-managed",
@@ -190,7 +191,7 @@ class StageSite:
             "sockets": list(config.socket_directory.glob("*")),
             "folders": list(config.stage_directory.glob("*")),
             "caches": list(config.cache_directory.glob("*")),
-            "secrets": self.secrets(),
+            "secrets": [each for each in self.secrets() if each not in self._others_secrets],
         }
         return {name: things for name, things in found.items() if things}
 

@@ -3,94 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from lab_operator import Operator
 
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.guests import Guest
-from virt_sse.lab.host import LabHost
-from virt_sse.lab.recipes import BOOT_SECTOR_TEXT, LinuxMicro, boot_sector_image
+from virt_sse.lab.recipes import BOOT_SECTOR_TEXT, LinuxMicro
 
 KEYRING = "var/lib/virt-sse/platform-managed"
 Accelerate = Callable[[str], Acceleration]
-
-
-class Operator:
-    """Types commands on a lab host."""
-
-    def __init__(self, host: LabHost) -> None:
-        self.host = host
-
-    def run(self, *command: str | Path, status: int = 0) -> str:
-        """A command's standard output and error together; its exit status must be *status*."""
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        done = subprocess.run(
-            list(map(str, command)),
-            env=self.host.environment | {"PATH": path},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == status, f"{command}: {done.stdout}"
-        assert "Traceback" not in done.stdout
-        return done.stdout
-
-    def virt_sse(self, *arguments: str | Path, status: int = 0) -> str:
-        return self.run("virt-sse", *arguments, status=status)
-
-    def virsh(self, *arguments: str | Path, status: int = 0) -> str:
-        return self.run("virsh", *arguments, status=status)
-
-    def create(self, name: str, *arguments: str, image_format: str = "qcow2") -> str:
-        """Make a disk; its ``<disk>`` element."""
-        path = self.host.images / f"{name}.{image_format}"
-        self.virt_sse("disk", "create", name, "--format", image_format, "--path", path, *arguments)
-        return self.virt_sse("disk", "xml", name)
-
-    def import_boot_sector(self, name: str, *, stays: bool = False, image_format: str = "qcow2") -> str:
-        path = self.host.images / f"{name}.{image_format}"
-        source = boot_sector_image(stays=stays)
-        self.virt_sse("disk", "import", name, source, "--path", path, "--format", image_format)
-        return self.virt_sse("disk", "xml", name)
-
-    def secrets(self) -> list[str]:
-        """The usage ids of libvirt's secrets that are ours, sorted: libvirt lists them in any order."""
-        return sorted(word for word in self.virsh("secret-list").split() if word.startswith("virt-sse:"))
-
-    def forget_domains(self) -> None:
-        with self.host.connect() as connection:
-            for domain in connection.listAllDomains():
-                if domain.isActive():
-                    domain.destroy()
-                if domain.isPersistent():
-                    domain.undefine()
-
-
-@pytest.fixture(scope="module")
-def prepared_host(lab_host: LabHost) -> Operator:
-    operator = Operator(lab_host)
-    operator.virt_sse("host", "init")
-    lab_host.restart_libvirtd()
-    return operator
-
-
-@pytest.fixture
-def operator(prepared_host: Operator) -> Iterator[Operator]:
-    yield prepared_host
-    prepared_host.forget_domains()
-
-
-@pytest.fixture
-def name() -> str:
-    return f"t{uuid.uuid4().hex[:8]}"
 
 
 @pytest.mark.parametrize("image_format", ["qcow2", "raw"])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_domains import Operator
+from lab_operator import Operator
 
 import images
 from command_line import CommandLine
@@ -22,7 +22,6 @@ from virt_sse.encryption_sets import EncryptionSet
 from virt_sse.errors import ImageError, KeyringError, PolicyError, ToolError
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.guests import Guest, disk_xml
-from virt_sse.lab.host import LabHost
 from virt_sse.lab.recipes import LinuxMicro, boot_sector_image
 from virt_sse.lab.vaults import LabVault
 from virt_sse.layers import EncryptionType
@@ -225,25 +224,6 @@ def test_a_key_that_cannot_be_used_is_no_pass_and_the_platforms_disks_cost_nothi
             again.move_disk("one", "web")
         with pytest.raises(KeyringError):
             again.inspect_disk("one")
-
-
-@pytest.fixture(scope="module")
-def prepared_host(lab_host: LabHost) -> Operator:
-    operator = Operator(lab_host)
-    operator.virt_sse("host", "init")
-    lab_host.restart_libvirtd()
-    return operator
-
-
-@pytest.fixture
-def operator(prepared_host: Operator) -> Iterator[Operator]:
-    yield prepared_host
-    prepared_host.forget_domains()
-
-
-@pytest.fixture
-def name() -> str:
-    return f"t{uuid.uuid4().hex[:8]}"
 
 
 def inspected(operator: Operator, name: str, status: int = 0) -> list[dict[str, object]]:

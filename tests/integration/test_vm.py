@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_domains import Operator
+from lab_operator import Operator
 
 import virt_sse.store.vms
 import virt_sse.virtual_machines
@@ -123,11 +123,6 @@ def prepared(lab_host: LabHost) -> VmOperator:
 def operator(prepared: VmOperator) -> Iterator[VmOperator]:
     yield prepared
     prepared.forget_domains()
-
-
-@pytest.fixture
-def name() -> str:
-    return f"v{uuid.uuid4().hex[:8]}"
 
 
 def _guest(operator: VmOperator, accelerate: Accelerate, name: str) -> Guest:

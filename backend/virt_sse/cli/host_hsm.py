@@ -12,13 +12,12 @@ import typer
 
 from virt_sse import pkcs11
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows
+from virt_sse.cli.private_key import read_private_key
 from virt_sse.cli.session import backend, config
 from virt_sse.errors import ConfigError, InvalidValueError, PolicyError, VirtSseError
 from virt_sse.keys import KeyId
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
-
     from virt_sse.pkcs11.administration import TokenAdministration
     from virt_sse.pkcs11.options import TokenOptions
     from virt_sse.pkcs11.pins import PinSource
@@ -128,7 +127,7 @@ def import_(
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Bring an RSA key of your own into the token, by wrapped transfer. It cannot be taken out again."""
-    private = _private_key(file)
+    private = read_private_key(file)
     with _administration(ask_pin, pin_descriptor) as administration:
         print_fields(_fields(administration.bring(name, private)), output)
 
@@ -240,21 +239,6 @@ def _known_uri(options: TokenOptions) -> str | None:
         return str(options.token_uri())
     except ConfigError:
         return None
-
-
-def _private_key(file: Path) -> RSAPrivateKey:
-    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-    try:
-        key = load_pem_private_key(file.read_bytes(), None)
-    except OSError as exc:
-        raise InvalidValueError(f"cannot read {file}: {exc.strerror}") from exc
-    except (ValueError, TypeError) as exc:
-        raise InvalidValueError(f"{file} is no private key in PEM without a passphrase") from exc
-    if not isinstance(key, RSAPrivateKey):
-        raise InvalidValueError(f"{file} is no RSA key")
-    return key
 
 
 def _key_id(key: TokenKey) -> KeyId:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows
+from virt_sse.cli.private_key import read_private_key
 from virt_sse.cli.vault import Credential, credential_path
 from virt_sse.errors import InvalidValueError, VaultError
 
@@ -265,17 +266,8 @@ def _web_key(file: Path) -> Any:
     :raise InvalidValueError: When it is no RSA private key, or encrypted.
     """
     from azure.keyvault.keys import JsonWebKey, KeyType
-    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    try:
-        key = load_pem_private_key(file.read_bytes(), None)
-    except OSError as exc:
-        raise InvalidValueError(f"cannot read {file}: {exc.strerror}") from exc
-    except (ValueError, TypeError) as exc:
-        raise InvalidValueError(f"{file} is no private key in PEM without a passphrase") from exc
-    if not isinstance(key, RSAPrivateKey):
-        raise InvalidValueError(f"{file} is no RSA key")
+    key = read_private_key(file)
     private, public = key.private_numbers(), key.public_key().public_numbers()
     numbers = {
         "n": public.n,

@@ -20,7 +20,7 @@ from virt_sse.verification.chains import LinkKind
 
 Answer = Mapping[str, Any]
 
-_CIPHERTEXT_EDGES = frozenset({"file", "data-file"})
+_CIPHERTEXT_EDGES = frozenset({"file", "data-file", "header"})
 """Edges from a node that encrypts to what it writes ciphertext to; its backing file it reads as it is."""
 _DATALESS = frozenset({"null-co", "null-aio"})
 

@@ -57,9 +57,12 @@ class RunningDisks:
             )
 
     def check_others(self, verdict: DiskVerdict, chain: DiskChain) -> bool:
-        """Tell what a disk that is not ours is like; whether it is in plaintext."""
-        plain = False
-        for vertex in self._below(chain):
+        """Tell what a disk that is not ours is like; whether it is in plaintext, or may be."""
+        below = self._below(chain)
+        plain = not below
+        if plain:
+            verdict.layers.append(Layer(GUEST_QEMU, None, detail="no block node of QEMU's: not seen"))
+        for vertex in below:
             for stack in self._graph.volumes_over(vertex):
                 name = vertex.place.name if vertex.place else vertex.name
                 cipher = ", ".join(volume.cipher or "" for volume in stack) or None

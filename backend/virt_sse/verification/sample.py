@@ -97,7 +97,7 @@ def _extents(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
 def _chosen(extents: list[tuple[int, int]]) -> Iterator[int]:
     """The offsets of at most :data:`SECTORS` sectors, evenly spread."""
     total = sum((end - begin) // SECTOR for begin, end in extents)
-    step = max(1, total // SECTORS)
+    step = max(1, -(-total // SECTORS))
     skipped = 0
     for begin, end in extents:
         count = (end - begin) // SECTOR

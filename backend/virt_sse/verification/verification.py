@@ -102,9 +102,7 @@ class Verification:
             subject = _Subject(view.id, name, xml, at_host, strict or at_host, self._store.all())
             disks = list(self._running(subject, domain) if runs else self._defined(subject))
         problems = [str(view.problem)] if view.problem else []
-        rest = [
-            each for each in view.at_rest if not each.what.startswith("disk ")
-        ]  # which are seen better here
+        rest = [each for each in view.at_rest if not each.what.startswith("disk ")]  # seen better here
         problems += [
             f"{each.what} is in plaintext: {each.reason}" for each in rest if at_host and each.is_refused
         ]
@@ -135,9 +133,10 @@ class Verification:
             elif running.check_others(verdict, chain):
                 _refuse_plaintext(verdict, subject, chain)
             yield verdict
+        places = {canonical(place) for place in running.places()}
         for disk in subject.disks:
-            places = (disk.path, self._stages.guest_socket(disk.id))
-            if disk.id not in seen and any(running.stored_at(place) for place in places):
+            known = {disk.path, canonical(self._stages.guest_socket(disk.id))}
+            if disk.id not in seen and places & known:
                 verdict = DiskVerdict("-", disk.name)
                 verdict.expect(False, f"its QEMU has disk {disk.name!r} open, which is none of the domain's")
                 yield verdict

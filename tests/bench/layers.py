@@ -1,0 +1,130 @@
+"""The data path through more than one layer, and through host caches: against a single layer, and plain.
+
+A guest's QEMU is stood in for by a storage daemon with its LUKS node; what is below it, is what runs below a
+guest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from data import ENCRYPTION, FILL, LOADS, rate
+from hosts import dek_of, double_set, private_backend
+from measurement import Row, Run
+from storage_daemon import Export, drive, exported, require_tools
+from virt_sse.backend import Backend
+from virt_sse.disks import PLATFORM_KEY, Disk
+from virt_sse.lab.requirements import require
+from virt_sse.layers import HostCaching, LayerChoice
+from virt_sse.libvirt.users import User
+from virt_sse.qemu.img import DiskFormat
+from virt_sse.qemu.process import run
+from virt_sse.stages.process import Process
+
+_MIB = 1 << 20
+_QEMU = User(64055, 64055)
+"""Whom stages are told that QEMU runs as; they themselves do where the host has no user for them."""
+_WAYS = {
+    "double": ("two layers", True, HostCaching.NONE),
+    "read-only": ("host cache ReadOnly", False, HostCaching.READ_ONLY),
+    "read-write": ("host cache ReadWrite", False, HostCaching.READ_WRITE),
+    "double-read-only": ("two layers, host cache ReadOnly", True, HostCaching.READ_ONLY),
+}
+
+
+def measure(bench: Run) -> Iterator[Row]:
+    """Both formats, four loads, each all ways one after the other; in the page cache, as under libvirt."""
+    require_tools()
+    require("nbdkit")
+    size = bench.amount(256, quick=96) * _MIB
+    folder = bench.scratch / "plain-layers"
+    folder.mkdir()
+    with private_backend(bench.scratch / "l") as backend:
+        backend.config.root.chmod(0o711)
+        backend.config.disk_directory.chmod(0o711)
+        double = double_set(backend)
+        for image_format in [DiskFormat.QCOW2] if bench.quick else DiskFormat:
+            with contextlib.ExitStack() as stack:
+                yield from _measure_format(bench, stack, backend, image_format, size, folder, double)
+            for path in (*folder.iterdir(), *backend.config.disk_directory.iterdir()):
+                path.unlink()
+
+
+def _measure_format(
+    bench: Run,
+    stack: contextlib.ExitStack,
+    backend: Backend,
+    image_format: DiskFormat,
+    size: int,
+    folder: Path,
+    double: str,
+) -> Iterator[Row]:
+    name = image_format.value
+    plain = folder / f"disk.{name}"
+    run(["qemu-img", "create", "-q", "-f", name, str(plain), str(size)])
+    exports = {
+        "plain": stack.enter_context(
+            exported(f"driver={name},file.driver=file,file.filename={plain},discard=unmap", folder)
+        )
+    }
+    for way, (_, is_double, caching) in {"single": ("", False, HostCaching.NONE), **_WAYS}.items():
+        disk = backend.create_disk(
+            f"{name}-{way}", size, image_format=image_format, encryption_set=double if is_double else None
+        )
+        exports[way] = stack.enter_context(_served(backend, disk, caching, folder))
+    for export in exports.values():
+        drive(export, FILL, size, runtime=None)
+    for load_name, (description, load) in LOADS.items():
+        found = {
+            way: drive(export, load, size, runtime=bench.amount(2, quick=1))
+            for way, export in exports.items()
+        }
+        for way, (what, _, _) in _WAYS.items():
+            yield Row(
+                f"layers/{name}/{way}/{load_name}",
+                f"{name}, {what}, {description}",
+                rate(found[way]),
+                rate(found["single"]),
+                "a single layer",
+                details={
+                    "plain_mib_s": rate(found["plain"]).value,
+                    "cpu_s_per_gib": found[way].cpu_seconds_per_gib,
+                    "peer_cpu_s_per_gib": found["single"].cpu_seconds_per_gib,
+                    "plain_cpu_s_per_gib": found["plain"].cpu_seconds_per_gib,
+                },
+            )
+
+
+@contextlib.contextmanager
+def _served(backend: Backend, disk: Disk, caching: HostCaching, folder: Path) -> Iterator[Export]:
+    """The disk as its guest sees it, below which its stages run."""
+    layer = backend.plugins.encryption_layer(disk.encryption_type)
+    plan = layer.plan(LayerChoice(PLATFORM_KEY, disk.deks[-1].cipher))
+    plan = backend.plugins.host_layer().cache(plan, caching)
+    deks = {entry.slot: dek_of(backend, disk, entry.slot) for entry in disk.deks}
+    stages = backend.stages
+    with contextlib.ExitStack() as stack:
+        stages.start(disk, plan, deks, domain_id=uuid.uuid4(), domain="bench", qemu=_QEMU)
+        stack.callback(stages.stop, disk.id)
+        if len(plan.stages) > 1:
+            socket = stages.guest_socket(disk.id)
+            file = {
+                "driver": "nbd",
+                "server.type": "unix",
+                "server.path": str(socket),
+                "export": str(disk.id),
+            }
+        else:
+            file = {"driver": "file", "filename": str(disk.path)}
+        node = f"driver={disk.format.qemu_driver},{ENCRYPTION[disk.format]},discard=unmap,"
+        node += ",".join(f"file.{option}={value}" for option, value in file.items())
+        below = _pids(backend, disk)
+        yield stack.enter_context(exported(node, folder, dek=deks["service"], below=below))
+
+
+def _pids(backend: Backend, disk: Disk) -> list[int]:
+    folder = backend.config.stage_directory / str(disk.id)
+    return [pid for name in ("cache", "storage") if (pid := Process(folder / name).pid())]

@@ -1,0 +1,64 @@
+"""An operator at a lab host."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from virt_sse.lab.host import LabHost
+from virt_sse.lab.recipes import boot_sector_image
+
+
+class Operator:
+    """Types commands on a lab host."""
+
+    def __init__(self, host: LabHost) -> None:
+        self.host = host
+
+    def run(self, *command: str | Path, status: int = 0) -> str:
+        """A command's standard output and error together; its exit status must be *status*."""
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        done = subprocess.run(
+            list(map(str, command)),
+            env=self.host.environment | {"PATH": path},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == status, f"{command}: {done.stdout}"
+        assert "Traceback" not in done.stdout
+        return done.stdout
+
+    def virt_sse(self, *arguments: str | Path, status: int = 0) -> str:
+        return self.run("virt-sse", *arguments, status=status)
+
+    def virsh(self, *arguments: str | Path, status: int = 0) -> str:
+        return self.run("virsh", *arguments, status=status)
+
+    def create(self, name: str, *arguments: str, image_format: str = "qcow2") -> str:
+        """Make a disk; its ``<disk>`` element."""
+        path = self.host.images / f"{name}.{image_format}"
+        self.virt_sse("disk", "create", name, "--format", image_format, "--path", path, *arguments)
+        return self.virt_sse("disk", "xml", name)
+
+    def import_boot_sector(self, name: str, *, stays: bool = False, image_format: str = "qcow2") -> str:
+        path = self.host.images / f"{name}.{image_format}"
+        source = boot_sector_image(stays=stays)
+        self.virt_sse("disk", "import", name, source, "--path", path, "--format", image_format)
+        return self.virt_sse("disk", "xml", name)
+
+    def secrets(self) -> list[str]:
+        """The usage ids of libvirt's secrets that are ours, sorted: libvirt lists them in any order."""
+        return sorted(word for word in self.virsh("secret-list").split() if word.startswith("virt-sse:"))
+
+    def forget_domains(self) -> None:
+        with self.host.connect() as connection:
+            for domain in connection.listAllDomains():
+                if domain.isActive():
+                    domain.destroy()
+                if domain.isPersistent():
+                    domain.undefine()

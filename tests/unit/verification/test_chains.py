@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from uuid import UUID
+
+import pytest
+
+from virt_sse.errors import InvalidValueError
+from virt_sse.libvirt.references import usage
+from virt_sse.verification.chains import (
+    LinkKind,
+    disk_chains,
+    may_be_ours,
+    plaintext_links,
+    serial,
+)
+
+DISK = UUID("6e2a0c0e-8d1f-4c58-9c63-0a1c62d7a9b1")
+OURS = f"<encryption format='luks'><secret type='passphrase' usage='{usage(DISK, 'service')}'/></encryption>"
+THEIRS = "<encryption format='luks'><secret type='passphrase' usage='other'/></encryption>"
+
+
+def source(file: str, encryption: str = "") -> str:
+    return f"<source file='{file}' index='3'>{encryption}</source>"
+
+
+def backing(file: str, encryption: str = "", below: str = "<backingStore/>") -> str:
+    return f"<backingStore type='file' index='1'>{source(file, encryption)}{below}</backingStore>"
+
+
+def domain(*parts: str) -> str:
+    disk = f"<disk type='file'>{''.join(parts)}<target dev='vda'/><alias name='virtio-disk0'/></disk>"
+    return f"<domain><devices>{disk}</devices></domain>"
+
+
+def found(xml: str, backup: str | None = None) -> list[tuple[LinkKind, str]]:
+    links = plaintext_links(xml, backup)
+    assert all((link.disk_id, link.target) == (DISK, "vda") for link in links)
+    return [(link.kind, link.place) for link in links]
+
+
+def test_a_disk_as_it_should_be() -> None:
+    xml = domain(source("/ours", OURS), "<backingStore/>")
+    assert found(xml) == []
+    (chain,) = disk_chains(xml)
+    assert (chain.ours, chain.alias, chain.links[0].slot) == (0, "virtio-disk0", "service")
+
+
+def test_overlays_and_backing_files() -> None:
+    below = backing("/ours", OURS, backing("/base"))
+    xml = domain(source("/two"), backing("/one", below=below))
+    assert found(xml) == [
+        (LinkKind.OVERLAY, "/two"),
+        (LinkKind.OVERLAY, "/one"),
+        (LinkKind.BACKING, "/base"),
+    ]
+    (chain,) = disk_chains(xml)
+    assert [link.index for link in chain.links] == ["3", "1", "1", "1"]
+
+
+def test_what_others_have_encrypted_is_no_plaintext() -> None:
+    assert found(domain(source("/overlay", THEIRS), backing("/ours", OURS))) == []
+    assert (
+        found(domain(source("/ours", OURS), f"<mirror job='copy'>{source('/copy', THEIRS)}</mirror>")) == []
+    )
+
+
+def test_disks_that_are_not_ours_are_not_looked_at() -> None:
+    assert found(domain(source("/plain"), backing("/base"))) == []
+    assert found(domain(source("/plain", THEIRS), f"<mirror job='copy'>{source('/copy')}</mirror>")) == []
+    assert disk_chains("<domain><devices><disk device='cdrom'/></devices></domain>") == []
+
+
+def test_a_copy_is_a_mirror_and_a_commit_is_none() -> None:
+    def mirror(job: str) -> str:
+        return f"<mirror type='file' job='{job}' ready='yes'>{source('/copy')}</mirror>"
+
+    assert found(domain(source("/ours", OURS), mirror("copy"))) == [(LinkKind.MIRROR, "/copy")]
+    committing = domain(source("/overlay"), backing("/ours", OURS), mirror("active-commit"))
+    assert found(committing) == [(LinkKind.OVERLAY, "/overlay")]
+    assert disk_chains(committing)[0].mirror_ready
+
+
+@pytest.mark.parametrize("place", ["target", "scratch"])
+def test_backups(place: str) -> None:
+    def backup(name: str, encryption: str = "", **attributes: str) -> str:
+        said = "".join(f" {key}='{value}'" for key, value in attributes.items())
+        inner = f"<{place} file='/backup'>{encryption}</{place}>"
+        return f"<domainbackup><disks><disk name='{name}'{said}>{inner}</disk></disks></domainbackup>"
+
+    xml = domain(source("/ours", OURS))
+    assert found(xml, backup("vda")) == [(LinkKind.BACKUP, "/backup")]
+    assert found(xml, backup("vda", THEIRS)) == []
+    assert found(xml, backup("vdb")) == []
+    assert found(xml, backup("vda", backup="no")) == []
+
+
+def test_what_took_a_disks_place_is_known_by_the_serial() -> None:
+    copied = domain(source("/copy"), f"<serial>{serial(DISK)}</serial>")
+    assert may_be_ours(copied)
+    assert not may_be_ours(domain(source("/copy"), "<serial>WD-1</serial>"))
+    assert plaintext_links(copied) == []
+    (link,) = plaintext_links(copied, known=[UUID(int=1), DISK])
+    assert (link.kind, link.place, link.disk_id) == (LinkKind.SUBSTITUTE, "/copy", DISK)
+    assert str(link) == "vda: image in its place /copy"
+
+
+def test_places_that_are_no_files() -> None:
+    host = "<host transport='unix' socket='/socket'/>"
+    remote = "<source protocol='rbd' name='pool/image'><host name='monitor'/></source>"
+    for given, place in (
+        (f"<source protocol='nbd'>{host}</source>", "/socket"),
+        ("<source dev='/dev/sdb'/>", "/dev/sdb"),
+        (remote, "rbd pool/image monitor"),
+        ("<source/>", "an unnamed source"),
+    ):
+        assert found(domain(given, backing("/ours", OURS))) == [(LinkKind.OVERLAY, place)]
+        assert not disk_chains(domain(given))[0].links[0].is_file
+
+
+@pytest.mark.parametrize("text", ["", "<domain>", domain(source("/x", OURS.replace(str(DISK), "nonsense")))])
+def test_what_makes_no_sense(text: str) -> None:
+    with pytest.raises(InvalidValueError, match="not a domain's XML"):
+        plaintext_links(text)

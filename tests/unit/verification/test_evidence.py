@@ -1,0 +1,107 @@
+"""What is seen of caches, images and processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import pytest
+
+from images import require
+from virt_sse.ciphers import AES_256_CBC, AES_256_XTS
+from virt_sse.keys import Dek
+from virt_sse.qemu import formatting, img
+from virt_sse.qemu.formatting import Volume
+from virt_sse.qemu.img import DiskFormat
+from virt_sse.verification.headers import cipher_of_image
+from virt_sse.verification.processes import command_line, has_open, identity, listens_at, open_files
+from virt_sse.verification.sample import SECTORS, Sample, is_even, is_table, look_at
+
+TEXT = b"virt-sse boot-sector marker: not to be found in the raw image. "
+
+
+@pytest.fixture
+def cache() -> Iterator[int]:
+    with TemporaryFile() as file:
+        os.ftruncate(file.fileno(), 1 << 20)
+        yield file.fileno()
+
+
+def test_ciphertext_is_told_from_plaintext(cache: int) -> None:
+    os.pwrite(cache, os.urandom(64 << 10), 128 << 10)
+    assert look_at(cache, [0], has_tables=True) == Sample(128, 0, 0)
+    os.pwrite(cache, (TEXT * 200)[: 8 << 10], 512 << 10)
+    seen = look_at(cache, [0], has_tables=True)
+    assert (seen.ciphertext, seen.other) == (128, 16)
+
+
+def test_headers_are_no_plaintext(cache: int) -> None:
+    os.pwrite(cache, b"LUKS" + TEXT, 0)
+    os.pwrite(cache, b"LUKS" + TEXT, 64 << 10)
+    assert look_at(cache, [0, 64 << 10], has_tables=False) == Sample(0, 2, 0)
+    assert look_at(cache, [0], has_tables=False) == Sample(0, 1, 1)
+
+
+def test_tables_are_no_plaintext_where_the_format_has_them(cache: int) -> None:
+    offsets = struct.pack(">64Q", *((1 << 63) | (number << 16) for number in range(16)), *[0] * 48)
+    counts = struct.pack(">256H", *([1] * 200), *([0] * 56))
+    os.pwrite(cache, offsets + counts, 64 << 10)
+    assert look_at(cache, [0], has_tables=True) == Sample(0, 2, 0)
+    assert look_at(cache, [0], has_tables=False) == Sample(0, 0, 2)
+    assert not is_table(struct.pack(">64Q", *([1 << 40] * 64)), 1 << 20), "beyond the end"
+    assert not is_table((TEXT * 9)[:512], 1 << 20)
+
+
+def test_a_sample_of_much_is_spread_over_it() -> None:
+    with TemporaryFile() as file:
+        os.ftruncate(file.fileno(), 64 << 20)
+        os.pwrite(file.fileno(), os.urandom(2 << 20), 0)
+        os.pwrite(file.fileno(), TEXT * 20000, 32 << 20)
+        seen = look_at(file.fileno(), [], has_tables=True)
+    assert SECTORS // 2 < seen.ciphertext + seen.other <= SECTORS
+    assert seen.other > 100
+
+
+def test_ciphertext_is_even() -> None:
+    assert all(is_even(os.urandom(512)) for _ in range(2000))
+    assert not is_even(bytes(512))
+    assert not is_even((TEXT * 9)[:512])
+
+
+@pytest.mark.parametrize("image_format", list(DiskFormat))
+@pytest.mark.parametrize("double", [False, True])
+def test_the_cipher_is_read_from_the_header(tmp_path: Path, image_format: DiskFormat, double: bool) -> None:
+    require("cryptsetup", "qemu-img")
+    volumes = [Volume(AES_256_XTS, Dek.generate()), Volume(AES_256_CBC, Dek.generate())]
+    formatting.make(tmp_path / "image", image_format, 1 << 20, volumes[: 1 + double])
+    with img.opened(tmp_path / "image") as descriptor:
+        cipher = AES_256_CBC if double else AES_256_XTS
+        assert cipher_of_image(descriptor, image_format) == str(cipher)
+
+
+def test_what_a_process_has_open(tmp_path: Path) -> None:
+    path, address = tmp_path / "file", tmp_path / "socket"
+    path.write_bytes(b"x")
+    with path.open() as file, socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(address))
+        assert not listens_at(os.getpid(), address)
+        listening.listen()
+        assert listens_at(os.getpid(), address)
+        assert not listens_at(1, address)
+        assert has_open(os.getpid(), path)
+        path.rename(tmp_path / "moved")
+        path.write_bytes(b"x")
+        assert not has_open(os.getpid(), path)
+        assert has_open(os.getpid(), tmp_path / "moved")
+        (tmp_path / "moved").unlink()
+        (found,) = (each for each in open_files(os.getpid()) if each.descriptor == file.fileno())
+        assert found.is_unnamed
+        assert found.name == str(tmp_path / "moved")
+    assert identity(tmp_path / "nowhere") is None
+    assert not has_open(os.getpid(), tmp_path / "nowhere")
+    assert "python" in command_line(os.getpid())[0]
+    assert open_files(1 << 30) == command_line(1 << 30) == []

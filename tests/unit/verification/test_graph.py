@@ -1,0 +1,135 @@
+"""Block graphs as QEMU 7.2 describes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from virt_sse.errors import MonitorError
+from virt_sse.verification.chains import LinkKind
+from virt_sse.verification.graph import BlockGraph, Exposure, Place, cipher_of, place_of
+
+LUKS = {"format": "luks", "cipher-alg": "aes-256", "cipher-mode": "xts", "ivgen-alg": "plain64"}
+DEVICE = "/machine/peripheral/virtio-disk0/virtio-backend"
+
+
+def node(name: str, driver: str, file: str = "json:{}", **encrypt: str) -> dict[str, Any]:
+    data = {} if not encrypt else encrypt if driver == "luks" else {"encrypt": encrypt}
+    image = {"format-specific": {"type": driver, "data": data}} if driver in ("luks", "qcow2") else {}
+    return {"node-name": name, "drv": driver, "file": file, "image": image, "encrypted": bool(encrypt)}
+
+
+class Graph:
+    """A guest's device on ``top``; edges as ``parent:name:child``."""
+
+    def __init__(self, nodes: list[dict[str, Any]], edges: str, **more: Any) -> None:
+        pairs = [edge.split(":") for edge in edges.split()]
+        kinds = {node["node-name"]: "block-driver" for node in nodes} | {DEVICE: "block-backend"}
+        kinds |= {
+            name: "block-job" for each in pairs for name in (each[0], each[2]) if name.startswith("job")
+        }
+        ids = {name: number for number, name in enumerate(kinds, start=1)}
+        pairs = [[parent.replace("device", DEVICE), name, child] for parent, name, child in pairs]
+        graph = {
+            "nodes": [{"id": ids[name], "name": name, "type": kind} for name, kind in kinds.items()],
+            "edges": [{"parent": ids[p], "name": name, "child": ids[child]} for p, name, child in pairs],
+        }
+        self.graph = BlockGraph(nodes, graph, **more)
+
+    def exposures(self, file: str = "/ours") -> list[Exposure]:
+        (stored,) = (v for v in self.graph.stored() if v.place and v.place.path == Path(file))
+        ((volume,),) = self.graph.volumes_over(stored)
+        assert volume.cipher == "aes-256-xts"
+        return self.graph.exposures(volume)
+
+
+OURS = [node("ours", "qcow2", **LUKS), node("file", "file", "/ours")]
+PLAIN = [node("other", "qcow2"), node("otherfile", "file", "/other")]
+
+
+def test_a_disk_as_it_should_be() -> None:
+    graph = Graph(OURS, "device:root:ours ours:file:file")
+    assert graph.exposures() == []
+    ((alias, root),) = graph.graph.devices()
+    assert (alias, root.name) == ("virtio-disk0", "ours")
+    assert graph.graph.devices_over(root) == ["virtio-disk0"]
+    assert graph.graph.exports(root) == []
+
+
+@pytest.mark.parametrize(
+    ("edges", "kind"),
+    [
+        ("device:root:other other:backing:ours", LinkKind.OVERLAY),
+        ("device:root:ours ours:backing:other", LinkKind.BACKING),
+        ("device:root:top top:backing:ours job:source:ours job:target:other job:x:top", LinkKind.MIRROR),
+        ("device:root:cbw cbw:file:ours cbw:target:other other:backing:ours", LinkKind.BACKUP),
+        ("device:root:ours job-backup:source:ours job-backup:target:other", LinkKind.BACKUP),
+    ],
+)
+def test_plaintext_beside_a_volume(edges: str, kind: LinkKind) -> None:
+    filters = [node("top", "mirror_top"), node("cbw", "copy-before-write")]
+    nodes = OURS + PLAIN + [each for each in filters if each["node-name"] in edges]
+    jobs = [{"id": "job-backup", "type": "backup"}, {"id": "job", "type": "mirror"}]
+    graph = Graph(nodes, f"{edges} ours:file:file other:file:otherfile", jobs=jobs)
+    assert graph.exposures() == [Exposure(kind, "/other")]
+    (volume,) = graph.graph.volumes_over(next(v for v in graph.graph.stored() if v.name == "file"))[0]
+    assert graph.graph.devices_over(volume) == ["virtio-disk0"]
+
+
+def test_an_encrypted_overlay_hides_no_plaintext_beyond_it() -> None:
+    nodes = [*OURS, node("other", "qcow2", **LUKS), PLAIN[1]]
+    edges = "ours:file:file other:file:otherfile other:backing:ours"
+    assert Graph(nodes, f"device:root:other {edges}").exposures() == []
+    nodes += [node("base", "file", "/base")]
+    edges += " ours:backing:base"
+    assert Graph(nodes, f"device:root:other {edges}").exposures() == [Exposure(LinkKind.BACKING, "/base")]
+
+
+def test_an_image_that_is_open_without_its_layer() -> None:
+    graph = Graph([node("raw", "raw"), node("file", "file", "/ours")], "device:root:raw raw:file:file").graph
+    assert [graph.volumes_over(stored) for stored in graph.stored()] == [[()]]
+
+
+def test_two_layers_in_one_qemu() -> None:
+    nodes = [*OURS, node("outer", "luks", **LUKS)]
+    graph = Graph(nodes, "device:root:ours ours:file:outer outer:file:file").graph
+    assert [[each.name for each in s] for s in graph.volumes_over(graph.stored()[0])] == [["outer", "ours"]]
+
+
+def test_exports_of_plaintext() -> None:
+    nodes = [*OURS, node("cbw", "copy-before-write")]
+    exports = [{"id": "disk", "node-name": "cbw"}, {"id": "ciphertext", "node-name": "file"}]
+    graph = Graph(nodes, "cbw:file:ours ours:file:file", exports=exports).graph
+    assert graph.exports(graph.volumes_over(graph.stored()[0])[0][0]) == ["disk"]
+
+
+def test_ciphers() -> None:
+    cbc = {"cipher-mode": "cbc", "ivgen-alg": "essiv", "ivgen-hash-alg": "sha256"}
+    assert cipher_of(node("x", "luks", **LUKS)) == "aes-256-xts"
+    assert cipher_of(node("x", "qcow2", **LUKS | cbc)) == "aes-256-cbc-essiv:sha256"
+    assert cipher_of(node("x", "qcow2", format="aes")) == "aes, not LUKS"
+    assert cipher_of(node("x", "qcow2")) is None
+    assert cipher_of(node("x", "file")) is None
+
+
+@pytest.mark.parametrize(
+    ("filename", "place"),
+    [
+        ("/a b", Place("/a b", Path("/a b"))),
+        ("nbd+unix:///id?socket=/run/nbd", Place("socket /run/nbd", Path("/run/nbd"))),
+        ('json:{"driver": "file", "filename": "/x"}', Place("/x", Path("/x"))),
+        ('json:{"driver": "nbd", "server": {"type": "unix", "path": "/s"}}', Place("/s", Path("/s"))),
+        ("json:{", Place("json:{")),
+        ("json:{}", Place("json:{}")),
+        ("rbd:pool/image", Place("rbd:pool/image")),
+    ],
+)
+def test_places(filename: str, place: Place) -> None:
+    assert place_of(filename) == place
+
+
+def test_what_qemu_does_not_say() -> None:
+    with pytest.raises(MonitorError, match="unknown way"):
+        BlockGraph([{"node-name": "x"}], {"nodes": [{"id": 1, "name": "x", "type": "block-driver"}]})
