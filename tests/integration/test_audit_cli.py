@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import uuid
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -84,7 +85,7 @@ def test_a_disks_life_is_in_the_log(virt_sse: CommandLine, root: Path) -> None:
 def test_a_domain_that_starts_is_named(virt_sse: CommandLine, backend: Backend) -> None:
     images.require("qemu-img")
     backend.create_disk("web", 1 << 20)
-    xml = f"<domain><devices>{backend.disk_xml('web')}</devices></domain>"
+    xml = f"<domain><uuid>{uuid.uuid4()}</uuid><devices>{backend.disk_xml('web')}</devices></domain>"
     with pytest.raises(LibvirtUnavailableError):  # which is asked when the DEKs are there
         backend.domains.serving.prepare("my-domain", xml)
     assert [(entry["action"], entry["domain"]) for entry in entries(virt_sse)] == [

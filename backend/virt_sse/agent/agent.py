@@ -42,6 +42,9 @@ _log = logging.getLogger(__name__)
 _UNUSED_POLLS = 5
 """For how many polls a secret or a stage must have been of no use before it is dropped."""
 
+_START_SECONDS = 10.0
+"""A domain may take so long to start once its stages run."""
+
 
 class Agent:
     """Watches, in threads of its own, from :meth:`start` to :meth:`stop`; meanwhile serves the hook.
@@ -67,7 +70,10 @@ class Agent:
             config.libvirt_uri, backend.domains, metrics, unused_seconds=_UNUSED_POLLS * seconds
         )
         self._stages = StageWatch(
-            backend.stages, backend.domains, metrics, unused_seconds=_UNUSED_POLLS * seconds
+            backend.stages,
+            backend.domains,
+            metrics,
+            unused_seconds=max(_START_SECONDS, _UNUSED_POLLS * seconds),
         )
         self._plaintext = PlaintextWatch(backend, metrics)
         self._rotation = AutomaticRotation(backend, metrics, config.agent.rotation_seconds)

@@ -54,7 +54,8 @@ async def connected(path: Path) -> AsyncIterator[Monitor]:
     try:
         await asyncio.wait_for(client.connect(str(path)), _TIMEOUT)
     except (ConnectError, OSError, TimeoutError) as exc:
-        raise MonitorError("its monitor does not answer") from exc
+        reason = str(exc) or f"nothing said within {_TIMEOUT:g} s"
+        raise MonitorError(f"its monitor does not answer: {reason}") from exc
     try:
         yield Monitor(client)
     finally:
