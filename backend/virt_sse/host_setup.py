@@ -42,7 +42,7 @@ def initialise(config: Config, plugins: PluginHost, store: Store) -> list[str]:
         made.append(f"keyring {config.key_provider(PLATFORM_KEY.provider).directory}")
     environment = {"VIRT_SSE_ROOT": str(config.root), "LIBVIRT_DEFAULT_URI": config.libvirt_uri}
     with _naming(config.hook_path):
-        if hook.install(config.hook_path, environment):
+        if hook.install(config.hook_path, environment, config.stage_directory):
             made.append(f"libvirt hook {config.hook_path}")
     local = config.root / APPARMOR_LOCAL
     with _naming(local):

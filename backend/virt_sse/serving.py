@@ -28,7 +28,7 @@ from virt_sse.layers import GuestNode, LayerChoice, LayerPlan
 from virt_sse.libvirt import domain_xml
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.domain_xml import Behind, DiskSource, DomainDisk
-from virt_sse.libvirt.secrets import drop_secret, drop_secrets_of, set_secret
+from virt_sse.libvirt.secrets import drop_secret, drop_secrets, set_secret
 from virt_sse.libvirt.users import User, default_qemu_user
 from virt_sse.plugins import PluginHost
 from virt_sse.policy import UnlockDisk
@@ -258,7 +258,12 @@ def release(config: Config, xml: str) -> None:
 
     :raise VirtSseError: When something of it cannot be taken.
     """
+    domain_id, stages = domain_xml.domain_uuid(xml), Stages(config)
+    given = {(use.disk_id, use.slot) for use in domain_xml.our_disks(xml)}
+    for record in stages.records():  # also of a disk that was unplugged while it ran
+        if record.domain_id == domain_id:
+            given.add((record.disk_id, record.guest_slot))
     with contextlib.ExitStack() as all_of_it:
         all_of_it.callback(vm_serving.release, config, xml)
-        all_of_it.callback(Stages(config).stop_domain, domain_xml.domain_uuid(xml))
-        drop_secrets_of(config.libvirt_uri, xml)
+        all_of_it.callback(stages.stop_domain, domain_id)
+        drop_secrets(config.libvirt_uri, given)

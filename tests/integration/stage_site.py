@@ -223,3 +223,8 @@ def eventually(what: Callable[[], object], *, seconds: float) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def owner(disk: Disk) -> int:
+    """Whose the disk's image is."""
+    return disk.path.stat().st_uid

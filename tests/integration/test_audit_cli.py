@@ -87,7 +87,7 @@ def test_a_domain_that_starts_is_named(virt_sse: CommandLine, backend: Backend) 
     backend.create_disk("web", 1 << 20)
     xml = f"<domain><uuid>{uuid.uuid4()}</uuid><devices>{backend.disk_xml('web')}</devices></domain>"
     with pytest.raises(LibvirtUnavailableError):  # which is asked when the DEKs are there
-        backend.domains.serving.prepare("my-domain", xml)
+        backend.domains.serving.restore("my-domain", xml)
     assert [(entry["action"], entry["domain"]) for entry in entries(virt_sse)] == [
         ("wrap", None),
         ("unwrap", "my-domain"),
@@ -176,21 +176,23 @@ def test_tail_follows_until_it_is_interrupted(virt_sse: CommandLine, log: AuditL
     [last] = virt_sse("audit", "tail", "--log", log.path, "-n", "1", "--output", "json").splitlines()
     assert json.loads(last) == [*log.records()][-1].as_json()
 
+    # As typed in a terminal: what runs the tests may have been told to ignore interrupts.
+    typed = ["env", "--default-signal=INT", PROGRAM, "audit", "tail", "-f", "-n", "1", "--output", "json"]
     with subprocess.Popen(
-        [PROGRAM, "audit", "tail", "-f", "-n", "1", "--output", "json", "--log", log.path],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [*typed, "--log", log.path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        assert json.loads(process.stdout.readline())["seq"] == 5
-        for number in (6, 7):
-            log.append(next(log.records()).record)
-            assert json.loads(process.stdout.readline())["seq"] == number
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
-        assert process.stderr.read() == ""
+        try:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            assert json.loads(process.stdout.readline())["seq"] == 5
+            for number in (6, 7):
+                log.append(next(log.records()).record)
+                assert json.loads(process.stdout.readline())["seq"] == number
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
+            assert process.stderr.read() == ""
+        finally:
+            process.kill()
 
 
 def test_a_command_whose_key_use_cannot_be_recorded_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -225,6 +226,6 @@ def process_memory(process: int) -> bytes:
             if permissions != "rw-p":
                 continue
             start, end = (int(each, 16) for each in area.split("-"))
-            file.seek(start)
-            memory += file.read(end - start)
+            with contextlib.suppress(OSError):  # it was given back since it was listed
+                memory += os.pread(file.fileno(), end - start, start)
     return bytes(memory)

@@ -6,13 +6,34 @@ import os
 import signal
 import subprocess
 import uuid
+from collections.abc import Callable
 
 import pytest
 from agent_site import Site, wait_until
 
+from virt_sse.lab.acceleration import Acceleration
+from virt_sse.lab.guests import Guest
+from virt_sse.lab.recipes import LinuxMicro
 from virt_sse.layers import EncryptionType
+from virt_sse.qemu.img import DiskFormat
 from virt_sse.stages.process import Process
 
+WRITE_AND_VERIFY = """\
+set -e
+mke2fs -q /dev/vda >&-
+mount -t ext2 /dev/vda /mnt
+cd /mnt
+for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+    seq $i 3000 | tee $i | md5sum >$i.md5; sync; echo "wrote $i"
+    sleep 0.1
+done
+echo 3 >/proc/sys/vm/drop_caches
+for sum in *.md5; do
+    [ "$(md5sum <${sum%.md5})" = "$(cat $sum)" ] || { echo "$sum is damaged"; exit 1; }
+done
+echo "all is whole"
+sleep 60
+"""
 DOUBLE = EncryptionType.PLATFORM_AND_CUSTOMER_KEYS
 
 
@@ -50,6 +71,26 @@ def test_one_that_dies_is_told_of_and_the_guest_gets_no_wrong_data(site: Site, d
     guest.start()
     guest.wait_for("start 2")
     guest.wait_for("verified")
+
+
+def test_one_that_lost_nothing_is_started_again_under_a_writing_guest(
+    site: Site, double: str, acceleration: Callable[[str], Acceleration], linux_micro: LinuxMicro
+) -> None:
+    """A raw volume: all that it has acknowledged is in the kernel's page cache."""
+    disk = site.backend.create_disk(double, 16 << 20, image_format=DiskFormat.RAW, encryption_set=double)
+    element = site.backend.disk_xml(disk.name)
+    linux = acceleration("linux-micro")
+    guest = Guest(site.host, disk.name, acceleration=linux, boot=linux_micro, disks=[element])
+    guest.start(WRITE_AND_VERIFY)
+    guest.wait_for("wrote 5")
+    pid = daemon_of(site, disk.id).pid()
+    assert pid
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: events(site, "stage-restarted", disk.id))
+    guest.wait_for("all is whole")
+    assert daemon_of(site, disk.id).pid() not in (pid, None)
+    assert not events(site, "stage-lost", disk.id)
+    guest.destroy()
 
 
 def test_one_of_no_domain_is_ended(site: Site, double: str) -> None:

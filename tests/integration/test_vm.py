@@ -215,7 +215,7 @@ def test_a_vm_with_all_of_it_encrypted(operator: VmOperator, acceleration: Accel
     assert "vdb" not in xml
     assert "<encryption secret=" in xml, "a TPM's state stays encrypted, or the guest would lose its keys"
     operator.virsh("start", name)
-    assert [usage.rpartition(":")[2] for usage in operator.secrets()] == ["service", "tpm"]
+    assert {usage.rpartition(":")[2] for usage in operator.secrets()} == {"service", "tpm"}
     guest.destroy()
 
 

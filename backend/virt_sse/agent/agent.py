@@ -70,6 +70,7 @@ class Agent:
             config.libvirt_uri, backend.domains, metrics, unused_seconds=_UNUSED_POLLS * seconds
         )
         self._stages = StageWatch(
+            config.libvirt_uri,
             backend.stages,
             backend.domains,
             metrics,

@@ -7,6 +7,7 @@ to find one by anything else libvirt waits for those whose hooks run.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 
 import libvirt
@@ -16,6 +17,7 @@ from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.secrets import drop_secret
 
 _ENDED = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
+_RESUMES, _RESUME_PAUSE = 5, 0.3
 _MARK, _PREFIX = "<paused/>", "virt-sse"
 _MARKS = (PAUSED_NAMESPACE, PLAINTEXT_NAMESPACE)
 """By why a domain was paused. It may be for both, and then goes on when neither holds."""
@@ -80,6 +82,27 @@ def resume(uri: str, domain: RunningDomain, why: str = PAUSED_NAMESPACE) -> bool
             found.resume()
         _mark(found, None, why)
         return bool(paused)
+    return False
+
+
+def resume_after_error(uri: str, domain: RunningDomain) -> bool:
+    """Let it go on, if QEMU has paused it for an I/O error whose cause is gone; whether it went on.
+
+    QEMU tries the failed requests again then. It first has to find that the connection is dead, and to
+    connect again: that takes a request each, and so a pause each.
+
+    :raise LibvirtError: When libvirt refuses.
+    """
+    resumed = False
+    for _ in range(_RESUMES):
+        time.sleep(_RESUME_PAUSE)
+        with _run(uri, domain) as found:
+            if found is None or any(mark in found.XMLDesc() for mark in _MARKS):
+                return False
+            if found.state() != [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR]:
+                return resumed
+            found.resume()
+            resumed = True
     return False
 
 

@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from uuid import UUID
 
+from virt_sse.agent import measures
 from virt_sse.agent.inventory import RunningDomain, Snapshot
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
@@ -31,7 +32,10 @@ class StageWatch:
     them a little before the domain has the disk.
     """
 
-    def __init__(self, stages: Stages, domains: Domains, metrics: Metrics, *, unused_seconds: float) -> None:
+    def __init__(
+        self, uri: str, stages: Stages, domains: Domains, metrics: Metrics, *, unused_seconds: float
+    ) -> None:
+        self._uri = uri
         self._stages = stages
         self._domains = domains
         self._metrics = metrics
@@ -51,58 +55,53 @@ class StageWatch:
         self._seen = snapshot.number
         now = time.monotonic()
         running = {domain.uuid: domain for domain in snapshot.domains}
-        unused = set()
+        unused = {}
         for record in self._stages.records():
             domain = running.get(record.domain_id)
             if domain is None or all(use.disk_id != record.disk_id for use in domain.uses):
-                unused.add(record.disk_id)
+                unused[record.disk_id] = record
             elif dead := self._stages.dead(record):
                 self._revive(record, domain, dead, now)
-        for disk_id in self._unused.keys() - unused:
+        for disk_id in self._unused.keys() - unused.keys():
             del self._unused[disk_id]
-        for disk_id in unused:
+        for disk_id, record in unused.items():
             if self._unused.setdefault(disk_id, now) <= now - self._unused_seconds:
                 del self._unused[disk_id]
-                self._pool.submit(self._end, disk_id)
+                self._pool.submit(self._end, record)
 
     def stop(self) -> None:
         """Begin nothing any more, and wait for what is under way."""
         self._pool.shutdown(cancel_futures=True)
 
     def _revive(self, record: StageRecord, domain: RunningDomain, dead: list[str], now: float) -> None:
-        reconnects = any(use.reconnects for use in domain.uses if use.disk_id == record.disk_id)
-        if not (record.keeps_all and reconnects):
+        if not record.keeps_all:
             if (record.disk_id, domain.run) not in self._lost:
                 self._lost.add((record.disk_id, domain.run))
                 self._metrics.actions.labels("stage-lost").inc()
-                _log.error("stage-lost", extra=fields(_told(record, dead) | {"reason": _why_not(record)}))
+                reason = "what it had not flushed is lost: the domain must be stopped and started"
+                _log.error("stage-lost", extra=fields(_told(record, dead) | {"reason": reason}))
         elif self._tried.get(record.disk_id, 0.0) <= now:
             self._tried[record.disk_id] = now + _AGAIN_SECONDS
-            self._pool.submit(self._restart, record, dead)
+            self._pool.submit(self._restart, record, domain, dead)
 
-    def _restart(self, record: StageRecord, dead: list[str]) -> None:
+    def _restart(self, record: StageRecord, domain: RunningDomain, dead: list[str]) -> None:
         try:
             self._domains.serving.restart_stages(record)
+            went_on = measures.resume_after_error(self._uri, domain)
         except VirtSseError as exc:
             _log.warning("stage-not-restarted", extra=fields(_told(record, dead) | {"reason": str(exc)}))
         else:
             self._metrics.actions.labels("restart-stage").inc()
-            _log.info("stage-restarted", extra=fields(_told(record, dead)))
+            _log.info("stage-restarted", extra=fields(_told(record, dead) | {"resumed": went_on}))
 
-    def _end(self, disk_id: UUID) -> None:
+    def _end(self, record: StageRecord) -> None:
         try:
-            self._stages.stop(disk_id)
+            self._stages.stop(record.disk_id, domain_id=record.domain_id)
         except VirtSseError as exc:
-            _log.warning("stage-not-ended", extra=fields({"disk": disk_id, "reason": str(exc)}))
+            _log.warning("stage-not-ended", extra=fields({"disk": record.disk_id, "reason": str(exc)}))
         else:
-            _log.info("stage-ended", extra=fields({"disk": disk_id}))
+            _log.info("stage-ended", extra=fields({"disk": record.disk_id}))
 
 
 def _told(record: StageRecord, dead: list[str]) -> dict[str, object]:
     return {"disk": record.disk_id, "domain": record.domain, "stages": dead}
-
-
-def _why_not(record: StageRecord) -> str:
-    if record.keeps_all:
-        return "libvirt before 9.5 does not let QEMU connect again: the domain must be stopped and started"
-    return "what it had not flushed is lost: the domain must be stopped and started"

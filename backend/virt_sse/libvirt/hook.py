@@ -25,7 +25,14 @@ _SCRIPT = """\
 # Brings libvirt the keys of a domain's encrypted disks, and takes them away when the domain has ended.
 xml=$(cat)
 case $2 in {events}) ;; *) exit 0 ;; esac
-case $xml in *"usage='{prefix}"* | *'usage="{prefix}'* | *{namespace}*) ;; *) exit 0 ;; esac
+case $xml in
+    *"usage='{prefix}"* | *'usage="{prefix}'* | *{namespace}*) ;;
+    *)  # None of ours, at least now: a disk may have been unplugged, and its processes be left.
+        [ "$2" = release ] || exit 0
+        case $xml in *"<uuid>"*"</uuid>"*) ;; *) exit 0 ;; esac
+        uuid=${{xml#*<uuid>}}
+        case $(cat {stages}/*/stages.json 2>&-) in *"${{uuid%%</uuid>*}}"*) ;; *) exit 0 ;; esac ;;
+esac
 {environment}\
 if [ -x {python} ]; then
     printf '%s\\n' "$xml" | {python} -I -m {module} "$@" && exit 0
@@ -37,9 +44,10 @@ fi
 """
 
 
-def script(environment: dict[str, str]) -> str:
+def script(environment: dict[str, str], stages: Path) -> str:
     """The hook script for this installation.
 
+    :param stages: where the records of stages lie.
     :param environment: what to set for the events, because libvirtd does not pass its own on.
     """
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(environment.items()))
@@ -48,17 +56,18 @@ def script(environment: dict[str, str]) -> str:
         prefix=PREFIX,
         namespace=VM_NAMESPACE,
         environment=exports,
+        stages=shlex.quote(str(stages)),
         python=shlex.quote(sys.executable),
         module="virt_sse.libvirt.hook",
     )
 
 
-def install(path: Path, environment: dict[str, str]) -> bool:
+def install(path: Path, environment: dict[str, str], stages: Path) -> bool:
     """Put the hook script at *path*, 0755; whether it was not there yet, or another.
 
     :raise OSError: When it cannot be written.
     """
-    content = script(environment)
+    content = script(environment, stages)
     with contextlib.suppress(FileNotFoundError):
         if path.read_text() == content and os.access(path, os.X_OK):
             return False

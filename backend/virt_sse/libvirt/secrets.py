@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from html import escape
 from uuid import UUID
 
@@ -9,7 +10,6 @@ import libvirt
 
 from virt_sse.keys import Dek
 from virt_sse.libvirt.connection import connected
-from virt_sse.libvirt.domain_xml import our_disks
 from virt_sse.libvirt.references import TPM_SLOT, secret_uuid, usage
 
 
@@ -44,14 +44,13 @@ def drop_secret(connection: libvirt.virConnect, disk_id: UUID, slot: str) -> Non
             raise
 
 
-def drop_secrets_of(uri: str, xml: str) -> None:
-    """Take the DEKs of the disks of the domain *xml* back from the libvirt at *uri*, after it has ended.
+def drop_secrets(uri: str, references: Iterable[tuple[UUID, str]]) -> None:
+    """Take the DEKs in those slots of those disks back from the libvirt at *uri*.
 
-    A disk that another running domain shares stays open there: QEMU has its key already.
+    A disk that a running domain has stays open there: QEMU has its key already.
 
-    :raise InvalidValueError: When the XML makes no sense.
     :raise LibvirtError: When libvirt does not answer or fails.
     """
     with connected(uri) as connection:
-        for use in our_disks(xml):
-            drop_secret(connection, use.disk_id, use.slot)
+        for disk_id, slot in references:
+            drop_secret(connection, disk_id, slot)

@@ -31,6 +31,9 @@ class User:
         return cls(int(match[1]), int(match[2]))
 
 
+ROOT = User(0, 0)
+
+
 def default_qemu_user(capabilities: str) -> User:
     """Whom QEMU runs as unless a domain says otherwise, from libvirt's *capabilities*.
 

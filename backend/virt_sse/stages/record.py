@@ -19,9 +19,11 @@ from virt_sse.qemu.img import DiskFormat
 class StageRecord:
     """The stages of a disk in a domain.
 
-    :ivar image: where the image lies, and whose it was before.
-    :ivar storage_slot: the slot of the DEK that the storage daemon opens the image with; ``None`` without
-        one.
+    :ivar owner: whose the image was before.
+    :ivar qemu: whom the domain's QEMU runs as; and
+    :ivar storage: the stages.
+    :ivar guest_slot: of the DEK that the guest's QEMU has.
+    :ivar storage_slot: of the DEK that the storage daemon opens the image with; ``None`` without a daemon.
     """
 
     disk_id: UUID
@@ -31,7 +33,9 @@ class StageRecord:
     format: DiskFormat
     owner: User
     qemu: User
+    storage: User
     caching: HostCaching
+    guest_slot: str
     storage_slot: str | None
 
     @property
@@ -40,14 +44,11 @@ class StageRecord:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether what a stage has acknowledged outlives it, and so whether it may be started anew under a
-        guest.
+        """Whether what a stage has acknowledged outlives it, so that it may be started anew under a guest.
 
         A raw volume's writes, and those that go through a read-only cache, are in the kernel's page cache by
-        then.
-        A qcow2 volume's metadata and a write-back cache are in the process until the guest asks for a flush:
-        a new
-        process would answer with older data, and the guest would never know.
+        then. A qcow2 volume's metadata and a write-back cache are in the process until the guest asks for a
+        flush: a new process would answer with older data, and the guest would never know.
         """
         if self.caching is HostCaching.READ_WRITE:
             return False
@@ -66,7 +67,9 @@ class StageRecord:
                 format=DiskFormat(fields["format"]),
                 owner=User(*fields["owner"]),
                 qemu=User(*fields["qemu"]),
+                storage=User(*fields["storage"]),
                 caching=HostCaching(fields["caching"]),
+                guest_slot=fields["guest-slot"],
                 storage_slot=fields["storage-slot"],
             )
         return None
@@ -86,7 +89,9 @@ class StageRecord:
             "format": self.format.value,
             "owner": [self.owner.uid, self.owner.gid],
             "qemu": [self.qemu.uid, self.qemu.gid],
+            "storage": [self.storage.uid, self.storage.gid],
             "caching": self.caching.value,
+            "guest-slot": self.guest_slot,
             "storage-slot": self.storage_slot,
         }
         write_private(folder / "stages.json", json.dumps(fields).encode())

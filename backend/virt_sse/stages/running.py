@@ -14,8 +14,8 @@ from virt_sse.disks import Disk
 from virt_sse.errors import DiskInUseError, StageError, VirtSseError
 from virt_sse.files import private_folder
 from virt_sse.keys import Dek
-from virt_sse.layers import HostCache, HostCaching, LayerPlan, StorageNode
-from virt_sse.libvirt.users import User
+from virt_sse.layers import GuestNode, HostCache, HostCaching, LayerPlan, StorageNode
+from virt_sse.libvirt.users import ROOT, User
 from virt_sse.locks import DiskLocks
 from virt_sse.qemu import img, qcow2
 from virt_sse.qemu.formatting import header_length
@@ -92,6 +92,7 @@ class Stages:
         """
         caches = [stage.caching for stage in plan.stages if isinstance(stage, HostCache)]
         slots = [stage.slot for stage in plan.stages if isinstance(stage, StorageNode)]
+        (guest,) = (stage.slot for stage in plan.stages if isinstance(stage, GuestNode))
         if not caches and not slots:
             return
         with self._locks.hold(disk.id, wait=True):
@@ -109,7 +110,9 @@ class Stages:
                 format=disk.format,
                 owner=User(status.st_uid, status.st_gid),
                 qemu=qemu,
+                storage=storage_user(self._config.storage_user, qemu),
                 caching=caches[0] if caches else HostCaching.NONE,
+                guest_slot=guest,
                 storage_slot=slots[0] if slots else None,
             )
             try:
@@ -193,42 +196,40 @@ class Stages:
             daemon.grow(room, disk.id)
 
     def _start(self, record: StageRecord, deks: Mapping[str, Dek], *, size: int) -> None:
-        storage = storage_user(self._config.storage_user, record.qemu)
         img.refuse_if_open(record.image)  # QEMU's driver for raw LUKS would not
-        _make_folders(self._config.socket_directory / str(record.disk_id), record.qemu, storage)
+        _make_folders(self._config.socket_directory / str(record.disk_id), record)
         with img.opened(record.image, os.O_RDWR) as image:
-            os.fchown(image, storage.uid, storage.gid)
+            img.luks_area(image, record.format)  # whatever lies there by now, no other file is given away
+            os.fchown(image, record.storage.uid, record.storage.gid)
             if record.storage_slot is None and record.format is DiskFormat.QCOW2:
                 _extend(image, size)
             guest = self.guest_socket(record.disk_id)
             if record.storage_slot is not None:
                 inner = guest.parent.parent / _INNER_SOCKET
-                self._start_storage(
-                    record, deks[record.storage_slot], storage, inner if record.has_cache else guest
-                )
+                path, user = (inner, record.storage) if record.has_cache else (guest, record.qemu)
+                self._start_storage(record, deks[record.storage_slot], path, user)
                 source = cache.over_export(inner, record.disk_id)
             else:
                 source = cache.over_image(record.image)
             if record.has_cache:
-                self._start_cache(record, source, storage, guest, image)
+                self._start_cache(record, source, guest, image)
 
-    def _start_storage(self, record: StageRecord, dek: Dek, user: User, path: Path) -> None:
+    def _start_storage(self, record: StageRecord, dek: Dek, path: Path, user: User) -> None:
         process = self._process(record.disk_id, "storage")
         daemon = self.storage_daemon(record.disk_id)
-        with _listening(daemon.monitor) as monitor, _listening(path) as listening:
-            process.start(Command(daemon_arguments(monitor, listening), [monitor, listening]), user)
+        with _listening(daemon.monitor, ROOT) as monitor, _listening(path, user) as listening:
+            command = Command(daemon_arguments(monitor, listening), [monitor, listening])
+            process.start(command, record.storage)
         try:
             daemon.open_volume(record.image, record.format, dek, record.disk_id)
         except VirtSseError as exc:
             said = f" ({process.log})" if process.log else ""
             raise StageError(f"the storage daemon cannot serve {record.image}: {exc}{said}") from exc
 
-    def _start_cache(
-        self, record: StageRecord, source: list[str], user: User, path: Path, image: int
-    ) -> None:
+    def _start_cache(self, record: StageRecord, source: list[str], path: Path, image: int) -> None:
         folder = private_folder(self._config.cache_directory)
-        os.chown(folder, user.uid, user.gid)
-        with _listening(path) as listening:
+        os.chown(folder, record.storage.uid, record.storage.gid)
+        with _listening(path, record.qemu) as listening:
             command = Command(
                 cache.arguments(record.caching, source),
                 listening=listening,
@@ -236,7 +237,7 @@ class Stages:
             )
             lock = image if record.storage_slot is None else None
             process = self._process(record.disk_id, "cache")
-            process.start(command, user, image=lock)
+            process.start(command, record.storage, image=lock)
         _await_greeting(path, process)
 
     def _stop(self, disk_id: UUID) -> None:
@@ -245,7 +246,7 @@ class Stages:
         record = self.record(disk_id)
         if record:
             with contextlib.suppress(VirtSseError), img.opened(record.image) as image:
-                if os.fstat(image).st_uid == storage_user(self._config.storage_user, record.qemu).uid:
+                if os.fstat(image).st_uid == record.storage.uid:
                     os.fchown(image, record.owner.uid, record.owner.gid)
         _remove_tree(self._config.socket_directory / str(disk_id))
         _remove_tree(self._folder(disk_id))
@@ -272,30 +273,32 @@ def _extend(image: int, size: int) -> None:
         os.ftruncate(image, qcow2.most_room(size))
 
 
-def _make_folders(folder: Path, qemu: User, storage: User) -> None:
-    folder.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
-    folder.mkdir(mode=0o711, exist_ok=True)
-    for path in (folder.parent, folder):
-        path.chmod(0o711)
-    for name, user in (("guest", qemu), ("stages", storage)):
-        path = private_folder(folder / name)
-        os.chown(path, user.uid, user.gid)
+def _make_folders(folder: Path, record: StageRecord) -> None:
+    """Where sockets lie. Those who use them may pass through, and put nothing there: root works in them."""
+    for path, group, mode in (
+        (folder.parent, ROOT.gid, 0o711),
+        (folder, ROOT.gid, 0o711),
+        (folder / "guest", record.qemu.gid, 0o710),
+        (folder / "stages", record.storage.gid, 0o710),
+    ):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.chown(path, ROOT.uid, group)
+        path.chmod(mode)
 
 
 @contextlib.contextmanager
-def _listening(path: Path) -> Iterator[int]:
-    """The descriptor of a socket that listens at *path*, made anew. Whoever may enter its folder may connect.
+def _listening(path: Path, user: User) -> Iterator[int]:
+    """The descriptor of a socket that listens at *path*, made anew; *user* and root may connect.
 
     :raise OSError: When it cannot be made.
     """
-    if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
-        raise StageError(
-            f"{path} is too long for a socket, by {len(os.fsencode(path)) - _LONGEST_SOCKET_PATH} bytes"
-        )
+    if (excess := len(os.fsencode(path)) - _LONGEST_SOCKET_PATH) > 0:
+        raise StageError(f"{path} is too long for a socket, by {excess} bytes")
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
-        path.chmod(0o666)
+        path.chmod(0o600)
+        os.chown(path, user.uid, user.gid)
         listener.listen(_BACKLOG)
         yield listener.fileno()
 

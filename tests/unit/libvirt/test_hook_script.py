@@ -22,7 +22,8 @@ PREPARE, RECONNECT = ("prepare", "begin", "-"), ("reconnect", "begin", "-")
 class Hook:
     def __init__(self, path: Path, environment: dict[str, str]) -> None:
         self.path = path
-        hook.install(path, environment)
+        self.stages = Path(environment["VIRT_SSE_ROOT"]) / "run/virt-sse/stages"
+        hook.install(path, environment, self.stages)
 
     def __call__(self, xml: str, *event: str, status: int = 0) -> str:
         """What is said in the environment that libvirtd gives its hooks, which is next to none."""
@@ -49,13 +50,13 @@ def installed(tmp_path: Path) -> Hook:
 
 
 def test_it_is_installed_once(tmp_path: Path) -> None:
-    path = tmp_path / "hooks/qemu.d/virt-sse"
-    assert hook.install(path, {"A": "1"})
+    path, stages = tmp_path / "hooks/qemu.d/virt-sse", tmp_path / "stages"
+    assert hook.install(path, {"A": "1"}, stages)
     assert path.stat().st_mode & 0o777 == 0o755
-    assert not hook.install(path, {"A": "1"})
-    assert hook.install(path, {"A": "2"})
+    assert not hook.install(path, {"A": "1"}, stages)
+    assert hook.install(path, {"A": "2"}, stages)
     path.chmod(0o644)
-    assert hook.install(path, {"A": "2"})
+    assert hook.install(path, {"A": "2"}, stages)
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -81,6 +82,20 @@ def test_a_domain_of_others_passes_at_once(installed: Hook) -> None:
         installed(THEIRS, *PREPARE)
         times.append(time.monotonic() - start)
     assert min(times) < 0.06
+
+
+def test_what_is_left_of_an_unplugged_disk_is_taken_away_at_the_end(installed: Hook) -> None:
+    """The domain's XML names nothing of ours by then, but its stages' record names the domain."""
+    domain_id = uuid.uuid4()
+    theirs = THEIRS.replace("<devices>", f"<uuid>{domain_id}</uuid><devices>")
+    record = installed.stages / str(uuid.uuid4()) / "stages.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(f'{{"domain-id": "{uuid.uuid4()}"}}')
+    release = ("release", "end", "-")
+    assert installed(theirs, *release) == ""
+    record.write_text(f'{{"domain-id": "{domain_id}"}}')
+    assert installed(theirs, *PREPARE) == ""
+    assert "libvirt does not answer" in installed(theirs, *release, status=1)
 
 
 def test_a_domain_of_ours_that_cannot_be_served_is_refused_with_the_reason(installed: Hook) -> None:

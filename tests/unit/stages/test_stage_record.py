@@ -21,7 +21,9 @@ RECORD = StageRecord(
     format=DiskFormat.QCOW2,
     owner=User(0, 0),
     qemu=User(64055, 108),
+    storage=User(990, 990),
     caching=HostCaching.READ_ONLY,
+    guest_slot="service",
     storage_slot="infrastructure",
 )
 

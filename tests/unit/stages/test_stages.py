@@ -90,8 +90,10 @@ def test_who_may_do_what(make: Make, user: User) -> None:
     owner = disk.disk.path.stat()
     assert (owner.st_uid, images.mode(disk.disk.path)) == (user.uid, 0o600)
     sockets = disk.config.socket_directory / str(disk.disk.id)
-    found = {path.name: (images.mode(path), path.stat().st_uid) for path in sockets.iterdir()}
-    assert found == {"guest": (0o700, QEMU.uid), "stages": (0o700, user.uid)}
+    found = {
+        path.name: (images.mode(path), path.stat().st_uid, path.stat().st_gid) for path in sockets.iterdir()
+    }
+    assert found == {"guest": (0o710, 0, QEMU.gid), "stages": (0o710, 0, user.uid)}  # by number alone
     assert images.mode(disk.config.stage_directory) == 0o700
     guest, inner = sockets / "guest/nbd", sockets / "stages/nbd"
     monitor = disk.config.stage_directory / str(disk.disk.id) / "qmp"

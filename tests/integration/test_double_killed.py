@@ -1,0 +1,178 @@
+"""What serves a guest with double encryption is killed: what the guest has of it, and what is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+import libvirt
+import pytest
+from agent_site import wait_until
+from stage_site import CONFIG, StageSite, owner, stage_site
+
+from virt_sse.disks import Disk
+from virt_sse.lab.acceleration import Acceleration
+from virt_sse.lab.agents import LabAgent
+from virt_sse.lab.guests import Guest
+from virt_sse.lab.host import LabHost
+
+M = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def running_site(lab_host: LabHost, acceleration: Callable[[str], Acceleration]) -> Iterator[StageSite]:
+    with stage_site(lab_host, acceleration("boot-sector")) as site:
+        yield site
+
+
+@pytest.fixture
+def site(running_site: StageSite) -> Iterator[StageSite]:
+    yield running_site
+    running_site.forget_domains()
+    assert running_site.left() == {}
+
+
+@contextlib.contextmanager
+def configured(site: StageSite, text: str) -> Iterator[None]:
+    """With *text* as the host's configuration."""
+    path = site.host.root / "etc/virt-sse/config.toml"
+    path.write_text(text)
+    try:
+        yield
+    finally:
+        path.write_text(CONFIG)
+
+
+def kill_storage(site: StageSite, disk: Disk) -> None:
+    pid = site.storage(disk).pid()
+    assert pid
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: site.storage(disk).pid() is None)
+
+
+class TestAStorageDaemonThatIsKilled:
+    PAUSED = (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR)
+
+    def test_the_guest_is_paused_and_has_all_that_it_wrote_when_it_starts_again(
+        self, site: StageSite
+    ) -> None:
+        disks = [site.disk("qcow2"), site.disk("raw", size=M)]
+        guest = site.guest(*disks)
+        site.start_paused(guest)
+        for number in range(2):
+            assert "wrote 4096" in site.qemu_io(guest, "write -P 0x5a 900K 4096", disk=number)
+            assert "error" not in site.qemu_io(guest, "flush", disk=number)
+            kill_storage(site, disks[number])
+            assert "Input/output error" in site.qemu_io(guest, "read 900K 4096", disk=number)
+        for _ in range(2):  # to let it go on is to have it paused again
+            site.virsh("resume", guest.name)
+            wait_until(lambda: site.state(guest) == self.PAUSED, seconds=60)
+        guest.destroy()
+        assert site.left() == {}
+        assert [owner(disk) for disk in disks] == [0, 0]
+        site.start_paused(guest)
+        for number in range(2):
+            assert "failed" not in site.qemu_io(guest, "read -P 0x5a 900K 4096", disk=number)
+        guest.destroy()
+        for disk in disks:
+            site.backend.check_disk(disk.name)
+
+    def test_the_guest_gets_the_error_where_a_site_wants_it_so(self, site: StageSite) -> None:
+        disk = site.disk("raw", size=M)
+        with configured(site, f'{CONFIG}[disks]\nio-errors = "report"\n'):
+            element = site.virt_sse("disk", "xml", disk.name)
+        guest = Guest(site.host, disk.name, acceleration=site.acceleration, disks=[element])
+        guest.define()
+        site.start_paused(guest)
+        assert '"werror":"report","rerror":"report"' in "".join(site.qemu(guest).command)
+        kill_storage(site, disk)
+        assert "Input/output error" in site.qemu_io(guest, "write 0 512")
+
+
+def hook_of(site: StageSite, event: str) -> int | None:
+    """The process of ours that serves a hook's event."""
+    for process in site.processes():
+        with contextlib.suppress(OSError):
+            if "virt_sse.libvirt.hook" in process.command and event in process.command:
+                return process.pid
+    return None
+
+
+class TestKilledOnTheWay:
+    @pytest.mark.parametrize("when", ["hook", "storage", "secret"])
+    def test_the_hook_of_a_start(self, site: StageSite, when: str) -> None:
+        disk = site.disk("qcow2", size=M)
+        guest = site.guest(disk)
+        reached: dict[str, Callable[[], object]] = {
+            "hook": lambda: True,
+            "storage": lambda: site.storage(disk).pid(),
+            "secret": site.secrets,
+        }
+        start = site.popen("virsh", "start", guest.name, "--paused")
+        wait_until(lambda: hook_of(site, "prepare"))
+        hook = hook_of(site, "prepare")
+        assert hook
+        wait_until(reached[when])
+        with contextlib.suppress(ProcessLookupError):  # it may have come to its end by now
+            os.kill(hook, signal.SIGKILL)
+        said, _ = start.communicate(timeout=60)
+        if start.returncode:
+            assert "hook" in said.lower()
+            site.start_paused(guest)
+        assert len(site.stage_processes()) == 1
+        assert "read 512" in site.qemu_io(guest, "read 0 512")
+        guest.destroy()
+        assert site.left() == {}
+        assert owner(disk) == 0
+
+    def test_the_hook_of_an_end(self, site: StageSite) -> None:
+        disk = site.disk("qcow2", size=M)
+        guest = site.guest(disk)
+        site.start_paused(guest)
+        stop = site.popen("virsh", "destroy", guest.name)
+        wait_until(lambda: hook_of(site, "release"))
+        hook = hook_of(site, "release")
+        assert hook
+        os.kill(hook, signal.SIGKILL)
+        stop.communicate(timeout=60)
+        assert site.left()
+        site.start_paused(guest)
+        assert len(site.stage_processes()) == 1
+        assert "read 512" in site.qemu_io(guest, "read 0 512")
+        guest.destroy()
+        assert site.left() == {}
+        assert owner(disk) == 0
+
+    def test_qemu(self, site: StageSite) -> None:
+        disk = site.disk("raw", size=M)
+        guest = site.guest(disk)
+        site.start_paused(guest)
+        assert "wrote 4096" in site.qemu_io(guest, "write -P 0x5a 0 4096")
+        os.kill(site.qemu(guest).pid, signal.SIGKILL)
+        wait_until(lambda: not guest.is_active() and not site.left())
+        assert owner(disk) == 0
+        site.start_paused(guest)
+        assert "failed" not in site.qemu_io(guest, "read -P 0x5a 0 4096")
+
+    def test_the_agent(self, site: StageSite) -> None:
+        """While it serves a start, and under a guest."""
+        disk = site.disk("qcow2", size=M)
+        guest = site.guest(disk)
+        with LabAgent(site.host) as agent:
+            start = site.popen("virsh", "start", guest.name, "--paused")
+            wait_until(lambda: site.backend.stages.record(disk.id))
+            agent.kill()
+            start.communicate(timeout=60)
+            agent.start()
+            if not guest.is_active():
+                site.start_paused(guest)
+            (before,) = site.stage_processes()
+            agent.kill()
+            assert site.stage_processes() == [before]
+            assert "read 512" in site.qemu_io(guest, "read 0 512")
+            agent.start()
+            guest.destroy()
+        assert site.left() == {}
+        assert owner(disk) == 0
