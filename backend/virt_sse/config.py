@@ -37,9 +37,7 @@ _LONGEST_RECONNECT = 3600
 
 
 class IoErrors(enum.Enum):
-    """What a guest gets when its disk cannot be read or written, because a process below QEMU is gone for
-    one.
-    """
+    """What a guest gets when its disk cannot be read or written, e.g. as a process below QEMU is gone."""
 
     PAUSE = "pause"
     REPORT = "report"
@@ -198,9 +196,7 @@ class Config:
 
     @property
     def socket_directory(self) -> Path:
-        """Their sockets, each in a folder that only its two sides may enter. This one anybody may pass
-        through.
-        """
+        """Their sockets, each in a folder that its two sides alone may enter; this one all may pass."""
         return self.root / "run/virt-sse-disks"
 
     @property

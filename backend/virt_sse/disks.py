@@ -82,8 +82,7 @@ class Disk:
         raise KeyError(slot)
 
     def identity_for(self, slot: str) -> UUID | None:
-        """The encryption set with whose identity the KEK of the DEK in *slot* is used; ``None``: the host
-        itself.
+        """The encryption set with whose identity the KEK of a slot's DEK is used; ``None``: the host's own.
 
         The disk's own key is its set's. Another layer's is the platform's.
         """

@@ -27,9 +27,8 @@ def initialise(config: Config, plugins: PluginHost, store: Store) -> list[str]:
     """Make what a host needs and does not have.
 
     :return: what was made, in words.
-    :raise KeyringError: When part of a keyring is there, or disks are under one that is not there: it is
-        never
-        made anew.
+    :raise KeyringError: When part of a keyring is there, or disks are under one that is not: it is never made
+        anew.
     :raise ConfigError: When a file cannot be written.
     :raise ToolError: When the user for storage processes cannot be made.
     """
@@ -62,16 +61,12 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def apparmor_rule(sockets: Path) -> str:
-    """What lets QEMU connect to the stages of its disks. What lies in whose folder is theirs alone, by its
-    owner.
-    """
+    """What lets QEMU connect to the stages of its disks; each of them by the modes of files to its own."""
     return f'"{sockets}/*/guest/nbd" rw,'
 
 
 def _allow(local: Path, sockets: Path) -> bool:
-    """Add our rule to a site's additions; whether it was not there. Profiles of QEMU are made at its
-    start.
-    """
+    """Add our rule to a site's additions, for QEMUs that are started from now on; whether it was new."""
     before = local.read_text() if local.exists() else ""
     rule = apparmor_rule(sockets)
     if rule in before.splitlines():

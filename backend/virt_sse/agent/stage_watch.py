@@ -1,8 +1,7 @@
 """The processes between QEMU and the storage: there for domains that run, and for no others.
 
-The hook sees to that. Here is seen to what no hook was run for: one that died under a running guest, and
-those of
-a domain that ended while nobody was there.
+The hook sees to that. Here is seen to what no hook was run for: one that died under a running guest,
+and those of a domain that ended while nobody was there.
 """
 
 from __future__ import annotations
@@ -47,9 +46,7 @@ class StageWatch:
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="stage")
 
     def keep(self, snapshot: Snapshot) -> None:
-        """Start what died and can be started again, and end what no running domain uses; once for each
-        snapshot.
-        """
+        """Start what died and can be started again, end what no domain uses; once for each snapshot."""
         if snapshot.number == self._seen:
             return
         self._seen = snapshot.number

@@ -23,8 +23,7 @@ _BUSES = {"vd": "virtio", "sd": "scsi", "hd": "ide"}
 class DomainDisk:
     """A disk of ours in a domain.
 
-    :ivar source: the image, or the NBD server's Unix socket, that the domain names; ``None`` when it is
-        neither.
+    :ivar source: the image, or the NBD server's Unix socket, that the domain names; ``None`` if neither.
     :ivar target: its name in the guest, e.g. ``vda``.
     :ivar reconnects: whether QEMU connects again to an NBD server that was gone; libvirt has it from 9.5.
     """
@@ -167,9 +166,7 @@ def set_source(disk: ET.Element, source: DiskSource) -> None:
 
 
 def with_sources(xml: str, sources: Mapping[UUID, DiskSource]) -> str:
-    """The domain *xml* with the disks of those ids found there; unchanged, to the byte, if they are
-    already.
-    """
+    """The domain *xml* with the disks of those ids found there; to the byte the same if they are already."""
     root = ET.fromstring(xml)  # noqa: S314 -- see above
     before = ET.tostring(root)
     for disk in root.iterfind("./devices/disk"):

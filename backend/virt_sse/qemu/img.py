@@ -1,8 +1,7 @@
 """LUKS-encrypted images: measured, converted, resized and erased with qemu-img.
 
 Where an image has more than one LUKS volume, they lie one in the other, each with the image's format. They
-and
-their DEKs are always named from the guest's, innermost, to the one that lies in the file.
+and their DEKs are always named from the guest's, innermost, to the one that lies in the file.
 """
 
 from __future__ import annotations
@@ -100,9 +99,7 @@ def _locks_named(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def secrets_for(deks: Sequence[Dek]) -> Iterator[tuple[list[str], list[int]]]:
-    """The arguments that give a tool of QEMU's the secret objects ``dek0``, ``dek1``, and their
-    descriptors.
-    """
+    """What gives a tool of QEMU's the secret objects ``dek0``, ``dek1``: arguments, and their descriptors."""
     with contextlib.ExitStack() as stack:
         descriptors = [stack.enter_context(passphrase_descriptor(dek.passphrase)) for dek in deks]
         arguments = []

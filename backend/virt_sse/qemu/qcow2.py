@@ -92,9 +92,7 @@ def _extensions(cluster: bytes, position: int) -> tuple[int, tuple[int, int] | N
 
 
 def most_room(size: int) -> int:
-    """What an image of *size* usable bytes takes at most, in bytes: metadata is less than a thousandth of
-    it.
-    """
+    """What an image of *size* usable bytes takes at most, in bytes; metadata takes less than a thousandth."""
     return size + size // 256 // 512 * 512 + (64 << 20)
 
 

@@ -70,9 +70,7 @@ class StorageDaemon:
         return self._do(do)
 
     def grow(self, size: int, disk_id: UUID) -> None:
-        """Make the volume *size* bytes large, if it is smaller. Its client is cut off, and has to connect
-        again.
-        """
+        """Make the volume *size* bytes large, if it is smaller. Its client then has to connect again."""
 
         async def do(monitor: Monitor) -> None:
             if await _size(monitor) >= size:

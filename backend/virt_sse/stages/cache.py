@@ -1,5 +1,4 @@
-"""nbdkit(1) with its cache filter: a host cache of what lies below the guest's LUKS node, and so of
-ciphertext.
+"""nbdkit(1) with its cache filter: a host cache of ciphertext, as it lies below the guest's LUKS node.
 
 Its cache is a file without a name, gone with the process (nbdkit-cache-filter(1)).
 """

@@ -62,9 +62,7 @@ def main() -> None:
 
 
 def _hand_over(asked: dict[str, int]) -> None:
-    """Make the socket descriptor 3, out of the way of what is 3 now. Before any lock: closing would release
-    it.
-    """
+    """Make the socket descriptor 3. Before any lock is taken: to close what is 3 now would release it."""
     for name in ("lock", "image", "ready"):
         if asked[name] == _FIRST_LISTENING:
             asked[name] = fcntl.fcntl(asked[name], fcntl.F_DUPFD, _FREE)
@@ -72,9 +70,7 @@ def _hand_over(asked: dict[str, int]) -> None:
 
 
 def _lock_like_qemu(image: int) -> None:
-    """Let QEMU and its tools see that the image is written to. Open-file locks: they last as the descriptor
-    does.
-    """
+    """Let QEMU and its tools see that the image is written to, as long as the descriptor is open."""
     for byte in (*_QEMU_USED, *_QEMU_UNSHARED):
         fcntl.fcntl(image, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
     for byte in (*(byte + 100 for byte in _QEMU_USED), *(byte - 100 for byte in _QEMU_UNSHARED)):

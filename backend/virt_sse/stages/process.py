@@ -2,8 +2,7 @@
 
 A POSIX record lock (fcntl(2)) survives exec and ends with its process, however that ends; who asks for it is
 told the holder's process id, in his own PID namespace. So there is no file with a number in it that may be
-another
-process's by now.
+another process's by now.
 """
 
 from __future__ import annotations
@@ -110,9 +109,7 @@ class Process:
                     os.close(descriptor)
 
     def pid(self) -> int | None:
-        """The process's id here; 0 when it runs where it cannot be seen from; ``None`` when it does not
-        run.
-        """
+        """The process's id here; 0 when it cannot be seen from here; ``None`` when it does not run."""
         try:
             descriptor = os.open(self._lock, os.O_RDWR | os.O_CLOEXEC)
         except OSError:

@@ -266,9 +266,7 @@ def _room(disk: Disk, size: int) -> int:
 
 
 def _extend(image: int, size: int) -> None:
-    """Make the file as large as the qcow2 in it can become: what is served by NBD does not grow. Takes no
-    room.
-    """
+    """Make the file as large as its qcow2 can become, as what NBD serves does not grow. Takes no room."""
     if os.fstat(image).st_size < qcow2.most_room(size):
         os.ftruncate(image, qcow2.most_room(size))
 
