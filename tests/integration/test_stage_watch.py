@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import uuid
 from collections.abc import Callable
 
+import libvirt
 import pytest
 from agent_site import Site, wait_until
 
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.recipes import LinuxMicro
-from virt_sse.layers import EncryptionType
+from virt_sse.layers import EncryptionType, HostCaching
 from virt_sse.qemu.img import DiskFormat
 from virt_sse.stages.process import Process
+from virt_sse.virtual_machines import VmChanges
 
 WRITE_AND_VERIFY = """\
 set -e
@@ -32,6 +35,17 @@ for sum in *.md5; do
     [ "$(md5sum <${sum%.md5})" = "$(cat $sum)" ] || { echo "$sum is damaged"; exit 1; }
 done
 echo "all is whole"
+sleep 60
+"""
+VERIFY = """\
+set -e
+mount -t ext2 /dev/vda /mnt
+cd /mnt
+i=0
+while [ $i -lt {stable} ]; do
+    i=$((i + 1)); [ "$(md5sum <$i)" = "$(cat $i.md5)" ] || {{ echo "$i is damaged"; exit 1; }}
+done
+echo "$i files are whole"
 sleep 60
 """
 DOUBLE = EncryptionType.PLATFORM_AND_CUSTOMER_KEYS
@@ -90,6 +104,36 @@ def test_one_that_lost_nothing_is_started_again_under_a_writing_guest(
     guest.wait_for("all is whole")
     assert daemon_of(site, disk.id).pid() not in (pid, None)
     assert not events(site, "stage-lost", disk.id)
+    guest.destroy()
+
+
+def test_a_write_back_cache_loses_nothing_that_the_guest_was_told_is_stable(
+    site: Site, acceleration: Callable[[str], Acceleration], linux_micro: LinuxMicro
+) -> None:
+    name = f"cached-{uuid.uuid4().hex[:8]}"
+    disk = site.backend.create_disk(name, 16 << 20)
+    linux, element = acceleration("linux-micro"), site.backend.disk_xml(name)
+    guest = Guest(site.host, name, acceleration=linux, boot=linux_micro, disks=[element])
+    guest.define(WRITE_AND_VERIFY)
+    caching = {"vda": HostCaching.READ_WRITE}
+    site.backend.vms.update(name, VmChanges(encryption_at_host=True, caching=caching))
+    site.host.virsh("start", name)
+    guest.wait_for("wrote 5")
+    pid = Process(site.backend.config.stage_directory / str(disk.id) / "cache").pid()
+    assert pid
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: events(site, "stage-lost", disk.id))
+    wait_until(lambda: "paused" in site.host.virsh("domstate", name).stdout)
+    stable = max(int(line.split()[1]) for line in guest.serial.splitlines() if line.startswith("wrote "))
+    guest.destroy()
+    xml = guest.xml(VERIFY.format(stable=stable))
+    with site.host.connect() as connection:  # as it was defined, but for what the guest does
+        kept = connection.lookupByName(name).XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+        new, old = (re.search("<cmdline>.*</cmdline>", text) for text in (xml, kept))
+        assert new
+        assert old
+        connection.defineXML(kept.replace(old[0], new[0])).create()
+    guest.wait_for(f"{stable} files are whole")
     guest.destroy()
 
 
