@@ -217,14 +217,19 @@ class Stages:
     def _start_storage(self, record: StageRecord, dek: Dek, path: Path, user: User) -> None:
         process = self._process(record.disk_id, "storage")
         daemon = self.storage_daemon(record.disk_id)
-        with _listening(daemon.monitor, ROOT) as monitor, _listening(path, user) as listening:
-            command = Command(daemon_arguments(monitor, listening), [monitor, listening])
-            process.start(command, record.storage)
-        try:
-            daemon.open_volume(record.image, record.format, dek, record.disk_id)
-        except VirtSseError as exc:
-            said = f" ({process.log})" if process.log else ""
-            raise StageError(f"the storage daemon cannot serve {record.image}: {exc}{said}") from exc
+        for is_last in (False, True):
+            with _listening(daemon.monitor, ROOT) as monitor, _listening(path, user) as listening:
+                command = Command(daemon_arguments(monitor, listening), [monitor, listening])
+                process.start(command, record.storage)
+            try:
+                daemon.open_volume(record.image, record.format, dek, record.disk_id)
+                return
+            except VirtSseError as exc:
+                log, has_ended = process.log, process.pid() is None
+                if has_ended and not log and not is_last:
+                    continue  # on a machine under load it was seen to end at once, and without a word
+                said = f" ({log})" if log else " (it has ended)" if has_ended else ""
+                raise StageError(f"the storage daemon cannot serve {record.image}: {exc}{said}") from exc
 
     def _start_cache(self, record: StageRecord, source: list[str], path: Path, image: int) -> None:
         folder = private_folder(self._config.cache_directory)

@@ -85,6 +85,7 @@ def test_what_a_guest_writes_is_in_the_image(
 def test_who_may_do_what(make: Make, user: User) -> None:
     disk = make("raw", caching=READ_ONLY)
     disk.start()
+    storage = User(user.uid, user.uid)  # as the configuration has it, by one number
     for pid in disk.pids():
         assert status(pid)["Uid"].split()[0] == str(user.uid)
     owner = disk.disk.path.stat()
@@ -93,18 +94,18 @@ def test_who_may_do_what(make: Make, user: User) -> None:
     found = {
         path.name: (images.mode(path), path.stat().st_uid, path.stat().st_gid) for path in sockets.iterdir()
     }
-    assert found == {"guest": (0o710, 0, QEMU.gid), "stages": (0o710, 0, user.uid)}  # by number alone
+    assert found == {"guest": (0o710, 0, QEMU.gid), "stages": (0o710, 0, storage.gid)}
     assert images.mode(disk.config.stage_directory) == 0o700
     guest, inner = sockets / "guest/nbd", sockets / "stages/nbd"
     monitor = disk.config.stage_directory / str(disk.disk.id) / "qmp"
     outsider = User(64999, 64999)
     reached = {
         (who.uid, path)
-        for who in (QEMU, user, outsider)
+        for who in (QEMU, storage, outsider)
         for path in (guest, inner, monitor)
         if can_connect(who, path)
     }
-    assert reached == {(QEMU.uid, guest), (user.uid, inner)}
+    assert reached == {(QEMU.uid, guest), (storage.uid, inner)}
 
 
 def can_connect(user: User, path: Path) -> bool:
