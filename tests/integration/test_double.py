@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
+import pwd
 import socket
 import subprocess
 import sys
@@ -87,11 +88,12 @@ def assert_out_of_qemus_reach(site: StageSite, disks: list[Disk]) -> None:
     config = site.backend.config
     for disk in disks:
         monitor = config.stage_directory / str(disk.id) / "qmp"
-        guest = site.backend.stages.guest_socket(disk.id)
+        guest, record = site.backend.stages.guest_socket(disk.id), site.backend.stages.record(disk.id)
+        assert record
+        assert record.qemu.uid == pwd.getpwnam(QEMU_USER).pw_uid
         script = (
-            "import os, pwd, socket, sys\n"
-            f"user = pwd.getpwnam({QEMU_USER!r})\n"
-            "os.setgroups([]); os.setgid(user.pw_gid); os.setuid(user.pw_uid)\n"
+            "import os, socket, sys\n"
+            f"os.setgroups([]); os.setgid({record.qemu.gid}); os.setuid({record.qemu.uid})\n"
             "for path in sys.argv[1:]:\n"
             "    try: socket.socket(socket.AF_UNIX).connect(path) if 'image' not in path else open(path)\n"
             "    except PermissionError: print('refused')\n"

@@ -298,7 +298,8 @@ def test_the_agent_folds_overlays_back_and_wipes_them(site: StageSite) -> None:
     assert bytes([3]) * 4096 in kept.read_bytes()
     with agent(site, "fold") as running:
         wait_until(lambda: events(running, "folded", domain=guest.name))
-        assert running.metrics()['virt_sse_agent_domain_actions_total{action="fold"}'] == 1
+        folds = 'virt_sse_agent_domain_actions_total{action="fold"}'
+        wait_until(lambda: running.metrics().get(folds) == 1)
         wait_until(lambda: running.metrics()["virt_sse_agent_plaintext_links"] == 0)
     assert not first.exists()
     assert not second.exists()
