@@ -10,9 +10,7 @@ from typing import Any, Self, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric import rsa
 from PyKCS11 import (
-    CKA_VALUE,
     CKM_AES_KEY_GEN,
-    CKM_AES_KEY_WRAP,
     CKM_RSA_PKCS_KEY_PAIR_GEN,
     Mechanism,
     PyKCS11Error,
@@ -26,7 +24,7 @@ from virt_sse.errors import (
     KeyProviderUnavailableError,
     UnwrapError,
 )
-from virt_sse.pkcs11 import objects
+from virt_sse.pkcs11 import key_wrap, objects
 from virt_sse.pkcs11.codes import LOST, MALFORMED, PROHIBITED, STALE, VAGUE
 from virt_sse.pkcs11.connection import PAUSES, Connection
 from virt_sse.pkcs11.module import Module
@@ -42,7 +40,6 @@ T = TypeVar("T")
 
 _LONGEST_LABEL = 255
 _LONGEST_WRAPPED = 4096
-_KEY_WRAP = Mechanism(CKM_AES_KEY_WRAP, None)
 
 
 class Token:
@@ -241,7 +238,7 @@ class Token:
 
         def wrap(session: Any, handle: Any, found: TokenKey) -> bytes:
             _require_enabled(found)
-            return _wrap(session, handle, payload)
+            return key_wrap.wrap(session, handle, payload)
 
         return self._with(_aes(key), "wrap", wrap)
 
@@ -258,14 +255,14 @@ class Token:
             if len(wrapped) % 8 or not 24 <= len(wrapped) <= _LONGEST_WRAPPED:
                 return None
             try:
-                return _unwrap(session, handle, wrapped)
+                return key_wrap.unwrap(session, handle, wrapped)
             except PyKCS11Error as exc:
                 if exc.value in MALFORMED:
                     return None
                 if exc.value not in VAGUE:
                     raise
                 # Is it the ciphertext or the token? One of its own tells.
-                _unwrap(session, handle, _wrap(session, handle, bytes(16)))
+                key_wrap.unwrap(session, handle, key_wrap.wrap(session, handle, bytes(16)))
                 return None
 
         payload = self._with(_aes(key), "unwrap", unwrap)
@@ -358,22 +355,6 @@ def _worked(session: Any, handle: Any, found: TokenKey, work: Callable[[Any, Any
         if found.is_enabled and now is not None:
             _require_enabled(now)  # it may have been disabled since a moment ago
         raise
-
-
-def _wrap(session: Any, handle: Any, payload: bytes) -> bytes:
-    value = session.createObject(objects.payload_template(payload))
-    try:
-        return bytes(session.wrapKey(handle, value, _KEY_WRAP))
-    finally:
-        session.destroyObject(value)
-
-
-def _unwrap(session: Any, handle: Any, wrapped: bytes) -> bytes:
-    value = session.unwrapKey(handle, wrapped, objects.payload_template(), _KEY_WRAP)
-    try:
-        return bytes(session.getAttributeValue(value, (CKA_VALUE,))[0])
-    finally:
-        session.destroyObject(value)
 
 
 def _is_same(found: TokenKey, key: TokenKey) -> bool:
