@@ -50,10 +50,6 @@ class DiskVerdict:
     places: list[DataPlace] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
-    @property
-    def is_ours(self) -> bool:
-        return self.disk is not None
-
     def expect(self, holds: bool, problem: str) -> bool:
         """Note *problem* unless it *holds*, which is returned."""
         if not holds and problem not in self.problems:
