@@ -209,9 +209,7 @@ class Backend:
         :raise KeyProviderError: By meaning, when it cannot.
         :raise AuditError: When that cannot be recorded.
         """
-        self._wrapping.unwrap(
-            disk.dek(slot).wrapped, context=disk.context(slot), encryption_set=disk.identity_for(slot)
-        )
+        self._wrapping.unwrap_slot(disk, slot)
 
     def key_state(self, disk: Disk) -> dict[KeyId, KeyState]:
         """The state of each KEK that the disk is under."""

@@ -24,6 +24,16 @@ def is_locked(descriptor: int, start: int, length: int) -> bool:
     return bool(kind != fcntl.F_UNLCK)
 
 
+def holder(descriptor: int) -> int | None:
+    """The process that holds a POSIX lock on the open file, by its id in our PID namespace.
+
+    0 when it has none there; ``None`` when none holds one.
+    """
+    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
+    return None if kind == fcntl.F_UNLCK else int(pid)
+
+
 class DiskLocks:
     """Locks bytes of one file, a byte per disk: no lock file is left behind, also after kill -9.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from uuid import UUID
@@ -28,7 +28,7 @@ from virt_sse.layers import GuestNode, LayerChoice, LayerPlan
 from virt_sse.libvirt import domain_xml
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.domain_xml import Behind, DiskSource, DomainDisk
-from virt_sse.libvirt.secrets import drop_secret, drop_secrets, set_secret
+from virt_sse.libvirt.secrets import drop_secrets, set_secrets
 from virt_sse.libvirt.users import User, default_qemu_user
 from virt_sse.plugins import PluginHost
 from virt_sse.policy import UnlockDisk
@@ -88,7 +88,7 @@ class Serving:
         domain_id = domain_xml.domain_uuid(xml)
         qemu = None
         before: dict[UUID, UUID | None] = {}
-        if any(self._source(each).behind for each in served):
+        if any(self._source(each.disk, each.plan).behind for each in served):
             for each in served:
                 before[each.disk.id] = self._ended_user(connection, each.disk, domain_id)
             qemu = domain_xml.qemu_user(xml) or default_qemu_user(connection.getCapabilities())
@@ -100,9 +100,7 @@ class Serving:
                     pool.submit(self._start, each, name, domain_id, qemu, before.get(each.disk.id))
                     for each in served
                 ]
-            for use, dek in [found for started in starting for found in started.result()]:
-                undo.callback(drop_secret, connection, use.disk_id, use.slot)
-                set_secret(connection, use.disk_id, use.slot, dek)
+            set_secrets(connection, {key: dek for each in starting for key, dek in each.result().items()})
             undo.pop_all()
 
     def restore(self, name: str, xml: str) -> None:
@@ -112,12 +110,11 @@ class Serving:
         """
         self.vms.restore(name, xml)
         uses = domain_xml.our_disks(xml)
-        deks = [(use, dek) for each in self._look_up(uses, name) for use, dek in self._unlock(each, name)[1]]
-        with connected(self._config.libvirt_uri) as connection, contextlib.ExitStack() as undo:
-            for use, dek in deks:
-                undo.callback(drop_secret, connection, use.disk_id, use.slot)
-                set_secret(connection, use.disk_id, use.slot, dek)
-            undo.pop_all()
+        deks: dict[tuple[UUID, str], Dek] = {}
+        for each in self._look_up(uses, name):
+            deks |= _for_libvirt(each, self._unlock(each, name))
+        with connected(self._config.libvirt_uri) as connection:
+            set_secrets(connection, deks)
 
     def restart_stages(self, record: StageRecord) -> None:
         """Start what has died of a disk's stages again, below a guest that runs on.
@@ -129,30 +126,26 @@ class Serving:
         if record.storage_slot is not None:
             disk = self._store.get(str(record.disk_id))
             with audit_context(domain=record.domain):
-                deks[record.storage_slot] = self._wrapping.unwrap(
-                    disk.dek(record.storage_slot).wrapped,
-                    context=disk.context(record.storage_slot),
-                    encryption_set=disk.identity_for(record.storage_slot),
-                )
+                deks[record.storage_slot] = self._wrapping.unwrap_slot(disk, record.storage_slot)
         self._stages.restart(record.disk_id, deks)
 
     def source(self, disk: Disk) -> DiskSource:
         """How a domain finds the disk."""
-        return self._source(_Served(disk, self.plan(disk), ()))
+        return self._source(disk, self.plan(disk))
 
-    def _source(self, served: _Served) -> DiskSource:
-        guest, *below = served.plan.stages
+    def _source(self, disk: Disk, plan: LayerPlan) -> DiskSource:
+        guest, *below = plan.stages
         assert isinstance(guest, GuestNode)  # noqa: S101 -- the contract of layers
         behind = None
         if below:
-            socket = self._stages.guest_socket(served.disk.id)
+            socket = self._stages.guest_socket(disk.id)
             behind = Behind(canonical(socket), self._config.reconnect_seconds)
         policy = "stop" if self._config.io_errors is IoErrors.PAUSE else "report"
         return DiskSource(
-            disk_id=served.disk.id,
+            disk_id=disk.id,
             slot=guest.slot,
-            driver_type=served.disk.format.value,
-            path=served.disk.path,
+            driver_type=disk.format.value,
+            path=disk.path,
             behind=behind,
             error_policy=policy if behind else None,
         )
@@ -198,7 +191,7 @@ class Serving:
         return disk
 
     def _check_use(self, use: DomainDisk, served: _Served) -> None:
-        disk, source = served.disk, self._source(served)
+        disk, source = served.disk, self._source(served.disk, served.plan)
         if all(entry.slot != use.slot for entry in disk.deks):
             raise InvalidValueError(f"disk {disk.name!r} has no DEK in slot {use.slot!r}")
         if use.slot != source.slot:
@@ -230,9 +223,9 @@ class Serving:
 
     def _start(
         self, served: _Served, domain: str, domain_id: UUID, qemu: User | None, replacing: UUID | None
-    ) -> list[tuple[DomainDisk, Dek]]:
+    ) -> dict[tuple[UUID, str], Dek]:
         """Start the disk's stages; the DEKs that libvirt is to have."""
-        deks, for_libvirt = self._unlock(served, domain)
+        deks = self._unlock(served, domain)
         if qemu:
             self._stages.start(
                 served.disk,
@@ -243,14 +236,18 @@ class Serving:
                 qemu=qemu,
                 replacing=replacing,
             )
-        return for_libvirt
+        return _for_libvirt(served, deks)
 
-    def _unlock(self, served: _Served, domain: str) -> tuple[dict[str, Dek], list[tuple[DomainDisk, Dek]]]:
-        """The disk's DEKs by slot, and those that the domain names."""
+    def _unlock(self, served: _Served, domain: str) -> dict[str, Dek]:
+        """The disk's DEKs by slot."""
         with audit_context(domain=domain):
             unwrapped = self._wrapping.unwrap_all(served.disk)
-        deks = {entry.slot: dek for entry, dek in zip(served.disk.deks, unwrapped, strict=True)}
-        return deks, [(use, deks[use.slot]) for use in served.uses]
+        return {entry.slot: dek for entry, dek in zip(served.disk.deks, unwrapped, strict=True)}
+
+
+def _for_libvirt(served: _Served, deks: Mapping[str, Dek]) -> dict[tuple[UUID, str], Dek]:
+    """Those of a disk's DEKs that the domain names."""
+    return {(use.disk_id, use.slot): deks[use.slot] for use in served.uses}
 
 
 def release(config: Config, xml: str) -> None:

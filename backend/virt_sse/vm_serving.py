@@ -31,7 +31,7 @@ from virt_sse.libvirt import domain_xml, vm_metadata
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.host_id import host_id
 from virt_sse.libvirt.references import TEMP_SLOT, TPM_SLOT, secret_uuid
-from virt_sse.libvirt.secrets import drop_secret, set_secret
+from virt_sse.libvirt.secrets import drop_secrets, set_secrets
 from virt_sse.libvirt.users import default_qemu_user
 from virt_sse.libvirt.vm_metadata import Stated
 from virt_sse.locks import DiskLocks
@@ -93,18 +93,15 @@ class VmServing:
         if not wanted:
             return
         vm_id = domain_xml.domain_uuid(xml)
-        deks = []
+        deks = {}
         for owner, slot in wanted:
             if slot == TPM_SLOT:
                 dek = self.tpm_dek(self._store.vms.find(vm_id), name)
             else:
                 dek = temp_disks.unlock(self._config, self.wrapping, vm_id, name)
-            deks.append((owner, slot, dek))
-        with connected(self._config.libvirt_uri) as connection, contextlib.ExitStack() as undo:
-            for owner, slot, dek in deks:
-                undo.callback(drop_secret, connection, owner, slot)
-                set_secret(connection, owner, slot, dek)
-            undo.pop_all()
+            deks[owner, slot] = dek
+        with connected(self._config.libvirt_uri) as connection:
+            set_secrets(connection, deks)
 
     @contextlib.contextmanager
     def locked(self, vm_id: UUID, name: str) -> Iterator[None]:
@@ -213,9 +210,9 @@ class VmServing:
                 self._config, self._plugins.host_layer(), self.wrapping, vm.id, vm.name, size, qemu
             )
             deks[temp_disk_id(vm.id), TEMP_SLOT] = dek
-        undo.callback(_drop, self._config.libvirt_uri, list(deks))
-        for (owner, slot), dek in deks.items():
-            set_secret(connection, owner, slot, dek)
+        set_secrets(connection, deks)
+        if deks:
+            undo.callback(drop_secrets, self._config.libvirt_uri, list(deks))
 
     def _refuse_tpm_of_another(self, root: ET.Element, vm_id: UUID, name: str) -> None:
         """A copy of a VM's definition names that one's secret, which is there while that one runs."""
@@ -349,16 +346,9 @@ def release(config: Config, xml: str) -> None:
             temp_disks.erase(config, vm_id)
         except VirtSseError as exc:
             failed = exc
-    _drop(config.libvirt_uri, secrets)
+    drop_secrets(config.libvirt_uri, secrets)
     if failed:
         raise failed
-
-
-def _drop(uri: str, secrets: list[tuple[UUID, str]]) -> None:
-    if secrets:
-        with connected(uri) as connection:
-            for owner, slot in secrets:
-                drop_secret(connection, owner, slot)
 
 
 def read_root(domain: libvirt.virDomain) -> tuple[str, ET.Element]:

@@ -106,14 +106,16 @@ class Wrapping:
         :raise KeyProviderError: By meaning; see :meth:`KeyProvider.unwrap`.
         :raise AuditError: When it cannot be recorded.
         """
-        return [
-            self.unwrap(
-                entry.wrapped,
-                context=disk.context(entry.slot),
-                encryption_set=disk.identity_for(entry.slot),
-            )
-            for entry in disk.deks
-        ]
+        return [self.unwrap_slot(disk, entry.slot) for entry in disk.deks]
+
+    def unwrap_slot(self, disk: Disk, slot: str) -> Dek:
+        """The DEK in *slot* of *disk*, as whoever may use its KEK.
+
+        :raise: As :meth:`unwrap_all`.
+        """
+        return self.unwrap(
+            disk.dek(slot).wrapped, context=disk.context(slot), encryption_set=disk.identity_for(slot)
+        )
 
     def rotate(self, key: KeyRef) -> KeyId:
         """Make a new version of *key*, and make it current.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Mapping
 from html import escape
 from uuid import UUID
 
@@ -30,6 +31,18 @@ def set_secret(connection: libvirt.virConnect, disk_id: UUID, slot: str, dek: De
     except BaseException:
         secret.undefine()
         raise
+
+
+def set_secrets(connection: libvirt.virConnect, deks: Mapping[tuple[UUID, str], Dek]) -> None:
+    """Give libvirt the DEKs in those slots of those disks, all or none.
+
+    :raise libvirt.libvirtError: When libvirt refuses one.
+    """
+    with contextlib.ExitStack() as undo:
+        for (disk_id, slot), dek in deks.items():
+            undo.callback(drop_secret, connection, disk_id, slot)
+            set_secret(connection, disk_id, slot, dek)
+        undo.pop_all()
 
 
 def drop_secret(connection: libvirt.virConnect, disk_id: UUID, slot: str) -> None:

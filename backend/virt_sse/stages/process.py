@@ -7,13 +7,11 @@ another process's by now.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import select
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,9 +21,9 @@ from pathlib import Path
 from virt_sse.errors import StageError, ToolError
 from virt_sse.files import PRIVATE_FILE
 from virt_sse.libvirt.users import User
+from virt_sse.locks import holder
 from virt_sse.stages import launch
 
-_FLOCK = struct.Struct("hhqqi4x")
 _KILL_AFTER_SECONDS = 5.0
 _LOG_TAIL = 2000
 
@@ -115,11 +113,9 @@ class Process:
         except OSError:
             return None
         try:
-            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-            kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
+            return holder(descriptor)
         finally:
             os.close(descriptor)
-        return None if kind == fcntl.F_UNLCK else int(pid)
 
     def stop(self, *, patience: float = _KILL_AFTER_SECONDS) -> None:
         """End it, in good order if it can; done when it is gone. Nothing when it does not run.

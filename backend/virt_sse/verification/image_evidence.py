@@ -44,14 +44,7 @@ def check_within(verdict: DiskVerdict, disk: Disk, wrapping: Wrapping, domain: s
         return
     try:
         with audit_context(domain=domain):
-            deks = [
-                wrapping.unwrap(
-                    other.wrapped,
-                    context=disk.context(other.slot),
-                    encryption_set=disk.identity_for(other.slot),
-                )
-                for other in others
-            ]
+            deks = [wrapping.unwrap_slot(disk, other.slot) for other in others]
         cipher = cipher_within(disk, deks)
     except VirtSseError as exc:
         verdict.expect(False, f"the image's inner layer cannot be looked at: {exc}")
