@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -163,18 +162,22 @@ class StageSite:
         """
         log = self.host.root / f"var/log/libvirt/qemu/{guest.name}.log"
         before = len(log.read_bytes())
-        monitor = f'qemu-io -d /machine/peripheral/virtio-disk{disk}/virtio-backend "{command}"'
+        device = f"/machine/peripheral/virtio-disk{disk}/virtio-backend"
+        end = f"end-{uuid.uuid4()}"
         with contextlib.closing(self.host.connect()) as connection:
             flag = libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP
             domain = connection.lookupByName(guest.name)
-            answer = libvirt_qemu.qemuMonitorCommand(domain, monitor, flag)
+            answers = [
+                libvirt_qemu.qemuMonitorCommand(domain, f'qemu-io -d {device} "{each}"', flag)
+                for each in (command, f"help {end}")
+            ]
 
         def said() -> str:
             return log.read_bytes()[before:].decode(errors="replace")
 
-        if command.startswith(("read", "write")) and not answer.strip():
-            wait_until(lambda: re.search(r"ops/sec\)|failed|error|offset", said()))
-        return said() + answer
+        # QEMU's standard output comes to the log by way of virtlogd, in its own time, but in order.
+        wait_until(lambda: f"command {end} not found" in said())
+        return said() + answers[0]
 
     def state(self, guest: Guest) -> tuple[int, int]:
         """libvirt's state and reason of a domain."""
