@@ -20,11 +20,7 @@ class CommandLine:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._environment = {
-            **os.environ,
-            "VIRT_SSE_ROOT": str(root),
-            "LIBVIRT_DEFAULT_URI": no_libvirt(root),
-        }
+        self._host = {"VIRT_SSE_ROOT": str(root), "LIBVIRT_DEFAULT_URI": no_libvirt(root)}
 
     def __call__(self, *arguments: str | bytes | Path, status: int = 0) -> str:
         """The standard output of a command that exits with *status*."""
@@ -49,7 +45,7 @@ class CommandLine:
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [PROGRAM, *arguments],
-            env=self._environment,
+            env=os.environ | self._host,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -37,7 +37,7 @@ def measure(bench: Run) -> Iterator[Row]:
                 lambda wrapped=wrapped: provider.unwrap(wrapped, context=_CONTEXT),  # type: ignore[misc]
                 _rsa_in_process(bits, dek),
             )
-            modes = keys.token.oaep_modes
+            modes = keys.token.oaep_modes()
             yield Row(
                 f"hsm/rsa-{bits}",
                 f"unwrap in a token, RSA {bits}, OAEP-256 on the {modes['sha256'].value}",

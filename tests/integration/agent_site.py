@@ -97,9 +97,7 @@ class Site:
 
     def events(self, name: str, **values: object) -> list[dict[str, object]]:
         """The events of that name in the agent's log that have these values."""
-        return [
-            event for event in self.agent.log() if event["event"] == name and values.items() <= event.items()
-        ]
+        return self.agent.events(name, **values)
 
     def wait_until_watched(self, guest: Guest) -> None:
         """Until the agent has seen that the guest runs, and that its keys are good."""

@@ -195,14 +195,14 @@ def test_libvirtd_restarts(site: Site) -> None:
     try:
         site.host.restart_libvirtd()
         wait_until(lambda: site.secrets() == before)
-        assert site.events("secrets-restored", domain=guest.name)
+        wait_until(lambda: site.events("secrets-restored", domain=guest.name))
         assert guest.is_active()
         other.destroy()
         wait_until(lambda: len(site.secrets()) == 1)
     finally:
         hook.write_text(script)
     site.wait_until_watched(guest)
-    assert site.events("secret-dropped", usage=f"virt-sse:{disk.id}:service")
+    wait_until(lambda: site.events("secret-dropped", usage=f"virt-sse:{disk.id}:service"))
 
 
 def test_secrets_of_nobody_are_dropped(site: Site) -> None:

@@ -65,11 +65,6 @@ def daemon_of(site: Site, disk_id: uuid.UUID) -> Process:
     return Process(site.backend.config.stage_directory / str(disk_id) / "storage")
 
 
-def events(site: Site, name: str, disk_id: uuid.UUID) -> list[dict[str, object]]:
-    wanted = (name, str(disk_id))
-    return [event for event in site.agent.log() if (event["event"], event.get("disk")) == wanted]
-
-
 def test_one_that_dies_is_told_of_and_the_guest_gets_no_wrong_data(site: Site, double: str) -> None:
     guest, disk = site.guest(double)
     guest.start()
@@ -77,8 +72,8 @@ def test_one_that_dies_is_told_of_and_the_guest_gets_no_wrong_data(site: Site, d
     pid = daemon_of(site, disk.id).pid()
     assert pid
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: events(site, "stage-lost", disk.id))
-    (event,) = events(site, "stage-lost", disk.id)
+    wait_until(lambda: site.events("stage-lost", disk=str(disk.id)))
+    (event,) = site.events("stage-lost", disk=str(disk.id))
     assert "must be stopped and started" in str(event["reason"])
     assert daemon_of(site, disk.id).pid() is None, "a new one would answer with older data"
     guest.destroy()
@@ -100,10 +95,10 @@ def test_one_that_lost_nothing_is_started_again_under_a_writing_guest(
     pid = daemon_of(site, disk.id).pid()
     assert pid
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: events(site, "stage-restarted", disk.id))
+    wait_until(lambda: site.events("stage-restarted", disk=str(disk.id)))
     guest.wait_for("all is whole")
     assert daemon_of(site, disk.id).pid() not in (pid, None)
-    assert not events(site, "stage-lost", disk.id)
+    assert not site.events("stage-lost", disk=str(disk.id))
     guest.destroy()
 
 
@@ -122,7 +117,7 @@ def test_a_write_back_cache_loses_nothing_that_the_guest_was_told_is_stable(
     pid = Process(site.backend.config.stage_directory / str(disk.id) / "cache").pid()
     assert pid
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: events(site, "stage-lost", disk.id))
+    wait_until(lambda: site.events("stage-lost", disk=str(disk.id)))
     wait_until(lambda: "paused" in site.host.virsh("domstate", name).stdout)
     stable = max(int(line.split()[1]) for line in guest.serial.splitlines() if line.startswith("wrote "))
     guest.destroy()

@@ -165,9 +165,9 @@ def test_the_target_of_a_backup_is_found(site: StageSite) -> None:
     with backup(site, guest, f"<target file='{target}'/>"):
         assert verify(site, guest, status=1)["problems"] == [f"vda: backup {target} is not encrypted"]
         with agent(site, "warn") as running:
-            wait_until(lambda: events(running, "plaintext-link", kind="backup", place=str(target)))
+            wait_until(lambda: running.events("plaintext-link", kind="backup", place=str(target)))
             os.kill(cache.pid, signal.SIGCONT)
-            wait_until(lambda: events(running, "plaintext-link-gone", kind="backup", place=str(target)))
+            wait_until(lambda: running.events("plaintext-link-gone", kind="backup", place=str(target)))
     assert verify(site, guest)["problems"] == []
 
 
@@ -223,7 +223,7 @@ def test_a_copy_that_took_the_place_of_a_disk_is_found(site: StageSite) -> None:
     assert f"vda: the guest's device is on {copy}, which is not encrypted" in problems
     with agent(site, "warn") as running:
         kind = {"kind": "image in its place", "place": str(copy)}
-        wait_until(lambda: events(running, "plaintext-link", domain=guest.name, **kind))
+        wait_until(lambda: running.events("plaintext-link", domain=guest.name, **kind))
     site.virsh("destroy", guest.name)
     assert (
         f"vda: its definition has {copy}, which is not encrypted by us"
@@ -242,10 +242,6 @@ def agent(site: StageSite, policy: str) -> Iterator[LabAgent]:
         path.write_text(CONFIG)
 
 
-def events(running: LabAgent, name: str, **values: object) -> list[dict[str, object]]:
-    return [event for event in running.log() if event["event"] == name and values.items() <= event.items()]
-
-
 def test_the_agent_tells_of_a_link_once_and_pauses_the_guest_while_it_is_there(site: StageSite) -> None:
     disk = single(site)
     guest, overlay = site.guest(disk), site.host.images / f"{disk.name}.overlay"
@@ -253,10 +249,10 @@ def test_the_agent_tells_of_a_link_once_and_pauses_the_guest_while_it_is_there(s
     site.virsh("start", guest.name)
     with agent(site, "warn") as running:
         site.virsh("snapshot-create-as", guest.name, "--disk-only", "--diskspec", f"vda,file={overlay}")
-        waited = wait_until(lambda: events(running, "plaintext-link", domain=guest.name))
+        waited = wait_until(lambda: running.events("plaintext-link", domain=guest.name))
         assert waited < 3
         time.sleep(1)
-        (event,) = events(running, "plaintext-link", domain=guest.name)
+        (event,) = running.events("plaintext-link", domain=guest.name)
         assert (event["kind"], event["place"]) == ("overlay", str(overlay))
         metrics = running.metrics()
         assert metrics["virt_sse_agent_plaintext_links"] == 1
@@ -269,7 +265,7 @@ def test_the_agent_tells_of_a_link_once_and_pauses_the_guest_while_it_is_there(s
         wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_RUNNING)
         with backup(site, guest, f"<scratch file='{overlay}.scratch'/>"):
             wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_PAUSED)
-            assert events(running, "plaintext-link", domain=guest.name, kind="backup")
+            assert running.events("plaintext-link", domain=guest.name, kind="backup")
         wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_RUNNING)
 
 
@@ -297,7 +293,7 @@ def test_the_agent_folds_overlays_back_and_wipes_them(site: StageSite) -> None:
     kept.hardlink_to(second)
     assert bytes([3]) * 4096 in kept.read_bytes()
     with agent(site, "fold") as running:
-        wait_until(lambda: events(running, "folded", domain=guest.name))
+        wait_until(lambda: running.events("folded", domain=guest.name))
         folds = 'virt_sse_agent_domain_actions_total{action="fold"}'
         wait_until(lambda: running.metrics().get(folds) == 1)
         wait_until(lambda: running.metrics()["virt_sse_agent_plaintext_links"] == 0)
@@ -359,7 +355,7 @@ def test_what_may_not_have_been_folded_is_not_wiped(site: StageSite) -> None:
     record.write(folder)
     guest.define()  # without the overlay
     with agent(site, "fold") as running:
-        wait_until(lambda: events(running, "fold-unclear"))
+        wait_until(lambda: running.events("fold-unclear"))
         site.start_paused(guest)
         time.sleep(1)
         assert overlay.exists()

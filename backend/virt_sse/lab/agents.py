@@ -7,13 +7,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Self
 
 from virt_sse.agent.client import SOCKET, ask
 from virt_sse.errors import AgentUnavailableError, LabError
+from virt_sse.lab import leashed
 from virt_sse.lab.host import LabHost
 from virt_sse.lab.requirements import SYSTEM_PATH
 
@@ -31,7 +31,7 @@ class LabAgent:
 
     def __init__(self, host: LabHost) -> None:
         self._host = host
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -74,23 +74,13 @@ class LabAgent:
         """
         if self._process is not None:
             raise LabError("the lab agent runs already")
-        owner = os.pidfd_open(os.getpid())
-        try:
-            with self.log_path.open("a") as log:
-                self._process = subprocess.Popen(
-                    self._host.command(
-                        [sys.executable, "-m", "virt_sse.lab.leashed", str(owner), "agent", "run"]
-                    ),
-                    env=self._host.environment
-                    | {"PATH": f"{os.environ.get('PATH', os.defpath)}:{SYSTEM_PATH}"},
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=(owner,),
-                    start_new_session=True,  # Ctrl-C in the terminal is for the owner alone
-                )
-        finally:
-            os.close(owner)
+        self._process = leashed.start(
+            ["agent", "run"],
+            self.log_path,
+            command=self._host.command,
+            environment=self._host.environment
+            | {"PATH": f"{os.environ.get('PATH', os.defpath)}:{SYSTEM_PATH}"},
+        )
         deadline = time.monotonic() + _START_SECONDS
         while True:
             try:
@@ -140,8 +130,12 @@ class LabAgent:
         lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
         return {name: float(value) for name, _, value in lines}
 
+    def events(self, name: str, **values: object) -> list[dict[str, object]]:
+        """The events of that name in its log that have these values."""
+        return [event for event in self.log() if event["event"] == name and values.items() <= event.items()]
+
     def log(self) -> list[dict[str, object]]:
-        """The events in its log."""
+        """All events in its log."""
         return [json.loads(line) for line in self.log_path.read_text().splitlines() if line.startswith("{")]
 
     def wait(self) -> int:

@@ -1,8 +1,4 @@
-"""Throw-away PKCS#11 tokens: SoftHSM's, and NSS's own.
-
-A module is initialised once in a process, and for SoftHSM reads one configuration: so all lab tokens that a
-process opens itself lie in one :class:`LabHsm`.
-"""
+"""Throw-away PKCS#11 tokens: SoftHSM's, and NSS's own."""
 
 from __future__ import annotations
 
@@ -18,11 +14,12 @@ from typing import Self
 from virt_sse.errors import ConfigError, LabError, LabUnavailableError
 from virt_sse.files import private_folder, write_private
 from virt_sse.lab import directories
-from virt_sse.pkcs11.module import Module, find_module
+from virt_sse.pkcs11.module import Module, find_module, load
 from virt_sse.pkcs11.options import TokenOptions
 from virt_sse.pkcs11.pins import PinSource
-from virt_sse.pkcs11.softhsm import MODULE_NAME, TokenFolder, init_token, use_config
-from virt_sse.pkcs11.token import Token
+from virt_sse.pkcs11.process import ModuleProcess
+from virt_sse.pkcs11.softhsm import MODULE_NAME, TokenFolder, init_token
+from virt_sse.pkcs11.token import SECONDS, Token
 from virt_sse.pkcs11.uri import TokenUri
 
 _NSS_MODULE_NAME = "softokn3"
@@ -42,7 +39,7 @@ class LabToken:
     options: dict[str, object] = field(repr=False)
 
     def open(self) -> Token:
-        """Log in to it, in this process.
+        """Log in to it.
 
         :raise KeyProviderUnavailableError: When it does not answer.
         """
@@ -70,7 +67,6 @@ class LabHsm:
         self._directory = directories.create(self._base)
         try:
             self.folder.write_config()
-            use_config(self.folder.config)
         except BaseException:
             self.remove()
             raise
@@ -103,7 +99,7 @@ class LabHsm:
         folder = TokenFolder(self.folder.path / label)
         _write_pins(folder)
         pins = (PinSource.file(folder.so_pin).read(), PinSource.file(folder.pin).read())
-        serial = init_token(Module.load(self.module), label, so_pin=pins[0], pin=pins[1])
+        serial = init_token(self.module, self.folder.environment, label, so_pin=pins[0], pin=pins[1])
         uri = TokenUri(token=label, serial=serial)
         try:
             yield LabToken(
@@ -123,7 +119,7 @@ class LabHsm:
 
 @contextlib.contextmanager
 def nss_token(*, base: Path = Path("/tmp")) -> Iterator[LabToken]:  # noqa: S108 -- a folder of its own below
-    """The token of NSS's ``libsoftokn3.so``: another maker's, and of other habits. One in a process.
+    """The token of NSS's ``libsoftokn3.so``: another maker's, and of other habits.
 
     :raise LabUnavailableError: When it is not installed.
     """
@@ -143,7 +139,8 @@ def nss_token(*, base: Path = Path("/tmp")) -> Iterator[LabToken]:  # noqa: S108
             "init-reserved": reserved,
         }
         with _few_rounds():
-            _set_nss_pin(Module.load(module, reserved=reserved), PinSource.file(folder.pin).read().text)
+            with ModuleProcess(load, module, reserved, environment={}, seconds=SECONDS) as process:
+                process.call(SECONDS, _set_nss_pin, PinSource.file(folder.pin).read().text)
             yield LabToken(uri, folder, options)
     finally:
         directory.remove()
@@ -152,12 +149,11 @@ def nss_token(*, base: Path = Path("/tmp")) -> Iterator[LabToken]:  # noqa: S108
 def _set_nss_pin(module: Module, pin: str) -> None:
     from PyKCS11 import CKF_RW_SESSION, CKU_SO
 
-    with module.calls() as library:
-        session = library.openSession(_NSS_SLOT, CKF_RW_SESSION)
-        session.login("", CKU_SO)
-        session.initPin(pin)
-        session.logout()
-        session.closeSession()
+    session = module.library.openSession(_NSS_SLOT, CKF_RW_SESSION)
+    session.login("", CKU_SO)
+    session.initPin(pin)
+    session.logout()
+    session.closeSession()
 
 
 @contextlib.contextmanager

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self, cast
 
-from virt_sse.errors import LabError, LabUnavailableError
-from virt_sse.lab import directories
+from virt_sse.errors import ConfigError, LabError, LabUnavailableError
+from virt_sse.lab import directories, leashed
 
 if TYPE_CHECKING:
     from virt_sse.lab.tokens import LabToken
@@ -113,44 +111,30 @@ class LabVault:
         return self._process.pid
 
     def initialise(self) -> None:
-        """Sweep what killed runs left, then make the vault, without serving it yet."""
-        directories.sweep(self._base)
-        self._folder = directories.create(self._base)
-        self._port = _free_port()
-        if self._premium and self._token is None:
-            self._initialise_with_own_token()
-        else:
-            self._initialise()
+        """Sweep what killed runs left, then make the vault, without serving it yet.
 
-    def _initialise(self) -> None:
+        :raise LabUnavailableError: When SoftHSM or PyKCS11 is not installed, for a token of its own.
+        """
         from virt_sse.vault.initialise import initialise
         from virt_sse.vault.settings import Tier
 
-        initialise(
-            self.directory,
-            tier=Tier.PREMIUM if self._premium else Tier.STANDARD,
-            token={} if self._token is None else {k: str(v) for k, v in self._token.options.items()},
-            name="lab-vault",
-            hosts=(_HOST, "localhost"),
-            port=self._port,
-            retention_days=self._retention_days,
-            purge_protection=self._purge_protection,
-        )
-
-    def _initialise_with_own_token(self) -> None:
-        """In a process of its own: SoftHSM reads one configuration in the life of a process.
-
-        :raise LabUnavailableError: When SoftHSM or PyKCS11 is not installed.
-        """
-        command = [sys.executable, "-c", "from virt_sse.cli.main import main; main()"]
-        command += ["vault", "init", "--directory", str(self.directory)]
-        command += ["--name", "lab-vault", "--host", _HOST, "--host", "localhost", "--port", str(self._port)]
-        command += ["--tier", "premium", "--retention-days", str(self._retention_days)]
-        command += ["--purge-protection"] if self._purge_protection else []
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
+        directories.sweep(self._base)
+        self._folder = directories.create(self._base)
+        self._port = _free_port()
+        try:
+            initialise(
+                self.directory,
+                tier=Tier.PREMIUM if self._premium else Tier.STANDARD,
+                token={} if self._token is None else {k: str(v) for k, v in self._token.options.items()},
+                name="lab-vault",
+                hosts=(_HOST, "localhost"),
+                port=self._port,
+                retention_days=self._retention_days,
+                purge_protection=self._purge_protection,
+            )
+        except ConfigError as exc:
             self.remove()
-            raise LabUnavailableError(f"no premium vault: {done.stderr.strip().splitlines()[0]}")
+            raise LabUnavailableError(f"no premium vault: {exc}", hint=exc.hint) from exc
 
     def start(self) -> None:
         """Serve it; done when it answers.
@@ -159,24 +143,11 @@ class LabVault:
         """
         if self._process is not None:
             raise LabError("the lab vault runs already")
-        owner = os.pidfd_open(os.getpid())
-        try:
-            with self.log_path.open("a") as log:
-                self._process = subprocess.Popen(
-                    [
-                        *(sys.executable, "-m", "virt_sse.lab.leashed", str(owner)),
-                        *("vault", "serve", "--directory", str(self.directory)),
-                        *self._arguments,
-                    ],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    text=True,
-                    pass_fds=(owner,),
-                    start_new_session=True,  # Ctrl-C in the terminal is for the owner alone
-                )
-        finally:
-            os.close(owner)
+        self._process = leashed.start(
+            ["vault", "serve", "--directory", str(self.directory), *self._arguments],
+            self.log_path,
+            output=subprocess.PIPE,
+        )
         output = cast("IO[str]", self._process.stdout)
         if not output.readline():
             self.kill()

@@ -1,7 +1,7 @@
 """Keys in a PKCS#11 token: a SoftHSM, or by another module's path a hardware security module.
 
-``uri``, ``pins``, ``module`` and ``oaep`` import as they are; before anything else of this package is, call
-:func:`require`.
+``uri``, ``pins``, ``module``, ``process``, ``worker`` and ``oaep`` import as they are; before anything else
+of this package is, call :func:`require`.
 """
 
 from __future__ import annotations

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import hmac
-import secrets
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -18,7 +15,6 @@ from PyKCS11 import (
     CKF_USER_PIN_LOCKED,
     CKR_PIN_LOCKED,
     CKR_TOKEN_WRITE_PROTECTED,
-    CKR_USER_NOT_LOGGED_IN,
     CKS_RO_USER_FUNCTIONS,
     CKS_RW_USER_FUNCTIONS,
     PyKCS11Error,
@@ -32,7 +28,6 @@ from virt_sse.pkcs11.uri import TokenUri
 
 T = TypeVar("T")
 
-_FINGERPRINT_KEY = secrets.token_bytes(32)
 PAUSES = (0.0, 0.05)
 """Before looking again for what was not found, in seconds: SoftHSM does not see a token or a key whose file
 another process writes in that instant, and having missed it not later either.
@@ -43,8 +38,7 @@ _TRIES = 3
 
 
 class Connection:
-    """Finds the token, logs in, and does both again when a fork, a restart of the token or another thread's
-    logging out has ended the session.
+    """Finds the token, logs in, and does both again when a restart of the token has ended the session.
 
     :param uri: which token; it has to be one, and stays the one that was found first.
     """
@@ -73,94 +67,77 @@ class Connection:
         :raise KeyProviderUnavailableError: When there is no such session to be had, or it does not last.
         :raise PyKCS11Error: From *work*, when it does not mean that the session is lost.
         """
-        with self._module.calls():
-            if not is_repeatable:
-                self.check()
-            for left in reversed(range(_TRIES if is_repeatable else 1)):
-                try:
-                    return work(self._open())
-                except PyKCS11Error as exc:
-                    if exc.value not in LOST:
-                        raise
-                    self._forget()
-                    if not left:
-                        raise KeyProviderUnavailableError(f"the token cannot {what}: {exc}") from exc
-                    if left == 1:
-                        self._module.restart()
+        if not is_repeatable:
+            self.check()
+        for left in reversed(range(_TRIES if is_repeatable else 1)):
+            try:
+                return work(self._open())
+            except PyKCS11Error as exc:
+                if exc.value not in LOST:
+                    raise
+                self._session = None
+                if not left:
+                    raise KeyProviderUnavailableError(f"the token cannot {what}: {exc}") from exc
+                if left == 1:
+                    self._module.restart()
         raise AssertionError("unreachable")
 
-    @property
-    def serial(self) -> str | None:
-        """The serial number of the token that was found."""
-        return self._serial
-
-    def check(self) -> None:
+    def check(self) -> str | None:
         """Make sure that the token is there and answers: else what is not found in it means nothing.
 
+        :return: its serial number.
         :raise KeyProviderUnavailableError: When it is not.
         """
-        with self._module.calls() as library:
-            self._open()
-            try:
-                if _facts(library.getTokenInfo(self._slot))["serial"] == self._serial:
-                    self._session.getSessionInfo()
-                    return
-            except PyKCS11Error:
-                pass  # perhaps it was away, and is back
-            self._forget()
-            self.restart()
+        self._open()
+        try:
+            if _facts(self._module.library.getTokenInfo(self._slot))["serial"] == self._serial:
+                self._session.getSessionInfo()
+                return self._serial
+        except PyKCS11Error:
+            pass  # perhaps it was away, and is back
+        self._session = None
+        self.restart()
+        return self._serial
 
     def restart(self) -> None:
         """Initialise the module anew, and open the token again.
 
         :raise KeyProviderUnavailableError: When it is not there.
         """
-        with self._module.calls():
-            self._module.restart()
-            self._open()
-
-    def close(self) -> None:
-        """End the session. Raises nothing."""
-        with contextlib.suppress(PyKCS11Error, KeyProviderUnavailableError), self._module.calls():
-            if self._session is not None and self._generation == self._module.generation:
-                self._session.closeSession()
-        self._session = None
-
-    def _forget(self) -> None:
-        self._session = None
+        self._module.restart()
+        self._open()
 
     def _open(self) -> Any:
-        with self._module.calls():
-            if self._session is None or self._generation != self._module.generation:
-                self._session = None
+        if self._session is None or self._generation != self._module.generation:
+            self._session = None
+            self._slot = self._find_slot()
+            try:
+                self._session = self._new_session()
+            except PyKCS11Error:
+                self._module.restart()
                 self._slot = self._find_slot()
                 try:
                     self._session = self._new_session()
-                except PyKCS11Error:
-                    self._module.restart()
-                    self._slot = self._find_slot()
-                    try:
-                        self._session = self._new_session()
-                    except PyKCS11Error as exc:
-                        raise KeyProviderUnavailableError(f"the token cannot be opened: {exc}") from exc
-                self._generation = self._module.generation
-            return self._session
+                except PyKCS11Error as exc:
+                    raise KeyProviderUnavailableError(f"the token cannot be opened: {exc}") from exc
+            self._generation = self._module.generation
+        return self._session
 
     def _new_session(self) -> Any:
-        with self._module.calls() as library:
-            try:
-                session = library.openSession(self._slot, CKF_RW_SESSION)
-            except PyKCS11Error as exc:
-                if exc.value != CKR_TOKEN_WRITE_PROTECTED:
-                    raise
-                session = library.openSession(self._slot)
-            try:
-                self._log_in(session)
-            except BaseException:
-                with contextlib.suppress(PyKCS11Error):
-                    session.closeSession()
+        library = self._module.library
+        try:
+            session = library.openSession(self._slot, CKF_RW_SESSION)
+        except PyKCS11Error as exc:
+            if exc.value != CKR_TOKEN_WRITE_PROTECTED:
                 raise
-            return session
+            session = library.openSession(self._slot)
+        try:
+            self._log_in(session)
+        except BaseException:
+            with contextlib.suppress(PyKCS11Error):
+                session.closeSession()
+            raise
+        return session
 
     def _find_slot(self) -> int:
         slots = self._slots()
@@ -189,43 +166,35 @@ class Connection:
 
     def _slots(self) -> list[tuple[int, str]]:
         found = []
-        with self._module.calls() as library:
+        library = self._module.library
+        try:
+            slots = library.getSlotList(True)
+        except PyKCS11Error:
+            return []
+        for slot in slots:
             try:
-                slots = library.getSlotList(True)
+                info = library.getTokenInfo(slot)
+                facts = _facts(info) | _slot_facts(library, slot)
             except PyKCS11Error:
-                return []
-            for slot in slots:
-                try:
-                    info = library.getTokenInfo(slot)
-                    facts = _facts(info) | _slot_facts(library, slot)
-                except PyKCS11Error:
-                    continue  # one that is broken is none
-                if info.flags & CKF_TOKEN_INITIALIZED and self._uri.matches(facts):
-                    found.append((slot, str(facts["serial"])))
+                continue  # one that is broken is none
+            if info.flags & CKF_TOKEN_INITIALIZED and self._uri.matches(facts):
+                found.append((slot, str(facts["serial"])))
         return found
 
     def _log_in(self, session: Any) -> None:
-        """Log in, unless this process is, with this PIN: another token's user may not profit by ours."""
-        with self._module.calls() as library:
-            info = library.getTokenInfo(self._slot)
-            if not info.flags & CKF_LOGIN_REQUIRED:
-                raise ConfigError(f"the token that {self._uri} means asks for no PIN")
-            pin = self._pin.read()
-            fingerprint = hmac.digest(_FINGERPRINT_KEY, pin.text.encode(), hashlib.sha256)
-            if session.getSessionInfo().state in (CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS):
-                if hmac.compare_digest(fingerprint, self._module.logins.get(self._slot, b"")):
-                    return
-                _log_out(session)
-            self._module.logins.pop(self._slot, None)
-            if info.flags & CKF_USER_PIN_LOCKED:
-                raise _locked()
-            if info.flags & CKF_USER_PIN_FINAL_TRY and self._guard.failures():
-                raise KeyProviderUnavailableError(
-                    "the token allows one more PIN only, and is not asked after a wrong one",
-                    hint=UNLOCK_HINT,
-                )
-            self._try(session, pin.text)
-            self._module.logins[self._slot] = fingerprint
+        info = self._module.library.getTokenInfo(self._slot)
+        if not info.flags & CKF_LOGIN_REQUIRED:
+            raise ConfigError(f"the token that {self._uri} means asks for no PIN")
+        if session.getSessionInfo().state in (CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS):
+            return  # by a session that was before this one
+        if info.flags & CKF_USER_PIN_LOCKED:
+            raise _locked()
+        if info.flags & CKF_USER_PIN_FINAL_TRY and self._guard.failures():
+            raise KeyProviderUnavailableError(
+                "the token allows one more PIN only, and is not asked after a wrong one",
+                hint=UNLOCK_HINT,
+            )
+        self._try(session, self._pin.read().text)
 
     def _try(self, session: Any, pin: str) -> None:
         with self._guard.attempt() as attempt:
@@ -243,14 +212,6 @@ class Connection:
                 attempt.inconclusive()
                 raise
             attempt.succeeded()
-
-
-def _log_out(session: Any) -> None:
-    try:
-        session.logout()
-    except PyKCS11Error as exc:
-        if exc.value != CKR_USER_NOT_LOGGED_IN:
-            raise
 
 
 def _locked() -> KeyProviderUnavailableError:

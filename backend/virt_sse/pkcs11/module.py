@@ -1,17 +1,13 @@
-"""A PKCS#11 module in this process: loaded once, initialised once, and anew after a fork."""
+"""A PKCS#11 module, in the process that it has for itself."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import os
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from virt_sse.errors import ConfigError, KeyProviderUnavailableError
-from virt_sse.pkcs11 import require
+from virt_sse.pkcs11.pins import PinSource
 
 _CKF_OS_LOCKING_OK = 2
 _CKR_OK = 0
@@ -45,76 +41,45 @@ class _InitializeArguments(ctypes.Structure):
 
 
 class Module:
-    """One for all tokens that are reached through it. Get it by :meth:`load`.
+    """Initialised when it is first used. For one thread.
 
-    All calls into a module are made one after the other: PyKCS11 holds Python's lock through each of them
-    anyway, and a module is initialised for the whole process or not at all.
-
+    :param path: its absolute path.
+    :param reserved: what it wants to be told in ``pReserved``; NSS names its database so.
     :ivar generation: rises whenever the module is initialised: sessions and handles from before are void.
-    :ivar logins: by slot, whose PIN this process is logged in with; by fingerprint.
     """
-
-    _loaded: ClassVar[dict[Path, Module]] = {}
-    _loading: ClassVar[threading.RLock] = threading.RLock()
 
     def __init__(self, path: Path, reserved: str | None) -> None:
         self.path = path
         self.generation = 0
-        self.logins: dict[int, bytes] = {}
         self._reserved = reserved
-        self._lock = threading.RLock()
-        self._process = 0
+        self._is_initialised = False
         self._library: Any = None
         self._functions: Any = None
 
-    def __repr__(self) -> str:
-        return f"Module({str(self.path)!r})"
-
-    @classmethod
-    def load(cls, path: Path, *, reserved: str | None = None) -> Module:
-        """The module at *path*; it is initialised when it is first called.
-
-        :param reserved: what the module wants to be told in ``pReserved``; NSS names its database so.
-        :raise ConfigError: When PyKCS11 is not installed, or *path* is in use with another *reserved*.
-        """
-        require()
-        if not path.is_absolute():
-            raise ConfigError(f"the path of a PKCS#11 module has to be absolute, not {str(path)!r}")
-        path = Path(os.path.realpath(path))
-        with cls._loading:
-            module = cls._loaded.setdefault(path, cls(path, reserved))
-        if module._reserved != reserved:
-            raise ConfigError(f"{path} is in use by this process already, initialised otherwise")
-        return module
-
-    @contextlib.contextmanager
-    def calls(self) -> Iterator[Any]:
-        """PyKCS11's library, for calls that nobody disturbs.
+    @property
+    def library(self) -> Any:
+        """PyKCS11's.
 
         :raise KeyProviderUnavailableError: When the module cannot be loaded or initialised.
         """
-        with self._lock:
-            if self._process != os.getpid():
-                self._initialise()
-            yield self._library
+        if not self._is_initialised:
+            self._initialise()
+        return self._library
 
     def restart(self) -> None:
         """Initialise it anew: some see only then that a token has come, or has come back.
 
-        :raise KeyProviderUnavailableError: When it cannot be initialised; the next call tries again.
+        :raise KeyProviderUnavailableError: When it cannot be initialised; the next use tries again.
         """
-        with self._lock:
-            self._process = 0
-            self._initialise()
+        self._is_initialised = False
+        self._initialise()
 
     def _initialise(self) -> None:
         self.generation += 1
-        self.logins.clear()
         if self._functions is None:
             self._functions = self._function_list()
         result = self._call_initialise()
         if result == _CKR_CRYPTOKI_ALREADY_INITIALIZED and self._library is not None:
-            # Ours, from before: of the process that forked this one, or to be restarted.
             ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_void_p)(self._functions[_FINALIZE])(None)
             result = self._call_initialise()
         if result not in (_CKR_OK, _CKR_CRYPTOKI_ALREADY_INITIALIZED):
@@ -123,7 +88,7 @@ class Module:
             )
         if self._library is None:
             self._library = _library(self.path)
-        self._process = os.getpid()
+        self._is_initialised = True
 
     def _call_initialise(self) -> int:
         reserved = self._reserved.encode() if self._reserved is not None else None
@@ -146,6 +111,11 @@ class Module:
         return functions
 
 
+def load(_pin: PinSource, path: Path, reserved: str | None) -> Module:
+    """A module in a process of its own, as :class:`~virt_sse.pkcs11.process.ModuleProcess` makes it."""
+    return Module(path, reserved)
+
+
 def find_module(name: str) -> Path:
     """The module that RFC 7512's ``module-name`` means.
 
@@ -166,19 +136,3 @@ def _library(path: Path) -> Any:
         return PyKCS11Lib().load(str(path))
     except PyKCS11Error as exc:
         raise KeyProviderUnavailableError(f"cannot load PKCS#11 module {path}: {exc}") from exc
-
-
-def _before_fork() -> None:
-    """Let nobody be in a module, or hold its lock, when the process is copied."""
-    Module._loading.acquire()
-    for module in Module._loaded.values():
-        module._lock.acquire()
-
-
-def _after_fork() -> None:
-    for module in Module._loaded.values():
-        module._lock.release()
-    Module._loading.release()
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Self
 from virt_sse.errors import ConfigError, InvalidValueError
 from virt_sse.pkcs11.module import find_module
 from virt_sse.pkcs11.pins import PinGuard, PinSource
-from virt_sse.pkcs11.softhsm import MODULE_NAME, TokenFolder, use_config
+from virt_sse.pkcs11.softhsm import MODULE_NAME, VARIABLE, TokenFolder
 from virt_sse.pkcs11.token import Token
 from virt_sse.pkcs11.uri import SCHEME, TokenUri
 
@@ -26,7 +25,7 @@ class TokenOptions:
     :ivar uri: which token; ``None`` for the folder's.
     :ivar module: its path, or its name among the installed ones.
     :ivar softhsm_config: what SoftHSM is to read instead of the system's configuration.
-    :ivar reserved: see :meth:`Module.load`.
+    :ivar reserved: see :class:`~virt_sse.pkcs11.module.Module`.
     """
 
     folder: TokenFolder
@@ -78,11 +77,14 @@ class TokenOptions:
         :param pin: instead of the file's.
         :raise: As :meth:`Token.open`.
         """
-        uri, path = self.token_uri(), self.module_path
-        if self.softhsm_config is not None or "softhsm" in Path(os.path.realpath(path)).name:
-            use_config(self.softhsm_config)
-        source = pin or PinSource.file(self.pin_file)
-        return Token.open(uri, path, source, guard=self.guard, reserved=self.reserved)
+        return Token.open(
+            self.token_uri(),
+            self.module_path,
+            pin or PinSource.file(self.pin_file),
+            guard=self.guard,
+            reserved=self.reserved,
+            environment={VARIABLE: str(self.softhsm_config)} if self.softhsm_config else {},
+        )
 
 
 def _text(table: str, name: str, value: object) -> str:

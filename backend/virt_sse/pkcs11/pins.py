@@ -41,6 +41,9 @@ class PinSource:
     def __repr__(self) -> str:
         return f"PinSource({self._description})"
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("where a PIN comes from cannot be pickled")
+
     @classmethod
     def file(cls, path: Path) -> Self:
         """The first line of *path*, read anew at each use; it must be readable by its owner alone."""

@@ -7,8 +7,7 @@ import fcntl
 import os
 import secrets
 import shutil
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ from PyKCS11 import (
 
 from virt_sse.errors import ConfigError, InvalidValueError, KeyProviderUnavailableError
 from virt_sse.files import private_folder, sync_folder, write_at, write_private
-from virt_sse.pkcs11.module import Module, find_module
+from virt_sse.pkcs11.module import Module, find_module, load
 from virt_sse.pkcs11.pins import Pin, PinGuard, PinSource
-from virt_sse.pkcs11.token import Token
+from virt_sse.pkcs11.process import ModuleProcess
+from virt_sse.pkcs11.token import SECONDS, Token
 from virt_sse.pkcs11.uri import TokenUri
 
 VARIABLE = "SOFTHSM2_CONF"
@@ -40,28 +40,6 @@ objectstore.umask = 0077
 log.level = ERROR
 slots.removable = false
 """
-
-_lock = threading.Lock()
-_chosen: list[Path | None] = []
-
-
-def use_config(path: Path | None) -> None:
-    """Have SoftHSM read the configuration file *path* in this process; ``None`` for the system's.
-
-    It reads one, and takes its name from the environment. Call this before the module is loaded.
-
-    :raise ConfigError: When this process uses another one already.
-    """
-    with _lock:
-        if _chosen and _chosen[0] != path:
-            raise ConfigError(
-                f"this process uses SoftHSM with {_chosen[0] or 'the system configuration'} already, "
-                f"and cannot with {path or 'the system configuration'}",
-                hint="keep their tokens in one folder",
-            )
-        if path is not None:
-            os.environ[VARIABLE] = str(path.absolute())
-        _chosen[:] = [path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +59,11 @@ class TokenFolder:
     def config(self) -> Path:
         """SoftHSM's configuration."""
         return self.path / "softhsm2.conf"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """In which SoftHSM finds it."""
+        return {VARIABLE: str(self.config.absolute())}
 
     @property
     def tokens(self) -> Path:
@@ -144,23 +127,21 @@ class TokenFolder:
         :raise KeyProviderUnavailableError: When the token was there and cannot be opened; it is never made
             anew.
         """
-        module = Module.load(find_module(MODULE_NAME))
         new = TokenFolder(self.path / "new")
         try:
             is_new = not self.uri.exists()
             if is_new:
-                use_config(self.config)
                 if not new.uri.exists():
-                    self._make(module, new, label)
-                self._move(module, new)
-            elif self._mend():
-                module.restart()
+                    self._make(new, label)
+                self._move(new)
+            else:
+                self._mend()
             self.open().close()
         except OSError as exc:
             raise ConfigError(f"cannot make a token in {self.path}: {exc.strerror}") from exc
         return is_new
 
-    def _make(self, module: Module, new: TokenFolder, label: str) -> None:
+    def _make(self, new: TokenFolder, label: str) -> None:
         if self.tokens.exists():
             raise ConfigError(
                 f"there are tokens in {self.tokens}, and no file {self.uri} that says which is meant",
@@ -172,12 +153,12 @@ class TokenFolder:
         for path in (new.pin, new.so_pin):
             write_private(path, secrets.token_hex(_PIN_BYTES).encode() + b"\n")
         pins = (PinSource.file(new.so_pin).read(), PinSource.file(new.pin).read())
-        serial = init_token(module, label, so_pin=pins[0], pin=pins[1])
+        serial = init_token(find_module(MODULE_NAME), self.environment, label, so_pin=pins[0], pin=pins[1])
         (made,) = new.tokens.glob(f"*/{_TOKEN_OBJECT}")
         write_private(new.spare, made.read_bytes())
         write_private(new.uri, f"{TokenUri(token=label, serial=serial)}\n".encode())
 
-    def _move(self, module: Module, new: TokenFolder) -> None:
+    def _move(self, new: TokenFolder) -> None:
         for source, target in (
             (new.tokens, self.tokens),
             (new.pin, self.pin),
@@ -187,15 +168,13 @@ class TokenFolder:
             if source.exists():
                 source.rename(target)
         self.write_config()
-        module.restart()
         PinGuard(self.wrong_pins).reset()
         new.uri.rename(self.uri)
         sync_folder(self.path)
         new.path.rmdir()
 
-    def _mend(self) -> bool:
-        """Write the copy over a ``token.object`` that was torn; whether one was."""
-        mended = False
+    def _mend(self) -> None:
+        """Write the copy over a ``token.object`` that was torn."""
         for path in self.tokens.glob(f"*/{_TOKEN_OBJECT}"):
             with path.open("r+b") as file, path.with_name("token.lock").open("wb") as lock:
                 for each in (lock, file):  # as SoftHSM does: else it might be at work on it just now
@@ -203,44 +182,45 @@ class TokenFolder:
                 if os.fstat(file.fileno()).st_size == 0 and self.spare.exists():
                     write_at(file.fileno(), self.spare.read_bytes(), 0)
                     os.fsync(file.fileno())
-                    mended = True
-        return mended
 
     def open(self) -> Token:
         """The token in this folder.
 
         :raise: As :meth:`Token.open` and :meth:`read_uri`.
         """
-        use_config(self.config)
         return Token.open(
             self.read_uri(),
             find_module(MODULE_NAME),
             PinSource.file(self.pin),
             guard=PinGuard(self.wrong_pins),
+            environment=self.environment,
         )
 
 
-def init_token(module: Module, label: str, *, so_pin: Pin, pin: Pin) -> str:
+def init_token(module: Path, environment: Mapping[str, str], label: str, *, so_pin: Pin, pin: Pin) -> str:
     """Make a token in a free slot, or finish that; its serial.
 
+    :param environment: what the module is to find there.
     :raise InvalidValueError: When the label is none.
     :raise KeyProviderUnavailableError: When there is no free slot, or the module fails.
     """
     if not 0 < len(label.encode()) <= _LONGEST_LABEL or not label.isprintable():
         raise InvalidValueError(f"a token's label has 1 to {_LONGEST_LABEL} printable bytes")
+    with ModuleProcess(load, module, None, environment=environment, seconds=SECONDS) as process:
+        return process.call(SECONDS, _init_token, label, so_pin.text, pin.text)
+
+
+def _init_token(module: Module, label: str, so_pin: str, pin: str) -> str:
     try:
-        with module.calls() as library:
-            module.restart()
-            slot, is_made = _slot(library, label)
-            if not is_made:
-                padding = " " * (_LONGEST_LABEL - len(label.encode()))
-                library.initToken(slot, so_pin.text, label + padding)
-            if not library.getTokenInfo(slot).flags & CKF_USER_PIN_INITIALIZED:
-                with _security_officer(library, slot, so_pin) as session:
-                    session.initPin(pin.text)
-            serial = str(library.getTokenInfo(slot).serialNumber).rstrip("\0 ")
-            module.restart()  # SoftHSM then shows the token in a slot of its own
-            return serial
+        library = module.library
+        slot, is_made = _slot(library, label)
+        if not is_made:
+            padding = " " * (_LONGEST_LABEL - len(label.encode()))
+            library.initToken(slot, so_pin, label + padding)
+        if not library.getTokenInfo(slot).flags & CKF_USER_PIN_INITIALIZED:
+            with _security_officer(library, slot, so_pin) as session:
+                session.initPin(pin)
+        return str(library.getTokenInfo(slot).serialNumber).rstrip("\0 ")
     except PyKCS11Error as exc:
         raise KeyProviderUnavailableError(f"cannot make token {label!r}: {exc}") from exc
 
@@ -260,10 +240,10 @@ def _slot(library: Any, label: str) -> tuple[int, bool]:
 
 
 @contextlib.contextmanager
-def _security_officer(library: Any, slot: int, so_pin: Pin) -> Iterator[Any]:
+def _security_officer(library: Any, slot: int, so_pin: str) -> Iterator[Any]:
     session = library.openSession(slot, CKF_RW_SESSION)
     try:
-        session.login(so_pin.text, CKU_SO)
+        session.login(so_pin, CKU_SO)
         yield session
     finally:
         with contextlib.suppress(PyKCS11Error):

@@ -2,97 +2,105 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self
 
 from cryptography.hazmat.primitives.asymmetric import rsa
-from PyKCS11 import (
-    CKM_AES_KEY_GEN,
-    CKM_RSA_PKCS_KEY_PAIR_GEN,
-    Mechanism,
-    PyKCS11Error,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from virt_sse.errors import (
-    InvalidValueError,
-    KeyDisabledError,
-    KeyNotFoundError,
-    KeyOperationUnsupportedError,
-    KeyProviderUnavailableError,
-    UnwrapError,
-)
-from virt_sse.pkcs11 import key_wrap, objects
-from virt_sse.pkcs11.codes import LOST, MALFORMED, PROHIBITED, STALE, VAGUE
-from virt_sse.pkcs11.connection import PAUSES, Connection
-from virt_sse.pkcs11.module import Module
 from virt_sse.pkcs11.objects import KeyKind, TokenKey
+from virt_sse.pkcs11.operations import TokenOperations
 from virt_sse.pkcs11.pins import PinGuard, PinSource
-from virt_sse.pkcs11.rsa_oaep import OaepMode, RsaOaep
-from virt_sse.pkcs11.transport import bring_in
+from virt_sse.pkcs11.process import ModuleProcess
+from virt_sse.pkcs11.rsa_oaep import OaepMode
 from virt_sse.pkcs11.uri import TokenUri
 
 __all__ = ["KeyKind", "Token", "TokenKey"]
 
-T = TypeVar("T")
+SECONDS = 30.0
+"""In which a token has to answer."""
 
-_LONGEST_LABEL = 255
-_LONGEST_WRAPPED = 4096
+_MAKING_SECONDS = 600.0
+"""In which it has to make a key: small ones take minutes for an RSA key of 4096 bits."""
 
 
 class Token:
-    """A token that this process is logged in to. Get it by :meth:`open`. Safe to call from several threads.
+    """A token, used by a process that is logged in to it. Get it by :meth:`open`, and close it. Safe to use
+    from several threads.
 
     Every method raises :class:`~virt_sse.errors.KeyProviderUnavailableError` when the token does not answer,
-    is not there or takes no PIN; none of that says anything about a key. What is lost by a fork, by a restart
-    of the token or because another process was at work is had anew without the caller noticing.
+    is not there or takes no PIN; none of that says anything about a key. What is lost by a fork, by the end
+    of that process, by a restart of the token or because another process was at work is had anew without the
+    caller noticing.
 
     A key is meant by its label, its id and, for RSA, its modulus. It is used, public half included, only if
     the token itself says at that moment that it is there and enabled.
+
+    :ivar serial: the token's serial number.
     """
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._handles: dict[object, tuple[int, Any]] = {}
-        self._oaep = RsaOaep()
+    def __init__(self, process: ModuleProcess[TokenOperations], seconds: float) -> None:
+        self._process = process
+        self._seconds = seconds
+        self.serial: str | None = None
 
     @classmethod
     def open(
-        cls, uri: TokenUri, module: Path, pin: PinSource, *, guard: PinGuard, reserved: str | None = None
+        cls,
+        uri: TokenUri,
+        module: Path,
+        pin: PinSource,
+        *,
+        guard: PinGuard,
+        reserved: str | None = None,
+        environment: Mapping[str, str] | None = None,
+        seconds: float = SECONDS,
     ) -> Self:
         """Find the token and log in.
 
+        :param uri: which token; it has to be one, and stays the one that was found first.
         :param module: the module's absolute path.
         :param guard: counts wrong PINs; one for each token.
-        :param reserved: see :meth:`Module.load`.
-        :raise ConfigError: When the module or the PIN cannot be had as configured.
+        :param reserved: see :class:`~virt_sse.pkcs11.module.Module`.
+        :param environment: what the module is to find in its environment.
+        :param seconds: in which the token has to answer.
+        :raise ConfigError: When the PIN cannot be had as configured.
         """
-        token = cls(Connection(uri, Module.load(module, reserved=reserved), pin, guard))
-        token.check()
+        access = (module, guard, reserved)
+        process = ModuleProcess(
+            TokenOperations, uri, *access, pin=pin, environment=environment or {}, seconds=seconds
+        )
+        token = cls(process, seconds)
+        try:
+            token.serial = token.check()
+        except BaseException:
+            token.close()
+            raise
+        process.make_of(dataclasses.replace(uri, serial=token.serial or None), *access)
         return token
 
-    def check(self) -> None:
+    @property
+    def pid(self) -> int | None:
+        """The process, if there is one now."""
+        return self._process.pid
+
+    def check(self) -> str | None:
         """Make sure that the token is there and answers.
 
+        :return: its serial number.
         :raise KeyProviderUnavailableError: When it does not.
         """
-        self._connection.check()
+        return self._process.call(self._seconds, TokenOperations.check)
 
     def close(self) -> None:
         """End the session. Raises nothing; used again, the token is opened again."""
-        self._connection.close()
+        self._process.close()
 
-    @property
-    def serial(self) -> str | None:
-        """The token's serial number."""
-        return self._connection.serial
-
-    @property
     def oaep_modes(self) -> dict[str, OaepMode]:
         """By name of the hash: where OAEP is done, as far as that was tried."""
-        return dict(self._oaep.modes)
+        return self._process.call(self._seconds, TokenOperations.oaep_modes)
 
     def generate_rsa(self, label: str, key_id: bytes, bits: int) -> TokenKey:
         """Make a pair whose private half decrypts, does nothing else, and is never extractable.
@@ -100,26 +108,14 @@ class Token:
         :raise InvalidValueError: When the size is not in :data:`objects.RSA_BITS`, the name none or taken.
         :raise KeyOperationUnsupportedError: When the token does not make such keys.
         """
-        if bits not in objects.RSA_BITS:
-            raise InvalidValueError(f"an RSA key has {_choice(objects.RSA_BITS)} bits, not {bits}")
-        templates = (
-            objects.new_public_template(label, key_id, bits),
-            objects.private_template(label, key_id),
-            Mechanism(CKM_RSA_PKCS_KEY_PAIR_GEN, None),
-        )
-        return self._make(
-            label, key_id, KeyKind.RSA, lambda session: session.generateKeyPair(*templates), is_own=True
-        )
+        return self._process.call(_MAKING_SECONDS, TokenOperations.generate_rsa, label, key_id, bits)
 
     def generate_aes(self, label: str, key_id: bytes) -> TokenKey:
         """Make a key of 256 bits that wraps and unwraps, does nothing else, and is never extractable.
 
         :raise: As :meth:`generate_rsa`.
         """
-        template, mechanism = objects.secret_template(label, key_id), Mechanism(CKM_AES_KEY_GEN, None)
-        return self._make(
-            label, key_id, KeyKind.AES, lambda session: session.generateKey(template, mechanism), is_own=True
-        )
+        return self._process.call(_MAKING_SECONDS, TokenOperations.generate_aes, label, key_id)
 
     def import_rsa(self, private: rsa.RSAPrivateKey, label: str, key_id: bytes) -> TokenKey:
         """Bring a private key in, by wrapped transfer: it never passes the module's interface in clear.
@@ -128,17 +124,8 @@ class Token:
 
         :raise: As :meth:`generate_rsa`.
         """
-        if private.key_size not in objects.RSA_BITS:
-            raise InvalidValueError(
-                f"an RSA key has {_choice(objects.RSA_BITS)} bits, not {private.key_size}"
-            )
-        return self._make(
-            label,
-            key_id,
-            KeyKind.RSA,
-            lambda session: bring_in(session, private, label, key_id),
-            is_own=False,
-        )
+        clear = private.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+        return self._process.call(_MAKING_SECONDS, TokenOperations.import_rsa, clear, label, key_id)
 
     def find(
         self,
@@ -146,24 +133,14 @@ class Token:
         id: bytes | None = None,  # noqa: A002 -- PKCS#11's word
     ) -> list[TokenKey]:
         """The RSA and AES keys of that label and that id; by label, then by id as a number."""
-
-        keys = self._find(label, id)
-        for pause in PAUSES:
-            if keys:
-                break
-            time.sleep(pause)
-            self._connection.restart()
-            keys = self._find(label, id)
-        return sorted(
-            keys, key=lambda key: (key.label, int.from_bytes(key.id, "big"), key.id, key.kind.value)
-        )
+        return self._process.call(self._seconds, TokenOperations.find, label, id)
 
     def is_enabled(self, key: TokenKey) -> bool:
         """Whether the key can be used now.
 
         :raise KeyNotFoundError: When it is not there any more.
         """
-        return self._with(key, "look at a key", lambda _session, _handle, found: found.is_enabled)
+        return self._process.call(self._seconds, TokenOperations.is_enabled, key)
 
     def set_enabled(self, key: TokenKey, enabled: bool) -> None:
         """Allow or refuse the key's use, for all who use the token.
@@ -171,13 +148,7 @@ class Token:
         :raise KeyNotFoundError: When it is not there any more.
         :raise KeyOperationUnsupportedError: When the token does not allow that.
         """
-
-        def change(session: Any, handle: Any, _found: TokenKey) -> None:
-            session.setAttributeValue(handle, objects.enabling_template(key.kind, enabled=enabled))
-
-        self._with(key, "change a key", change)
-        if self.is_enabled(key) is not enabled:
-            raise KeyOperationUnsupportedError("the token does not enable and disable keys")
+        self._process.call(self._seconds, TokenOperations.set_enabled, key, enabled)
 
     def destroy(self, key: TokenKey) -> None:
         """Destroy the key, for good.
@@ -185,16 +156,7 @@ class Token:
         :raise KeyNotFoundError: When it is not there any more.
         :raise KeyOperationUnsupportedError: When the token does not allow that.
         """
-
-        def destroy(session: Any, handle: Any, _found: TokenKey) -> None:
-            session.destroyObject(handle)
-            if key.kind is KeyKind.RSA:
-                for public in objects.public_handles(session, key.label, key.id):
-                    with contextlib.suppress(PyKCS11Error):  # nobody can use it any more
-                        session.destroyObject(public)
-
-        self._with(key, "destroy a key", destroy)
-        self._handles.pop(_identity(key), None)
+        self._process.call(self._seconds, TokenOperations.destroy, key)
 
     def oaep_encrypt(self, key: TokenKey, message: bytes, hash_name: str) -> bytes:
         """RSAES-OAEP (RFC 8017 §7.1.1), the hash also for MGF1, no label.
@@ -203,12 +165,7 @@ class Token:
         :raise KeyNotFoundError: When the key is not there any more.
         :raise KeyDisabledError: When it is disabled.
         """
-
-        def encrypt(session: Any, handle: Any, found: TokenKey) -> bytes:
-            _require_enabled(found)
-            return self._oaep.encrypt(session, handle, found, message, hash_name)
-
-        return self._with(_rsa(key), "encrypt", encrypt)
+        return self._process.call(self._seconds, TokenOperations.oaep_encrypt, key, message, hash_name)
 
     def oaep_decrypt(self, key: TokenKey, ciphertext: bytes, hash_name: str) -> bytes:
         """The message in *ciphertext*; see :meth:`oaep_encrypt`.
@@ -217,15 +174,7 @@ class Token:
         :raise KeyNotFoundError: When the key is not there any more.
         :raise KeyDisabledError: When it is disabled.
         """
-
-        def decrypt(session: Any, handle: Any, found: TokenKey) -> bytes | None:
-            _require_enabled(found)
-            return self._oaep.decrypt(session, handle, found, ciphertext, hash_name)
-
-        message = self._with(_rsa(key), "decrypt", decrypt)
-        if message is None:
-            raise UnwrapError("the ciphertext is damaged, or was not made with this key")
-        return message
+        return self._process.call(self._seconds, TokenOperations.oaep_decrypt, key, ciphertext, hash_name)
 
     def aes_wrap(self, key: TokenKey, payload: bytes) -> bytes:
         """AES key wrap (RFC 3394): 8 bytes more than *payload*, whose length is a multiple of 8, from 16.
@@ -233,14 +182,7 @@ class Token:
         :raise KeyNotFoundError: When the key is not there any more.
         :raise KeyDisabledError: When it is disabled.
         """
-        if len(payload) < 16 or len(payload) % 8:
-            raise InvalidValueError("AES key wrap takes 16 bytes or more, in eights")
-
-        def wrap(session: Any, handle: Any, found: TokenKey) -> bytes:
-            _require_enabled(found)
-            return key_wrap.wrap(session, handle, payload)
-
-        return self._with(_aes(key), "wrap", wrap)
+        return self._process.call(self._seconds, TokenOperations.aes_wrap, key, payload)
 
     def aes_unwrap(self, key: TokenKey, wrapped: bytes) -> bytes:
         """The payload in *wrapped*.
@@ -249,142 +191,4 @@ class Token:
         :raise KeyNotFoundError: When the key is not there any more.
         :raise KeyDisabledError: When it is disabled.
         """
-
-        def unwrap(session: Any, handle: Any, found: TokenKey) -> bytes | None:
-            _require_enabled(found)
-            if len(wrapped) % 8 or not 24 <= len(wrapped) <= _LONGEST_WRAPPED:
-                return None
-            try:
-                return key_wrap.unwrap(session, handle, wrapped)
-            except PyKCS11Error as exc:
-                if exc.value in MALFORMED:
-                    return None
-                if exc.value not in VAGUE:
-                    raise
-                # Is it the ciphertext or the token? One of its own tells.
-                key_wrap.unwrap(session, handle, key_wrap.wrap(session, handle, bytes(16)))
-                return None
-
-        payload = self._with(_aes(key), "unwrap", unwrap)
-        if payload is None:
-            raise UnwrapError("the ciphertext is damaged, or was not made with this key")
-        return payload
-
-    def _run(self, what: str, work: Callable[[Any], T], *, is_repeatable: bool = True) -> T:
-        try:
-            return self._connection.run(what, work, is_repeatable=is_repeatable)
-        except PyKCS11Error as exc:
-            if exc.value in PROHIBITED:
-                raise KeyOperationUnsupportedError(f"the token does not {what}: {exc}") from exc
-            raise KeyProviderUnavailableError(f"the token cannot {what}: {exc}") from exc
-
-    def _find(self, label: str | None, key_id: bytes | None) -> list[TokenKey]:
-        return self._run(
-            "list its keys",
-            lambda session: [
-                key for kind in KeyKind for _, key in objects.locate(session, kind, label, key_id)
-            ],
-        )
-
-    def _with(self, key: TokenKey, what: str, work: Callable[[Any, Any, TokenKey], T]) -> T:
-        """What *work* makes of session, handle and the key as it now is.
-
-        Nothing less than a module that was initialised anew is believed that a key is gone: a token that was
-        away, for one, shows no keys, and SoftHSM none that another process changes in that instant.
-        """
-        for pause in (None, *PAUSES):
-            if pause is not None:
-                time.sleep(pause)
-                self._connection.restart()
-            done = self._run(what, lambda session: self._work(session, key, work))
-            if done is not None:
-                return done[0]
-        raise KeyNotFoundError(f"the token holds no key {_name(key.label, key.id)}")
-
-    def _work(self, session: Any, key: TokenKey, work: Callable[[Any, Any, TokenKey], T]) -> tuple[T] | None:
-        """What *work* makes of it; ``None`` when the key is not found."""
-        generation, handle = self._handles.get(_identity(key), (0, None))
-        if handle is not None and generation == self._connection.generation:
-            try:
-                found = objects.read(session, handle, key.kind)
-                if found is not None and _is_same(found, key):
-                    return (_worked(session, handle, found, work),)
-            except PyKCS11Error as exc:
-                if exc.value not in STALE:
-                    raise
-        located = objects.locate(session, key.kind, key.label, key.id)
-        if len(located) > 1:
-            name = _name(key.label, key.id)
-            raise KeyProviderUnavailableError(f"the token holds {len(located)} keys {name}")
-        if not located or not _is_same(located[0][1], key):
-            return None
-        self._handles[_identity(key)] = (self._connection.generation, located[0][0])
-        try:
-            return (_worked(session, *located[0], work),)
-        except PyKCS11Error as exc:
-            if exc.value not in STALE:
-                raise
-            return None
-
-    def _make(
-        self, label: str, key_id: bytes, kind: KeyKind, make: Callable[[Any], object], *, is_own: bool
-    ) -> TokenKey:
-        if not label or len(label.encode()) > _LONGEST_LABEL or not label.isprintable():
-            raise InvalidValueError(f"a key's name has 1 to {_LONGEST_LABEL} printable characters")
-        if not key_id:
-            raise InvalidValueError("a key in a token needs an id")
-        if self._find(label, key_id):
-            raise InvalidValueError(f"the token holds a key {_name(label, key_id)} already")
-        self._run("make a key", make, is_repeatable=False)
-        made = [key for key in self._find(label, key_id) if key.kind is kind]
-        if len(made) != 1:
-            raise KeyProviderUnavailableError(f"the token has not kept key {_name(label, key_id)}")
-        if made[0].is_extractable or (is_own and not made[0].is_never_extractable):
-            self.destroy(made[0])
-            raise KeyOperationUnsupportedError("the token does not keep its keys inside")
-        return made[0]
-
-
-def _worked(session: Any, handle: Any, found: TokenKey, work: Callable[[Any, Any, TokenKey], T]) -> T:
-    try:
-        return work(session, handle, found)
-    except PyKCS11Error as exc:
-        if exc.value in LOST | STALE:
-            raise
-        now = objects.read(session, handle, found.kind)
-        if found.is_enabled and now is not None:
-            _require_enabled(now)  # it may have been disabled since a moment ago
-        raise
-
-
-def _is_same(found: TokenKey, key: TokenKey) -> bool:
-    return _identity(found) == _identity(key)
-
-
-def _identity(key: TokenKey) -> object:
-    return (key.kind, key.label, key.id, key.n, key.e)
-
-
-def _require_enabled(key: TokenKey) -> None:
-    if not key.is_enabled:
-        raise KeyDisabledError(f"key {_name(key.label, key.id)} is disabled in the token")
-
-
-def _rsa(key: TokenKey) -> TokenKey:
-    if key.kind is not KeyKind.RSA:
-        raise KeyOperationUnsupportedError(f"key {_name(key.label, key.id)} is no RSA key")
-    return key
-
-
-def _aes(key: TokenKey) -> TokenKey:
-    if key.kind is not KeyKind.AES:
-        raise KeyOperationUnsupportedError(f"key {_name(key.label, key.id)} is no AES key")
-    return key
-
-
-def _name(label: str, key_id: bytes) -> str:
-    return f"{label!r} with id {key_id.hex()}"
-
-
-def _choice(values: tuple[int, ...]) -> str:
-    return f"{', '.join(map(str, values[:-1]))} or {values[-1]}"
+        return self._process.call(self._seconds, TokenOperations.aes_unwrap, key, wrapped)

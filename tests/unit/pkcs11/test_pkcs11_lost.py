@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
+import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+import inside_token
+from inside_token import inside
 from virt_sse.errors import ConfigError, KeyNotFoundError, KeyProviderUnavailableError
 from virt_sse.files import write_private
 from virt_sse.lab.tokens import LabHsm, LabToken
-from virt_sse.pkcs11.module import Module, find_module
+from virt_sse.pkcs11.module import find_module
+from virt_sse.pkcs11.operations import TokenOperations
 from virt_sse.pkcs11.options import TokenOptions
 from virt_sse.pkcs11.pins import Pin, PinGuard, PinSource
-from virt_sse.pkcs11.softhsm import init_token, use_config
+from virt_sse.pkcs11.softhsm import TokenFolder, init_token
 from virt_sse.pkcs11.token import Token, TokenKey
 from virt_sse.pkcs11.uri import TokenUri
 
@@ -25,12 +32,8 @@ MESSAGE = b"m" * 64
 
 
 @pytest.fixture
-def module() -> Module:
-    return Module.load(find_module("softhsm2"))
-
-
-@pytest.fixture
-def token(lab_token: LabToken) -> Iterator[Token]:
+def token(lab_token: LabToken, monkeypatch: pytest.MonkeyPatch) -> Iterator[Token]:
+    inside_token.allow(monkeypatch)
     opened = lab_token.open()
     yield opened
     opened.close()
@@ -52,14 +55,19 @@ def home_of(hsm: LabHsm, token: LabToken) -> Path:
     return home
 
 
-def slot_of(module: Module, token: LabToken) -> int:
-    with module.calls() as library:
-        slots = [
-            each
-            for each in library.getSlotList(True)
-            if library.getTokenInfo(each).serialNumber.strip() == token.uri.serial
-        ]
-    return int(slots[0])
+def is_gone(pid: int) -> bool:
+    """A zombie is."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text("ascii").rsplit(") ", 1)[1][0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def until(what: Callable[[], bool]) -> None:
+    began = time.monotonic()
+    while not what():
+        assert time.monotonic() - began < 20, "it does not come to pass"
+        time.sleep(0.02)
 
 
 def in_another_process(work: object) -> int:
@@ -73,28 +81,89 @@ def in_another_process(work: object) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_sessions_are_closed(token: Token, key: TokenKey, module: Module, lab_token: LabToken) -> None:
-    with module.calls() as library:
-        library.closeAllSessions(slot_of(module, lab_token))
+@pytest.mark.parametrize(
+    "what", [inside_token.close_sessions, inside_token.log_out, inside_token.restart, inside_token.finalise]
+)
+def test_somebody_is_at_work_in_the_module(
+    token: Token, key: TokenKey, what: Callable[[TokenOperations], None]
+) -> None:
+    inside(token, what)
     assert works(token, key)
-
-
-def test_somebody_logs_out(token: Token, key: TokenKey, module: Module, lab_token: LabToken) -> None:
-    with module.calls() as library:
-        library.openSession(slot_of(module, lab_token)).logout()
-    assert works(token, key)
+    inside(token, what)
     assert token.find(label="key") == [key]
 
 
-def test_the_module_is_initialised_anew(token: Token, key: TokenKey, module: Module) -> None:
-    module.restart()
+def test_its_process_is_killed(token: Token, key: TokenKey) -> None:
+    before = token.pid
+    assert before is not None
+    os.kill(before, signal.SIGKILL)
+    until(lambda: is_gone(before))
+    assert works(token, key)
+    assert token.pid != before
+
+
+def test_a_module_crashes(token: Token, key: TokenKey) -> None:
+    with pytest.raises(KeyProviderUnavailableError, match=r"brought its process down \(SIGSEGV\)"):
+        inside(token, inside_token.crash)
     assert works(token, key)
 
 
-def test_the_module_is_finalised_by_somebody_else(token: Token, key: TokenKey, module: Module) -> None:
-    with module.calls() as library:
-        library.lib.C_Finalize()
-    assert works(token, key)
+def test_a_module_hangs(lab_token: LabToken, key: TokenKey) -> None:
+    """Those wait who ask it, and for so long; nobody else does."""
+    options = lab_token.options
+    with (
+        closing(
+            Token.open(
+                lab_token.uri,
+                Path(str(options["module"])),
+                PinSource.file(lab_token.folder.pin),
+                guard=PinGuard(lab_token.folder.wrong_pins),
+                environment={"SOFTHSM2_CONF": str(options["softhsm-config"])},
+                seconds=2,
+            )
+        ) as slow,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        began = time.monotonic()
+        hanging = pool.submit(inside, slow, inside_token.hang)
+        time.sleep(0.2)
+        assert time.monotonic() - began < 1.5, "this thread waits, too"
+        with pytest.raises(KeyProviderUnavailableError, match="has not answered within 2 s"):
+            hanging.result()
+        assert works(slow, key)
+
+
+def test_it_ends_with_its_user_even_as_it_hangs(lab_token: LabToken, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside_token.allow(monkeypatch)
+    told, tell = os.pipe()
+
+    def child() -> None:
+        token = lab_token.open()
+        token._seconds = 1
+        os.write(tell, str(token.pid).encode())
+        inside(token, inside_token.hang)
+
+    user = os.fork()
+    if not user:
+        try:
+            child()
+        finally:
+            os._exit(1)
+    worker = int(os.read(told, 16))
+    os.close(told)
+    os.close(tell)
+    time.sleep(0.2)
+    os.kill(user, signal.SIGKILL)
+    os.waitpid(user, 0)
+    until(lambda: is_gone(worker))
+
+
+def test_its_memory_is_its_own(token: Token) -> None:
+    """It leaves no core, and we know nothing of what the module has in it."""
+    limits = Path(f"/proc/{token.pid}/limits").read_text("ascii")
+    assert re.search(r"Max core file size +0 +0 ", limits)
+    assert "libsofthsm2" in Path(f"/proc/{token.pid}/maps").read_text("utf-8")
+    assert "libsofthsm2" not in Path("/proc/self/maps").read_text("utf-8")
 
 
 def test_closed_it_opens_again(token: Token, key: TokenKey) -> None:
@@ -176,65 +245,41 @@ def test_another_token_in_its_place_is_not_it(lab_hsm: LabHsm, lab_token: LabTok
     """Its keys would be gone, and that is no verdict."""
     by_label = TokenUri(token=lab_token.uri.token)
     guard, pin = PinGuard(lab_token.folder.wrong_pins), PinSource.file(lab_token.folder.pin)
-    token = Token.open(by_label, lab_hsm.module, pin, guard=guard)
-    key = token.generate_aes("key", b"\1")
-    home = home_of(lab_hsm, lab_token)
-    home.rename(lab_hsm.folder.path / "away")
-    init_token(Module.load(lab_hsm.module), by_label.token or "", so_pin=Pin("12345678"), pin=pin.read())
-    with pytest.raises(KeyProviderUnavailableError, match="another token answers"):
-        works(token, key)
-    token.close()
+    environment = lab_hsm.folder.environment
+    with closing(Token.open(by_label, lab_hsm.module, pin, guard=guard, environment=environment)) as token:
+        key = token.generate_aes("key", b"\1")
+        home = home_of(lab_hsm, lab_token)
+        home.rename(lab_hsm.folder.path / "away")
+        so_pin = Pin("12345678")
+        init_token(lab_hsm.module, environment, by_label.token or "", so_pin=so_pin, pin=pin.read())
+        for _ in range(2):
+            with pytest.raises(KeyProviderUnavailableError, match=r"another token|no token"):
+                works(token, key)
+            token.close()  # it is not taken for it by a new process either
 
 
-def test_many_processes_log_in_at_once(token: Token, key: TokenKey, module: Module) -> None:
+def test_many_processes_log_in_at_once(token: Token, key: TokenKey, lab_token: LabToken) -> None:
     """SoftHSM writes the token's file anew at each login, and does not find it in that instant."""
 
-    def live() -> bool:
-        for _ in range(10):
-            module.restart()
-            if not works(token, key):
-                return False
-        return True
+    def live(_number: int) -> bool:
+        with closing(lab_token.open()) as mine:
+            return inside(mine, inside_token.restart_before_each_use, key, MESSAGE)
 
-    children = []
-    for _ in range(6):
-        child = os.fork()
-        if not child:
-            status = 1
-            try:
-                status = 0 if live() else 2
-            finally:
-                os._exit(status)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 6
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(live, range(6)))
 
 
-def test_a_key_that_is_changed_elsewhere_is_not_taken_for_gone(token: Token, key: TokenKey) -> None:
+def test_a_key_that_is_changed_elsewhere_is_not_taken_for_gone(
+    token: Token, key: TokenKey, lab_token: LabToken, tmp_path: Path
+) -> None:
     """SoftHSM writes a key's file anew, too."""
-    stop, pulse = os.pipe()
-
-    def toggle() -> bool:
-        os.close(pulse)
-        os.set_blocking(stop, False)
-        while True:
-            try:
-                return os.read(stop, 1) == b""
-            except BlockingIOError:
-                token.set_enabled(key, True)
-                threading.Event().wait(0.02)
-
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            status = 0 if toggle() else 2
-        finally:
-            os._exit(status)
-    os.close(stop)
-    for _ in range(300):
-        assert token.is_enabled(key)
-    os.close(pulse)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    end = tmp_path / "end"
+    with closing(lab_token.open()) as other, ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(inside, other, inside_token.enable_again_and_again, key, end)
+        for _ in range(300):
+            assert token.is_enabled(key)
+        end.touch()
+        busy.result()
 
 
 # --- PINs
@@ -259,9 +304,8 @@ def test_wrong_pins_lock_us_out(token: Token, key: TokenKey, lab_token: LabToken
 
 
 def test_a_wrong_pin_does_not_profit_by_a_right_one(
-    token: Token, key: TokenKey, lab_token: LabToken, tmp_path: Path
+    token: Token, key: TokenKey, lab_token: LabToken, lab_hsm: LabHsm, tmp_path: Path
 ) -> None:
-    """A module's login is the whole process's."""
     assert works(token, key)
     write_private(tmp_path / "pin", b"0000\n")
     with pytest.raises(KeyProviderUnavailableError, match="PIN is wrong"):
@@ -270,11 +314,12 @@ def test_a_wrong_pin_does_not_profit_by_a_right_one(
             find_module("softhsm2"),
             PinSource.file(tmp_path / "pin"),
             guard=PinGuard(tmp_path / "wrong-pins"),
+            environment=lab_hsm.folder.environment,
         )
     assert works(token, key)
 
 
-def test_no_pin_is_shown(lab_token: LabToken, tmp_path: Path) -> None:
+def test_no_pin_is_shown(lab_token: LabToken, lab_hsm: LabHsm, tmp_path: Path) -> None:
     pin = secrets.token_hex(8)
     write_private(tmp_path / "pin", pin.encode())
     with pytest.raises(KeyProviderUnavailableError) as caught:
@@ -283,6 +328,7 @@ def test_no_pin_is_shown(lab_token: LabToken, tmp_path: Path) -> None:
             find_module("softhsm2"),
             PinSource.file(tmp_path / "pin"),
             guard=PinGuard(tmp_path / "wrong-pins"),
+            environment=lab_hsm.folder.environment,
         )
     error: BaseException | None = caught.value
     while error is not None:
@@ -295,32 +341,58 @@ def test_no_pin_is_shown(lab_token: LabToken, tmp_path: Path) -> None:
 
 def test_no_token_and_several(lab_hsm: LabHsm, lab_token: LabToken) -> None:
     guard, pin = PinGuard(lab_token.folder.wrong_pins), PinSource.file(lab_token.folder.pin)
+
+    def open_any(uri: str) -> None:
+        environment = lab_hsm.folder.environment
+        Token.open(TokenUri.parse(uri), lab_hsm.module, pin, guard=guard, environment=environment)
+
     with pytest.raises(KeyProviderUnavailableError, match="no token matches pkcs11:token=none"):
-        Token.open(TokenUri.parse("pkcs11:token=none"), lab_hsm.module, pin, guard=guard)
+        open_any("pkcs11:token=none")
     with lab_hsm.token(), pytest.raises(KeyProviderUnavailableError, match="tokens match"):
-        Token.open(TokenUri.parse("pkcs11:model=SoftHSM%20v2"), lab_hsm.module, pin, guard=guard)
+        open_any("pkcs11:model=SoftHSM%20v2")
     assert guard.failures() == 0
 
 
 @pytest.mark.parametrize("path", ["/no/such/module.so", "/etc/passwd", "/lib/x86_64-linux-gnu/libc.so.6"])
 def test_what_is_no_module(path: str, lab_token: LabToken) -> None:
     guard, pin = PinGuard(lab_token.folder.wrong_pins), PinSource.file(lab_token.folder.pin)
-    for _ in range(2):
-        with pytest.raises(KeyProviderUnavailableError, match="cannot load PKCS#11 module"):
-            Token.open(lab_token.uri, Path(path), pin, guard=guard)
-
-
-def test_a_module_has_one_configuration_in_a_process(lab_token: LabToken, lab_nss_token: LabToken) -> None:
-    with pytest.raises(ConfigError, match=r"uses SoftHSM with .* already"):
-        use_config(Path("/other/softhsm2.conf"))
-    with pytest.raises(ConfigError, match="initialised otherwise"):
-        Module.load(find_module("softokn3"), reserved="configdir='sql:/elsewhere'")
-    with pytest.raises(ConfigError, match="absolute"):
-        Module.load(Path("libsofthsm2.so"))
+    with pytest.raises(KeyProviderUnavailableError, match="cannot load PKCS#11 module"):
+        Token.open(lab_token.uri, Path(path), pin, guard=guard)
     with pytest.raises(ConfigError, match="no PKCS#11 module 'none' is installed"):
         find_module("none")
-    lab_token.open().close()
-    lab_nss_token.open().close()
+
+
+def test_each_has_a_configuration_of_its_own(
+    token: Token, key: TokenKey, lab_nss_token: LabToken, tmp_path: Path
+) -> None:
+    folder = TokenFolder(tmp_path / "hsm")
+    folder.initialise("another")
+    with closing(folder.open()) as another, closing(lab_nss_token.open()) as nss:
+        assert another.find() == []
+        assert another.serial not in (token.serial, nss.serial)
+        assert works(token, key)
+
+
+def test_pins_are_asked_for_here_and_at_their_time(lab_token: LabToken) -> None:
+    """A prompt is this process's, and whoever types is not hurried."""
+    options = TokenOptions.parse("it", lab_token.folder.path, lab_token.options)
+    asked = []
+
+    def ask() -> str:
+        asked.append(os.getpid())
+        return lab_token.pin
+
+    with closing(options.open(PinSource.prompt(ask))) as token:
+        assert token.find() == []
+        token.close()
+        assert token.find() == []
+    assert asked == [os.getpid()]
+
+    def give_up() -> str:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        options.open(PinSource.prompt(give_up))
 
 
 def test_a_key_that_is_gone_is_gone(token: Token, key: TokenKey) -> None:

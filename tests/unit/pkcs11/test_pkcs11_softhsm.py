@@ -2,32 +2,97 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from faults import killed_at_line
 
-from virt_sse.errors import ConfigError, InvalidValueError
+from virt_sse.errors import ConfigError, InvalidValueError, KeyProviderUnavailableError
 from virt_sse.lab.tokens import LabHsm
-from virt_sse.pkcs11.module import Module
+from virt_sse.pkcs11 import softhsm
 from virt_sse.pkcs11.pins import Pin
 from virt_sse.pkcs11.softhsm import TokenFolder, init_token
 
+MESSAGE = b"m" * 64
 
-@pytest.mark.parametrize("what", ["killed", "torn", "lost"])
-@pytest.mark.usefixtures("lab_hsm")
-def test_a_folder(what: str, tmp_path: Path) -> None:
-    script = Path(__file__).with_name("token_folders.py")
-    done = subprocess.run(
-        [sys.executable, script, what, tmp_path / "hsm"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(script.parents[1]), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+
+@pytest.fixture
+def folder(lab_hsm: LabHsm, tmp_path: Path) -> TokenFolder:
+    """Where no token is yet, and SoftHSM is installed."""
+    return TokenFolder(tmp_path / "hsm")
+
+
+def make(folder: TokenFolder) -> None:
+    assert folder.initialise("it")
+    with closing(folder.open()) as token:
+        key = token.generate_aes("key", b"\1")
+        assert token.aes_unwrap(key, token.aes_wrap(key, MESSAGE)) == MESSAGE
+
+
+def use_again(folder: TokenFolder) -> None:
+    assert not folder.initialise("it")
+    with closing(folder.open()) as token:
+        (key,) = token.find("key")
+        assert token.aes_unwrap(key, token.aes_wrap(key, MESSAGE)) == MESSAGE
+
+
+def test_killed_at_every_third_line(folder: TokenFolder) -> None:
+    """Making a token is killed, and done by the next command, or was done."""
+    for number in range(1, 1000, 3):
+        here = TokenFolder(folder.path / str(number))
+        if not killed_at_line(number, (softhsm,), lambda here=here: here.initialise("it")):  # type: ignore[misc]
+            assert number > 40, "too few lines were tried"
+            return
+        here.initialise("it")
+        assert not here.initialise("it")
+        names = {path.name for path in here.path.iterdir() if not path.name.startswith(".uri.")}
+        assert names - {"new"} == {
+            "pin",
+            "so-pin",
+            "softhsm2.conf",
+            "token.object",
+            "tokens",
+            "uri",
+            "wrong-pins",
+        }
+        with closing(here.open()) as token:
+            key = token.generate_aes("key", b"\1")
+            assert token.aes_unwrap(key, token.aes_wrap(key, MESSAGE)) == MESSAGE
+        for path in (here.path, *here.path.rglob("*")):
+            assert not path.stat().st_mode & 0o077, path
+        shutil.rmtree(here.path)
+    raise AssertionError("it has no end")
+
+
+def test_torn(folder: TokenFolder) -> None:
+    """A login that is killed as it writes leaves an empty file; mended, the token has its keys again."""
+    make(folder)
+    (file,) = folder.tokens.glob("*/token.object")
+    file.write_bytes(b"")
+    with pytest.raises(KeyProviderUnavailableError):
+        folder.open()
+    use_again(folder)
+
+
+def test_lost(folder: TokenFolder, tmp_path: Path) -> None:
+    """What was there and is not any more is never made anew."""
+    make(folder)
+    folder.tokens.rename(tmp_path / "away")
+    with pytest.raises(KeyProviderUnavailableError):
+        folder.initialise("it")
+    folder.tokens.mkdir(mode=0o700, exist_ok=True)
+    with pytest.raises(KeyProviderUnavailableError):
+        folder.initialise("it")
+    folder.tokens.rmdir()
+    (tmp_path / "away").rename(folder.tokens)
+    uri = folder.uri.read_bytes()
+    folder.uri.unlink()
+    with pytest.raises(ConfigError):
+        folder.initialise("it")
+    folder.uri.write_bytes(uri)
+    use_again(folder)
 
 
 def test_no_token_in_it(tmp_path: Path) -> None:
@@ -42,4 +107,4 @@ def test_no_token_in_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("label", ["", "x" * 33, "é" * 17, "a\nb"])
 def test_labels_that_are_none(label: str, lab_hsm: LabHsm) -> None:
     with pytest.raises(InvalidValueError, match="label"):
-        init_token(Module.load(lab_hsm.module), label, so_pin=Pin("12345678"), pin=Pin("1234"))
+        init_token(lab_hsm.module, lab_hsm.folder.environment, label, so_pin=Pin("12345678"), pin=Pin("1234"))

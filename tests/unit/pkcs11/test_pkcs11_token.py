@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
-from PyKCS11 import CKA_PRIVATE_EXPONENT, CKA_VALUE, CKF_RW_SESSION, CKM_AES_KEY_GEN, Mechanism
 
+import inside_token
+from inside_token import inside
 from virt_sse.errors import (
     InvalidValueError,
     KeyDisabledError,
@@ -20,8 +22,6 @@ from virt_sse.errors import (
     UnwrapError,
 )
 from virt_sse.lab.tokens import LabToken
-from virt_sse.pkcs11 import objects
-from virt_sse.pkcs11.module import Module, find_module
 from virt_sse.pkcs11.objects import KeyKind
 from virt_sse.pkcs11.rsa_oaep import OaepMode
 from virt_sse.pkcs11.token import Token, TokenKey
@@ -32,7 +32,8 @@ HASHES: dict[str, type[hashes.HashAlgorithm]] = {"sha1": hashes.SHA1, "sha256": 
 
 
 @pytest.fixture(params=["lab_token", "lab_nss_token"])
-def token(request: pytest.FixtureRequest) -> Iterator[Token]:
+def token(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Token]:
+    inside_token.allow(monkeypatch)
     lab_token: LabToken = request.getfixturevalue(request.param)
     opened = lab_token.open()
     yield opened
@@ -75,17 +76,11 @@ def in_another_process(work: Callable[[], object]) -> None:
 
 
 def test_a_key_is_made_inside_and_stays_there(token: Token, rsa_key: TokenKey, aes_key: TokenKey) -> None:
-    for key, secret in ((rsa_key, CKA_PRIVATE_EXPONENT), (aes_key, CKA_VALUE)):
+    for key in (rsa_key, aes_key):
         assert key.is_never_extractable
         assert not key.is_extractable
         assert key.is_enabled
-        seen = token._run(  # beside the interface, as a thief would
-            "show a secret",
-            lambda session, key=key, secret=secret: session.getAttributeValue_fragmented(
-                objects.locate(session, key.kind, key.label, key.id)[0][0], [secret]
-            ),
-        )
-        assert seen == [None]
+        assert inside(token, inside_token.look_at_secret, key) == [None]
     assert rsa_key.bits == rsa_key.public_key.key_size == 2048
     assert aes_key.bits == 256
     with pytest.raises(ValueError, match="no public half"):
@@ -112,7 +107,7 @@ def test_where_oaep_is_done_is_tried_out(lab_token: LabToken, lab_nss_token: Lab
         key = token.generate_rsa(label, secrets.token_bytes(16), 2048)
         for hash_name in HASHES:
             assert token.oaep_decrypt(key, token.oaep_encrypt(key, b"", hash_name), hash_name) == b""
-        modes.append(token.oaep_modes)
+        modes.append(token.oaep_modes())
         token.close()
     assert modes[0] == {"sha1": OaepMode.TOKEN, "sha256": OaepMode.HOST}, "SoftHSM has learnt something"
     assert modes[1] == {"sha1": OaepMode.TOKEN, "sha256": OaepMode.TOKEN}
@@ -216,24 +211,18 @@ def test_another_key_of_its_name_is_not_it(token: Token, rsa_key: TokenKey) -> N
         use(token, rsa_key)
 
 
-def test_two_keys_of_a_name_are_one_too_many(lab_token: LabToken, label: str) -> None:
-    token = lab_token.open()
-    key = token.generate_aes(label, b"\1")
-    template = objects.secret_template(label, b"\1")
-    with Module.load(find_module("softhsm2")).calls() as library:
-        slots = [
-            each
-            for each in library.getSlotList(True)
-            if lab_token.uri.token in library.getTokenInfo(each).label
-        ]
-        session = library.openSession(slots[0], CKF_RW_SESSION)
-        session.generateKey(template, Mechanism(CKM_AES_KEY_GEN, None))
-        session.closeSession()
-    fresh = lab_token.open()
-    with pytest.raises(KeyProviderUnavailableError, match="holds 2 keys"):
+def test_two_keys_of_a_name_are_one_too_many(
+    lab_token: LabToken, label: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside_token.allow(monkeypatch)
+    with closing(lab_token.open()) as token:
+        key = token.generate_aes(label, b"\1")
+        inside(token, inside_token.make_another, key)
+    with (
+        closing(lab_token.open()) as fresh,
+        pytest.raises(KeyProviderUnavailableError, match="holds 2 keys"),
+    ):
         fresh.aes_wrap(key, MESSAGE)
-    fresh.close()
-    token.close()
 
 
 def test_names_and_sizes_that_make_no_sense(token: Token, label: str) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from PyKCS11 import CKF_RW_SESSION, CKM_RSA_PKCS_KEY_PAIR_GEN, Mechanism
 
+import inside_token
+from inside_token import inside
 from virt_sse.errors import (
     ConfigError,
     InvalidValueError,
@@ -25,8 +26,6 @@ from virt_sse.errors import (
 from virt_sse.files import write_private
 from virt_sse.keys import Dek, DekContext, KeyId, KeyState, ProviderConfig
 from virt_sse.lab.tokens import LabToken
-from virt_sse.pkcs11 import objects
-from virt_sse.pkcs11.module import Module, find_module
 from virt_sse.pkcs11.token import KeyKind
 from virt_sse.pkcs11.versions import VersionedKeys
 from virt_sse_plugins.key_providers.hsm_simulated import HsmSimulatedKeyProvider
@@ -247,21 +246,12 @@ def test_an_algorithm_belongs_to_a_kind_of_key(
                 provider.unwrap(wrong, context=CONTEXT)
 
 
-def test_a_weak_key_of_others_wraps_nothing(provider: HsmSimulatedKeyProvider, lab_token: LabToken) -> None:
+def test_a_weak_key_of_others_wraps_nothing(
+    provider: HsmSimulatedKeyProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside_token.allow(monkeypatch)
     keys = provider.keys()
-    with Module.load(find_module("softhsm2")).calls() as library:
-        (slot,) = [
-            each
-            for each in library.getSlotList(True)
-            if library.getTokenInfo(each).serialNumber.strip() == lab_token.uri.serial
-        ]
-        session = library.openSession(slot, CKF_RW_SESSION)
-        session.generateKeyPair(
-            objects.new_public_template("weak", b"\1", 1024),
-            objects.private_template("weak", b"\1"),
-            Mechanism(CKM_RSA_PKCS_KEY_PAIR_GEN, None),
-        )
-        session.closeSession()
+    inside(keys.token, inside_token.make_weak, "weak")
     with pytest.raises(KeyOperationUnsupportedError, match="1024 bits"):
         provider.wrap(DEK, provider.current_key("weak"), context=CONTEXT)
     assert keys.rotate("weak").bits == 2048

@@ -1,0 +1,182 @@
+"""The process that a PKCS#11 module has for itself, seen from outside.
+
+A module that hangs holds up nobody but those who ask it, and one that crashes takes nothing with it. What it
+keeps in its memory, as SoftHSM does keys, is not in ours. And it is initialised, configured and logged in to
+for its one user alone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
+
+from virt_sse.errors import KeyProviderUnavailableError
+from virt_sse.pkcs11.pins import PinSource
+from virt_sse.pkcs11.worker import PinWanted, Request
+
+S = TypeVar("S")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_MAIN = "from virt_sse.pkcs11.worker import main; main()"
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    process: subprocess.Popen[bytes]
+    channel: Connection
+
+
+class ModuleProcess(Generic[S]):
+    """Calls functions on an object that lives there. It is started when it is needed, and again when it has
+    ended. Safe to use from several threads, and after a fork, where the child gets one of its own.
+
+    :param make: makes the object, of a :class:`PinSource` and *arguments*; to be found by its name, as are
+        the functions that are called.
+    :param pin: where the PIN comes from, if one is needed: read in this process.
+    :param environment: what is to be set in the module's.
+    :param seconds: in which the object has to be made.
+    """
+
+    def __init__(
+        self,
+        make: Callable[..., S],
+        *arguments: object,
+        pin: PinSource | None = None,
+        environment: Mapping[str, str],
+        seconds: float,
+    ) -> None:
+        self._making: Request = (seconds, make, arguments, {})
+        self._pin = pin
+        self._environment = environment
+        self._lock = threading.RLock()
+        self._running: _Running | None = None
+        _all.add(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int | None:
+        """The process, if there is one now."""
+        running = self._running
+        return running.process.pid if running is not None else None
+
+    def call(
+        self, seconds: float, work: Callable[Concatenate[S, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """What *work* makes of the object, there.
+
+        :param seconds: after which the process is ended.
+        :raise VirtSseError: What *work* raises, or the making of the object.
+        :raise KeyProviderUnavailableError: When the process ends meanwhile, or cannot be started.
+        """
+        with self._lock:
+            if self._running is None or self._running.process.poll() is not None:
+                self._end()
+                self._running = self._start()
+                try:
+                    self._ask(self._running.channel, self._making)
+                except BaseException:
+                    self._end()
+                    raise
+            answer: T = self._ask(self._running.channel, (seconds, work, args, kwargs))
+            return answer
+
+    def make_of(self, *arguments: object) -> None:
+        """Have the object made of these *arguments* the next time."""
+        seconds, make, _, named = self._making
+        self._making = (seconds, make, arguments, named)
+
+    def close(self) -> None:
+        """End it, once it has done what it is doing. Raises nothing."""
+        with self._lock:
+            self._end()
+
+    def _start(self) -> _Running:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", _MAIN, str(theirs.fileno())],
+                    pass_fds=(theirs.fileno(),),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    start_new_session=True,  # Ctrl-C is not to tear what a token is writing
+                    env={**os.environ, **self._environment},
+                )
+            except OSError as exc:
+                ours.close()
+                raise KeyProviderUnavailableError(
+                    f"cannot start a process for the PKCS#11 module: {exc.strerror}"
+                ) from exc
+        return _Running(process, Connection(ours.detach()))
+
+    def _ask(self, channel: Connection, request: Request) -> Any:
+        try:
+            channel.send(request)
+            answer = channel.recv()
+            while isinstance(answer, PinWanted) and self._pin is not None:
+                channel.send_bytes(self._pin.read().text.encode())
+                answer = channel.recv()
+        except (EOFError, ConnectionError) as exc:
+            raise KeyProviderUnavailableError(_why(self._end(), request[0])) from exc
+        except BaseException:
+            self._end()  # it would answer this when it is asked something else
+            raise
+        if answer.error is not None:
+            raise answer.error
+        return answer.value
+
+    def _end(self) -> int:
+        """How it has ended, as :attr:`subprocess.Popen.returncode` has it."""
+        running, self._running = self._running, None
+        if running is None:
+            return 0
+        running.channel.close()
+        return running.process.wait()
+
+    def _forked(self) -> None:
+        """Leave the process to our parent."""
+        self._lock = threading.RLock()
+        running, self._running = self._running, None
+        if running is not None:
+            running.channel.close()
+            running.process.poll()  # it is no child of ours, and is told so
+
+
+def _why(status: int, seconds: float) -> str:
+    if status == -signal.SIGALRM:
+        return f"the PKCS#11 module has not answered within {seconds:g} s"
+    if status < 0:
+        return f"the PKCS#11 module has brought its process down ({signal.Signals(-status).name})"
+    return f"the process of the PKCS#11 module has failed (exit status {status})"
+
+
+_all: weakref.WeakSet[ModuleProcess[Any]] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for each in _all:
+        each._forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)

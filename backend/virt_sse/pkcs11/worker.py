@@ -1,0 +1,75 @@
+"""What the process of a PKCS#11 module does: what it is asked over a socket, until that ends.
+
+Both ends are the same program and the same user, so what goes between them may be pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+from virt_sse.errors import VirtSseError
+from virt_sse.pkcs11.pins import PinSource
+
+_PR_SET_DUMPABLE = 4
+
+Request = tuple[float, Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+"""How many seconds it may take, what to call, and with what after its first argument. In the first request
+that is a :class:`PinSource`, and in the others what came of the first.
+"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """What came of a request: an error, or else the value."""
+
+    value: Any = field(default=None, repr=False)
+    error: VirtSseError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PinWanted:
+    """Says that the caller is to send the PIN, before there is an answer."""
+
+
+def main() -> None:
+    """Serve the socket whose descriptor is the first argument."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "cannot keep others from reading the memory of a token's process")
+    with contextlib.suppress(EOFError, ConnectionError):  # nobody asks any more
+        _serve(Connection(int(sys.argv[1])))
+    os._exit(0)  # without what a module does at the end of a process, which may hang, too
+
+
+def _serve(channel: Connection) -> None:
+    subject: Any = PinSource("from the caller", lambda: _ask_for_pin(channel))
+    is_made = False
+    while True:
+        seconds, work, arguments, named = channel.recv()
+        # Nothing but a signal that is not handled ends a call that hangs in a module.
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            answer = Answer(work(subject, *arguments, **named))
+            if not is_made:
+                subject, answer, is_made = answer.value, Answer(), True
+        except VirtSseError as exc:
+            answer = Answer(error=exc)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        channel.send(answer)
+
+
+def _ask_for_pin(channel: Connection) -> bytes:
+    left, _ = signal.setitimer(signal.ITIMER_REAL, 0)  # somebody may have to type it
+    channel.send(PinWanted())
+    pin = channel.recv_bytes()
+    signal.setitimer(signal.ITIMER_REAL, left)
+    return pin
