@@ -103,6 +103,11 @@ class StageSite:
             name, source, source_format="raw", image_format=kind, encryption_set=self.set
         )
 
+    def single_disk(self, image_format: str = "qcow2", *, size: int = 8 << 20) -> Disk:
+        """An empty disk with one layer: the site's set is for two."""
+        name = f"s{uuid.uuid4().hex[:8]}"
+        return self.backend.create_disk(name, size, image_format=DiskFormat(image_format))
+
     def guest(self, *disks: Disk) -> Guest:
         """A guest with those disks, defined; named like the first, and some."""
         elements = [

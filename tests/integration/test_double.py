@@ -6,6 +6,7 @@ import base64
 import contextlib
 import os
 import pwd
+import re
 import socket
 import subprocess
 import sys
@@ -122,6 +123,20 @@ def assert_nowhere(site: StageSite, *keys: bytes) -> None:
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert files
     assert contains(files, *keys) == []
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_no_snapshot_is_made_by_accident(site: StageSite, image_format: str) -> None:
+    """It would be in plaintext, or QEMU would crash as it writes the memory into an encrypted image."""
+    for disk in (site.disk(image_format, size=M), site.single_disk(image_format)):
+        guest = site.guest(disk)
+        for start in (lambda: None, lambda guest=guest: site.start_paused(guest)):
+            start()
+            for kind in ([], ["--disk-only"]):
+                said = site.virsh("snapshot-create-as", guest.name, "s", *kind, status=1)
+                assert re.search("nothing selected|require all disks to be selected", said), said
+        assert guest.is_active()
+        guest.destroy()
 
 
 @pytest.mark.parametrize("image_format", FORMATS)

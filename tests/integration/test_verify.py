@@ -29,12 +29,10 @@ import virt_sse.agent.wiping
 from crashes import crash_points, dies_at
 from virt_sse.agent.fold import Fold
 from virt_sse.agent.fold_record import FoldRecord
-from virt_sse.disks import Disk
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import LabHost
-from virt_sse.qemu.img import DiskFormat
 
 M = 1 << 20
 CONFIG = f"""\
@@ -59,12 +57,6 @@ def site(running_site: StageSite) -> Iterator[StageSite]:
     running_site.forget_domains()
 
 
-def single(site: StageSite, image_format: str = "qcow2", *, size: int = 8 * M) -> Disk:
-    """A disk with one layer: the site's set is for two."""
-    name = f"s{uuid.uuid4().hex[:8]}"
-    return site.backend.create_disk(name, size, image_format=DiskFormat(image_format))
-
-
 def verify(site: StageSite, guest: Guest, *options: str, status: int = 0) -> dict[str, Any]:
     said = site.virt_sse("vm", "verify", guest.name, "--output", "json", *options, status=status)
     document, end = json.JSONDecoder().raw_decode(said)
@@ -85,7 +77,7 @@ CACHE = ("host cache", "holds ciphertext", None)
 
 
 def test_what_was_asked_for_is_told_and_seen(site: StageSite) -> None:
-    one, two = site.guest(single(site, "raw")), site.guest(site.disk("qcow2"))
+    one, two = site.guest(site.single_disk("raw")), site.guest(site.disk("qcow2"))
     cached = site.guest(site.disk("raw"))
     at_host = ("--encryption-at-host", "on", "--temp-disk-size", "1M", "--disk-caching", "vda=ReadWrite")
     site.virt_sse("vm", "update", cached.name, *at_host)
@@ -156,7 +148,7 @@ def backup(site: StageSite, guest: Guest, place: str) -> Iterator[None]:
 
 
 def test_the_target_of_a_backup_is_found(site: StageSite) -> None:
-    guest = site.guest(single(site, "raw"))
+    guest = site.guest(site.single_disk("raw"))
     site.virt_sse("vm", "update", guest.name, "--encryption-at-host", "on", "--disk-caching", "vda=ReadOnly")
     site.start_paused(guest)
     target = site.host.images / f"{guest.name}.target"
@@ -172,7 +164,7 @@ def test_the_target_of_a_backup_is_found(site: StageSite) -> None:
 
 
 def test_what_is_dead_or_another_is_found(site: StageSite) -> None:
-    disk, other = site.disk("qcow2"), single(site)
+    disk, other = site.disk("qcow2"), site.single_disk()
     guest, beside = site.guest(disk), site.guest(other)
     plain = site.host.images / f"{disk.name}.plain"
     plain.write_bytes(bytes(M))
@@ -184,7 +176,7 @@ def test_what_is_dead_or_another_is_found(site: StageSite) -> None:
         "vdb: it is not virt-sse's, and in plaintext"
     ]
 
-    third = single(site, "raw")
+    third = site.single_disk("raw")
     site.virsh("attach-disk", beside.name, third.path, "vdc", "--live")
     assert verify(site, beside, status=1)["problems"] == [
         f"-: its QEMU has disk {third.name!r} open, which is none of the domain's"
@@ -215,7 +207,7 @@ def test_what_is_dead_or_another_is_found(site: StageSite) -> None:
 
 
 def test_a_copy_that_took_the_place_of_a_disk_is_found(site: StageSite) -> None:
-    disk = single(site)
+    disk = site.single_disk()
     guest, copy = site.guest(disk), site.host.images / f"{disk.name}.copy"
     site.start_paused(guest)
     site.virsh("blockcopy", guest.name, "vda", "--dest", copy, "--transient-job", "--wait", "--pivot")
@@ -243,7 +235,7 @@ def agent(site: StageSite, policy: str) -> Iterator[LabAgent]:
 
 
 def test_the_agent_tells_of_a_link_once_and_pauses_the_guest_while_it_is_there(site: StageSite) -> None:
-    disk = single(site)
+    disk = site.single_disk()
     guest, overlay = site.guest(disk), site.host.images / f"{disk.name}.overlay"
     guest.define()
     site.virsh("start", guest.name)
@@ -309,7 +301,7 @@ def test_the_agent_folds_overlays_back_and_wipes_them(site: StageSite) -> None:
 
 
 def test_a_fold_that_was_killed_is_gone_on_with(site: StageSite) -> None:
-    guest = site.guest(single(site))
+    guest = site.guest(site.single_disk())
     folder = site.backend.config.state_directory / "folds"
     with contextlib.closing(site.host.connect()) as connection:
         vm_id = uuid.UUID(connection.lookupByName(guest.name).UUIDString())
@@ -335,7 +327,7 @@ def test_a_fold_that_was_killed_is_gone_on_with(site: StageSite) -> None:
 
 
 def test_what_may_not_have_been_folded_is_not_wiped(site: StageSite) -> None:
-    guest = site.guest(disk := single(site))
+    guest = site.guest(disk := site.single_disk())
     site.start_paused(guest)
     overlay = snapshot(site, guest, "s")
     folder = site.backend.config.state_directory / "folds"
