@@ -58,6 +58,16 @@ def wait_until(what: Callable[[], object], *, seconds: float = 20) -> float:
     return time.monotonic() - began
 
 
+def forget_domains(host: LabHost) -> None:
+    """End and undefine all."""
+    with contextlib.closing(host.connect()) as connection:
+        for domain in connection.listAllDomains():
+            if domain.isActive():
+                domain.destroy()
+            if domain.isPersistent():
+                domain.undefine()
+
+
 class Site:
     """:ivar agent: runs, unless a test stops it."""
 
@@ -111,12 +121,7 @@ class Site:
         wait_until(is_watched)
 
     def forget_domains(self) -> None:
-        with contextlib.closing(self.host.connect()) as connection:
-            for domain in connection.listAllDomains():
-                if domain.isActive():
-                    domain.destroy()
-                if domain.isPersistent():
-                    domain.undefine()
+        forget_domains(self.host)
 
 
 class CustomerSite(Site):

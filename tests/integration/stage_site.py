@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import libvirt_qemu
-from agent_site import prepared, wait_until
+from agent_site import forget_domains, prepared, wait_until
 
 from virt_sse.backend import Backend
 from virt_sse.disks import Disk
@@ -204,12 +204,7 @@ class StageSite:
         return {name: things for name, things in found.items() if things}
 
     def forget_domains(self) -> None:
-        with contextlib.closing(self.host.connect()) as connection:
-            for domain in connection.listAllDomains():
-                if domain.isActive():
-                    domain.destroy()
-                if domain.isPersistent():
-                    domain.undefine()
+        forget_domains(self.host)
 
 
 @contextlib.contextmanager

@@ -59,6 +59,7 @@ class StageWatch:
                 unused[record.disk_id] = record
             elif dead := self._stages.dead(record):
                 self._revive(record, domain, dead, now)
+        self._lost &= {(use.disk_id, domain.run) for domain in snapshot.domains for use in domain.uses}
         for disk_id in self._unused.keys() - unused.keys():
             del self._unused[disk_id]
         for disk_id, record in unused.items():
