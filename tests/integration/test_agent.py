@@ -196,7 +196,11 @@ def test_libvirtd_restarts(site: Site) -> None:
         site.host.restart_libvirtd()
         wait_until(lambda: site.secrets() == before)
         wait_until(lambda: site.events("secrets-restored", domain=guest.name))
-        assert guest.is_active()
+        for each in (guest, other):
+            logs = [f"qemu/{each.name}.log", "libvirtd.log"]
+            assert each.is_active(), [
+                (site.host.root / f"var/log/libvirt/{log}").read_text()[-2000:] for log in logs
+            ]
         other.destroy()
         wait_until(lambda: len(site.secrets()) == 1)
     finally:
