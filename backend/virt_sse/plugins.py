@@ -196,7 +196,8 @@ class PluginHost:
     def key_provider(self, name: str, encryption_set: UUID | None = None) -> KeyProvider:
         """The key provider *name*, made from the configuration at its first use and then kept.
 
-        One with an identity is made anew when that has another credential, whoever gave it.
+        One that acts with sets' identities is made for each set, and made anew when that has another
+        credential, whoever gave it.
 
         :param encryption_set: the disk encryption set that it acts for, with that set's identity.
         :raise KeyDeniedError: When that set has no identity, and the provider needs one.
@@ -204,18 +205,19 @@ class PluginHost:
         :raise PluginError: When its class cannot be loaded, or calls itself otherwise.
         """
         with self._lock:
-            identity = self._config.identity(encryption_set) if encryption_set else None
-            stamp = _stamp(identity) if identity else None
+            provider_class = self._provider_classes.load(name, self.broken)
+            if provider_class.name != name:
+                # What it wraps would name a provider that nobody finds again.
+                plugin = self._provider_classes.plugin(name)
+                raise PluginError(plugin, f"key provider {name!r} calls itself {provider_class.name!r}")
+            config = self._config.key_provider(name, encryption_set)
+            if encryption_set and not provider_class.needs_identity(config):
+                return self.key_provider(name)
+            stamp = _stamp(config.identity) if config.identity else None
             if encryption_set and self._identities.get((name, encryption_set)) != stamp:
                 self.forget(encryption_set)
             if (name, encryption_set) not in self._providers:
-                provider_class = self._provider_classes.load(name, self.broken)
-                if provider_class.name != name:
-                    # What it wraps would name a provider that nobody finds again.
-                    plugin = self._provider_classes.plugin(name)
-                    raise PluginError(plugin, f"key provider {name!r} calls itself {provider_class.name!r}")
-                config = self._config.key_provider(name, encryption_set)
-                if config.identity and not config.identity.exists() and provider_class.needs_identity(config):
+                if config.identity and not config.identity.exists():
                     raise KeyDeniedError(
                         f"disk encryption set {encryption_set} has no identity",
                         hint="'virt-sse des update SET --assign-identity' gives it one",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from textwrap import dedent
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 import typer
@@ -117,6 +117,7 @@ def test_virt_sse_register_key_providers(tmp_path: Path, install: InstallPlugin)
     provider = host.key_provider("our-hsm")
     assert host.key_provider("our-hsm") is provider
     assert vars(provider)["config"] == Config.load(tmp_path).key_provider("our-hsm")
+    assert host.key_provider("our-hsm", uuid4()) is provider, "it acts with no set's identity"
     assert vars(provider)["config"].options == {"slot": 3}
     host.close()
     assert vars(provider)["config"] is None
