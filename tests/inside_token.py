@@ -17,6 +17,7 @@ from PyKCS11 import (
     Mechanism,
 )
 
+from virt_sse.lab.tokens import LabToken
 from virt_sse.pkcs11 import objects
 from virt_sse.pkcs11.operations import TokenOperations
 from virt_sse.pkcs11.token import KeyKind, Token, TokenKey
@@ -35,6 +36,16 @@ def inside(
 ) -> T:
     """What *work* makes of it there."""
     return token._process.call(token._seconds, work, *args, **kwargs)
+
+
+def home_of(token: LabToken) -> Path:
+    """SoftHSM's folder for it."""
+    (home,) = [
+        path
+        for path in Path(str(token.options["softhsm-config"])).with_name("tokens").iterdir()
+        if path.name.replace("-", "").endswith(token.uri.serial or "")
+    ]
+    return home
 
 
 def hang(_operations: TokenOperations) -> None:

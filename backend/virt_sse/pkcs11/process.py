@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class ModuleProcess(Generic[S]):
         self._environment = environment
         self._lock = threading.RLock()
         self._running: _Running | None = None
+        self._hung: tuple[float, str] = (0.0, "")
         _all.add(self)
 
     def __enter__(self) -> Self:
@@ -89,7 +91,11 @@ class ModuleProcess(Generic[S]):
         :raise VirtSseError: What *work* raises, or the making of the object.
         :raise KeyProviderUnavailableError: When the process ends meanwhile, or cannot be started.
         """
+        asked = time.monotonic()
         with self._lock:
+            when, why = self._hung
+            if when > asked:  # who has waited for one that hung need not try it, too
+                raise KeyProviderUnavailableError(why)
             if self._running is None or self._running.process.poll() is not None:
                 self._end()
                 self._running = self._start()
@@ -138,7 +144,11 @@ class ModuleProcess(Generic[S]):
                 channel.send_bytes(self._pin.read().text.encode())
                 answer = channel.recv()
         except (EOFError, ConnectionError) as exc:
-            raise KeyProviderUnavailableError(_why(self._end(), request[0])) from exc
+            status = self._end()
+            why = _why(status, request[0])
+            if status == -signal.SIGALRM:
+                self._hung = (time.monotonic(), why)
+            raise KeyProviderUnavailableError(why) from exc
         except BaseException:
             self._end()  # it would answer this when it is asked something else
             raise
