@@ -51,20 +51,22 @@ def main() -> None:
 
 
 def _serve(channel: Connection) -> None:
-    subject: Any = PinSource("from the caller", lambda: _ask_for_pin(channel))
-    is_made = False
-    while True:
-        seconds, work, arguments, named = channel.recv()
-        # Nothing but a signal that is not handled ends a call that hangs in a module.
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        try:
-            answer = Answer(work(subject, *arguments, **named))
-            if not is_made:
-                subject, answer, is_made = answer.value, Answer(), True
-        except VirtSseError as exc:
-            answer = Answer(error=exc)
+    made = _answer(channel.recv(), PinSource("from the caller", lambda: _ask_for_pin(channel)))
+    channel.send(Answer(error=made.error))
+    while made.error is None:
+        channel.send(_answer(channel.recv(), made.value))
+
+
+def _answer(request: Request, subject: Any) -> Answer:
+    seconds, work, arguments, named = request
+    # Nothing but a signal that is not handled ends a call that hangs in a module.
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return Answer(work(subject, *arguments, **named))
+    except VirtSseError as exc:
+        return Answer(error=exc)
+    finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        channel.send(answer)
 
 
 def _ask_for_pin(channel: Connection) -> bytes:
