@@ -18,6 +18,7 @@ from agent_site import forget_domains, prepared, wait_until
 
 from virt_sse.backend import Backend
 from virt_sse.disks import Disk
+from virt_sse.keys import Dek
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import LabHost
@@ -107,6 +108,11 @@ class StageSite:
         """An empty disk with one layer: the site's set is for two."""
         name = f"s{uuid.uuid4().hex[:8]}"
         return self.backend.create_disk(name, size, image_format=DiskFormat(image_format))
+
+    def dek(self, disk: Disk, slot: str) -> Dek:
+        entry = disk.dek(slot)
+        provider = self.backend.plugins.key_provider(entry.wrapped.key.provider)
+        return provider.unwrap(entry.wrapped, context=disk.context(slot))
 
     def guest(self, *disks: Disk) -> Guest:
         """A guest with those disks, defined; named like the first, and some."""

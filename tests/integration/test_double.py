@@ -45,15 +45,6 @@ def site(running_site: StageSite) -> Iterator[StageSite]:
     assert running_site.left() == {}
 
 
-def deks(site: StageSite, disk: Disk) -> list[bytes]:
-    return [
-        site.backend.plugins.key_provider(entry.wrapped.key.provider)
-        .unwrap(entry.wrapped, context=disk.context(entry.slot))
-        .passphrase
-        for entry in disk.deks
-    ]
-
-
 def test_a_guest_on_two_disks_from_start_to_end(site: StageSite) -> None:
     disks = [site.disk("qcow2"), site.disk("raw", size=M)]
     assert [owner(disk) for disk in disks] == [0, 0]
@@ -66,7 +57,7 @@ def test_a_guest_on_two_disks_from_start_to_end(site: StageSite) -> None:
     assert [owner(disk) for disk in disks] == [STORAGE_USER] * 2
     assert site.secrets() == sorted(f"virt-sse:{disk.id}:service" for disk in disks)
     assert_out_of_qemus_reach(site, disks)
-    keys = [key for disk in disks for key in deks(site, disk)]
+    keys = [site.dek(disk, entry.slot).passphrase for disk in disks for entry in disk.deks]
     assert len(set(keys)) == 4
     assert_nowhere(site, *keys)
 
@@ -214,7 +205,7 @@ class TestSize:
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_delete_erases_what_the_keys_open(site: StageSite, image_format: str) -> None:
     disk = site.disk(image_format, size=M)
-    keys = deks(site, disk)
+    keys = [site.dek(disk, entry.slot).passphrase for entry in disk.deks]
     kept = site.host.images / f"{disk.name}.kept"
     os.link(disk.path, kept)
     opening = [Dek(base64.b64decode(key)) for key in keys]

@@ -29,10 +29,14 @@ import virt_sse.agent.wiping
 from crashes import crash_points, dies_at
 from virt_sse.agent.fold import Fold
 from virt_sse.agent.fold_record import FoldRecord
+from virt_sse.ciphers import AES_256_XTS
+from virt_sse.keys import Dek
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import LabHost
+from virt_sse.qemu import formatting
+from virt_sse.qemu.formatting import Volume
 
 M = 1 << 20
 CONFIG = f"""\
@@ -101,6 +105,36 @@ def test_what_was_asked_for_is_told_and_seen(site: StageSite) -> None:
     table = site.virt_sse("vm", "verify", cached.name)
     assert "as-asked            yes" in table
     assert "plaintext   the guest's memory, and its QEMU's" in table
+
+
+def test_an_encrypted_overlay_is_to_be_as_the_disk(site: StageSite) -> None:
+    other, another_dek = uuid.uuid4(), Dek.generate()
+    with contextlib.closing(site.host.connect()) as connection:
+        xml = f"<secret ephemeral='yes' private='yes'><uuid>{other}</uuid></secret>"
+        connection.secretDefineXML(xml).setValue(another_dek.passphrase)
+    for disk, is_ours, problem in (
+        (site.single_disk(), True, None),
+        (site.single_disk(), False, "is not encrypted under the disk's key"),
+        (site.disk(size=8 * M), True, "has one layer alone"),
+    ):
+        guest, overlay = site.guest(disk), site.host.images / f"{disk.name}.overlay"
+        dek = site.dek(disk, "service") if is_ours else another_dek
+        key = f"usage='virt-sse:{disk.id}:service'" if is_ours else f"uuid='{other}'"
+        formatting.make(overlay, disk.format, disk.size, [Volume(AES_256_XTS, dek)])
+        secret = f"<secret type='passphrase' {key}/>"
+        snapshot = overlay.with_suffix(".xml")
+        snapshot.write_text(
+            "<domainsnapshot><disks><disk name='vda' snapshot='external' type='file'><driver type='qcow2'/>"
+            f"<source file='{overlay}'><encryption format='luks'>{secret}</encryption></source>"
+            "</disk></disks></domainsnapshot>"
+        )
+        site.start_paused(guest)
+        site.virsh("snapshot-create", guest.name, snapshot, "--disk-only", "--reuse-external")
+        seen = verify(site, guest, status=1 if problem else 0)
+        assert seen["problems"] == ([f"vda: overlay {overlay} {problem}"] if problem else [])
+        assert {"where": f"overlay {overlay}", "is-plaintext": False} in seen["disks"][0]["places"]
+        site.virsh("snapshot-delete", guest.name, "--current", "--metadata")
+        guest.destroy()
 
 
 def test_plaintext_beside_a_disk_is_found(site: StageSite) -> None:

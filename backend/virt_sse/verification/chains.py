@@ -72,6 +72,11 @@ class DiskChain:
         """The position in :attr:`links` of the first that is a disk of ours."""
         return next((number for number, link in enumerate(self.links) if link.disk_id), None)
 
+    @property
+    def disk_id(self) -> UUID | None:
+        """Which disk of ours it is."""
+        return self.links[self.ours].disk_id if self.ours is not None else None
+
 
 class LinkKind(enum.Enum):
     """What an unencrypted image is to the encrypted disk whose data it holds."""
@@ -123,12 +128,10 @@ def plaintext_links(
     found: list[PlaintextLink] = []
     ours: dict[str, UUID] = {}
     for chain in disk_chains(xml):
-        position = chain.ours
-        if position is None:
+        position, disk_id = chain.ours, chain.disk_id
+        if position is None or disk_id is None:
             found += _substitutes(chain, known)
             continue
-        disk_id = chain.links[position].disk_id
-        assert disk_id is not None  # noqa: S101 -- the meaning of the position
         ours[chain.target] = disk_id
         for number, link in enumerate(chain.links):
             if not link.is_encrypted:

@@ -54,13 +54,15 @@ class Vertex:
 
 @dataclass(frozen=True, slots=True)
 class Exposure:
-    """An image in which data of an encrypted node lies unencrypted.
+    """An image beside that of an encrypted node, in which data of it lies.
 
     :ivar kind: what it is to that; ``None`` for something else.
+    :ivar cipher: what it is encrypted with there; ``None`` when it is not.
     """
 
     kind: LinkKind | None
     place: str
+    cipher: str | None = None
 
 
 class BlockGraph:
@@ -98,12 +100,15 @@ class BlockGraph:
         return list(self._climb(stored.id, ()))
 
     def exposures(self, volume: Vertex) -> list[Exposure]:
-        """Where data of the node *volume*, which encrypts, lies or comes from without encryption."""
-        return [
-            Exposure(self._kind(volume, self._top(found.id)), found.place.name if found.place else found.name)
-            for found in self._plaintext(volume)
-            if self._is_stored(found)
-        ]
+        """Where else data of the node *volume*, which encrypts, lies or comes from, encrypted or not."""
+        found = []
+        for vertex in self._plaintext(volume):
+            if self._is_stored(vertex):
+                found.append(Exposure(self._kind(volume, self._top(vertex.id)), _name(vertex)))
+            elif vertex.cipher and vertex.id != volume.id:
+                kind = self._kind(volume, vertex.id)
+                found += [Exposure(kind, _name(image), vertex.cipher) for image in self._images(vertex.id)]
+        return found
 
     def exports(self, volume: Vertex) -> list[str]:
         """The exports through which data of *volume* leaves QEMU without encryption, by their ids."""
@@ -125,6 +130,14 @@ class BlockGraph:
     def below(self, root: Vertex) -> list[Vertex]:
         """*root* and all that its data comes from."""
         return [self._vertices[found] for found in self._reachable(root.id)]
+
+    def _images(self, vertex: int) -> Iterator[Vertex]:
+        """Where a node has what it writes, its backing file aside."""
+        for name, child in self._children[vertex]:
+            if name in _CIPHERTEXT_EDGES:
+                if self._is_stored(self._vertices[child]):
+                    yield self._vertices[child]
+                yield from self._images(child)
 
     def _is_stored(self, vertex: Vertex) -> bool:
         return (
@@ -185,6 +198,10 @@ class BlockGraph:
                     seen.add(child)
                     pending.append(child)
         return seen
+
+
+def _name(stored: Vertex) -> str:
+    return stored.place.name if stored.place else stored.name
 
 
 def cipher_of(node: Answer) -> str | None:

@@ -23,13 +23,21 @@ class RunningDisks:
         self._pid = pid
 
     def check_ours(
-        self, verdict: DiskVerdict, chain: DiskChain, place: Path, layer: Layer, cipher: Cipher
+        self,
+        verdict: DiskVerdict,
+        chain: DiskChain,
+        place: Path,
+        layer: Layer,
+        cipher: Cipher,
+        *,
+        is_all: bool = True,
     ) -> None:
-        """Whether QEMU has one volume, of *cipher*, over what is at *place*, and nothing of its plaintext
-        elsewhere.
+        """Whether QEMU has one volume, of *cipher*, over what is at *place*, and what else has its data is
+        encrypted alike.
 
         :param place: the image, or the NBD server's socket.
         :param layer: what is known of the volume beside its cipher.
+        :param is_all: whether that volume is all that the disk is encrypted by.
         """
         stacks = [stack for vertex in self.stored_at(place) for stack in self._graph.volumes_over(vertex)]
         volumes = list(dict.fromkeys(stack[-1] for stack in stacks if stack))
@@ -45,7 +53,7 @@ class RunningDisks:
             verdict.expect(
                 volume.cipher == str(cipher), f"the guest's QEMU encrypts with {volume.cipher}, not {cipher}"
             )
-            self._expose(verdict, volume)
+            self._expose(verdict, chain, volume, is_all=is_all)
 
     def check_open(self, verdict: DiskVerdict, image: Path) -> None:
         """Whether QEMU has the very file open that is at *image* now."""
@@ -84,11 +92,18 @@ class RunningDisks:
         """The files and sockets that QEMU's nodes have their data at."""
         return [vertex.place.path for vertex in self._graph.stored() if vertex.place and vertex.place.path]
 
-    def _expose(self, verdict: DiskVerdict, volume: Vertex) -> None:
+    def _expose(self, verdict: DiskVerdict, chain: DiskChain, volume: Vertex, *, is_all: bool) -> None:
+        under_its_key = {
+            link.place for link in (*chain.links, *chain.mirror) if link.disk_id == chain.disk_id
+        }
         for exposure in self._graph.exposures(volume):
-            kind = exposure.kind.value if exposure.kind else "node"
-            verdict.places.append(DataPlace(f"{kind} {exposure.place}", True))
-            verdict.expect(False, f"{kind} {exposure.place} is not encrypted")
+            place = f"{exposure.kind.value if exposure.kind else 'node'} {exposure.place}"
+            verdict.places.append(DataPlace(place, exposure.cipher is None))
+            if not verdict.expect(exposure.cipher is not None, f"{place} is not encrypted"):
+                continue
+            verdict.expect(is_all, f"{place} has one layer alone")
+            verdict.expect(exposure.cipher == volume.cipher, f"{place} is encrypted with {exposure.cipher}")
+            verdict.expect(exposure.place in under_its_key, f"{place} is not encrypted under the disk's key")
         for export in self._graph.exports(volume):
             verdict.places.append(DataPlace(f"NBD export {export}", True))
             verdict.expect(False, f"its plaintext leaves QEMU through the NBD export {export!r}")

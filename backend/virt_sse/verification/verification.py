@@ -57,9 +57,8 @@ class _Subject:
 
     def disk_of(self, chain: DiskChain) -> Disk | None:
         """The disk of ours that a domain has or, as the guest still knows it by its serial, had."""
-        position = chain.ours
-        if position is not None:
-            return next((disk for disk in self.disks if disk.id == chain.links[position].disk_id), None)
+        if chain.disk_id is not None:
+            return next((disk for disk in self.disks if disk.id == chain.disk_id), None)
         return next((disk for disk in self.disks if serial(disk.id) == chain.serial), None)
 
 
@@ -151,7 +150,7 @@ class Verification:
         entry = disk.dek(guest.slot)
         place = self._stages.guest_socket(disk.id) if below else disk.path
         layer = Layer(GUEST_QEMU, None, entry.slot, str(entry.wrapped.key), str(place))
-        running.check_ours(verdict, chain, place, layer, entry.cipher)
+        running.check_ours(verdict, chain, place, layer, entry.cipher, is_all=not below)
         if below:
             verdict.places.append(DataPlace(f"the socket {place}", False))
             direct = running.stored_at(disk.path)
@@ -239,10 +238,9 @@ def _is_temporary(chain: DiskChain) -> bool:
 
 def _expect_known(verdict: DiskVerdict, chain: DiskChain) -> bool:
     """Whether a disk that is none of the store's does not claim to be."""
-    position = chain.ours
-    if position is None:
+    if chain.disk_id is None:
         return True
-    verdict.disk = str(chain.links[position].disk_id)
+    verdict.disk = str(chain.disk_id)
     return verdict.expect(False, "the store does not have it")
 
 

@@ -78,13 +78,15 @@ def test_plaintext_beside_a_volume(edges: str, kind: LinkKind) -> None:
     assert graph.graph.devices_over(volume) == ["virtio-disk0"]
 
 
-def test_an_encrypted_overlay_hides_no_plaintext_beyond_it() -> None:
+def test_an_encrypted_overlay_is_told_and_hides_no_plaintext_beyond_it() -> None:
     nodes = [*OURS, node("other", "qcow2", **LUKS), PLAIN[1]]
     edges = "ours:file:file other:file:otherfile other:backing:ours"
-    assert Graph(nodes, f"device:root:other {edges}").exposures() == []
+    overlay = Exposure(LinkKind.OVERLAY, "/other", "aes-256-xts")
+    assert Graph(nodes, f"device:root:other {edges}").exposures() == [overlay]
     nodes += [node("base", "file", "/base")]
     edges += " ours:backing:base"
-    assert Graph(nodes, f"device:root:other {edges}").exposures() == [Exposure(LinkKind.BACKING, "/base")]
+    exposures = Graph(nodes, f"device:root:other {edges}").exposures()
+    assert exposures == [overlay, Exposure(LinkKind.BACKING, "/base")]
 
 
 def test_an_image_that_is_open_without_its_layer() -> None:
