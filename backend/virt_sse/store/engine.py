@@ -7,20 +7,16 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 
 from virt_sse.errors import StoreError
 from virt_sse.files import PRIVATE_FILE, private_folder
+from virt_sse.sqlite import READ_ONLY, reason, sqlite_engine
 
 SCHEMA = "0003"
 """The newest migration; spelt out so that Alembic need not be imported to see that nothing is to be done."""
-
-READ_ONLY = {"virt_sse_read_only": True}
-"""Execution options of a connection that takes no write lock; each statement sees its own moment."""
 
 _BUSY_TIMEOUT_SECONDS = 30
 
@@ -38,7 +34,7 @@ def open_engine(url: str) -> Engine:
         with engine.begin() as connection:
             _migrate(connection)
     except (sa.exc.SQLAlchemyError, OSError) as exc:
-        raise StoreError(f"cannot open the store: {_reason(exc)}") from exc
+        raise StoreError(f"cannot open the store: {reason(exc)}") from exc
     return engine
 
 
@@ -47,9 +43,7 @@ def _open_sqlite(url: URL) -> Engine:
     if not path.is_absolute():
         raise StoreError("the store's SQLite file needs an absolute path")
     private_folder(path.parent)
-    engine = sa.create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_SECONDS})
-    event.listen(engine, "connect", _set_up_sqlite_connection)
-    event.listen(engine, "begin", _begin_immediate)
+    engine = sqlite_engine(url, busy_seconds=_BUSY_TIMEOUT_SECONDS)
     try:
         with _first_use(path), engine.begin() as connection:
             _migrate(connection)
@@ -73,18 +67,6 @@ def _first_use(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _set_up_sqlite_connection(connection: Any, _record: object) -> None:
-    connection.isolation_level = None  # the driver would begin transactions late, and not for reads
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
-        connection.execute(f"PRAGMA {pragma}").close()
-
-
-def _begin_immediate(connection: Connection) -> None:
-    """Take the write lock at once: a transaction that reads, then writes, never fails half-way as busy."""
-    if not READ_ONLY.items() <= connection.get_execution_options().items():
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _migrate(connection: Connection) -> None:
@@ -135,10 +117,4 @@ def _named_errors() -> Iterator[None]:
     try:
         yield
     except sa.exc.SQLAlchemyError as exc:
-        # Only the driver's message: SQLAlchemy's own adds the statement and its parameters.
-        raise StoreError(f"the store failed: {getattr(exc, 'orig', None) or type(exc).__name__}") from None
-
-
-def _reason(exc: Exception) -> str:
-    """The driver's one line, without the statement and its parameters that SQLAlchemy adds."""
-    return " ".join(str(getattr(exc, "orig", None) or exc).split())
+        raise StoreError(f"the store failed: {reason(exc)}") from None

@@ -6,18 +6,16 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine
 
 from virt_sse.errors import VaultError
 from virt_sse.files import PRIVATE_FILE
+from virt_sse.sqlite import READ_ONLY, reason, sqlite_engine
 from virt_sse.vault import tables
 from virt_sse.vault.refusals import FailureRefusal
 
-_READING = {"virt_sse_reading": True}
 _BUSY_TIMEOUT_SECONDS = 10
 _CONNECTIONS = 16
 
@@ -36,7 +34,7 @@ class Database:
                 _bring_up_to_date(connection)
         except sa.exc.SQLAlchemyError as exc:
             self._engine.dispose()
-            raise VaultError(f"cannot open {path}: {_reason(exc)}") from None
+            raise VaultError(f"cannot open {path}: {reason(exc)}") from None
         except BaseException:
             self._engine.dispose()
             raise
@@ -57,7 +55,7 @@ class Database:
         :raise Refusal: When the database does not answer.
         """
         with _refusing(), self._engine.connect() as connection:
-            yield connection.execution_options(**_READING)
+            yield connection.execution_options(**READ_ONLY)
 
     def close(self) -> None:
         """Let go of all connections."""
@@ -67,25 +65,8 @@ class Database:
 def _engine(path: Path) -> Engine:
     if not path.exists():  # SQLite itself would make it readable to all
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE))
-    engine = sa.create_engine(
-        URL.create("sqlite", database=str(path)),
-        connect_args={"timeout": _BUSY_TIMEOUT_SECONDS},
-        pool_size=_CONNECTIONS,
-    )
-    event.listen(engine, "connect", _set_up)
-    event.listen(engine, "begin", _begin)
-    return engine
-
-
-def _set_up(connection: Any, _record: object) -> None:
-    connection.isolation_level = None
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
-        connection.execute(f"PRAGMA {pragma}").close()
-
-
-def _begin(connection: Connection) -> None:
-    if not _READING.items() <= connection.get_execution_options().items():
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    url = URL.create("sqlite", database=str(path))
+    return sqlite_engine(url, busy_seconds=_BUSY_TIMEOUT_SECONDS, pool_size=_CONNECTIONS)
 
 
 def _bring_up_to_date(connection: Connection) -> None:
@@ -105,18 +86,13 @@ def _refusing() -> Iterator[None]:
     try:
         yield
     except sa.exc.SQLAlchemyError as exc:
-        # Only the driver's message: SQLAlchemy's own adds the statement and its parameters.
-        raise DatabaseRefusal(_reason(exc)) from None
+        raise DatabaseRefusal(reason(exc)) from None
 
 
 class DatabaseRefusal(FailureRefusal):
     """503: the database failed."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, why: str) -> None:
         super().__init__(
-            "The vault cannot read or write its database now.", f"the vault's database failed: {reason}"
+            "The vault cannot read or write its database now.", f"the vault's database failed: {why}"
         )
-
-
-def _reason(exc: Exception) -> str:
-    return " ".join(str(getattr(exc, "orig", None) or type(exc).__name__).split())
