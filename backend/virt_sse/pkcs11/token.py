@@ -19,8 +19,8 @@ from virt_sse.pkcs11.uri import TokenUri
 
 __all__ = ["KeyKind", "Token", "TokenKey"]
 
-SECONDS = 30.0
-"""In which a token has to answer."""
+SECONDS = 20.0
+"""In which a token has to answer: less than what the libvirt hook gives the agent."""
 
 _MAKING_SECONDS = 600.0
 """In which it has to make a key: small ones take minutes for an RSA key of 4096 bits."""
