@@ -55,6 +55,14 @@ def hang(_operations: TokenOperations) -> None:
     ctypes.PyDLL(None).pause()
 
 
+def hang_at_login(operations: TokenOperations) -> None:
+    """From the next on."""
+    import PyKCS11
+
+    PyKCS11.Session.login = lambda *_: hang(operations)
+    close_sessions(operations)
+
+
 def crash(_operations: TokenOperations) -> None:
     import ctypes
 

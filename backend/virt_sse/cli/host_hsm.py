@@ -16,6 +16,7 @@ from virt_sse.cli.private_key import read_private_key
 from virt_sse.cli.session import backend, config
 from virt_sse.errors import ConfigError, InvalidValueError, PolicyError, VirtSseError
 from virt_sse.keys import KeyId
+from virt_sse.pkcs11.pins import MOST_WRONG
 
 if TYPE_CHECKING:
     from virt_sse.pkcs11.administration import TokenAdministration
@@ -82,7 +83,7 @@ def status(
         "module": options.module,
         "softhsm-config": str(options.softhsm_config or "") or None,
         "pin-file": str(options.pin_file),
-        "wrong-pins": f"{options.guard.failures()} of {options.guard.limit}",
+        "wrong-pins": f"{options.guard.failures()} of {MOST_WRONG}",
         "state": "ready" if failure is None else "unreachable",
         "keys": keys if failure is None else None,
     }

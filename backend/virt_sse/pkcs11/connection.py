@@ -23,7 +23,7 @@ from PyKCS11 import (
 from virt_sse.errors import ConfigError, KeyProviderUnavailableError
 from virt_sse.pkcs11.codes import LOST, WRONG_PIN
 from virt_sse.pkcs11.module import Module
-from virt_sse.pkcs11.pins import UNLOCK_HINT, PinGuard, PinSource
+from virt_sse.pkcs11.pins import MOST_WRONG, Logins
 from virt_sse.pkcs11.uri import TokenUri
 
 T = TypeVar("T")
@@ -43,11 +43,10 @@ class Connection:
     :param uri: which token; it has to be one, and stays the one that was found first.
     """
 
-    def __init__(self, uri: TokenUri, module: Module, pin: PinSource, guard: PinGuard) -> None:
+    def __init__(self, uri: TokenUri, module: Module, logins: Logins) -> None:
         self._uri = uri
         self._module = module
-        self._pin = pin
-        self._guard = guard
+        self._logins = logins
         self._serial: str | None = None
         self._slot = 0
         self._session: Any = None
@@ -189,17 +188,9 @@ class Connection:
             return  # by a session that was before this one
         if info.flags & CKF_USER_PIN_LOCKED:
             raise _locked()
-        if info.flags & CKF_USER_PIN_FINAL_TRY and self._guard.failures():
-            raise KeyProviderUnavailableError(
-                "the token allows one more PIN only, and is not asked after a wrong one",
-                hint=UNLOCK_HINT,
-            )
-        self._try(session, self._pin.read().text)
-
-    def _try(self, session: Any, pin: str) -> None:
-        with self._guard.attempt() as attempt:
+        with self._logins.attempt(is_last=bool(info.flags & CKF_USER_PIN_FINAL_TRY)) as (pin, attempt):
             try:
-                session.login(pin)
+                session.login(pin.text)
             except PyKCS11Error as exc:
                 if exc.value == CKR_PIN_LOCKED:
                     attempt.inconclusive()
@@ -207,7 +198,7 @@ class Connection:
                 if exc.value in WRONG_PIN:
                     raise KeyProviderUnavailableError(
                         "the token says that the PIN is wrong",
-                        hint=f"after {self._guard.limit} wrong ones in a row it is not asked any more",
+                        hint=f"after {MOST_WRONG} wrong ones in a row it is not asked any more",
                     ) from exc
                 attempt.inconclusive()
                 raise

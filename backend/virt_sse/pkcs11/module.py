@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from virt_sse.errors import ConfigError, KeyProviderUnavailableError
-from virt_sse.pkcs11.pins import PinSource
+from virt_sse.pkcs11.pins import Logins
 
 _CKF_OS_LOCKING_OK = 2
 _CKR_OK = 0
@@ -111,7 +111,7 @@ class Module:
         return functions
 
 
-def load(_pin: PinSource, path: Path, reserved: str | None) -> Module:
+def load(_logins: Logins, path: Path, reserved: str | None) -> Module:
     """A module in a process of its own, as :class:`~virt_sse.pkcs11.process.ModuleProcess` makes it."""
     return Module(path, reserved)
 

@@ -30,7 +30,7 @@ from virt_sse.pkcs11.codes import LOST, MALFORMED, PROHIBITED, STALE, VAGUE
 from virt_sse.pkcs11.connection import PAUSES, Connection
 from virt_sse.pkcs11.module import Module
 from virt_sse.pkcs11.objects import KeyKind, TokenKey
-from virt_sse.pkcs11.pins import PinGuard, PinSource
+from virt_sse.pkcs11.pins import Logins
 from virt_sse.pkcs11.rsa_oaep import OaepMode, RsaOaep
 from virt_sse.pkcs11.transport import bring_in
 from virt_sse.pkcs11.uri import TokenUri
@@ -48,10 +48,8 @@ class TokenOperations:
     caller noticing.
     """
 
-    def __init__(
-        self, pin: PinSource, uri: TokenUri, module: Path, guard: PinGuard, reserved: str | None
-    ) -> None:
-        self._connection = Connection(uri, Module(module, reserved), pin, guard)
+    def __init__(self, logins: Logins, uri: TokenUri, module: Path, reserved: str | None) -> None:
+        self._connection = Connection(uri, Module(module, reserved), logins)
         self._handles: dict[object, tuple[int, Any]] = {}
         self._oaep = RsaOaep()
 

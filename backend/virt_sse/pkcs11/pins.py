@@ -8,14 +8,18 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import NoReturn, Protocol, Self
 
 from virt_sse.errors import ConfigError, KeyProviderUnavailableError
 from virt_sse.files import PRIVATE_FILE, private_folder, sync_folder
 
 UNLOCK_HINT = "put the PIN right, then 'virt-sse host hsm unlock', or 'vault hsm unlock' for a vault's"
+
+MOST_WRONG = 3
+"""So many wrong PINs in a row lock a token out."""
 
 _LONGEST = 255
 """In bytes; what PKCS#11 modules take."""
@@ -76,24 +80,18 @@ class PinSource:
 
 
 class PinGuard:
-    """Counts wrong PINs in the file *path*, over threads, processes and restarts, and refuses after *limit*.
+    """Counts wrong PINs in the file *path*, over threads, processes and restarts, and refuses after too many.
 
     A token without a lock-out of its own, as SoftHSM is, gets one; and one with is never locked out by a
     wrong PIN in a file, since it is not asked any more. A try is counted before the token is asked, and
     taken back when the PIN was right: ``kill -9`` in between gains a guesser nothing.
     """
 
-    def __init__(self, path: Path, *, limit: int = 3) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._limit = limit
 
     def __repr__(self) -> str:
         return f"PinGuard({self._path})"
-
-    @property
-    def limit(self) -> int:
-        """How many wrong PINs lock the token out."""
-        return self._limit
 
     def failures(self) -> int:
         """How many tries in a row have failed.
@@ -122,7 +120,7 @@ class PinGuard:
         """
         with self._open() as descriptor:
             failures = self._failures(descriptor)
-            if failures >= self._limit:
+            if failures >= MOST_WRONG:
                 raise KeyProviderUnavailableError(
                     f"the token is locked after {failures} wrong PINs",
                     hint=UNLOCK_HINT,
@@ -139,7 +137,7 @@ class PinGuard:
         text = os.pread(descriptor, 16, 0).strip()
         if not text:  # just made
             return 0
-        return int(text) if text.isdigit() else self._limit
+        return int(text) if text.isdigit() else MOST_WRONG
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[int]:
@@ -160,6 +158,37 @@ class PinGuard:
             yield descriptor
         finally:
             os.close(descriptor)
+
+
+class Logins(Protocol):
+    """Gives a PIN away, for one login at a time."""
+
+    def attempt(self, *, is_last: bool) -> AbstractContextManager[tuple[Pin, Attempt]]:
+        """The PIN, and what is to be told of it.
+
+        :param is_last: whether the token would lock itself after a wrong one.
+        :raise KeyProviderUnavailableError: When the token is not to be asked: as *is_last*, or as for
+            :meth:`PinGuard.attempt`.
+        :raise ConfigError: When there is no PIN, or its use cannot be counted.
+        """
+
+
+class GuardedPin:
+    """A PIN whose wrong ones are counted."""
+
+    def __init__(self, source: PinSource, guard: PinGuard) -> None:
+        self._source = source
+        self._guard = guard
+
+    @contextlib.contextmanager
+    def attempt(self, *, is_last: bool) -> Iterator[tuple[Pin, Attempt]]:
+        pin = self._source.read()
+        if is_last and self._guard.failures():
+            raise KeyProviderUnavailableError(
+                "the token allows one more PIN only, and is not asked after a wrong one", hint=UNLOCK_HINT
+            )
+        with self._guard.attempt() as attempt:
+            yield pin, attempt
 
 
 class Attempt:

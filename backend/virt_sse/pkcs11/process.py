@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from virt_sse.errors import KeyProviderUnavailableError
-from virt_sse.pkcs11.pins import PinSource
+from virt_sse.pkcs11.pins import GuardedPin
 from virt_sse.pkcs11.worker import PinWanted, Request
 
 S = TypeVar("S")
@@ -42,9 +42,9 @@ class ModuleProcess(Generic[S]):
     """Calls functions on an object that lives there. It is started when it is needed, and again when it has
     ended. Safe to use from several threads, and after a fork, where the child gets one of its own.
 
-    :param make: makes the object, of a :class:`PinSource` and *arguments*; to be found by its name, as are
-        the functions that are called.
-    :param pin: where the PIN comes from, if one is needed: read in this process.
+    :param make: makes the object, of :class:`~virt_sse.pkcs11.pins.Logins` and *arguments*; to be found by
+        its name, as are the functions that are called.
+    :param logins: the PIN, if one is needed; it is read, and its use counted, in this process.
     :param environment: what is to be set in the module's.
     :param seconds: in which the object has to be made.
     """
@@ -53,12 +53,12 @@ class ModuleProcess(Generic[S]):
         self,
         make: Callable[..., S],
         *arguments: object,
-        pin: PinSource | None = None,
+        logins: GuardedPin | None = None,
         environment: Mapping[str, str],
         seconds: float,
     ) -> None:
         self._making: Request = (seconds, make, arguments, {})
-        self._pin = pin
+        self._logins = logins
         self._environment = environment
         self._lock = threading.RLock()
         self._running: _Running | None = None
@@ -100,11 +100,11 @@ class ModuleProcess(Generic[S]):
                 self._end()
                 self._running = self._start()
                 try:
-                    self._ask(self._running.channel, self._making)
+                    self._ask(self._running, self._making)
                 except BaseException:
                     self._end()
                     raise
-            answer: T = self._ask(self._running.channel, (seconds, work, args, kwargs))
+            answer: T = self._ask(self._running, (seconds, work, args, kwargs))
             return answer
 
     def make_of(self, *arguments: object) -> None:
@@ -136,13 +136,11 @@ class ModuleProcess(Generic[S]):
                 ) from exc
         return _Running(process, Connection(ours.detach()))
 
-    def _ask(self, channel: Connection, request: Request) -> Any:
+    def _ask(self, running: _Running, request: Request) -> Any:
         try:
-            channel.send(request)
-            answer = channel.recv()
-            while isinstance(answer, PinWanted) and self._pin is not None:
-                channel.send_bytes(self._pin.read().text.encode())
-                answer = channel.recv()
+            running.channel.send(request)
+            while isinstance(answer := running.channel.recv(), PinWanted):
+                self._log_in(running, is_last=answer.is_last)
         except (EOFError, ConnectionError) as exc:
             status = self._end()
             why = _why(status, request[0])
@@ -155,6 +153,18 @@ class ModuleProcess(Generic[S]):
         if answer.error is not None:
             raise answer.error
         return answer.value
+
+    def _log_in(self, running: _Running, *, is_last: bool) -> None:
+        if self._logins is None:
+            raise TypeError("there is no PIN for this module")
+        with self._logins.attempt(is_last=is_last) as (pin, attempt):
+            try:
+                running.channel.send_bytes(pin.text.encode())
+                attempt.outcome = running.channel.recv()
+            except (EOFError, ConnectionError):
+                if running.process.wait() == -signal.SIGALRM:
+                    attempt.inconclusive()
+                raise
 
     def _end(self) -> int:
         """How it has ended, as :attr:`subprocess.Popen.returncode` has it."""

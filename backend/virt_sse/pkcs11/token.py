@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from virt_sse.pkcs11.objects import KeyKind, TokenKey
 from virt_sse.pkcs11.operations import TokenOperations
-from virt_sse.pkcs11.pins import PinGuard, PinSource
+from virt_sse.pkcs11.pins import GuardedPin, PinGuard, PinSource
 from virt_sse.pkcs11.process import ModuleProcess
 from virt_sse.pkcs11.rsa_oaep import OaepMode
 from virt_sse.pkcs11.uri import TokenUri
@@ -68,9 +68,11 @@ class Token:
         :param seconds: in which the token has to answer.
         :raise ConfigError: When the PIN cannot be had as configured.
         """
-        access = (module, guard, reserved)
         process = ModuleProcess(
-            TokenOperations, uri, *access, pin=pin, environment=environment or {}, seconds=seconds
+            *(TokenOperations, uri, module, reserved),
+            logins=GuardedPin(pin, guard),
+            environment=environment or {},
+            seconds=seconds,
         )
         token = cls(process, seconds)
         try:
@@ -78,7 +80,7 @@ class Token:
         except BaseException:
             token.close()
             raise
-        process.make_of(dataclasses.replace(uri, serial=token.serial or None), *access)
+        process.make_of(dataclasses.replace(uri, serial=token.serial or None), module, reserved)
         return token
 
     @property

@@ -11,19 +11,19 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
 from virt_sse.errors import VirtSseError
-from virt_sse.pkcs11.pins import PinSource
+from virt_sse.pkcs11.pins import Attempt, Pin
 
 _PR_SET_DUMPABLE = 4
 
 Request = tuple[float, Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 """How many seconds it may take, what to call, and with what after its first argument. In the first request
-that is a :class:`PinSource`, and in the others what came of the first.
+that is a :class:`CallersPin`, and in the others what came of the first.
 """
 
 
@@ -37,7 +37,28 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class PinWanted:
-    """Says that the caller is to send the PIN, before there is an answer."""
+    """The caller is to send the PIN, and is sent :attr:`Attempt.outcome`, before there is an answer."""
+
+    is_last: bool
+
+
+class CallersPin:
+    """The PIN, as :class:`~virt_sse.pkcs11.pins.Logins` has it: the caller knows it, and counts the tries."""
+
+    def __init__(self, channel: Connection) -> None:
+        self._channel = channel
+
+    @contextlib.contextmanager
+    def attempt(self, *, is_last: bool) -> Iterator[tuple[Pin, Attempt]]:
+        left, _ = signal.setitimer(signal.ITIMER_REAL, 0)  # somebody may have to type it
+        self._channel.send(PinWanted(is_last))
+        pin = Pin(self._channel.recv_bytes().decode())
+        signal.setitimer(signal.ITIMER_REAL, left)
+        attempt = Attempt()
+        try:
+            yield pin, attempt
+        finally:
+            self._channel.send(attempt.outcome)
 
 
 def main() -> None:
@@ -51,7 +72,7 @@ def main() -> None:
 
 
 def _serve(channel: Connection) -> None:
-    made = _answer(channel.recv(), PinSource("from the caller", lambda: _ask_for_pin(channel)))
+    made = _answer(channel.recv(), CallersPin(channel))
     channel.send(Answer(error=made.error))
     while made.error is None:
         channel.send(_answer(channel.recv(), made.value))
@@ -67,11 +88,3 @@ def _answer(request: Request, subject: Any) -> Answer:
         return Answer(error=exc)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _ask_for_pin(channel: Connection) -> bytes:
-    left, _ = signal.setitimer(signal.ITIMER_REAL, 0)  # somebody may have to type it
-    channel.send(PinWanted())
-    pin = channel.recv_bytes()
-    signal.setitimer(signal.ITIMER_REAL, left)
-    return pin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import secrets
@@ -46,6 +47,16 @@ def key(token: Token) -> TokenKey:
 
 def works(token: Token, key: TokenKey) -> bool:
     return token.aes_unwrap(key, token.aes_wrap(key, MESSAGE)) == MESSAGE
+
+
+def guard_is_held(token: LabToken) -> bool:
+    """Whether somebody is just logging in."""
+    with token.folder.wrong_pins.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def is_gone(pid: int) -> bool:
@@ -127,6 +138,25 @@ def test_a_module_hangs(lab_token: LabToken, key: TokenKey) -> None:
                 each.result()
         assert time.monotonic() - began < 5, "they were tried one after the other"
         assert works(slow, key)
+
+
+@pytest.mark.parametrize(("ended_by", "wrong"), [(signal.SIGALRM, 0), (signal.SIGKILL, 1)])
+def test_a_login_that_hangs_is_no_wrong_pin(
+    token: Token, key: TokenKey, lab_token: LabToken, ended_by: signal.Signals, wrong: int
+) -> None:
+    """One that is killed may have been, for all that is known."""
+    guard = PinGuard(lab_token.folder.wrong_pins)
+    inside(token, inside_token.hang_at_login)
+    with ThreadPoolExecutor(1) as pool:
+        hanging = pool.submit(works, token, key)
+        until(lambda: guard_is_held(lab_token))
+        assert token.pid is not None
+        os.kill(token.pid, ended_by)
+        with pytest.raises(KeyProviderUnavailableError):
+            hanging.result()
+    assert guard.failures() == wrong
+    assert works(token, key)
+    assert guard.failures() == 0
 
 
 def test_it_ends_with_its_user_even_as_it_hangs(lab_token: LabToken, monkeypatch: pytest.MonkeyPatch) -> None:
