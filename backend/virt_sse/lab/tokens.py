@@ -139,7 +139,8 @@ def nss_token(*, base: Path = Path("/tmp")) -> Iterator[LabToken]:  # noqa: S108
             "init-reserved": reserved,
         }
         with _few_rounds():
-            with ModuleProcess(load, module, reserved, environment={}, seconds=SECONDS) as process:
+            process = ModuleProcess(load, module, reserved, environment={}, seconds=SECONDS)
+            with contextlib.closing(process):
                 process.call(SECONDS, _set_nss_pin, PinSource.file(folder.pin).read().text)
             yield LabToken(uri, folder, options)
     finally:

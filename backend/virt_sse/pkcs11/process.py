@@ -18,8 +18,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from types import TracebackType
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from virt_sse.errors import KeyProviderUnavailableError
 from virt_sse.pkcs11.pins import GuardedPin
@@ -64,17 +63,6 @@ class ModuleProcess(Generic[S]):
         self._running: _Running | None = None
         self._hung: tuple[float, str] = (0.0, "")
         _all.add(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def pid(self) -> int | None:

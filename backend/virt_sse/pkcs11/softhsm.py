@@ -206,7 +206,8 @@ def init_token(module: Path, environment: Mapping[str, str], label: str, *, so_p
     """
     if not 0 < len(label.encode()) <= _LONGEST_LABEL or not label.isprintable():
         raise InvalidValueError(f"a token's label has 1 to {_LONGEST_LABEL} printable bytes")
-    with ModuleProcess(load, module, None, environment=environment, seconds=SECONDS) as process:
+    process = ModuleProcess(load, module, None, environment=environment, seconds=SECONDS)
+    with contextlib.closing(process):
         return process.call(SECONDS, _init_token, label, so_pin.text, pin.text)
 
 
