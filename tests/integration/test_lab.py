@@ -186,6 +186,8 @@ def test_a_hook_runs_from_the_next_start_of_libvirtd_on(base: Path) -> None:
         host.restart_libvirtd()
         guest.start()
         assert log.read_text().splitlines() == ["hooked prepare", "hooked start", "hooked started"]
+        host.restart_libvirtd()
+        assert log.read_text().splitlines()[-1] == "hooked reconnect", "it is waited for"
 
 
 def test_nothing_is_left_on_the_machine(base: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
@@ -159,13 +160,20 @@ class LabHost:
         return libvirt.open(self.uri)
 
     def restart_libvirtd(self) -> None:
-        """End libvirtd and start it again; guests run on, connections break.
+        """End libvirtd and start it again, until it has its guests again; connections break.
 
         :raise LabError: When it does not start.
         """
+        import libvirt
+
         pid = (self.directory / _LIBVIRTD_PID).read_text().strip()
         self.run(["sh", "-c", 'kill -TERM "$1"; while kill -0 "$1" 2>&-; do sleep 0.02; done', "sh", pid])
         self._start_libvirtd()
+        with contextlib.closing(self.connect()) as connection:
+            for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+                # Whether a guest runs, it says at once. What asks QEMU waits for that and for the hook.
+                with contextlib.suppress(libvirt.libvirtError):
+                    domain.memoryStats()
 
     def command(self, argv: Sequence[str | Path]) -> list[str]:
         """The argument vector that runs *argv* inside the host's namespaces.
