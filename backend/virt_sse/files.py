@@ -93,3 +93,15 @@ def write_at(descriptor: int, content: bytes, offset: int) -> None:
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
+
+
+def extents(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of what is not a hole in a file of *size* bytes."""
+    end = 0
+    while end < size:
+        try:
+            begin = os.lseek(descriptor, end, os.SEEK_DATA)
+        except OSError:  # nothing but a hole from here on
+            return
+        end = os.lseek(descriptor, begin, os.SEEK_HOLE)
+        yield begin, end

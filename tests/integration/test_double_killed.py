@@ -117,6 +117,14 @@ def kill_hook(
             os.kill(pid, signal.SIGKILL)
 
 
+def assert_serves_and_ends(site: StageSite, guest: Guest, disk: Disk) -> None:
+    assert len(site.stage_processes()) == 1
+    assert "read 512" in site.qemu_io(guest, "read 0 512")
+    guest.destroy()
+    assert site.left() == {}
+    assert owner(disk) == 0
+
+
 class TestKilledOnTheWay:
     @pytest.mark.parametrize("when", ["hook", "storage", "secret"])
     def test_the_hook_of_a_start(self, site: StageSite, when: str) -> None:
@@ -133,11 +141,7 @@ class TestKilledOnTheWay:
         if start.returncode:
             assert "hook" in said.lower()
             site.start_paused(guest)
-        assert len(site.stage_processes()) == 1
-        assert "read 512" in site.qemu_io(guest, "read 0 512")
-        guest.destroy()
-        assert site.left() == {}
-        assert owner(disk) == 0
+        assert_serves_and_ends(site, guest, disk)
 
     def test_the_hook_of_an_end(self, site: StageSite) -> None:
         disk = site.disk("qcow2", size=M)
@@ -152,11 +156,7 @@ class TestKilledOnTheWay:
         else:
             pytest.fail("the hook is always faster")
         site.start_paused(guest)
-        assert len(site.stage_processes()) == 1
-        assert "read 512" in site.qemu_io(guest, "read 0 512")
-        guest.destroy()
-        assert site.left() == {}
-        assert owner(disk) == 0
+        assert_serves_and_ends(site, guest, disk)
 
     def test_qemu(self, site: StageSite) -> None:
         disk = site.disk("raw", size=M)

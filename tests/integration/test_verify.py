@@ -37,6 +37,7 @@ from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import LabHost
 from virt_sse.qemu import formatting
 from virt_sse.qemu.formatting import Volume
+from virt_sse.qemu.img import DiskFormat
 
 M = 1 << 20
 CONFIG = f"""\
@@ -137,6 +138,21 @@ def test_an_encrypted_overlay_is_to_be_as_the_disk(site: StageSite) -> None:
         guest.destroy()
 
 
+def test_a_backup_under_the_disks_key_is_no_leak(site: StageSite) -> None:
+    disk = site.single_disk("raw")
+    guest, scratch = site.guest(disk), site.host.images / f"{disk.name}.scratch"
+    formatting.make(scratch, DiskFormat.QCOW2, disk.size, [Volume(AES_256_XTS, site.dek(disk, "service"))])
+    site.start_paused(guest)
+    secret = f"<secret type='passphrase' usage='virt-sse:{disk.id}:service'/>"
+    inner = f"<encryption format='luks'>{secret}</encryption>"
+    reuse = libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL
+    with backup(site, guest, f"<scratch file='{scratch}'>{inner}</scratch>", flags=reuse):
+        seen = verify(site, guest, status=1)
+        (problem,) = seen["problems"]
+        assert "its plaintext leaves QEMU through the NBD export" in problem
+        assert {"where": f"backup {scratch}", "is-plaintext": False} in seen["disks"][0]["places"]
+
+
 def test_plaintext_beside_a_disk_is_found(site: StageSite) -> None:
     disk = site.disk("raw")
     guest, image = site.guest(disk), site.host.images / disk.name
@@ -168,14 +184,14 @@ def test_plaintext_beside_a_disk_is_found(site: StageSite) -> None:
 
 
 @contextlib.contextmanager
-def backup(site: StageSite, guest: Guest, place: str) -> Iterator[None]:
+def backup(site: StageSite, guest: Guest, place: str, *, flags: int = 0) -> Iterator[None]:
     """One that is under way, to a target or with a scratch file."""
     pull = f"<server transport='unix' socket='{site.host.images}/{guest.name}.nbd'/>"
     mode, server = ("pull", pull) if place.startswith("<scratch") else ("push", "")
     disks = f"<disks><disk name='vda' type='file'>{place}</disk></disks>"
     with contextlib.closing(site.host.connect()) as connection:
         domain = connection.lookupByName(guest.name)
-        domain.backupBegin(f"<domainbackup mode='{mode}'>{server}{disks}</domainbackup>", None)
+        domain.backupBegin(f"<domainbackup mode='{mode}'>{server}{disks}</domainbackup>", None, flags)
         yield
         if mode == "pull":
             domain.abortJob()

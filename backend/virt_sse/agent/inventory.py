@@ -14,6 +14,7 @@ import libvirt
 from virt_sse.agent.logs import fields
 from virt_sse.errors import InvalidValueError, LibvirtError
 from virt_sse.libvirt import domain_xml
+from virt_sse.libvirt.backups import backup_xml
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.references import PREFIX, usage
 from virt_sse.libvirt.vm_metadata import secrets_of_vm
@@ -168,7 +169,7 @@ class Inventory:
                 own_secrets=tuple(secrets_of_vm(xml)),
                 xml=xml,
                 paused_for_plaintext=PLAINTEXT_NAMESPACE in xml,
-                backup=_backup(domain),
+                backup=backup_xml(domain),
             )
         except libvirt.libvirtError as exc:
             if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
@@ -177,15 +178,6 @@ class Inventory:
             if uuid not in self._odd:
                 self._odd.add(uuid)
                 _log.warning("domain-unclear", extra=fields({"domain": domain.name(), "reason": str(exc)}))
-        return None
-
-
-def _backup(domain: libvirt.virDomain) -> str | None:
-    try:
-        return str(domain.backupGetXMLDesc())
-    except libvirt.libvirtError as exc:
-        if exc.get_error_code() not in (libvirt.VIR_ERR_NO_DOMAIN_BACKUP, libvirt.VIR_ERR_NO_SUPPORT):
-            raise
         return None
 
 

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 from virt_sse.errors import ImageError
-from virt_sse.files import sync_folder, write_at
+from virt_sse.files import extents, sync_folder, write_at
 
 _CHUNK = 1 << 20
 _MOUNTS = Path("/proc/self/mountinfo")
@@ -48,13 +48,7 @@ def wipe(path: Path, identity: tuple[int, int]) -> bool:
 
 def _overwrite(descriptor: int, size: int) -> None:
     """What is a hole holds nothing, and is left one."""
-    end = 0
-    while end < size:
-        try:
-            begin = os.lseek(descriptor, end, os.SEEK_DATA)
-        except OSError:  # nothing but a hole from here on
-            break
-        end = os.lseek(descriptor, begin, os.SEEK_HOLE)
+    for begin, end in extents(descriptor, size):
         for offset in range(begin, end, _CHUNK):
             write_at(descriptor, os.urandom(min(_CHUNK, end - offset)), offset)
     os.fsync(descriptor)

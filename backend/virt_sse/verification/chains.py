@@ -8,7 +8,7 @@ import enum
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import UUID
 
@@ -55,6 +55,7 @@ class DiskChain:
     :ivar mirror: what it is being copied to.
     :ivar mirror_job: libvirt's name of the job that does so.
     :ivar mirror_ready: whether the copy has caught up.
+    :ivar backup: what a backup writes its data to.
     :ivar read_only: whether the guest cannot write to it.
     """
 
@@ -66,6 +67,7 @@ class DiskChain:
     mirror: tuple[ChainLink, ...] = ()
     mirror_job: str | None = None
     mirror_ready: bool = False
+    backup: tuple[ChainLink, ...] = ()
 
     @property
     def ours(self) -> int | None:
@@ -101,14 +103,17 @@ class PlaintextLink:
         return f"{self.target}: {self.kind.value} {self.place}"
 
 
-def disk_chains(xml: str) -> list[DiskChain]:
+def disk_chains(xml: str, backup: str | None = None) -> list[DiskChain]:
     """The disks of the domain *xml*, CD drives included; those without a medium are left out.
 
+    :param backup: libvirt's XML of a backup that is under way.
     :raise InvalidValueError: When the XML makes no sense, or a secret in it that is named like ours.
     """
     try:
         root = ET.fromstring(xml)  # noqa: S314 -- see above
         chains = [_chain(disk) for disk in root.iterfind("./devices/disk")]
+        if backup is not None:
+            chains = _with_backups(chains, ET.fromstring(backup))  # noqa: S314 -- see above
     except (ET.ParseError, ValueError) as exc:
         raise InvalidValueError(f"not a domain's XML: {exc}") from exc
     return [chain for chain in chains if chain.links]
@@ -126,13 +131,11 @@ def plaintext_links(
     :raise InvalidValueError: As for :func:`disk_chains`.
     """
     found: list[PlaintextLink] = []
-    ours: dict[str, UUID] = {}
-    for chain in disk_chains(xml):
+    for chain in disk_chains(xml, backup):
         position, disk_id = chain.ours, chain.disk_id
         if position is None or disk_id is None:
             found += _substitutes(chain, known)
             continue
-        ours[chain.target] = disk_id
         for number, link in enumerate(chain.links):
             if not link.is_encrypted:
                 kind = LinkKind.OVERLAY if number < position else LinkKind.BACKING
@@ -143,11 +146,10 @@ def plaintext_links(
                 for link in chain.mirror
                 if not link.is_encrypted
             ]
-    if backup is not None:
         found += [
-            PlaintextLink(ours[target], target, LinkKind.BACKUP, place)
-            for target, place in _plaintext_backups(backup)
-            if target in ours
+            PlaintextLink(disk_id, chain.target, LinkKind.BACKUP, link.place)
+            for link in chain.backup
+            if not link.is_encrypted
         ]
     return found
 
@@ -183,6 +185,17 @@ def _chain(disk: ET.Element) -> DiskChain:
         mirror_job=mirror.get("job") if mirror is not None else None,
         mirror_ready=mirror is not None and mirror.get("ready") == "yes",
     )
+
+
+def _with_backups(chains: list[DiskChain], backup: ET.Element) -> list[DiskChain]:
+    places: dict[str, tuple[ChainLink, ...]] = {
+        disk.get("name", ""): tuple(
+            _link(disk, place) for place in (*disk.iterfind("target"), *disk.iterfind("scratch"))
+        )
+        for disk in backup.iterfind("./disks/disk")
+        if disk.get("backup") != "no"
+    }
+    return [replace(chain, backup=places.get(chain.target, ())) for chain in chains]
 
 
 def _links(place: ET.Element | None) -> Iterator[ChainLink]:
@@ -222,13 +235,3 @@ def _place(source: ET.Element) -> str:
     words = [source.get(name) for name in ("protocol", "pool", "name", "volume", "startupPolicy")]
     hosts = [host.get("name") for host in source.iterfind("host")]
     return " ".join(word for word in (*words, *hosts) if word) or "an unnamed source"
-
-
-def _plaintext_backups(xml: str) -> Iterator[tuple[str, str]]:
-    """Targets of disks, and the files that a backup writes their data to without encryption."""
-    for disk in ET.fromstring(xml).iterfind("./disks/disk"):  # noqa: S314 -- see above
-        if disk.get("backup") == "no":
-            continue
-        for place in (*disk.iterfind("target"), *disk.iterfind("scratch")):
-            if place.find("encryption") is None:
-                yield disk.get("name", ""), _place(place)

@@ -51,6 +51,11 @@ class Vertex:
     place: Place | None = None
     cipher: str | None = None
 
+    @property
+    def where(self) -> str:
+        """In words, where a node has its data."""
+        return self.place.name if self.place else self.name
+
 
 @dataclass(frozen=True, slots=True)
 class Exposure:
@@ -104,10 +109,10 @@ class BlockGraph:
         found = []
         for vertex in self._plaintext(volume):
             if self._is_stored(vertex):
-                found.append(Exposure(self._kind(volume, self._top(vertex.id)), _name(vertex)))
+                found.append(Exposure(self._kind(volume, self._top(vertex.id)), vertex.where))
             elif vertex.cipher and vertex.id != volume.id:
                 kind = self._kind(volume, vertex.id)
-                found += [Exposure(kind, _name(image), vertex.cipher) for image in self._images(vertex.id)]
+                found += [Exposure(kind, image.where, vertex.cipher) for image in self._images(vertex.id)]
         return found
 
     def exports(self, volume: Vertex) -> list[str]:
@@ -198,10 +203,6 @@ class BlockGraph:
                     seen.add(child)
                     pending.append(child)
         return seen
-
-
-def _name(stored: Vertex) -> str:
-    return stored.place.name if stored.place else stored.name
 
 
 def cipher_of(node: Answer) -> str | None:

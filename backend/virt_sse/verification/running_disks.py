@@ -72,7 +72,7 @@ class RunningDisks:
             verdict.layers.append(Layer(GUEST_QEMU, None, detail="no block node of QEMU's: not seen"))
         for vertex in below:
             for stack in self._graph.volumes_over(vertex):
-                name = vertex.place.name if vertex.place else vertex.name
+                name = vertex.where
                 cipher = ", ".join(volume.cipher or "" for volume in stack) or None
                 verdict.layers.append(Layer(GUEST_QEMU, cipher, detail=name))
                 verdict.places.append(DataPlace(name, not stack))
@@ -93,9 +93,8 @@ class RunningDisks:
         return [vertex.place.path for vertex in self._graph.stored() if vertex.place and vertex.place.path]
 
     def _expose(self, verdict: DiskVerdict, chain: DiskChain, volume: Vertex, *, is_all: bool) -> None:
-        under_its_key = {
-            link.place for link in (*chain.links, *chain.mirror) if link.disk_id == chain.disk_id
-        }
+        links = (*chain.links, *chain.mirror, *chain.backup)
+        under_its_key = {link.place for link in links if link.disk_id == chain.disk_id}
         for exposure in self._graph.exposures(volume):
             place = f"{exposure.kind.value if exposure.kind else 'node'} {exposure.place}"
             verdict.places.append(DataPlace(place, exposure.cipher is None))
@@ -113,7 +112,7 @@ class RunningDisks:
             return
         for vertex in self._below(chain):
             if not all(self._graph.volumes_over(vertex)):
-                name = vertex.place.name if vertex.place else vertex.name
+                name = vertex.where
                 verdict.places.append(DataPlace(name, True))
                 verdict.expect(False, f"the guest's device is on {name}, which is not encrypted")
         verdict.expect(False, "the guest's device does not read it")

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from virt_sse.files import extents
+
 SECTOR = 512
 SECTORS = 512
 """How many are looked at, spread evenly over what there is."""
@@ -51,7 +53,7 @@ def look_at(descriptor: int, headers: Collection[int], *, has_tables: bool) -> S
     """
     ciphertext = tables = other = 0
     size = os.fstat(descriptor).st_size
-    for offset in _chosen(list(_extents(descriptor, size))):
+    for offset in _chosen(list(extents(descriptor, size))):
         sector = os.pread(descriptor, SECTOR, offset)
         if len(sector) < SECTOR or not any(sector):
             continue
@@ -82,24 +84,12 @@ def is_table(sector: bytes, size: int) -> bool:
     return all(count <= _MOST_REFERENCES for count in _COUNTS.unpack(sector))
 
 
-def _extents(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
-    """Begin and end of what is not a hole."""
-    end = 0
-    while end < size:
-        try:
-            begin = os.lseek(descriptor, end, os.SEEK_DATA)
-        except OSError:  # nothing but a hole from here on
-            return
-        end = os.lseek(descriptor, begin, os.SEEK_HOLE)
-        yield begin, end
-
-
-def _chosen(extents: list[tuple[int, int]]) -> Iterator[int]:
+def _chosen(filled: list[tuple[int, int]]) -> Iterator[int]:
     """The offsets of at most :data:`SECTORS` sectors, evenly spread."""
-    total = sum((end - begin) // SECTOR for begin, end in extents)
+    total = sum((end - begin) // SECTOR for begin, end in filled)
     step = max(1, -(-total // SECTORS))
     skipped = 0
-    for begin, end in extents:
+    for begin, end in filled:
         count = (end - begin) // SECTOR
         for number in range(-skipped % step, count, step):
             yield begin + number * SECTOR

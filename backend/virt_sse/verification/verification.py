@@ -17,6 +17,7 @@ from virt_sse.errors import VirtSseError
 from virt_sse.files import canonical
 from virt_sse.keys import KeyRef
 from virt_sse.layers import GuestNode, HostCaching
+from virt_sse.libvirt.backups import backup_xml
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.references import TEMP_SLOT
 from virt_sse.plugins import PluginHost
@@ -119,7 +120,7 @@ class Verification:
         pid = qemu_process(self._config, subject.name, subject.id)
         running = RunningDisks(block_graph(domain), pid)
         seen = set()
-        for chain in disk_chains(subject.xml):
+        for chain in disk_chains(subject.xml, backup_xml(domain)):
             disk = subject.disk_of(chain)
             verdict = DiskVerdict(chain.target or "-")
             if _is_temporary(chain):

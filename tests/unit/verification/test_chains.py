@@ -90,6 +90,8 @@ def test_backups(place: str) -> None:
     xml = domain(source("/ours", OURS))
     assert found(xml, backup("vda")) == [(LinkKind.BACKUP, "/backup")]
     assert found(xml, backup("vda", THEIRS)) == []
+    (chain,) = disk_chains(xml, backup("vda", OURS))
+    assert [link.disk_id for link in chain.backup] == [DISK]
     assert found(xml, backup("vdb")) == []
     assert found(xml, backup("vda", backup="no")) == []
 
