@@ -16,14 +16,14 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from virt_sse.key_urls import KeyVaultKey
-from virt_sse.keys import KeyId, ProviderConfig
 from virt_sse.lab.vaults import LabVault
-from virt_sse.vault.client import VaultClient
-from virt_sse.vault.credential import VaultCredential
-from virt_sse.vault.credential_file import CredentialFile
-from virt_sse.vault.permissions import Permission
+from virt_sse.model.keys import KeyId, ProviderConfig
+from virt_sse.vault_client.administration import VaultClient
+from virt_sse.vault_client.credential import VaultCredential
+from virt_sse.vault_client.credential_file import CredentialFile
+from virt_sse.vault_client.permissions import Permission
 from virt_sse_plugins.key_providers.customer_managed import CustomerManagedKeyProvider
+from virt_sse_plugins.key_providers.key_urls import KeyVaultKey
 
 RIGHTS = (Permission.GET, Permission.WRAP_KEY, Permission.UNWRAP_KEY)
 """What using keys takes, and no more."""

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from virt_sse.backend import Backend
-from virt_sse.disks import Disk
+from virt_sse.model.disks import Disk
 
 FORMATS = ("qcow2", "raw")
 

@@ -10,35 +10,36 @@ from pathlib import Path
 from typing import Self
 from uuid import UUID
 
-from virt_sse import envelope, temp_disks
-from virt_sse.audit import AuditLog
-from virt_sse.audit_record import Component
-from virt_sse.ciphers import Cipher
+from virt_sse.audit.log import AuditLog
+from virt_sse.audit.record import Component
 from virt_sse.config import Config
-from virt_sse.disks import Disk, DiskSku, check_name
-from virt_sse.domains import Domains
-from virt_sse.encryption_sets import EncryptionSet
+from virt_sse.disks.inspector import Inspector
+from virt_sse.disks.lifecycle import Provisioning
+from virt_sse.disks.transfer import Transfer
+from virt_sse.domains import temp_disks
+from virt_sse.domains.hotplug import Domains
+from virt_sse.domains.settings import VirtualMachines
+from virt_sse.domains.start import Serving
 from virt_sse.errors import DiskInUseError, ImageError, InvalidValueError, PolicyError
-from virt_sse.host_setup import initialise
-from virt_sse.in_guest.inspection import Finding
-from virt_sse.in_guest.inspector import Inspector
-from virt_sse.keys import KeyId, KeyRef, KeyState
-from virt_sse.layers import HostCaching
+from virt_sse.host.setup import initialise
+from virt_sse.keys.access import Wrapping
+from virt_sse.keys.encryption_sets import SetProvisioning
+from virt_sse.keys.rewrap import RewrapReport, Rotation
 from virt_sse.libvirt.pools import pool_folder, refresh_pool
-from virt_sse.locks import DiskLocks
+from virt_sse.model.ciphers import Cipher
+from virt_sse.model.content import Finding
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import Disk, DiskSku, check_name
+from virt_sse.model.encryption_sets import EncryptionSet
+from virt_sse.model.keys import KeyId, KeyRef, KeyState
+from virt_sse.model.layers import HostCaching
 from virt_sse.plugins import PluginHost
-from virt_sse.provisioning import Provisioning
-from virt_sse.qemu import img
-from virt_sse.qemu.img import DiskFormat
-from virt_sse.rotation import RewrapReport, Rotation
-from virt_sse.serving import Serving
-from virt_sse.set_provisioning import SetProvisioning
+from virt_sse.qemu import envelope_slots, img
 from virt_sse.stages import Stages
 from virt_sse.store import Store
-from virt_sse.transfer import Progress, Transfer, silent
+from virt_sse.system.locks import DiskLocks
+from virt_sse.system.progress import Progress, silent
 from virt_sse.verification.verification import Verification
-from virt_sse.virtual_machines import VirtualMachines
-from virt_sse.wrapping import Wrapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ class Backend:
     def init_host(self) -> list[str]:
         """Make what a host needs and does not have: what was made, in words.
 
-        :raise VirtSseError: By meaning; see :func:`virt_sse.host_setup.initialise`.
+        :raise VirtSseError: By meaning; see :func:`virt_sse.host.setup.initialise`.
         """
         return initialise(self.config, self.plugins, self._store)
 
@@ -224,7 +225,7 @@ class Backend:
         """What the disk's image is like, without opening it: ``present``, or what is wrong with it."""
         try:
             with img.opened(disk.path) as descriptor:
-                if envelope.read(descriptor, disk.format).disk_id != disk.id:
+                if envelope_slots.read(descriptor, disk.format).disk_id != disk.id:
                     return f"{disk.path} is the image of another disk"
         except ImageError as exc:
             return str(exc)

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Self
 from uuid import UUID
 
-from virt_sse.agent.client import SOCKET
-from virt_sse.ciphers import AES_256_CBC, Cipher
+from virt_sse.agent_client import SOCKET
 from virt_sse.errors import ConfigError, InvalidValueError
-from virt_sse.keys import ProviderConfig
-from virt_sse.policy import Site
+from virt_sse.model.ciphers import AES_256_CBC, Cipher
+from virt_sse.model.keys import ProviderConfig
+from virt_sse.model.operations import Site
 
 _TABLES = {
     "store": {"url"},

@@ -10,10 +10,10 @@ import pluggy
 if TYPE_CHECKING:
     import typer
 
-    from virt_sse.events import KeyEvent
-    from virt_sse.keys import KeyProvider
-    from virt_sse.layers import EncryptionLayer, HostLayer
-    from virt_sse.policy import Operation, Site
+    from virt_sse.model.events import KeyEvent
+    from virt_sse.model.keys import KeyProvider
+    from virt_sse.model.layers import EncryptionLayer, HostLayer
+    from virt_sse.model.operations import Operation, Site
 
 PROJECT = "virt_sse"
 

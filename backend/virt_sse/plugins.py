@@ -13,7 +13,7 @@ import pluggy
 
 from virt_sse import hookspecs
 from virt_sse.errors import ConfigError, KeyDeniedError, PluginError, PolicyError
-from virt_sse.layers import EncryptionLayer, HostLayer
+from virt_sse.model.layers import EncryptionLayer, HostLayer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     import typer
 
     from virt_sse.config import Config
-    from virt_sse.events import KeyEvent
-    from virt_sse.keys import KeyProvider
-    from virt_sse.layers import EncryptionType
-    from virt_sse.policy import Operation
+    from virt_sse.model.events import KeyEvent
+    from virt_sse.model.keys import KeyProvider
+    from virt_sse.model.layers import EncryptionType
+    from virt_sse.model.operations import Operation
 
 _log = logging.getLogger(__name__)
 

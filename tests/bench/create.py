@@ -10,9 +10,9 @@ from pathlib import Path
 from hosts import private_backend
 from measurement import Measurement, Row, Run, Target, seconds
 from virt_sse.errors import ToolError
-from virt_sse.keys import Dek
-from virt_sse.qemu.img import DiskFormat
-from virt_sse.qemu.process import passphrase_descriptor, run
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.keys import Dek
+from virt_sse.system.tools import passphrase_descriptor, run
 
 _SIZE = 10 << 30
 _TARGET = Target(seconds=0.15, ratio=10)

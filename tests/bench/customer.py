@@ -19,15 +19,15 @@ from domain import set_by_hand, start_and_destroy
 from hosts import dek_of, prepared_host, private_backend
 from measurement import Measurement, Row, Run, Target, Unit, seconds
 from virt_sse.backend import Backend
-from virt_sse.encryption_sets import EncryptionSet
 from virt_sse.errors import LabError
 from virt_sse.lab import acceleration, recipes
 from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import LabHost
 from virt_sse.lab.vaults import LabVault
-from virt_sse.vault.client import VaultClient
-from virt_sse.vault.permissions import Permission, Role
+from virt_sse.model.encryption_sets import EncryptionSet
+from virt_sse.vault_client.administration import VaultClient
+from virt_sse.vault_client.permissions import Permission, Role
 
 _USE = (Permission.GET, Permission.WRAP_KEY, Permission.UNWRAP_KEY)
 _CLIENTS = 8

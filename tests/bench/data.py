@@ -10,8 +10,8 @@ from pathlib import Path
 from hosts import dek_of, private_backend
 from measurement import Measurement, Row, Run, Unit
 from storage_daemon import Export, Load, Throughput, drive, exported, require_tools
-from virt_sse.qemu.img import DiskFormat
-from virt_sse.qemu.process import run
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.system.tools import run
 
 _MIB = 1 << 20
 ENCRYPTION = {

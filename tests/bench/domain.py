@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from hosts import dek_of, prepared_host
 from measurement import Measurement, Row, Run, seconds
 from virt_sse.errors import LabError
-from virt_sse.keys import Dek
 from virt_sse.lab import acceleration, recipes
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import LabHost
+from virt_sse.model.keys import Dek
 
 if TYPE_CHECKING:
     import libvirt

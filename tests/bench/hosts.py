@@ -9,10 +9,10 @@ from pathlib import Path
 
 from virt_sse.backend import Backend
 from virt_sse.config import Config
-from virt_sse.disks import PLATFORM_KEY, Disk
-from virt_sse.keys import Dek
 from virt_sse.lab.host import LabHost
-from virt_sse.layers import EncryptionType
+from virt_sse.model.disks import PLATFORM_KEY, Disk
+from virt_sse.model.keys import Dek
+from virt_sse.model.layers import EncryptionType
 
 
 @contextlib.contextmanager

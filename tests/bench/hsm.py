@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.keywrap import aes_key_unwrap, aes_key_wrap
 
 from measurement import Measurement, Row, Run, Unit, alternate
-from virt_sse.keys import Dek, DekContext, ProviderConfig
+from virt_sse.model.keys import Dek, DekContext, ProviderConfig
 
 _CONTEXT = DekContext(uuid.UUID(int=1), "service")
 _KEK = bytes(32)

@@ -16,13 +16,13 @@ from hosts import dek_of, double_set, private_backend
 from measurement import Row, Run
 from storage_daemon import Export, drive, exported, require_tools
 from virt_sse.backend import Backend
-from virt_sse.disks import PLATFORM_KEY, Disk
 from virt_sse.lab.requirements import require
-from virt_sse.layers import HostCaching, LayerChoice
 from virt_sse.libvirt.users import User
-from virt_sse.qemu.img import DiskFormat
-from virt_sse.qemu.process import run
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import PLATFORM_KEY, Disk
+from virt_sse.model.layers import HostCaching, LayerChoice
 from virt_sse.stages.process import Process
+from virt_sse.system.tools import run
 
 _MIB = 1 << 20
 _QEMU = User(64055, 64055)

@@ -9,8 +9,8 @@ from pathlib import Path
 from hosts import private_backend
 from measurement import Measurement, Row, Run, Unit, seconds
 from virt_sse.backend import Backend
-from virt_sse.disks import PLATFORM_KEY
 from virt_sse.errors import LabError
+from virt_sse.model.disks import PLATFORM_KEY
 
 _ENVELOPE = 1024
 _RECORD = 8 << 10

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from virt_sse.errors import LabUnavailableError, ToolError
-from virt_sse.keys import Dek
-from virt_sse.qemu.process import passphrase_descriptor, run
+from virt_sse.model.keys import Dek
+from virt_sse.system.tools import passphrase_descriptor, run
 
 _START_SECONDS = 10.0
 _DEPTH = 16

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from virt_sse.keys import KeyId, ProviderConfig
 from virt_sse.lab.tokens import LabToken
+from virt_sse.model.keys import KeyId, ProviderConfig
 from virt_sse.pkcs11.token import KeyKind
-from virt_sse.vault.permissions import USE, Permission
+from virt_sse.vault_client.permissions import USE, Permission
 from virt_sse_plugins.key_providers.platform_keyring import DEFAULT_KEY
 from virt_sse_plugins.key_providers.platform_managed import PlatformManagedKeyProvider
 

@@ -18,7 +18,7 @@ import readme_plugin
 from benches import BENCHES, Bench
 
 from virt_sse.config import Config
-from virt_sse.keys import DekContext, KeyId, KeyProvider, WrappedDek
+from virt_sse.model.keys import DekContext, KeyId, KeyProvider, WrappedDek
 from virt_sse.plugins import ENTRY_POINT_GROUP, PluginHost
 
 _ENCRYPTION_SET = UUID(int=1)

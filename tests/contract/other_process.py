@@ -10,7 +10,7 @@ from pathlib import Path
 from uuid import UUID
 
 from virt_sse.config import Config
-from virt_sse.keys import DekContext, KeyId, WrappedDek
+from virt_sse.model.keys import DekContext, KeyId, WrappedDek
 from virt_sse.plugins import PluginHost
 
 request = json.load(sys.stdin)

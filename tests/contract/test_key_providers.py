@@ -1,4 +1,4 @@
-"""What virt-sse relies on in every key provider: the contract of :class:`virt_sse.keys.KeyProvider`."""
+"""What virt-sse relies on in every key provider: the contract of :class:`virt_sse.model.keys.KeyProvider`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from virt_sse.errors import (
     KeyOperationUnsupportedError,
     UnwrapError,
 )
-from virt_sse.keys import Dek, DekContext, KeyId, KeyProvider, KeyState, WrappedDek
+from virt_sse.model.keys import Dek, DekContext, KeyId, KeyProvider, KeyState, WrappedDek
 
 OpenProvider = Callable[..., KeyProvider]
 InOtherProcess = Callable[[WrappedDek, DekContext], WrappedDek]

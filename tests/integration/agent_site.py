@@ -13,16 +13,16 @@ import libvirt
 from customer_keys import CustomerKeys
 from virt_sse.backend import Backend
 from virt_sse.config import Config
-from virt_sse.disks import Disk, DiskSku
-from virt_sse.encryption_sets import EncryptionSet, RevocationAction
-from virt_sse.keys import KeyId
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import LabHost
 from virt_sse.lab.recipes import boot_sector_image
 from virt_sse.lab.vaults import LabVault
-from virt_sse.vault.permissions import Permission, Role
+from virt_sse.model.disks import Disk, DiskSku
+from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
+from virt_sse.model.keys import KeyId
+from virt_sse.vault_client.permissions import Permission, Role
 
 RIGHTS = (Permission.GET, Permission.WRAP_KEY, Permission.UNWRAP_KEY)
 

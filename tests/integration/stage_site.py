@@ -17,14 +17,14 @@ import libvirt_qemu
 from agent_site import forget_domains, prepared, wait_until
 
 from virt_sse.backend import Backend
-from virt_sse.disks import Disk
-from virt_sse.keys import Dek
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import LabHost
 from virt_sse.lab.recipes import boot_sector_image
-from virt_sse.layers import EncryptionType
-from virt_sse.qemu.img import DiskFormat
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import Disk
+from virt_sse.model.keys import Dek
+from virt_sse.model.layers import EncryptionType
 from virt_sse.stages.process import Process
 
 STORAGE_USER = 64901

@@ -16,13 +16,13 @@ import pytest
 from agent_site import CONFIG, Site, prepared, wait_until
 
 from command_line import PROGRAM
-from virt_sse.agent.client import ask
+from virt_sse.agent_client import ask
 from virt_sse.errors import AgentUnavailableError
-from virt_sse.keys import Dek
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.host import LabHost
 from virt_sse.libvirt.secrets import set_secret
+from virt_sse.model.keys import Dek
 
 SERVED = 'virt_sse_agent_hooks_total{event="prepare",result="served"}'
 REFUSED = 'virt_sse_agent_hooks_total{event="prepare",result="refused"}'

@@ -15,8 +15,8 @@ import pytest
 
 import images
 from command_line import PROGRAM, CommandLine
-from virt_sse.audit import AuditLog
-from virt_sse.audit_record import AuditRecord, Component, Result
+from virt_sse.audit.log import AuditLog
+from virt_sse.audit.record import AuditRecord, Component, Result
 from virt_sse.backend import Backend
 from virt_sse.errors import LibvirtUnavailableError
 

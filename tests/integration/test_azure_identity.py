@@ -17,11 +17,11 @@ import pytest
 
 from customer_keys import RIGHTS, CustomerKeys
 from virt_sse.errors import KeyDeniedError, KeyProviderUnavailableError
-from virt_sse.keys import Dek, DekContext, KeyId, KeyState, WrappedDek
 from virt_sse.lab.vaults import LabVault
-from virt_sse.vault.certificates import new_authority
-from virt_sse.vault.credential import VaultCredential
-from virt_sse.vault.layout import VaultDirectory
+from virt_sse.model.keys import Dek, DekContext, KeyId, KeyState, WrappedDek
+from virt_sse.vault.home.layout import VaultDirectory
+from virt_sse.vault.http.certificates import new_authority
+from virt_sse.vault_client.credential import VaultCredential
 
 CONTEXT = DekContext(uuid.uuid4(), "service")
 

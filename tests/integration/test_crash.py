@@ -16,15 +16,18 @@ import images
 from command_line import PROGRAM
 from crashes import crash_points, dies_at
 from images import KeyedImage
-from virt_sse import envelope, files, provisioning, rotation, transfer
 from virt_sse.backend import Backend
-from virt_sse.disks import PLATFORM_KEY, Disk, DiskState
-from virt_sse.qemu import img, qcow2
-from virt_sse.qemu.img import DiskFormat
+from virt_sse.disks import lifecycle, transfer
+from virt_sse.keys import rewrap
+from virt_sse.model import envelope
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import PLATFORM_KEY, Disk, DiskState
+from virt_sse.qemu import envelope_slots, img, qcow2
 from virt_sse.store import store
+from virt_sse.system import files
 
 M = 1 << 20
-MODULES = (provisioning, rotation, transfer, envelope, files, img, qcow2, store)
+MODULES = (lifecycle, rewrap, transfer, envelope, envelope_slots, files, img, qcow2, store)
 POINTS = 25
 """So many of the lines are tried, evenly spread; which ones differs with every change of the code."""
 
@@ -167,7 +170,7 @@ def test_a_killed_rotation_is_finished_by_the_next(root: Path) -> None:
         disk = backend.get_disk("disk")
         assert KeyedImage.of(backend, disk).has(0, M, 0x66)
         with img.opened(disk.path) as descriptor:
-            carried = envelope.read(descriptor, disk.format)
+            carried = envelope_slots.read(descriptor, disk.format)
         for entry in (*disk.deks, *carried.deks):  # the header's one, be it older, is as good as the store's
             provider = backend.plugins.key_provider(entry.wrapped.key.provider)
             provider.unwrap(entry.wrapped, context=disk.context(entry.slot))

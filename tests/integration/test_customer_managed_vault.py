@@ -24,11 +24,11 @@ from virt_sse.errors import (
     KeyProviderError,
     KeyProviderUnavailableError,
 )
-from virt_sse.events import correlated
-from virt_sse.keys import Dek, DekContext, KeyState
 from virt_sse.lab.vaults import LabVault
-from virt_sse.vault.layout import VaultDirectory
-from virt_sse.vault.permissions import Permission
+from virt_sse.model.events import correlated
+from virt_sse.model.keys import Dek, DekContext, KeyState
+from virt_sse.vault.home.layout import VaultDirectory
+from virt_sse.vault_client.permissions import Permission
 
 CONTEXT = DekContext(uuid.uuid4(), "service")
 

@@ -9,7 +9,7 @@ import pytest
 import images
 from virt_sse.backend import Backend
 from virt_sse.errors import ImageError
-from virt_sse.qemu.img import DiskFormat
+from virt_sse.model.disk_format import DiskFormat
 
 M = 1 << 20
 

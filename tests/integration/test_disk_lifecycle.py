@@ -14,9 +14,9 @@ import images
 from command_line import CommandLine
 from images import FORMATS, KeyedImage
 from virt_sse.backend import Backend
-from virt_sse.disks import Disk
 from virt_sse.errors import DiskExistsError, DiskInUseError, DiskNotFoundError, ImageError, InvalidValueError
-from virt_sse.qemu.img import DiskFormat
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import Disk
 
 M = 1 << 20
 SIZES = (512, 1024, 3 * 512, M, M + 512, 7 * 1001 * 512, 10 << 30, 64 << 40)

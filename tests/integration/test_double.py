@@ -18,14 +18,14 @@ from agent_site import wait_until
 from stage_site import STORAGE_USER, StageSite, eventually, owner, stage_site
 
 from images import FORMATS, contains
-from virt_sse.disks import Disk
 from virt_sse.errors import DiskNotFoundError, ImageFormatError, StageError
-from virt_sse.keys import Dek
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import QEMU_USER, LabHost
 from virt_sse.lab.recipes import BOOT_SECTOR_TEXT, LinuxMicro
+from virt_sse.model.disks import Disk
+from virt_sse.model.keys import Dek
 from virt_sse.qemu import img
 
 M = 1 << 20

@@ -13,11 +13,11 @@ import pytest
 from agent_site import wait_until
 from stage_site import CONFIG, StageSite, owner, stage_site
 
-from virt_sse.disks import Disk
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import LabHost
+from virt_sse.model.disks import Disk
 
 M = 1 << 20
 
@@ -96,7 +96,7 @@ def hook_of(site: StageSite, event: str) -> int | None:
     """The process of ours that serves a hook's event."""
     for process in site.processes():
         with contextlib.suppress(OSError):
-            if "virt_sse.libvirt.hook" in process.command and event in process.command:
+            if "virt_sse.hook" in process.command and event in process.command:
                 return process.pid
     return None
 

@@ -10,8 +10,6 @@ import pytest
 from customer_keys import RIGHTS, CustomerKeys
 from images import FORMATS, contains, require
 from virt_sse.backend import Backend
-from virt_sse.disks import PLATFORM_KEY, Disk
-from virt_sse.encryption_sets import EncryptionSet
 from virt_sse.errors import (
     EncryptionSetNotFoundError,
     InvalidValueError,
@@ -19,12 +17,14 @@ from virt_sse.errors import (
     KeyringError,
     PolicyError,
 )
-from virt_sse.keys import Dek
 from virt_sse.lab.vaults import LabVault
-from virt_sse.layers import EncryptionType
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import PLATFORM_KEY, Disk
+from virt_sse.model.encryption_sets import EncryptionSet
+from virt_sse.model.keys import Dek
+from virt_sse.model.layers import EncryptionType
 from virt_sse.qemu import img
-from virt_sse.qemu.img import DiskFormat
-from virt_sse.vault.permissions import Role
+from virt_sse.vault_client.permissions import Role
 
 DOUBLE = EncryptionType.PLATFORM_AND_CUSTOMER_KEYS
 M = 1 << 20

@@ -10,8 +10,6 @@ import pytest
 
 from customer_keys import CustomerKeys
 from virt_sse.backend import Backend
-from virt_sse.disks import Disk
-from virt_sse.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.errors import (
     ConfigError,
     EncryptionSetInUseError,
@@ -24,10 +22,12 @@ from virt_sse.errors import (
     PolicyError,
     PrincipalNotFoundError,
 )
-from virt_sse.keys import KeyState
 from virt_sse.lab.vaults import LabVault
-from virt_sse.layers import EncryptionType
-from virt_sse.vault.permissions import Permission, Role
+from virt_sse.model.disks import Disk
+from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
+from virt_sse.model.keys import KeyState
+from virt_sse.model.layers import EncryptionType
+from virt_sse.vault_client.permissions import Permission, Role
 
 USE = (Permission.GET, Permission.WRAP_KEY, Permission.UNWRAP_KEY)
 

@@ -21,12 +21,12 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from command_line import PROGRAM
 from inside_token import home_of
 from virt_sse.backend import Backend
-from virt_sse.encryption_sets import EncryptionSet
-from virt_sse.keys import KeyId
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.host import LabHost
 from virt_sse.lab.tokens import LabHsm, LabToken
+from virt_sse.model.encryption_sets import EncryptionSet
+from virt_sse.model.keys import KeyId
 
 SOON_SECONDS = 5.0
 """From the administrator's command to the end of the guest, with no grace time."""

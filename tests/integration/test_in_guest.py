@@ -18,17 +18,17 @@ from customer_keys import RIGHTS, CustomerKeys
 from guest_disks import GuestDisk, K, M, bitlocker, gpt, luks_format
 from virt_sse.backend import Backend
 from virt_sse.config import Config
-from virt_sse.encryption_sets import EncryptionSet
+from virt_sse.domains.settings import VmChanges
 from virt_sse.errors import ImageError, KeyringError, PolicyError, ToolError
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.guests import Guest, disk_xml
 from virt_sse.lab.recipes import LinuxMicro, boot_sector_image
 from virt_sse.lab.vaults import LabVault
-from virt_sse.layers import EncryptionType
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.encryption_sets import EncryptionSet
+from virt_sse.model.layers import EncryptionType
 from virt_sse.qemu import reading
-from virt_sse.qemu.img import DiskFormat
-from virt_sse.vault.permissions import Role
-from virt_sse.virtual_machines import VmChanges
+from virt_sse.vault_client.permissions import Role
 
 Accelerate = Callable[[str], Acceleration]
 FORMATS = tuple(DiskFormat)

@@ -16,12 +16,12 @@ import pytest
 import images
 from images import FORMATS, KeyedImage
 from virt_sse.backend import Backend
-from virt_sse.ciphers import Cipher
-from virt_sse.disks import Disk
 from virt_sse.errors import ToolError
-from virt_sse.layers import EncryptionType
+from virt_sse.model.ciphers import Cipher
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import Disk
+from virt_sse.model.layers import EncryptionType
 from virt_sse.qemu import formatting
-from virt_sse.qemu.img import DiskFormat
 
 M = 1 << 20
 MARKER = b"the plaintext, which nobody is to read without both keys. "

@@ -20,7 +20,6 @@ from stage_site import CONFIG, StageSite
 from customer_keys import RIGHTS, CustomerKeys
 from images import contains, require
 from virt_sse.config import Config
-from virt_sse.disks import Disk
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.guests import Guest
@@ -28,11 +27,12 @@ from virt_sse.lab.host import LabHost
 from virt_sse.lab.recipes import BOOT_SECTOR_TEXT, boot_sector_image
 from virt_sse.lab.tokens import LabHsm
 from virt_sse.lab.vaults import LabVault
-from virt_sse.layers import EncryptionType, HostCaching
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import Disk
+from virt_sse.model.layers import EncryptionType, HostCaching
 from virt_sse.pkcs11.token import KeyKind
 from virt_sse.pkcs11.versions import VersionedKeys
-from virt_sse.qemu.img import DiskFormat
-from virt_sse.vault.permissions import Role
+from virt_sse.vault_client.permissions import Role
 
 PROVIDERS = ("platform-managed", "customer-managed", "hsm-simulated")
 SINGLE, DOUBLE = EncryptionType.CUSTOMER_KEY, EncryptionType.PLATFORM_AND_CUSTOMER_KEYS

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import pytest
 from agent_site import CustomerSite, key_of, wait_until
 
-from virt_sse.disks import Disk
-from virt_sse.encryption_sets import EncryptionSet
-from virt_sse.vault.permissions import Permission
+from virt_sse.model.disks import Disk
+from virt_sse.model.encryption_sets import EncryptionSet
+from virt_sse.vault_client.permissions import Permission
 
 SOON_SECONDS = 5.0
 """From the administrator's command to the end of the guest, with no grace time."""

@@ -13,10 +13,10 @@ import pytest
 from agent_site import CustomerSite, key_of, wait_until
 
 from command_line import PROGRAM
-from virt_sse.disks import Disk, DiskSku
-from virt_sse.encryption_sets import RevocationAction
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.vaults import LabVault
+from virt_sse.model.disks import Disk, DiskSku
+from virt_sse.model.encryption_sets import RevocationAction
 
 
 def test_a_guest_that_ignores_the_power_button_is_ended_after_the_grace_time(site: CustomerSite) -> None:

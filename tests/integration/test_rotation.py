@@ -12,10 +12,10 @@ import images
 from command_line import CommandLine
 from images import FORMATS, KeyedImage
 from virt_sse.backend import Backend
-from virt_sse.disks import PLATFORM_KEY, Disk
 from virt_sse.errors import EnvelopeError, ImageFormatError
-from virt_sse.keys import KeyRef
-from virt_sse.qemu.img import DiskFormat
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import PLATFORM_KEY, Disk
+from virt_sse.model.keys import KeyRef
 
 M = 1 << 20
 

@@ -13,12 +13,12 @@ import pytest
 import images
 from command_line import PROGRAM, no_libvirt
 from virt_sse.backend import Backend
-from virt_sse.disks import PLATFORM_KEY
 from virt_sse.errors import VirtSseError
-from virt_sse.keys import Dek
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import PLATFORM_KEY
+from virt_sse.model.keys import Dek
 from virt_sse.qemu import img
 from virt_sse.qemu.formatting import Volume, make
-from virt_sse.qemu.img import DiskFormat
 
 M = 1 << 20
 

@@ -13,13 +13,13 @@ import libvirt
 import pytest
 from agent_site import Site, wait_until
 
+from virt_sse.domains.settings import VmChanges
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.recipes import LinuxMicro
-from virt_sse.layers import EncryptionType, HostCaching
-from virt_sse.qemu.img import DiskFormat
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.layers import EncryptionType, HostCaching
 from virt_sse.stages.process import Process
-from virt_sse.virtual_machines import VmChanges
 
 WRITE_AND_VERIFY = """\
 set -e

@@ -17,9 +17,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from vault_tools import OAEP, Raw, new_name
 
 from virt_sse.lab.vaults import LabVault
-from virt_sse.vault.client import VaultClient
-from virt_sse.vault.credential import VaultCredential
-from virt_sse.vault.permissions import USE
+from virt_sse.vault_client.administration import VaultClient
+from virt_sse.vault_client.credential import VaultCredential
+from virt_sse.vault_client.permissions import USE
 
 
 @pytest.fixture(scope="module")

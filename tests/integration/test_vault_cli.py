@@ -165,9 +165,9 @@ def test_a_vault_with_a_token_of_its_own(virt_sse: CommandLine, tmp_path: Path) 
         moved = shutil.copytree(vault.directory, tmp_path / "moved")
         program = (
             "import sys, pathlib\n"
-            "from virt_sse.vault.layout import VaultDirectory\n"
+            "from virt_sse.vault.home.layout import VaultDirectory\n"
             "from virt_sse.vault.vault import open_vault\n"
-            "from virt_sse.audit import AuditLog\n"
+            "from virt_sse.audit.log import AuditLog\n"
             "path = pathlib.Path(sys.argv[1])\n"
             "with open_vault(VaultDirectory(path), AuditLog(path / 'audit.jsonl')) as vault:\n"
             "    sealed = vault.keys.encrypt('wrapKey', 'web', '', 'RSA-OAEP-256', b'dek')[1]\n"

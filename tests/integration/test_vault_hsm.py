@@ -29,18 +29,18 @@ from vault_tools import Raw, key_client, new_name, sdk_options
 
 import images
 from customer_keys import RIGHTS, CustomerKeys
-from virt_sse.encryption_sets import EncryptionSet
 from virt_sse.errors import KeyDisabledError, KeyNotFoundError, KeyProviderUnavailableError
-from virt_sse.keys import Dek, DekContext, KeyState
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.host import LabHost
 from virt_sse.lab.tokens import LabHsm, LabToken
 from virt_sse.lab.vaults import LabVault
+from virt_sse.model.encryption_sets import EncryptionSet
+from virt_sse.model.keys import Dek, DekContext, KeyState
 from virt_sse.pkcs11.objects import TokenKey
-from virt_sse.vault.client import VaultClient
-from virt_sse.vault.credential import VaultCredential
-from virt_sse.vault.permissions import USE
-from virt_sse.vault.token_protection import ANCHOR
+from virt_sse.vault.hsm.protection import ANCHOR
+from virt_sse.vault_client.administration import VaultClient
+from virt_sse.vault_client.credential import VaultCredential
+from virt_sse.vault_client.permissions import USE
 
 DEK = bytes(range(64))
 CONTEXT = DekContext(uuid.UUID(int=7), "data")

@@ -12,8 +12,8 @@ import pytest
 from azure.core.exceptions import ClientAuthenticationError, HttpResponseError
 from vault_tools import OAEP, Raw, key_client, new_name
 
-from virt_sse.audit import AuditLog
-from virt_sse.audit_record import AuditRecord
+from virt_sse.audit.log import AuditLog
+from virt_sse.audit.record import AuditRecord
 from virt_sse.errors import (
     CredentialError,
     InvalidValueError,
@@ -22,10 +22,10 @@ from virt_sse.errors import (
     PrincipalNotFoundError,
 )
 from virt_sse.lab.vaults import LabVault
-from virt_sse.vault.client import VaultClient
-from virt_sse.vault.credential import VaultCredential
-from virt_sse.vault.credential_file import CredentialFile, new_assertion_key
-from virt_sse.vault.permissions import USE, Permission, Role
+from virt_sse.vault_client.administration import VaultClient
+from virt_sse.vault_client.credential import VaultCredential
+from virt_sse.vault_client.credential_file import CredentialFile, new_assertion_key
+from virt_sse.vault_client.permissions import USE, Permission, Role
 
 DEK = base64.urlsafe_b64encode(bytes(64)).decode().rstrip("=")
 

@@ -20,12 +20,12 @@ from pathlib import Path
 import pytest
 from vault_tools import OAEP, Raw, new_name
 
-from virt_sse.audit import AuditLog
+from virt_sse.audit.log import AuditLog
 from virt_sse.errors import KeyProviderUnavailableError, LabError, VaultError
 from virt_sse.lab.vaults import LabVault
-from virt_sse.vault.client import VaultClient
-from virt_sse.vault.credential import VaultCredential
-from virt_sse.vault.permissions import USE
+from virt_sse.vault_client.administration import VaultClient
+from virt_sse.vault_client.credential import VaultCredential
+from virt_sse.vault_client.permissions import USE
 
 DEK = base64.urlsafe_b64encode(bytes(64)).decode().rstrip("=")
 LEAST_UNWRAPS_A_SECOND = 300

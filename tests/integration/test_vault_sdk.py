@@ -30,9 +30,9 @@ from cryptography.x509.oid import NameOID
 from vault_tools import OAEP, key_client, new_name, sdk_options
 
 from virt_sse.lab.vaults import LabVault
-from virt_sse.vault.client import VaultClient
-from virt_sse.vault.credential import AsyncVaultCredential, VaultCredential
-from virt_sse.vault.permissions import USE, Permission
+from virt_sse.vault_client.administration import VaultClient
+from virt_sse.vault_client.credential import AsyncVaultCredential, VaultCredential
+from virt_sse.vault_client.permissions import USE, Permission
 
 DEK = bytes(range(64))
 

@@ -29,15 +29,15 @@ import virt_sse.agent.wiping
 from crashes import crash_points, dies_at
 from virt_sse.agent.fold import Fold
 from virt_sse.agent.fold_record import FoldRecord
-from virt_sse.ciphers import AES_256_XTS
-from virt_sse.keys import Dek
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import LabHost
+from virt_sse.model.ciphers import AES_256_XTS
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.keys import Dek
 from virt_sse.qemu import formatting
 from virt_sse.qemu.formatting import Volume
-from virt_sse.qemu.img import DiskFormat
 
 M = 1 << 20
 CONFIG = f"""\

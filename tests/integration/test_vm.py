@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 from lab_operator import Operator
 
+import virt_sse.domains.settings
 import virt_sse.store.vms
-import virt_sse.virtual_machines
 from crashes import crash_points, dies_at
 from virt_sse.backend import Backend
 from virt_sse.config import Config
-from virt_sse.disks import PLATFORM_KEY
+from virt_sse.domains.host_encryption import release
+from virt_sse.domains.settings import VmChanges, VmView
 from virt_sse.errors import (
     InvalidValueError,
     LabUnavailableError,
@@ -34,10 +35,9 @@ from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import LabHost
 from virt_sse.lab.requirements import require
-from virt_sse.layers import HostCaching
+from virt_sse.model.disks import PLATFORM_KEY
+from virt_sse.model.layers import HostCaching
 from virt_sse.store import Store
-from virt_sse.virtual_machines import VmChanges, VmView
-from virt_sse.vm_serving import release
 
 Accelerate = Callable[[str], Acceleration]
 
@@ -338,7 +338,7 @@ def test_an_update_that_is_killed_is_finished_or_undone(
     on = dataclasses.replace(ON, temp_disk_size=1 << 20, caching={"vda": HostCaching.READ_ONLY})
     off = dataclasses.replace(OFF, temp_disk_size=None, caching={"vda": HostCaching.NONE})
     operator.update(name, off)
-    modules = [virt_sse.virtual_machines, virt_sse.store.vms]
+    modules = [virt_sse.domains.settings, virt_sse.store.vms]
     points = crash_points(modules, lambda: operator.update(name, on))
     operator.update(name, off)
     outcomes = set()

@@ -14,7 +14,7 @@ from uuid import uuid4
 from azure.keyvault.keys import KeyClient
 
 from virt_sse.lab.vaults import LabVault
-from virt_sse.vault.credential import VaultCredential
+from virt_sse.vault_client.credential import VaultCredential
 
 OAEP = "RSA-OAEP-256"
 

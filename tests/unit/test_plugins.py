@@ -15,19 +15,19 @@ import typer
 from virt_sse import hookspecs
 from virt_sse.config import Config
 from virt_sse.errors import ConfigError, KeyringError, PluginError, PolicyError
-from virt_sse.events import KeyAction, KeyEvent
-from virt_sse.keys import DekContext, KeyId, KeyRef
-from virt_sse.layers import EncryptionType
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.events import KeyAction, KeyEvent
+from virt_sse.model.keys import DekContext, KeyId, KeyRef
+from virt_sse.model.layers import EncryptionType
+from virt_sse.model.operations import CreateDisk
 from virt_sse.plugins import ENTRY_POINT_GROUP, PluginHost
-from virt_sse.policy import CreateDisk
-from virt_sse.qemu.img import DiskFormat
 
 REPOSITORY = Path(__file__).parents[2]
 HOOKS = sorted(name for name in vars(hookspecs) if name.startswith("virt_sse_"))
 
 KEY_PROVIDER = """
-    from virt_sse.hookspecs import hookimpl
-    from virt_sse.keys import KeyProvider
+    from virt_sse.api import hookimpl
+    from virt_sse.api import KeyProvider
 
     class Provider(KeyProvider):
         name = "{name}"
@@ -53,8 +53,8 @@ KEY_PROVIDER = """
 """
 
 LAYER = """
-    from virt_sse.hookspecs import hookimpl
-    from virt_sse.layers import EncryptionLayer, EncryptionType, LayerPlan
+    from virt_sse.api import hookimpl
+    from virt_sse.api import EncryptionLayer, EncryptionType, LayerPlan
 
     class Layer(EncryptionLayer):
         name = "{name}"
@@ -134,7 +134,7 @@ def test_virt_sse_register_encryption_layers(tmp_path: Path, install: InstallPlu
 
 def test_virt_sse_add_commands(tmp_path: Path, install: InstallPlugin) -> None:
     commands = """
-        from virt_sse.hookspecs import hookimpl
+        from virt_sse.api import hookimpl
 
         @hookimpl
         def virt_sse_add_commands(app):
@@ -142,7 +142,7 @@ def test_virt_sse_add_commands(tmp_path: Path, install: InstallPlugin) -> None:
             def compliance() -> None: ...
     """
     failing = """
-        from virt_sse.hookspecs import hookimpl
+        from virt_sse.api import hookimpl
 
         @hookimpl
         def virt_sse_add_commands(app):
@@ -161,8 +161,8 @@ def test_virt_sse_add_commands(tmp_path: Path, install: InstallPlugin) -> None:
 
 def test_virt_sse_validate(tmp_path: Path, install: InstallPlugin) -> None:
     policy = """
-        from virt_sse.errors import PolicyError
-        from virt_sse.hookspecs import hookimpl
+        from virt_sse.api import PolicyError
+        from virt_sse.api import hookimpl
 
         @hookimpl
         def virt_sse_validate(operation):
@@ -170,7 +170,7 @@ def test_virt_sse_validate(tmp_path: Path, install: InstallPlugin) -> None:
                 raise PolicyError("web servers have no disks", hint="ask in room 5")
     """
     allowing = """
-        from virt_sse.hookspecs import hookimpl
+        from virt_sse.api import hookimpl
 
         @hookimpl
         def virt_sse_validate(): ...
@@ -185,7 +185,7 @@ def test_virt_sse_validate(tmp_path: Path, install: InstallPlugin) -> None:
 
 def test_virt_sse_key_event(tmp_path: Path, install: InstallPlugin, caplog: pytest.LogCaptureFixture) -> None:
     observer = """
-        from virt_sse.hookspecs import hookimpl
+        from virt_sse.api import hookimpl
 
         seen = []
 
@@ -194,7 +194,7 @@ def test_virt_sse_key_event(tmp_path: Path, install: InstallPlugin, caplog: pyte
             seen.append(event)
     """
     failing = """
-        from virt_sse.hookspecs import hookimpl
+        from virt_sse.api import hookimpl
 
         @hookimpl
         def virt_sse_key_event(event):
@@ -234,20 +234,20 @@ def test_every_hook_has_a_test_and_stands_in_the_readme(hook: str) -> None:
         ("def (", "does not import: SyntaxError"),
         ("raise SystemExit('no licence')", "does not import: SystemExit: no licence"),
         (
-            "from virt_sse.hookspecs import hookimpl\n@hookimpl\ndef virt_sse_validat(operation): ...",
+            "from virt_sse.api import hookimpl\n@hookimpl\ndef virt_sse_validat(operation): ...",
             "unknown hook 'virt_sse_validat'",
         ),
         (
-            "from virt_sse.hookspecs import hookimpl\n@hookimpl\ndef virt_sse_validate(operations): ...",
+            "from virt_sse.api import hookimpl\n@hookimpl\ndef virt_sse_validate(operations): ...",
             "{'operations'} are declared in the hookimpl but can not be found in the hookspec",
         ),
         (
-            "from virt_sse.hookspecs import hookimpl\n"
+            "from virt_sse.api import hookimpl\n"
             "@hookimpl\ndef virt_sse_register_key_providers(register): register('theirs')",
             "missing 1 required positional argument: 'load'",
         ),
         (
-            "from virt_sse.hookspecs import hookimpl\n"
+            "from virt_sse.api import hookimpl\n"
             "@hookimpl(wrapper=True)\ndef virt_sse_validate(operation): return (yield)",
             "virt_sse_validate cannot be a hook wrapper",
         ),
@@ -302,8 +302,8 @@ def test_a_provider_that_does_not_load_breaks_nothing_until_it_is_used(
     tmp_path: Path, install: InstallPlugin, when: str
 ) -> None:
     lazy = f"""
-        from virt_sse.errors import KeyringError
-        from virt_sse.hookspecs import hookimpl
+        from virt_sse.api import KeyringError
+        from virt_sse.api import hookimpl
 
         class Provider:
             name = "lazy"
@@ -344,7 +344,7 @@ def test_a_provider_that_calls_itself_otherwise_is_refused(tmp_path: Path, insta
 
 def test_a_policy_that_crashes_is_a_refusal(tmp_path: Path, install: InstallPlugin) -> None:
     source = """
-        from virt_sse.hookspecs import hookimpl
+        from virt_sse.api import hookimpl
 
         @hookimpl
         def virt_sse_validate(operation):
@@ -360,7 +360,7 @@ def test_a_policy_that_answers_instead_of_raising_is_a_refusal(
     tmp_path: Path, install: InstallPlugin
 ) -> None:
     source = """
-        from virt_sse.hookspecs import hookimpl
+        from virt_sse.api import hookimpl
 
         @hookimpl
         def virt_sse_validate(operation):

@@ -1,6 +1,6 @@
 """The agent: one daemon per host that serves the libvirt hook and watches the keys that are in use.
 
-- :mod:`virt_sse.agent.client`: the hook's way to it; standard library only
+- :mod:`virt_sse.agent_client`: the hook's way to it; standard library only
 - :mod:`virt_sse.agent.agent`: the daemon as a whole
 - :mod:`virt_sse.agent.server`, :mod:`virt_sse.agent.listener`: HTTP on a Unix socket
 - :mod:`virt_sse.agent.inventory`: which domains run with which of our disks

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 
 import virt_sse
-from virt_sse import temp_disks
 from virt_sse.agent.automatic_rotation import AutomaticRotation
 from virt_sse.agent.inventory import Inventory
 from virt_sse.agent.key_watch import KeyWatch
@@ -26,16 +25,17 @@ from virt_sse.agent.secret_keeper import SecretKeeper
 from virt_sse.agent.server import AgentServer, Service
 from virt_sse.agent.stage_watch import StageWatch
 from virt_sse.agent.standings import Standings
-from virt_sse.audit_record import Component
+from virt_sse.audit.record import Component
 from virt_sse.backend import Backend
 from virt_sse.config import Config
+from virt_sse.domains import temp_disks
+from virt_sse.domains.start import release
 from virt_sse.errors import VirtSseError
-from virt_sse.keys import KeyState
 from virt_sse.libvirt.domain_xml import our_disks
 from virt_sse.libvirt.references import usage
 from virt_sse.libvirt.vm_metadata import secrets_of_vm
+from virt_sse.model.keys import KeyState
 from virt_sse.plugins import PluginHost
-from virt_sse.serving import release
 
 _log = logging.getLogger(__name__)
 

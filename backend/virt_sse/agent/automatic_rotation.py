@@ -9,8 +9,8 @@ from uuid import UUID
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
 from virt_sse.backend import Backend
-from virt_sse.encryption_sets import EncryptionSet
 from virt_sse.errors import VirtSseError
+from virt_sse.model.encryption_sets import EncryptionSet
 
 _log = logging.getLogger(__name__)
 

@@ -26,9 +26,9 @@ from virt_sse.agent.fold_record import FoldRecord, Overlay
 from virt_sse.agent.logs import fields
 from virt_sse.agent.wiping import wipe
 from virt_sse.errors import DiskInUseError, ImageError, LibvirtError
-from virt_sse.files import canonical
 from virt_sse.libvirt.connection import connected
 from virt_sse.qemu import img
+from virt_sse.system.files import canonical
 from virt_sse.verification.chains import ACTIVE_COMMIT, ChainLink, DiskChain, disk_chains
 from virt_sse.verification.processes import identity
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 from uuid import UUID
 
-from virt_sse.files import private_folder, sync_folder, write_private
+from virt_sse.system.files import private_folder, sync_folder, write_private
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,16 +12,10 @@ from uuid import UUID
 
 from virt_sse.agent.logs import fields
 from virt_sse.backend import Backend
-from virt_sse.disks import Disk
-from virt_sse.errors import (
-    KeyDeniedError,
-    KeyDisabledError,
-    KeyNotFoundError,
-    KeyProviderError,
-    VirtSseError,
-)
-from virt_sse.events import audit_context
-from virt_sse.keys import KeyId, KeyState
+from virt_sse.errors import KeyDeniedError, KeyDisabledError, KeyNotFoundError, KeyProviderError, VirtSseError
+from virt_sse.model.disks import Disk
+from virt_sse.model.events import audit_context
+from virt_sse.model.keys import KeyId, KeyState
 
 _log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from virt_sse.errors import AgentError
-from virt_sse.files import PRIVATE_FILE, private_folder
+from virt_sse.system.files import PRIVATE_FILE, private_folder
 
 _FIRST_PASSED = 3
 """``SD_LISTEN_FDS_START`` (sd_listen_fds(3))."""

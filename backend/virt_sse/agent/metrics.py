@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterator
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from virt_sse.errors import VirtSseError
-from virt_sse.events import KeyAction, KeyEvent
 from virt_sse.hookspecs import hookimpl
-from virt_sse.keys import KeyState
+from virt_sse.model.events import KeyAction, KeyEvent
+from virt_sse.model.keys import KeyState
 
 _PREFIX = "virt_sse_agent"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)

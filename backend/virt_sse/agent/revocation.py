@@ -13,9 +13,9 @@ from virt_sse.agent import measures
 from virt_sse.agent.inventory import RunningDomain
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
-from virt_sse.disks import Disk, DiskSku
-from virt_sse.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.errors import VirtSseError
+from virt_sse.model.disks import Disk, DiskSku
+from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
 
 _log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from uuid import UUID
 from virt_sse.agent.inventory import RunningDomain, Snapshot
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
-from virt_sse.domains import Domains
+from virt_sse.domains.hotplug import Domains
 from virt_sse.errors import LibvirtError, VirtSseError
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.references import parse_usage

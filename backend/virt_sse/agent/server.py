@@ -20,10 +20,10 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import cast
 
-from virt_sse.agent.client import is_trusted, peer_user
 from virt_sse.agent.logs import fields
+from virt_sse.agent_client import is_trusted, peer_user
 from virt_sse.errors import KeyProviderUnavailableError, LibvirtUnavailableError, StoreError, VirtSseError
-from virt_sse.libvirt.hook import EVENTS
+from virt_sse.libvirt.hook_script import EVENTS
 
 _log = logging.getLogger(__name__)
 

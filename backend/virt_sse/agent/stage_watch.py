@@ -15,7 +15,7 @@ from virt_sse.agent import measures
 from virt_sse.agent.inventory import RunningDomain, Snapshot
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
-from virt_sse.domains import Domains
+from virt_sse.domains.hotplug import Domains
 from virt_sse.errors import VirtSseError
 from virt_sse.stages import Stages
 from virt_sse.stages.record import StageRecord

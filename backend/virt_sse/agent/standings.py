@@ -12,7 +12,7 @@ from virt_sse.agent.key_watch import KeyWatch, Sample, WatchedKey
 from virt_sse.agent.logs import fields
 from virt_sse.agent.revocation import RevokedDisk, Standing
 from virt_sse.backend import Backend
-from virt_sse.encryption_sets import EncryptionSet
+from virt_sse.model.encryption_sets import EncryptionSet
 
 _log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 from virt_sse.errors import ImageError
-from virt_sse.files import extents, sync_folder, write_at
+from virt_sse.system.files import extents, sync_folder, write_at
 
 _CHUNK = 1 << 20
 _MOUNTS = Path("/proc/self/mountinfo")

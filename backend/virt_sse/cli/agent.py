@@ -30,7 +30,7 @@ def run() -> None:
 @app.command()
 def status(output: Output = OutputFormat.TABLE) -> None:
     """Ask this host's agent what it sees."""
-    from virt_sse.agent.client import ask
+    from virt_sse.agent_client import ask
 
     config = session.config()
     document = json.loads(ask(config.agent_socket, "GET", "/status", timeout=config.agent.timeout))

@@ -18,8 +18,8 @@ from virt_sse.cli.output import Output, OutputFormat, print_fields, print_json, 
 from virt_sse.errors import AuditError, InvalidValueError
 
 if TYPE_CHECKING:
-    from virt_sse.audit import AuditLog
-    from virt_sse.audit_record import AuditEntry, Position
+    from virt_sse.audit.log import AuditLog
+    from virt_sse.audit.record import AuditEntry, Position
 
 app = typer.Typer(
     help="The record of every key use, allowed or refused.", no_args_is_help=True, rich_markup_mode=None
@@ -54,7 +54,7 @@ def list_(
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """List key uses, oldest first."""
-    from virt_sse.audit_record import Result
+    from virt_sse.audit.record import Result
 
     entries = _log(log).records(
         since=_time(since) if since else None,
@@ -118,7 +118,7 @@ def verify(
 
 
 def _log(path: Path | None, mac_key: Path | None = None) -> AuditLog:
-    from virt_sse.audit import AuditLog
+    from virt_sse.audit.log import AuditLog
 
     if path is None:
         return AuditLog.of_host(session.config())
@@ -173,7 +173,7 @@ def _uuid(text: str) -> UUID:
 
 
 def _position(text: str) -> Position:
-    from virt_sse.audit_record import Position
+    from virt_sse.audit.record import Position
 
     if not (match := re.fullmatch(r"(\d{1,18}):([0-9a-f]{64})", text, re.ASCII)):
         raise InvalidValueError(f"{text!r} is no position", hint="'virt-sse audit verify' prints one")

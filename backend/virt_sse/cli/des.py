@@ -9,9 +9,9 @@ import typer
 from virt_sse.cli.key import print_report
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend
-from virt_sse.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.errors import VirtSseError
-from virt_sse.layers import EncryptionType
+from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
+from virt_sse.model.layers import EncryptionType
 
 app = typer.Typer(help="Disk encryption sets.", no_args_is_help=True, rich_markup_mode=None)
 

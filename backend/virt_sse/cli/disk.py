@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from virt_sse.ciphers import Cipher
 from virt_sse.cli.output import Output, OutputFormat, human_size, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend
 from virt_sse.cli.vm_inspect import disk_inspect
-from virt_sse.disks import Disk, DiskSku, parse_size
 from virt_sse.errors import LibvirtUnavailableError, PolicyError
-from virt_sse.layers import HostCaching
-from virt_sse.qemu.img import DiskFormat
+from virt_sse.model.ciphers import Cipher
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import Disk, DiskSku, parse_size
+from virt_sse.model.layers import HostCaching
 
 app = typer.Typer(help="Encrypted disks.", no_args_is_help=True, rich_markup_mode=None)
 

@@ -34,7 +34,7 @@ def init() -> None:
 def capabilities(output: Output = OutputFormat.TABLE) -> None:
     """Show what this host can do: ciphers, double encryption, host caches, …"""
     from virt_sse.config import Config
-    from virt_sse.host_capabilities import probe
+    from virt_sse.host.capabilities import probe
 
     rows = [
         {"capability": each.name, "available": each.available, "detail": each.detail}

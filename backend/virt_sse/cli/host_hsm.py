@@ -15,7 +15,7 @@ from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows
 from virt_sse.cli.private_key import read_private_key
 from virt_sse.cli.session import backend, config
 from virt_sse.errors import ConfigError, InvalidValueError, PolicyError, VirtSseError
-from virt_sse.keys import KeyId
+from virt_sse.model.keys import KeyId
 from virt_sse.pkcs11.pins import MOST_WRONG
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _options() -> TokenOptions:
 @contextlib.contextmanager
 def _administration(ask_pin: bool, pin_descriptor: int | None) -> Iterator[TokenAdministration]:
     options = _options()
-    from virt_sse.audit import AuditLog
+    from virt_sse.audit.log import AuditLog
     from virt_sse.pkcs11.administration import TokenAdministration
 
     token = options.open(_pin(ask_pin, pin_descriptor))

@@ -11,10 +11,10 @@ from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, 
 from virt_sse.cli.session import backend
 from virt_sse.cli.vault import Credential
 from virt_sse.errors import VirtSseError
-from virt_sse.keys import KeyRef
+from virt_sse.model.keys import KeyRef
 
 if TYPE_CHECKING:
-    from virt_sse.rotation import RewrapReport
+    from virt_sse.keys.rewrap import RewrapReport
 
 app = typer.Typer(
     help="Keys: those that disks are under, and those in a key vault.",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from virt_sse.transfer import Progress
+    from virt_sse.system.progress import Progress
 
 
 class OutputFormat(enum.Enum):

@@ -11,11 +11,11 @@ import typer
 from virt_sse.cli import session
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows
 from virt_sse.errors import InvalidValueError
-from virt_sse.vault.permissions import ADMINISTRATION, USE, Permission, Role
+from virt_sse.vault_client.permissions import ADMINISTRATION, USE, Permission, Role
 
 if TYPE_CHECKING:
-    from virt_sse.vault.client import PrincipalInfo, VaultClient
-    from virt_sse.vault.layout import VaultDirectory
+    from virt_sse.vault.home.layout import VaultDirectory
+    from virt_sse.vault_client.administration import PrincipalInfo, VaultClient
 
 app = typer.Typer(help="The embedded key vault.", no_args_is_help=True, rich_markup_mode=None)
 access = typer.Typer(
@@ -94,8 +94,8 @@ def init(
     ] = False,
 ) -> None:
     """Make a vault: its root key, certificates and database, and an administrator's credential file."""
+    from virt_sse.vault.home.settings import Tier
     from virt_sse.vault.initialise import initialise
-    from virt_sse.vault.settings import Tier
 
     try:
         chosen = Tier(tier)
@@ -153,7 +153,7 @@ def serve(
     ] = 30.0,
 ) -> None:
     """Serve the vault until SIGTERM."""
-    from virt_sse.vault.limits import Limits
+    from virt_sse.vault.http.limits import Limits
     from virt_sse.vault.server import serve as serve_vault
 
     serve_vault(
@@ -175,8 +175,8 @@ def rescue(
     directory: Directory = None,
 ) -> None:
     """Make another administrator, on the vault's own machine while it is not served: when none is left."""
+    from virt_sse.vault.home.layout import VaultDirectory
     from virt_sse.vault.initialise import add_administrator
-    from virt_sse.vault.layout import VaultDirectory
 
     add_administrator(VaultDirectory(_directory(directory)), name, file)
     typer.echo(f"made {file}: whoever has it administers the vault")
@@ -302,8 +302,8 @@ def add_hsm(
     hsm_pin_file: HsmPinFile = None,
 ) -> None:
     """Give a vault that has no token one, while it is not served. It is a premium vault from then on."""
-    from virt_sse.vault.layout import VaultDirectory
-    from virt_sse.vault.token_access import add_token
+    from virt_sse.vault.home.layout import VaultDirectory
+    from virt_sse.vault.hsm.access import add_token
 
     vault = VaultDirectory(_directory(directory))
     add_token(vault, _token_options(hsm_uri, hsm_module, hsm_pin_file))
@@ -313,8 +313,8 @@ def add_hsm(
 @hsm.command(name="unlock")
 def unlock_hsm(directory: Directory = None) -> None:
     """Forget wrong PINs, after which the token is not asked any more, and try the one that there is now."""
-    from virt_sse.vault.layout import VaultDirectory
-    from virt_sse.vault.token_access import unlock_token
+    from virt_sse.vault.home.layout import VaultDirectory
+    from virt_sse.vault.hsm.access import unlock_token
 
     unlock_token(VaultDirectory(_directory(directory)))
     typer.echo("the token takes the PIN")
@@ -348,7 +348,7 @@ def _directory(given: Path | None) -> Path:
 
 
 def _client(credential: Path | None) -> VaultClient:
-    from virt_sse.vault.client import VaultClient
+    from virt_sse.vault_client.administration import VaultClient
 
     return VaultClient(credential_path(credential))
 

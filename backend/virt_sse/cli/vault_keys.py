@@ -204,7 +204,7 @@ def _client(credential: Path | None) -> Iterator[KeyClient]:
         raise VaultError(
             f"{exc.name} is not installed", hint="pip install 'virt-sse[azure]' in virt-sse's environment"
         ) from exc
-    from virt_sse.vault.credential import VaultCredential
+    from virt_sse.vault_client.credential import VaultCredential
 
     identity = VaultCredential(credential_path(credential))
     try:

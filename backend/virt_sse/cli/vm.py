@@ -12,12 +12,12 @@ from virt_sse.cli.output import Output, OutputFormat, human_size, print_fields, 
 from virt_sse.cli.session import backend
 from virt_sse.cli.vm_inspect import vm_inspect
 from virt_sse.cli.vm_verify import vm_verify
-from virt_sse.disks import parse_size
 from virt_sse.errors import InvalidValueError
-from virt_sse.layers import HostCaching
+from virt_sse.model.disks import parse_size
+from virt_sse.model.layers import HostCaching
 
 if TYPE_CHECKING:
-    from virt_sse.virtual_machines import VmView
+    from virt_sse.domains.settings import VmView
 
 app = typer.Typer(help="Virtual machines: libvirt's domains.", no_args_is_help=True, rich_markup_mode=None)
 app.command(name="inspect")(vm_inspect)
@@ -81,7 +81,7 @@ def update(
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Change what a domain is to be, from its next start on. It must not run."""
-    from virt_sse.virtual_machines import KEEP, VmChanges
+    from virt_sse.domains.settings import KEEP, VmChanges
 
     changes = VmChanges(
         encryption_at_host=KEEP if encryption_at_host is None else encryption_at_host is Switch.ON,
@@ -131,7 +131,7 @@ def _summary(view: VmView, output: OutputFormat) -> dict[str, object]:
 
 def _print(view: VmView, output: OutputFormat) -> None:
     """The VM; what of it is in plaintext at the end, and once more as a warning."""
-    from virt_sse.at_rest import State
+    from virt_sse.domains.data_on_host import State
 
     fields = _summary(view, output)
     fields["tpm-key"] = str(view.tpm_key) if view.tpm_key else None

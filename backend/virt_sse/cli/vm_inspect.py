@@ -12,7 +12,7 @@ from virt_sse.cli.session import backend
 from virt_sse.errors import ImageError
 
 if TYPE_CHECKING:
-    from virt_sse.in_guest.inspection import Finding
+    from virt_sse.model.content import Finding
 
 _NONE = "none found"
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from virt_sse.in_guest.inspection import Finding, inspect
-from virt_sse.keys import Dek
+from virt_sse.in_guest.inspection import inspect
+from virt_sse.model.content import Finding
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.keys import Dek
 from virt_sse.qemu import reading
-from virt_sse.qemu.img import DiskFormat
 
 
 def in_image(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> list[Finding]:

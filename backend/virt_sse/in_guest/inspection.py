@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-from virt_sse.errors import ImageFormatError, PolicyError, VirtSseError
+from virt_sse.errors import ImageFormatError
 from virt_sse.in_guest.containers import volumes
 from virt_sse.in_guest.partitions import Partition, Read, partitions
-from virt_sse.in_guest.signatures import EncryptionKind, kinds
+from virt_sse.in_guest.signatures import kinds
+from virt_sse.model.content import Finding
 
 WHOLE_DISK = "disk"
 
@@ -17,21 +17,6 @@ _DEPTH = 3
 
 _MOST_READS, _MOST_BYTES = 40_000, 256 << 20
 """What looking at one disk may take. One with 256 partitions and as many logical volumes takes 7000 reads."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A volume on a disk that the guest has encrypted.
-
-    :ivar partition: ``disk`` for all of it; ``gpt-2``; for a volume in a partition ``gpt-2/lvm``.
-    :ivar offset: in bytes, from the disk's beginning.
-    :ivar size: in bytes; for a volume in a partition up to that one's end.
-    """
-
-    partition: str
-    offset: int
-    size: int
-    kind: EncryptionKind
 
 
 def inspect(read: Read, size: int) -> list[Finding]:
@@ -77,30 +62,3 @@ class _Bounded:
         if self._reads > _MOST_READS or self._bytes > _MOST_BYTES:
             raise ImageFormatError("the guest has made more volumes on it than are looked at")
         return self._read(offset, length)
-
-
-class Content:
-    """What a disk holds, or is to hold: looked at once, and only if a policy asks, because it takes a key."""
-
-    def __init__(self, look: Callable[[], Sequence[Finding]]) -> None:
-        self._look = look
-        self._findings: tuple[Finding, ...] | None = None
-
-    def in_guest_encryption(self) -> tuple[Finding, ...]:
-        """What of it the guest has encrypted.
-
-        :raise PolicyError: When that cannot be seen.
-        """
-        if self._findings is None:
-            try:
-                self._findings = tuple(self._look())
-            except PolicyError:
-                raise
-            except VirtSseError as exc:
-                raise PolicyError(f"cannot see whether it has in-guest encryption: {exc}") from exc
-        return self._findings
-
-
-def described(findings: Sequence[Finding]) -> str:
-    """In words: the kinds and where, e.g. ``LUKS2 (gpt-2)``."""
-    return ", ".join(dict.fromkeys(f"{finding.kind.value} ({finding.partition})" for finding in findings))

@@ -6,13 +6,13 @@ whatever else of the header its own tools check.
 
 from __future__ import annotations
 
-import enum
 import hashlib
 import struct
 from collections.abc import Iterator
 from uuid import UUID
 
 from virt_sse.in_guest.partitions import Read
+from virt_sse.model.content import EncryptionKind
 
 _LUKS = b"LUKS\xba\xbe"
 _LUKS_SECONDARY = b"SKUL\xba\xbe"
@@ -29,18 +29,6 @@ _FVE_IDENTIFIERS = frozenset(
 _FVE_TO_GO_IDENTIFIER = slice(424, 440)
 
 _EXT_MAGIC, _EXT_ENCRYPT = 0xEF53, 0x10000
-
-
-class EncryptionKind(enum.Enum):
-    """What a guest has encrypted a volume with."""
-
-    LUKS1 = "LUKS1"
-    LUKS2 = "LUKS2"
-    BITLOCKER = "BitLocker"
-    BITLOCKER_TO_GO = "BitLocker To Go"
-    FILEVAULT = "FileVault 2"
-    EXT4_ENCRYPT = "ext4 encrypt"
-    """Files and folders of an ext4 file system, not all of it: the feature that they need is switched on."""
 
 
 def kinds(read: Read) -> list[EncryptionKind]:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Self
 
-from virt_sse.agent.client import SOCKET, ask
+from virt_sse.agent_client import SOCKET, ask
 from virt_sse.errors import AgentUnavailableError, LabError
 from virt_sse.lab import leashed
 from virt_sse.lab.host import LabHost

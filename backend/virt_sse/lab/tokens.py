@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Self
 
 from virt_sse.errors import ConfigError, LabError, LabUnavailableError
-from virt_sse.files import private_folder, write_private
 from virt_sse.lab import directories
 from virt_sse.pkcs11.module import Module, find_module, load
 from virt_sse.pkcs11.options import TokenOptions
@@ -21,6 +20,7 @@ from virt_sse.pkcs11.process import ModuleProcess
 from virt_sse.pkcs11.softhsm import MODULE_NAME, TokenFolder, init_token
 from virt_sse.pkcs11.token import SECONDS, Token
 from virt_sse.pkcs11.uri import TokenUri
+from virt_sse.system.files import private_folder, write_private
 
 _NSS_MODULE_NAME = "softokn3"
 _NSS_ROUNDS = "NSS_MAX_MP_PBE_ITERATION_COUNT"

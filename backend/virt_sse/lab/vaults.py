@@ -115,8 +115,8 @@ class LabVault:
 
         :raise LabUnavailableError: When SoftHSM or PyKCS11 is not installed, for a token of its own.
         """
+        from virt_sse.vault.home.settings import Tier
         from virt_sse.vault.initialise import initialise
-        from virt_sse.vault.settings import Tier
 
         directories.sweep(self._base)
         self._folder = directories.create(self._base)

@@ -8,7 +8,8 @@ from pathlib import Path
 from uuid import UUID
 
 from virt_sse.errors import InvalidValueError
-from virt_sse.libvirt.references import TEMP_SLOT, parse_usage
+from virt_sse.libvirt.references import parse_usage
+from virt_sse.model.slots import TEMP_SLOT
 
 _WITH_FILES = {"file": "file", "block": "dev"}
 """By the disk's type: the attribute of its source that holds a path."""

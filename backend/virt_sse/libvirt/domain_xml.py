@@ -10,8 +10,9 @@ from pathlib import Path
 from uuid import UUID
 
 from virt_sse.errors import InvalidValueError
-from virt_sse.libvirt.references import TEMP_SLOT, parse_usage, usage
+from virt_sse.libvirt.references import parse_usage, usage
 from virt_sse.libvirt.users import User
+from virt_sse.model.slots import TEMP_SLOT
 
 # Domain XML comes from libvirtd, which is trusted; ElementTree resolves no external entities.
 

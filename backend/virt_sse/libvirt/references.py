@@ -13,12 +13,6 @@ PREFIX = "virt-sse:"
 VM_NAMESPACE = "https://virt-sse.invalid/vm/1"
 """Of the element in a domain's metadata that says what is asked of the VM, beside its disks."""
 
-TEMP_SLOT = "temp"
-"""The slot of a VM's temporary disk: made at its start and gone at its end, and in no store."""
-
-TPM_SLOT = "tpm"
-"""The slot of what a VM's emulated TPM encrypts its state with; the id before it is the domain's."""
-
 
 def usage(disk_id: uuid.UUID, slot: str) -> str:
     """The usage id of the libvirt secret that holds the DEK in *slot* of a disk."""

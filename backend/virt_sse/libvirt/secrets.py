@@ -9,9 +9,10 @@ from uuid import UUID
 
 import libvirt
 
-from virt_sse.keys import Dek
 from virt_sse.libvirt.connection import connected
-from virt_sse.libvirt.references import TPM_SLOT, secret_uuid, usage
+from virt_sse.libvirt.references import secret_uuid, usage
+from virt_sse.model.keys import Dek
+from virt_sse.model.slots import TPM_SLOT
 
 
 def set_secret(connection: libvirt.virConnect, disk_id: UUID, slot: str, dek: Dek) -> None:

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
-from virt_sse.disks import check_size
 from virt_sse.errors import InvalidValueError
 from virt_sse.libvirt import domain_xml
 from virt_sse.libvirt.domain_xml import DiskSource
-from virt_sse.libvirt.references import PREFIX, TEMP_SLOT, TPM_SLOT, VM_NAMESPACE, secret_uuid
-from virt_sse.vms import VmProperties, check_size_name, temp_disk_id
+from virt_sse.libvirt.references import PREFIX, VM_NAMESPACE, secret_uuid
+from virt_sse.model.disks import check_size
+from virt_sse.model.slots import TEMP_SLOT, TPM_SLOT
+from virt_sse.model.vms import VmProperties, check_size_name, temp_disk_id
 
 _PREFIX = "virt-sse"
 _TAG = f"{{{VM_NAMESPACE}}}vm"

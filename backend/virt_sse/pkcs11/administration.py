@@ -11,10 +11,10 @@ from typing import Self, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from virt_sse.audit import AuditLog
-from virt_sse.audit_record import AuditRecord, Component, Result, process_actor
+from virt_sse.audit.log import AuditLog
+from virt_sse.audit.record import AuditRecord, Component, Result, process_actor
 from virt_sse.errors import VirtSseError
-from virt_sse.events import correlated
+from virt_sse.model.events import correlated
 from virt_sse.pkcs11.token import KeyKind, Token, TokenKey
 from virt_sse.pkcs11.versions import VersionedKeys
 

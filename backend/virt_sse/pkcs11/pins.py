@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn, Protocol, Self
 
 from virt_sse.errors import ConfigError, KeyProviderUnavailableError
-from virt_sse.files import PRIVATE_FILE, private_folder, sync_folder
+from virt_sse.system.files import PRIVATE_FILE, private_folder, sync_folder
 
 UNLOCK_HINT = "put the PIN right, then 'virt-sse host hsm unlock', or 'vault hsm unlock' for a vault's"
 

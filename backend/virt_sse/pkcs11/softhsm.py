@@ -21,12 +21,12 @@ from PyKCS11 import (
 )
 
 from virt_sse.errors import ConfigError, InvalidValueError, KeyProviderUnavailableError
-from virt_sse.files import private_folder, sync_folder, write_at, write_private
 from virt_sse.pkcs11.module import Module, find_module, load
 from virt_sse.pkcs11.pins import Pin, PinGuard, PinSource
 from virt_sse.pkcs11.process import ModuleProcess
 from virt_sse.pkcs11.token import SECONDS, Token
 from virt_sse.pkcs11.uri import TokenUri
+from virt_sse.system.files import private_folder, sync_folder, write_at, write_private
 
 VARIABLE = "SOFTHSM2_CONF"
 MODULE_NAME = "softhsm2"

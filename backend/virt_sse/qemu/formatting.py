@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from virt_sse.ciphers import Cipher
 from virt_sse.errors import ToolError
-from virt_sse.files import PRIVATE_FILE, write_at
-from virt_sse.keys import Dek
+from virt_sse.model.ciphers import Cipher
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.keys import Dek
 from virt_sse.qemu import luks, qcow2
-from virt_sse.qemu.img import DiskFormat, image_options, luks_area, secrets_for
-from virt_sse.qemu.process import run
+from virt_sse.qemu.img import image_options, luks_area, secrets_for
+from virt_sse.system.files import PRIVATE_FILE, write_at
+from virt_sse.system.tools import run
 
 _HEADROOM, _LARGEST = 8, 64 << 40
 _FORMATTER_TRIES = 10

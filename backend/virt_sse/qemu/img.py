@@ -7,7 +7,6 @@ and their DEKs are always named from the guest's, innermost, to the one that lie
 from __future__ import annotations
 
 import contextlib
-import enum
 import json
 import os
 import stat
@@ -16,37 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError, ToolError
-from virt_sse.files import write_at
-from virt_sse.keys import Dek
-from virt_sse.locks import is_locked
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.keys import Dek
 from virt_sse.qemu import luks, qcow2
-from virt_sse.qemu.process import passphrase_descriptor, run, run_with_progress
+from virt_sse.system.files import write_at
+from virt_sse.system.locks import is_locked
+from virt_sse.system.tools import passphrase_descriptor, run, run_with_progress
 
 _QEMU_LOCKS, _QEMU_LOCKS_LENGTH = 100, 200
 _ERASED_AT_LEAST = 4 << 20
 """Where the fields that tell the header's place and length are damaged, this much of the file is erased."""
-
-
-class DiskFormat(enum.Enum):
-    """How a disk lies in its file."""
-
-    QCOW2 = "qcow2"
-    RAW = "raw"
-
-    @property
-    def qemu_driver(self) -> str:
-        """QEMU's block driver for the encrypted image."""
-        return "luks" if self is DiskFormat.RAW else "qcow2"
-
-    @property
-    def qemu_key_secret(self) -> str:
-        """That driver's option which names the secret object with the passphrase."""
-        return "key-secret" if self is DiskFormat.RAW else "encrypt.key-secret"
-
-    @property
-    def luks_option_prefix(self) -> str:
-        """What that driver puts before the options of LUKS when it makes an image."""
-        return "" if self is DiskFormat.RAW else "encrypt."
 
 
 @dataclass(frozen=True, slots=True)

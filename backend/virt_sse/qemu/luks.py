@@ -11,10 +11,10 @@ import struct
 from dataclasses import dataclass
 from typing import Self
 
-from virt_sse.ciphers import Cipher
 from virt_sse.errors import ImageFormatError
-from virt_sse.keys import Dek
-from virt_sse.qemu.process import run
+from virt_sse.model.ciphers import Cipher
+from virt_sse.model.keys import Dek
+from virt_sse.system.tools import run
 
 SECTOR = 512
 HEADER_END = 592

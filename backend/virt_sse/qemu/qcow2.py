@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from virt_sse.errors import ImageFormatError
-from virt_sse.files import write_at
+from virt_sse.system.files import write_at
 
 MAGIC = b"QFI\xfb"
 

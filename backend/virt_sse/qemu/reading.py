@@ -18,11 +18,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from virt_sse.errors import ImageError, ToolError
-from virt_sse.keys import Dek
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.keys import Dek
 from virt_sse.qemu import img
-from virt_sse.qemu.img import DiskFormat
 from virt_sse.qemu.nbd import NbdReader
-from virt_sse.qemu.process import running
+from virt_sse.system.tools import running
 
 _EXPORT = "image"
 

@@ -14,8 +14,8 @@ from typing import TypeVar
 from uuid import UUID
 
 from virt_sse.errors import MonitorError
-from virt_sse.keys import Dek
-from virt_sse.qemu.img import DiskFormat
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.keys import Dek
 from virt_sse.qemu.qmp import Monitor, connected
 
 T = TypeVar("T")

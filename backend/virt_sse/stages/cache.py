@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from uuid import UUID
 
-from virt_sse.layers import HostCaching
+from virt_sse.model.layers import HostCaching
 
 _MODES = {HostCaching.READ_ONLY: "writethrough", HostCaching.READ_WRITE: "writeback"}
 

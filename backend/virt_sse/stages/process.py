@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from virt_sse.errors import StageError, ToolError
-from virt_sse.files import PRIVATE_FILE
 from virt_sse.libvirt.users import User
-from virt_sse.locks import holder
 from virt_sse.stages import launch
+from virt_sse.system.files import PRIVATE_FILE
+from virt_sse.system.locks import holder
 
 _KILL_AFTER_SECONDS = 5.0
 _LOG_TAIL = 2000

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Self
 from uuid import UUID
 
-from virt_sse.files import private_folder, write_private
-from virt_sse.layers import HostCaching
 from virt_sse.libvirt.users import User
-from virt_sse.qemu.img import DiskFormat
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.layers import HostCaching
+from virt_sse.system.files import private_folder, write_private
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,22 +10,22 @@ from pathlib import Path
 from uuid import UUID
 
 from virt_sse.config import Config
-from virt_sse.disks import Disk
 from virt_sse.errors import DiskInUseError, StageError, VirtSseError
-from virt_sse.files import private_folder
-from virt_sse.keys import Dek
-from virt_sse.layers import GuestNode, HostCache, HostCaching, LayerPlan, StorageNode
 from virt_sse.libvirt.users import ROOT, User
-from virt_sse.locks import DiskLocks
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import Disk
+from virt_sse.model.keys import Dek
+from virt_sse.model.layers import GuestNode, HostCache, HostCaching, LayerPlan, StorageNode
 from virt_sse.qemu import img, qcow2
 from virt_sse.qemu.formatting import header_length
-from virt_sse.qemu.img import DiskFormat
 from virt_sse.qemu.storage_daemon import StorageDaemon
 from virt_sse.qemu.storage_daemon import arguments as daemon_arguments
 from virt_sse.stages import cache
 from virt_sse.stages.process import Command, Process
 from virt_sse.stages.record import StageRecord
 from virt_sse.stages.users import storage_user
+from virt_sse.system.files import private_folder
+from virt_sse.system.locks import DiskLocks
 
 _BACKLOG = 8
 _LONGEST_SOCKET_PATH = 107

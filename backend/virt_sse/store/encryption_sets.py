@@ -10,15 +10,15 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine, Row
 
-from virt_sse.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.errors import (
     EncryptionSetExistsError,
     EncryptionSetInUseError,
     EncryptionSetNotFoundError,
     PolicyError,
 )
-from virt_sse.keys import KeyRef
-from virt_sse.layers import EncryptionType
+from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
+from virt_sse.model.keys import KeyRef
+from virt_sse.model.layers import EncryptionType
 from virt_sse.store.engine import reading, writing
 from virt_sse.store.tables import disks, encryption_sets
 

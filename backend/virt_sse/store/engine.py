@@ -12,8 +12,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 
 from virt_sse.errors import StoreError
-from virt_sse.files import PRIVATE_FILE, private_folder
-from virt_sse.sqlite import READ_ONLY, reason, sqlite_engine
+from virt_sse.system.files import PRIVATE_FILE, private_folder
+from virt_sse.system.sqlite import READ_ONLY, reason, sqlite_engine
 
 SCHEMA = "0003"
 """The newest migration; spelt out so that Alembic need not be imported to see that nothing is to be done."""

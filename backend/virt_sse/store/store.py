@@ -12,13 +12,13 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
-from virt_sse.ciphers import Cipher
-from virt_sse.disks import Disk, DiskSku, DiskState
-from virt_sse.envelope import DekEntry
 from virt_sse.errors import DiskExistsError, DiskNotFoundError
-from virt_sse.keys import KeyId, KeyRef, WrappedDek
-from virt_sse.layers import EncryptionType, HostCaching
-from virt_sse.qemu.img import DiskFormat
+from virt_sse.model.ciphers import Cipher
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import Disk, DiskSku, DiskState
+from virt_sse.model.envelope import DekEntry
+from virt_sse.model.keys import KeyId, KeyRef, WrappedDek
+from virt_sse.model.layers import EncryptionType, HostCaching
 from virt_sse.store.encryption_sets import EncryptionSetStore
 from virt_sse.store.engine import open_engine, reading, writing
 from virt_sse.store.tables import disks, wrapped_deks

@@ -9,11 +9,11 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Row
 
-from virt_sse.keys import KeyId, KeyRef, WrappedDek
-from virt_sse.layers import HostCaching
+from virt_sse.model.keys import KeyId, KeyRef, WrappedDek
+from virt_sse.model.layers import HostCaching
+from virt_sse.model.vms import PendingUpdate, Vm, VmProperties
 from virt_sse.store.engine import reading, writing
 from virt_sse.store.tables import disks, vms
-from virt_sse.vms import PendingUpdate, Vm, VmProperties
 
 
 class VmStore:

@@ -10,24 +10,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from virt_sse.errors import InvalidValueError, VaultError
-from virt_sse.files import private_folder, write_private
-from virt_sse.vault.certificates import new_authority, new_server_certificate
-from virt_sse.vault.credential_file import CredentialFile, new_assertion_key
-from virt_sse.vault.database import Database
-from virt_sse.vault.layout import VaultDirectory
-from virt_sse.vault.permissions import ADMINISTRATION, Role
-from virt_sse.vault.principals import Principals
+from virt_sse.system.files import private_folder, write_private
+from virt_sse.vault.home.database import Database
+from virt_sse.vault.home.layout import VaultDirectory
+from virt_sse.vault.home.sealing import ROOT_KEY_BYTES, TOKENS
+from virt_sse.vault.home.settings import DEFAULT_PORT, RETENTION_DAYS, Tier, VaultSettings, url_of
+from virt_sse.vault.hsm.access import prepare_token
+from virt_sse.vault.http.certificates import new_authority, new_server_certificate
+from virt_sse.vault.identity.principals import Principals
+from virt_sse.vault.identity.tokens import signing_key
 from virt_sse.vault.refusals import Refusal
-from virt_sse.vault.sealing import ROOT_KEY_BYTES, TOKENS
-from virt_sse.vault.settings import (
-    DEFAULT_PORT,
-    RETENTION_DAYS,
-    Tier,
-    VaultSettings,
-    url_of,
-)
-from virt_sse.vault.token_access import prepare_token
-from virt_sse.vault.tokens import signing_key
+from virt_sse.vault_client.credential_file import CredentialFile, new_assertion_key
+from virt_sse.vault_client.permissions import ADMINISTRATION, Role
 
 DEFAULT_HOSTS = ("localhost", "127.0.0.1")
 FIRST_ADMINISTRATOR = "administrator"

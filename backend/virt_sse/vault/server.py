@@ -13,15 +13,15 @@ from pathlib import Path
 
 import uvicorn
 
-from virt_sse.audit import AuditLog
+from virt_sse.audit.log import AuditLog
 from virt_sse.errors import VaultError
-from virt_sse.files import write_private
-from virt_sse.vault.app import Service
-from virt_sse.vault.certificates import needs_renewal, new_server_certificate
-from virt_sse.vault.layout import VaultDirectory
-from virt_sse.vault.limits import Limits
-from virt_sse.vault.settings import VaultSettings, url_of
-from virt_sse.vault.tokens import TOKEN_SECONDS
+from virt_sse.system.files import write_private
+from virt_sse.vault.home.layout import VaultDirectory
+from virt_sse.vault.home.settings import VaultSettings, url_of
+from virt_sse.vault.http.app import Service
+from virt_sse.vault.http.certificates import needs_renewal, new_server_certificate
+from virt_sse.vault.http.limits import Limits
+from virt_sse.vault.identity.tokens import TOKEN_SECONDS
 from virt_sse.vault.upkeep import upkeep
 from virt_sse.vault.vault import Vault, open_vault
 

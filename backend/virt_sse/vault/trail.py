@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Self
 from uuid import UUID
 
-from virt_sse.audit_record import AuditRecord, Component, Result
+from virt_sse.audit.record import AuditRecord, Component, Result
 from virt_sse.errors import VirtSseError
-from virt_sse.vault.limits import TokenBucket
-from virt_sse.vault.principals import Principal
+from virt_sse.vault.http.limits import TokenBucket
+from virt_sse.vault.identity.principals import Principal
 from virt_sse.vault.refusals import Refusal, unavailable
 from virt_sse.vault.vault import AuditSink
 

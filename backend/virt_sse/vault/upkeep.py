@@ -6,7 +6,7 @@ import logging
 import uuid
 from collections.abc import Callable
 
-from virt_sse.vault.records import KeyVersion
+from virt_sse.vault.keys.records import KeyVersion
 from virt_sse.vault.refusals import Refusal
 from virt_sse.vault.trail import Asked, Trail
 from virt_sse.vault.vault import Vault

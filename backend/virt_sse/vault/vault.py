@@ -9,27 +9,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from virt_sse.audit_record import AuditRecord
-from virt_sse.vault.backups import Backups
-from virt_sse.vault.database import Database
-from virt_sse.vault.key_service import KeyService
-from virt_sse.vault.key_store import KeyStore
-from virt_sse.vault.layout import VaultDirectory
-from virt_sse.vault.material import Protection, SoftwareProtection
-from virt_sse.vault.principals import Principals
-from virt_sse.vault.rotation import Rotation
-from virt_sse.vault.sealing import BACKUPS, KEYS, TOKENS, Sealer
-from virt_sse.vault.settings import TokenSettings, VaultSettings
-from virt_sse.vault.token_access import open_token
-from virt_sse.vault.token_protection import TokenProtection
-from virt_sse.vault.tokens import TOKEN_SECONDS, TokenIssuer
-from virt_sse.vault.wire import Bundles
+from virt_sse.audit.record import AuditRecord
+from virt_sse.vault.home.database import Database
+from virt_sse.vault.home.layout import VaultDirectory
+from virt_sse.vault.home.sealing import BACKUPS, KEYS, TOKENS, Sealer
+from virt_sse.vault.home.settings import TokenSettings, VaultSettings
+from virt_sse.vault.hsm.access import open_token
+from virt_sse.vault.hsm.protection import TokenProtection
+from virt_sse.vault.http.wire import Bundles
+from virt_sse.vault.identity.principals import Principals
+from virt_sse.vault.identity.tokens import TOKEN_SECONDS, TokenIssuer
+from virt_sse.vault.keys.backups import Backups
+from virt_sse.vault.keys.material import Protection, SoftwareProtection
+from virt_sse.vault.keys.rotation import Rotation
+from virt_sse.vault.keys.service import KeyService
+from virt_sse.vault.keys.store import KeyStore
 
 _log = logging.getLogger(__name__)
 
 
 class AuditSink(Protocol):
-    """Where records of key use go: :class:`virt_sse.audit.AuditLog`."""
+    """Where records of key use go: :class:`virt_sse.audit.log.AuditLog`."""
 
     def append(self, record: AuditRecord) -> object:
         """Keep *record*, durably.

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from virt_sse.disks import Disk
 from virt_sse.errors import ImageFormatError
-from virt_sse.files import write_at
-from virt_sse.keys import Dek
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import Disk
+from virt_sse.model.keys import Dek
 from virt_sse.qemu import img, luks
-from virt_sse.qemu.img import DiskFormat
 from virt_sse.qemu.luks import Luks1Header
 from virt_sse.qemu.qcow2 import Qcow2Header
 from virt_sse.qemu.reading import plaintext
+from virt_sse.system.files import write_at
 
 _LARGEST_CLUSTER = 2 << 20
 
@@ -50,7 +50,7 @@ def cipher_within(disk: Disk, deks: Sequence[Dek]) -> str:
 
 
 def _cipher(header: Luks1Header) -> str:
-    """In the words of :class:`~virt_sse.ciphers.Cipher`."""
+    """In the words of :class:`~virt_sse.model.ciphers.Cipher`."""
     mode, _, generator = header.cipher_mode.partition("-")
     bits = header.volume_key_bytes * (4 if mode == "xts" else 8)  # xts takes two keys
     cipher = f"{header.cipher_name}-{bits}-{mode}"

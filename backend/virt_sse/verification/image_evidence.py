@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from uuid import UUID
 
-from virt_sse import envelope
-from virt_sse.disks import Disk
-from virt_sse.envelope import Envelope
 from virt_sse.errors import EnvelopeError, ImageError, VirtSseError
-from virt_sse.events import audit_context
-from virt_sse.qemu import img
-from virt_sse.qemu.img import DiskFormat
+from virt_sse.keys.access import Wrapping
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import Disk
+from virt_sse.model.envelope import Envelope
+from virt_sse.model.events import audit_context
+from virt_sse.qemu import envelope_slots, img
 from virt_sse.verification.headers import cipher_of_image, cipher_within
 from virt_sse.verification.verdict import DataPlace, DiskVerdict, Layer
-from virt_sse.wrapping import Wrapping
 
 IMAGE, WITHIN = "image", "within that"
 
@@ -70,7 +69,7 @@ def _check(verdict: DiskVerdict, path: Path, image_format: DiskFormat, disk_id: 
     """The envelope of an image, if it is that disk's."""
     try:
         with img.opened(path) as descriptor:
-            carried = envelope.read(descriptor, image_format)
+            carried = envelope_slots.read(descriptor, image_format)
     except EnvelopeError as exc:
         verdict.expect(False, f"the image carries no wrapped DEKs: {exc}")
         return None

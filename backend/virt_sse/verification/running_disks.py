@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from virt_sse.ciphers import Cipher
-from virt_sse.files import canonical
+from virt_sse.model.ciphers import Cipher
+from virt_sse.system.files import canonical
 from virt_sse.verification.chains import DiskChain
 from virt_sse.verification.graph import BlockGraph, Vertex
 from virt_sse.verification.processes import has_open

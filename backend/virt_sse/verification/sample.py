@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from virt_sse.files import extents
+from virt_sse.system.files import extents
 
 SECTOR = 512
 SECTORS = 512

@@ -7,10 +7,10 @@ from pathlib import Path
 from uuid import UUID
 
 from virt_sse.config import Config
-from virt_sse.disks import Disk
 from virt_sse.errors import ImageFormatError, VirtSseError
-from virt_sse.layers import HostCache, HostCaching, LayerPlan, StorageNode
-from virt_sse.qemu.img import DiskFormat
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import Disk
+from virt_sse.model.layers import HostCache, HostCaching, LayerPlan, StorageNode
 from virt_sse.qemu.qcow2 import Qcow2Header
 from virt_sse.qemu.storage_daemon import FILE_NODE, VOLUME_NODE
 from virt_sse.stages import Stages

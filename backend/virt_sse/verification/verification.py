@@ -9,22 +9,25 @@ from uuid import UUID
 
 import libvirt
 
-from virt_sse import temp_disks
-from virt_sse.at_rest import AtRest
 from virt_sse.config import Config
-from virt_sse.disks import Disk
+from virt_sse.domains import temp_disks
+from virt_sse.domains.data_on_host import AtRest
+from virt_sse.domains.settings import VirtualMachines
+from virt_sse.domains.start import Serving
 from virt_sse.errors import VirtSseError
-from virt_sse.files import canonical
-from virt_sse.keys import KeyRef
-from virt_sse.layers import GuestNode, HostCaching
+from virt_sse.keys.access import Wrapping
 from virt_sse.libvirt.backups import backup_xml
 from virt_sse.libvirt.connection import connected
-from virt_sse.libvirt.references import TEMP_SLOT
+from virt_sse.model.disks import Disk
+from virt_sse.model.keys import KeyRef
+from virt_sse.model.layers import GuestNode, HostCaching
+from virt_sse.model.slots import TEMP_SLOT
+from virt_sse.model.vms import temp_disk_id
 from virt_sse.plugins import PluginHost
 from virt_sse.qemu import img
-from virt_sse.serving import Serving
 from virt_sse.stages import Stages
 from virt_sse.store import Store
+from virt_sse.system.files import canonical
 from virt_sse.verification.chains import DiskChain, disk_chains, plaintext_links, serial
 from virt_sse.verification.graph import place_of
 from virt_sse.verification.image_evidence import check_image, check_temporary, check_within
@@ -33,9 +36,6 @@ from virt_sse.verification.processes import qemu_process
 from virt_sse.verification.running_disks import GUEST_QEMU, RunningDisks
 from virt_sse.verification.stage_evidence import StageEvidence
 from virt_sse.verification.verdict import AtRestFinding, DataPlace, DiskVerdict, Layer, Verdict
-from virt_sse.virtual_machines import VirtualMachines
-from virt_sse.vms import temp_disk_id
-from virt_sse.wrapping import Wrapping
 
 _LONGEST_CHAIN = 32
 TEMPORARY = "(temporary)"

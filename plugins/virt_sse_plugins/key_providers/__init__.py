@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from virt_sse.hookspecs import RegisterKeyProvider, hookimpl
-from virt_sse.keys import KeyProvider
+from virt_sse.api import KeyProvider, RegisterKeyProvider, hookimpl
 
 
 def _platform_managed() -> type[KeyProvider]:

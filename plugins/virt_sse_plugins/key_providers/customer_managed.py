@@ -9,18 +9,24 @@ import uuid
 from collections.abc import Mapping
 from typing import Self
 
-from virt_sse.errors import (
+from virt_sse.api import (
+    Dek,
+    DekContext,
     InvalidValueError,
     KeyDeniedError,
     KeyDisabledError,
+    KeyId,
     KeyNotFoundError,
+    KeyProvider,
     KeyProviderUnavailableError,
+    KeyState,
+    ProviderConfig,
     UnwrapError,
     VirtSseError,
+    WrappedDek,
+    current_correlation,
 )
-from virt_sse.events import current_correlation
-from virt_sse.key_urls import KeyVaultKey, is_key_version
-from virt_sse.keys import Dek, DekContext, KeyId, KeyProvider, KeyState, ProviderConfig, WrappedDek
+from virt_sse_plugins.key_providers.key_urls import KeyVaultKey, is_key_version
 from virt_sse_plugins.key_providers.key_vault import KeyVault, UnacceptableError
 from virt_sse_plugins.key_providers.key_vault_options import KeyVaultOptions
 

@@ -8,13 +8,19 @@ from __future__ import annotations
 import threading
 from typing import Self
 
-from virt_sse.errors import (
+from virt_sse.api import (
+    Dek,
+    DekContext,
     InvalidValueError,
+    KeyId,
     KeyNotFoundError,
+    KeyProvider,
+    KeyState,
+    ProviderConfig,
     UnwrapError,
     VirtSseError,
+    WrappedDek,
 )
-from virt_sse.keys import Dek, DekContext, KeyId, KeyProvider, KeyState, ProviderConfig, WrappedDek
 from virt_sse.pkcs11.options import TokenOptions
 from virt_sse.pkcs11.token import KeyKind, TokenKey
 from virt_sse.pkcs11.uri import SCHEME, TokenUri

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from virt_sse.errors import (
+from virt_sse.api import (
     KeyDeniedError,
     KeyDisabledError,
     KeyNotFoundError,
@@ -23,7 +23,7 @@ from virt_sse.errors import (
     KeyProviderUnavailableError,
     VirtSseError,
 )
-from virt_sse.key_urls import KeyVaultKey
+from virt_sse_plugins.key_providers.key_urls import KeyVaultKey
 from virt_sse_plugins.key_providers.key_vault_access import Access
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class KeyVault:
     The SDK's clients are not for several threads at once (a refused token is taken from under another
     thread's request), so that each request has one to itself.
 
-    :param url: as in :class:`~virt_sse.key_urls.KeyVaultKey`; *access* covers it.
+    :param url: as in :class:`~virt_sse_plugins.key_providers.key_urls.KeyVaultKey`; *access* covers it.
     :param connection_timeout: in seconds.
     :param read_timeout: for each answer, in seconds.
     """

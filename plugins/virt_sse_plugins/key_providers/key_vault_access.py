@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 from urllib.parse import urlsplit
 
-from virt_sse.errors import KeyProviderUnavailableError, VirtSseError
+from virt_sse.api import KeyProviderUnavailableError, VirtSseError
 
 if TYPE_CHECKING:
     from azure.core.credentials import AccessToken
     from azure.identity import DefaultAzureCredential, ManagedIdentityCredential
 
-    from virt_sse.vault.credential import VaultCredential
+    from virt_sse.vault_client.credential import VaultCredential
 
 AZURE_DOMAINS = (
     "vault.azure.net",
@@ -122,7 +122,7 @@ class CredentialFileAccess(Access):
     def _open(self) -> VaultCredential:
         with self._lock:
             if self._opened is None:
-                from virt_sse.vault.credential import VaultCredential
+                from virt_sse.vault_client.credential import VaultCredential
 
                 try:
                     self._opened = VaultCredential(self._path, timeout=self._timeout)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from virt_sse.errors import ConfigError, InvalidValueError
-from virt_sse.key_urls import KeyVaultKey
+from virt_sse.api import ConfigError, InvalidValueError
+from virt_sse_plugins.key_providers.key_urls import KeyVaultKey
 from virt_sse_plugins.key_providers.key_vault_access import Access, AzureAccess, CredentialFileAccess
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from azure.identity import DefaultAzureCredential, ManagedIdentityCredential
 
-    from virt_sse.keys import ProviderConfig
+    from virt_sse.api import ProviderConfig
 
 _OPTIONS = frozenset({"credential", "ca", "hosts", "connection-timeout", "read-timeout"})
 _LONGEST_TIMEOUT = 60.0

@@ -36,8 +36,7 @@ from typing import NoReturn, Self, TypeVar
 
 from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap, aes_key_wrap
 
-from virt_sse.errors import KeyNotFoundError, KeyringError
-from virt_sse.keys import KeyState
+from virt_sse.api import KeyNotFoundError, KeyringError, KeyState
 
 FORMAT = 1
 KEY_BYTES = 32

@@ -9,8 +9,14 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from virt_sse.errors import KeyringError
-from virt_sse.files import PRIVATE_FILE, PRIVATE_FOLDER, private_folder, sync_folder, write_private
+from virt_sse.api import (
+    PRIVATE_FILE,
+    PRIVATE_FOLDER,
+    KeyringError,
+    private_folder,
+    sync_folder,
+    write_private,
+)
 from virt_sse_plugins.key_providers.platform_keyring import KEY_BYTES, Keyring, RootKey
 
 

@@ -6,8 +6,20 @@ from typing import Self
 
 from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap, aes_key_wrap
 
-from virt_sse.errors import ConfigError, KeyDisabledError, KeyNotFoundError, KeyProviderError, UnwrapError
-from virt_sse.keys import Dek, DekContext, KeyId, KeyProvider, KeyState, ProviderConfig, WrappedDek
+from virt_sse.api import (
+    ConfigError,
+    Dek,
+    DekContext,
+    KeyDisabledError,
+    KeyId,
+    KeyNotFoundError,
+    KeyProvider,
+    KeyProviderError,
+    KeyState,
+    ProviderConfig,
+    UnwrapError,
+    WrappedDek,
+)
 from virt_sse_plugins.key_providers.platform_keyring_folder import KeyringFolder
 
 ALGORITHM = "A256KW"

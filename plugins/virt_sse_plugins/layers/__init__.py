@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from virt_sse.hookspecs import RegisterEncryptionLayer, hookimpl
-from virt_sse.layers import EncryptionLayer, HostLayer
+from virt_sse.api import EncryptionLayer, HostLayer, RegisterEncryptionLayer, hookimpl
 
 
 def _single() -> type[EncryptionLayer]:

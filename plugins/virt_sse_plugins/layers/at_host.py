@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
-from virt_sse.ciphers import AES_256_XTS
-from virt_sse.disks import PLATFORM_KEY
-from virt_sse.layers import DekSpec, GuestNode, HostCache, HostCaching, HostLayer, LayerPlan
+from virt_sse.api import (
+    AES_256_XTS,
+    PLATFORM_KEY,
+    DekSpec,
+    GuestNode,
+    HostCache,
+    HostCaching,
+    HostLayer,
+    LayerPlan,
+)
 
 
 class AtHostLayer(HostLayer):

@@ -6,9 +6,9 @@ the guest's QEMU, is still kept out by the other layer.
 
 from __future__ import annotations
 
-from virt_sse.ciphers import AES_256_XTS
-from virt_sse.disks import PLATFORM_KEY
-from virt_sse.layers import (
+from virt_sse.api import (
+    AES_256_XTS,
+    PLATFORM_KEY,
     DekSpec,
     EncryptionLayer,
     EncryptionType,

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from virt_sse.ciphers import AES_256_XTS
-from virt_sse.layers import DekSpec, EncryptionLayer, EncryptionType, GuestNode, LayerChoice, LayerPlan
+from virt_sse.api import (
+    AES_256_XTS,
+    DekSpec,
+    EncryptionLayer,
+    EncryptionType,
+    GuestNode,
+    LayerChoice,
+    LayerPlan,
+)
 
 
 class SingleLayer(EncryptionLayer):

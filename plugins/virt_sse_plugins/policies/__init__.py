@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from virt_sse.hookspecs import hookimpl
-from virt_sse.policy import Operation, Site
+from virt_sse.api import Operation, Site, hookimpl
 
 if TYPE_CHECKING:
     import typer

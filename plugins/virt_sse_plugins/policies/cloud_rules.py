@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from virt_sse.errors import PolicyError
-from virt_sse.layers import EncryptionType
-from virt_sse.policy import (
+from virt_sse.api import (
     AttachDisk,
     CreateDisk,
     CreateEncryptionSet,
+    EncryptionType,
     MoveDisk,
     Operation,
+    PolicyError,
     Site,
     StartVm,
     UpdateVm,
+    VmProperties,
 )
-from virt_sse.vms import VmProperties
 from virt_sse_plugins.policies.tables import Tables
 
 

@@ -5,10 +5,17 @@ Disks are looked at where one of these begins, and nowhere else: it takes a use 
 
 from __future__ import annotations
 
-from virt_sse.errors import PolicyError
-from virt_sse.in_guest.inspection import Content, described
-from virt_sse.layers import EncryptionType
-from virt_sse.policy import AttachDisk, CreateDisk, MoveDisk, Operation, UpdateVm
+from virt_sse.api import (
+    AttachDisk,
+    Content,
+    CreateDisk,
+    EncryptionType,
+    MoveDisk,
+    Operation,
+    PolicyError,
+    UpdateVm,
+    described,
+)
 
 _PLATFORM_KEY = EncryptionType.PLATFORM_KEY
 _THERE = "decrypt it in the guest first; 'virt-sse disk inspect' shows where it is encrypted"

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from virt_sse.disks import DiskSku
-from virt_sse.errors import PolicyError
+from virt_sse.api import DiskSku, PolicyError
 
 BUILT_IN = Path(__file__).with_name("cloud.toml")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from virt_sse.agent.client import SOCKET, TIMEOUT_SECONDS, ask, configured_timeout, serve_event
 from virt_sse.agent.listener import listening
 from virt_sse.agent.server import AgentServer, Service
+from virt_sse.agent_client import SOCKET, TIMEOUT_SECONDS, ask, configured_timeout, serve_event
 from virt_sse.config import AgentConfig, Config
 from virt_sse.errors import (
     AgentError,

@@ -14,8 +14,8 @@ from virt_sse.agent.metrics import Metrics
 from virt_sse.agent.systemd import NAMES, write_units
 from virt_sse.config import Config
 from virt_sse.errors import ConfigError, InvalidValueError, PolicyError
-from virt_sse.events import KeyAction, KeyEvent
-from virt_sse.keys import Dek, KeyRef, KeyState
+from virt_sse.model.events import KeyAction, KeyEvent
+from virt_sse.model.keys import Dek, KeyRef, KeyState
 
 
 def record(event: str, values: dict[str, object], error: bool = False) -> logging.LogRecord:

@@ -13,7 +13,7 @@ from virt_sse.agent.key_watch import KeyWatch, Sample, Verdict, WatchedKey
 from virt_sse.backend import Backend
 from virt_sse.errors import KeyDeniedError, KeyDisabledError, KeyProviderUnavailableError, UnwrapError
 from virt_sse.hookspecs import RegisterKeyProvider, hookimpl
-from virt_sse.keys import Dek, DekContext, KeyId, KeyProvider, KeyState, ProviderConfig, WrappedDek
+from virt_sse.model.keys import Dek, DekContext, KeyId, KeyProvider, KeyState, ProviderConfig, WrappedDek
 
 NAME = "scripted"
 

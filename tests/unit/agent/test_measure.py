@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from virt_sse.agent.revocation import Measure, RevokedDisk, measure
-from virt_sse.disks import Disk, DiskSku, DiskState
-from virt_sse.encryption_sets import EncryptionSet, RevocationAction
-from virt_sse.keys import KeyRef
-from virt_sse.layers import EncryptionType
-from virt_sse.qemu.img import DiskFormat
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import Disk, DiskSku, DiskState
+from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
+from virt_sse.model.keys import KeyRef
+from virt_sse.model.layers import EncryptionType
 
 SHUTDOWN, DESTROY = RevocationAction.SHUTDOWN, RevocationAction.DESTROY
 PAUSE, NONE = RevocationAction.PAUSE, RevocationAction.NONE

@@ -12,8 +12,8 @@ import guest_disks
 from guest_disks import LUKS1, LUKS2, LVM, GuestDisk, K, M, gpt, gpt_header, mbr
 from virt_sse.errors import ImageFormatError, KeyDeniedError, PolicyError
 from virt_sse.in_guest.containers import volumes
-from virt_sse.in_guest.inspection import _MOST_READS, Content, Finding, described, inspect
-from virt_sse.in_guest.signatures import EncryptionKind
+from virt_sse.in_guest.inspection import _MOST_READS, inspect
+from virt_sse.model.content import Content, EncryptionKind, Finding, described
 
 PIECES = LVM["pieces"]
 

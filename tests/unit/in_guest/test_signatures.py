@@ -8,7 +8,8 @@ import pytest
 import guest_disks
 from guest_disks import GuestDisk, K, M, luks_format
 from images import require
-from virt_sse.in_guest.signatures import EncryptionKind, _crc32c, kinds
+from virt_sse.in_guest.signatures import _crc32c, kinds
+from virt_sse.model.content import EncryptionKind
 
 
 def of(content: bytes) -> list[EncryptionKind]:

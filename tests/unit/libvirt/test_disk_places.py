@@ -7,7 +7,8 @@ import pytest
 
 from virt_sse.errors import InvalidValueError
 from virt_sse.libvirt.disk_places import DiskPlace, disk_places
-from virt_sse.libvirt.references import TEMP_SLOT, usage
+from virt_sse.libvirt.references import usage
+from virt_sse.model.slots import TEMP_SLOT
 
 ID = UUID("6e2a0c0e-8d1f-4c58-9c63-0a1c62d7a9b1")
 

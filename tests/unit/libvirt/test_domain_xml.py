@@ -8,14 +8,7 @@ from uuid import UUID
 import pytest
 
 from virt_sse.errors import InvalidValueError
-from virt_sse.libvirt.domain_xml import (
-    Behind,
-    DiskSource,
-    DomainDisk,
-    disk_element,
-    free_target,
-    our_disks,
-)
+from virt_sse.libvirt.domain_xml import Behind, DiskSource, DomainDisk, disk_element, free_target, our_disks
 from virt_sse.libvirt.references import usage
 
 GOLDEN = Path(__file__).parents[2] / "golden"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from command_line import no_libvirt
-from virt_sse.libvirt import hook
+from virt_sse.libvirt import hook_script
 from virt_sse.libvirt.references import VM_NAMESPACE, usage
 
 OURS = f"<domain><uuid>{uuid.uuid4()}</uuid><devices><disk><source file='/x'><encryption format='luks'><secret type='passphrase' usage='{usage(uuid.uuid4(), 'service')}'/></encryption></source><target dev='vda'/></disk></devices></domain>"  # noqa: E501 -- XML
@@ -23,7 +23,7 @@ class Hook:
     def __init__(self, path: Path, environment: dict[str, str]) -> None:
         self.path = path
         self.stages = Path(environment["VIRT_SSE_ROOT"]) / "run/virt-sse/stages"
-        hook.install(path, environment, self.stages)
+        hook_script.install(path, environment, self.stages)
 
     def __call__(self, xml: str, *event: str, status: int = 0) -> str:
         """What is said in the environment that libvirtd gives its hooks, which is next to none."""
@@ -51,12 +51,12 @@ def installed(tmp_path: Path) -> Hook:
 
 def test_it_is_installed_once(tmp_path: Path) -> None:
     path, stages = tmp_path / "hooks/qemu.d/virt-sse", tmp_path / "stages"
-    assert hook.install(path, {"A": "1"}, stages)
+    assert hook_script.install(path, {"A": "1"}, stages)
     assert path.stat().st_mode & 0o777 == 0o755
-    assert not hook.install(path, {"A": "1"}, stages)
-    assert hook.install(path, {"A": "2"}, stages)
+    assert not hook_script.install(path, {"A": "1"}, stages)
+    assert hook_script.install(path, {"A": "2"}, stages)
     path.chmod(0o644)
-    assert hook.install(path, {"A": "2"}, stages)
+    assert hook_script.install(path, {"A": "2"}, stages)
     assert list(path.parent.iterdir()) == [path]
 
 

@@ -19,7 +19,6 @@ import pytest
 import inside_token
 from inside_token import home_of, inside
 from virt_sse.errors import ConfigError, KeyNotFoundError, KeyProviderUnavailableError
-from virt_sse.files import write_private
 from virt_sse.lab.tokens import LabHsm, LabToken
 from virt_sse.pkcs11.module import find_module
 from virt_sse.pkcs11.operations import TokenOperations
@@ -28,6 +27,7 @@ from virt_sse.pkcs11.pins import Pin, PinGuard, PinSource
 from virt_sse.pkcs11.softhsm import TokenFolder, init_token
 from virt_sse.pkcs11.token import Token, TokenKey
 from virt_sse.pkcs11.uri import TokenUri
+from virt_sse.system.files import write_private
 
 MESSAGE = b"m" * 64
 

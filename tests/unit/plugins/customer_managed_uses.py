@@ -8,7 +8,7 @@ from uuid import UUID
 
 from strange_vaults import Answer, document
 
-from virt_sse.keys import Dek, DekContext, KeyId, KeyProvider, WrappedDek
+from virt_sse.model.keys import Dek, DekContext, KeyId, KeyProvider, WrappedDek
 from virt_sse_plugins.key_providers.customer_managed import CustomerManagedKeyProvider
 
 CONTEXT = DekContext(UUID(int=1), "service")

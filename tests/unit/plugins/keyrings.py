@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from uuid import UUID
 
-from virt_sse.keys import Dek, DekContext, ProviderConfig, WrappedDek
+from virt_sse.model.keys import Dek, DekContext, ProviderConfig, WrappedDek
 from virt_sse_plugins.key_providers.platform_managed import PlatformManagedKeyProvider
 
 CONTEXT = DekContext(UUID(int=1), "service")

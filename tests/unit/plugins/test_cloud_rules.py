@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from virt_sse.config import Config
-from virt_sse.disks import Disk, DiskSku, DiskState
-from virt_sse.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.errors import ConfigError, PolicyError
-from virt_sse.keys import KeyRef
-from virt_sse.layers import EncryptionType
-from virt_sse.plugins import PluginHost
-from virt_sse.policy import (
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import Disk, DiskSku, DiskState
+from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
+from virt_sse.model.keys import KeyRef
+from virt_sse.model.layers import EncryptionType
+from virt_sse.model.operations import (
     AttachDisk,
     CreateDisk,
     CreateEncryptionSet,
@@ -24,8 +24,8 @@ from virt_sse.policy import (
     StartVm,
     UpdateVm,
 )
-from virt_sse.qemu.img import DiskFormat
-from virt_sse.vms import VmProperties
+from virt_sse.model.vms import VmProperties
+from virt_sse.plugins import PluginHost
 from virt_sse_plugins.policies.tables import BUILT_IN, Tables
 
 DOUBLE = EncryptionType.PLATFORM_AND_CUSTOMER_KEYS

@@ -20,8 +20,8 @@ from virt_sse.errors import (
     KeyNotFoundError,
     KeyProviderUnavailableError,
 )
-from virt_sse.keys import KeyState, ProviderConfig
-from virt_sse.vault.certificates import new_authority
+from virt_sse.model.keys import KeyState, ProviderConfig
+from virt_sse.vault.http.certificates import new_authority
 from virt_sse_plugins.key_providers.customer_managed import CustomerManagedKeyProvider
 from virt_sse_plugins.key_providers.key_vault_access import AzureAccess
 
@@ -86,7 +86,7 @@ def test_making_the_provider_reads_nothing_and_imports_no_sdk(tmp_path: Path) ->
 import sys
 from pathlib import Path
 from virt_sse.config import Config
-from virt_sse.keys import ProviderConfig
+from virt_sse.model.keys import ProviderConfig
 from virt_sse.plugins import PluginHost
 assert "customer-managed" in PluginHost(Config.load(Path({str(tmp_path)!r}))).key_provider_names()
 assert not [name for name in sys.modules if "customer_managed" in name or "key_vault" in name]

@@ -37,8 +37,8 @@ from virt_sse.errors import (
     UnwrapError,
     VirtSseError,
 )
-from virt_sse.events import correlated
-from virt_sse.keys import KeyState, WrappedDek
+from virt_sse.model.events import correlated
+from virt_sse.model.keys import KeyState, WrappedDek
 from virt_sse_plugins.key_providers.customer_managed import CustomerManagedKeyProvider
 
 # --- What the vault says

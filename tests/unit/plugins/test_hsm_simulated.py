@@ -23,11 +23,11 @@ from virt_sse.errors import (
     UnwrapError,
     VirtSseError,
 )
-from virt_sse.files import write_private
-from virt_sse.keys import Dek, DekContext, KeyId, KeyState, ProviderConfig
 from virt_sse.lab.tokens import LabToken
+from virt_sse.model.keys import Dek, DekContext, KeyId, KeyState, ProviderConfig
 from virt_sse.pkcs11.token import KeyKind
 from virt_sse.pkcs11.versions import VersionedKeys
+from virt_sse.system.files import write_private
 from virt_sse_plugins.key_providers.hsm_simulated import HsmSimulatedKeyProvider
 
 CONTEXT = DekContext(uuid.uuid4(), "service")

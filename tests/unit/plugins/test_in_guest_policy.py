@@ -8,16 +8,15 @@ from uuid import uuid4
 
 import pytest
 
-from virt_sse.disks import PLATFORM_KEY, Disk, DiskState
-from virt_sse.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.errors import PolicyError
-from virt_sse.in_guest.inspection import Content, Finding
-from virt_sse.in_guest.signatures import EncryptionKind
-from virt_sse.keys import KeyRef
-from virt_sse.layers import EncryptionType
-from virt_sse.policy import AttachDisk, CreateDisk, MoveDisk, Operation, Site, UpdateVm
-from virt_sse.qemu.img import DiskFormat
-from virt_sse.vms import VmProperties
+from virt_sse.model.content import Content, EncryptionKind, Finding
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import PLATFORM_KEY, Disk, DiskState
+from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
+from virt_sse.model.keys import KeyRef
+from virt_sse.model.layers import EncryptionType
+from virt_sse.model.operations import AttachDisk, CreateDisk, MoveDisk, Operation, Site, UpdateVm
+from virt_sse.model.vms import VmProperties
 from virt_sse_plugins.policies import virt_sse_validate
 
 CUSTOMER = KeyRef("customer-managed", "https://vault/keys/web")

@@ -16,7 +16,7 @@ import pytest
 from keyrings import CONTEXT, files, open_provider, wrap
 
 from virt_sse.errors import ConfigError, KeyringError
-from virt_sse.keys import Dek, KeyId, KeyState, ProviderConfig, WrappedDek
+from virt_sse.model.keys import Dek, KeyId, KeyState, ProviderConfig, WrappedDek
 from virt_sse_plugins.key_providers.platform_keyring_folder import KeyringFolder
 from virt_sse_plugins.key_providers.platform_managed import PlatformManagedKeyProvider
 

@@ -14,15 +14,15 @@ import pytest
 from faults import killed_at_line, no_file_beyond
 from keyrings import CONTEXT, files, open_provider, wrap
 
-import virt_sse.files
+import virt_sse.system.files
 from virt_sse import errors
 from virt_sse.errors import KeyNotFoundError, KeyringError, VirtSseError
-from virt_sse.keys import Dek, DekContext, KeyId, KeyState, WrappedDek
+from virt_sse.model.keys import Dek, DekContext, KeyId, KeyState, WrappedDek
 from virt_sse_plugins.key_providers import platform_keyring, platform_keyring_folder
 from virt_sse_plugins.key_providers.platform_managed import PlatformManagedKeyProvider
 
 VECTORS = json.loads((Path(__file__).parents[2] / "vectors/platform_managed.json").read_text("utf-8"))
-WRITERS = (platform_keyring, platform_keyring_folder, virt_sse.files)
+WRITERS = (platform_keyring, platform_keyring_folder, virt_sse.system.files)
 
 
 def test_a_version_of_another_host(provider: PlatformManagedKeyProvider, tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_rotations_of_threads_and_processes_at_once_lose_nothing(
     provider: PlatformManagedKeyProvider, directory: Path
 ) -> None:
     script = (
-        "import sys, pathlib; from virt_sse.keys import ProviderConfig\n"
+        "import sys, pathlib; from virt_sse.model.keys import ProviderConfig\n"
         "from virt_sse_plugins.key_providers.platform_managed import PlatformManagedKeyProvider\n"
         "provider = PlatformManagedKeyProvider.from_config(ProviderConfig(pathlib.Path(sys.argv[1])))\n"
         "for _ in range(20): print(provider.rotate('default').version)"
@@ -135,7 +135,7 @@ def vector_provider(directory: Path) -> PlatformManagedKeyProvider:
         ("root.key", bytes.fromhex(VECTORS["root-key"])),
         ("keyring.json", json.dumps(VECTORS["keyring"]).encode()),
     ):
-        virt_sse.files.write_private(directory / name, content)
+        virt_sse.system.files.write_private(directory / name, content)
     return open_provider(directory)
 
 

@@ -7,12 +7,12 @@ import pytest
 
 import images
 from images import FORMATS, KeyedImage
-from virt_sse.ciphers import AES_256_XTS, Cipher
 from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError, ToolError
-from virt_sse.keys import Dek
+from virt_sse.model.ciphers import AES_256_XTS, Cipher
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.keys import Dek
 from virt_sse.qemu import formatting, img
 from virt_sse.qemu.formatting import Volume
-from virt_sse.qemu.img import DiskFormat
 
 M = 1 << 20
 DEK = Dek.generate()

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import images
-from virt_sse.ciphers import AES_256_XTS, Cipher
 from virt_sse.errors import ImageFormatError, ToolError
-from virt_sse.keys import Dek
+from virt_sse.model.ciphers import AES_256_XTS, Cipher
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.keys import Dek
 from virt_sse.qemu.formatting import Volume, make
-from virt_sse.qemu.img import DiskFormat
 from virt_sse.qemu.luks import FIRST_KEYSLOT, HEADER_END, Luks1Header, make_header
 
 DEK = Dek.generate()

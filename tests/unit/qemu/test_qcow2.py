@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import images
-from virt_sse.ciphers import AES_256_XTS
 from virt_sse.errors import ImageFormatError
-from virt_sse.keys import Dek
+from virt_sse.model.ciphers import AES_256_XTS
+from virt_sse.model.keys import Dek
 from virt_sse.qemu.luks import make_header
 from virt_sse.qemu.qcow2 import Qcow2Header, add_luks_header
 

@@ -18,12 +18,12 @@ import pytest
 
 import images
 from images import FORMATS, KeyedImage
-from virt_sse.ciphers import AES_256_CBC, AES_256_XTS
 from virt_sse.errors import DiskInUseError, MonitorError
-from virt_sse.keys import Dek
+from virt_sse.model.ciphers import AES_256_CBC, AES_256_XTS
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.keys import Dek
 from virt_sse.qemu import formatting, img, qmp
 from virt_sse.qemu.formatting import Volume
-from virt_sse.qemu.img import DiskFormat
 from virt_sse.qemu.storage_daemon import StorageDaemon, arguments
 
 M = 1 << 20

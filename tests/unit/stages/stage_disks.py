@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from virt_sse.ciphers import AES_256_CBC, AES_256_XTS
 from virt_sse.config import Config
-from virt_sse.disks import Disk, DiskState
-from virt_sse.envelope import DekEntry
-from virt_sse.keys import Dek, KeyId, WrappedDek
-from virt_sse.layers import (
+from virt_sse.libvirt.users import User
+from virt_sse.model.ciphers import AES_256_CBC, AES_256_XTS
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import Disk, DiskState
+from virt_sse.model.envelope import DekEntry
+from virt_sse.model.keys import Dek, KeyId, WrappedDek
+from virt_sse.model.layers import (
     EncryptionType,
     GuestNode,
     HostCache,
@@ -22,10 +24,8 @@ from virt_sse.layers import (
     Stage,
     StorageNode,
 )
-from virt_sse.libvirt.users import User
 from virt_sse.qemu import formatting, img
 from virt_sse.qemu.formatting import Volume
-from virt_sse.qemu.img import DiskFormat
 from virt_sse.stages import Stages
 from virt_sse.stages.process import Process
 

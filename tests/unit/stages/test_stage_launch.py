@@ -13,13 +13,13 @@ import pytest
 from stage_programs import SLEEP, say, status, wait_end, wait_until
 
 import images
-from virt_sse.ciphers import AES_256_XTS
 from virt_sse.errors import DiskInUseError, StageError
-from virt_sse.keys import Dek
 from virt_sse.libvirt.users import User
+from virt_sse.model.ciphers import AES_256_XTS
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.keys import Dek
 from virt_sse.qemu import formatting, img
 from virt_sse.qemu.formatting import Volume
-from virt_sse.qemu.img import DiskFormat
 from virt_sse.stages.process import Command, Process
 
 

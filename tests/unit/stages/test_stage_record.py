@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from images import mode
-from virt_sse.layers import HostCaching
 from virt_sse.libvirt.users import User
-from virt_sse.qemu.img import DiskFormat
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.layers import HostCaching
 from virt_sse.stages.record import StageRecord
 
 RECORD = StageRecord(

@@ -21,9 +21,9 @@ import virt_sse.stages.running
 from crashes import crash_points, dies_at
 from virt_sse.config import Config
 from virt_sse.errors import DiskInUseError, StageError, ToolError
-from virt_sse.keys import Dek
-from virt_sse.layers import HostCaching
 from virt_sse.libvirt.users import User
+from virt_sse.model.keys import Dek
+from virt_sse.model.layers import HostCaching
 from virt_sse.qemu import img, qcow2
 from virt_sse.stages import Stages
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from vault_doubles import Clock, Records
 
+from virt_sse.vault.home.layout import VaultDirectory
 from virt_sse.vault.initialise import initialise
-from virt_sse.vault.layout import VaultDirectory
 from virt_sse.vault.vault import Vault, open_vault
 
 

@@ -14,15 +14,15 @@ from faults import no_file_beyond
 from vault_doubles import Records
 
 from virt_sse.errors import InvalidValueError, VaultError
-from virt_sse.vault.certificates import needs_renewal
+from virt_sse.vault.home.layout import VaultDirectory
+from virt_sse.vault.home.sealing import RootKey
+from virt_sse.vault.home.settings import VaultSettings
+from virt_sse.vault.http.certificates import needs_renewal
 from virt_sse.vault.initialise import add_administrator, initialise
-from virt_sse.vault.layout import VaultDirectory
-from virt_sse.vault.permissions import USE
-from virt_sse.vault.records import NewKey
+from virt_sse.vault.keys.records import NewKey
 from virt_sse.vault.refusals import Refusal
-from virt_sse.vault.sealing import RootKey
-from virt_sse.vault.settings import VaultSettings
 from virt_sse.vault.vault import Vault, open_vault
+from virt_sse.vault_client.permissions import USE
 
 
 def test_a_vault_is_ours_alone(directory: VaultDirectory) -> None:

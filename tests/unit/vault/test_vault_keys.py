@@ -10,8 +10,8 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from vault_doubles import Clock
 
 from virt_sse.errors import VaultError
-from virt_sse.vault.layout import VaultDirectory
-from virt_sse.vault.records import Attributes, KeyVersion, NewKey
+from virt_sse.vault.home.layout import VaultDirectory
+from virt_sse.vault.keys.records import Attributes, KeyVersion, NewKey
 from virt_sse.vault.refusals import Refusal
 from virt_sse.vault.vault import Vault
 

@@ -4,7 +4,7 @@ from typing import cast
 
 import pytest
 
-from virt_sse.vault.opened_keys import OpenedKey, OpenedKeys
+from virt_sse.vault.keys.opened_keys import OpenedKey, OpenedKeys
 
 
 def entry() -> OpenedKey:

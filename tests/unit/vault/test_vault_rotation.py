@@ -4,9 +4,9 @@ import pytest
 from vault_doubles import DAY, Clock, Records
 
 from virt_sse.errors import InvalidValueError
-from virt_sse.vault.durations import seconds_of
-from virt_sse.vault.limits import Limits, TokenBucket
-from virt_sse.vault.records import Attributes, NewKey
+from virt_sse.vault.http.limits import Limits, TokenBucket
+from virt_sse.vault.keys.durations import seconds_of
+from virt_sse.vault.keys.records import Attributes, NewKey
 from virt_sse.vault.refusals import Refusal
 from virt_sse.vault.trail import Trail
 from virt_sse.vault.upkeep import upkeep

@@ -19,13 +19,13 @@ from vault_doubles import DAY, Clock, Records
 from virt_sse.errors import ConfigError, InvalidValueError, KeyProviderUnavailableError, VaultError
 from virt_sse.lab.tokens import LabHsm, LabToken
 from virt_sse.pkcs11.objects import TokenKey
+from virt_sse.vault.home.layout import VaultDirectory
+from virt_sse.vault.home.settings import Tier, TokenSettings, VaultSettings
+from virt_sse.vault.hsm.access import add_token, unlock_token
+from virt_sse.vault.hsm.protection import ANCHOR
 from virt_sse.vault.initialise import initialise
-from virt_sse.vault.layout import VaultDirectory
-from virt_sse.vault.records import KeyVersion, Leftover, NewKey
+from virt_sse.vault.keys.records import KeyVersion, Leftover, NewKey
 from virt_sse.vault.refusals import FailureRefusal, Refusal
-from virt_sse.vault.settings import Tier, TokenSettings, VaultSettings
-from virt_sse.vault.token_access import add_token, unlock_token
-from virt_sse.vault.token_protection import ANCHOR
 from virt_sse.vault.vault import Vault, open_vault
 
 OAEP = "RSA-OAEP-256"

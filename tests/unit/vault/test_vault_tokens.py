@@ -15,13 +15,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from vault_doubles import Clock, Records
 
 from virt_sse.errors import CredentialError, VaultError
-from virt_sse.vault.credential import VaultCredential
-from virt_sse.vault.credential_file import CredentialFile, new_assertion_key
-from virt_sse.vault.layout import VaultDirectory
-from virt_sse.vault.permissions import Permission, Role
+from virt_sse.vault.home.layout import VaultDirectory
+from virt_sse.vault.identity.tokens import OAuthError, bearer
 from virt_sse.vault.refusals import Refusal
-from virt_sse.vault.tokens import OAuthError, bearer
 from virt_sse.vault.vault import Vault, open_vault
+from virt_sse.vault_client.credential import VaultCredential
+from virt_sse.vault_client.credential_file import CredentialFile, new_assertion_key
+from virt_sse.vault_client.permissions import Permission, Role
 
 ASSERTION = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 

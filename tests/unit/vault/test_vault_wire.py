@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from virt_sse.vault import wire
+from virt_sse.vault.http import wire
 from virt_sse.vault.refusals import Refusal
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from virt_sse.audit_record import AuditRecord
+from virt_sse.audit.record import AuditRecord
 
 DAY = 86400
 

@@ -6,13 +6,7 @@ import pytest
 
 from virt_sse.errors import InvalidValueError
 from virt_sse.libvirt.references import usage
-from virt_sse.verification.chains import (
-    LinkKind,
-    disk_chains,
-    may_be_ours,
-    plaintext_links,
-    serial,
-)
+from virt_sse.verification.chains import LinkKind, disk_chains, may_be_ours, plaintext_links, serial
 
 DISK = UUID("6e2a0c0e-8d1f-4c58-9c63-0a1c62d7a9b1")
 OURS = f"<encryption format='luks'><secret type='passphrase' usage='{usage(DISK, 'service')}'/></encryption>"

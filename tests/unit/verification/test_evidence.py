@@ -12,11 +12,11 @@ from tempfile import TemporaryFile
 import pytest
 
 from images import require
-from virt_sse.ciphers import AES_256_CBC, AES_256_XTS
-from virt_sse.keys import Dek
+from virt_sse.model.ciphers import AES_256_CBC, AES_256_XTS
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.keys import Dek
 from virt_sse.qemu import formatting, img
 from virt_sse.qemu.formatting import Volume
-from virt_sse.qemu.img import DiskFormat
 from virt_sse.verification.headers import cipher_of_image
 from virt_sse.verification.processes import command_line, has_open, identity, listens_at, open_files
 from virt_sse.verification.sample import SECTORS, Sample, is_even, is_table, look_at

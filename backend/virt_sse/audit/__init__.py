@@ -1,0 +1,1 @@
+"""The audit log: every use of a key, chained record by record."""

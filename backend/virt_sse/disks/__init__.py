@@ -1,0 +1,1 @@
+"""The life of a disk: created, imported, resized, exported, inspected, erased."""

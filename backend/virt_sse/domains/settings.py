@@ -1,0 +1,370 @@
+"""Virtual machines: what domains are asked to be beside what their disks are.
+
+The order of an update's writes is the point. What is to be is noted first, as pending; then libvirt takes the
+new definition, in one piece, with the number of the update in it; then what was pending is. Whatever comes
+next, an update or a start, sees by that number whether one that was cut off came to pass, and finishes or
+undoes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from uuid import UUID
+
+import libvirt
+
+from virt_sse.config import Config
+from virt_sse.disks.inspector import Inspector
+from virt_sse.domains import temp_disks
+from virt_sse.domains.data_on_host import AtRest, has_tpm_state, memory_snapshot, survey
+from virt_sse.domains.host_encryption import (
+    agreed,
+    differences,
+    new,
+    read_root,
+    refuse_at_rest,
+    refuse_unencrypted,
+)
+from virt_sse.domains.start import Serving
+from virt_sse.errors import InvalidValueError, LibvirtError, PolicyError, VirtSseError, VmStateError
+from virt_sse.keys.access import Wrapping
+from virt_sse.keys.rewrap import RewrapReport
+from virt_sse.libvirt import domain_xml, vm_metadata
+from virt_sse.libvirt.connection import connected
+from virt_sse.libvirt.host_id import host_id
+from virt_sse.libvirt.vm_metadata import Stated
+from virt_sse.model.content import Content, Finding
+from virt_sse.model.disks import Disk
+from virt_sse.model.keys import KeyId, KeyRef
+from virt_sse.model.layers import HostCaching
+from virt_sse.model.operations import UpdateVm
+from virt_sse.model.vms import PendingUpdate, Vm, VmProperties, check_size_name, tpm_context
+from virt_sse.plugins import PluginHost
+from virt_sse.store import Store
+
+
+class Keep(enum.Enum):
+    """For a property that an update leaves as it is."""
+
+    KEEP = enum.auto()
+
+
+KEEP = Keep.KEEP
+
+
+@dataclass(frozen=True, slots=True)
+class VmChanges:
+    """What an update is to change.
+
+    :ivar caching: by a disk's name in the guest, what the host is to cache of it.
+    """
+
+    encryption_at_host: bool | Keep = KEEP
+    size: str | Keep | None = KEEP
+    temp_disk_size: int | Keep | None = KEEP
+    caching: Mapping[str, HostCaching] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class VmView:
+    """A domain as it is.
+
+    :ivar properties: what its definition says.
+    :ivar problem: why it would not start as it is, as far as that is known without trying.
+    :ivar disks: of ours, by their names in the guest.
+    :ivar tpm_key: the KEK that the DEK of its TPM is under, if that is of ours.
+    """
+
+    id: UUID
+    name: str
+    is_active: bool
+    properties: VmProperties
+    problem: VirtSseError | None
+    disks: Mapping[str, Disk]
+    tpm_key: KeyId | None
+    at_rest: tuple[AtRest, ...] = ()
+
+
+class VirtualMachines:
+    """All domains of this host's libvirt."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        plugins: PluginHost,
+        wrapping: Wrapping,
+        serving: Serving,
+        inspector: Inspector,
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._plugins = plugins
+        self._wrapping = wrapping
+        self._disks = serving
+        self._serving = serving.vms
+        self._inspector = inspector
+
+    def all(self) -> list[VmView]:
+        """All domains, by name, without what of them is at rest.
+
+        :raise LibvirtUnavailableError: When libvirt cannot be asked.
+        """
+        views = []
+        with connected(self._config.libvirt_uri) as connection:
+            domains = connection.listAllDomains()
+            self._tidy(connection, domains)
+            for domain in domains:
+                with _gone_is_fine():
+                    views.append(self._view(domain, with_rest=False))
+        return sorted(views, key=lambda view: view.name)
+
+    def show(self, name: str) -> VmView:
+        """One domain, with all of it that is at rest on this host.
+
+        :raise LibvirtError: When there is no such domain.
+        """
+        with connected(self._config.libvirt_uri) as connection:
+            self._tidy(connection, connection.listAllDomains())
+            return self._view(_lookup(connection, name), with_rest=True)
+
+    def update(self, name: str, changes: VmChanges) -> VmView:
+        """Change what a domain is to be, from its next start on.
+
+        :raise VmStateError: When it runs, has a saved state, or has no definition.
+        :raise PolicyError: When a rule refuses it, or something of it would lie on the host in plaintext; or
+            when its definition and the store disagree in what is not to be changed.
+        :raise InvalidValueError: When it makes no sense.
+        :raise LibvirtError: When there is no such domain, or libvirt refuses its new definition.
+        """
+        with connected(self._config.libvirt_uri) as connection:
+            domain = _lookup(connection, name)
+            _refuse_if_it_runs(domain)
+            vm_id = UUID(bytes=domain.UUID())
+            with self._serving.locked(vm_id, name):
+                _refuse_if_it_runs(domain)
+                self._update(domain, vm_id, changes, host_id(connection))
+            return self._view(domain, with_rest=True)
+
+    def _update(self, domain: libvirt.virDomain, vm_id: UUID, changes: VmChanges, host: UUID) -> None:
+        name = domain.name()
+        text, root = read_root(domain)
+        said = vm_metadata.stated(root)
+        known = self._serving.settled(self._store.vms.find(vm_id), said)
+        before = _before(name, known, said, changes)
+        after = _after(before, changes)
+        disks, caching = self._with_caching(text, changes.caching)
+        content = Content(lambda: self._in_guest_encryption(name))
+        self._plugins.validate(UpdateVm(name, before, after, tuple(disks.values()), content))
+        refuse_unencrypted(name, after, tuple(disks.values()), has_temp_disk=False)
+
+        vm = known or new(vm_id, said)
+        generation = max(vm.generation, said.generation if said else 0)
+        self._redefine(root, vm_id, Stated(after, generation + 1))
+        if after.encryption_at_host:
+            refuse_at_rest(survey(root, self._serving.files), name)
+        sources = {disk.id: self._disks.source(disk) for disk in disks.values() if disk.id in caching}
+        definition = domain_xml.with_sources(ET.tostring(root, encoding="unicode"), sources)
+
+        vm = dataclasses.replace(vm, name=name, host=host, generation=generation)
+        if vm_metadata.has_tpm_of_ours(root, vm_id):
+            vm = self._serving.with_tpm_dek(vm)
+        vm = dataclasses.replace(vm, pending=PendingUpdate(after, caching))
+        self._store.vms.put(vm)
+        try:
+            domain.connect().defineXML(definition)
+        except libvirt.libvirtError:
+            self._store.vms.put(dataclasses.replace(vm, pending=None))
+            raise
+        vm = self._store.vms.commit(vm)
+        if vm.tpm and not vm_metadata.has_tpm_of_ours(root, vm_id) and not self._has_tpm_state(vm_id):
+            self._store.vms.put(dataclasses.replace(vm, tpm=None))
+
+    def _redefine(self, root: ET.Element, vm_id: UUID, said: Stated) -> None:
+        """Make the definition *root* one of a VM as *said*."""
+        properties = said.properties
+        vm_metadata.state(root, said)
+        image = temp_disks.image(self._config, vm_id) if properties.temp_disk_size is not None else None
+        vm_metadata.set_temp_disk(root, vm_id, image)
+        if properties.encryption_at_host:
+            memory = root.find("memory")
+            if memory is not None and memory.get("dumpCore") is None:
+                memory.set("dumpCore", "off")
+            if vm_metadata.tpm_secret(root) is None:
+                vm_metadata.set_tpm_encryption(root, vm_id, encrypted=True)
+        elif vm_metadata.has_tpm_of_ours(root, vm_id) and not self._has_tpm_state(vm_id):
+            # State that there is stays encrypted, and its key: swtpm cannot decrypt it for good.
+            vm_metadata.set_tpm_encryption(root, vm_id, encrypted=False)
+
+    def _has_tpm_state(self, vm_id: UUID) -> bool:
+        return has_tpm_state(vm_id, self._serving.files)
+
+    def _with_caching(
+        self, xml: str, wanted: Mapping[str, HostCaching]
+    ) -> tuple[dict[str, Disk], dict[UUID, HostCaching]]:
+        """The disks of ours that the domain is to have, by their names in the guest, and what of them
+        changes.
+        """
+        disks = self._by_target(xml)
+        caching = {}
+        for target, mode in wanted.items():
+            if target not in disks:
+                known = ", ".join(sorted(disks)) or "none"
+                raise InvalidValueError(
+                    f"{target[:20]!r} is no disk of virt-sse in the domain", hint=f"there are: {known}"
+                )
+            disks[target] = dataclasses.replace(disks[target], caching=mode)
+            caching[disks[target].id] = mode
+        return disks, caching
+
+    def _by_target(self, xml: str) -> dict[str, Disk]:
+        by_id = {disk.id: disk for disk in self._serving.disks(xml)}
+        return {use.target: by_id[use.disk_id] for use in domain_xml.our_disks(xml) if use.disk_id in by_id}
+
+    def _in_guest_encryption(self, name: str) -> list[Finding]:
+        return [finding for each in self._inspector.in_use(name) for finding in each.findings]
+
+    def _view(self, domain: libvirt.virDomain, *, with_rest: bool) -> VmView:
+        vm_id, name, is_active = UUID(bytes=domain.UUID()), domain.name(), bool(domain.isActive())
+        text = domain.XMLDesc(0 if is_active else libvirt.VIR_DOMAIN_XML_INACTIVE)
+        root = vm_metadata.parse(text)
+        vm = self._store.vms.find(vm_id)
+        problem: VirtSseError | None = None
+        properties = VmProperties()
+        disks: dict[str, Disk] = {}
+        rest: list[AtRest] = []
+        try:
+            rest = self._at_rest(domain, root) if with_rest else []
+            disks = self._by_target(text)
+            said = vm_metadata.stated(root)
+            properties = said.properties if said else VmProperties()
+            if vm is None or vm.pending is None:  # what was cut off, the next start or update puts in order
+                agreed(name, vm, said)
+            temp = bool(domain_xml.temp_disks(text))
+            refuse_unencrypted(name, properties, tuple(disks.values()), has_temp_disk=temp)
+            if properties.encryption_at_host and not is_active:
+                refuse_at_rest(rest, name)
+        except (PolicyError, InvalidValueError) as exc:
+            problem = exc
+        tpm_key = vm.tpm.key if vm and vm.tpm else None
+        return VmView(vm_id, name, is_active, properties, problem, disks, tpm_key, tuple(rest))
+
+    def _at_rest(self, domain: libvirt.virDomain, root: ET.Element) -> list[AtRest]:
+        snapshots = [memory_snapshot(snapshot.getXMLDesc()) for snapshot in domain.listAllSnapshots()]
+        return [*survey(root, self._serving.files), *(each for each in snapshots if each)]
+
+    def _tidy(self, connection: libvirt.virConnect, domains: Collection[libvirt.virDomain]) -> None:
+        """Erase temporary disks that no domain uses, and forget the VMs of this host whose domain is gone.
+
+        Not one with a TPM whose state is still there: its key is in the store alone.
+        """
+        before = time.time() - temp_disks.SETTLED_SECONDS
+        running = set()
+        present = set()
+        for domain in domains:
+            with _gone_is_fine():
+                present.add(vm_id := UUID(bytes=domain.UUID()))
+                if domain.isActive():
+                    running.add(vm_id)
+        temp_disks.erase_unused(self._config, running, before=before)
+        stale = [vm for vm in self._store.vms.all() if vm.id not in present]
+        if not stale:
+            return
+        here = host_id(connection)
+        for vm in stale:
+            if vm.host == here and not (vm.tpm and self._has_tpm_state(vm.id)):
+                self._store.vms.remove(vm.id)
+
+    def rewrap(self, key: KeyRef) -> RewrapReport:
+        """Bring the DEKs of VMs under *key* to its current version. May be killed at any point, and run
+        again.
+        """
+        rewrapped = current = 0
+        failed = {}
+        for vm in self._store.vms.under_key(key):
+            try:
+                if self._rewrap(vm, key):
+                    rewrapped += 1
+                else:
+                    current += 1
+            except VirtSseError as exc:
+                failed[f"TPM of {vm.name}"] = str(exc)
+        return RewrapReport(rewrapped, current, failed)
+
+    def _rewrap(self, vm: Vm, key: KeyRef) -> bool:
+        target = self._wrapping.current_key(key)
+        if vm.tpm is None or vm.tpm.key == target:
+            return False
+        dek = self._wrapping.unwrap(vm.tpm, context=tpm_context(vm.id))
+        wrapped = self._wrapping.wrap(dek, target, context=tpm_context(vm.id))
+        if not self._store.vms.replace_tpm(vm.id, vm.tpm, wrapped):
+            raise VmStateError(f"domain {vm.name!r} was changed by another command at the same time")
+        if self._has_tpm_state(vm.id):
+            self._serving.carry_tpm_dek(dataclasses.replace(vm, tpm=wrapped))
+        return True
+
+
+def _before(name: str, vm: Vm | None, said: Stated | None, changes: VmChanges) -> VmProperties:
+    """What the VM is now. Where definition and store disagree, what the update says is what settles it."""
+    if vm is None:
+        return said.properties if said else VmProperties()
+    here = said.properties if said else VmProperties()
+    given = {
+        "encryption-at-host": changes.encryption_at_host is not KEEP,
+        "size": changes.size is not KEEP,
+        "temp-disk-size": changes.temp_disk_size is not KEEP,
+    }
+    if any(not given[field] for field in differences(here, vm.properties)):
+        agreed(name, vm, said)
+    return vm.properties
+
+
+def _after(before: VmProperties, changes: VmChanges) -> VmProperties:
+    at_host, size, temp_size = changes.encryption_at_host, changes.size, changes.temp_disk_size
+    return VmProperties(
+        before.encryption_at_host if isinstance(at_host, Keep) else at_host,
+        before.size if isinstance(size, Keep) else size and check_size_name(size),
+        before.temp_disk_size if isinstance(temp_size, Keep) else temp_size,
+    )
+
+
+def _lookup(connection: libvirt.virConnect, name: str) -> libvirt.virDomain:
+    try:
+        return connection.lookupByName(name)
+    except (libvirt.libvirtError, UnicodeEncodeError) as exc:
+        raise LibvirtError(f"no domain {name!r}: {exc}") from exc
+
+
+def _refuse_if_it_runs(domain: libvirt.virDomain) -> None:
+    name = domain.name()
+    if not domain.isPersistent():
+        raise VmStateError(
+            f"domain {name!r} has no definition that could be changed: it is transient",
+            hint="'virsh define' gives it one",
+        )
+    if domain.isActive():
+        raise VmStateError(
+            f"domain {name!r} runs",
+            hint=f"stop it, e.g. by 'virsh shutdown {name}', and start it again afterwards",
+        )
+    if domain.hasManagedSaveImage():
+        raise VmStateError(
+            f"domain {name!r} has a saved state, from which it would go on as it was",
+            hint=f"start it and shut it down, or discard the state with 'virsh managedsave-remove {name}'",
+        )
+
+
+@contextlib.contextmanager
+def _gone_is_fine() -> Iterator[None]:
+    """A domain may go away while domains are listed."""
+    try:
+        yield
+    except libvirt.libvirtError as exc:
+        if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+            raise

@@ -1,0 +1,266 @@
+"""Serving domains: the DEKs of their disks for libvirt, and the stages below their QEMU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from uuid import UUID
+
+import libvirt
+
+from virt_sse.config import Config, IoErrors
+from virt_sse.domains import host_encryption
+from virt_sse.domains.host_encryption import VmServing
+from virt_sse.errors import (
+    DiskInUseError,
+    DiskNotFoundError,
+    DiskStateError,
+    EnvelopeError,
+    ImageError,
+    InvalidValueError,
+)
+from virt_sse.keys.access import Wrapping
+from virt_sse.libvirt import domain_xml
+from virt_sse.libvirt.connection import connected
+from virt_sse.libvirt.domain_xml import Behind, DiskSource, DomainDisk
+from virt_sse.libvirt.secrets import drop_secrets, set_secrets
+from virt_sse.libvirt.users import User, default_qemu_user
+from virt_sse.model.disks import Disk, DiskState
+from virt_sse.model.events import audit_context
+from virt_sse.model.keys import Dek
+from virt_sse.model.layers import GuestNode, LayerChoice, LayerPlan
+from virt_sse.model.operations import UnlockDisk
+from virt_sse.plugins import PluginHost
+from virt_sse.qemu import envelope_slots, img
+from virt_sse.stages import Stages
+from virt_sse.stages.record import StageRecord
+from virt_sse.store import Store
+from virt_sse.system.files import canonical
+
+_AT_ONCE = 8
+"""Disks that are served at the same time: most of it is waiting, for key providers and for processes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """A disk that a domain is to be given, and how the domain names its DEKs."""
+
+    disk: Disk
+    plan: LayerPlan
+    uses: tuple[DomainDisk, ...]
+
+
+class Serving:
+    """Gives domains what they need to use their disks, and takes it away."""
+
+    def __init__(
+        self, config: Config, store: Store, plugins: PluginHost, wrapping: Wrapping, stages: Stages
+    ) -> None:
+        self.vms = VmServing(config, store, plugins, wrapping)
+        self._config = config
+        self._store = store
+        self._plugins = plugins
+        self._wrapping = wrapping
+        self._stages = stages
+
+    def prepare(self, name: str, xml: str) -> None:
+        """Serve all that a domain that libvirt is about to start needs of ours, or nothing.
+
+        :raise VirtSseError: When something of it cannot be served; the domain must not start then.
+        """
+        with self.vms.prepared(name, xml):
+            if uses := domain_xml.our_disks(xml):
+                served = self._look_up(uses, name)
+                with connected(self._config.libvirt_uri) as connection:
+                    self._serve(connection, name, xml, served)
+
+    def serve(self, connection: libvirt.virConnect, name: str, xml: str, uses: Sequence[DomainDisk]) -> None:
+        """Serve the disks in *uses* to the domain *name*, all or none: their stages, then libvirt's secrets.
+
+        :param xml: the domain's.
+        :raise VirtSseError: When one of them cannot be served.
+        """
+        self._serve(connection, name, xml, self._look_up(uses, name))
+
+    def _serve(self, connection: libvirt.virConnect, name: str, xml: str, served: Sequence[_Served]) -> None:
+        domain_id = domain_xml.domain_uuid(xml)
+        qemu = None
+        before: dict[UUID, UUID | None] = {}
+        if any(self._source(each.disk, each.plan).behind for each in served):
+            for each in served:
+                before[each.disk.id] = self._ended_user(connection, each.disk, domain_id)
+            qemu = domain_xml.qemu_user(xml) or default_qemu_user(connection.getCapabilities())
+        with contextlib.ExitStack() as undo:
+            for each in served:
+                undo.callback(self._stages.stop, each.disk.id, domain_id=domain_id)
+            with ThreadPoolExecutor(_AT_ONCE, "serve") as pool:  # all have ended before one is undone
+                starting = [
+                    pool.submit(self._start, each, name, domain_id, qemu, before.get(each.disk.id))
+                    for each in served
+                ]
+            set_secrets(connection, {key: dek for each in starting for key, dek in each.result().items()})
+            undo.pop_all()
+
+    def restore(self, name: str, xml: str) -> None:
+        """Give libvirt the DEKs of a running domain, and of its disks, again. Its stages are left alone.
+
+        :raise VirtSseError: When one cannot be had; then none of the disks'.
+        """
+        self.vms.restore(name, xml)
+        uses = domain_xml.our_disks(xml)
+        deks: dict[tuple[UUID, str], Dek] = {}
+        for each in self._look_up(uses, name):
+            deks |= _for_libvirt(each, self._unlock(each, name))
+        with connected(self._config.libvirt_uri) as connection:
+            set_secrets(connection, deks)
+
+    def restart_stages(self, record: StageRecord) -> None:
+        """Start what has died of a disk's stages again, below a guest that runs on.
+
+        :raise StageError: When that might give the guest older data than it was told is written.
+        :raise VirtSseError: By meaning, when it does not start.
+        """
+        deks = {}
+        if record.storage_slot is not None:
+            disk = self._store.get(str(record.disk_id))
+            with audit_context(domain=record.domain):
+                deks[record.storage_slot] = self._wrapping.unwrap_slot(disk, record.storage_slot)
+        self._stages.restart(record.disk_id, deks)
+
+    def source(self, disk: Disk) -> DiskSource:
+        """How a domain finds the disk."""
+        return self._source(disk, self.plan(disk))
+
+    def _source(self, disk: Disk, plan: LayerPlan) -> DiskSource:
+        guest, *below = plan.stages
+        assert isinstance(guest, GuestNode)  # noqa: S101 -- the contract of layers
+        behind = None
+        if below:
+            socket = self._stages.guest_socket(disk.id)
+            behind = Behind(canonical(socket), self._config.reconnect_seconds)
+        policy = "stop" if self._config.io_errors is IoErrors.PAUSE else "report"
+        return DiskSource(
+            disk_id=disk.id,
+            slot=guest.slot,
+            driver_type=disk.format.value,
+            path=disk.path,
+            behind=behind,
+            error_policy=policy if behind else None,
+        )
+
+    def plan(self, disk: Disk) -> LayerPlan:
+        """What the disk's data is to pass between a guest and the storage."""
+        layer = self._plugins.encryption_layer(disk.encryption_type)
+        plan = layer.plan(LayerChoice(disk.key, disk.deks[-1].cipher))
+        return self._plugins.host_layer().cache(plan, disk.caching)
+
+    def _look_up(self, uses: Sequence[DomainDisk], domain: str) -> list[_Served]:
+        """The disks that a domain names, if they are what lies where it says."""
+        by_disk: dict[UUID, list[DomainDisk]] = {}
+        for use in uses:
+            by_disk.setdefault(use.disk_id, []).append(use)
+        found = []
+        for of_disk in by_disk.values():
+            disk = self._disk_of(of_disk[0])
+            served = _Served(disk, self.plan(disk), tuple(of_disk))
+            for use in of_disk:
+                self._check_use(use, served)
+            self._plugins.validate(UnlockDisk(disk, domain))
+            found.append(served)
+        return found
+
+    def _disk_of(self, use: DomainDisk) -> Disk:
+        try:
+            disk = self._store.get(str(use.disk_id))
+        except DiskNotFoundError as exc:
+            raise DiskNotFoundError(
+                f"{use.target} names disk {use.disk_id}, which the store does not have",
+                hint="if its image is whole, 'virt-sse disk adopt PATH' brings it back",
+            ) from exc
+        if disk.state is not DiskState.READY:
+            raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
+        with img.opened(disk.path) as descriptor:
+            try:
+                carried = envelope_slots.read(descriptor, disk.format).disk_id
+            except EnvelopeError:
+                carried = disk.id  # damaged; the store's wrapped DEKs are whole, and QEMU needs no envelope
+        if carried != disk.id:
+            raise ImageError(f"{disk.path} is the image of another disk than {disk.name!r}")
+        return disk
+
+    def _check_use(self, use: DomainDisk, served: _Served) -> None:
+        disk, source = served.disk, self._source(served.disk, served.plan)
+        if all(entry.slot != use.slot for entry in disk.deks):
+            raise InvalidValueError(f"disk {disk.name!r} has no DEK in slot {use.slot!r}")
+        if use.slot != source.slot:
+            raise InvalidValueError(f"the DEK in slot {use.slot!r} of disk {disk.name!r} is not for guests")
+        if use.source is not None and canonical(use.source) == source.place:
+            return
+        if source.behind:
+            raise InvalidValueError(
+                f"{use.target} has the key of disk {disk.name!r} and is at {use.source}",
+                hint=f"it is served at {source.place}; 'virt-sse disk xml {disk.name}' says how it is used",
+            )
+        raise InvalidValueError(
+            f"{use.target} has the key of disk {disk.name!r} but the image {use.source}",
+            hint=f"the disk's image is {disk.path}; one that was moved is found by 'virt-sse disk adopt'",
+        )
+
+    def _ended_user(self, connection: libvirt.virConnect, disk: Disk, domain_id: UUID) -> UUID | None:
+        """Another domain that stages of the disk were started for, and that has ended since.
+
+        :raise DiskInUseError: When it runs.
+        """
+        record = self._stages.record(disk.id)
+        if record is None or record.domain_id == domain_id:
+            return None
+        with contextlib.suppress(libvirt.libvirtError):
+            if connection.lookupByUUID(record.domain_id.bytes).isActive():
+                raise DiskInUseError(f"disk {disk.name!r} is in use by domain {record.domain!r}")
+        return record.domain_id
+
+    def _start(
+        self, served: _Served, domain: str, domain_id: UUID, qemu: User | None, replacing: UUID | None
+    ) -> dict[tuple[UUID, str], Dek]:
+        """Start the disk's stages; the DEKs that libvirt is to have."""
+        deks = self._unlock(served, domain)
+        if qemu:
+            self._stages.start(
+                served.disk,
+                served.plan,
+                deks,
+                domain_id=domain_id,
+                domain=domain,
+                qemu=qemu,
+                replacing=replacing,
+            )
+        return _for_libvirt(served, deks)
+
+    def _unlock(self, served: _Served, domain: str) -> dict[str, Dek]:
+        """The disk's DEKs by slot."""
+        with audit_context(domain=domain):
+            unwrapped = self._wrapping.unwrap_all(served.disk)
+        return {entry.slot: dek for entry, dek in zip(served.disk.deks, unwrapped, strict=True)}
+
+
+def _for_libvirt(served: _Served, deks: Mapping[str, Dek]) -> dict[tuple[UUID, str], Dek]:
+    """Those of a disk's DEKs that the domain names."""
+    return {(use.disk_id, use.slot): deks[use.slot] for use in served.uses}
+
+
+def release(config: Config, xml: str) -> None:
+    """Take from a domain that has ended all that it was given. Needs no store, and no key.
+
+    :raise VirtSseError: When something of it cannot be taken.
+    """
+    domain_id, stages = domain_xml.domain_uuid(xml), Stages(config)
+    given = {(use.disk_id, use.slot) for use in domain_xml.our_disks(xml)}
+    for record in stages.records():  # also of a disk that was unplugged while it ran
+        if record.domain_id == domain_id:
+            given.add((record.disk_id, record.guest_slot))
+    with contextlib.ExitStack() as all_of_it:
+        all_of_it.callback(host_encryption.release, config, xml)
+        all_of_it.callback(stages.stop_domain, domain_id)
+        drop_secrets(config.libvirt_uri, given)

@@ -1,0 +1,67 @@
+"""The wrapped DEK of an emulated TPM, beside its state: as a disk's image does, it carries what a lost store
+had.
+
+libvirt removes it with the state, when the domain is undefined.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import UUID
+
+from virt_sse.errors import EnvelopeError
+from virt_sse.model.ciphers import AES_256_CBC
+from virt_sse.model.envelope import DekEntry, Envelope
+from virt_sse.model.keys import WrappedDek
+from virt_sse.model.layers import EncryptionType
+from virt_sse.model.slots import TPM_SLOT
+from virt_sse.system.files import write_private
+
+_FILE = "virt-sse.envelope"
+_FOLDER_MODE = 0o711
+"""As libvirt makes it: swtpm, which is not root, passes through."""
+
+
+def read(folder: Path, vm_id: UUID) -> WrappedDek | None:
+    """The wrapped DEK in *folder*; ``None`` when there is none.
+
+    :raise EnvelopeError: When what is there cannot be read, or is another VM's.
+    """
+    try:
+        content = (folder / _FILE).read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        raise EnvelopeError(f"cannot read {folder / _FILE}: {exc.strerror}") from exc
+    envelope = Envelope.decode(content)
+    if envelope.disk_id != vm_id or [entry.slot for entry in envelope.deks] != [TPM_SLOT]:
+        raise EnvelopeError(f"{folder / _FILE} is not that of the TPM of domain {vm_id}")
+    return envelope.deks[0].wrapped
+
+
+def write(folder: Path, vm_id: UUID, wrapped: WrappedDek) -> None:
+    """Make *folder* carry *wrapped*, durably, unless it does.
+
+    :raise EnvelopeError: When it cannot be written.
+    """
+    try:
+        if read(folder, vm_id) == wrapped:
+            return
+    except EnvelopeError:
+        pass  # damaged: that is mended here
+    envelope = Envelope(
+        disk_id=vm_id,
+        name="tpm",
+        encryption_type=EncryptionType.PLATFORM_KEY,
+        encryption_set=None,
+        created=datetime.now(UTC).replace(microsecond=0),
+        generation=1,
+        deks=(DekEntry(TPM_SLOT, AES_256_CBC, wrapped),),
+    )
+    try:
+        for each in (folder.parent, folder):
+            each.mkdir(mode=_FOLDER_MODE, exist_ok=True)
+        write_private(folder / _FILE, envelope.encode())
+    except OSError as exc:
+        raise EnvelopeError(f"cannot write {folder / _FILE}: {exc.strerror}") from exc

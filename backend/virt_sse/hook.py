@@ -1,0 +1,48 @@
+"""The entry point of the libvirt qemu hook (libvirt ``hooks.html``): serves one event of one domain.
+
+The installed hook script (:mod:`virt_sse.libvirt.hook_script`) runs this module for domains of ours only. The
+event goes to the agent. If no agent answers, this process serves the event itself, to the same effect.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    """Serve one event: arguments as libvirt gives them to a hook, the domain's XML on standard input."""
+    _, domain, event, *_ = sys.argv
+    xml = sys.stdin.read()
+    from virt_sse import agent_client
+    from virt_sse.errors import VirtSseError, report
+
+    root = Path(os.environ.get("VIRT_SSE_ROOT") or "/")
+    try:
+        if not agent_client.serve_event(root, event, domain, xml):
+            _serve(event, domain, xml)
+    except VirtSseError as exc:
+        report(exc)
+        return 1
+    return 0
+
+
+def _serve(event: str, domain: str, xml: str) -> None:
+    if event == "release":  # without the store, which takes most of the time to load
+        from virt_sse.config import Config
+        from virt_sse.domains.start import release
+
+        release(Config.load(), xml)
+    elif event in ("prepare", "reconnect"):
+        from virt_sse.backend import Backend
+
+        with Backend.open() as backend:
+            if event == "prepare":
+                backend.domains.serving.prepare(domain, xml)
+            else:
+                backend.domains.reconnect(domain, xml)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""A host: its initial set-up and its capabilities."""

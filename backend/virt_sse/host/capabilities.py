@@ -1,0 +1,120 @@
+"""What this host can do, found out by trying."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from virt_sse.config import Config
+from virt_sse.errors import ToolError, VirtSseError
+from virt_sse.host.setup import APPARMOR_ABSTRACTION, APPARMOR_LOCAL, apparmor_rule
+from virt_sse.libvirt.connection import connected
+from virt_sse.libvirt.users import default_qemu_user
+from virt_sse.model import ciphers
+from virt_sse.model.ciphers import AES_256_XTS, Cipher
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.keys import Dek
+from virt_sse.qemu import img, luks
+from virt_sse.stages.users import storage_user
+from virt_sse.system.files import write_at
+from virt_sse.system.tools import run
+
+_RECONNECTING_LIBVIRT = 9_005_000
+"""From which version on libvirt lets QEMU connect again to an NBD server that was gone."""
+_WRONG_KEY = "cannot unlock any keyslot"
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """One thing that a host can do, or cannot.
+
+    :ivar detail: the version that does it, or why it cannot be done.
+    """
+
+    name: str
+    available: bool
+    detail: str
+
+
+def probe(config: Config) -> list[Capability]:
+    """All of them, in a second or so."""
+    found = [
+        _tool("disks", "qemu-img"),
+        _tool("double encryption", "qemu-storage-daemon"),
+        _tool("host caches", "nbdkit", "--filter=cache", "null"),
+        _tool("encrypted TPM state", "swtpm"),
+    ]
+    with ThreadPoolExecutor() as pool:
+        found += pool.map(_cipher, ciphers.KNOWN)
+    return found + _libvirt(config) + _apparmor(config)
+
+
+def _tool(name: str, tool: str, *arguments: str) -> Capability:
+    try:
+        said = run([tool, *arguments, "--version"], timeout=20)
+    except VirtSseError as exc:
+        return Capability(name, available=False, detail=str(exc))
+    return Capability(name, available=True, detail=said.splitlines()[0] if said else tool)
+
+
+def _cipher(cipher: Cipher) -> Capability:
+    """Whether QEMU has *cipher*: of a header that says so, it complains of another thing, the key."""
+    name = f"cipher {cipher}"
+    try:
+        header = bytearray(luks.make_header(AES_256_XTS, dek := Dek.generate()))
+    except ToolError as exc:
+        return Capability(name, available=False, detail=str(exc))
+    luks.set_cipher(header, cipher)
+    image = os.memfd_create("cipher")
+    try:
+        write_at(image, bytes(header) + bytes(luks.SECTOR), 0)
+        with img.secrets_for([dek]) as (secrets, descriptors):
+            run(
+                ["qemu-io", "--read-only", *secrets, "-c", "read -q 0 512", "--image-opts"]
+                + [img.image_options(Path(f"/proc/self/fd/{image}"), DiskFormat.RAW, 1)],
+                pass_fds=[*descriptors, image],
+            )
+    except ToolError as exc:
+        if _WRONG_KEY not in str(exc):
+            return Capability(name, available=False, detail=str(exc))
+    finally:
+        os.close(image)
+    return Capability(name, available=True, detail="QEMU")
+
+
+def _libvirt(config: Config) -> list[Capability]:
+    try:
+        with connected(config.libvirt_uri) as connection:
+            version = connection.getLibVersion()
+            qemu = default_qemu_user(connection.getCapabilities())
+        storage = storage_user(config.storage_user, qemu)
+    except VirtSseError as exc:
+        return [Capability("libvirt", available=False, detail=str(exc))]
+    said = f"{version // 1_000_000}.{version // 1000 % 1000}.{version % 1000}"
+    own = storage.uid != qemu.uid
+    return [
+        Capability("libvirt", available=True, detail=said),
+        Capability(
+            "guests survive a storage daemon",
+            available=version >= _RECONNECTING_LIBVIRT,
+            detail=said if version >= _RECONNECTING_LIBVIRT else f"needs libvirt 9.5, this is {said}",
+        ),
+        Capability(
+            "storage processes of a user of their own",
+            available=own,
+            detail=f"uid {storage.uid}"
+            if own
+            else f"they run as QEMU's, uid {qemu.uid}; 'virt-sse host init'",
+        ),
+    ]
+
+
+def _apparmor(config: Config) -> list[Capability]:
+    if not (config.root / APPARMOR_ABSTRACTION).exists():
+        return []
+    local = config.root / APPARMOR_LOCAL
+    allowed = local.exists() and apparmor_rule(config.socket_directory) in local.read_text().splitlines()
+    detail = str(local) if allowed else "'virt-sse host init' adds the rule"
+    return [Capability("AppArmor lets QEMU reach its disks' stages", available=allowed, detail=detail)]

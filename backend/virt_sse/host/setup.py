@@ -1,0 +1,92 @@
+"""What a host needs before its first disk: made by ``virt-sse host init``, and by nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+from collections.abc import Iterator
+from pathlib import Path
+
+from virt_sse.config import Config
+from virt_sse.errors import ConfigError
+from virt_sse.libvirt import hook_script
+from virt_sse.model.disks import PLATFORM_KEY
+from virt_sse.plugins import PluginHost
+from virt_sse.stages.users import DEFAULT_STORAGE_USER
+from virt_sse.store import Store
+from virt_sse.system.tools import run
+
+APPARMOR_ABSTRACTION = "etc/apparmor.d/abstractions/libvirt-qemu"
+"""What AppArmor allows every QEMU of libvirt's, on Debian and Ubuntu."""
+APPARMOR_LOCAL = "etc/apparmor.d/local/abstractions/libvirt-qemu"
+"""A site's additions to it, which it includes."""
+
+
+def initialise(config: Config, plugins: PluginHost, store: Store) -> list[str]:
+    """Make what a host needs and does not have.
+
+    :return: what was made, in words.
+    :raise KeyringError: When part of a keyring is there, or disks are under one that is not: it is never made
+        anew.
+    :raise ConfigError: When a file cannot be written.
+    :raise ToolError: When the user for storage processes cannot be made.
+    """
+    made = []
+    provider = plugins.key_provider(PLATFORM_KEY.provider)
+    in_use = [*(key for key, _ in store.keys_in_use()), *store.vms.keys_in_use()]
+    if any(key.provider == PLATFORM_KEY.provider for key in in_use):
+        provider.current_key(PLATFORM_KEY.name)
+    elif provider.provision():
+        made.append(f"keyring {config.key_provider(PLATFORM_KEY.provider).directory}")
+    environment = {"VIRT_SSE_ROOT": str(config.root), "LIBVIRT_DEFAULT_URI": config.libvirt_uri}
+    with _naming(config.hook_path):
+        if hook_script.install(config.hook_path, environment, config.stage_directory):
+            made.append(f"libvirt hook {config.hook_path}")
+    local = config.root / APPARMOR_LOCAL
+    with _naming(local):
+        if (config.root / APPARMOR_ABSTRACTION).exists() and _allow(local, config.socket_directory):
+            made.append(f"AppArmor rule in {local}")
+    if config.root == Path("/") and config.storage_user is None and _make_user():
+        made.append(f"user {DEFAULT_STORAGE_USER}")
+    return made
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise ConfigError(f"cannot write {path}: {exc.strerror}") from exc
+
+
+def apparmor_rule(sockets: Path) -> str:
+    """What lets QEMU connect to the stages of its disks; each of them by the modes of files to its own."""
+    return f'"{sockets}/*/guest/nbd" rw,'
+
+
+def _allow(local: Path, sockets: Path) -> bool:
+    """Add our rule to a site's additions, for QEMUs that are started from now on; whether it was new."""
+    before = local.read_text() if local.exists() else ""
+    rule = apparmor_rule(sockets)
+    if rule in before.splitlines():
+        return False
+    local.parent.mkdir(parents=True, exist_ok=True)
+    temporary = local.with_name(f".{local.name}.virt-sse")
+    temporary.write_text(before + ("\n" if before and not before.endswith("\n") else "") + rule + "\n")
+    temporary.rename(local)
+    return True
+
+
+def _make_user() -> bool:
+    """Make the user that storage processes run as; whether there was none."""
+    with contextlib.suppress(KeyError):
+        pwd.getpwnam(DEFAULT_STORAGE_USER)
+        return False
+    if os.geteuid() != 0:
+        return False
+    run(
+        ["useradd", "--system", "--user-group", "--no-create-home", "--home-dir", "/nonexistent"]
+        + ["--shell", "/usr/sbin/nologin", DEFAULT_STORAGE_USER]
+    )
+    return True

@@ -1,0 +1,1 @@
+"""Keys of disks: audited access to KEKs, rewrapping, disk encryption sets."""

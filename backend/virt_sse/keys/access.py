@@ -1,0 +1,176 @@
+"""Wrapping and unwrapping through the key providers, with every use audited and told to the observers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TypeVar
+from uuid import UUID
+
+from virt_sse.audit.log import AuditLog
+from virt_sse.audit.record import AuditRecord, Component, Result, process_actor
+from virt_sse.errors import AuditError, KeyDeniedError, VirtSseError
+from virt_sse.model.disks import Disk
+from virt_sse.model.encryption_sets import EncryptionSet
+from virt_sse.model.events import KeyAction, KeyEvent, correlated, current_domain
+from virt_sse.model.keys import Dek, DekContext, KeyId, KeyRef, KeyState, WrappedDek
+from virt_sse.plugins import PluginHost
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T", Dek, WrappedDek, KeyId)
+
+
+class Wrapping:
+    """The one way to a KEK for all of virt-sse.
+
+    What comes of a use is handed out only when its record is durable in the audit log. One that was refused
+    stays refused for that reason, also when it cannot be recorded.
+
+    :param component: in whose name uses are recorded.
+    """
+
+    def __init__(
+        self, plugins: PluginHost, audit: AuditLog, *, component: Component = Component.HOST
+    ) -> None:
+        self._plugins = plugins
+        self._audit = audit
+        self._component = component
+
+    def current_key(self, key: KeyRef, *, encryption_set: UUID | None = None) -> KeyId:
+        """The version of *key* that a new DEK would be wrapped with.
+
+        :param encryption_set: the disk encryption set for which it is asked, with that set's identity.
+        :raise KeyProviderError: When the provider has no such key or does not answer.
+        """
+        return self._plugins.key_provider(key.provider, encryption_set).current_key(key.name)
+
+    def key_state(self, key: KeyId, *, encryption_set: UUID | None = None) -> KeyState:
+        """The state of *key* for a disk encryption set. A provider that cannot be had is ``UNREACHABLE``."""
+        try:
+            return self._plugins.key_provider(key.provider, encryption_set).key_state(key)
+        except KeyDeniedError:
+            return KeyState.DENIED
+        except VirtSseError:
+            return KeyState.UNREACHABLE
+
+    def wrapping_key(self, key: KeyRef, encryption_set: EncryptionSet | None) -> KeyId:
+        """The version of *key* for a DEK of a disk in *encryption_set*: the set's own, or the current one.
+
+        :raise KeyProviderError: When the provider has no such key or does not answer.
+        """
+        if encryption_set is None:
+            return self.current_key(key)
+        if encryption_set.key == key and encryption_set.key_version:
+            return KeyId(key.provider, key.name, encryption_set.key_version)
+        return self.current_key(key, encryption_set=encryption_set.id)
+
+    def wrap(
+        self, dek: Dek, key: KeyId, *, context: DekContext, encryption_set: UUID | None = None
+    ) -> WrappedDek:
+        """Wrap *dek* with *key*.
+
+        :param encryption_set: the disk encryption set for which that is done, with that set's identity.
+        :raise KeyProviderError: By meaning; see :meth:`KeyProvider.wrap`.
+        :raise AuditError: When it cannot be recorded.
+        """
+        return self._use(
+            KeyAction.WRAP,
+            key,
+            context,
+            lambda: self._plugins.key_provider(key.provider, encryption_set).wrap(dek, key, context=context),
+        )
+
+    def unwrap(self, wrapped: WrappedDek, *, context: DekContext, encryption_set: UUID | None = None) -> Dek:
+        """The DEK in *wrapped*.
+
+        :param encryption_set: the disk encryption set for which that is done, with that set's identity.
+        :raise KeyProviderError: By meaning; see :meth:`KeyProvider.unwrap`.
+        :raise AuditError: When it cannot be recorded.
+        """
+        key = wrapped.key
+        return self._use(
+            KeyAction.UNWRAP,
+            key,
+            context,
+            lambda: self._plugins.key_provider(key.provider, encryption_set).unwrap(wrapped, context=context),
+        )
+
+    def unwrap_all(self, disk: Disk) -> list[Dek]:
+        """All DEKs of *disk*, in its order.
+
+        :raise KeyProviderError: By meaning; see :meth:`KeyProvider.unwrap`.
+        :raise AuditError: When it cannot be recorded.
+        """
+        return [self.unwrap_slot(disk, entry.slot) for entry in disk.deks]
+
+    def unwrap_slot(self, disk: Disk, slot: str) -> Dek:
+        """The DEK in *slot* of *disk*, as whoever may use its KEK.
+
+        :raise: As :meth:`unwrap_all`.
+        """
+        return self.unwrap(
+            disk.dek(slot).wrapped, context=disk.context(slot), encryption_set=disk.identity_for(slot)
+        )
+
+    def rotate(self, key: KeyRef) -> KeyId:
+        """Make a new version of *key*, and make it current.
+
+        :raise KeyProviderError: When the provider refuses, or its keys are rotated elsewhere.
+        :raise AuditError: When it cannot be recorded; before anything is done.
+        """
+        return self._use(
+            KeyAction.ROTATE, key, None, lambda: self._plugins.key_provider(key.provider).rotate(key.name)
+        )
+
+    def _use(
+        self, action: KeyAction, key: KeyId | KeyRef, context: DekContext | None, use: Callable[[], T]
+    ) -> T:
+        with correlated() as correlation:
+            record = AuditRecord(
+                component=self._component,
+                actor=process_actor(),
+                action=action.value,
+                key=f"{key.provider}:{key.name}",
+                key_version=key.version if isinstance(key, KeyId) else None,
+                disk=context.disk_id if context else None,
+                slot=context.slot if context else None,
+                domain=current_domain(),
+                source=os.uname().nodename,
+                result=Result.REQUESTED,
+                correlation=correlation,
+            )
+            if action is KeyAction.ROTATE:
+                self._audit.append(record)
+            began = time.monotonic()
+            try:
+                result = use()
+            except BaseException as exc:
+                seconds = time.monotonic() - began
+                # A message that is not ours is not known to be free of key material.
+                message = f": {exc}" if isinstance(exc, VirtSseError) else ""
+                self._record_refusal(
+                    replace(record, result=Result.REFUSED, reason=type(exc).__name__ + message)
+                )
+                error = f"{type(exc).__name__}: {exc}"
+                self._plugins.key_event(KeyEvent(action, key, context, error, correlation, seconds))
+                raise
+            seconds = time.monotonic() - began
+        version = result.version if isinstance(result, KeyId) else record.key_version
+        self._audit.append(
+            replace(record, time=datetime.now(UTC), result=Result.ALLOWED, key_version=version)
+        )
+        self._plugins.key_event(KeyEvent(action, key, context, correlation=correlation, seconds=seconds))
+        return result
+
+    def _record_refusal(self, record: AuditRecord) -> None:
+        try:
+            self._audit.append(record)
+        except AuditError as exc:
+            _log.error(
+                "a refusal to %s with key %s is not in the audit log: %s", record.action, record.key, exc
+            )

@@ -1,0 +1,260 @@
+"""How disk encryption sets, and their identities in a key vault, come into being, change and end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from virt_sse.config import Config
+from virt_sse.errors import (
+    ConfigError,
+    EncryptionSetInUseError,
+    InvalidValueError,
+    PrincipalNotFoundError,
+    VirtSseError,
+)
+from virt_sse.keys.access import Wrapping
+from virt_sse.keys.rewrap import Finding, RewrapReport, Rotation
+from virt_sse.model.disks import Disk, check_name
+from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
+from virt_sse.model.keys import KeyId, KeyRef
+from virt_sse.model.layers import EncryptionType
+from virt_sse.model.operations import CreateEncryptionSet
+from virt_sse.plugins import PluginHost
+from virt_sse.store import Store
+from virt_sse.system.files import private_folder
+from virt_sse.system.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from virt_sse.vault_client.administration import VaultClient
+
+_log = logging.getLogger(__name__)
+
+
+class SetProvisioning:
+    """Makes, changes and deletes disk encryption sets, and keeps their disks under their keys.
+
+    Sets are named by name or id; every method that takes one raises EncryptionSetNotFoundError when there is
+    none.
+    """
+
+    def __init__(
+        self, config: Config, store: Store, plugins: PluginHost, wrapping: Wrapping, rotation: Rotation
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._plugins = plugins
+        self._wrapping = wrapping
+        self._rotation = rotation
+
+    def all(self) -> list[EncryptionSet]:
+        """All sets, by name."""
+        return self._store.encryption_sets.all()
+
+    def get(self, name: str) -> EncryptionSet:
+        """The set of that name or id."""
+        return self._store.encryption_sets.get(name)
+
+    def disks(self, name: str) -> list[Disk]:
+        """The disks in a set, by name."""
+        return self._store.in_set(self.get(name).id)
+
+    def create(
+        self,
+        name: str,
+        *,
+        provider: str,
+        key: str,
+        encryption_type: EncryptionType = EncryptionType.CUSTOMER_KEY,
+        automatic_rotation: bool = False,
+        revocation: RevocationAction = RevocationAction.SHUTDOWN,
+        grace_seconds: int = 60,
+    ) -> EncryptionSet:
+        """Make a set, and its identity if its provider acts with one. That identity may do nothing yet.
+
+        :param key: the key in the provider's terms, e.g. a URL; with a version, its disks stay under that.
+        :raise InvalidValueError: When name, key, type or grace time make no sense.
+        :raise EncryptionSetExistsError: When the name is taken.
+        :raise PolicyError: When a rule refuses it, or the subscription has too many in this region.
+        :raise KeyDeniedError: When the host's credential may not make identities.
+        :raise KeyProviderUnavailableError: When the key vault does not answer.
+        """
+        check_name(name)
+        if encryption_type is EncryptionType.PLATFORM_KEY:
+            raise InvalidValueError(f"a disk encryption set is not for {encryption_type.value}")
+        self._plugins.encryption_layer(encryption_type)
+        encryption_set = EncryptionSet(
+            id=uuid.uuid4(),
+            name=name,
+            key=KeyRef(provider, ""),
+            key_version=None,
+            encryption_type=encryption_type,
+            automatic_rotation=automatic_rotation,
+            subscription=self._config.subscription,
+            region=self._config.region,
+            tenant=None,
+            identity=None,
+            revocation=revocation,
+            grace_seconds=_checked_grace(grace_seconds),
+            created=datetime.now(UTC).replace(microsecond=0),
+        )
+        encryption_set = self._with_key(encryption_set, key)
+        self._plugins.validate(CreateEncryptionSet(encryption_set))
+        with self._new_identity(encryption_set) as identified:
+            self._store.encryption_sets.add(identified, limit=self._config.encryption_set_limit)
+        return identified
+
+    def update(
+        self,
+        name: str,
+        *,
+        key: str | None = None,
+        automatic_rotation: bool | None = None,
+        revocation: RevocationAction | None = None,
+        grace_seconds: int | None = None,
+        progress: Progress = silent,
+    ) -> tuple[EncryptionSet, RewrapReport]:
+        """Change a set, and rewrap its disks' DEKs if its key is another now.
+
+        :raise InvalidValueError: When a value makes no sense.
+        """
+        changed = self.get(name)
+        if automatic_rotation is not None:
+            changed = replace(changed, automatic_rotation=automatic_rotation)
+        if revocation is not None:
+            changed = replace(changed, revocation=revocation)
+        if grace_seconds is not None:
+            changed = replace(changed, grace_seconds=_checked_grace(grace_seconds))
+        changed = self._with_key(changed, key) if key is not None else changed
+        _check_rotation(changed)
+        self._store.encryption_sets.update(changed)
+        disks = self._store.in_set(changed.id) if key is not None else []
+        return changed, self._rotation.rewrap(disks, progress)
+
+    def wanted_key(self, encryption_set: EncryptionSet) -> KeyId:
+        """The version of its key that the disks of a set are to be under now.
+
+        :raise KeyProviderError: When the provider has no such key or does not answer.
+        """
+        return self._wrapping.wrapping_key(encryption_set.key, encryption_set)
+
+    def rotate(self, name: str, *, progress: Progress = silent) -> RewrapReport:
+        """Bring the disks of a set under the present version of its key, or go on where that was cut off."""
+        return self._rotation.rewrap(self.disks(name), progress)
+
+    def prove(self, name: str, *, progress: Progress = silent) -> list[Finding]:
+        """Try every wrapped DEK of the disks of a set, and see whether any needs an older key."""
+        return self._rotation.prove(self.disks(name), progress)
+
+    def move_to_tenant(self, name: str, tenant: str) -> EncryptionSet:
+        """Move a set to another tenant; its identity stays behind, and with it the right to its key.
+
+        :raise InvalidValueError: When it is in that tenant.
+        """
+        encryption_set = self.get(name)
+        if tenant == encryption_set.tenant:
+            raise InvalidValueError(f"set {encryption_set.name!r} is in tenant {tenant!r}")
+        self._drop_identity(encryption_set)
+        moved = replace(encryption_set, tenant=tenant, identity=None)
+        self._store.encryption_sets.update(moved)
+        return moved
+
+    def assign_identity(self, name: str) -> EncryptionSet:
+        """Give a set that has no identity a new one, in the tenant of the host's credential.
+
+        :raise InvalidValueError: When it has one, or its provider needs none.
+        """
+        encryption_set = self.get(name)
+        if encryption_set.identity:
+            raise InvalidValueError(f"set {encryption_set.name!r} has identity {encryption_set.identity}")
+        if not self._plugins.needs_identity(encryption_set.key.provider):
+            raise InvalidValueError(f"key provider {encryption_set.key.provider!r} needs no identity")
+        with self._new_identity(encryption_set) as identified:
+            self._store.encryption_sets.update(identified)
+        self._plugins.forget(encryption_set.id)
+        return identified
+
+    def delete(self, name: str) -> None:
+        """Delete a set that no disk is in, and its identity.
+
+        :raise EncryptionSetInUseError: When a disk is in it.
+        :raise KeyProviderUnavailableError: When the key vault does not answer.
+        """
+        encryption_set = self.get(name)
+        if disks := self._store.in_set(encryption_set.id):
+            raise EncryptionSetInUseError(
+                f"disk {disks[0].name!r} is in disk encryption set {encryption_set.name!r}",
+                hint="move its disks to another set, or delete them, before it is deleted",
+            )
+        self._drop_identity(encryption_set)
+        self._store.encryption_sets.remove(encryption_set)
+
+    def _with_key(self, encryption_set: EncryptionSet, key: str) -> EncryptionSet:
+        name, version = self._plugins.parse_key(encryption_set.key.provider, key)
+        changed = replace(encryption_set, key=KeyRef(encryption_set.key.provider, name), key_version=version)
+        _check_rotation(changed)
+        return changed
+
+    @contextlib.contextmanager
+    def _new_identity(self, encryption_set: EncryptionSet) -> Iterator[EncryptionSet]:
+        """The set with a new identity, which is gone again if the block fails; as it is if it needs none."""
+        if not self._plugins.needs_identity(encryption_set.key.provider):
+            yield encryption_set
+            return
+        path = self._config.identity(encryption_set.id)
+        private_folder(path.parent)
+        with self._operator() as operator:
+            # The vault's name for it is fixed by the set: what a killed command left is found and replaced.
+            name = f"des-{encryption_set.id}"
+            with contextlib.suppress(PrincipalNotFoundError):
+                operator.delete_principal(name)
+            path.unlink(missing_ok=True)
+            credential = operator.new_credential_file(path, name)
+            try:
+                yield replace(encryption_set, identity=credential.client_id, tenant=credential.tenant)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(VirtSseError):
+                    operator.delete_principal(name)
+                raise
+
+    def _drop_identity(self, encryption_set: EncryptionSet) -> None:
+        self._plugins.forget(encryption_set.id)
+        if encryption_set.identity:
+            with self._operator() as operator, contextlib.suppress(PrincipalNotFoundError):
+                operator.delete_principal(encryption_set.identity)
+        self._config.identity(encryption_set.id).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _operator(self) -> Iterator[VaultClient]:
+        path: Path = self._config.operator_credential
+        if not path.exists():
+            raise ConfigError(
+                f"no credential to make identities with ({path})",
+                hint="the vault's administrator makes one: virt-sse vault principal create HOST "
+                f"--role identity-operator --file {path}",
+            )
+        from virt_sse.vault_client.administration import VaultClient
+
+        with VaultClient(path) as client:
+            yield client
+
+
+def _check_rotation(encryption_set: EncryptionSet) -> None:
+    if encryption_set.key_version and encryption_set.automatic_rotation:
+        raise InvalidValueError(
+            "a set whose key has a fixed version cannot follow new ones by itself",
+            hint="leave the version out of the key, or switch automatic rotation off",
+        )
+
+
+def _checked_grace(seconds: int) -> int:
+    if not 0 <= seconds <= 86_400:
+        raise InvalidValueError(f"a grace time cannot be {seconds} s", hint="0 to 86400")
+    return seconds

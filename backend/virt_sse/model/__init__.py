@@ -1,0 +1,1 @@
+"""Values without I/O: what a disk, a key, a layer, a disk encryption set, a VM is."""

@@ -1,0 +1,80 @@
+"""The two slots of an image's LUKS header that hold the envelope: read and written.
+
+A write replaces the slot that does not count first, makes it durable, and then replaces the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from virt_sse.errors import EnvelopeError
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.envelope import SLOT_BYTES, SLOT_OFFSETS, Envelope
+from virt_sse.qemu.img import luks_area
+from virt_sse.system.files import write_at
+
+
+def read(descriptor: int, image_format: DiskFormat) -> Envelope:
+    """The envelope in the LUKS header of the open image.
+
+    :raise ImageFormatError: When there is no LUKS header.
+    :raise EnvelopeError: When neither slot can be read; the reason is that of the slot that says more.
+    """
+    found: list[Envelope] = []
+    errors: list[EnvelopeError] = []
+    for slot in _slots(descriptor, luks_area(descriptor, image_format)[0]):
+        try:
+            found.append(Envelope.decode(slot))
+        except EnvelopeError as exc:
+            errors.append(exc)
+    if found:
+        return max(found, key=lambda envelope: envelope.generation)
+    raise max(errors, key=lambda error: not str(error).startswith("no envelope"))
+
+
+def read_slots(descriptor: int, image_format: DiskFormat) -> dict[str, Envelope]:
+    """What each of the two slots, ``A`` and ``B``, holds; a slot that cannot be read is left out.
+
+    :raise ImageFormatError: When there is no LUKS header.
+    :raise EnvelopeError: When neither slot can be read.
+    """
+    found = {}
+    for name, slot in zip("AB", _slots(descriptor, luks_area(descriptor, image_format)[0]), strict=True):
+        with contextlib.suppress(EnvelopeError):
+            found[name] = Envelope.decode(slot)
+    if not found:
+        raise EnvelopeError("neither copy of the envelope can be read")
+    return found
+
+
+def write(descriptor: int, image_format: DiskFormat, envelope: Envelope) -> None:
+    """Put *envelope* into both slots of the LUKS header, one durable before the other is touched.
+
+    The image is durable afterwards. Works on an image that a running QEMU has open: QEMU neither reads nor
+    writes this place.
+
+    :raise ImageFormatError: When there is no LUKS header.
+    :raise EnvelopeError: When it does not fit.
+    :raise OSError: When the image cannot be written.
+    """
+    content = envelope.encode()
+    luks_offset, _ = luks_area(descriptor, image_format)
+    current, other = SLOT_OFFSETS
+    generations = [_generation(slot) for slot in _slots(descriptor, luks_offset)]
+    if generations[1] > generations[0]:
+        current, other = other, current
+    for offset in (other, current):
+        write_at(descriptor, content, luks_offset + offset)
+        os.fsync(descriptor)
+
+
+def _slots(descriptor: int, luks_offset: int) -> list[bytes]:
+    return [os.pread(descriptor, SLOT_BYTES, luks_offset + offset) for offset in SLOT_OFFSETS]
+
+
+def _generation(slot: bytes) -> int:
+    try:
+        return Envelope.decode(slot).generation
+    except EnvelopeError:
+        return -1

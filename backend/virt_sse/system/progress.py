@@ -1,0 +1,12 @@
+"""Progress of a long operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[float], None]
+"""Told how far something is, from 0.0 to 1.0."""
+
+
+def silent(_fraction: float) -> None:
+    """A :data:`Progress` that nobody watches."""

@@ -1,0 +1,1 @@
+"""A vault's folder: layout, settings, database, sealing."""

@@ -1,0 +1,1 @@
+"""RSA-HSM keys of a vault: their PKCS#11 token."""

@@ -1,0 +1,100 @@
+"""A vault's token: one in its own folder, or one that was there before."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import secrets
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from virt_sse import pkcs11
+from virt_sse.errors import ConfigError, VaultError
+from virt_sse.system.files import write_private
+from virt_sse.vault.home.layout import VaultDirectory
+from virt_sse.vault.home.settings import Tier, TokenSettings
+from virt_sse.vault.hsm.protection import ANCHOR
+
+if TYPE_CHECKING:
+    from virt_sse.pkcs11.options import TokenOptions
+    from virt_sse.pkcs11.token import Token
+
+_LABEL = "virt-sse vault"
+
+
+def prepare_token(directory: VaultDirectory, options: Mapping[str, str]) -> TokenSettings:
+    """Log in to the vault's token, and put its anchor there.
+
+    :param options: as in :class:`~virt_sse.pkcs11.options.TokenOptions`; when there are none, a SoftHSM token
+        is made in the vault's folder.
+    :return: what the vault keeps of it: with the token's serial number, so that another one in its place is
+        not taken for it.
+    :raise ConfigError: When *options* make no sense, PyKCS11, the module or SoftHSM is not installed, or the
+        PIN cannot be read.
+    :raise KeyProviderUnavailableError: When the token does not answer, or does not take the PIN.
+    """
+    tag = f"virt-sse-vault-{secrets.token_hex(8)}"
+    parsed = _parse(directory, options)
+    if options:
+        parsed.guard.reset()  # who names the file with the PIN has just put it right
+    else:
+        parsed.folder.initialise(_LABEL)
+    with contextlib.closing(parsed.open()) as token:
+        token.generate_aes(tag, ANCHOR)
+        uri = dataclasses.replace(parsed.token_uri(), serial=token.serial)
+    return TokenSettings(tag, {**options, "uri": str(uri)} if options else {})
+
+
+def open_token(directory: VaultDirectory, settings: TokenSettings) -> Token:
+    """Log in to the vault's token.
+
+    :raise ConfigError: As :func:`prepare_token`.
+    :raise KeyProviderUnavailableError: As :func:`prepare_token`.
+    """
+    parsed = _parse(directory, settings.options)
+    if not settings.options:
+        parsed.token_uri()  # else one would be made anew
+        try:
+            parsed.folder.write_config()  # the vault's folder may have been moved
+        except OSError as exc:
+            raise ConfigError(f"cannot write {parsed.folder.config}: {exc.strerror}") from exc
+        parsed.folder.initialise(_LABEL)  # mends what a kill may have torn
+    return parsed.open()
+
+
+def add_token(directory: VaultDirectory, options: Mapping[str, str]) -> None:
+    """Give a vault that has none a token, as :func:`prepare_token` does, and so make it a premium one.
+
+    :raise VaultError: When there is no vault, it is served, or has a token.
+    :raise ConfigError: As :func:`prepare_token`.
+    :raise KeyProviderUnavailableError: As :func:`prepare_token`.
+    """
+    directory.settings()
+    with directory.lock():
+        settings = directory.settings()
+        if settings.token is not None:
+            raise VaultError("the vault has a token already")
+        token = prepare_token(directory, options)
+        changed = dataclasses.replace(settings, tier=Tier.PREMIUM, token=token)
+        write_private(directory.settings_path, changed.to_json())
+
+
+def unlock_token(directory: VaultDirectory) -> None:
+    """Forget wrong PINs, after too many of which the token is not asked; then try the one that there is.
+
+    :raise VaultError: When the vault has no token.
+    :raise ConfigError: As :func:`prepare_token`.
+    :raise KeyProviderUnavailableError: As :func:`prepare_token`.
+    """
+    settings = directory.settings().token
+    if settings is None:
+        raise VaultError("the vault has no token", hint="'virt-sse vault hsm add' gives it one")
+    _parse(directory, settings.options).guard.reset()
+    open_token(directory, settings).close()
+
+
+def _parse(directory: VaultDirectory, options: Mapping[str, str]) -> TokenOptions:
+    pkcs11.require()
+    from virt_sse.pkcs11.options import TokenOptions
+
+    return TokenOptions.parse("the vault's settings", directory.hsm_path, options)

@@ -1,0 +1,216 @@
+"""RSA-HSM keys: in a PKCS#11 token, out of which nothing brings them. The database has no more than where.
+
+What the token says of a key is an answer: it is disabled there, or destroyed. That the token does not answer,
+or takes the PIN for wrong, says nothing about any key and is answered 503. So is a key's loss if the vault's
+*anchor* is lost too, an object that is there for this alone: the token was emptied, or cannot read its store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from virt_sse.errors import (
+    KeyDisabledError,
+    KeyNotFoundError,
+    KeyOperationUnsupportedError,
+    KeyProviderUnavailableError,
+    UnwrapError,
+    VaultError,
+    VirtSseError,
+)
+from virt_sse.vault.home.sealing import Sealer
+from virt_sse.vault.keys.material import KeyMaterial, Protection, PublicKey, binding
+from virt_sse.vault.refusals import FailureRefusal, Refusal, bad_parameter, forbidden, key_not_found
+
+if TYPE_CHECKING:
+    from virt_sse.pkcs11.objects import TokenKey
+    from virt_sse.pkcs11.token import Token
+
+T = TypeVar("T")
+
+ANCHOR = b"anchor"
+"""The anchor's id; its label is the vault's tag."""
+
+_HASHES = {"RSA-OAEP": "sha1", "RSA-OAEP-256": "sha256"}
+_LONGEST_LABEL = 64
+
+
+class TokenRefusal(FailureRefusal):
+    """503: the token does not answer, or does not let the vault in."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("The vault cannot use its HSM now.", f"the vault's HSM failed: {reason}")
+
+
+class TokenProtection(Protection):
+    """Keeps keys in a token. Their names in it: the label says of which vault and key, the id is the version.
+
+    :param connect: opens the token; asked when it is needed first, and again as long as that fails.
+    :param tag: this vault's, in labels.
+    :param sealer: binds the handles that the vault stores.
+    """
+
+    key_type = "RSA-HSM"
+    outside = True
+
+    def __init__(self, connect: Callable[[], Token], tag: str, sealer: Sealer) -> None:
+        self._connect = connect
+        self._tag = tag
+        self._sealer = sealer
+        self._token: Token | None = None
+        self._lock = threading.Lock()
+
+    def generate(self, bits: int, name: str, version: str) -> tuple[PublicKey, bytes]:
+        return self._make(
+            name, version, lambda token: token.generate_rsa(self._label(name), _id(version), bits)
+        )
+
+    def bring(self, private: rsa.RSAPrivateKey, name: str, version: str) -> tuple[PublicKey, bytes]:
+        return self._make(
+            name, version, lambda token: token.import_rsa(private, self._label(name), _id(version))
+        )
+
+    def open(self, stored: bytes, name: str, version: str) -> KeyMaterial:
+        handle = json.loads(self._sealer.open(stored, binding(name, version)))
+        label, identifier = handle["label"], bytes.fromhex(handle["id"])
+
+        def look(token: Token) -> list[TokenKey]:
+            found = token.find(label=label, id=identifier)
+            if not found:
+                raise KeyNotFoundError("the token holds no such key")
+            return found
+
+        try:
+            found = self.ask(look)
+        except KeyNotFoundError as exc:
+            raise key_not_found(name, version) from exc
+        for key in found:
+            if _fingerprint(_public(key)) == handle["n"]:
+                return _KeyInToken(self, key, name, version)
+        raise TokenRefusal(f"key {name}/{version} in the token is not the one that was made there")
+
+    def destroy(self, name: str, version: str) -> None:
+        def all_of_them(token: Token) -> None:
+            found = token.find(label=self._label(name), id=_id(version))
+            if not found:
+                self._require_anchor(token)
+            for key in found:
+                with contextlib.suppress(KeyNotFoundError):  # another process was faster
+                    token.destroy(key)
+
+        try:
+            self.ask(all_of_them)
+        except KeyOperationUnsupportedError as exc:
+            raise TokenRefusal(str(exc)) from exc
+
+    def require(self) -> None:
+        self.ask(self._require_anchor)
+
+    def failure(self) -> str | None:
+        """Why the token cannot be used now; ``None`` when it can."""
+        try:
+            self.require()
+        except TokenRefusal as refusal:
+            return refusal.detail
+        return None
+
+    def ask(self, what: Callable[[Token], T]) -> T:
+        """Have the token do *what*.
+
+        :raise KeyNotFoundError: When the token answers that it does not have the key.
+        :raise KeyDisabledError: When it answers that the key is disabled.
+        :raise UnwrapError: When it says of a ciphertext that it is none of the key's.
+        :raise KeyOperationUnsupportedError: When it does not do that.
+        :raise TokenRefusal: When it does not answer.
+        """
+        try:
+            token = self._opened()
+            try:
+                return what(token)
+            except KeyNotFoundError:
+                self._require_anchor(token)
+                raise
+        except (KeyNotFoundError, KeyDisabledError, KeyOperationUnsupportedError, UnwrapError):
+            raise
+        except VirtSseError as exc:
+            raise TokenRefusal(str(exc)) from exc
+
+    def close(self) -> None:
+        """Let go of the token."""
+        with self._lock:
+            token, self._token = self._token, None
+        if token is not None:
+            token.close()
+
+    def _opened(self) -> Token:
+        with self._lock:  # one try at a time, so that a wrong PIN is not tried by each request at once
+            if self._token is None:
+                self._token = self._connect()
+            return self._token
+
+    def _require_anchor(self, token: Token) -> None:
+        if not token.find(label=self._tag, id=ANCHOR):
+            raise KeyProviderUnavailableError(f"it has lost the vault's anchor, {self._tag}")
+
+    def _label(self, name: str) -> str:
+        return f"{self._tag}/{name}"[:_LONGEST_LABEL]
+
+    def _make(self, name: str, version: str, make: Callable[[Token], TokenKey]) -> tuple[PublicKey, bytes]:
+        try:
+            public = _public(self.ask(make))
+        except KeyOperationUnsupportedError as exc:
+            raise bad_parameter("The vault's HSM does not take such a key.") from exc
+        handle = {"label": self._label(name), "id": version, "n": _fingerprint(public)}
+        return public, self._sealer.seal(json.dumps(handle).encode(), binding(name, version))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _KeyInToken(KeyMaterial):
+    protection: TokenProtection
+    key: TokenKey
+    name: str
+    version: str
+
+    def decrypt(self, ciphertext: bytes, algorithm: str) -> bytes:
+        return self._ask(lambda token: token.oaep_decrypt(self.key, ciphertext, _HASHES[algorithm]))
+
+    def require(self) -> None:
+        if not self._ask(lambda token: token.is_enabled(self.key)):
+            raise self._disabled()
+
+    def _ask(self, what: Callable[[Token], T]) -> T:
+        try:
+            return self.protection.ask(what)
+        except UnwrapError:
+            raise bad_parameter("The parameter is incorrect.") from None
+        except KeyNotFoundError as exc:
+            raise key_not_found(self.name, self.version) from exc
+        except KeyDisabledError as exc:
+            raise self._disabled() from exc
+        except KeyOperationUnsupportedError as exc:
+            raise TokenRefusal(str(exc)) from exc
+
+    def _disabled(self) -> Refusal:
+        return forbidden("The key is disabled in the HSM.", "KeyDisabled")
+
+
+def _id(version: str) -> bytes:
+    return bytes.fromhex(version)
+
+
+def _public(key: TokenKey) -> PublicKey:
+    if key.n is None or key.e is None:
+        raise VaultError("a key of the vault in the token is no RSA key")
+    return PublicKey(key.n, key.e)
+
+
+def _fingerprint(public: PublicKey) -> str:
+    return hashlib.sha256(f"{public.n:x}/{public.e:x}".encode()).hexdigest()

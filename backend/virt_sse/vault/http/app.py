@@ -1,0 +1,278 @@
+"""The HTTPS service: what happens to each request before and after its handler.
+
+In this order: the token, the permission, the body, the operation, the audit record, the answer. A body is not
+read for a caller that may not do what it asks for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+from urllib.parse import parse_qs, parse_qsl
+
+from starlette.applications import Starlette
+from starlette.convertors import Convertor, register_url_convertor
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from virt_sse.vault.http.calls import Answer, Call
+from virt_sse.vault.http.limits import Limiter, Limits
+from virt_sse.vault.http.requests import (
+    ClientGoneError,
+    correlation_of,
+    disk_of,
+    headers_of,
+    read_body,
+    refuse,
+    respond,
+    source_of,
+)
+from virt_sse.vault.http.routes import OPERATIONS, Operation
+from virt_sse.vault.identity.principals import Principal
+from virt_sse.vault.identity.tokens import OAuthError, bearer
+from virt_sse.vault.refusals import FailureRefusal, Refusal, bad_parameter, forbidden, internal, unauthorized
+from virt_sse.vault.trail import Asked, Trail
+from virt_sse.vault.vault import Vault
+
+_log = logging.getLogger(__name__)
+
+_LONGEST_PATH = 1024
+_TOKEN_REQUEST_LIMIT = 16 << 10
+T = TypeVar("T")
+
+
+class _Segment(Convertor[str]):
+    """A part of a path that may be empty: the SDK asks for the newest version as ``/keys/NAME/``."""
+
+    regex = "[^/]*"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("segment", _Segment())
+
+
+class Service:
+    """The ASGI application over *vault*, and the threads in which it works."""
+
+    def __init__(self, vault: Vault, limits: Limits) -> None:
+        self.vault = vault
+        self.trail = Trail(vault.audit)
+        # Each waits for the audit log's disk now and then; RSA lets the interpreter go.
+        self.quick = ThreadPoolExecutor(max(8, 4 * (os.cpu_count() or 1)), "vault-quick")
+        self.slow = ThreadPoolExecutor(2, "vault-slow")
+        self.limiter = Limiter(_guarded(self._starlette()), limits)
+
+    def close(self) -> None:
+        """Wait for what is under way, and end the threads."""
+        self.quick.shutdown()
+        self.slow.shutdown()
+
+    def challenge(self) -> str:
+        """Where tokens are to be had, and for what: as Azure says it."""
+        settings = self.vault.settings
+        return f'Bearer authorization="{settings.url}/{settings.tenant}", resource="{settings.audience}"'
+
+    def _starlette(self) -> Starlette:
+        tenant, tokens = self.vault.settings.tenant, self.vault.tokens
+        routes = [Route(each.path, _Endpoint(self, each), methods=[each.method]) for each in OPERATIONS]
+        routes += [
+            Route(f"/{tenant}/oauth2/v2.0/token", _TokenEndpoint(self), methods=["POST"]),
+            Route(f"/{tenant}/v2.0/.well-known/openid-configuration", _constant(tokens.metadata())),
+            Route(f"/{tenant}/discovery/v2.0/keys", _constant(tokens.jwks())),
+            Route("/healthz", _constant({"status": "ok"})),
+        ]
+        app = Starlette(routes=routes, exception_handlers={HTTPException: _no_such_path})
+        app.router.redirect_slashes = False
+        return app
+
+
+class _Endpoint:
+    """One operation of the vault."""
+
+    def __init__(self, service: Service, operation: Operation) -> None:
+        self._service = service
+        self._vault = service.vault
+        self._operation = operation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        operation, path = self._operation, scope["path_params"]
+        headers = headers_of(scope)
+        about = f"{self._vault.settings.url}{operation.subject.format(name=path.get('name', '')[:128])}"
+        asked = Asked(
+            action=operation.action,
+            key=about,
+            actor=None,
+            version=path.get("version", "")[:64] or None,
+            disk=disk_of(headers),
+            source=source_of(scope),
+            correlation=correlation_of(headers),
+        )
+        try:
+            answer = await self._answer(asked, scope, receive, headers)
+        except ClientGoneError:
+            return
+        except Refusal as refusal:
+            await refuse(scope, send, refusal, challenge=self._service.challenge())
+        else:
+            await respond(scope, send, answer.status, answer.body)
+
+    async def _answer(
+        self, asked: Asked, scope: Scope, receive: Receive, headers: Mapping[str, str]
+    ) -> Answer:
+        token = headers.get("authorization")
+        if token is None:
+            raise unauthorized("A token is needed.")
+        try:
+            principal = self._principal(token)
+            asked = asked.by(principal)
+            self._permit(principal)
+            body = await read_body(receive, headers, self._operation.body_limit)
+        except Refusal as refusal:
+            await _run(self._service.quick, partial(self._service.trail.refused, asked, refusal))
+            raise
+        call = Call(
+            vault=self._vault,
+            principal=principal,
+            path=dict(scope["path_params"]) | {"path": scope["path"]},
+            query=dict(parse_qsl(scope["query_string"].decode("latin-1"))),
+            body=body,
+        )
+        pool = self._service.slow if self._operation.slow else self._service.quick
+        return await _run(pool, partial(self._perform, asked, call))
+
+    def _principal(self, authorization: str) -> Principal:
+        token = bearer(authorization)
+        if token is None:
+            raise unauthorized("The token must be a bearer token.")
+        return self._vault.tokens.principal_of(token)
+
+    def _permit(self, principal: Principal) -> None:
+        permission = self._operation.permission
+        if permission is not None and permission not in principal.permissions:
+            raise forbidden(
+                f"The application 'appid={principal.client_id};oid={principal.object_id}' does not have keys "
+                f"{permission.value} permission on key vault '{self._vault.settings.name}'.",
+                "ForbiddenByPolicy",
+            )
+
+    def _perform(self, asked: Asked, call: Call) -> Answer:
+        """Do it and record it; in a thread."""
+        try:
+            if self._operation.announced:
+                self._service.trail.requested(asked)
+            answer = self._operation.handler(call)
+        except Refusal as refusal:
+            if isinstance(refusal, FailureRefusal):
+                _log.error("%s", refusal.detail)
+            self._service.trail.refused(asked, refusal)
+            raise
+        except Exception as exc:
+            _log.exception("%s failed", self._operation.action)
+            self._service.trail.refused(asked, internal())
+            raise internal() from exc
+        if self._operation.recorded:
+            if answer.subject is not None:
+                asked = dataclasses.replace(asked, key=f"{self._vault.settings.url}{answer.subject}")
+            self._service.trail.allowed(asked, answer.version)
+        return answer
+
+
+class _TokenEndpoint:
+    """``POST /TENANT/oauth2/v2.0/token``."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = headers_of(scope)
+        asked = Asked(
+            action="token",
+            key=self._service.vault.settings.token_endpoint,
+            actor=None,
+            version=None,
+            disk=None,
+            source=source_of(scope),
+            correlation=correlation_of(headers),
+        )
+        try:
+            body = await read_body(receive, headers, _TOKEN_REQUEST_LIMIT)
+            answer = await _run(self._service.quick, partial(self._issue, asked, body))
+        except ClientGoneError:
+            return
+        except OAuthError as error:
+            await respond(scope, send, error.status, error.body())
+        except Refusal as refusal:
+            await refuse(scope, send, refusal)
+        else:
+            await respond(scope, send, 200, answer)
+
+    def _issue(self, asked: Asked, body: bytes) -> dict[str, object]:
+        trail = self._service.trail
+        try:
+            fields = parse_qs(body.decode("ascii"), max_num_fields=32)
+        except ValueError:
+            raise OAuthError(400, "invalid_request", "the request is no form") from None
+        form = {name: values[0] for name, values in fields.items() if len(values) == 1}
+        try:
+            principal, answer = self._service.vault.tokens.issue(form)
+        except OAuthError as error:
+            trail.refused(asked, Refusal(error.status, error.error, error.description))
+            raise
+        except FailureRefusal as refusal:
+            _log.error("%s", refusal.detail)
+            raise
+        except Exception as exc:
+            _log.exception("issuing a token failed")
+            raise internal() from exc
+        trail.allowed(asked.by(principal), None)
+        return answer
+
+
+def _guarded(app: ASGIApp) -> ASGIApp:
+    """*app*, spared the paths that nobody could mean, and answering for what goes wrong unforeseen."""
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not _could_be_meant(scope):
+            await refuse(scope, send, bad_parameter("The path is too long, or holds what no name may hold."))
+            return
+        await app(scope, receive, send)
+
+    return guarded
+
+
+def _could_be_meant(scope: Scope) -> bool:
+    path: str = scope["path"]
+    return len(path) <= _LONGEST_PATH and path.isprintable() and b"%2f" not in scope["raw_path"].lower()
+
+
+def _constant(document: Mapping[str, object]) -> Callable[[Request], Response]:
+    def endpoint(_request: Request) -> Response:
+        return JSONResponse(document)
+
+    return endpoint
+
+
+def _no_such_path(_request: Request, exc: Exception) -> Response:
+    status = exc.status_code if isinstance(exc, HTTPException) else 404
+    code, message = (
+        ("MethodNotAllowed", "Not this way.") if status == 405 else ("NotFound", "There is nothing here.")
+    )
+    return JSONResponse(Refusal(status, code, message).body(), status)
+
+
+async def _run(pool: Executor, function: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(pool, function)

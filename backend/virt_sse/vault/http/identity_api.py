@@ -1,0 +1,180 @@
+"""The vault's management interface: principals and what they may do.
+
+``/identity/principals`` and ``/access/policies``; JSON, with Azure's error bodies. Administrators may do all
+of it. An identity operator may make principals without any rights, and see and delete those it made.
+"""
+
+from __future__ import annotations
+
+from virt_sse.vault.home.settings import Tier
+from virt_sse.vault.http import wire
+from virt_sse.vault.http.calls import Answer, Call
+from virt_sse.vault.identity.principals import Principal
+from virt_sse.vault.refusals import Refusal, bad_parameter, forbidden
+from virt_sse.vault_client.permissions import Permission, Role
+
+
+def list_principals(call: Call) -> Answer:
+    _require_operator(call)
+    shown = [
+        p
+        for p in call.vault.principals.all()
+        if _administers(call) or p.created_by == call.principal.client_id
+    ]
+    return Answer({"value": [principal_document(p, call.vault.settings.tenant) for p in shown]})
+
+
+def create_principal(call: Call) -> Answer:
+    _require_operator(call)
+    document = call.document()
+    try:
+        role = Role(document.get("role", Role.NONE.value))
+    except ValueError:
+        raise bad_parameter(f"Property role must be one of {', '.join(r.value for r in Role)}.") from None
+    if role is not Role.NONE:
+        _require_administrator(call)
+    principal = call.vault.principals.create(
+        wire.string(document, "name"),
+        wire.string(document, "public_key"),
+        role=role,
+        expires=wire.moment(document, "expires"),
+        created_by=call.principal.client_id,
+    )
+    document = principal_document(principal, call.vault.settings.tenant)
+    return Answer(document, 201, subject=f"/identity/principals/{principal.name}")
+
+
+def get_principal(call: Call) -> Answer:
+    return Answer(principal_document(_managed(call), call.vault.settings.tenant))
+
+
+def change_principal(call: Call) -> Answer:
+    _require_administrator(call)
+    principal = _managed(call)
+    document = call.document()
+    enabled = document.get("enabled", principal.enabled)
+    if not isinstance(enabled, bool):
+        raise bad_parameter("Property enabled must be true or false.")
+    expires = wire.moment(document, "expires") if "expires" in document else principal.expires
+    changed = call.vault.principals.change(principal, enabled=enabled, expires=expires)
+    return Answer(principal_document(changed, call.vault.settings.tenant))
+
+
+def delete_principal(call: Call) -> Answer:
+    call.vault.principals.delete(_managed(call))
+    return Answer(None, 204)
+
+
+def list_policies(call: Call) -> Answer:
+    _require_administrator(call)
+    return Answer({"value": [_policy(p) for p in call.vault.principals.all()]})
+
+
+def get_policy(call: Call) -> Answer:
+    _require_administrator(call)
+    return Answer(_policy(_managed(call)))
+
+
+def set_policy(call: Call) -> Answer:
+    _require_administrator(call)
+    given = call.document().get("permissions")
+    try:
+        permissions = (
+            [Permission(item) for item in given if isinstance(item, str)] if isinstance(given, list) else None
+        )
+    except ValueError:
+        permissions = None
+    if permissions is None or not isinstance(given, list) or len(permissions) != len(given):
+        raise bad_parameter(
+            f"Property permissions must be a list out of {', '.join(p.value for p in Permission)}."
+        )
+    return Answer(_policy(call.vault.principals.grant(_managed(call), permissions)))
+
+
+def remove_policy(call: Call) -> Answer:
+    _require_administrator(call)
+    call.vault.principals.grant(_managed(call), ())
+    return Answer(None, 204)
+
+
+def status(call: Call) -> Answer:
+    """What the vault is, for anyone it knows."""
+    settings = call.vault.settings
+    live, deleted = call.vault.keys.count()
+    return Answer(
+        {
+            "name": settings.name,
+            "tenant": settings.tenant,
+            "tier": settings.tier.value,
+            "hsm": _hsm(call),
+            "url": settings.url,
+            "retention_days": settings.retention_days,
+            "purge_protection": settings.purge_protection,
+            "keys": live,
+            "deleted_keys": deleted,
+            "principals": len(call.vault.principals.all()),
+        }
+    )
+
+
+def _hsm(call: Call) -> str | None:
+    """How the vault's token is; why it cannot be used, for administrators alone."""
+    token = call.vault.token
+    if token is None:
+        return "none" if call.vault.settings.tier is Tier.PREMIUM else None
+    failure = token.failure()
+    if failure is None:
+        return "available"
+    return f"unavailable: {failure}" if _administers(call) else "unavailable"
+
+
+def principal_document(principal: Principal, tenant: str) -> dict[str, object]:
+    """A principal, as answers have it."""
+    return {
+        "client_id": principal.client_id,
+        "object_id": principal.object_id,
+        "tenant": tenant,
+        "name": principal.name,
+        "role": principal.role.value,
+        "enabled": principal.enabled,
+        "expires": principal.expires,
+        "created": principal.created,
+        "created_by": principal.created_by,
+    }
+
+
+def _policy(principal: Principal) -> dict[str, object]:
+    return {
+        "client_id": principal.client_id,
+        "name": principal.name,
+        "permissions": [p.value for p in Permission if p in principal.permissions],
+    }
+
+
+def _administers(call: Call) -> bool:
+    return call.principal.role is Role.ADMINISTRATOR
+
+
+def _require_administrator(call: Call) -> None:
+    if not _administers(call):
+        raise forbidden("This takes an administrator of the vault.", "AdministratorRequired")
+
+
+def _require_operator(call: Call) -> None:
+    if call.principal.role is Role.NONE:
+        raise forbidden(
+            "This takes an administrator or an identity operator of the vault.", "OperatorRequired"
+        )
+
+
+def _managed(call: Call) -> Principal:
+    """The principal in the path, if the caller may manage it; to others it is not there."""
+    _require_operator(call)
+    if _administers(call):
+        return call.vault.principals.get(call.name)
+    found = next(
+        (p for p in call.vault.principals.all() if call.name in (p.client_id, p.object_id, p.name)), None
+    )
+    if found is None or found.created_by != call.principal.client_id:
+        raise Refusal(404, "PrincipalNotFound", f"There is no principal {call.name[:128]!r}.")
+    return found

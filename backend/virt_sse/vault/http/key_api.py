@@ -1,0 +1,190 @@
+"""Azure Key Vault's REST interface for keys, one handler per operation."""
+
+from __future__ import annotations
+
+import functools
+import secrets
+from collections.abc import Sequence
+from urllib.parse import urlencode
+
+from virt_sse.vault.http import wire
+from virt_sse.vault.http.calls import Answer, Call
+from virt_sse.vault.keys.records import KeyVersion
+from virt_sse.vault.refusals import bad_parameter
+
+_DEFAULT_BITS = 2048
+_PAGE = 25
+_MOST_RANDOM_BYTES = 128
+
+
+def create(call: Call) -> Answer:
+    document = call.document()
+    record = call.vault.keys.create(
+        call.name,
+        wire.key_type(document),
+        wire.integer(document, "key_size", _DEFAULT_BITS),
+        wire.new_key(document, document),
+    )
+    return _bundle(call, record)
+
+
+def bring(call: Call) -> Answer:
+    """Import."""
+    document = call.document()
+    key = wire.table(document, "key")
+    key_type = wire.key_type(key)
+    if (document.get("Hsm") or document.get("hsm")) and not key_type.endswith("-HSM"):
+        key_type += "-HSM"
+    if not key_type.startswith("RSA"):
+        raise bad_parameter(f"Property kty: {key_type!r} is not supported by this vault.")
+    new = wire.new_key(document, key)
+    return _bundle(call, call.vault.keys.bring(call.name, key_type, wire.private_numbers(key), new))
+
+
+def rotate(call: Call) -> Answer:
+    return _bundle(call, call.vault.rotation.rotate(call.name))
+
+
+def get(call: Call) -> Answer:
+    return _bundle(call, call.vault.keys.get(call.name, call.version))
+
+
+def update(call: Call) -> Answer:
+    document = call.document()
+    record = call.vault.keys.update(
+        call.name,
+        call.version,
+        attributes=wire.attributes(document),
+        operations=wire.operations(document),
+        tags=wire.tags(document),
+    )
+    return _bundle(call, record)
+
+
+def delete(call: Call) -> Answer:
+    record, deletion = call.vault.keys.delete(call.name)
+    bundles = call.vault.bundles
+    return Answer(bundles.key(record) | bundles.deleted(deletion, call.name))
+
+
+def list_keys(call: Call) -> Answer:
+    limit, after = _page(call)
+    found = call.vault.keys.newest(after=after, limit=limit + 1)
+    items = [call.vault.bundles.item(record, with_version=False) for record in found[:limit]]
+    return _list(call, items, [record.name for record in found], limit)
+
+
+def list_versions(call: Call) -> Answer:
+    limit, after = _page(call)
+    found = call.vault.keys.versions(call.name)
+    start = next((index + 1 for index, record in enumerate(found) if record.version == after), 0)
+    found = found[start : start + limit + 1]
+    items = [call.vault.bundles.item(record, with_version=True) for record in found[:limit]]
+    return _list(call, items, [record.version for record in found], limit)
+
+
+def list_deleted(call: Call) -> Answer:
+    limit, after = _page(call)
+    found = call.vault.keys.deleted(after=after, limit=limit + 1)
+    bundles = call.vault.bundles
+    items = [
+        bundles.item(record, with_version=False) | bundles.deleted(deletion, record.name)
+        for record, deletion in found[:limit]
+    ]
+    return _list(call, items, [record.name for record, _ in found], limit)
+
+
+def get_deleted(call: Call) -> Answer:
+    record, deletion = call.vault.keys.get_deleted(call.name)
+    bundles = call.vault.bundles
+    return Answer(bundles.key(record) | bundles.deleted(deletion, call.name))
+
+
+def purge(call: Call) -> Answer:
+    call.vault.keys.purge(call.name)
+    return Answer(None, 204)
+
+
+def recover(call: Call) -> Answer:
+    return _bundle(call, call.vault.keys.recover(call.name))
+
+
+def backup(call: Call) -> Answer:
+    return Answer({"value": wire.encode(call.vault.backups.backup(call.name))})
+
+
+def restore(call: Call) -> Answer:
+    record = call.vault.backups.restore(wire.decode(call.document(), "value"))
+    return Answer(call.vault.bundles.key(record), version=record.version, subject=f"/keys/{record.name}")
+
+
+def get_policy(call: Call) -> Answer:
+    return _policy(call, call.vault.rotation.policy(call.name))
+
+
+def set_policy(call: Call) -> Answer:
+    return _policy(call, call.vault.rotation.set_policy(call.name, call.document()))
+
+
+def random_bytes(call: Call) -> Answer:
+    count = wire.integer(call.document(), "count", 0)
+    if not 1 <= count <= _MOST_RANDOM_BYTES:
+        raise bad_parameter(f"Property count must be between 1 and {_MOST_RANDOM_BYTES}.")
+    return Answer({"value": wire.encode(secrets.token_bytes(count))})
+
+
+def _encrypt(operation: str, call: Call) -> Answer:
+    document = call.document()
+    record, value = call.vault.keys.encrypt(
+        operation, call.name, call.version, wire.string(document, "alg"), wire.decode(document, "value")
+    )
+    return _result(call, record, value)
+
+
+def _decrypt(operation: str, call: Call) -> Answer:
+    document = call.document()
+    record, value = call.vault.keys.decrypt(
+        operation, call.name, call.version, wire.string(document, "alg"), wire.decode(document, "value")
+    )
+    return _result(call, record, value)
+
+
+encrypt = functools.partial(_encrypt, "encrypt")
+wrap = functools.partial(_encrypt, "wrapKey")
+decrypt = functools.partial(_decrypt, "decrypt")
+unwrap = functools.partial(_decrypt, "unwrapKey")
+
+
+def unsupported(call: Call) -> Answer:
+    """Sign and verify."""
+    raise bad_parameter("Property alg: this vault's keys wrap and encrypt, they do not sign.")
+
+
+def _bundle(call: Call, record: KeyVersion) -> Answer:
+    return Answer(call.vault.bundles.key(record), version=record.version)
+
+
+def _result(call: Call, record: KeyVersion, value: bytes) -> Answer:
+    body = {"kid": call.vault.bundles.identifier(record), "value": wire.encode(value)}
+    return Answer(body, version=record.version)
+
+
+def _policy(call: Call, policy: dict[str, object]) -> Answer:
+    return Answer({"id": f"{call.vault.settings.url}/keys/{call.name}/rotationpolicy"} | policy)
+
+
+def _page(call: Call) -> tuple[int, str]:
+    """How many are asked for, and after which one."""
+    given = call.query.get("maxresults", str(_PAGE))
+    if not (given.isascii() and given.isdigit()) or len(given) > 3 or not 1 <= int(given) <= _PAGE:
+        raise bad_parameter(f"maxresults must be between 1 and {_PAGE}.")
+    return int(given), call.query.get("$skiptoken", "")
+
+
+def _list(call: Call, items: Sequence[object], tokens: Sequence[str], limit: int) -> Answer:
+    """A page, with a link to the next one if there are more than *limit*."""
+    link = None
+    if len(tokens) > limit:
+        query = dict(call.query) | {"$skiptoken": tokens[limit - 1], "maxresults": str(limit)}
+        link = f"{call.vault.settings.url}{call.path['path']}?{urlencode(query)}"
+    return Answer({"value": items, "nextLink": link})

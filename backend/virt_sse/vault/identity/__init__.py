@@ -1,0 +1,1 @@
+"""Principals of a vault, and the access tokens they are issued."""

@@ -1,0 +1,227 @@
+"""Principals: who there is, and what they may do."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from sqlalchemy.engine import Connection, Row
+
+from virt_sse.vault.home import tables
+from virt_sse.vault.home.database import Database
+from virt_sse.vault.refusals import Refusal, bad_parameter, conflict, forbidden
+from virt_sse.vault_client.permissions import Permission, Role
+
+_NAME = re.compile(r"[0-9a-zA-Z][0-9a-zA-Z._-]{0,127}\Z")
+_SHORTEST_RSA = 2048
+
+AssertionKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """:ivar client_id: what it calls itself when it asks for a token.
+    :ivar object_id: what it is called in tokens and policies.
+    :ivar public_key: in PEM; who holds the private one is this principal.
+    :ivar expires: from then on it is refused; seconds since 1970.
+    :ivar created_by: the principal that made it, if that was not ``vault init``.
+    """
+
+    client_id: str
+    object_id: str
+    name: str
+    public_key: str = field(repr=False)
+    role: Role
+    enabled: bool
+    expires: int | None
+    created: int
+    created_by: str | None
+    permissions: frozenset[Permission]
+
+    def active(self, now: float) -> bool:
+        """Whether it is let in at all."""
+        return self.enabled and (self.expires is None or now < self.expires)
+
+
+class Principals:
+    """All principals, in memory as they are in the database. Threads may share one.
+
+    Methods that change something raise :class:`~virt_sse.vault.refusals.Refusal`.
+    """
+
+    def __init__(self, database: Database, *, clock: Callable[[], float] = time.time) -> None:
+        self._database = database
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._by_id: dict[str, Principal] = {}
+        self._load()
+
+    def all(self) -> list[Principal]:
+        """By name."""
+        return sorted({p.client_id: p for p in self._by_id.values()}.values(), key=lambda p: p.name)
+
+    def find(self, identifier: str) -> Principal | None:
+        """By client id or object id."""
+        return self._by_id.get(identifier)
+
+    def get(self, identifier: str) -> Principal:
+        """By client id, object id or name.
+
+        :raise Refusal: When there is none.
+        """
+        found = self.find(identifier) or next((p for p in self.all() if p.name == identifier), None)
+        if found is None:
+            raise Refusal(404, "PrincipalNotFound", f"There is no principal {identifier[:128]!r}.")
+        return found
+
+    def create(
+        self,
+        name: str,
+        public_key: str,
+        *,
+        role: Role = Role.NONE,
+        expires: int | None = None,
+        created_by: str | None = None,
+        permissions: Iterable[Permission] = (),
+    ) -> Principal:
+        """Add a principal; it may do nothing that is not said here."""
+        if not _NAME.match(name):
+            raise bad_parameter(
+                "A principal's name is 1 to 128 letters, digits, dots, hyphens and underscores."
+            )
+        load_assertion_key(public_key)
+        principal = Principal(
+            client_id=str(uuid.uuid4()),
+            object_id=str(uuid.uuid4()),
+            name=name,
+            public_key=public_key,
+            role=role,
+            enabled=True,
+            expires=expires,
+            created=int(self._clock()),
+            created_by=created_by,
+            permissions=frozenset(permissions),
+        )
+        values = {column.name: getattr(principal, column.name) for column in tables.principals.c} | {
+            "role": role.value
+        }
+        with self._lock:
+            if any(p.name == name for p in self._by_id.values()):
+                raise conflict(f"A principal named {name} exists already.", "PrincipalAlreadyExists")
+            with self._changing() as connection:
+                connection.execute(tables.principals.insert().values(values))
+                _set_permissions(connection, principal)
+        return principal
+
+    def change(self, principal: Principal, *, enabled: bool, expires: int | None) -> Principal:
+        """Let a principal in, or not, or until when."""
+        with self._lock:
+            changed = dataclasses.replace(self._present(principal), enabled=enabled, expires=expires)
+            self._keep_an_administrator(changed)
+            with self._changing() as connection:
+                connection.execute(
+                    tables.principals.update()
+                    .where(tables.principals.c.client_id == principal.client_id)
+                    .values(enabled=enabled, expires=expires)
+                )
+        return changed
+
+    def grant(self, principal: Principal, permissions: Iterable[Permission]) -> Principal:
+        """Let a principal do exactly this with keys."""
+        with self._lock:
+            changed = dataclasses.replace(self._present(principal), permissions=frozenset(permissions))
+            with self._changing() as connection:
+                _set_permissions(connection, changed)
+        return changed
+
+    def delete(self, principal: Principal) -> None:
+        """Forget a principal and what it may do; its tokens are worth nothing from now on."""
+        with self._lock:
+            self._present(principal)
+            self._keep_an_administrator(dataclasses.replace(principal, enabled=False))
+            with self._changing() as connection:
+                connection.execute(
+                    tables.principals.delete().where(tables.principals.c.client_id == principal.client_id)
+                )
+
+    def _present(self, principal: Principal) -> Principal:
+        return self.get(principal.client_id)
+
+    def _keep_an_administrator(self, changed: Principal) -> None:
+        """Nobody could ever put it right again."""
+        others = [p for p in self.all() if p.client_id != changed.client_id]
+        if changed.role is Role.ADMINISTRATOR and not any(
+            p.role is Role.ADMINISTRATOR and p.enabled and p.expires is None for p in [*others, changed]
+        ):
+            raise forbidden("This is the last administrator.", "LastAdministrator")
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[Connection]:
+        try:
+            with self._database.writing() as connection:
+                yield connection
+        finally:
+            self._load()
+
+    def _load(self) -> None:
+        query = sa.select(tables.principals, tables.permissions.c.permission).select_from(
+            tables.principals.outerjoin(tables.permissions)
+        )
+        rows: dict[str, list[Row[Any]]] = {}
+        with self._database.reading() as connection:
+            for row in connection.execute(query):
+                rows.setdefault(row.client_id, []).append(row)
+        found = [_principal(group) for group in rows.values()]
+        self._by_id = {p.client_id: p for p in found} | {p.object_id: p for p in found}
+
+
+def load_assertion_key(pem: str) -> AssertionKey:
+    """The public key that a principal's assertions are checked with.
+
+    :raise Refusal: When *pem* is none, or a weak one.
+    """
+    try:
+        key = load_pem_public_key(pem.encode())
+    except (ValueError, UnsupportedAlgorithm, UnicodeEncodeError):
+        raise bad_parameter("The public key is not a public key in PEM.") from None
+    if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1):
+        return key
+    if isinstance(key, rsa.RSAPublicKey) and key.key_size >= _SHORTEST_RSA:
+        return key
+    raise bad_parameter(
+        f"The public key must be of the curve P-256, or RSA of at least {_SHORTEST_RSA} bits."
+    )
+
+
+def _set_permissions(connection: Connection, principal: Principal) -> None:
+    table = tables.permissions
+    connection.execute(table.delete().where(table.c.client_id == principal.client_id))
+    for permission in principal.permissions:
+        connection.execute(table.insert().values(client_id=principal.client_id, permission=permission.value))
+
+
+def _principal(rows: list[Row[Any]]) -> Principal:
+    first = rows[0]
+    return Principal(
+        client_id=first.client_id,
+        object_id=first.object_id,
+        name=first.name,
+        public_key=first.public_key,
+        role=Role(first.role),
+        enabled=first.enabled,
+        expires=first.expires,
+        created=first.created,
+        created_by=first.created_by,
+        permissions=frozenset(Permission(row.permission) for row in rows if row.permission is not None),
+    )

@@ -1,0 +1,254 @@
+"""The token issuer: client assertions in (RFC 7523 §2.2), access tokens out (RFC 6749 §4.4)."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+import time
+from collections.abc import Callable, Mapping
+
+import jwt
+import sqlalchemy as sa
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_der_private_key,
+)
+
+from virt_sse.errors import VaultError
+from virt_sse.vault.home.database import Database
+from virt_sse.vault.home.sealing import Sealer
+from virt_sse.vault.home.settings import VaultSettings
+from virt_sse.vault.home.tables import assertions, sealed_secrets
+from virt_sse.vault.identity.principals import Principal, Principals, load_assertion_key
+from virt_sse.vault.refusals import unauthorized
+
+TOKEN_SECONDS = 900
+"""How long an access token is good for, at most and unless the vault is told otherwise."""
+
+_ASSERTION_SECONDS = 600
+_SKEW_SECONDS = 60
+_ALGORITHM = "ES256"
+_CLAIMS = ["aud", "iss", "iat", "nbf", "exp", "jti", "tid", "oid", "appid"]
+_ASSERTION_CLAIMS = ["aud", "iss", "sub", "exp", "jti"]
+_SIGNING_KEY = "token-signing-key"
+_LONGEST_JTI = 256
+
+GRANT = "client_credentials"
+ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
+
+
+class OAuthError(Exception):
+    """What the token endpoint answers when it gives no token (RFC 6749 §5.2)."""
+
+    def __init__(self, status: int, error: str, description: str) -> None:
+        super().__init__(description)
+        self.status = status
+        self.error = error
+        self.description = description
+
+    def body(self) -> dict[str, object]:
+        """The answer's body."""
+        return {"error": self.error, "error_description": self.description}
+
+
+class TokenIssuer:
+    """Issues access tokens, and says whose one is. Threads may share one.
+
+    :param seconds: how long a token is good for.
+    """
+
+    def __init__(
+        self,
+        settings: VaultSettings,
+        database: Database,
+        principals: Principals,
+        sealer: Sealer,
+        *,
+        seconds: int = TOKEN_SECONDS,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if not 1 <= seconds <= TOKEN_SECONDS:
+            raise VaultError(f"tokens are good for 1 to {TOKEN_SECONDS} seconds, not {seconds}")
+        self._settings = settings
+        self._database = database
+        self._principals = principals
+        self._seconds = seconds
+        self._clock = clock
+        self._key = signing_key(database, sealer)
+        self._public = self._key.public_key()
+        point = self._public.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+        self._key_id = hashlib.sha256(point).hexdigest()[:32]
+
+    def jwks(self) -> dict[str, object]:
+        """The key that tokens are signed with, as a JSON Web Key Set (RFC 7517 §5)."""
+        key: dict[str, object] = jwt.algorithms.ECAlgorithm.to_jwk(self._public, as_dict=True)
+        return {"keys": [key | {"kid": self._key_id, "use": "sig", "alg": _ALGORITHM}]}
+
+    def metadata(self) -> dict[str, object]:
+        """OpenID Connect Discovery's document, as far as clients of a token endpoint look."""
+        base = f"{self._settings.url}/{self._settings.tenant}"
+        return {
+            "issuer": self._settings.issuer,
+            "authorization_endpoint": f"{base}/oauth2/v2.0/authorize",
+            "token_endpoint": self._settings.token_endpoint,
+            "jwks_uri": f"{base}/discovery/v2.0/keys",
+            "token_endpoint_auth_methods_supported": ["private_key_jwt"],
+            "token_endpoint_auth_signing_alg_values_supported": ["ES256", "PS256", "RS256"],
+            "grant_types_supported": [GRANT],
+            "response_types_supported": ["token"],
+            "subject_types_supported": ["pairwise"],
+            "id_token_signing_alg_values_supported": [_ALGORITHM],
+        }
+
+    def issue(self, form: Mapping[str, str]) -> tuple[Principal, dict[str, object]]:
+        """Answer a token request.
+
+        :return: whom the token is for, and the answer's body.
+        :raise OAuthError: When it is refused.
+        :raise Refusal: When the database fails.
+        """
+        if form.get("grant_type") != GRANT:
+            raise OAuthError(400, "unsupported_grant_type", f"the grant type must be {GRANT}")
+        if form.get("client_assertion_type") != ASSERTION_TYPE:
+            raise OAuthError(400, "invalid_request", "a client authenticates with a signed assertion")
+        if form.get("scope") != f"{self._settings.audience}/.default":
+            raise OAuthError(400, "invalid_scope", f"the scope must be {self._settings.audience}/.default")
+        principal = self._authenticate(form.get("client_id", ""), form.get("client_assertion", ""))
+        return principal, {
+            "token_type": "Bearer",
+            "expires_in": self._seconds,
+            "ext_expires_in": self._seconds,
+            "access_token": self._token(principal),
+        }
+
+    def principal_of(self, token: str) -> Principal:
+        """Whose access token this is.
+
+        :raise Refusal: 401, when it is not one of ours that holds, or its principal is not let in any more.
+        """
+        try:
+            claims = jwt.decode(
+                token,
+                self._public,
+                algorithms=[_ALGORITHM],
+                audience=self._settings.audience,
+                issuer=self._settings.issuer,
+                options={"require": _CLAIMS},
+            )
+        except jwt.ExpiredSignatureError:
+            raise unauthorized("The token has expired.") from None
+        except (jwt.InvalidTokenError, ValueError, RecursionError):
+            raise unauthorized("The token is not one of this vault's.") from None
+        principal = self._principals.find(str(claims["oid"]))
+        if (
+            claims["tid"] != self._settings.tenant
+            or principal is None
+            or claims["appid"] != principal.client_id
+        ):
+            raise unauthorized("The token's principal is not known here.")
+        if not principal.active(self._clock()):
+            raise unauthorized("The token's principal is disabled or has expired.")
+        return principal
+
+    def _token(self, principal: Principal) -> str:
+        now = int(self._clock())
+        claims = {
+            "aud": self._settings.audience,
+            "iss": self._settings.issuer,
+            "iat": now,
+            "nbf": now,
+            "exp": now + self._seconds,
+            "jti": secrets.token_hex(16),
+            "tid": self._settings.tenant,
+            "oid": principal.object_id,
+            "sub": principal.object_id,
+            "appid": principal.client_id,
+            "ver": "2.0",
+        }
+        return jwt.encode(claims, self._key, _ALGORITHM, headers={"kid": self._key_id})
+
+    def _authenticate(self, client_id: str, assertion: str) -> Principal:
+        refused = OAuthError(401, "invalid_client", "the client assertion is not valid")
+        principal = self._principals.find(client_id)
+        if principal is None or principal.client_id != client_id or not principal.active(self._clock()):
+            raise refused
+        key = load_assertion_key(principal.public_key)
+        try:
+            claims = jwt.decode(
+                assertion,
+                key,
+                algorithms=["ES256"] if isinstance(key, ec.EllipticCurvePublicKey) else ["RS256", "PS256"],
+                audience=self._settings.token_endpoint,
+                issuer=client_id,
+                leeway=_SKEW_SECONDS,
+                options={"require": _ASSERTION_CLAIMS},
+            )
+        except (jwt.ExpiredSignatureError, jwt.ImmatureSignatureError):
+            raise _other_clock() from None
+        except (jwt.InvalidTokenError, ValueError, RecursionError):
+            raise refused from None
+        if claims["sub"] != client_id:
+            raise refused
+        if int(claims["exp"]) > self._clock() + _ASSERTION_SECONDS + _SKEW_SECONDS:
+            raise _other_clock()
+        if len(str(claims["jti"])) > _LONGEST_JTI or not self._first_time(
+            client_id, str(claims["jti"]), claims["exp"]
+        ):
+            raise refused
+        return principal
+
+    def _first_time(self, client_id: str, jti: str, expires: int) -> bool:
+        """Note that an assertion was used; false if it was before. Kept for as long as it would be taken."""
+        digest = hashlib.sha256(f"{client_id}\0{jti}".encode()).digest()
+        with self._database.writing() as connection:
+            old = int(self._clock()) - 2 * _SKEW_SECONDS
+            connection.execute(assertions.delete().where(assertions.c.expires < old))
+            if (
+                connection.scalar(sa.select(assertions.c.expires).where(assertions.c.digest == digest))
+                is not None
+            ):
+                return False
+            connection.execute(assertions.insert().values(digest=digest, expires=int(expires)))
+            return True
+
+
+def _other_clock() -> OAuthError:
+    """For an assertion that its principal has signed, at another time than the vault's clock shows.
+
+    No verdict on the principal: a host whose clock is wrong must not have its guests shut down for that.
+    """
+    return OAuthError(400, "invalid_grant", "the client assertion's times do not fit the vault's clock")
+
+
+def bearer(header: str) -> str | None:
+    """The token of an Authorization header, if it is of that kind."""
+    match = re.fullmatch(r"[Bb]earer +([A-Za-z0-9._~+/=-]+)", header)
+    return match[1] if match else None
+
+
+def signing_key(database: Database, sealer: Sealer) -> ec.EllipticCurvePrivateKey:
+    """The key in the database, made at first use."""
+    context = _SIGNING_KEY.encode()
+    with database.writing() as connection:
+        sealed = connection.scalar(
+            sa.select(sealed_secrets.c.sealed).where(sealed_secrets.c.name == _SIGNING_KEY)
+        )
+        if sealed is None:
+            key = ec.generate_private_key(ec.SECP256R1())
+            der = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+            connection.execute(
+                sealed_secrets.insert().values(name=_SIGNING_KEY, sealed=sealer.seal(der, context))
+            )
+            return key
+    try:
+        loaded = load_der_private_key(sealer.open(sealed, context), None)
+    except VaultError as exc:
+        raise VaultError("the vault's root key is not the one that it was made with") from exc
+    if not isinstance(loaded, ec.EllipticCurvePrivateKey):
+        raise VaultError("the vault's token signing key is not one that it made")
+    return loaded

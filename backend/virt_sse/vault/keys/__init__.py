@@ -1,0 +1,1 @@
+"""Keys of a vault: rules, versions, material, rotation, backups."""

@@ -1,0 +1,91 @@
+"""Backups of keys: one blob per key, which only the vault that made it can read."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+from virt_sse.errors import VaultError
+from virt_sse.vault.home.sealing import Sealer
+from virt_sse.vault.keys.material import PublicKey
+from virt_sse.vault.keys.records import Attributes, KeyVersion, check_name
+from virt_sse.vault.keys.service import KeyService
+from virt_sse.vault.keys.store import KeyStore
+from virt_sse.vault.refusals import bad_parameter
+
+_CONTEXT = b"backup"
+_FORMAT = 1
+
+
+class Backups:
+    """Makes and reads backups: private keys sealed as they are in the database, and all of it once more.
+
+    Of a key in an HSM a backup holds no more than where it lies: it brings it back as long as it is there.
+    """
+
+    def __init__(self, store: KeyStore, keys: KeyService, sealer: Sealer) -> None:
+        self._store = store
+        self._keys = keys
+        self._sealer = sealer
+
+    def backup(self, name: str) -> bytes:
+        """All versions of a key, and its rotation policy.
+
+        :raise Refusal: When there is no such key.
+        """
+        document = {
+            "format": _FORMAT,
+            "policy": self._store.policy(check_name(name)),
+            "versions": [_document(record) for record in self._keys.versions(name)],
+        }
+        return self._sealer.seal(json.dumps(document).encode(), _CONTEXT)
+
+    def restore(self, blob: bytes) -> KeyVersion:
+        """Bring a key back as it was, with its name and versions.
+
+        :return: its newest version.
+        :raise Refusal: When *blob* is no backup of this vault, its name is taken, or the HSM lost the key.
+        """
+        try:
+            document = json.loads(self._sealer.open(blob, _CONTEXT))
+        except VaultError:
+            raise bad_parameter("This is not a backup that this vault has made.") from None
+        if document["format"] != _FORMAT:
+            raise bad_parameter("This backup was made by a newer version.")
+        records = [_record(fields) for fields in document["versions"]]
+        self._keys.restore(records, document["policy"])
+        return records[-1]
+
+
+def _document(record: KeyVersion) -> dict[str, object]:
+    return {
+        "name": record.name,
+        "version": record.version,
+        "key-type": record.key_type,
+        "n": f"{record.public.n:x}",
+        "e": record.public.e,
+        "operations": record.operations,
+        "enabled": record.attributes.enabled,
+        "not-before": record.attributes.not_before,
+        "expires": record.attributes.expires,
+        "created": record.created,
+        "updated": record.updated,
+        "tags": dict(record.tags),
+        "stored": base64.b64encode(record.stored).decode(),
+    }
+
+
+def _record(fields: dict[str, Any]) -> KeyVersion:
+    return KeyVersion(
+        name=fields["name"],
+        version=fields["version"],
+        key_type=fields["key-type"],
+        public=PublicKey(int(fields["n"], 16), fields["e"]),
+        operations=tuple(fields["operations"]),
+        attributes=Attributes(fields["enabled"], fields["not-before"], fields["expires"]),
+        created=fields["created"],
+        updated=fields["updated"],
+        tags=fields["tags"],
+        stored=base64.b64decode(fields["stored"]),
+    )

@@ -1,0 +1,156 @@
+"""Rotation policies: kept, and acted upon.
+
+https://learn.microsoft.com/azure/key-vault/keys/how-to-configure-key-rotation: ``Rotate`` is due a time after
+the newest version was made, or a time before it expires; ``expiryTime`` is the life of each version so made.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from virt_sse.vault.http import wire
+from virt_sse.vault.keys.durations import seconds_of
+from virt_sse.vault.keys.records import KeyVersion, check_name
+from virt_sse.vault.keys.service import KeyService
+from virt_sse.vault.keys.store import KeyStore
+from virt_sse.vault.refusals import bad_parameter
+
+_DAY = 86400
+SHORTEST_ROTATION = 7 * _DAY
+_SHORTEST_LIFE = 4 * SHORTEST_ROTATION
+_NOTIFY = {"trigger": {"timeBeforeExpiry": "P30D"}, "action": {"type": "Notify"}}
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A rotation policy. Times are in seconds.
+
+    :ivar expiry: the life of a new version.
+    :ivar after_create: rotate when the newest version is that old.
+    :ivar before_expiry: rotate when it has that long to live.
+    :ivar document: the policy as it was given, with its own times.
+    """
+
+    expiry: int | None
+    after_create: int | None
+    before_expiry: int | None
+    document: Mapping[str, object]
+
+    def due(self, newest: KeyVersion, now: float) -> bool:
+        """Whether the key is to be rotated; a disabled one never is: that would give it a usable version."""
+        if not newest.attributes.enabled:
+            return False
+        if self.after_create is not None and newest.created + self.after_create <= now:
+            return True
+        expires = newest.attributes.expires
+        return self.before_expiry is not None and expires is not None and expires - self.before_expiry <= now
+
+
+class Rotation:
+    """Rotates keys: when asked, and when their policy says so.
+
+    :param shortest: the shortest interval that a policy may have, in seconds; default Azure's 7 days.
+    """
+
+    def __init__(
+        self,
+        store: KeyStore,
+        keys: KeyService,
+        *,
+        shortest: int | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._keys = keys
+        self._shortest = SHORTEST_ROTATION if shortest is None else shortest
+        self._clock = clock
+
+    def rotate(self, name: str) -> KeyVersion:
+        """Make a new version now.
+
+        :raise Refusal: When there is no such key.
+        """
+        stored = self._store.policy(check_name(name))
+        policy = self._parse(json.loads(stored)) if stored else None
+        return self._keys.rotate(name, expires_after=policy.expiry if policy else None)
+
+    def policy(self, name: str) -> dict[str, object]:
+        """The policy of a key; Azure's default one when it was given none.
+
+        :raise Refusal: When there is no such key.
+        """
+        stored = self._store.policy(check_name(name))
+        return json.loads(stored) if stored else {"lifetimeActions": [_NOTIFY], "attributes": {}}
+
+    def set_policy(self, name: str, document: Mapping[str, object]) -> dict[str, object]:
+        """Give a key a policy.
+
+        :raise Refusal: When it makes no sense, or there is no such key.
+        """
+        policy = self._parse(document)
+        self._refuse_short(policy)
+        now = int(self._clock())
+        before = self._store.policy(check_name(name))
+        created = (
+            wire.integer(wire.table(json.loads(before), "attributes"), "created", now) if before else now
+        )
+        attributes: dict[str, object] = {"created": created, "updated": now}
+        expiry = wire.table(document, "attributes").get("expiryTime")
+        if expiry is not None:
+            attributes["expiryTime"] = expiry
+        kept = {"lifetimeActions": policy.document["lifetimeActions"], "attributes": attributes}
+        self._store.set_policy(name, json.dumps(kept))
+        return kept
+
+    def due(self) -> list[str]:
+        """The names of the keys whose policy says that they are to be rotated now."""
+        now = self._clock()
+        policies = {name: self._parse(json.loads(stored)) for name, stored in self._store.policies().items()}
+        return [name for name, policy in policies.items() if policy.due(self._store.get(name), now)]
+
+    def _parse(self, document: Mapping[str, object]) -> Policy:
+        expiry = _seconds(wire.table(document, "attributes"), "expiryTime")
+        actions = document.get("lifetimeActions") or []
+        if not isinstance(actions, list) or not all(isinstance(action, dict) for action in actions):
+            raise bad_parameter("Property lifetimeActions must be a list of objects.")
+        found: dict[str, tuple[int | None, int | None]] = {}
+        kept = []
+        for action in actions:
+            kind = wire.string(wire.table(action, "action"), "type").lower()
+            trigger = wire.table(action, "trigger")
+            after, before = _seconds(trigger, "timeAfterCreate"), _seconds(trigger, "timeBeforeExpiry")
+            if kind not in ("rotate", "notify") or kind in found:
+                raise bad_parameter("A policy has at most one action Rotate and one action Notify.")
+            if (after is None) is (before is None):
+                raise bad_parameter("A trigger has either timeAfterCreate or timeBeforeExpiry.")
+            found[kind] = (after, before)
+            name = "timeBeforeExpiry" if after is None else "timeAfterCreate"
+            kept.append({"trigger": {name: trigger[name]}, "action": {"type": kind.capitalize()}})
+        after, before = found.get("rotate", (None, None))
+        if before is not None and expiry is None:
+            raise bad_parameter("Rotating before expiry needs an expiryTime.")
+        return Policy(expiry, after, before, {"lifetimeActions": kept or [_NOTIFY]})
+
+    def _refuse_short(self, policy: Policy) -> None:
+        """A policy must leave those who use the key the time to follow."""
+        life = min(_SHORTEST_LIFE, 4 * self._shortest)
+        if policy.expiry is not None and policy.expiry < life:
+            raise bad_parameter(f"Property expiryTime must be at least {life} seconds.")
+        for interval in (policy.after_create, policy.before_expiry):
+            if interval is not None and interval < self._shortest:
+                raise bad_parameter(f"Keys are rotated at intervals of at least {self._shortest} seconds.")
+        if policy.expiry is not None:
+            last = (
+                policy.after_create if policy.before_expiry is None else policy.expiry - policy.before_expiry
+            )
+            if last is not None and not self._shortest <= last <= policy.expiry:
+                raise bad_parameter(
+                    "The key would expire before it is rotated, or too soon be rotated again."
+                )
+
+
+def _seconds(document: Mapping[str, object], field: str) -> int | None:
+    return None if document.get(field) is None else seconds_of(wire.string(document, field))

@@ -1,0 +1,321 @@
+"""The rules of the key vault: what may be done with a key, and when."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from virt_sse.vault.home.settings import Tier, VaultSettings
+from virt_sse.vault.keys.disposal import Disposal
+from virt_sse.vault.keys.material import ALGORITHMS, KEY_SIZES, Protection, PublicKey, private_key
+from virt_sse.vault.keys.opened_keys import OpenedKey, OpenedKeys
+from virt_sse.vault.keys.records import (
+    KEY_OPERATIONS,
+    Attributes,
+    Deletion,
+    KeyVersion,
+    Leftover,
+    NewKey,
+    check_name,
+    check_version,
+    new_version,
+)
+from virt_sse.vault.keys.store import KeyStore
+from virt_sse.vault.refusals import FailureRefusal, Refusal, bad_parameter, conflict, forbidden
+
+_DAY = 86400
+_OPENED_KEYS = 1024
+_HARDWARE_TYPES = ("RSA-HSM", "EC-HSM")
+_WITHIN_THE_WINDOW = frozenset({"wrapKey", "encrypt"})
+
+
+class KeyService:
+    """Keys, by name and version. Synchronous, and safe to call from several threads at once.
+
+    Every method may raise :class:`~virt_sse.vault.refusals.Refusal`.
+
+    :param protections: by ``kty``, who keeps keys of that type.
+    :param clock: seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        store: KeyStore,
+        settings: VaultSettings,
+        protections: Iterable[Protection],
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._settings = settings
+        self._protections = {protection.key_type: protection for protection in protections}
+        self._disposal = Disposal(store, self._protections)
+        self._clock = clock
+        self._opened = OpenedKeys(_OPENED_KEYS)
+
+    def create(self, name: str, key_type: str, bits: int, new: NewKey) -> KeyVersion:
+        """Make a key, or a new version of one."""
+        protection = self._protection(key_type)
+        if bits not in KEY_SIZES:
+            raise bad_parameter("An RSA key has 2048, 3072 or 4096 bits.")
+        return self._add(name, protection, new, lambda version: protection.generate(bits, name, version))
+
+    def bring(self, name: str, key_type: str, numbers: rsa.RSAPrivateNumbers, new: NewKey) -> KeyVersion:
+        """Take in a key that was made elsewhere, as a new key or a new version of one."""
+        protection, private = self._protection(key_type), private_key(numbers)
+        return self._add(name, protection, new, lambda version: protection.bring(private, name, version))
+
+    def rotate(self, name: str, *, expires_after: int | None = None) -> KeyVersion:
+        """Make a new version like the newest one; the older ones stay usable.
+
+        :param expires_after: seconds from now to the new version's expiry, as the rotation policy has it.
+        """
+        like = self._store.get(check_name(name))
+        expires = None if expires_after is None else int(self._clock()) + expires_after
+        new = NewKey(like.operations, Attributes(expires=expires), like.tags)
+        return self.create(name, like.key_type, like.public.bits, new)
+
+    def get(self, name: str, version: str = "") -> KeyVersion:
+        """A version, by default the newest; also a disabled or expired one."""
+        return self._store.get(check_name(name), check_version(version))
+
+    def versions(self, name: str) -> list[KeyVersion]:
+        """All versions, the oldest first."""
+        return self._store.versions(check_name(name))
+
+    def newest(self, *, after: str, limit: int) -> list[KeyVersion]:
+        """Keys by name, in their newest versions, from the one after *after*."""
+        return self._store.newest(after=after, limit=limit)
+
+    def update(
+        self,
+        name: str,
+        version: str,
+        *,
+        attributes: Mapping[str, bool | int | None],
+        operations: tuple[str, ...] | None,
+        tags: Mapping[str, str] | None,
+    ) -> KeyVersion:
+        """Change what is given and keep the rest.
+
+        :param attributes: fields of :class:`~virt_sse.vault.keys.records.Attributes`.
+        """
+        record = self.get(name, version)
+        record = dataclasses.replace(
+            record,
+            attributes=dataclasses.replace(record.attributes, **attributes),  # type: ignore[arg-type] # its fields
+            operations=record.operations if operations is None else operations,
+            tags=record.tags if tags is None else tags,
+            updated=int(self._clock()),
+        )
+        _check_window(record.attributes)
+        try:
+            self._store.change(record)
+        finally:  # also when the answer of a commit is lost
+            self._opened.forget(name)
+        return record
+
+    def delete(self, name: str) -> tuple[KeyVersion, Deletion]:
+        """Take a key out of use, with all its versions."""
+        now = int(self._clock())
+        deletion = Deletion(now, now + self._settings.retention_days * _DAY)
+        try:
+            self._store.delete(check_name(name), deletion)
+        finally:
+            self._opened.forget(name)
+        return self._store.get_deleted(name)
+
+    def deleted(self, *, after: str, limit: int) -> list[tuple[KeyVersion, Deletion]]:
+        """Deleted keys by name, from the one after *after*."""
+        return self._store.deleted(after=after, limit=limit)
+
+    def get_deleted(self, name: str) -> tuple[KeyVersion, Deletion]:
+        """A deleted key."""
+        return self._store.get_deleted(check_name(name))
+
+    def recover(self, name: str) -> KeyVersion:
+        """Bring a deleted key back into use."""
+        self._store.recover(check_name(name))
+        return self._store.get(name)
+
+    def purge(self, name: str) -> None:
+        """Forget a deleted key and what is under it, for good."""
+        if self._settings.purge_protection:
+            raise forbidden(
+                'Operation "purge" is not allowed because purge protection is enabled for this vault.',
+                "PurgeProtectionEnabled",
+            )
+        self._store.get_deleted(check_name(name))
+        for key_type in self._store.key_types(name):
+            self._keeper(key_type).require()
+        self.purge_due(name)
+
+    def due_for_purge(self) -> list[str]:
+        """The names of the deleted keys that have been kept for the retention period."""
+        return self._store.due_for_purge(int(self._clock()))
+
+    def purge_due(self, name: str) -> None:
+        """Forget such a key; purge protection has done its part.
+
+        What of it lies outside and cannot be reached is destroyed by a later :meth:`sweep`.
+        """
+        outside = [each.key_type for each in self._protections.values() if each.outside]
+        self._store.purge(name, kept_outside=outside)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Destroy the material outside that no key names."""
+        self._disposal.sweep()
+
+    def restore(self, records: Sequence[KeyVersion], policy: str | None) -> None:
+        """Bring a key back from its backup, its oldest version first.
+
+        What of it lies outside must still be there.
+        """
+        with self._disposal.suspended():
+            for record in records:
+                if self._keeper(record.key_type).outside:
+                    self._require(record)
+            self._store.restore(records, policy)
+
+    def count(self) -> tuple[int, int]:
+        """How many live keys there are, and how many deleted ones."""
+        return self._store.count()
+
+    def encrypt(
+        self, operation: str, name: str, version: str, algorithm: str, plaintext: bytes
+    ) -> tuple[KeyVersion, bytes]:
+        """Encrypt or wrap.
+
+        :param operation: ``encrypt`` or ``wrapKey``.
+        :return: which version did it, and the ciphertext.
+        """
+        key = self._usable(operation, name, version, algorithm)
+        key.material.require()
+        return key.record, key.record.public.encrypt(plaintext, algorithm)
+
+    def decrypt(
+        self, operation: str, name: str, version: str, algorithm: str, ciphertext: bytes
+    ) -> tuple[KeyVersion, bytes]:
+        """Decrypt or unwrap.
+
+        :param operation: ``decrypt`` or ``unwrapKey``.
+        :return: which version did it, and the plaintext.
+        """
+        key = self._usable(operation, name, version, algorithm)
+        return key.record, key.material.decrypt(ciphertext, algorithm)
+
+    def _usable(self, operation: str, name: str, version: str, algorithm: str) -> OpenedKey:
+        if algorithm not in ALGORITHMS:
+            raise bad_parameter(
+                f"Property alg: {algorithm[:32]!r} is not supported; RSA-OAEP-256 and RSA-OAEP are."
+            )
+        check_name(name)
+        check_version(version)
+        key = self._opened.get(name, version, lambda: self._open(self._store.get(name, version)))
+        refusal = self._unfit(operation, key.record)
+        if refusal is not None:
+            raise refusal
+        return key
+
+    def _unfit(self, operation: str, record: KeyVersion) -> Refusal | None:
+        attributes = record.attributes
+        if not attributes.enabled:
+            return forbidden(f"Operation {operation} is not allowed on a disabled key.", "KeyDisabled")
+        if operation not in record.operations:
+            return forbidden(f"Operation {operation} is not permitted on this key.", "KeyOperationForbidden")
+        if operation in _WITHIN_THE_WINDOW:
+            now = self._clock()
+            if attributes.not_before is not None and now < attributes.not_before:
+                return forbidden(
+                    f"Operation {operation} is not allowed on a not yet valid key.", "KeyNotYetValid"
+                )
+            if attributes.expires is not None and now >= attributes.expires:
+                return forbidden(f"Operation {operation} is not allowed on an expired key.", "KeyExpired")
+        return None
+
+    def _open(self, record: KeyVersion) -> OpenedKey:
+        keeper = self._keeper(record.key_type)
+        return OpenedKey(record, keeper.open(record.stored, record.name, record.version))
+
+    def _require(self, record: KeyVersion) -> None:
+        """Make sure that a version from a backup can be used."""
+        try:
+            self._open(record).material.require()
+        except Refusal as refusal:
+            if isinstance(refusal, FailureRefusal):
+                raise
+            raise conflict(
+                f"Version {record.version} of key {record.name} is no longer in the HSM, out of which no "
+                "backup can bring it."
+            ) from refusal
+
+    def _protection(self, key_type: str) -> Protection:
+        """Who keeps a new key of that type."""
+        protection = self._protections.get(key_type)
+        if protection is not None:
+            return protection
+        if key_type in _HARDWARE_TYPES and self._settings.tier is Tier.STANDARD:  # Azure's words
+            raise Refusal(403, "Forbidden", "Hardware key operation not allowed on standard vault.")
+        if key_type == "RSA-HSM":
+            raise Refusal(
+                403,
+                "Forbidden",
+                "This vault has no token for hardware-protected keys; 'virt-sse vault hsm add' gives it one.",
+            )
+        raise bad_parameter(f"Property kty: {key_type[:32]!r} is not supported by this vault.")
+
+    def _keeper(self, key_type: str) -> Protection:
+        """Who keeps the keys of that type which there are. That it is not there says nothing about them."""
+        try:
+            return self._protections[key_type]
+        except KeyError:
+            raise FailureRefusal(
+                "The vault cannot reach what keeps this key.",
+                f"the vault's settings name nothing that keeps its keys of type {key_type}",
+            ) from None
+
+    def _add(
+        self,
+        name: str,
+        protection: Protection,
+        new: NewKey,
+        make: Callable[[str], tuple[PublicKey, bytes]],
+    ) -> KeyVersion:
+        """Add a version.
+
+        :param make: its material, given the version.
+        """
+        version = new_version()
+        _check_window(new.attributes)
+        leftover = Leftover(check_name(name), version, protection.key_type)
+        with self._disposal.making(leftover) if protection.outside else contextlib.nullcontext():
+            public, stored = make(version)
+            now = int(self._clock())
+            record = KeyVersion(
+                name=name,
+                version=version,
+                key_type=protection.key_type,
+                public=public,
+                operations=new.operations or KEY_OPERATIONS,
+                attributes=new.attributes,
+                created=now,
+                updated=now,
+                tags=new.tags,
+                stored=stored,
+            )
+            try:
+                self._store.add(record)
+            finally:
+                self._opened.forget(name)
+        return record
+
+
+def _check_window(attributes: Attributes) -> None:
+    start, end = attributes.not_before, attributes.expires
+    if start is not None and end is not None and start >= end:
+        raise bad_parameter("Property nbf must be earlier than exp.")

@@ -1,0 +1,304 @@
+"""Keys in the database."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Row
+
+from virt_sse.vault.home.database import Database
+from virt_sse.vault.home.tables import keys, leftovers, versions
+from virt_sse.vault.keys.material import PublicKey
+from virt_sse.vault.keys.records import Attributes, Deletion, KeyVersion, Leftover
+from virt_sse.vault.refusals import conflict, key_not_found
+
+_LIVE = keys.c.deleted.is_(None)
+_NEWEST = versions.c.sequence.desc()
+
+
+class KeyStore:
+    """Queries and changes, each one transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(self, record: KeyVersion) -> None:
+        """Add a version; the key too, if it is the first.
+
+        :raise Refusal: When a deleted key has the name.
+        """
+        with self._database.writing() as connection:
+            _refuse_deleted(connection, record.name)
+            if not _exists(connection, record.name):
+                connection.execute(keys.insert().values(name=record.name))
+            _take_up(connection, [record])
+
+    def restore(self, records: Sequence[KeyVersion], policy: str | None) -> None:
+        """Add a whole key, its oldest version first.
+
+        :raise Refusal: When its name is taken.
+        """
+        name = records[0].name
+        with self._database.writing() as connection:
+            _refuse_deleted(connection, name)
+            if _exists(connection, name):
+                raise conflict(f"A key named {name} exists already.", "KeyAlreadyExists")
+            connection.execute(keys.insert().values(name=name, policy=policy))
+            _take_up(connection, records)
+
+    def get(self, name: str, version: str = "") -> KeyVersion:
+        """A version, or the newest one.
+
+        :raise Refusal: When it is not there, or the key is deleted.
+        """
+        query = sa.select(versions).join(keys).where(_LIVE, keys.c.name == name)
+        query = query.where(versions.c.version == version) if version else query.order_by(_NEWEST).limit(1)
+        with self._database.reading() as connection:
+            row = connection.execute(query).first()
+        if row is None:
+            raise key_not_found(name, version)
+        return _record(row)
+
+    def versions(self, name: str) -> list[KeyVersion]:
+        """All versions of a live key, the oldest first.
+
+        :raise Refusal: When there is no such key.
+        """
+        query = sa.select(versions).join(keys).where(_LIVE, keys.c.name == name).order_by(versions.c.sequence)
+        with self._database.reading() as connection:
+            found = [_record(row) for row in connection.execute(query)]
+        if not found:
+            raise key_not_found(name)
+        return found
+
+    def newest(self, *, after: str, limit: int) -> list[KeyVersion]:
+        """The newest version of each live key whose name comes after *after*, by name; at most *limit*."""
+        with self._database.reading() as connection:
+            rows = connection.execute(_newest_of_each(_LIVE, after).limit(limit))
+            return [_record(row) for row in rows]
+
+    def deleted(self, *, after: str, limit: int) -> list[tuple[KeyVersion, Deletion]]:
+        """The same of deleted keys."""
+        query = _newest_of_each(keys.c.deleted.is_not(None), after).limit(limit)
+        with self._database.reading() as connection:
+            return [(_record(row), Deletion(row.deleted, row.purge)) for row in connection.execute(query)]
+
+    def get_deleted(self, name: str) -> tuple[KeyVersion, Deletion]:
+        """A deleted key, in its newest version.
+
+        :raise Refusal: When no deleted key has that name.
+        """
+        query = (
+            sa.select(versions, keys.c.deleted, keys.c.purge)
+            .join(keys)
+            .where(keys.c.deleted.is_not(None), keys.c.name == name)
+            .order_by(_NEWEST)
+            .limit(1)
+        )
+        with self._database.reading() as connection:
+            row = connection.execute(query).first()
+        if row is None:
+            raise key_not_found(name)
+        return _record(row), Deletion(row.deleted, row.purge)
+
+    def change(self, record: KeyVersion) -> None:
+        """Keep *record*'s attributes, operations and tags.
+
+        :raise Refusal: When it is gone.
+        """
+        changed = (
+            versions.update()
+            .where(versions.c.name == record.name, versions.c.version == record.version)
+            .where(sa.exists().where(keys.c.name == versions.c.name, _LIVE))
+            .values(
+                enabled=record.attributes.enabled,
+                not_before=record.attributes.not_before,
+                expires=record.attributes.expires,
+                operations=json.dumps(record.operations),
+                tags=json.dumps(dict(record.tags)),
+                updated=record.updated,
+            )
+        )
+        with self._database.writing() as connection:
+            if connection.execute(changed).rowcount != 1:
+                raise key_not_found(record.name, record.version)
+
+    def delete(self, name: str, deletion: Deletion) -> None:
+        """Take a key out of use, to be recovered or purged.
+
+        :raise Refusal: When there is no live key of that name.
+        """
+        self._mark(name, _LIVE, deleted=deletion.deleted, purge=deletion.purge)
+
+    def recover(self, name: str) -> None:
+        """Bring a deleted key back.
+
+        :raise Refusal: When no deleted key has that name.
+        """
+        self._mark(name, keys.c.deleted.is_not(None), deleted=None, purge=None)
+
+    def purge(self, name: str, *, kept_outside: Collection[str]) -> None:
+        """Forget a deleted key, for good.
+
+        :param kept_outside: the types of keys whose material does not go with the row: it is left over.
+        :raise Refusal: When no deleted key has that name.
+        """
+        columns = ("name", "version", "key_type")
+        found = (
+            sa.select(*(versions.c[column] for column in columns))
+            .join(keys)
+            .where(keys.c.name == name, keys.c.deleted.is_not(None), versions.c.key_type.in_(kept_outside))
+        )
+        with self._database.writing() as connection:
+            connection.execute(leftovers.insert().from_select(columns, found))
+            gone = connection.execute(keys.delete().where(keys.c.name == name, keys.c.deleted.is_not(None)))
+            if gone.rowcount != 1:
+                raise key_not_found(name)
+
+    def announce(self, leftover: Leftover) -> None:
+        """Remember material that is about to be made outside: it is left over until its version is added."""
+        with self._database.writing() as connection:
+            connection.execute(leftovers.insert().values(_named(leftover)))
+
+    def leftovers(self) -> list[Leftover]:
+        """Material outside that no version names, or that is being made."""
+        columns = (leftovers.c.name, leftovers.c.version, leftovers.c.key_type)
+        with self._database.reading() as connection:
+            return [Leftover(*row) for row in connection.execute(sa.select(*columns))]
+
+    def is_left_over(self, leftover: Leftover) -> bool:
+        """Whether it still is, and no version names it: neither a live key's nor a deleted one's."""
+        found = sa.select(leftovers.c.version).where(
+            *(leftovers.c[column] == value for column, value in _named(leftover).items()),
+            ~sa.exists().where(versions.c.name == leftover.name, versions.c.version == leftover.version),
+        )
+        with self._database.reading() as connection:
+            return connection.scalar(found) is not None
+
+    def forget(self, leftover: Leftover) -> None:
+        """It is destroyed."""
+        with self._database.writing() as connection:
+            connection.execute(_leftover_of(leftover))
+
+    def key_types(self, name: str) -> frozenset[str]:
+        """The types of a key's versions, whether it is deleted or not; none when there is no such key."""
+        with self._database.reading() as connection:
+            found = sa.select(versions.c.key_type).where(versions.c.name == name).distinct()
+            return frozenset(connection.scalars(found))
+
+    def due_for_purge(self, now: int) -> list[str]:
+        """The names of the deleted keys whose time is up."""
+        with self._database.reading() as connection:
+            return list(connection.scalars(sa.select(keys.c.name).where(keys.c.purge <= now)))
+
+    def policy(self, name: str) -> str | None:
+        """A key's rotation policy, as it was given.
+
+        :raise Refusal: When there is no such key.
+        """
+        with self._database.reading() as connection:
+            row = connection.execute(sa.select(keys.c.policy).where(_LIVE, keys.c.name == name)).first()
+        if row is None:
+            raise key_not_found(name)
+        return None if row.policy is None else str(row.policy)
+
+    def set_policy(self, name: str, policy: str) -> None:
+        """Keep a key's rotation policy.
+
+        :raise Refusal: When there is no such key.
+        """
+        self._mark(name, _LIVE, policy=policy)
+
+    def policies(self) -> dict[str, str]:
+        """The rotation policies of all live keys that have one."""
+        query = sa.select(keys.c.name, keys.c.policy).where(_LIVE, keys.c.policy.is_not(None))
+        with self._database.reading() as connection:
+            return {row.name: row.policy for row in connection.execute(query)}
+
+    def count(self) -> tuple[int, int]:
+        """How many live keys there are, and how many deleted ones."""
+        query = sa.select(sa.func.count(), sa.func.count(keys.c.deleted)).select_from(keys)
+        with self._database.reading() as connection:
+            every, deleted = connection.execute(query).one()
+        return every - deleted, deleted
+
+    def _mark(self, name: str, condition: sa.ColumnElement[bool], **values: object) -> None:
+        with self._database.writing() as connection:
+            changed = connection.execute(keys.update().where(keys.c.name == name, condition).values(**values))
+            if changed.rowcount != 1:
+                raise key_not_found(name)
+
+
+def _newest_of_each(condition: sa.ColumnElement[bool], after: str) -> sa.Select[Any]:
+    newest = sa.select(sa.func.max(versions.c.sequence)).group_by(versions.c.name)
+    return (
+        sa.select(versions, keys.c.deleted, keys.c.purge)
+        .join(keys)
+        .where(condition, keys.c.name > after, versions.c.sequence.in_(newest))
+        .order_by(keys.c.name)
+    )
+
+
+def _exists(connection: Connection, name: str) -> bool:
+    return connection.scalar(sa.select(keys.c.name).where(keys.c.name == name)) is not None
+
+
+def _refuse_deleted(connection: Connection, name: str) -> None:
+    if connection.scalar(sa.select(keys.c.deleted).where(keys.c.name == name)) is not None:
+        raise conflict(
+            f"Key {name} is currently in a deleted but recoverable state, and its name cannot be reused; "
+            "in this state, the key can only be recovered or purged.",
+            "ObjectIsDeletedButRecoverable",
+        )
+
+
+def _take_up(connection: Connection, records: Sequence[KeyVersion]) -> None:
+    """Add versions, whose material is no longer left over."""
+    for record in records:
+        connection.execute(_leftover_of(record))
+    connection.execute(versions.insert(), [_values(record) for record in records])
+
+
+def _leftover_of(named: KeyVersion | Leftover) -> sa.Delete:
+    return leftovers.delete().where(leftovers.c.name == named.name, leftovers.c.version == named.version)
+
+
+def _named(leftover: Leftover) -> dict[str, str]:
+    return dataclasses.asdict(leftover)
+
+
+def _values(record: KeyVersion) -> dict[str, object]:
+    return {
+        "name": record.name,
+        "version": record.version,
+        "key_type": record.key_type,
+        "n": record.public.n.to_bytes((record.public.bits + 7) // 8, "big"),
+        "e": record.public.e,
+        "operations": json.dumps(record.operations),
+        "enabled": record.attributes.enabled,
+        "not_before": record.attributes.not_before,
+        "expires": record.attributes.expires,
+        "created": record.created,
+        "updated": record.updated,
+        "tags": json.dumps(dict(record.tags)),
+        "stored": record.stored,
+    }
+
+
+def _record(row: Row[Any]) -> KeyVersion:
+    return KeyVersion(
+        name=row.name,
+        version=row.version,
+        key_type=row.key_type,
+        public=PublicKey(int.from_bytes(row.n, "big"), row.e),
+        operations=tuple(json.loads(row.operations)),
+        attributes=Attributes(row.enabled, row.not_before, row.expires),
+        created=row.created,
+        updated=row.updated,
+        tags=json.loads(row.tags),
+        stored=row.stored,
+    )

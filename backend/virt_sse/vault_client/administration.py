@@ -1,0 +1,214 @@
+"""Administering a vault from anywhere, with a credential file."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+from urllib.parse import quote
+
+from virt_sse.errors import CredentialError, VaultError
+from virt_sse.vault_client.credential import VaultCredential
+from virt_sse.vault_client.credential_file import CredentialFile, new_assertion_key
+from virt_sse.vault_client.https import checked
+from virt_sse.vault_client.permissions import Permission, Role
+
+
+@dataclass(frozen=True, slots=True)
+class PrincipalInfo:
+    """A principal, as the vault shows it. Times are in seconds since 1970."""
+
+    client_id: str
+    object_id: str
+    tenant: str
+    name: str
+    role: Role
+    enabled: bool
+    expires: int | None
+    created: int
+    created_by: str | None
+
+
+class VaultClient:
+    """The management interface of the vault that a credential file is for.
+
+    Every method may raise, besides what it says:
+
+    :raise KeyDeniedError: When the credential is not let in, or may not do this.
+    :raise KeyProviderUnavailableError: When the vault does not answer.
+    :raise InvalidValueError: When a value makes no sense to the vault.
+
+    :param timeout: in seconds, for connecting and for each answer.
+    """
+
+    def __init__(self, credential: CredentialFile | Path, *, timeout: float = 5.0) -> None:
+        self._credential = VaultCredential(credential, timeout=timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forget the token."""
+        self._credential.close()
+
+    @property
+    def url(self) -> str:
+        """The vault's."""
+        return self._credential.file.vault_url
+
+    def status(self) -> Mapping[str, object]:
+        """What the vault is and holds."""
+        return self._ask("GET", "/status")
+
+    def principals(self) -> list[PrincipalInfo]:
+        """All principals; for an identity operator those that it made."""
+        return [_principal(each) for each in _values(self._ask("GET", "/identity/principals"))]
+
+    def get_principal(self, principal: str) -> PrincipalInfo:
+        """A principal, by client id, object id or name.
+
+        :raise PrincipalNotFoundError: When there is none.
+        """
+        return _principal(self._ask("GET", _path("identity/principals", principal)))
+
+    def create_principal(
+        self, name: str, public_key_pem: str, *, role: Role = Role.NONE, expires: int | None = None
+    ) -> PrincipalInfo:
+        """Make a principal that may do nothing yet; its private key stays with the caller.
+
+        :param expires: seconds since 1970.
+        :raise PrincipalExistsError: When the name is taken.
+        """
+        document = {"name": name, "public_key": public_key_pem, "role": role.value, "expires": expires}
+        return _principal(self._ask("POST", "/identity/principals", document))
+
+    def change_principal(self, principal: str, *, enabled: bool, expires: int | None) -> PrincipalInfo:
+        """Let a principal in, or not, or until when.
+
+        :raise PrincipalNotFoundError: When there is none.
+        """
+        document = {"enabled": enabled, "expires": expires}
+        return _principal(self._ask("PATCH", _path("identity/principals", principal), document))
+
+    def delete_principal(self, principal: str) -> None:
+        """Forget a principal and its rights; its tokens are refused from now on.
+
+        :raise PrincipalNotFoundError: When there is none.
+        """
+        self._ask("DELETE", _path("identity/principals", principal))
+
+    def access(self) -> dict[str, frozenset[Permission]]:
+        """What each principal may do with keys, by the principals' names."""
+        policies = _values(self._ask("GET", "/access/policies"))
+        return {str(policy["name"]): _permissions(policy) for policy in policies}
+
+    def permissions(self, principal: str) -> frozenset[Permission]:
+        """What a principal may do with keys.
+
+        :raise PrincipalNotFoundError: When there is none.
+        """
+        return _permissions(self._ask("GET", _path("access/policies", principal)))
+
+    def set_permissions(self, principal: str, permissions: Iterable[Permission]) -> frozenset[Permission]:
+        """Let a principal do exactly this with keys.
+
+        :raise PrincipalNotFoundError: When there is none.
+        """
+        names = sorted(permission.value for permission in permissions)
+        return _permissions(self._ask("PUT", _path("access/policies", principal), {"permissions": names}))
+
+    def grant(self, principal: str, permissions: Iterable[Permission]) -> frozenset[Permission]:
+        """Let a principal do this too.
+
+        :return: all that it may do.
+        :raise PrincipalNotFoundError: When there is none.
+        """
+        return self.set_permissions(principal, self.permissions(principal) | frozenset(permissions))
+
+    def revoke(
+        self, principal: str, permissions: Iterable[Permission] | None = None
+    ) -> frozenset[Permission]:
+        """Let a principal do this no longer, by default nothing.
+
+        :return: all that it still may do.
+        :raise PrincipalNotFoundError: When there is none.
+        """
+        taken = frozenset(Permission) if permissions is None else frozenset(permissions)
+        return self.set_permissions(principal, self.permissions(principal) - taken)
+
+    def new_credential_file(
+        self, path: Path, name: str, *, role: Role = Role.NONE, expires: int | None = None
+    ) -> CredentialFile:
+        """Make a principal with a new key, and its credential file at *path*, where nothing may be yet.
+
+        When the file cannot be written, the principal is deleted again.
+
+        :raise PrincipalExistsError: When the name is taken.
+        :raise CredentialError: When there is a file, or it cannot be written.
+        """
+        if path.exists():
+            raise CredentialError(f"{path} exists already")
+        private, public = new_assertion_key()
+        principal = self.create_principal(name, public, role=role, expires=expires)
+        own = self._credential.file
+        file = CredentialFile(
+            vault_url=own.vault_url,
+            ca_certificate=own.ca_certificate,
+            audience=own.audience,
+            tenant=principal.tenant,
+            client_id=principal.client_id,
+            object_id=principal.object_id,
+            token_endpoint=own.token_endpoint,
+            private_key=private,
+            expires=expires,
+        )
+        try:
+            file.write(path)
+        except BaseException:
+            with contextlib.suppress(VaultError):
+                self.delete_principal(principal.client_id)
+            raise
+        return file
+
+    def _ask(
+        self, method: str, path: str, document: Mapping[str, object] | None = None
+    ) -> Mapping[str, object]:
+        connection = self._credential.connection
+        response = connection.json(method, path, document, token=self._credential.token())
+        if (
+            response.status == 401
+        ):  # the vault was made anew, or its clock was set: once more with a new token
+            self._credential.forget()
+            response = connection.json(method, path, document, token=self._credential.token())
+        return checked(response)
+
+
+def _path(collection: str, principal: str) -> str:
+    return f"/{collection}/{quote(principal, safe='')}"
+
+
+def _values(document: Mapping[str, object]) -> list[Mapping[str, object]]:
+    value = document.get("value")
+    if not isinstance(value, list):
+        raise VaultError("the key vault's answer makes no sense")
+    return value
+
+
+def _principal(document: Mapping[str, object]) -> PrincipalInfo:
+    try:
+        names = PrincipalInfo.__dataclass_fields__
+        return PrincipalInfo(**{name: document[name] for name in names} | {"role": Role(document["role"])})  # type: ignore[arg-type] # JSON
+    except (KeyError, ValueError) as exc:
+        raise VaultError("the key vault's answer makes no sense") from exc
+
+
+def _permissions(document: Mapping[str, object]) -> frozenset[Permission]:
+    given = document.get("permissions")
+    if not isinstance(given, list):
+        raise VaultError("the key vault's answer makes no sense")
+    return frozenset(Permission(name) for name in given)

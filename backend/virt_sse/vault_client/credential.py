@@ -1,0 +1,182 @@
+"""Credentials for Azure's SDK, made from a credential file.
+
+:class:`VaultCredential` is a ``TokenCredential``, :class:`AsyncVaultCredential` an ``AsyncTokenCredential``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from virt_sse.errors import KeyDeniedError, KeyProviderUnavailableError
+from virt_sse.vault_client.credential_file import CredentialFile
+from virt_sse.vault_client.https import VaultConnection, told
+
+if TYPE_CHECKING:
+    from azure.core.credentials import AccessToken
+
+_GRANT = "client_credentials"
+_ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
+_VERDICTS = ("invalid_client", "unauthorized_client", "access_denied")
+"""RFC 6749 §5.2's words for "not you". Nothing else says so: a proxy's page and a wrong clock do not."""
+_RENEW_BEFORE = 0.2
+"""Of a token's life: a new one is asked for when that much is left."""
+
+
+class VaultCredential:
+    """Gets tokens with a credential file's key, and keeps one until shortly before it ends.
+
+    Threads may share one. It speaks to the file's own token endpoint alone, and gives out tokens for the
+    file's own audience alone. Still, who hands it to a client must see to it that it :meth:`covers` the
+    client's URL: a token goes wherever the client goes.
+
+    :param timeout: in seconds, for connecting and for each answer.
+    """
+
+    def __init__(self, file: CredentialFile | Path, *, timeout: float = 5.0) -> None:
+        self._file = CredentialFile.read(file) if isinstance(file, Path) else file
+        self._connection = VaultConnection(self._file, timeout=timeout)
+        self._lock = threading.Lock()
+        self._token: tuple[str, int] | None = None
+        self._renew_at = 0.0
+        self._ca: int | None = None
+
+    def __repr__(self) -> str:
+        return f"VaultCredential({self._file.client_id!r} at {self._file.vault_url!r})"
+
+    @property
+    def file(self) -> CredentialFile:
+        """What it was made from."""
+        return self._file
+
+    @property
+    def connection(self) -> VaultConnection:
+        """How it reaches its vault."""
+        return self._connection
+
+    def covers(self, url: str) -> bool:
+        """Whether *url* is of the vault that this is for."""
+        return self._file.covers(url)
+
+    def ca_file(self) -> str:
+        """A path of the vault's CA certificate, for ``connection_verify``; good until :meth:`close`."""
+        with self._lock:
+            if self._ca is None:
+                self._ca = os.memfd_create("vault-ca")
+                os.write(self._ca, self._file.ca_certificate.encode())
+            return f"/proc/self/fd/{self._ca}"
+
+    def get_token(
+        self,
+        *scopes: str,
+        claims: str | None = None,
+        tenant_id: str | None = None,
+        **_others: object,
+    ) -> AccessToken:
+        """A token for the vault, as :mod:`azure.core` asks for it.
+
+        :raise KeyDeniedError: When the vault gives none, or another one than the file's is meant.
+        :raise KeyProviderUnavailableError: When the vault does not answer.
+        """
+        from azure.core.credentials import AccessToken
+
+        if scopes != (f"{self._file.audience}/.default",):
+            raise KeyDeniedError(f"the credential is for the vault {self._file.vault_url} alone")
+        if tenant_id is not None and tenant_id != self._file.tenant:
+            raise KeyDeniedError("the credential is of another tenant than the vault")
+        return AccessToken(*self._current())
+
+    def token(self) -> str:
+        """A token for the vault.
+
+        :raise KeyDeniedError: When the vault gives none.
+        :raise KeyProviderUnavailableError: When the vault does not answer.
+        """
+        return self._current()[0]
+
+    def forget(self) -> None:
+        """Ask for a new token next time."""
+        with self._lock:
+            self._token = None
+
+    def close(self) -> None:
+        """Let go of the certificate's file and the token."""
+        with self._lock:
+            self._token = None
+            if self._ca is not None:
+                os.close(self._ca)
+                self._ca = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _current(self) -> tuple[str, int]:
+        with self._lock:
+            if self._token is not None and time.monotonic() < self._renew_at:
+                return self._token
+            try:
+                self._token = self._ask()
+            except KeyProviderUnavailableError:
+                if self._token is None or self._token[1] <= time.time():
+                    raise
+            return self._token
+
+    def _ask(self) -> tuple[str, int]:
+        asked, now = time.monotonic(), time.time()
+        form = {
+            "grant_type": _GRANT,
+            "client_id": self._file.client_id,
+            "client_assertion_type": _ASSERTION_TYPE,
+            "client_assertion": self._file.assertion(),
+            "scope": f"{self._file.audience}/.default",
+        }
+        answer = self._connection.form(self._file.token_endpoint, form)
+        if answer.status in (400, 401) and answer.body.get("error") in _VERDICTS:
+            raise KeyDeniedError(f"the key vault {self._file.vault_url} gave no token ({told(answer)})")
+        if answer.status != 200:
+            raise KeyProviderUnavailableError(
+                f"the key vault {self._file.vault_url} gave no token ({told(answer)})"
+            )
+        body = answer.body
+        token, seconds = body.get("access_token"), body.get("expires_in")
+        if not isinstance(token, str) or not isinstance(seconds, int):
+            raise KeyProviderUnavailableError(f"the key vault {self._file.vault_url} gave no token")
+        self._renew_at = asked + seconds * (1 - _RENEW_BEFORE)
+        return token, int(now) + seconds
+
+
+class AsyncVaultCredential:
+    """The same for the SDK's asynchronous clients; it asks in a thread."""
+
+    def __init__(self, credential: VaultCredential) -> None:
+        self._credential = credential
+
+    async def get_token(
+        self, *scopes: str, claims: str | None = None, tenant_id: str | None = None, **_others: object
+    ) -> AccessToken:
+        """As :meth:`VaultCredential.get_token`."""
+        return await asyncio.to_thread(
+            self._credential.get_token, *scopes, claims=claims, tenant_id=tenant_id
+        )
+
+    async def close(self) -> None:
+        """The credential that it was made from goes on."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None = None,
+        exc_value: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        await self.close()

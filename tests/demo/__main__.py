@@ -1,0 +1,34 @@
+"""Plays all acts; exits 1 when something is not as it should be."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import customer_key
+import platform_key
+import two_layers
+from stage import Stage
+from virt_sse.errors import VirtSseError, report
+from virt_sse.lab.host import LabHost
+
+
+def main() -> None:
+    """Run the demo."""
+    began = time.monotonic()
+    try:
+        with LabHost("demo") as host:
+            stage = Stage(host)
+            platform_key.play(stage)
+            customer_key.play(stage)
+            two_layers.play(stage)
+    except VirtSseError as exc:
+        report(exc)
+        for note in getattr(exc, "__notes__", ()):
+            print(note, file=sys.stderr)
+        sys.exit(1)
+    print(f"\nAll as it should be, in {time.monotonic() - began:.0f} s. Nothing of the lab is left.")
+
+
+if __name__ == "__main__":
+    main()

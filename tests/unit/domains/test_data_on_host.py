@@ -1,0 +1,162 @@
+"""What of a guest is at rest on its host, as its definition and the host's files tell."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+import pytest
+
+from virt_sse.domains.data_on_host import AtRest, LibvirtFiles, State, memory_snapshot, survey
+from virt_sse.libvirt import vm_metadata
+from virt_sse.libvirt.references import secret_uuid, usage
+from virt_sse.model.slots import TPM_SLOT
+from virt_sse.system.host_memory import QemuSettings, plain_swaps
+
+ID = uuid.UUID("b6a1c5f2-3f4d-4a0b-9c57-0f0f5f0e7c11")
+TPM = "<tpm><backend type='emulator'/></tpm>"
+OURS = f"<tpm><backend type='emulator'><encryption secret='{secret_uuid(ID, TPM_SLOT)}'/></backend></tpm>"
+
+
+def look(
+    root: Path, *, devices: str = "", beside: str = "", system: str = "", memory: str = ""
+) -> dict[str, AtRest]:
+    xml = (
+        f"<domain><name>web</name><uuid>{ID}</uuid><memory {memory}>1</memory>{beside}"
+        f"<os>{system}</os><devices>{devices}</devices></domain>"
+    )
+    return {each.what: each for each in survey(vm_metadata.parse(xml), LibvirtFiles(root))}
+
+
+def states(found: dict[str, AtRest]) -> dict[str, str]:
+    return {what: each.state.value for what, each in found.items() if what != "swap"}
+
+
+def test_a_bare_vm_has_nothing_at_rest(tmp_path: Path) -> None:
+    assert set(states(look(tmp_path)).values()) == {"absent"}
+
+
+def test_disks_are_told_and_not_refused(tmp_path: Path) -> None:
+    secret = (
+        f"<encryption format='luks'><secret type='passphrase' usage='{usage(ID, 'service')}'/></encryption>"
+    )
+    found = look(
+        tmp_path,
+        devices=f"<disk><source file='/a'>{secret}</source><target dev='vda'/></disk>"
+        "<disk><source file='/b'><encryption><secret uuid='x'/></encryption></source>"
+        "<target dev='vdb'/></disk>"
+        "<disk device='cdrom'><source file='/c'/><target dev='sda'/></disk>"
+        "<disk><source dev='/d'/><target dev='vdc'/></disk>",
+    )
+    assert [found[f"disk {target}"].state for target in ("vda", "vdb", "sda", "vdc")] == [
+        State.ENCRYPTED,
+        State.ENCRYPTED,
+        State.ABSENT,
+        State.PLAINTEXT,
+    ]
+    assert found["disk vdc"].where == "/d"
+    assert not any(each.is_refused for each in found.values())
+
+
+@pytest.mark.parametrize(
+    ("devices", "state_file", "expected", "refused"),
+    [
+        ("", None, State.ABSENT, False),
+        (TPM, None, State.PLAINTEXT, True),
+        (OURS, None, State.ENCRYPTED, False),
+        (OURS, b"\x02\x01\x00\x0a\x00\x09", State.ENCRYPTED, False),
+        (OURS, b"\x02\x01\x00\x0a\x00\x00", State.PLAINTEXT, True),
+        (TPM, b"\x02\x01\x00\x0a\x00\x09", State.ENCRYPTED, False),
+        (OURS, b"", State.PLAINTEXT, True),
+        (
+            TPM.replace("/></tpm>", "><source type='dir' path='/x'/></backend></tpm>"),
+            None,
+            State.PLAINTEXT,
+            True,
+        ),
+    ],
+)
+def test_tpm_state(
+    tmp_path: Path, devices: str, state_file: bytes | None, expected: State, refused: bool
+) -> None:
+    if state_file is not None:
+        path = tmp_path / "var/lib/libvirt/swtpm" / str(ID) / "tpm2/tpm2-00.permall"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(state_file)
+    tpm = look(tmp_path, devices=devices)["tpm"]
+    assert (tpm.state, tpm.is_refused) == (expected, refused)
+
+
+def test_what_is_refused_by_configuration(tmp_path: Path) -> None:
+    for beside, what in (
+        ("<on_crash>coredump-destroy</on_crash>", "crash-dump"),
+        ("<on_crash>coredump-restart</on_crash>", "crash-dump"),
+        ("<memoryBacking><source type='file'/></memoryBacking>", "memory"),
+    ):
+        found = look(tmp_path, beside=beside)
+        assert [each.what for each in found.values() if each.is_refused] == [what]
+    assert not any(each.is_refused for each in look(tmp_path, beside="<on_crash>destroy</on_crash>").values())
+    nvdimm = "<memory model='nvdimm'><source><path>/x</path></source></memory>"
+    assert look(tmp_path, devices=nvdimm)["memory"].is_refused
+    assert look(tmp_path, memory="dumpCore='on'")["core-dump"].is_refused
+
+    conf = tmp_path / "etc/libvirt/qemu.conf"
+    conf.parent.mkdir(parents=True)
+    conf.write_text('#dump_guest_core = 0\n  dump_guest_core=1 # x\nmemory_backing_dir = "/srv/memory"\n')
+    assert look(tmp_path)["core-dump"].is_refused
+    assert not look(tmp_path, memory="dumpCore='off'")["core-dump"].is_refused
+    found = look(tmp_path, beside="<memoryBacking><source type='file'/></memoryBacking>")
+    assert found["memory"].where == "/srv/memory"
+
+    saved = LibvirtFiles(tmp_path).managed_save("web")
+    saved.parent.mkdir(parents=True)
+    saved.touch()
+    assert look(tmp_path)["managed-save"].is_refused
+
+
+def test_what_is_told_and_not_refused(tmp_path: Path) -> None:
+    found = look(
+        tmp_path,
+        system="<loader type='pflash'>/ovmf</loader><nvram>/vars.fd</nvram>",
+        devices="<serial type='file'><source path='/log'/></serial><console type='file'><source path='/log'/>"
+        "</console><filesystem><source dir='/srv'/></filesystem>",
+    )
+    told = {
+        what: each.where for what, each in found.items() if each.state is State.PLAINTEXT and what != "swap"
+    }
+    assert told == {"nvram": "/vars.fd", "console": "/log", "filesystem": "/srv"}
+    assert not any(each.is_refused for each in found.values())
+
+
+def test_qemu_conf_that_is_not_there_says_libvirts_defaults(tmp_path: Path) -> None:
+    assert QemuSettings.read(tmp_path / "none") == QemuSettings()
+
+
+def test_swap(tmp_path: Path) -> None:
+    devices = tmp_path / "block"
+    for name, file, content in (
+        ("dm-0", "dm/uuid", "CRYPT-PLAIN-swap\n"),
+        ("dm-1", "dm/uuid", "LVM-abc\n"),
+        ("zram0", "backing_dev", "none\n"),
+        ("zram1", "backing_dev", "/dev/sdb\n"),
+        ("sda2", "size", "1\n"),
+    ):
+        (devices / name / file).parent.mkdir(parents=True)
+        (devices / name / file).write_text(content)
+    swaps = tmp_path / "swaps"
+    names = ("/dev/dm-0", "/dev/dm-1", "/dev/zram0", "/dev/zram1", "/dev/sda2", "/swap\\040file")
+    swaps.write_text(
+        "Filename Type Size Used Priority\n" + "".join(f"{name} partition 1 0 -2\n" for name in names)
+    )
+    assert plain_swaps(swaps, devices) == ["/dev/dm-1", "/dev/zram1", "/dev/sda2", "/swap file"]
+    assert plain_swaps(tmp_path / "no swaps", devices) == []
+    locked = look(tmp_path, beside="<memoryBacking><locked/></memoryBacking>")["swap"]
+    assert locked.state is State.ABSENT
+
+
+def test_a_snapshot_with_memory() -> None:
+    found = memory_snapshot("<domainsnapshot><memory snapshot='external' file='/m'/></domainsnapshot>")
+    assert found
+    assert (found.where, found.state, found.is_refused) == ("/m", State.PLAINTEXT, False)
+    assert memory_snapshot("<domainsnapshot><memory snapshot='internal'/></domainsnapshot>") is None
+    assert memory_snapshot("<domainsnapshot><memory snapshot='no'/></domainsnapshot>") is None

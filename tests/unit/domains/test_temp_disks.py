@@ -1,0 +1,116 @@
+"""Temporary disks, without a domain."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from virt_sse.backend import Backend
+from virt_sse.config import Config
+from virt_sse.domains import temp_disks
+from virt_sse.errors import DiskInUseError, ImageError
+from virt_sse.libvirt.users import User
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.keys import Dek
+from virt_sse.qemu import img
+
+ID = uuid.UUID("b6a1c5f2-3f4d-4a0b-9c57-0f0f5f0e7c11")
+QEMU = User(64055, 108)
+
+
+@pytest.fixture
+def config(backend: Backend) -> Iterator[Config]:
+    yield backend.config
+    assert all(file.is_dir() for file in backend.config.disk_directory.iterdir())
+
+
+def make(backend: Backend, vm_id: uuid.UUID = ID) -> Dek:
+    layer, wrapping = backend.plugins.host_layer(), backend.domains.serving.vms.wrapping
+    return temp_disks.create(backend.config, layer, wrapping, vm_id, "web", 1 << 20, QEMU)
+
+
+def test_it_is_a_luks_image_that_its_envelope_opens_and_only_qemu_comes_near(
+    backend: Backend, config: Config
+) -> None:
+    dek = make(backend)
+    path = temp_disks.image(config, ID)
+    img.check_unlocks(path, DiskFormat.RAW, [dek])
+    with img.opened(path) as descriptor:
+        assert img.usable_size(descriptor, DiskFormat.RAW) == 1 << 20
+    assert temp_disks.unlock(config, backend.domains.serving.vms.wrapping, ID, "web") == dek
+    folder = path.parent.stat()
+    assert (folder.st_mode & 0o777, folder.st_uid, folder.st_gid) == (0o710, 0, QEMU.gid)
+    assert path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(ImageError, match="temporary disk of a VM"):
+        backend.adopt_disk(path)
+    assert make(backend) != dek, "a new start, a new key"
+    temp_disks.erase(config, ID)
+    assert not path.parent.exists()
+    temp_disks.erase(config, ID)
+
+
+def test_erasing_leaves_nothing_to_open(backend: Backend, config: Config) -> None:
+    dek = make(backend)
+    path = temp_disks.image(config, ID)
+    kept = path.parents[2] / "kept"
+    os.link(path, kept)
+    temp_disks.erase(config, ID)
+    with pytest.raises(ImageError):
+        img.check_unlocks(kept, DiskFormat.RAW, [dek])
+    kept.unlink()
+
+
+def test_one_that_qemu_has_open_stays(backend: Backend, config: Config) -> None:
+    make(backend)
+    path = temp_disks.image(config, ID)
+    os.utime(path.parent, (1, 1))
+    command = [
+        "qemu-io",
+        "-c",
+        f"open -o driver=raw,file.driver=file,file.filename={path}",
+        "-c",
+        "sleep 1000",
+    ]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as reader:
+        deadline = time.monotonic() + 10
+        while not _is_open(path) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with pytest.raises(DiskInUseError):
+            temp_disks.erase(config, ID)
+        temp_disks.erase_unused(config, [], before=time.time())
+        assert path.exists()
+        reader.wait()
+    temp_disks.erase_unused(config, [], before=time.time())
+    assert not path.exists()
+
+
+def _is_open(path: Path) -> bool:
+    try:
+        img.refuse_if_open(path)
+    except DiskInUseError:
+        return True
+    return False
+
+
+def test_leftovers(backend: Backend, config: Config) -> None:
+    other = uuid.uuid4()
+    make(backend)
+    make(backend, other)
+    temp_disks.erase_unused(config, [ID, other], before=time.time() + 9)
+    temp_disks.erase_unused(config, [], before=time.time() - 9)
+    temp_disks.erase_of_other_boots(config)
+    assert len(list(config.temp_disk_directory.iterdir())) == 2
+    temp_disks.erase_unused(config, [ID], before=time.time() + 9)
+    assert [path.name for path in config.temp_disk_directory.iterdir()] == [str(ID)]
+    (config.temp_disk_directory / str(ID) / "boot").write_text("another boot\n")
+    with Backend(config):
+        assert list(config.temp_disk_directory.iterdir()) == []
+    make(backend)
+    temp_disks.image(config, ID).write_bytes(b"torn")  # by a kill while it was made
+    temp_disks.erase(config, ID)

@@ -1,0 +1,63 @@
+"""``virt-sse host init`` and ``host capabilities`` in a root of their own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import images
+from command_line import CommandLine, no_libvirt
+from virt_sse.config import Config
+from virt_sse.host import capabilities
+from virt_sse.host.setup import APPARMOR_ABSTRACTION, APPARMOR_LOCAL, apparmor_rule
+from virt_sse.libvirt.users import User, default_qemu_user
+from virt_sse.model.ciphers import KNOWN
+from virt_sse.stages.users import storage_user
+
+CAPABILITIES = """\
+<capabilities><host>
+  <secmodel><model>apparmor</model><doi>0</doi></secmodel>
+  <secmodel><model>dac</model><doi>0</doi><baselabel type='kvm'>+64055:+108</baselabel></secmodel>
+</host></capabilities>
+"""
+
+
+def test_apparmor_is_told_where_guests_find_their_disks(tmp_path: Path) -> None:
+    cli = CommandLine(tmp_path)
+    assert "AppArmor" not in cli("host", "init")
+    abstraction, local = tmp_path / APPARMOR_ABSTRACTION, tmp_path / APPARMOR_LOCAL
+    abstraction.parent.mkdir(parents=True)
+    abstraction.touch()
+    local.parent.mkdir(parents=True)
+    local.write_text("/srv/isos/** r,")
+    assert f"made AppArmor rule in {local}" in cli("host", "init")
+    rule = apparmor_rule(Config.load(tmp_path).socket_directory)
+    assert local.read_text().splitlines() == ["/srv/isos/** r,", rule]
+    assert "nothing to do" in cli("host", "init")
+
+
+def test_what_the_host_can_do_is_found_out(tmp_path: Path) -> None:
+    images.require("qemu-img", "qemu-io", "cryptsetup")
+    rows = json.loads(CommandLine(tmp_path)("host", "capabilities", "--output", "json"))
+    found = {row["capability"]: row for row in rows}
+    assert found["disks"]["available"]
+    assert {f"cipher {cipher}" for cipher in KNOWN} <= found.keys()
+    assert found["cipher aes-256-xts"]["available"]
+    assert not found["libvirt"]["available"]
+    assert "does not answer" in found["libvirt"]["detail"]
+
+
+def test_a_cipher_that_qemu_has_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The tool itself is not there: that says nothing of ciphers, and none is claimed."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", no_libvirt(tmp_path))
+    assert not any(each.available for each in capabilities.probe(Config.load(tmp_path)))
+
+
+def test_who_qemu_is_and_who_serves_it() -> None:
+    qemu = default_qemu_user(CAPABILITIES)
+    assert qemu == User(64055, 108)
+    assert storage_user("1234", qemu) == User(1234, 1234)
+    assert storage_user("nobody", qemu).uid == 65534

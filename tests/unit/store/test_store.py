@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+import dataclasses
+import sqlite3
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+
+import alembic.autogenerate
+import alembic.command
+import alembic.config
+import alembic.migration
+import alembic.script
+import pytest
+import sqlalchemy as sa
+
+import virt_sse.store
+from virt_sse.errors import DiskExistsError, DiskNotFoundError, StoreError
+from virt_sse.model.ciphers import AES_256_XTS
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import Disk, DiskSku, DiskState
+from virt_sse.model.envelope import DekEntry
+from virt_sse.model.keys import KeyId, KeyRef, WrappedDek
+from virt_sse.model.layers import EncryptionType
+from virt_sse.store import Store
+from virt_sse.store.engine import SCHEMA
+from virt_sse.store.tables import metadata
+
+
+def entry(version: str = "1", slot: str = "service") -> DekEntry:
+    wrapped = WrappedDek(b"wrapped " + version.encode(), "A256KW", KeyId("provider", "default", version))
+    return DekEntry(slot, AES_256_XTS, wrapped)
+
+
+def disk(name: str, *deks: DekEntry, state: DiskState = DiskState.READY) -> Disk:
+    return Disk(
+        id=uuid.uuid5(uuid.NAMESPACE_OID, name),
+        name=name,
+        path=Path("/images", name),
+        format=DiskFormat.QCOW2,
+        size=64 << 40,
+        state=state,
+        encryption_type=EncryptionType.PLATFORM_KEY,
+        created=datetime(2026, 1, 31, 12, tzinfo=UTC),
+        generation=1,
+        deks=deks or (entry(),),
+    )
+
+
+def rewrapped(before: Disk, *deks: DekEntry) -> Disk:
+    return dataclasses.replace(before, deks=deks, generation=before.generation + 1)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state/store.sqlite"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[Store]:
+    store = Store(f"sqlite:///{path}")
+    yield store
+    store.close()
+
+
+def in_processes(count: int, path: Path, body: str) -> list[str]:
+    """What so many processes print that run *body*, with ``store`` and ``number``, at the same time."""
+    script = (
+        "import sys, time; sys.path[:0] = sys.argv[3].split(':'); number = int(sys.argv[1])\n"
+        "from test_store import *\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        f"store = Store('sqlite:///' + sys.argv[2])\n{body}\nstore.close()\n"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(number), path, str(Path(__file__).parent)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(count)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    answers = []
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes:
+        answers.append(process.communicate()[0])
+        assert process.returncode == 0, answers[-1]
+    return answers
+
+
+def test_what_is_added_is_found(store: Store) -> None:
+    one, two = disk("one"), disk("two", entry("1", "service"), entry("9", "host"))
+    for added in (two, one):
+        store.add(added)
+    assert store.all() == [one, two]
+    assert store.get("two") == store.get(str(two.id)) == store.get(two.id.hex) == two
+    assert store.find_by_path(one.path) == one
+    assert store.find_by_path(Path("/images")) is None
+    assert store.unfinished() == []
+    for unknown in ("three", "", "\udcff", "x" * 10_000, str(uuid.uuid4()), "one\0", "%"):
+        with pytest.raises(DiskNotFoundError):
+            store.get(unknown)
+
+
+def test_name_path_and_id_are_taken_once(store: Store) -> None:
+    store.add(one := disk("one"))
+    other = disk("other")
+    for taken in ("name", "path", "id"):
+        with pytest.raises(DiskExistsError, match=taken):
+            store.add(dataclasses.replace(other, **{taken: getattr(one, taken)}))
+    store.add(other)
+    with pytest.raises(DiskExistsError):
+        store.set_path(other.id, one.path)
+    assert store.all() == [one, other]
+
+
+def test_changes(store: Store) -> None:
+    store.add(one := disk("one", state=DiskState.CREATING))
+    assert store.unfinished() == [one]
+    store.set_state(one.id, DiskState.READY)
+    store.set_size(one.id, 512)
+    store.set_path(one.id, Path("/elsewhere"))
+    changed = store.get("one")
+    assert (changed.state, changed.size, changed.path) == (DiskState.READY, 512, Path("/elsewhere"))
+    store.drop_deks(one.id)
+    assert store.get("one").deks == ()
+    store.remove(one.id)
+    store.remove(one.id)
+    assert store.all() == []
+    with pytest.raises(DiskNotFoundError):
+        store.set_size(one.id, 512)
+
+
+def test_deks_are_swapped_only_for_the_generation_that_was_seen(store: Store) -> None:
+    store.add(one := disk("one"))
+    assert store.replace(one, rewrapped(one, entry("2")))
+    assert not store.replace(one, rewrapped(one, entry("3")))
+    after = store.get("one")
+    assert (after.generation, after.deks) == (2, (entry("2"),))
+    store.remove(one.id)
+    assert not store.replace(after, rewrapped(after, entry("3")))
+
+
+def test_disks_by_their_key(store: Store) -> None:
+    store.add(disk("one", entry("1")))
+    store.add(disk("two", entry("2"), entry("2", "host")))
+    assert [found.name for found in store.under_key(KeyRef("provider", "default"))] == ["one", "two"]
+    assert store.under_key(KeyRef("provider", "other")) == store.under_key(KeyRef("other", "default")) == []
+    assert store.keys_in_use() == {
+        (KeyId("provider", "default", "1"), None): 1,
+        (KeyId("provider", "default", "2"), None): 2,
+    }
+
+
+def test_what_is_forgotten_is_not_in_the_file(store: Store, path: Path) -> None:
+    store.add(one := disk("one", entry("a-version-to-be-forgotten")))
+    store.remove(one.id)
+    store.close()
+    assert b"a-version-to-be-forgotten" not in path.read_bytes()
+
+
+def test_the_files_are_ours_alone(store: Store, path: Path) -> None:
+    store.add(disk("one"))
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert len(list(path.parent.iterdir())) == 4  # store, lock, -wal, -shm
+    for file in path.parent.iterdir():
+        assert file.stat().st_mode & 0o777 == 0o600, file
+
+
+def test_a_reader_does_not_wait_for_a_writer(store: Store, path: Path) -> None:
+    store.add(one := disk("one"))
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("DELETE FROM disks")
+        start = time.monotonic()
+        assert store.all() == [one]
+        assert time.monotonic() - start < 5
+        other.execute("ROLLBACK")
+
+
+def test_processes_migrate_once_at_first_use(path: Path) -> None:
+    path.parent.mkdir()
+    in_processes(4, path, "store.add(disk(f'disk-{number}'))")
+    store = Store(f"sqlite:///{path}")
+    assert [found.name for found in store.all()] == [f"disk-{number}" for number in range(4)]
+    store.close()
+
+
+def test_eight_processes_write_at_the_same_time(store: Store, path: Path) -> None:
+    store.add(disk("shared"))
+    body = (
+        "won = 0\n"
+        "for step in range(10):\n"
+        "    store.add(disk(f'disk-{number}-{step}'))\n"
+        "    store.set_size(disk(f'disk-{number}-{step}').id, 512)\n"
+        "    shared = store.get('shared')\n"
+        "    won += store.replace(shared, rewrapped(shared, entry(f'{number}-{step}')))\n"
+        "print(won)"
+    )
+    won = sum(int(answer) for answer in in_processes(8, path, body))
+    assert store.get("shared").generation == 1 + won
+    assert won >= 10
+    assert [found.size for found in store.all()] == [512] * 80 + [64 << 40]
+
+
+def test_an_older_store_is_migrated_with_every_wrapped_dek(path: Path) -> None:
+    path.parent.mkdir()
+    engine = sa.create_engine(f"sqlite:///{path}")
+    config = alembic.config.Config()
+    config.set_main_option("script_location", str(Path(virt_sse.store.__file__).parent / "migrations"))
+    config.set_main_option("path_separator", "os")
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        alembic.command.upgrade(config, "0001")
+        connection.exec_driver_sql(
+            "INSERT INTO disks VALUES ('00000000000000000000000000000000', 'old', '/images/old', 'qcow2',"
+            " 512, 'ready', 'EncryptionAtRestWithPlatformKey', '2026-01-31T12:00:00+00:00', 3)"
+        )
+        connection.exec_driver_sql(
+            "INSERT INTO wrapped_deks VALUES ('00000000000000000000000000000000', 0, 'service',"
+            " 'aes-256-xts', 'A256KW', x'00ff', 'provider', 'default', '1')"
+        )
+    engine.dispose()
+    store = Store(f"sqlite:///{path}")
+    old = store.get("old")
+    store.close()
+    assert old.deks[0].wrapped == WrappedDek(b"\0\xff", "A256KW", KeyId("provider", "default", "1"))
+    assert (old.generation, old.sku, old.encryption_set) == (3, DiskSku.PREMIUM_SSD, None)
+
+
+def test_a_newer_schema_is_refused(store: Store, path: Path) -> None:
+    store.close()
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("UPDATE alembic_version SET version_num = '9999'")
+        database.commit()
+    with pytest.raises(StoreError, match="schema 9999") as caught:
+        Store(f"sqlite:///{path}")
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("content", [b"text that is no database at all, but long" * 100, b"\0" * 5000])
+def test_what_is_no_database_is_refused_and_kept(path: Path, content: bytes) -> None:
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match="cannot open the store"):
+        Store(f"sqlite:///{path}")
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("url", ["sqlite:///relative", "sqlite://", "nonsense", "nosuch://host/db", ""])
+def test_what_is_no_store(url: str) -> None:
+    with pytest.raises(StoreError):
+        Store(url)
+
+
+def test_a_store_that_fails_later_says_so_without_the_statement(store: Store, path: Path) -> None:
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("DROP TABLE wrapped_deks")
+    with pytest.raises(StoreError, match="no such table") as caught:
+        store.add(disk("one"))
+    assert "INSERT" not in str(caught.value)
+    assert b"wrapped 1" not in repr(caught.value).encode()
+
+
+def test_migrations_make_the_tables(store: Store, path: Path) -> None:
+    engine = sa.create_engine(f"sqlite:///{path}")
+    with engine.connect() as connection:
+        context = alembic.migration.MigrationContext.configure(connection, opts={"compare_type": True})
+        assert alembic.autogenerate.compare_metadata(context, metadata) == []
+    engine.dispose()
+
+
+def test_the_newest_migration_is_the_one_that_is_spelt_out() -> None:
+    config = alembic.config.Config()
+    config.set_main_option("script_location", str(Path(virt_sse.store.__file__).parent / "migrations"))
+    config.set_main_option("path_separator", "os")
+    assert alembic.script.ScriptDirectory.from_config(config).get_heads() == [SCHEMA]

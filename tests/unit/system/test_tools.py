@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from virt_sse.errors import ImageError, ToolError
+from virt_sse.system.tools import failure, passphrase_descriptor, run, run_with_progress
+
+
+def test_output_and_input() -> None:
+    assert run(["cat"], stdin=b"a line\n") == "a line\n"
+    assert run(["true"]) == ""
+
+
+def test_failures() -> None:
+    with pytest.raises(ToolError, match="no-such-tool is not installed"):
+        run(["no-such-tool"])
+    with pytest.raises(ToolError, match=r"^sh: exit status 3$"):
+        run(["sh", "-c", "exit 3"])
+    with pytest.raises(ToolError, match=r"^sh: two lines$"):
+        run(["sh", "-c", "echo two >&2; echo lines >&2; exit 1"])
+    with pytest.raises(ToolError, match=r"sleep did not finish within 0\.1 s"):
+        run(["sleep", "60"], timeout=0.1)
+    with pytest.raises(ToolError, match="sh: exit status"):
+        run(["sh", "-c", "kill -9 $$"])
+    with pytest.raises(ImageError, match=r"^no space left on device$"):
+        run(["sh", "-c", "echo x: No space left on device >&2; exit 1"])
+
+
+def test_without_setpriv(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ToolError, match="setpriv is not installed"):
+        run(["true"])
+    with pytest.raises(ToolError, match="setpriv is not installed"):
+        run_with_progress(["true"], pass_fds=[], progress=lambda _: None)
+
+
+def test_messages_are_in_english(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    assert run(["sh", "-c", "echo $LC_ALL"]) == "C\n"
+
+
+def test_a_tools_own_name_is_not_doubled() -> None:
+    assert str(failure("qemu-img", 1, "qemu-img: no such image\n")) == "qemu-img: no such image"
+
+
+def test_progress() -> None:
+    seen: list[float] = []
+    script = "printf '    (0.00/100%%)\\r    (50.00/100%%)\\r'; sleep 0.2; printf '    (100.00/100%%)\\r\\n'"
+    run_with_progress(["sh", "-c", script], pass_fds=[], progress=seen.append)
+    assert seen == [0.0, 0.5, 1.0]
+    with pytest.raises(ToolError, match=r"^sh: reason$"):
+        run_with_progress(["sh", "-c", "echo reason >&2; exit 1"], pass_fds=[], progress=seen.append)
+
+
+def test_a_progress_that_raises_ends_the_tool() -> None:
+    def interrupted(_fraction: float) -> None:
+        raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_with_progress(
+            ["sh", "-c", "printf '(1.00/100%%)\\r'; exec sleep 60"], pass_fds=[], progress=interrupted
+        )
+    assert time.monotonic() - start < 10
+
+
+def test_a_passphrase_is_read_once_and_lies_in_no_file() -> None:
+    with passphrase_descriptor(b"secret") as descriptor:
+        assert "pipe:" in str(Path(f"/proc/self/fd/{descriptor}").readlink())
+        assert run(["cat", f"/proc/self/fd/{descriptor}"], pass_fds=[descriptor]) == "secret"
+        assert run(["cat", f"/proc/self/fd/{descriptor}"], pass_fds=[descriptor]) == ""
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
+def test_descriptors_are_not_left_open() -> None:
+    before = sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208 -- the listing's own descriptor is in both
+    for _ in range(5):
+        run(["true"])
+        run_with_progress(["true"], pass_fds=[], progress=lambda _: None)
+        with passphrase_descriptor(b"secret"):
+            pass
+    assert sorted(os.listdir("/proc/self/fd")) == before  # noqa: PTH208 -- likewise
+
+
+def test_a_tool_dies_with_us(tmp_path: Path) -> None:
+    script = (
+        f"from virt_sse.system.tools import run; run(['sh', '-c', 'echo $$ > {tmp_path}/pid; exec sleep 60'])"
+    )
+    pid = tmp_path / "pid"
+    with subprocess.Popen([sys.executable, "-c", script]) as parent:
+        while not pid.exists() or not pid.read_text():
+            time.sleep(0.02)
+        parent.send_signal(signal.SIGKILL)
+    child = Path("/proc", pid.read_text().strip(), "stat")
+    deadline = time.monotonic() + 5
+    while child.exists() and child.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
