@@ -272,7 +272,7 @@ def test_what_makes_no_sense_is_refused(host: Backend, keys: CustomerKeys, root:
 
 
 def test_a_host_without_a_credential_says_who_makes_one(backend: Backend, keys: CustomerKeys) -> None:
-    with pytest.raises(ConfigError, match="no credential to make identities with") as caught:
+    with pytest.raises(ConfigError, match="no credential for creating identities") as caught:
         backend.sets.create("web", provider="customer-managed", key=keys.new_key())
     assert "identity-operator" in str(caught.value.hint)
 
