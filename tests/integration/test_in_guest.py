@@ -137,7 +137,7 @@ class Sets:
     def __init__(self, host: Backend, keys: CustomerKeys) -> None:
         self.host = host
         self.keys = keys
-        path = host.config.operator_credential
+        path = host.host.config.operator_credential
         path.parent.mkdir(parents=True, exist_ok=True)
         keys.administration.new_credential_file(path, f"host-{uuid.uuid4()}", role=Role.IDENTITY_OPERATOR)
 
