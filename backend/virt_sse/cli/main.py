@@ -24,17 +24,19 @@ def build(plugins: PluginHost) -> typer.Typer:
         help="Server-side encryption for the disks of libvirt guests.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
-        add_completion=False,
         rich_markup_mode=None,
     )
 
     @app.callback()
     def root(
-        version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+        _version: Annotated[
+            bool,
+            typer.Option(
+                "--version", help="Show the version and exit.", callback=_print_version, is_eager=True
+            ),
+        ] = False,
     ) -> None:
-        if version:
-            typer.echo(f"virt-sse {virt_sse.__version__}")
-            raise typer.Exit
+        pass
 
     app.add_typer(agent.app, name="agent")
     app.add_typer(audit.app, name="audit")
@@ -46,6 +48,13 @@ def build(plugins: PluginHost) -> typer.Typer:
     app.add_typer(vm.app, name="vm")
     plugins.add_commands(app)
     return app
+
+
+def _print_version(wanted: bool) -> None:
+    """Run before a missing command is an error: ``is_eager``."""
+    if wanted:
+        typer.echo(f"virt-sse {virt_sse.__version__}")
+        raise typer.Exit
 
 
 def main() -> None:
