@@ -1,4 +1,4 @@
-"""The root of the command line, and its edge: the one place where an error is printed."""
+"""The root of the command line. Errors are printed here, and nowhere else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _USAGE = 2
 
 
 def build(plugins: PluginHost) -> typer.Typer:
-    """The whole command line, with what the plugins add to it."""
+    """Build the whole command line, with the commands of plugins."""
     app = typer.Typer(
         name="virt-sse",
         help="Server-side encryption for the disks of libvirt guests.",
@@ -51,7 +51,7 @@ def build(plugins: PluginHost) -> typer.Typer:
 
 
 def _print_version(wanted: bool) -> None:
-    """Run before a missing command is an error: ``is_eager``."""
+    """Print the version and exit. ``is_eager`` calls this before a missing command is an error."""
     if wanted:
         typer.echo(f"virt-sse {virt_sse.__version__}")
         raise typer.Exit
