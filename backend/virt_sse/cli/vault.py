@@ -110,14 +110,14 @@ def init(
         tenant=tenant,
         retention_days=retention_days,
         purge_protection=purge_protection,
-        token=_token_options(hsm_uri, hsm_module, hsm_pin_file),
+        hsm=_hsm_options(hsm_uri, hsm_module, hsm_pin_file),
     )
     typer.echo(f"made vault {made.settings().url} in {made.path}")
     typer.echo(f"made {made.administrator_path}: whoever has it administers the vault")
     typer.echo(
         f"back up {made.root_key_path} and {made.database_path}, apart: without both its keys are lost"
     )
-    _tell_token(made)
+    _print_hsm(made)
 
 
 @app.command()
@@ -154,7 +154,7 @@ def serve(
 ) -> None:
     """Serve the vault until SIGTERM."""
     from virt_sse.vault.http.limits import Limits
-    from virt_sse.vault.server import serve as serve_vault
+    from virt_sse.vault.http.server import serve as serve_vault
 
     serve_vault(
         _directory(directory),
@@ -303,24 +303,24 @@ def add_hsm(
 ) -> None:
     """Give a vault that has no token one, while it is not served. It is a premium vault from then on."""
     from virt_sse.vault.home.layout import VaultDirectory
-    from virt_sse.vault.hsm.access import add_token
+    from virt_sse.vault.hsm.access import add_hsm
 
     vault = VaultDirectory(_directory(directory))
-    add_token(vault, _token_options(hsm_uri, hsm_module, hsm_pin_file))
-    _tell_token(vault)
+    add_hsm(vault, _hsm_options(hsm_uri, hsm_module, hsm_pin_file))
+    _print_hsm(vault)
 
 
 @hsm.command(name="unlock")
 def unlock_hsm(directory: Directory = None) -> None:
     """Forget wrong PINs, after which the token is not asked any more, and try the one that there is now."""
     from virt_sse.vault.home.layout import VaultDirectory
-    from virt_sse.vault.hsm.access import unlock_token
+    from virt_sse.vault.hsm.access import unlock_hsm
 
-    unlock_token(VaultDirectory(_directory(directory)))
+    unlock_hsm(VaultDirectory(_directory(directory)))
     typer.echo("the token takes the PIN")
 
 
-def _token_options(uri: str | None, module: str | None, pin_file: Path | None) -> dict[str, str]:
+def _hsm_options(uri: str | None, module: str | None, pin_file: Path | None) -> dict[str, str]:
     if uri is None:
         if module is not None or pin_file is not None:
             raise InvalidValueError("--hsm-module and --hsm-pin-file are of the token that --hsm-uri names")
@@ -333,12 +333,12 @@ def _token_options(uri: str | None, module: str | None, pin_file: Path | None) -
     return options
 
 
-def _tell_token(vault: VaultDirectory) -> None:
-    token = vault.settings().token
-    if token is None:
+def _print_hsm(vault: VaultDirectory) -> None:
+    hsm = vault.settings().hsm
+    if hsm is None:
         return
-    if token.options:
-        typer.echo(f"keeps RSA-HSM keys in {token.options['uri']}")
+    if hsm.options:
+        typer.echo(f"keeps RSA-HSM keys in {hsm.options['uri']}")
     else:
         typer.echo(f"back up {vault.hsm_path} too: it is a token with the vault's RSA-HSM keys, and its PIN")
 

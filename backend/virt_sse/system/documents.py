@@ -39,7 +39,7 @@ def from_json(document: bytes, kind: type[T]) -> T:
     """
     try:
         value = json.loads(document.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
-        return _convert(value, kind)
+        return convert(value, kind)
     except json.JSONDecodeError as exc:
         raise DocumentError(f"malformed JSON: {exc.msg} (line {exc.lineno}, column {exc.colno})") from None
     except (ValueError, RecursionError) as exc:
@@ -52,16 +52,23 @@ def from_toml(document: bytes, kind: type[T]) -> T:
     :raise DocumentError: When *document* is malformed or is no *kind*.
     """
     try:
-        return _convert(tomllib.loads(document.decode()), kind)
+        return convert(tomllib.loads(document.decode()), kind)
     except tomllib.TOMLDecodeError as exc:
         raise DocumentError(f"malformed TOML: {_message(exc)}") from None
     except (ValueError, RecursionError) as exc:
         raise DocumentError(_message(exc)) from None
 
 
-def _convert(value: object, kind: type[T]) -> T:
-    _check_scalars(value)
-    return msgspec.convert(value, kind, str_keys=True, dec_hook=_decode_path)
+def convert(value: object, kind: type[T]) -> T:
+    """Convert decoded dictionaries, lists and scalars into a *kind*, as strictly as :func:`from_json`.
+
+    :raise DocumentError: When *value* is no *kind*.
+    """
+    try:
+        _check_scalars(value)
+        return msgspec.convert(value, kind, str_keys=True, dec_hook=_decode_path)
+    except (msgspec.ValidationError, UnicodeError, RecursionError) as exc:
+        raise DocumentError(_message(exc)) from None
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

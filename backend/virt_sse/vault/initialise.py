@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import secrets
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
+
 from virt_sse.errors import InvalidValueError, VaultError
 from virt_sse.system.files import private_folder, write_private
+from virt_sse.vault.home.certificates import new_authority, new_server_certificate
 from virt_sse.vault.home.database import Database
 from virt_sse.vault.home.layout import VaultDirectory
 from virt_sse.vault.home.sealing import ROOT_KEY_BYTES, TOKENS
 from virt_sse.vault.home.settings import DEFAULT_PORT, RETENTION_DAYS, Tier, VaultSettings, url_of
-from virt_sse.vault.hsm.access import prepare_token
-from virt_sse.vault.http.certificates import new_authority, new_server_certificate
+from virt_sse.vault.hsm.access import prepare_hsm
 from virt_sse.vault.identity.principals import Principals
 from virt_sse.vault.identity.tokens import signing_key
 from virt_sse.vault.refusals import Refusal
@@ -37,7 +38,7 @@ def initialise(
     tenant: str | None = None,
     retention_days: int = RETENTION_DAYS[-1],
     purge_protection: bool = False,
-    token: Mapping[str, str] | None = None,
+    hsm: Mapping[str, str] | None = None,
 ) -> VaultDirectory:
     """Make a vault in the folder *path*, with its first administrator's credential file.
 
@@ -52,8 +53,8 @@ def initialise(
     :raise ConfigError: When what the token needs is not installed, or its PIN cannot be read.
     :raise KeyProviderUnavailableError: When the token does not answer, or takes no such PIN.
     """
-    if token and tier is Tier.STANDARD:
-        raise InvalidValueError("a standard vault has no token", hint="make a premium one")
+    if hsm and tier is Tier.STANDARD:
+        raise InvalidValueError("a standard vault has no HSM", hint="make a premium one")
     settings = VaultSettings(
         name=name,
         tenant=tenant or str(uuid.uuid4()),
@@ -72,8 +73,8 @@ def initialise(
                 raise VaultError(f"there is a vault in {path} already")
             _clear(directory)
             if tier is Tier.PREMIUM:
-                prepared = prepare_token(directory, token or {})
-                settings = dataclasses.replace(settings, token=prepared)
+                prepared = prepare_hsm(directory, hsm or {})
+                settings = msgspec.structs.replace(settings, hsm=prepared)
             _fill(directory, settings)
             write_private(directory.settings_path, settings.to_json())
     except OSError as exc:

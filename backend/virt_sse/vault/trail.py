@@ -11,8 +11,8 @@ from uuid import UUID
 
 from virt_sse.audit.record import AuditRecord, Component, Result
 from virt_sse.errors import VirtSseError
-from virt_sse.vault.http.limits import TokenBucket
 from virt_sse.vault.identity.principals import Principal
+from virt_sse.vault.rate_limit import RateLimit
 from virt_sse.vault.refusals import Refusal, unavailable
 from virt_sse.vault.vault import AuditSink
 
@@ -22,7 +22,7 @@ _NOBODY = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class AuditedRequest:
     """What was asked of the vault, and by whom.
 
     :ivar actor: ``None`` when that is not known.
@@ -51,17 +51,17 @@ class Trail:
 
     def __init__(self, sink: AuditSink, *, strangers: float = 10.0) -> None:
         self._sink = sink
-        self._strangers = TokenBucket(strangers, strangers)
+        self._strangers = RateLimit(strangers, strangers)
         self._lock = threading.Lock()
 
-    def requested(self, asked: Asked) -> None:
+    def requested(self, asked: AuditedRequest) -> None:
         """Record what is about to be done and cannot be taken back.
 
         :raise Refusal: When it cannot be recorded; it must not be done then.
         """
         self._append(asked, asked.version, Result.REQUESTED, None)
 
-    def allowed(self, asked: Asked, version: str | None) -> None:
+    def allowed(self, asked: AuditedRequest, version: str | None) -> None:
         """Record what was done.
 
         :param version: the one that was used, if the caller did not say which.
@@ -69,7 +69,7 @@ class Trail:
         """
         self._append(asked, version or asked.version, Result.ALLOWED, None)
 
-    def refused(self, asked: Asked, refusal: Refusal) -> None:
+    def refused(self, asked: AuditedRequest, refusal: Refusal) -> None:
         """Record what was not done.
 
         :raise Refusal: When it cannot be recorded.
@@ -81,7 +81,7 @@ class Trail:
                     return
         self._append(asked, asked.version, Result.REFUSED, refusal.reason)
 
-    def _append(self, asked: Asked, version: str | None, result: Result, reason: str | None) -> None:
+    def _append(self, asked: AuditedRequest, version: str | None, result: Result, reason: str | None) -> None:
         try:
             self._sink.append(
                 AuditRecord(

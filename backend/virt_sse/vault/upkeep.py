@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from virt_sse.vault.keys.records import KeyVersion
 from virt_sse.vault.refusals import Refusal
-from virt_sse.vault.trail import Asked, Trail
+from virt_sse.vault.trail import AuditedRequest, Trail
 from virt_sse.vault.vault import Vault
 
 _log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def upkeep(vault: Vault, trail: Trail) -> None:
 def _attempt(
     vault: Vault, trail: Trail, action: str, name: str, do: Callable[[str], KeyVersion | None]
 ) -> None:
-    asked = Asked(
+    asked = AuditedRequest(
         action=action,
         actor=_ACTOR,
         key=f"{vault.settings.url}/keys/{name}",

@@ -6,14 +6,19 @@ import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 from urllib.parse import quote
 
+import msgspec
+
 from virt_sse.errors import CredentialError, VaultError
+from virt_sse.system.documents import DocumentError, convert
 from virt_sse.vault_client.credential import VaultCredential
 from virt_sse.vault_client.credential_file import CredentialFile, new_assertion_key
 from virt_sse.vault_client.https import checked
 from virt_sse.vault_client.permissions import Permission, Role
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,19 @@ class PrincipalInfo:
     expires: int | None
     created: int
     created_by: str | None
+
+
+class _PrincipalList(msgspec.Struct):
+    value: list[PrincipalInfo]
+
+
+class _AccessPolicy(msgspec.Struct):
+    name: str
+    permissions: frozenset[Permission]
+
+
+class _PolicyList(msgspec.Struct):
+    value: list[_AccessPolicy]
 
 
 class VaultClient:
@@ -67,14 +85,14 @@ class VaultClient:
 
     def principals(self) -> list[PrincipalInfo]:
         """All principals; for an identity operator those that it made."""
-        return [_principal(each) for each in _values(self._ask("GET", "/identity/principals"))]
+        return _decoded(self._ask("GET", "/identity/principals"), _PrincipalList).value
 
     def get_principal(self, principal: str) -> PrincipalInfo:
         """A principal, by client id, object id or name.
 
         :raise PrincipalNotFoundError: When there is none.
         """
-        return _principal(self._ask("GET", _path("identity/principals", principal)))
+        return _decoded(self._ask("GET", _path("identity/principals", principal)), PrincipalInfo)
 
     def create_principal(
         self, name: str, public_key_pem: str, *, role: Role = Role.NONE, expires: int | None = None
@@ -85,7 +103,7 @@ class VaultClient:
         :raise PrincipalExistsError: When the name is taken.
         """
         document = {"name": name, "public_key": public_key_pem, "role": role.value, "expires": expires}
-        return _principal(self._ask("POST", "/identity/principals", document))
+        return _decoded(self._ask("POST", "/identity/principals", document), PrincipalInfo)
 
     def change_principal(self, principal: str, *, enabled: bool, expires: int | None) -> PrincipalInfo:
         """Let a principal in, or not, or until when.
@@ -93,7 +111,8 @@ class VaultClient:
         :raise PrincipalNotFoundError: When there is none.
         """
         document = {"enabled": enabled, "expires": expires}
-        return _principal(self._ask("PATCH", _path("identity/principals", principal), document))
+        answer = self._ask("PATCH", _path("identity/principals", principal), document)
+        return _decoded(answer, PrincipalInfo)
 
     def delete_principal(self, principal: str) -> None:
         """Forget a principal and its rights; its tokens are refused from now on.
@@ -104,15 +123,15 @@ class VaultClient:
 
     def access(self) -> dict[str, frozenset[Permission]]:
         """What each principal may do with keys, by the principals' names."""
-        policies = _values(self._ask("GET", "/access/policies"))
-        return {str(policy["name"]): _permissions(policy) for policy in policies}
+        policies = _decoded(self._ask("GET", "/access/policies"), _PolicyList).value
+        return {policy.name: policy.permissions for policy in policies}
 
     def permissions(self, principal: str) -> frozenset[Permission]:
         """What a principal may do with keys.
 
         :raise PrincipalNotFoundError: When there is none.
         """
-        return _permissions(self._ask("GET", _path("access/policies", principal)))
+        return _decoded(self._ask("GET", _path("access/policies", principal)), _AccessPolicy).permissions
 
     def set_permissions(self, principal: str, permissions: Iterable[Permission]) -> frozenset[Permission]:
         """Let a principal do exactly this with keys.
@@ -120,7 +139,8 @@ class VaultClient:
         :raise PrincipalNotFoundError: When there is none.
         """
         names = sorted(permission.value for permission in permissions)
-        return _permissions(self._ask("PUT", _path("access/policies", principal), {"permissions": names}))
+        answer = self._ask("PUT", _path("access/policies", principal), {"permissions": names})
+        return _decoded(answer, _AccessPolicy).permissions
 
     def grant(self, principal: str, permissions: Iterable[Permission]) -> frozenset[Permission]:
         """Let a principal do this too.
@@ -192,23 +212,8 @@ def _path(collection: str, principal: str) -> str:
     return f"/{collection}/{quote(principal, safe='')}"
 
 
-def _values(document: Mapping[str, object]) -> list[Mapping[str, object]]:
-    value = document.get("value")
-    if not isinstance(value, list):
-        raise VaultError("the key vault's answer makes no sense")
-    return value
-
-
-def _principal(document: Mapping[str, object]) -> PrincipalInfo:
+def _decoded(document: Mapping[str, object], kind: type[T]) -> T:
     try:
-        names = PrincipalInfo.__dataclass_fields__
-        return PrincipalInfo(**{name: document[name] for name in names} | {"role": Role(document["role"])})  # type: ignore[arg-type] # JSON
-    except (KeyError, ValueError) as exc:
-        raise VaultError("the key vault's answer makes no sense") from exc
-
-
-def _permissions(document: Mapping[str, object]) -> frozenset[Permission]:
-    given = document.get("permissions")
-    if not isinstance(given, list):
-        raise VaultError("the key vault's answer makes no sense")
-    return frozenset(Permission(name) for name in given)
+        return convert(document, kind)
+    except DocumentError as exc:
+        raise VaultError(f"unexpected answer of the key vault: {exc}") from exc

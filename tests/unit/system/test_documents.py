@@ -10,7 +10,7 @@ from uuid import UUID
 import msgspec
 import pytest
 
-from virt_sse.system.documents import DocumentError, from_json, from_toml
+from virt_sse.system.documents import DocumentError, convert, from_json, from_toml
 
 DEEP = 100_000
 
@@ -136,3 +136,10 @@ def test_a_refusal_does_not_quote_values(document: bytes) -> None:
     assert "hunter2" not in str(caught.value)
     assert caught.value.__suppress_context__
     assert len(str(caught.value)) < 300
+
+
+def test_a_decoded_document_is_converted() -> None:
+    assert convert({"name": "a", "inner": {"port-number": 7}}, Document) == Document(name="a", inner=Inner(7))
+    for wrong in ({"name": 1}, {"name": "\ud800"}, {"name": "a", "free": 1 << 64}, []):
+        with pytest.raises(DocumentError):
+            convert(wrong, Document)

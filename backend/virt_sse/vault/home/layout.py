@@ -11,7 +11,7 @@ from pathlib import Path
 
 from virt_sse.errors import VaultError
 from virt_sse.system.files import PRIVATE_FILE
-from virt_sse.vault.home.sealing import RootKey
+from virt_sse.vault.home.sealing import VaultRootKey
 from virt_sse.vault.home.settings import VaultSettings
 
 
@@ -71,9 +71,9 @@ class VaultDirectory:
         self._check_private()
         return VaultSettings.from_json(self._read(self.settings_path))
 
-    def root_key(self, settings: VaultSettings) -> RootKey:
+    def root_key(self, settings: VaultSettings) -> VaultRootKey:
         """:raise VaultError: When it is missing or of a wrong length."""
-        return RootKey(self._read(self.root_key_path), f"{settings.tenant}/{settings.name}")
+        return VaultRootKey(self._read(self.root_key_path), f"{settings.tenant}/{settings.name}")
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ _FORMAT = b"\x01"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RootKey:
+class VaultRootKey:
     """32 random bytes. Everything secret that the vault stores is sealed under keys derived from them.
 
     :ivar vault: the vault's tenant and name; keys derived for one vault open nothing of another.

@@ -8,11 +8,13 @@ import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from virt_sse import pkcs11
 from virt_sse.errors import ConfigError, VaultError
 from virt_sse.system.files import write_private
 from virt_sse.vault.home.layout import VaultDirectory
-from virt_sse.vault.home.settings import Tier, TokenSettings
+from virt_sse.vault.home.settings import HsmSettings, Tier
 from virt_sse.vault.hsm.protection import ANCHOR
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 _LABEL = "virt-sse vault"
 
 
-def prepare_token(directory: VaultDirectory, options: Mapping[str, str]) -> TokenSettings:
+def prepare_hsm(directory: VaultDirectory, options: Mapping[str, str]) -> HsmSettings:
     """Log in to the vault's token, and put its anchor there.
 
     :param options: as in :class:`~virt_sse.pkcs11.options.TokenOptions`; when there are none, a SoftHSM token
@@ -42,14 +44,14 @@ def prepare_token(directory: VaultDirectory, options: Mapping[str, str]) -> Toke
     with contextlib.closing(parsed.open()) as token:
         token.generate_aes(tag, ANCHOR)
         uri = dataclasses.replace(parsed.token_uri(), serial=token.serial)
-    return TokenSettings(tag, {**options, "uri": str(uri)} if options else {})
+    return HsmSettings(tag, {**options, "uri": str(uri)} if options else {})
 
 
-def open_token(directory: VaultDirectory, settings: TokenSettings) -> Token:
+def open_hsm(directory: VaultDirectory, settings: HsmSettings) -> Token:
     """Log in to the vault's token.
 
-    :raise ConfigError: As :func:`prepare_token`.
-    :raise KeyProviderUnavailableError: As :func:`prepare_token`.
+    :raise ConfigError: As :func:`prepare_hsm`.
+    :raise KeyProviderUnavailableError: As :func:`prepare_hsm`.
     """
     parsed = _parse(directory, settings.options)
     if not settings.options:
@@ -62,35 +64,35 @@ def open_token(directory: VaultDirectory, settings: TokenSettings) -> Token:
     return parsed.open()
 
 
-def add_token(directory: VaultDirectory, options: Mapping[str, str]) -> None:
-    """Give a vault that has none a token, as :func:`prepare_token` does, and so make it a premium one.
+def add_hsm(directory: VaultDirectory, options: Mapping[str, str]) -> None:
+    """Give a vault that has none a token, as :func:`prepare_hsm` does, and so make it a premium one.
 
     :raise VaultError: When there is no vault, it is served, or has a token.
-    :raise ConfigError: As :func:`prepare_token`.
-    :raise KeyProviderUnavailableError: As :func:`prepare_token`.
+    :raise ConfigError: As :func:`prepare_hsm`.
+    :raise KeyProviderUnavailableError: As :func:`prepare_hsm`.
     """
     directory.settings()
     with directory.lock():
         settings = directory.settings()
-        if settings.token is not None:
-            raise VaultError("the vault has a token already")
-        token = prepare_token(directory, options)
-        changed = dataclasses.replace(settings, tier=Tier.PREMIUM, token=token)
+        if settings.hsm is not None:
+            raise VaultError("the vault has an HSM already")
+        prepared = prepare_hsm(directory, options)
+        changed = msgspec.structs.replace(settings, tier=Tier.PREMIUM, hsm=prepared)
         write_private(directory.settings_path, changed.to_json())
 
 
-def unlock_token(directory: VaultDirectory) -> None:
+def unlock_hsm(directory: VaultDirectory) -> None:
     """Forget wrong PINs, after too many of which the token is not asked; then try the one that there is.
 
     :raise VaultError: When the vault has no token.
-    :raise ConfigError: As :func:`prepare_token`.
-    :raise KeyProviderUnavailableError: As :func:`prepare_token`.
+    :raise ConfigError: As :func:`prepare_hsm`.
+    :raise KeyProviderUnavailableError: As :func:`prepare_hsm`.
     """
-    settings = directory.settings().token
+    settings = directory.settings().hsm
     if settings is None:
-        raise VaultError("the vault has no token", hint="'virt-sse vault hsm add' gives it one")
+        raise VaultError("the vault has no HSM", hint="'virt-sse vault hsm add' gives it one")
     _parse(directory, settings.options).guard.reset()
-    open_token(directory, settings).close()
+    open_hsm(directory, settings).close()
 
 
 def _parse(directory: VaultDirectory, options: Mapping[str, str]) -> TokenOptions:

@@ -43,14 +43,14 @@ _HASHES = {"RSA-OAEP": "sha1", "RSA-OAEP-256": "sha256"}
 _LONGEST_LABEL = 64
 
 
-class TokenRefusal(FailureRefusal):
+class HsmRefusal(FailureRefusal):
     """503: the token does not answer, or does not let the vault in."""
 
     def __init__(self, reason: str) -> None:
         super().__init__("The vault cannot use its HSM now.", f"the vault's HSM failed: {reason}")
 
 
-class TokenProtection(Protection):
+class HsmProtection(Protection):
     """Keeps keys in a token. Their names in it: the label says of which vault and key, the id is the version.
 
     :param connect: opens the token; asked when it is needed first, and again as long as that fails.
@@ -73,7 +73,7 @@ class TokenProtection(Protection):
             name, version, lambda token: token.generate_rsa(self._label(name), _id(version), bits)
         )
 
-    def bring(self, private: rsa.RSAPrivateKey, name: str, version: str) -> tuple[PublicKey, bytes]:
+    def import_key(self, private: rsa.RSAPrivateKey, name: str, version: str) -> tuple[PublicKey, bytes]:
         return self._make(
             name, version, lambda token: token.import_rsa(private, self._label(name), _id(version))
         )
@@ -94,8 +94,8 @@ class TokenProtection(Protection):
             raise key_not_found(name, version) from exc
         for key in found:
             if _fingerprint(_public(key)) == handle["n"]:
-                return _KeyInToken(self, key, name, version)
-        raise TokenRefusal(f"key {name}/{version} in the token is not the one that was made there")
+                return _HsmKey(self, key, name, version)
+        raise HsmRefusal(f"key {name}/{version} in the token is not the one that was made there")
 
     def destroy(self, name: str, version: str) -> None:
         def all_of_them(token: Token) -> None:
@@ -109,7 +109,7 @@ class TokenProtection(Protection):
         try:
             self.ask(all_of_them)
         except KeyOperationUnsupportedError as exc:
-            raise TokenRefusal(str(exc)) from exc
+            raise HsmRefusal(str(exc)) from exc
 
     def require(self) -> None:
         self.ask(self._require_anchor)
@@ -118,7 +118,7 @@ class TokenProtection(Protection):
         """Why the token cannot be used now; ``None`` when it can."""
         try:
             self.require()
-        except TokenRefusal as refusal:
+        except HsmRefusal as refusal:
             return refusal.detail
         return None
 
@@ -129,7 +129,7 @@ class TokenProtection(Protection):
         :raise KeyDisabledError: When it answers that the key is disabled.
         :raise UnwrapError: When it says of a ciphertext that it is none of the key's.
         :raise KeyOperationUnsupportedError: When it does not do that.
-        :raise TokenRefusal: When it does not answer.
+        :raise HsmRefusal: When it does not answer.
         """
         try:
             token = self._opened()
@@ -141,7 +141,7 @@ class TokenProtection(Protection):
         except (KeyNotFoundError, KeyDisabledError, KeyOperationUnsupportedError, UnwrapError):
             raise
         except VirtSseError as exc:
-            raise TokenRefusal(str(exc)) from exc
+            raise HsmRefusal(str(exc)) from exc
 
     def close(self) -> None:
         """Let go of the token."""
@@ -173,8 +173,8 @@ class TokenProtection(Protection):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _KeyInToken(KeyMaterial):
-    protection: TokenProtection
+class _HsmKey(KeyMaterial):
+    protection: HsmProtection
     key: TokenKey
     name: str
     version: str
@@ -196,7 +196,7 @@ class _KeyInToken(KeyMaterial):
         except KeyDisabledError as exc:
             raise self._disabled() from exc
         except KeyOperationUnsupportedError as exc:
-            raise TokenRefusal(str(exc)) from exc
+            raise HsmRefusal(str(exc)) from exc
 
     def _disabled(self) -> Refusal:
         return forbidden("The key is disabled in the HSM.", "KeyDisabled")

@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from virt_sse.vault.http.calls import Answer, Call
+from virt_sse.vault.http.calls import Call, Reply
 from virt_sse.vault.http.limits import Limiter, Limits
 from virt_sse.vault.http.requests import (
     ClientGoneError,
@@ -40,7 +40,7 @@ from virt_sse.vault.http.routes import OPERATIONS, Operation
 from virt_sse.vault.identity.principals import Principal
 from virt_sse.vault.identity.tokens import OAuthError, bearer
 from virt_sse.vault.refusals import FailureRefusal, Refusal, bad_parameter, forbidden, internal, unauthorized
-from virt_sse.vault.trail import Asked, Trail
+from virt_sse.vault.trail import AuditedRequest, Trail
 from virt_sse.vault.vault import Vault
 
 _log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class _Segment(Convertor[str]):
 register_url_convertor("segment", _Segment())
 
 
-class Service:
+class VaultApplication:
     """The ASGI application over *vault*, and the threads in which it works."""
 
     def __init__(self, vault: Vault, limits: Limits) -> None:
@@ -103,16 +103,16 @@ class Service:
 class _Endpoint:
     """One operation of the vault."""
 
-    def __init__(self, service: Service, operation: Operation) -> None:
-        self._service = service
-        self._vault = service.vault
+    def __init__(self, application: VaultApplication, operation: Operation) -> None:
+        self._application = application
+        self._vault = application.vault
         self._operation = operation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         operation, path = self._operation, scope["path_params"]
         headers = headers_of(scope)
         about = f"{self._vault.settings.url}{operation.subject.format(name=path.get('name', '')[:128])}"
-        asked = Asked(
+        asked = AuditedRequest(
             action=operation.action,
             key=about,
             actor=None,
@@ -126,13 +126,13 @@ class _Endpoint:
         except ClientGoneError:
             return
         except Refusal as refusal:
-            await refuse(scope, send, refusal, challenge=self._service.challenge())
+            await refuse(scope, send, refusal, challenge=self._application.challenge())
         else:
             await respond(scope, send, answer.status, answer.body)
 
     async def _answer(
-        self, asked: Asked, scope: Scope, receive: Receive, headers: Mapping[str, str]
-    ) -> Answer:
+        self, asked: AuditedRequest, scope: Scope, receive: Receive, headers: Mapping[str, str]
+    ) -> Reply:
         token = headers.get("authorization")
         if token is None:
             raise unauthorized("A token is needed.")
@@ -142,7 +142,7 @@ class _Endpoint:
             self._permit(principal)
             body = await read_body(receive, headers, self._operation.body_limit)
         except Refusal as refusal:
-            await _run(self._service.quick, partial(self._service.trail.refused, asked, refusal))
+            await _run(self._application.quick, partial(self._application.trail.refused, asked, refusal))
             raise
         call = Call(
             vault=self._vault,
@@ -151,7 +151,7 @@ class _Endpoint:
             query=dict(parse_qsl(scope["query_string"].decode("latin-1"))),
             body=body,
         )
-        pool = self._service.slow if self._operation.slow else self._service.quick
+        pool = self._application.slow if self._operation.slow else self._application.quick
         return await _run(pool, partial(self._perform, asked, call))
 
     def _principal(self, authorization: str) -> Principal:
@@ -169,39 +169,39 @@ class _Endpoint:
                 "ForbiddenByPolicy",
             )
 
-    def _perform(self, asked: Asked, call: Call) -> Answer:
+    def _perform(self, asked: AuditedRequest, call: Call) -> Reply:
         """Do it and record it; in a thread."""
         try:
             if self._operation.announced:
-                self._service.trail.requested(asked)
+                self._application.trail.requested(asked)
             answer = self._operation.handler(call)
         except Refusal as refusal:
             if isinstance(refusal, FailureRefusal):
                 _log.error("%s", refusal.detail)
-            self._service.trail.refused(asked, refusal)
+            self._application.trail.refused(asked, refusal)
             raise
         except Exception as exc:
             _log.exception("%s failed", self._operation.action)
-            self._service.trail.refused(asked, internal())
+            self._application.trail.refused(asked, internal())
             raise internal() from exc
         if self._operation.recorded:
             if answer.subject is not None:
                 asked = dataclasses.replace(asked, key=f"{self._vault.settings.url}{answer.subject}")
-            self._service.trail.allowed(asked, answer.version)
+            self._application.trail.allowed(asked, answer.version)
         return answer
 
 
 class _TokenEndpoint:
     """``POST /TENANT/oauth2/v2.0/token``."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, application: VaultApplication) -> None:
+        self._application = application
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = headers_of(scope)
-        asked = Asked(
+        asked = AuditedRequest(
             action="token",
-            key=self._service.vault.settings.token_endpoint,
+            key=self._application.vault.settings.token_endpoint,
             actor=None,
             version=None,
             disk=None,
@@ -210,7 +210,7 @@ class _TokenEndpoint:
         )
         try:
             body = await read_body(receive, headers, _TOKEN_REQUEST_LIMIT)
-            answer = await _run(self._service.quick, partial(self._issue, asked, body))
+            answer = await _run(self._application.quick, partial(self._issue, asked, body))
         except ClientGoneError:
             return
         except OAuthError as error:
@@ -220,15 +220,15 @@ class _TokenEndpoint:
         else:
             await respond(scope, send, 200, answer)
 
-    def _issue(self, asked: Asked, body: bytes) -> dict[str, object]:
-        trail = self._service.trail
+    def _issue(self, asked: AuditedRequest, body: bytes) -> dict[str, object]:
+        trail = self._application.trail
         try:
             fields = parse_qs(body.decode("ascii"), max_num_fields=32)
         except ValueError:
             raise OAuthError(400, "invalid_request", "the request is no form") from None
         form = {name: values[0] for name, values in fields.items() if len(values) == 1}
         try:
-            principal, answer = self._service.vault.tokens.issue(form)
+            principal, answer = self._application.vault.tokens.issue(form)
         except OAuthError as error:
             trail.refused(asked, Refusal(error.status, error.error, error.description))
             raise

@@ -32,6 +32,11 @@ class Call:
         """The key's version in the path; empty means the newest."""
         return self.path.get("version", "")
 
+    @property
+    def bundles(self) -> wire.Bundles:
+        """Writes keys as Azure's JSON."""
+        return wire.Bundles(self.vault.settings)
+
     def document(self) -> dict[str, object]:
         """The body.
 
@@ -41,7 +46,7 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Reply:
     """:ivar body: may hold what was unwrapped, so it does not print.
     :ivar version: the key's version that was used, for the audit log.
     :ivar subject: what it was about, for the audit log, if the path does not say.
@@ -53,5 +58,5 @@ class Answer:
     subject: str | None = None
 
 
-Handler = Callable[[Call], Answer]
+Handler = Callable[[Call], Reply]
 """Synchronous; may raise :class:`~virt_sse.vault.refusals.Refusal`."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from virt_sse.errors import InvalidValueError
 from virt_sse.vault.http.requests import refuse
+from virt_sse.vault.rate_limit import RateLimit
 from virt_sse.vault.refusals import throttled, unavailable
 
 _HEALTH = "/healthz"
@@ -31,24 +30,6 @@ class Limits:
             raise InvalidValueError("a vault takes at least one request at once, and no negative rate")
 
 
-class TokenBucket:
-    """At most *rate* a second, *burst* of them at once."""
-
-    def __init__(self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._rate, self._burst, self._clock = rate, burst, clock
-        self._level, self._then = burst, clock()
-
-    def take(self) -> float:
-        """Take one; 0 if there was one, else the seconds until there will be."""
-        now = self._clock()
-        self._level = min(self._burst, self._level + (now - self._then) * self._rate)
-        self._then = now
-        if self._level < 1:
-            return (1 - self._level) / self._rate
-        self._level -= 1
-        return 0.0
-
-
 class Limiter:
     """Keeps *app* within *limits*. Runs in the event loop alone."""
 
@@ -59,7 +40,7 @@ class Limiter:
         self._closing = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self._bucket = TokenBucket(limits.rate, max(1.0, limits.rate)) if limits.rate else None
+        self._rate_limit = RateLimit(limits.rate, max(1.0, limits.rate)) if limits.rate else None
 
     def close(self) -> None:
         """Take no more requests."""
@@ -77,8 +58,8 @@ class Limiter:
             await refuse(scope, send, unavailable("The vault is stopping."))
             return
         wait = 1.0 if self._under_way >= self._limits.concurrency else 0.0
-        if not wait and self._bucket is not None:
-            wait = self._bucket.take()
+        if not wait and self._rate_limit is not None:
+            wait = self._rate_limit.take()
         if wait:
             await refuse(scope, send, throttled(math.ceil(wait)))
             return

@@ -83,7 +83,7 @@ OPERATIONS = (
     _change(
         "PUT", f"{_KEY}/rotationpolicy", "set-policy", key_api.set_policy, Permission.SET_ROTATION_POLICY
     ),
-    _change("PUT", _KEY, "import", key_api.bring, Permission.IMPORT, slow=True),
+    _change("PUT", _KEY, "import", key_api.import_key, Permission.IMPORT, slow=True),
     _change("DELETE", _KEY, "delete", key_api.delete, Permission.DELETE),
     _read(_KEY, "get", key_api.get, Permission.GET, _KEY),
     _read(_VERSION, "get", key_api.get, Permission.GET, _KEY),

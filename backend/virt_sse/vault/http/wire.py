@@ -15,12 +15,12 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from virt_sse.vault.home.settings import VaultSettings
 from virt_sse.vault.keys.records import KEY_OPERATIONS, Attributes, Deletion, KeyVersion, NewKey
+from virt_sse.vault.properties import moment, string, table
 from virt_sse.vault.refusals import bad_parameter
 
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]*={0,2}\Z")
 _MOST_TAGS = 15
 _LONGEST_TAG = 256
-_TIMES = range(253402300800)  # until the year 9999
 _RSA_NUMBERS = ("n", "e", "d", "p", "q", "dp", "dq", "qi")
 _KEY_TYPES = ("RSA", "RSA-HSM", "EC", "EC-HSM", "oct", "oct-HSM")
 
@@ -59,50 +59,6 @@ def decode(document: Mapping[str, object], field: str) -> bytes:
     except binascii.Error:
         pass
     raise bad_parameter(f"Property {field} is not base64url.")
-
-
-def string(document: Mapping[str, object], field: str) -> str:
-    """:raise Refusal: When the field is missing or no string."""
-    value = document.get(field)
-    if not isinstance(value, str):
-        raise bad_parameter(f"Property {field} must be a string.")
-    return value
-
-
-def integer(document: Mapping[str, object], field: str, default: int) -> int:
-    """:raise Refusal: When the field is there and no whole number."""
-    value = document.get(field)
-    if value is None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise bad_parameter(f"Property {field} must be a whole number.")
-    return value
-
-
-def moment(document: Mapping[str, object], field: str) -> int | None:
-    """A time in seconds since 1970, if given.
-
-    :raise Refusal: When it is none, or after the year 9999.
-    """
-    value = document.get(field)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value not in _TIMES:
-        raise bad_parameter(f"Property {field} must be a time in seconds since 1970.")
-    return value
-
-
-def table(document: Mapping[str, object], field: str) -> Mapping[str, object]:
-    """An object in *document*; the empty one when it is not there.
-
-    :raise Refusal: When it is something else.
-    """
-    value = document.get(field)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise bad_parameter(f"Property {field} must be an object.")
-    return value
 
 
 def key_type(document: Mapping[str, object]) -> str:

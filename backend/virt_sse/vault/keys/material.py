@@ -98,7 +98,7 @@ class Protection(ABC):
         """
 
     @abstractmethod
-    def bring(self, private: rsa.RSAPrivateKey, name: str, version: str) -> tuple[PublicKey, bytes]:
+    def import_key(self, private: rsa.RSAPrivateKey, name: str, version: str) -> tuple[PublicKey, bytes]:
         """A key that was made elsewhere."""
 
     @abstractmethod
@@ -155,9 +155,9 @@ class SoftwareProtection(Protection):
         self._sealer = sealer
 
     def generate(self, bits: int, name: str, version: str) -> tuple[PublicKey, bytes]:
-        return self.bring(rsa.generate_private_key(PUBLIC_EXPONENT, bits), name, version)
+        return self.import_key(rsa.generate_private_key(PUBLIC_EXPONENT, bits), name, version)
 
-    def bring(self, private: rsa.RSAPrivateKey, name: str, version: str) -> tuple[PublicKey, bytes]:
+    def import_key(self, private: rsa.RSAPrivateKey, name: str, version: str) -> tuple[PublicKey, bytes]:
         numbers = private.public_key().public_numbers()
         der = private.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
         return PublicKey(numbers.n, numbers.e), self._sealer.seal(der, binding(name, version))

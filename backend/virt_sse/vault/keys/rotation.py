@@ -1,4 +1,4 @@
-"""Rotation policies: kept, and acted upon.
+"""RotationPolicies policies: kept, and acted upon.
 
 https://learn.microsoft.com/azure/key-vault/keys/how-to-configure-key-rotation: ``Rotate`` is due a time after
 the newest version was made, or a time before it expires; ``expiryTime`` is the life of each version so made.
@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from virt_sse.vault.http import wire
 from virt_sse.vault.keys.durations import seconds_of
 from virt_sse.vault.keys.records import KeyVersion, check_name
 from virt_sse.vault.keys.service import KeyService
 from virt_sse.vault.keys.store import KeyStore
+from virt_sse.vault.properties import integer, string, table
 from virt_sse.vault.refusals import bad_parameter
 
 _DAY = 86400
@@ -25,7 +25,7 @@ _NOTIFY = {"trigger": {"timeBeforeExpiry": "P30D"}, "action": {"type": "Notify"}
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class RotationPolicy:
     """A rotation policy. Times are in seconds.
 
     :ivar expiry: the life of a new version.
@@ -49,7 +49,7 @@ class Policy:
         return self.before_expiry is not None and expires is not None and expires - self.before_expiry <= now
 
 
-class Rotation:
+class RotationPolicies:
     """Rotates keys: when asked, and when their policy says so.
 
     :param shortest: the shortest interval that a policy may have, in seconds; default Azure's 7 days.
@@ -94,11 +94,9 @@ class Rotation:
         self._refuse_short(policy)
         now = int(self._clock())
         before = self._store.policy(check_name(name))
-        created = (
-            wire.integer(wire.table(json.loads(before), "attributes"), "created", now) if before else now
-        )
+        created = integer(table(json.loads(before), "attributes"), "created", now) if before else now
         attributes: dict[str, object] = {"created": created, "updated": now}
-        expiry = wire.table(document, "attributes").get("expiryTime")
+        expiry = table(document, "attributes").get("expiryTime")
         if expiry is not None:
             attributes["expiryTime"] = expiry
         kept = {"lifetimeActions": policy.document["lifetimeActions"], "attributes": attributes}
@@ -111,16 +109,16 @@ class Rotation:
         policies = {name: self._parse(json.loads(stored)) for name, stored in self._store.policies().items()}
         return [name for name, policy in policies.items() if policy.due(self._store.get(name), now)]
 
-    def _parse(self, document: Mapping[str, object]) -> Policy:
-        expiry = _seconds(wire.table(document, "attributes"), "expiryTime")
+    def _parse(self, document: Mapping[str, object]) -> RotationPolicy:
+        expiry = _seconds(table(document, "attributes"), "expiryTime")
         actions = document.get("lifetimeActions") or []
         if not isinstance(actions, list) or not all(isinstance(action, dict) for action in actions):
             raise bad_parameter("Property lifetimeActions must be a list of objects.")
         found: dict[str, tuple[int | None, int | None]] = {}
         kept = []
         for action in actions:
-            kind = wire.string(wire.table(action, "action"), "type").lower()
-            trigger = wire.table(action, "trigger")
+            kind = string(table(action, "action"), "type").lower()
+            trigger = table(action, "trigger")
             after, before = _seconds(trigger, "timeAfterCreate"), _seconds(trigger, "timeBeforeExpiry")
             if kind not in ("rotate", "notify") or kind in found:
                 raise bad_parameter("A policy has at most one action Rotate and one action Notify.")
@@ -132,9 +130,9 @@ class Rotation:
         after, before = found.get("rotate", (None, None))
         if before is not None and expiry is None:
             raise bad_parameter("Rotating before expiry needs an expiryTime.")
-        return Policy(expiry, after, before, {"lifetimeActions": kept or [_NOTIFY]})
+        return RotationPolicy(expiry, after, before, {"lifetimeActions": kept or [_NOTIFY]})
 
-    def _refuse_short(self, policy: Policy) -> None:
+    def _refuse_short(self, policy: RotationPolicy) -> None:
         """A policy must leave those who use the key the time to follow."""
         life = min(_SHORTEST_LIFE, 4 * self._shortest)
         if policy.expiry is not None and policy.expiry < life:
@@ -153,4 +151,4 @@ class Rotation:
 
 
 def _seconds(document: Mapping[str, object], field: str) -> int | None:
-    return None if document.get(field) is None else seconds_of(wire.string(document, field))
+    return None if document.get(field) is None else seconds_of(string(document, field))

@@ -64,10 +64,10 @@ class KeyService:
             raise bad_parameter("An RSA key has 2048, 3072 or 4096 bits.")
         return self._add(name, protection, new, lambda version: protection.generate(bits, name, version))
 
-    def bring(self, name: str, key_type: str, numbers: rsa.RSAPrivateNumbers, new: NewKey) -> KeyVersion:
+    def import_key(self, name: str, key_type: str, numbers: rsa.RSAPrivateNumbers, new: NewKey) -> KeyVersion:
         """Take in a key that was made elsewhere, as a new key or a new version of one."""
         protection, private = self._protection(key_type), private_key(numbers)
-        return self._add(name, protection, new, lambda version: protection.bring(private, name, version))
+        return self._add(name, protection, new, lambda version: protection.import_key(private, name, version))
 
     def rotate(self, name: str, *, expires_after: int | None = None) -> KeyVersion:
         """Make a new version like the newest one; the older ones stay usable.
