@@ -219,7 +219,12 @@ def test_a_backup_is_worth_nothing_to_another_vault(vault: Vault, tmp_path: Path
 
 def test_a_newer_version_s_database_is_left_alone(directory: VaultDirectory, records: Records) -> None:
     with closing(sqlite3.connect(directory.database_path)) as database:
-        database.execute("PRAGMA user_version = 99")
+        database.execute("UPDATE alembic_version SET version_num = '99'")
+        database.commit()
+    with pytest.raises(VaultError, match="schema 99"), open_vault(directory, records):
+        pass
+    with closing(sqlite3.connect(directory.database_path)) as database:
+        database.executescript("DROP TABLE alembic_version; PRAGMA user_version = 99")
     with pytest.raises(VaultError, match="schema 99"), open_vault(directory, records):
         pass
 

@@ -12,10 +12,17 @@ from sqlalchemy.engine import URL, Connection, Engine
 
 from virt_sse.errors import VaultError
 from virt_sse.system.files import PRIVATE_FILE
+from virt_sse.system.migrations import UnknownRevisionError, revision_of, upgrade
 from virt_sse.system.sqlite import READ_ONLY, reason, sqlite_engine
-from virt_sse.vault.home import tables
 from virt_sse.vault.refusals import FailureRefusal
 
+SCHEMA = "0001"
+"""The newest migration. A constant, so that up-to-date databases are recognised without importing Alembic."""
+
+_DEVELOPMENT_SCHEMAS = range(3)
+"""SQLite's ``user_version`` of an empty database (0) and of databases from before Alembic."""
+
+_MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_TIMEOUT_SECONDS = 10
 _CONNECTIONS = 16
 
@@ -31,7 +38,7 @@ class Database:
         self._engine = _engine(path)
         try:
             with self._engine.begin() as connection:
-                _bring_up_to_date(connection)
+                _migrate(connection)
         except sa.exc.SQLAlchemyError as exc:
             self._engine.dispose()
             raise VaultError(f"cannot open {path}: {reason(exc)}") from None
@@ -69,16 +76,21 @@ def _engine(path: Path) -> Engine:
     return sqlite_engine(url, busy_seconds=_BUSY_TIMEOUT_SECONDS, pool_size=_CONNECTIONS)
 
 
-def _bring_up_to_date(connection: Connection) -> None:
+def _migrate(connection: Connection) -> None:
     schema = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-    if schema > tables.SCHEMA:
-        raise VaultError(
-            f"the vault's database has schema {schema}, which this virt-sse does not know",
-            hint="it was written by a newer version",
-        )
-    if schema < tables.SCHEMA:
-        tables.metadata.create_all(connection)
-        connection.exec_driver_sql(f"PRAGMA user_version = {tables.SCHEMA}")
+    if revision_of(connection) is None and schema not in _DEVELOPMENT_SCHEMAS:
+        raise _unknown(schema)
+    try:
+        upgrade(connection, _MIGRATIONS, SCHEMA)
+    except UnknownRevisionError as exc:
+        raise _unknown(revision_of(connection)) from exc
+
+
+def _unknown(schema: object) -> VaultError:
+    return VaultError(
+        f"the vault's database has schema {schema}, unknown to this virt-sse",
+        hint="a newer version has written the database",
+    )
 
 
 @contextlib.contextmanager

@@ -16,9 +16,6 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA = 2
-"""Kept in SQLite's ``user_version``."""
-
 metadata = MetaData()
 
 keys = Table(
