@@ -1,4 +1,4 @@
-"""Audit records of requests."""
+"""Audit records of requests to the vault."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _NOBODY = "unknown"
 
 @dataclass(frozen=True, slots=True)
 class AuditedRequest:
-    """What was asked of the vault, and by whom.
+    """A request, as recorded in the audit log.
 
-    :ivar actor: ``None`` when that is not known.
-    :ivar key: the URL of the key, or of what else it is about, without a version.
+    :ivar actor: the caller; ``None`` before authentication.
+    :ivar key: the URL of the key, or of another object of the request, without a version.
     """
 
     action: str
@@ -38,15 +38,15 @@ class AuditedRequest:
     correlation: UUID
 
     def by(self, principal: Principal) -> Self:
-        """The same, asked by *principal*."""
+        """Return a copy with *principal* as the caller."""
         return dataclasses.replace(self, actor=f"{principal.name} ({principal.client_id})")
 
 
 class Trail:
-    """Writes the records.
+    """Writes audit records.
 
-    :param sink: where to.
-    :param strangers: records a second about callers whom nobody knows: they must not fill the disk.
+    :param sink: the audit log.
+    :param strangers: most records a second about unauthenticated callers, who must not fill the disk.
     """
 
     def __init__(self, sink: AuditSink, *, strangers: float = 10.0) -> None:
@@ -55,29 +55,29 @@ class Trail:
         self._lock = threading.Lock()
 
     def requested(self, asked: AuditedRequest) -> None:
-        """Record what is about to be done and cannot be taken back.
+        """Record an irreversible operation before its start.
 
-        :raise Refusal: When it cannot be recorded; it must not be done then.
+        :raise Refusal: When the record cannot be written; the operation must not be started then.
         """
         self._append(asked, asked.version, Result.REQUESTED, None)
 
     def allowed(self, asked: AuditedRequest, version: str | None) -> None:
-        """Record what was done.
+        """Record a completed operation.
 
-        :param version: the one that was used, if the caller did not say which.
-        :raise Refusal: When it cannot be recorded; it must not be answered then.
+        :param version: the key version used, when the request did not name a version.
+        :raise Refusal: When the record cannot be written; the result must not be sent then.
         """
         self._append(asked, version or asked.version, Result.ALLOWED, None)
 
     def refused(self, asked: AuditedRequest, refusal: Refusal) -> None:
-        """Record what was not done.
+        """Record a refused request.
 
-        :raise Refusal: When it cannot be recorded.
+        :raise Refusal: When the record cannot be written.
         """
         if asked.actor is None:
             with self._lock:
                 if self._strangers.take():
-                    _log.warning("more refused strangers than are recorded, from %s", asked.source)
+                    _log.warning("too many refused unauthenticated requests to record, from %s", asked.source)
                     return
         self._append(asked, asked.version, Result.REFUSED, refusal.reason)
 
@@ -100,5 +100,5 @@ class Trail:
         except VirtSseError as exc:
             _log.error("%s", exc)
             raise unavailable(
-                "The vault cannot record what is asked of it now, and so does not do it."
+                "The vault cannot record requests in its audit log now, and therefore refuses them."
             ) from exc

@@ -1,4 +1,4 @@
-"""What a vault does by itself: rotations and purges that are due, recorded like those that are asked for."""
+"""A vault's background work: due rotations and purges, recorded like requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ACTOR = "vault"
 
 
 def upkeep(vault: Vault, trail: Trail) -> None:
-    """Rotate and purge what is due, and clear up. What fails is logged, and tried again next time."""
+    """Rotate and purge due keys, and destroy leftover key material. Failures are logged and retried later."""
     for name in vault.rotation.due():
         _attempt(vault, trail, "rotate", name, vault.rotation.rotate)
     for name in vault.keys.due_for_purge():

@@ -1,4 +1,4 @@
-"""A vault, opened: everything that answers requests, put together."""
+"""An opened vault: all parts of the service put together."""
 
 from __future__ import annotations
 
@@ -28,19 +28,21 @@ _log = logging.getLogger(__name__)
 
 
 class AuditSink(Protocol):
-    """Where records of key use go: :class:`virt_sse.audit.log.AuditLog`."""
+    """The audit log for key use: :class:`virt_sse.audit.log.AuditLog`."""
 
     def append(self, record: AuditRecord) -> object:
-        """Keep *record*, durably.
+        """Write *record* durably.
 
-        :raise VirtSseError: When that cannot be done.
+        :raise VirtSseError: When the record cannot be written.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Vault:
-    """:ivar audit: what is not recorded there is not answered.
-    :ivar token: what keeps RSA-HSM keys, of a vault that has such.
+    """The parts of an opened vault.
+
+    :ivar audit: the audit log; requests that cannot be recorded are refused.
+    :ivar hsm: the protection backend of RSA-HSM keys, if the vault has an HSM.
     """
 
     settings: VaultSettings
@@ -62,12 +64,12 @@ def open_vault(
     shortest_rotation: int | None = None,
     clock: Callable[[], float] = time.time,
 ) -> Iterator[Vault]:
-    """Open the vault in *directory*; nobody else can while it is open.
+    """Open the vault in *directory*, exclusively.
 
-    :param token_seconds: how long access tokens are good for.
+    :param token_seconds: lifetime of access tokens.
     :param shortest_rotation: the shortest interval in a rotation policy, in seconds; default Azure's 7 days.
     :param clock: seconds since 1970.
-    :raise VaultError: When there is none, it is damaged, or another process has it.
+    :raise VaultError: When there is no vault, the vault is damaged, or another process holds its lock.
     """
     settings = directory.settings()
     with contextlib.ExitStack() as stack:

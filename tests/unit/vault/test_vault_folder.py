@@ -156,7 +156,7 @@ def test_an_address_is_a_url(tmp_path: Path) -> None:
 
 def test_another_root_key_opens_nothing(directory: VaultDirectory, records: Records) -> None:
     directory.root_key_path.write_bytes(bytes(32))
-    with pytest.raises(VaultError, match="not the one"), open_vault(directory, records):
+    with pytest.raises(VaultError, match="not the original root key"), open_vault(directory, records):
         pass
     directory.root_key_path.write_bytes(b"short")
     with pytest.raises(VaultError, match="32 bytes"), open_vault(directory, records):

@@ -1,4 +1,4 @@
-"""The vault's SQLite database: every change one transaction that survives a kill and a power cut."""
+"""The vault's SQLite database: every change is one transaction that survives a kill and a power cut."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _CONNECTIONS = 16
 
 
 class Database:
-    """Connections to the database at *path*, made if it is not there. Threads may share one.
+    """Connections to the database at *path*, created and migrated if necessary. Thread-safe.
 
-    :raise VaultError: When it cannot be opened, is damaged, or is a newer version's.
+    :raise VaultError: When the database cannot be opened, is damaged, or was written by a newer version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,29 +48,29 @@ class Database:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Connection]:
-        """A transaction that changes things: all of it, durably, or nothing.
+        """Open a transaction for changes: all of them durable, or none.
 
-        :raise Refusal: When the database cannot take it: a full disk, for one.
+        :raise Refusal: When the database cannot be written, for example because the disk is full.
         """
         with _refusing(), self._engine.begin() as connection:
             yield connection
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A connection for one statement that changes nothing.
+        """Open a connection for one read-only statement.
 
-        :raise Refusal: When the database does not answer.
+        :raise Refusal: When the database cannot be read.
         """
         with _refusing(), self._engine.connect() as connection:
             yield connection.execution_options(**READ_ONLY)
 
     def close(self) -> None:
-        """Let go of all connections."""
+        """Close all connections."""
         self._engine.dispose()
 
 
 def _engine(path: Path) -> Engine:
-    if not path.exists():  # SQLite itself would make it readable to all
+    if not path.exists():  # a file created by SQLite would be world-readable
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE))
     url = URL.create("sqlite", database=str(path))
     return sqlite_engine(url, busy_seconds=_BUSY_TIMEOUT_SECONDS, pool_size=_CONNECTIONS)

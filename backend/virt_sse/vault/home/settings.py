@@ -1,4 +1,4 @@
-"""What a vault is: its names and rules, fixed when it is made."""
+"""The settings of a vault, fixed when the vault is created."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEFAULT_PORT = 8443
 
 
 class Tier(enum.Enum):
-    """What a vault is sold as: a premium one may also have keys in an HSM."""
+    """The vault's tier, as in Azure: a premium vault may also have keys in an HSM."""
 
     STANDARD = "standard"
     PREMIUM = "premium"
@@ -61,7 +61,8 @@ class VaultSettings(
     :ivar hosts: names and addresses in the server's certificate.
     :ivar retention_days: how long a deleted key can be recovered.
     :ivar purge_protection: refuse to purge a deleted key earlier. Cannot be switched off again.
-    :ivar hsm: ``None`` for a vault without RSA-HSM keys; premium vaults of older versions have none either.
+    :ivar hsm: ``None`` for a vault without RSA-HSM keys: standard vaults and premium vaults of older
+        versions.
     """
 
     name: str
@@ -84,14 +85,14 @@ class VaultSettings(
         try:
             UUID(self.tenant)
         except ValueError:
-            raise InvalidValueError(f"tenant {self.tenant[:80]!r} is no UUID") from None
+            raise InvalidValueError(f"invalid tenant {self.tenant[:80]!r}: not a UUID") from None
         if self.hsm is not None and self.tier is Tier.STANDARD:
-            raise InvalidValueError("a standard vault has no HSM; a premium vault has")
+            raise InvalidValueError("a standard vault has no HSM; choose the premium tier")
         for host in self.hosts:
             if not _HOST.match(host) and not _is_address(host):
-                raise InvalidValueError(f"{host[:80]!r} is no host name or address")
+                raise InvalidValueError(f"invalid host name or address {host[:80]!r}")
         if self.retention_days not in RETENTION_DAYS:
-            raise InvalidValueError(f"deleted keys are kept for 7 to 90 days, not {self.retention_days}")
+            raise InvalidValueError(f"retention must be 7 to 90 days, not {self.retention_days}")
 
     @property
     def port(self) -> int:
@@ -100,17 +101,17 @@ class VaultSettings(
 
     @property
     def issuer(self) -> str:
-        """Who issues the vault's tokens."""
+        """The issuer (``iss``) of the vault's access tokens."""
         return f"{self.url}/{self.tenant}/v2.0"
 
     @property
     def token_endpoint(self) -> str:
-        """Where tokens are to be had, and whom client assertions are for."""
+        """The URL of the token endpoint, which is also the audience of client assertions."""
         return f"{self.url}/{self.tenant}/oauth2/v2.0/token"
 
     @property
     def recovery_level(self) -> str:
-        """Azure's name for what can be done about a deleted key."""
+        """Azure's name for the ways to recover a deleted key."""
         level = "Recoverable" if self.purge_protection else "Recoverable+Purgeable"
         return level if self.retention_days == RETENTION_DAYS[-1] else f"Customized{level}"
 
@@ -144,5 +145,5 @@ def _is_address(host: str) -> bool:
 
 
 def url_of(host: str, port: int) -> str:
-    """The URL of a vault on *host*, which may be an IPv6 address."""
+    """Build the URL of a vault on *host*, a name, an IPv4 or an IPv6 address."""
     return f"https://{f'[{host}]' if ':' in host else host}:{port}"
