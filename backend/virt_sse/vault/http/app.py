@@ -1,7 +1,7 @@
-"""The HTTPS service: what happens to each request before and after its handler.
+"""The HTTPS service: the steps around each request's handler.
 
-In this order: the token, the permission, the body, the operation, the audit record, the answer. A body is not
-read for a caller that may not do what it asks for.
+In this order: access token, permission, body, operation, audit record, response. The body of an unauthorized
+request is not read.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ T = TypeVar("T")
 
 
 class _Segment(Convertor[str]):
-    """A part of a path that may be empty: the SDK asks for the newest version as ``/keys/NAME/``."""
+    """A segment of a path, possibly empty: the SDK requests the newest version as ``/keys/NAME/``."""
 
     regex = "[^/]*"
 
@@ -66,23 +66,23 @@ register_url_convertor("segment", _Segment())
 
 
 class VaultApplication:
-    """The ASGI application over *vault*, and the threads in which it works."""
+    """The ASGI application over *vault*, and its thread pools."""
 
     def __init__(self, vault: Vault, limits: Limits) -> None:
         self.vault = vault
         self.trail = Trail(vault.audit)
-        # Each waits for the audit log's disk now and then; RSA lets the interpreter go.
+        # Threads: RSA releases the interpreter lock, and each operation waits for the audit log's disk.
         self.quick = ThreadPoolExecutor(max(8, 4 * (os.cpu_count() or 1)), "vault-quick")
         self.slow = ThreadPoolExecutor(2, "vault-slow")
         self.limiter = Limiter(_guarded(self._starlette()), limits)
 
     def close(self) -> None:
-        """Wait for what is under way, and end the threads."""
+        """Wait for running operations, and end the threads."""
         self.quick.shutdown()
         self.slow.shutdown()
 
     def challenge(self) -> str:
-        """Where tokens are to be had, and for what: as Azure says it."""
+        """Build the ``WWW-Authenticate`` challenge, in Azure's form: token endpoint and audience."""
         settings = self.vault.settings
         return f'Bearer authorization="{settings.url}/{settings.tenant}", resource="{settings.audience}"'
 
@@ -95,7 +95,7 @@ class VaultApplication:
             Route(f"/{tenant}/discovery/v2.0/keys", _constant(tokens.jwks())),
             Route("/healthz", _constant({"status": "ok"})),
         ]
-        app = Starlette(routes=routes, exception_handlers={HTTPException: _no_such_path})
+        app = Starlette(routes=routes, exception_handlers={HTTPException: _unroutable})
         app.router.redirect_slashes = False
         return app
 
@@ -135,7 +135,7 @@ class _Endpoint:
     ) -> Reply:
         token = headers.get("authorization")
         if token is None:
-            raise unauthorized("A token is needed.")
+            raise unauthorized("An access token is required.")
         try:
             principal = self._principal(token)
             asked = asked.by(principal)
@@ -170,7 +170,7 @@ class _Endpoint:
             )
 
     def _perform(self, asked: AuditedRequest, call: Call) -> Reply:
-        """Do it and record it; in a thread."""
+        """Run the operation and record it; in a thread."""
         try:
             if self._operation.announced:
                 self._application.trail.requested(asked)
@@ -225,7 +225,7 @@ class _TokenEndpoint:
         try:
             fields = parse_qs(body.decode("ascii"), max_num_fields=32)
         except ValueError:
-            raise OAuthError(400, "invalid_request", "the request is no form") from None
+            raise OAuthError(400, "invalid_request", "the request is not a form") from None
         form = {name: values[0] for name, values in fields.items() if len(values) == 1}
         try:
             principal, answer = self._application.vault.tokens.issue(form)
@@ -243,18 +243,18 @@ class _TokenEndpoint:
 
 
 def _guarded(app: ASGIApp) -> ASGIApp:
-    """*app*, spared the paths that nobody could mean, and answering for what goes wrong unforeseen."""
+    """Wrap *app* with a filter for malformed paths."""
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not _could_be_meant(scope):
-            await refuse(scope, send, bad_parameter("The path is too long, or holds what no name may hold."))
+        if scope["type"] == "http" and not _is_well_formed(scope):
+            await refuse(scope, send, bad_parameter("The path is too long or has invalid characters."))
             return
         await app(scope, receive, send)
 
     return guarded
 
 
-def _could_be_meant(scope: Scope) -> bool:
+def _is_well_formed(scope: Scope) -> bool:
     path: str = scope["path"]
     return len(path) <= _LONGEST_PATH and path.isprintable() and b"%2f" not in scope["raw_path"].lower()
 
@@ -266,10 +266,10 @@ def _constant(document: Mapping[str, object]) -> Callable[[Request], Response]:
     return endpoint
 
 
-def _no_such_path(_request: Request, exc: Exception) -> Response:
+def _unroutable(_request: Request, exc: Exception) -> Response:
     status = exc.status_code if isinstance(exc, HTTPException) else 404
     code, message = (
-        ("MethodNotAllowed", "Not this way.") if status == 405 else ("NotFound", "There is nothing here.")
+        ("MethodNotAllowed", "Method not allowed.") if status == 405 else ("NotFound", "No such path.")
     )
     return JSONResponse(Refusal(status, code, message).body(), status)
 

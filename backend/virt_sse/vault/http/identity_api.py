@@ -1,7 +1,8 @@
-"""The vault's management interface: principals and what they may do.
+"""The vault's management interface: principals and permissions.
 
-``/identity/principals`` and ``/access/policies``; JSON, with Azure's error bodies. Administrators may do all
-of it. An identity operator may make principals without any rights, and see and delete those it made.
+``/identity/principals`` and ``/access/policies``; JSON, with Azure's error bodies. Administrators may use all
+operations. An identity operator may create principals without permissions, and see and delete its own
+creations.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def remove_policy(call: Call) -> Reply:
 
 
 def status(call: Call) -> Reply:
-    """What the vault is, for anyone it knows."""
+    """Describe the vault, to any principal."""
     settings = call.vault.settings
     live, deleted = call.vault.keys.count()
     return Reply(
@@ -118,7 +119,7 @@ def status(call: Call) -> Reply:
 
 
 def _hsm(call: Call) -> str | None:
-    """How the vault's token is; why it cannot be used, for administrators alone."""
+    """Describe the state of the vault's HSM; the reason of a failure is for administrators only."""
     hsm = call.vault.hsm
     if hsm is None:
         return "none" if call.vault.settings.tier is Tier.PREMIUM else None
@@ -129,7 +130,7 @@ def _hsm(call: Call) -> str | None:
 
 
 def principal_document(principal: Principal, tenant: str) -> dict[str, object]:
-    """A principal, as answers have it."""
+    """Encode a principal as JSON."""
     return {
         "client_id": principal.client_id,
         "object_id": principal.object_id,
@@ -157,18 +158,18 @@ def _administers(call: Call) -> bool:
 
 def _require_administrator(call: Call) -> None:
     if not _administers(call):
-        raise forbidden("This takes an administrator of the vault.", "AdministratorRequired")
+        raise forbidden("The caller must be an administrator of the vault.", "AdministratorRequired")
 
 
 def _require_operator(call: Call) -> None:
     if call.principal.role is Role.NONE:
         raise forbidden(
-            "This takes an administrator or an identity operator of the vault.", "OperatorRequired"
+            "The caller must be an administrator or an identity operator of the vault.", "OperatorRequired"
         )
 
 
 def _managed(call: Call) -> Principal:
-    """The principal in the path, if the caller may manage it; to others it is not there."""
+    """Find the principal in the path; not found, too, if the caller may not manage this principal."""
     _require_operator(call)
     if _administers(call):
         return call.vault.principals.get(call.name)

@@ -157,8 +157,8 @@ unwrap = functools.partial(_decrypt, "unwrapKey")
 
 
 def unsupported(call: Call) -> Reply:
-    """Sign and verify."""
-    raise bad_parameter("Property alg: this vault's keys wrap and encrypt, they do not sign.")
+    """Refuse sign and verify."""
+    raise bad_parameter("Property alg: keys of this vault cannot sign or verify, only wrap and encrypt.")
 
 
 def _bundle(call: Call, record: KeyVersion) -> Reply:
@@ -175,7 +175,7 @@ def _policy(call: Call, policy: dict[str, object]) -> Reply:
 
 
 def _page(call: Call) -> tuple[int, str]:
-    """How many are asked for, and after which one."""
+    """Read the page's size and the item before the page from the query."""
     given = call.query.get("maxresults", str(_PAGE))
     if not (given.isascii() and given.isdigit()) or len(given) > 3 or not 1 <= int(given) <= _PAGE:
         raise bad_parameter(f"maxresults must be between 1 and {_PAGE}.")
@@ -183,7 +183,7 @@ def _page(call: Call) -> tuple[int, str]:
 
 
 def _list(call: Call, items: Sequence[object], tokens: Sequence[str], limit: int) -> Reply:
-    """A page, with a link to the next one if there are more than *limit*."""
+    """Build a page, with a link to the next page if there are more than *limit* items."""
     link = None
     if len(tokens) > limit:
         query = dict(call.query) | {"$skiptoken": tokens[limit - 1], "maxresults": str(limit)}

@@ -1,4 +1,4 @@
-"""How much the vault takes on at once; beyond that it answers 429 at once instead of everything late."""
+"""Load limits: excess requests get 429 at once, so that accepted requests stay fast."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ _HEALTH = "/healthz"
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """:ivar concurrency: requests under way.
-    :ivar rate: requests a second, on average; 0 for no such limit. One second's worth may come at once.
+    """Load limits of a vault.
+
+    :ivar concurrency: most concurrent requests.
+    :ivar rate: most requests a second on average; 0 for no limit. One second's requests may arrive at once.
     """
 
     concurrency: int = 512
@@ -27,11 +29,13 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.concurrency < 1 or not 0 <= self.rate < math.inf:
-            raise InvalidValueError("a vault takes at least one request at once, and no negative rate")
+            raise InvalidValueError(
+                "the concurrency limit must be at least 1, and the rate limit not negative"
+            )
 
 
 class Limiter:
-    """Keeps *app* within *limits*. Runs in the event loop alone."""
+    """Keeps *app* within *limits*. For the event loop's thread only."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self._app = app
@@ -43,11 +47,11 @@ class Limiter:
         self._rate_limit = RateLimit(limits.rate, max(1.0, limits.rate)) if limits.rate else None
 
     def close(self) -> None:
-        """Take no more requests."""
+        """Refuse new requests."""
         self._closing = True
 
     async def idle(self) -> None:
-        """Wait until no request is under way."""
+        """Wait until no request is running."""
         await self._idle.wait()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

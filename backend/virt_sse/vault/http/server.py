@@ -48,13 +48,13 @@ def serve(
 ) -> None:
     """Serve the vault in *path* until SIGTERM or SIGINT.
 
-    :param port: default the one in the vault's URL.
-    :param token_seconds: how long access tokens are good for.
+    :param port: by default the port in the vault's URL.
+    :param token_seconds: lifetime of access tokens.
     :param shortest_rotation: the shortest interval in a rotation policy, in seconds; default Azure's 7 days.
-    :param upkeep_seconds: how often due rotations and purges are looked for.
-    :param listening: told the URL once requests are answered.
-    :raise VaultError: When there is no vault, its files are open to others, another process serves it, or
-        nobody may listen there.
+    :param upkeep_seconds: interval of checks for due rotations and purges.
+    :param listening: called with the URL once the server accepts requests.
+    :raise VaultError: When there is no vault, its files are open to others, another process serves the vault,
+        or the address cannot be used.
     """
     directory = VaultDirectory(path)
     with open_vault(
@@ -72,7 +72,7 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, telling when it listens, and ending rather than dying of a signal."""
+    """uvicorn, with a callback once it listens, and a clean exit after a signal."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class _Server(uvicorn.Server):
         self._listening(url_of(host, port))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End what is under way, refuse what comes, and close connections without waiting for clients."""
+        """Finish running requests, refuse new requests, and close connections without waiting for clients."""
         self.application.limiter.close()
         for server in self.servers:
             server.close()
