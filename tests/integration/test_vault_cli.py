@@ -181,7 +181,7 @@ def test_a_vault_is_given_a_token_that_was_there(
     root: Path, virt_sse: CommandLine, lab_token: LabToken
 ) -> None:
     uri = ("--hsm-uri", str(lab_token.uri))
-    assert "standard vault has no token" in virt_sse.refuses("vault", "init", *uri, status=2)
+    assert "standard vault has no HSM" in virt_sse.refuses("vault", "init", *uri, status=2)
     assert "--hsm-uri names" in virt_sse.refuses(
         "vault", "init", "--tier", "premium", "--hsm-pin-file", lab_token.folder.pin, status=2
     )

@@ -97,8 +97,8 @@ class FailureRefusal(Refusal):
     """
 
     def __init__(self, message: str, detail: str) -> None:
-        told = unavailable(message)
-        super().__init__(told.status, told.code, told.message, retry_after=told.retry_after)
+        base = unavailable(message)
+        super().__init__(base.status, base.code, base.message, retry_after=base.retry_after)
         self.detail = detail
 
 

@@ -46,7 +46,7 @@ class Trail:
     """Writes audit records.
 
     :param sink: the audit log.
-    :param strangers: most records a second about unauthenticated callers, who must not fill the disk.
+    :param strangers: maximum of records a second about unauthenticated callers, who must not fill the disk.
     """
 
     def __init__(self, sink: AuditSink, *, strangers: float = 10.0) -> None:

@@ -20,8 +20,8 @@ _HEALTH = "/healthz"
 class Limits:
     """Load limits of a vault.
 
-    :ivar concurrency: most concurrent requests.
-    :ivar rate: most requests a second on average; 0 for no limit. One second's requests may arrive at once.
+    :ivar concurrency: maximum of concurrent requests.
+    :ivar rate: maximum of requests a second on average; 0 for no limit. Bursts of one second are allowed.
     """
 
     concurrency: int = 512

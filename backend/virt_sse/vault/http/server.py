@@ -137,7 +137,7 @@ async def _keep_up(server: _Server, directory: VaultDirectory, vault: Vault, sec
             await asyncio.to_thread(upkeep, vault, server.application.trail)
             if _renew_certificate(directory, vault.settings) and server.config.ssl:
                 server.config.ssl.load_cert_chain(directory.server_path)
-        except Exception:  # noqa: BLE001 -- it is tried again, and requests are answered meanwhile
+        except Exception:  # noqa: BLE001 -- retried later; requests must go on meanwhile
             _log.exception("the vault's upkeep failed")
 
 
