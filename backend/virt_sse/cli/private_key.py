@@ -24,7 +24,7 @@ def read_private_key(file: Path) -> RSAPrivateKey:
     except OSError as exc:
         raise InvalidValueError(f"cannot read {file}: {exc.strerror}") from exc
     except (ValueError, TypeError) as exc:
-        raise InvalidValueError(f"{file} is not a private key in PEM without a passphrase") from exc
+        raise InvalidValueError(f"{file} has no private key in PEM without a passphrase") from exc
     if not isinstance(key, RSAPrivateKey):
-        raise InvalidValueError(f"{file} is not an RSA key")
+        raise InvalidValueError(f"{file} has no RSA key")
     return key
