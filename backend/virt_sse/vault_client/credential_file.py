@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import secrets
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
 import jwt
+import msgspec
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -23,14 +21,16 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from virt_sse.errors import CredentialError
+from virt_sse.system.documents import DocumentError, from_json
 from virt_sse.system.files import write_private
 
 _FORMAT = "virt-sse-vault-credential-1"
 _ASSERTION_SECONDS = 300
 
 
-@dataclass(frozen=True, slots=True)
-class CredentialFile:
+class CredentialFile(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="format", tag=_FORMAT
+):
     """A principal's credential for one vault.
 
     :ivar vault_url: the vault's URL.
@@ -42,21 +42,27 @@ class CredentialFile:
     """
 
     vault_url: str
-    ca_certificate: str = field(repr=False)
+    ca_certificate: str
     audience: str
     tenant: str
     client_id: str
     object_id: str
     token_endpoint: str
-    private_key: str = field(repr=False)
+    private_key: str
     expires: int | None
+
+    def __repr__(self) -> str:
+        return f"CredentialFile({self.client_id!r} at {self.vault_url!r})"  # without the private key
+
+    def __rich_repr__(self) -> list[tuple[str, object]]:
+        return [("client_id", self.client_id), ("vault_url", self.vault_url)]
 
     def __post_init__(self) -> None:
         for url in (self.vault_url, self.token_endpoint):
             if not url.startswith("https://"):
                 raise CredentialError("a credential file's URLs must be https")
         if origin(self.vault_url) != origin(self.token_endpoint):
-            raise CredentialError("a credential file's token endpoint must be its vault's own")
+            raise CredentialError("a credential file's token endpoint must belong to its vault")
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -71,32 +77,19 @@ class CredentialFile:
                     raise CredentialError(
                         f"the credential file {path} is open to others", hint=f"chmod go= {path}"
                     )
-                document = json.loads(file.read())
+                return from_json(file.read(), cls)
         except OSError as exc:
             raise CredentialError(f"cannot read the credential file {path}: {exc.strerror}") from exc
-        except (ValueError, RecursionError):
-            raise CredentialError(f"{path} is no credential file") from None  # the content is secret
-        names = {each.name for each in dataclasses.fields(cls)}
-        if (
-            not isinstance(document, dict)
-            or document.pop("format", None) != _FORMAT
-            or set(document) != names
-        ):
-            raise CredentialError(f"{path} is no credential file of a version known here")
-        expires = document["expires"]
-        texts = all(isinstance(document[name], str) for name in names - {"expires"})
-        if not texts or not (expires is None or isinstance(expires, int)):
-            raise CredentialError(f"{path} is no credential file of a version known here")
-        return cls(**document)
+        except DocumentError as exc:
+            raise CredentialError(f"{path} is no credential file of a known version: {exc}") from None
 
     def write(self, path: Path) -> None:
         """Write the credential to *path*, replacing the file.
 
         :raise CredentialError: When the file cannot be written.
         """
-        document = {"format": _FORMAT} | dataclasses.asdict(self)
         try:
-            write_private(path, json.dumps(document, indent=2).encode() + b"\n")
+            write_private(path, msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
         except OSError as exc:
             raise CredentialError(f"cannot write the credential file {path}: {exc.strerror}") from exc
 
