@@ -18,7 +18,7 @@ from virt_sse.vault.vault import AuditSink
 
 _log = logging.getLogger(__name__)
 
-_NOBODY = "unknown"
+_UNAUTHENTICATED = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,55 +46,60 @@ class Trail:
     """Writes audit records.
 
     :param sink: the audit log.
-    :param strangers: maximum of records a second about unauthenticated callers, who must not fill the disk.
+    :param unauthenticated_rate: maximum of records a second about unauthenticated callers, who could fill
+        the disk otherwise.
     """
 
-    def __init__(self, sink: AuditSink, *, strangers: float = 10.0) -> None:
+    def __init__(self, sink: AuditSink, *, unauthenticated_rate: float = 10.0) -> None:
         self._sink = sink
-        self._strangers = RateLimit(strangers, strangers)
+        self._unauthenticated = RateLimit(unauthenticated_rate, unauthenticated_rate)
         self._lock = threading.Lock()
 
-    def requested(self, asked: AuditedRequest) -> None:
+    def requested(self, request: AuditedRequest) -> None:
         """Record an irreversible operation before its start.
 
         :raise Refusal: When the record cannot be written; the operation must not be started then.
         """
-        self._append(asked, asked.version, Result.REQUESTED, None)
+        self._append(request, request.version, Result.REQUESTED, None)
 
-    def allowed(self, asked: AuditedRequest, version: str | None) -> None:
+    def allowed(self, request: AuditedRequest, version: str | None) -> None:
         """Record a completed operation.
 
         :param version: the key version used, when the request did not name a version.
         :raise Refusal: When the record cannot be written; the result must not be sent then.
         """
-        self._append(asked, version or asked.version, Result.ALLOWED, None)
+        self._append(request, version or request.version, Result.ALLOWED, None)
 
-    def refused(self, asked: AuditedRequest, refusal: Refusal) -> None:
+    def refused(self, request: AuditedRequest, refusal: Refusal) -> None:
         """Record a refused request.
 
         :raise Refusal: When the record cannot be written.
         """
-        if asked.actor is None:
+        if request.actor is None:
             with self._lock:
-                if self._strangers.take():
-                    _log.warning("too many refused unauthenticated requests to record, from %s", asked.source)
+                if self._unauthenticated.take():
+                    _log.warning(
+                        "too many refused unauthenticated requests to record, from %s", request.source
+                    )
                     return
-        self._append(asked, asked.version, Result.REFUSED, refusal.reason)
+        self._append(request, request.version, Result.REFUSED, refusal.reason)
 
-    def _append(self, asked: AuditedRequest, version: str | None, result: Result, reason: str | None) -> None:
+    def _append(
+        self, request: AuditedRequest, version: str | None, result: Result, reason: str | None
+    ) -> None:
         try:
             self._sink.append(
                 AuditRecord(
                     component=Component.VAULT,
-                    actor=asked.actor or _NOBODY,
-                    action=asked.action,
-                    key=asked.key,
+                    actor=request.actor or _UNAUTHENTICATED,
+                    action=request.action,
+                    key=request.key,
                     key_version=version,
-                    disk=asked.disk,
-                    source=asked.source,
+                    disk=request.disk,
+                    source=request.source,
                     result=result,
                     reason=reason,
-                    correlation=asked.correlation,
+                    correlation=request.correlation,
                 )
             )
         except VirtSseError as exc:

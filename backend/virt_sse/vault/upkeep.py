@@ -28,7 +28,7 @@ def upkeep(vault: Vault, trail: Trail) -> None:
 def _attempt(
     vault: Vault, trail: Trail, action: str, name: str, do: Callable[[str], KeyVersion | None]
 ) -> None:
-    asked = AuditedRequest(
+    request = AuditedRequest(
         action=action,
         actor=_ACTOR,
         key=f"{vault.settings.url}/keys/{name}",
@@ -38,8 +38,8 @@ def _attempt(
         correlation=uuid.uuid4(),
     )
     try:
-        trail.requested(asked)
+        trail.requested(request)
         made = do(name)
-        trail.allowed(asked, made.version if made else None)
+        trail.allowed(request, made.version if made else None)
     except Refusal as refusal:
         _log.warning("cannot %s key %s: %s", action, name, refusal.message)

@@ -112,7 +112,7 @@ class _Endpoint:
         operation, path = self._operation, scope["path_params"]
         headers = headers_of(scope)
         about = f"{self._vault.settings.url}{operation.subject.format(name=path.get('name', '')[:128])}"
-        asked = AuditedRequest(
+        request = AuditedRequest(
             action=operation.action,
             key=about,
             actor=None,
@@ -122,7 +122,7 @@ class _Endpoint:
             correlation=correlation_of(headers),
         )
         try:
-            answer = await self._answer(asked, scope, receive, headers)
+            answer = await self._answer(request, scope, receive, headers)
         except ClientGoneError:
             return
         except Refusal as refusal:
@@ -131,18 +131,18 @@ class _Endpoint:
             await respond(scope, send, answer.status, answer.body)
 
     async def _answer(
-        self, asked: AuditedRequest, scope: Scope, receive: Receive, headers: Mapping[str, str]
+        self, request: AuditedRequest, scope: Scope, receive: Receive, headers: Mapping[str, str]
     ) -> Reply:
         token = headers.get("authorization")
         if token is None:
             raise unauthorized("An access token is required.")
         try:
             principal = self._principal(token)
-            asked = asked.by(principal)
+            request = request.by(principal)
             self._permit(principal)
             body = await read_body(receive, headers, self._operation.body_limit)
         except Refusal as refusal:
-            await _run(self._application.quick, partial(self._application.trail.refused, asked, refusal))
+            await _run(self._application.quick, partial(self._application.trail.refused, request, refusal))
             raise
         call = Call(
             vault=self._vault,
@@ -152,7 +152,7 @@ class _Endpoint:
             body=body,
         )
         pool = self._application.slow if self._operation.slow else self._application.quick
-        return await _run(pool, partial(self._perform, asked, call))
+        return await _run(pool, partial(self._perform, request, call))
 
     def _principal(self, authorization: str) -> Principal:
         token = bearer(authorization)
@@ -169,25 +169,25 @@ class _Endpoint:
                 "ForbiddenByPolicy",
             )
 
-    def _perform(self, asked: AuditedRequest, call: Call) -> Reply:
+    def _perform(self, request: AuditedRequest, call: Call) -> Reply:
         """Run the operation and record it; in a thread."""
         try:
             if self._operation.announced:
-                self._application.trail.requested(asked)
+                self._application.trail.requested(request)
             answer = self._operation.handler(call)
         except Refusal as refusal:
             if isinstance(refusal, FailureRefusal):
                 _log.error("%s", refusal.detail)
-            self._application.trail.refused(asked, refusal)
+            self._application.trail.refused(request, refusal)
             raise
         except Exception as exc:
             _log.exception("%s failed", self._operation.action)
-            self._application.trail.refused(asked, internal())
+            self._application.trail.refused(request, internal())
             raise internal() from exc
         if self._operation.recorded:
             if answer.subject is not None:
-                asked = dataclasses.replace(asked, key=f"{self._vault.settings.url}{answer.subject}")
-            self._application.trail.allowed(asked, answer.version)
+                request = dataclasses.replace(request, key=f"{self._vault.settings.url}{answer.subject}")
+            self._application.trail.allowed(request, answer.version)
         return answer
 
 
@@ -199,7 +199,7 @@ class _TokenEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = headers_of(scope)
-        asked = AuditedRequest(
+        request = AuditedRequest(
             action="token",
             key=self._application.vault.settings.token_endpoint,
             actor=None,
@@ -210,7 +210,7 @@ class _TokenEndpoint:
         )
         try:
             body = await read_body(receive, headers, _TOKEN_REQUEST_LIMIT)
-            answer = await _run(self._application.quick, partial(self._issue, asked, body))
+            answer = await _run(self._application.quick, partial(self._issue, request, body))
         except ClientGoneError:
             return
         except OAuthError as error:
@@ -220,7 +220,7 @@ class _TokenEndpoint:
         else:
             await respond(scope, send, 200, answer)
 
-    def _issue(self, asked: AuditedRequest, body: bytes) -> dict[str, object]:
+    def _issue(self, request: AuditedRequest, body: bytes) -> dict[str, object]:
         trail = self._application.trail
         try:
             fields = parse_qs(body.decode("ascii"), max_num_fields=32)
@@ -230,7 +230,7 @@ class _TokenEndpoint:
         try:
             principal, answer = self._application.vault.tokens.issue(form)
         except OAuthError as error:
-            trail.refused(asked, Refusal(error.status, error.error, error.description))
+            trail.refused(request, Refusal(error.status, error.error, error.description))
             raise
         except FailureRefusal as refusal:
             _log.error("%s", refusal.detail)
@@ -238,7 +238,7 @@ class _TokenEndpoint:
         except Exception as exc:
             _log.exception("issuing a token failed")
             raise internal() from exc
-        trail.allowed(asked.by(principal), None)
+        trail.allowed(request.by(principal), None)
         return answer
 
 
