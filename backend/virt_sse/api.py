@@ -1,7 +1,7 @@
 """The names that plugins import: the stable surface of virt-sse.
 
 Plugins import from this module. They may also import :mod:`virt_sse.pkcs11` (for PKCS#11 tokens) and
-:mod:`virt_sse.vault_client` (for vaults), and the functions of their commands
+:mod:`virt_sse.vault_client` (for vaults). The functions of a plugin's commands may import
 :mod:`virt_sse.cli.output` and :mod:`virt_sse.cli.session`. All other modules may change in any version.
 """
 
