@@ -17,7 +17,7 @@ from virt_sse.api import (
     sync_folder,
     write_private,
 )
-from virt_sse_plugins.key_providers.platform_keyring import KEY_BYTES, Keyring, RootKey
+from virt_sse_plugins.key_providers.platform_keyring import KEY_BYTES, Keyring, KeyringRootKey
 
 
 class KeyringFolder:
@@ -130,7 +130,9 @@ class KeyringFolder:
                 f"the root key has {len(material)} bytes instead of {KEY_BYTES} ({root_key_path})",
                 hint="restore it from a backup",
             )
-        return Keyring.parse(self._keyring_path.read_bytes(), RootKey(material), path=self._keyring_path)
+        return Keyring.parse(
+            self._keyring_path.read_bytes(), KeyringRootKey(material), path=self._keyring_path
+        )
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -187,6 +187,7 @@ def test_a_site_replaces_the_tables(tmp_path: Path) -> None:
         "x = 1",
         "[regions.default]\nencryption-at-host = 1",
         '[[sizes]]\nsupported = ["a"]',
+        '[[sizes]]\ntype = "ours"\nunsuported = ["large"]',
     ):
         tables.write_text(content)
         site.refuses(update(), "policy's tables")
