@@ -95,7 +95,7 @@ def test_uris_that_name_no_key(text: str) -> None:
     [
         ({"pin": "1234"}, "unknown option 'pin'"),
         ({"uri": 1}, "must be a string"),
-        ({"uri": "token=a"}, "begins with"),
+        ({"uri": "token=a"}, "must begin with"),
         ({"uri": "pkcs11:?pin-source=/x"}, "does not name a token"),
         ({"uri": "pkcs11:token=a;object=k"}, "not a key inside"),
         ({"uri": "pkcs11:token=a?pin-value=1"}, "may not hold a PIN"),

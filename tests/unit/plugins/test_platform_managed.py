@@ -257,9 +257,9 @@ def test_what_is_open_to_others_is_refused(
     wrapped = wrap(provider, dek)
     path = directory / name
     path.chmod(right | extra)
-    with pytest.raises(KeyringError, match="open to other users"):  # also where it was read before
+    with pytest.raises(KeyringError, match="accessible to other users"):  # also where it was read before
         provider.unwrap(wrapped, context=CONTEXT)
-    error = assert_every_use_is_refused(directory, rf"open to other users \(mode {right | extra:04o}\)")
+    error = assert_every_use_is_refused(directory, rf"accessible to other users \(mode {right | extra:04o}\)")
     assert error.hint == f"chmod {right:04o} {path}"
     path.chmod(right)
     assert provider.unwrap(wrapped, context=CONTEXT) == dek
@@ -270,7 +270,7 @@ def test_what_is_open_to_others_is_refused(
 @pytest.mark.parametrize("name", ["", "root.key", "keyring.json"])
 def test_what_belongs_to_another_user_is_refused(directory: Path, name: str) -> None:
     os.chown(directory / name, 65534, -1)
-    error = assert_every_use_is_refused(directory, "belongs to user 65534, not to user 0")
+    error = assert_every_use_is_refused(directory, "belongs to user 65534, not to the current user 0")
     assert error.hint == f"chown 0 {directory / name}"
 
 
