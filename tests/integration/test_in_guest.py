@@ -290,7 +290,7 @@ def test_a_running_guest_is_looked_at(
             backend.vms.update(name, at_host)
         guest.undefine()
         backend.vms.update(guest_without.name, at_host)
-        with pytest.raises(PolicyError, match=r"'t\w+' does not go with encryption at host: .* LUKS2"):
+        with pytest.raises(PolicyError, match=r"'t\w+' is incompatible with encryption at host: .* LUKS2"):
             backend.hotplug.attach(name, guest_without.name)
 
 

@@ -251,7 +251,7 @@ def test_a_vault_ends_with_its_owner() -> None:
 
 def test_a_lab_vault_that_cannot_start_says_why() -> None:
     with served() as vault:
-        with pytest.raises(LabError, match="runs already"):
+        with pytest.raises(LabError, match="already running"):
             vault.start()
         vault.stop()
         (vault.directory / "root.key").chmod(0o644)

@@ -425,7 +425,7 @@ def test_settings_there_and_back(directory: VaultDirectory, token: LabToken) -> 
     [
         ({"uri": "pkcs11:"}, "which token"),
         ({"uri": "pkcs11:token=x;pin-value=1234"}, "may not hold a PIN"),
-        ({"uri": "pkcs11:token=x;object=y"}, "no key in it"),
+        ({"uri": "pkcs11:token=x;object=y"}, "not a key inside"),
         ({"uri": "pkcs11:token=x", "module": "no-such-module"}, "no PKCS#11 module"),
         ({"uri": "pkcs11:token=x", "pin": "1234"}, "unknown option"),
     ],
