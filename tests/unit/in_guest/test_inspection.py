@@ -251,5 +251,5 @@ def test_a_key_that_cannot_be_used_is_no_pass() -> None:
     def look() -> list[Finding]:
         raise KeyDeniedError("key vault refused the unwrap")
 
-    with pytest.raises(PolicyError, match=r"cannot see whether .*: key vault refused the unwrap"):
+    with pytest.raises(PolicyError, match=r"cannot inspect .*: key vault refused the unwrap"):
         Content(look).in_guest_encryption()
