@@ -1,4 +1,4 @@
-"""The store's database connection, and its schema brought up to date at first use."""
+"""The store's database connection; migrates the schema at first use."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _BUSY_TIMEOUT_SECONDS = 30
 
 
 def open_engine(url: str) -> Engine:
-    """Connect to *url*, make the database if it is SQLite and not there, and migrate it.
+    """Connect to *url*, create a missing SQLite database, and migrate the schema.
 
-    :raise StoreError: When it cannot be opened, or was made by a newer version.
+    :raise StoreError: When the database cannot be opened, or a newer version has written the schema.
     """
     try:
         parsed = make_url(url)
@@ -59,9 +59,10 @@ def _open_sqlite(url: URL) -> Engine:
 
 @contextlib.contextmanager
 def _first_use(path: Path) -> Iterator[None]:
-    """Make the database file, 0600 (SQLite itself would make it readable to all), and queue its first users.
+    """Create the database file with mode 0600, and serialise processes until the schema is migrated.
 
-    The lock has a file of its own: closing a descriptor of the database would drop SQLite's locks on it.
+    SQLite itself would create a world-readable file. The lock uses a separate file, because closing a
+    descriptor of the database file would drop SQLite's locks.
     """
     descriptor = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
     try:
@@ -91,7 +92,7 @@ def _migrate(connection: Connection) -> None:
 
 @contextlib.contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
-    """One transaction that may write.
+    """A read-write transaction.
 
     :raise StoreError: When the database fails.
     """
@@ -101,7 +102,7 @@ def writing(engine: Engine) -> Iterator[Connection]:
 
 @contextlib.contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
-    """A connection that only reads; each statement sees its own moment.
+    """A read-only connection; each statement sees its own snapshot.
 
     :raise StoreError: When the database fails.
     """

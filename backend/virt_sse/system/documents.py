@@ -85,24 +85,29 @@ def _refuse_constant(name: str) -> object:
     raise DocumentError(f"malformed JSON: {name} is not a JSON number")
 
 
-def _check_scalars(value: object) -> None:
+def _check_scalars(value: object, place: str = "$") -> None:
     """Refuse values that msgspec accepts but SQLite, UTF-8 files or JSON writers cannot hold."""
+    problem = None
     match value:
         case dict():
-            for each in value.values():
-                _check_scalars(each)
+            for name, each in value.items():
+                _check_scalars(each, f"{place}.{name}")
         case list():
-            for each in value:
-                _check_scalars(each)
+            for number, each in enumerate(value):
+                _check_scalars(each, f"{place}[{number}]")
         case str():
             value.encode()
         case int() if value not in _INTEGERS:
-            raise DocumentError("integer out of the range of 64 bits")
+            problem = "integer out of the range of 64 bits"
         case float() if not math.isfinite(value):
-            raise DocumentError("number out of range")
+            problem = "number out of range"
+    if problem:
+        raise DocumentError(f"{problem} - at `{place}`")
 
 
 def _decode_path(kind: type, value: object) -> object:
+    if kind is object:
+        return value  # msgspec knows only typing.Any as a type of all values
     if kind is not Path:
         raise NotImplementedError(f"documents cannot hold a {kind}")
     if not isinstance(value, str):

@@ -31,7 +31,7 @@ from virt_sse.verification.monitor import block_graph
 from virt_sse.verification.processes import qemu_process
 from virt_sse.verification.running_disks import GUEST_QEMU, RunningDisks
 from virt_sse.verification.stage_evidence import StageEvidence
-from virt_sse.verification.verdict import AtRestFinding, DataPlace, DiskVerdict, Layer, Verdict
+from virt_sse.verification.verdict import AtRestFinding, DataPlace, DiskVerdict, DomainVerdict, Layer
 
 _LONGEST_CHAIN = 32
 TEMPORARY = "(temporary)"
@@ -72,7 +72,7 @@ class Verification:
         self._evidence = StageEvidence(host.config, host.stages)
         self._vms = vms
 
-    def verify(self, name: str, *, strict: bool = False) -> Verdict:
+    def verify(self, name: str, *, strict: bool = False) -> DomainVerdict:
         """Look at a domain: at what runs or, when it does not, at its definition and its images.
 
         :param strict: whether a disk in plaintext that is not ours is a problem also without encryption at
@@ -94,7 +94,7 @@ class Verification:
         problems += [
             f"{each.what} is in plaintext: {each.reason}" for each in rest if at_host and each.is_refused
         ]
-        return Verdict(
+        return DomainVerdict(
             domain=name,
             runs=runs,
             encryption_at_host=at_host,

@@ -45,6 +45,7 @@ def test_json_becomes_a_value() -> None:
         "inner": {"port-number": 7},
         "color": "red",
         "identifier": "6f9619ff-8b86-d011-b42d-00cf4fc964ff",
+        "free": {"a": [1, None, "b"]},
     }
     assert from_json(json.dumps(written).encode(), Document) == Document(
         name="a",
@@ -52,6 +53,7 @@ def test_json_becomes_a_value() -> None:
         open_files=(Path("/x"),),
         inner=Inner(7),
         identifier=UUID("6f9619ff-8b86-d011-b42d-00cf4fc964ff"),
+        free={"a": [1, None, "b"]},
     )
 
 
@@ -92,8 +94,8 @@ def test_plain_types_are_decoded_too() -> None:
         pytest.param(b'{"name":""}', "name is empty", id="refused by the type"),
         pytest.param(b'{"name":"a","name":"b"}', "duplicate field 'name'", id="duplicate"),
         pytest.param(b'{"name":"a","free":[{"b":1,"b":1}]}', "duplicate field 'b'", id="inner duplicate"),
-        pytest.param(b'{"name":"a","ratio":' + b"9" * 400 + b"}", "64 bits", id="400 digits"),
-        pytest.param(b'{"name":"a","free":' + b"9" * 400 + b"}", "64 bits", id="400 digits, free"),
+        pytest.param(b'{"name":"a","ratio":' + b"9" * 400 + b"}", "64 bits - at `$.ratio`", id="400 digits"),
+        pytest.param(b'{"name":"a","free":[' + b"9" * 400 + b"]}", "at `$.free[0]`", id="400 digits, free"),
         pytest.param(b'{"name":"a","free":' + b"9" * 5000 + b"}", "limit", id="5000 digits"),
         pytest.param(b'{"name":"a","ratio":1e999}', "out of range", id="infinite"),
         pytest.param(b"[" * DEEP + b"]" * DEEP, "nested too deeply", id="deep"),
