@@ -13,7 +13,7 @@ from virt_sse.errors import ConfigError
 from virt_sse.libvirt import hook_script
 from virt_sse.model.disks import PLATFORM_KEY
 from virt_sse.plugins import PluginHost
-from virt_sse.stages.users import DEFAULT_STORAGE_USER
+from virt_sse.stages.storage_user import DEFAULT_STORAGE_USER
 from virt_sse.store import Store
 from virt_sse.system.tools import run
 
