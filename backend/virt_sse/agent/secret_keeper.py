@@ -1,6 +1,6 @@
-"""Restores libvirt secrets that running domains lack, and drops libvirt secrets without a domain.
+"""Restores missing libvirt secrets of running domains, and drops libvirt secrets without a domain.
 
-The libvirt hook sets and drops the secrets. The agent handles the cases that no hook sees: libvirtd lost its
+The libvirt hook sets and drops the secrets. The agent handles the cases without a hook: libvirtd lost its
 secrets and the hook could not set them again, or a domain ended while neither agent nor libvirtd ran.
 """
 
@@ -37,13 +37,13 @@ class SecretKeeper(SnapshotWorker[str]):
         self._tried: dict[tuple[UUID, int], float] = {}
 
     def expect(self, usages: Collection[str]) -> None:
-        """Announce secrets that are about to be set, so that the secrets are not dropped now."""
+        """Announce secrets about to be set: they are not dropped now."""
         with self._lock:
             for usage in usages:
                 self._unused.pop(usage, None)
 
     def keep(self, snapshot: Snapshot, is_revoked: Callable[[RunningDomain], bool]) -> None:
-        """Restore secrets that running domains lack, and drop unused secrets; once for each snapshot."""
+        """Restore missing secrets of running domains, and drop unused secrets; once for each snapshot."""
         if not self._is_new(snapshot):
             return
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""Base class of the agent's parts that act on each snapshot of the running domains, in worker threads."""
+"""Base class of workers: agent parts with worker threads, called with each snapshot of running domains."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class SnapshotWorker(Generic[Resource]):
     def _overdue(self, unused: Collection[Resource], now: float) -> list[Resource]:
         """The resources of *unused* to remove now.
 
-        A resource stays overdue until ``_unused`` forgets the resource, also because a domain uses it again.
+        A resource stays overdue until a domain uses the resource again, or a subclass deletes the
+        resource from ``_unused``.
 
         :param now: of ``time.monotonic()``.
         """

@@ -1,6 +1,6 @@
-"""Restarts stage processes that died under a running guest, and ends stage processes without a domain.
+"""Restarts dead stage processes under running guests, and ends stage processes without a domain.
 
-The libvirt hook starts and ends stage processes. The agent handles the cases that no hook sees: a process
+The libvirt hook starts and ends stage processes. The agent handles the cases without a hook: a process
 died, or a domain ended while neither agent nor libvirtd ran.
 """
 
@@ -42,7 +42,7 @@ class StageWatch(SnapshotWorker[UUID]):
         self._damaged: frozenset[str] = frozenset()
 
     def keep(self, snapshot: Snapshot) -> None:
-        """Restart dead processes if that loses no data, and end unused processes; once for each snapshot."""
+        """Restart dead processes, unless data is lost, and end unused processes; once for each snapshot."""
         if not self._is_new(snapshot):
             return
         now = time.monotonic()

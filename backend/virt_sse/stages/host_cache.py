@@ -1,6 +1,6 @@
-"""Host cache: nbdkit(1) with its cache filter, below the guest's LUKS node, so that it holds ciphertext only.
+"""Host cache: nbdkit(1) with its cache filter, below the guest's LUKS node: holds ciphertext only.
 
-The cache is an unnamed file, which is gone when the process ends (nbdkit-cache-filter(1)).
+The cache is an unnamed file, and ends with the process (nbdkit-cache-filter(1)).
 """
 
 from __future__ import annotations

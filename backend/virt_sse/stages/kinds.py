@@ -1,4 +1,4 @@
-"""The kinds of stage processes, in the order of the data path. A new kind is one module and one entry."""
+"""The kinds of stage processes, in the order of the data path. A new kind needs a module and an entry."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ STAGE_KINDS: StageKinds = (HostCacheProcess, StorageDaemonProcess)
 
 
 def kind_of(stage: Stage, kinds: StageKinds = STAGE_KINDS) -> type[StageProcess[Any]]:
-    """The kind of process that *stage* asks for.
+    """The kind of process for *stage*.
 
-    :raise StageError: When no kind is for such a stage.
+    :raise StageError: When no kind serves such a stage.
     """
     for kind in kinds:
         if isinstance(stage, kind.stage_type):
@@ -28,10 +28,10 @@ def kind_of(stage: Stage, kinds: StageKinds = STAGE_KINDS) -> type[StageProcess[
 
 
 def guest_and_below(plan: LayerPlan, kinds: StageKinds = STAGE_KINDS) -> tuple[GuestNode, tuple[Stage, ...]]:
-    """The node in the guest's QEMU, and the stages that processes serve, guest first.
+    """The node in the guest's QEMU, and the stages below, guest first.
 
     :raise StageError: When *plan* does not begin with a guest node, or its other stages are of unknown kinds,
-        out of order, or two of one kind.
+        out of order, or not of different kinds.
     """
     guest, *below = plan.stages
     places = [kinds.index(kind_of(stage, kinds)) for stage in below]

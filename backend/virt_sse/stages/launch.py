@@ -1,12 +1,12 @@
 """Becomes a stage process: takes the locks, gives up root, and runs the program.
 
-Run as a script, with the standard library alone. The argument is one JSON object with
+Run as a script, with the standard library alone. The argument is a JSON object with
 
-- ``ready``: the descriptor to write to once the locks are taken, so that the starter can go on.
-- ``lock``: the descriptor of the process's lock file; its POSIX lock outlives exec and ends with the process.
-- ``image``: null, or the descriptor of an image to lock, for programs that do not lock images as QEMU does.
+- ``ready``: the descriptor to write to once the locks are taken, the starter waits for this.
+- ``lock``: the descriptor of the process's lock file; the POSIX lock outlives exec and ends with the process.
+- ``image``: null, or the descriptor of an image to lock, for programs without QEMU's image locking.
 - ``uid``, ``gid``: the user and group that run the program.
-- ``listening``: null, or a listening socket that becomes the program's descriptor 3 (sd_listen_fds(3)).
+- ``listening``: null, or a listening socket: the program's descriptor 3 (sd_listen_fds(3)).
 - ``environment``: environment variables to set.
 - ``command``: the program, by absolute path, and the program's arguments.
 """

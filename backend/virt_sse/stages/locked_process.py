@@ -1,4 +1,4 @@
-"""Processes that outlive the command that starts them, each identified by the lock that the process holds.
+"""Processes that outlive the starting command, each identified by a lock held until the process ends.
 
 A POSIX record lock (fcntl(2)) survives exec and ends with its process, also after a kill. F_GETLK returns the
 holder's process id in the caller's PID namespace. A PID file, by contrast, can name an unrelated process.
@@ -32,7 +32,7 @@ class Command:
     """A program to run.
 
     :ivar arguments: the command line; may name *descriptors* by number.
-    :ivar descriptors: descriptors that the program inherits.
+    :ivar descriptors: descriptors for the program to inherit.
     :ivar listening: a listening socket for descriptor 3, announced by ``LISTEN_FDS`` (sd_listen_fds(3)).
     :ivar environment: environment variables to set, beside ``PATH``.
     """
@@ -44,7 +44,7 @@ class Command:
 
 
 class LockedProcess:
-    """One program's process.
+    """The process of a program.
 
     :param path: path without suffix of the ``.lock`` and ``.log`` files, in a folder of root's.
     """
@@ -55,7 +55,7 @@ class LockedProcess:
 
     @property
     def log(self) -> str:
-        """The end of the program's output, in one line."""
+        """The end of the program's output, without line breaks."""
         try:
             text = self._log.read_bytes()[-_LOG_TAIL:].decode(errors="replace")
         except OSError:

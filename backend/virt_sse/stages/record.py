@@ -46,8 +46,8 @@ class StageRecord:
     :ivar owner: owner of the image before the stages were started.
     :ivar qemu: user of the domain's QEMU.
     :ivar storage: user of the stage processes.
-    :ivar guest_slot: slot of the DEK that the guest's QEMU has.
-    :ivar stages: the stages that processes serve, guest first.
+    :ivar guest_slot: slot of the DEK for the guest's QEMU.
+    :ivar stages: the stages below the guest's QEMU, guest first.
     """
 
     disk_id: UUID

@@ -29,7 +29,7 @@ class ListeningSocket:
 
 
 def guest_socket(folder: Path) -> Path:
-    """The socket that a guest's QEMU connects to, in a disk's *folder* of sockets."""
+    """The socket for a guest's QEMU, in a disk's *folder* of sockets."""
     return folder / _GUEST / "nbd"
 
 
@@ -39,7 +39,7 @@ def inner_socket(folder: Path, name: str) -> Path:
 
 
 def make_folders(folder: Path, qemu: User, storage: User) -> None:
-    """Make a disk's *folder* of sockets; its users may pass through but not create files: root works there.
+    """Make a disk's *folder* of sockets; QEMU and stage processes may pass through, not create files.
 
     :raise OSError: When that fails.
     """
@@ -56,7 +56,7 @@ def make_folders(folder: Path, qemu: User, storage: User) -> None:
 
 @contextlib.contextmanager
 def listening(place: ListeningSocket) -> Iterator[int]:
-    """Descriptor of a new socket that listens at *place*; a file with that name is replaced.
+    """Descriptor of a new socket that listens at *place*; an existing file is replaced.
 
     :raise OSError: When the socket cannot be made.
     :raise StageError: When the path is too long.

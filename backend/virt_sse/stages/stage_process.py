@@ -1,6 +1,6 @@
 """The interface of a kind of stage process, and the place of a process on a disk's data path.
 
-A kind is one module with one subclass of :class:`StageProcess`, listed in :mod:`~virt_sse.stages.kinds`. The
+A kind is a module with a subclass of :class:`StageProcess`, listed in :mod:`~virt_sse.stages.kinds`. The
 subclass says how its process is launched, seen to serve, restarted, recorded and verified; :class:`Stages
 <virt_sse.stages.stages.Stages>` does so for all kinds alike. The subclass may also define its own part of a
 layer's plan, a subclass of :class:`~virt_sse.model.layers.Stage`.
@@ -48,9 +48,9 @@ class ExportSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlace:
-    """Surroundings of one stage process of one disk.
+    """Surroundings of a stage process.
 
-    :ivar format: the format of the disk's image.
+    :ivar format: format of the disk's image.
     :ivar source: where the process reads and writes the disk's data.
     :ivar served: the socket at which the process serves the disk by NBD, under the disk's id as export name.
     :ivar user: the user that runs the process.
@@ -72,7 +72,7 @@ class RecordField:
     """A kind's field of the disk's stage record, ``stages.json``.
 
     :ivar name: snake case; the record has the name in kebab case.
-    :ivar type: a type that msgspec can decode.
+    :ivar type: a type known to msgspec.
     :ivar default: the value if the field is missing, as in records written before the kind existed; without a
         default the field is required.
     """
@@ -84,12 +84,12 @@ class RecordField:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpectedEvidence:
-    """Facts that ``vm verify`` checks of a running process, beyond its listening socket and its source.
+    """Facts about a running process for ``vm verify`` to check, beyond its listening socket and its source.
 
-    :ivar data: description of the disk data that the process holds; the data must be ciphertext.
-    :ivar arguments: arguments that the command line must contain; each with the problem to report if missing.
-    :ivar monitor: monitor of a QEMU process; the block graph must be just the image and the volume that the
-        DEK of :attr:`StageProcess.slot` opens.
+    :ivar data: description of the disk data in the process; the data must be ciphertext.
+    :ivar arguments: required command-line arguments, each with the problem to report if missing.
+    :ivar monitor: monitor of a QEMU process; the block graph must be just the image and the volume under
+        the DEK in :attr:`StageProcess.slot`.
     :ivar unnamed_files: folder of the process's unnamed files; their content must be ciphertext.
     """
 
@@ -100,7 +100,7 @@ class ExpectedEvidence:
 
 
 class Growable(Protocol):
-    """A volume that can grow while a guest uses the disk."""
+    """A volume able to grow while a guest uses the disk."""
 
     def size(self) -> int:
         """Size in bytes."""
@@ -110,11 +110,11 @@ class Growable(Protocol):
 
 
 class StageProcess(ABC, Generic[StageT]):
-    """One stage process of one disk; each kind is a subclass.
+    """A stage process of a disk; each kind is a subclass.
 
     :cvar name: names the process's lock and log files, and the process in the agent's log.
     :cvar title: names the process in messages.
-    :cvar stage_type: the part of a layer's plan that asks for the process.
+    :cvar stage_type: the kind's part of a layer's plan.
     :cvar record_field: the kind's field of the disk's stage record.
     :cvar inner_socket: name of the socket if another stage process is between the process and the guest.
     :cvar is_qemu: whether QEMU's block layer opens the image: QEMU locks an image and grows a qcow2 file
@@ -143,36 +143,36 @@ class StageProcess(ABC, Generic[StageT]):
     @classmethod
     @abstractmethod
     def from_record(cls, value: object) -> StageT | None:
-        """The stage that :meth:`to_record` has written."""
+        """The inverse of :meth:`to_record`."""
 
     @property
     def slot(self) -> str | None:
-        """Slot of the DEK that the process needs; ``None`` without a DEK."""
+        """Slot of the process's DEK; ``None`` for a process without a DEK."""
         return None
 
     @property
     @abstractmethod
     def keeps_acknowledged_writes(self) -> bool:
-        """Whether acknowledged writes outlive the process, so that it may be restarted under a running guest.
+        """Whether acknowledged writes outlive the process; if so, a restart under a running guest is safe.
 
         If not, a new process would answer with older data, and the guest would not notice.
         """
 
     def prepare(self) -> None:
-        """Make whatever the process needs beside its sockets.
+        """Prepare files and folders for the process.
 
         :raise OSError: When that fails.
         """
 
     def sockets(self) -> Sequence[ListeningSocket]:
-        """Sockets that the process inherits, already listening."""
+        """Listening sockets for the process to inherit."""
         return [self.place.served]
 
     @abstractmethod
     def command(self, listening: Sequence[int]) -> Command:
         """The program to run.
 
-        :param listening: descriptors of :meth:`sockets`, in that order.
+        :param listening: descriptors of :meth:`sockets`, in the same order.
         """
 
     def await_serving(self, dek: Dek | None) -> None:
@@ -189,4 +189,4 @@ class StageProcess(ABC, Generic[StageT]):
 
     @abstractmethod
     def evidence(self) -> ExpectedEvidence:
-        """The facts that ``vm verify`` checks while the process runs."""
+        """The facts for ``vm verify`` to check while the process runs."""

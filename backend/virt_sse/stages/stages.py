@@ -42,13 +42,13 @@ class Stages:
         self._locks = DiskLocks(config.stage_directory.parent / "stages.lock")
 
     def guest_socket(self, disk_id: UUID) -> Path:
-        """The socket that a guest's QEMU finds the disk at."""
+        """The socket at which a guest's QEMU finds the disk."""
         return sockets.guest_socket(self._sockets(disk_id))
 
     def records(self, damaged: Callable[[StageError], object] = lambda _: None) -> list[StageRecord]:
         """The records of all disks with stage processes, running or not.
 
-        :param damaged: called for each record that cannot be read, and is left out.
+        :param damaged: called for each unreadable record; these records are left out.
         """
         try:
             folders = sorted(self._config.stage_directory.iterdir())
@@ -65,7 +65,7 @@ class Stages:
         return found
 
     def record(self, disk_id: UUID) -> StageRecord | None:
-        """The record of one disk; ``None`` if the disk has no stage processes.
+        """The record of a disk; ``None`` if the disk has no stage processes.
 
         :raise StageError: When the record is damaged.
         """
@@ -96,15 +96,15 @@ class Stages:
         return found
 
     def dead(self, record: StageRecord) -> list[str]:
-        """The names of the processes of *record* that do not run."""
+        """The names of dead processes of *record*."""
         return [each.name for each in self.processes(record) if each.process.pid() is None]
 
     def dek_slots(self, record: StageRecord) -> list[str]:
-        """Slots of the DEKs that the processes of *record* need."""
+        """Slots of the DEKs for the processes of *record*."""
         return [each.slot for each in self.processes(record) if each.slot is not None]
 
     def may_restart(self, record: StageRecord) -> bool:
-        """Whether acknowledged writes outlive all processes of *record*, so that a restart loses nothing."""
+        """Whether acknowledged writes outlive all processes of *record*; if so, a restart loses nothing."""
         return all(each.keeps_acknowledged_writes for each in self.processes(record))
 
     def start(
@@ -118,14 +118,14 @@ class Stages:
         qemu: User,
         replacing: UUID | None = None,
     ) -> None:
-        """Start the processes for the stages of *plan* below the guest's; processes that run are ended first.
+        """Start the processes for the stages of *plan* below the guest's; running processes are ended first.
 
         Does nothing for a plan without such stages.
 
         :param deks: by slot.
         :param qemu: user of the domain's QEMU.
-        :param replacing: another domain, not running, whose processes for the disk may be ended.
-        :raise DiskInUseError: When another domain has the disk, or a QEMU process has the image open.
+        :param replacing: a stopped domain; its processes for the disk may be ended.
+        :raise DiskInUseError: When a different domain has the disk, or a QEMU process has the image open.
         :raise StageError: When a process does not start, or the disk's record is damaged. No process of the
             disk runs then, except if the record is damaged: nothing is changed then.
         :raise VirtSseError: By meaning, likewise.
@@ -162,9 +162,9 @@ class Stages:
                 raise
 
     def restart(self, disk_id: UUID, deks: Mapping[str, Dek]) -> None:
-        """Start a disk's stage processes again under a running guest, if any of them has died.
+        """Start a disk's stage processes again under a running guest, if a process has died.
 
-        :raise StageError: When unflushed writes may be lost, so that the guest would read older data.
+        :raise StageError: When unflushed writes may be lost: the guest would read older data.
         :raise VirtSseError: By meaning, when a process does not start.
         """
         with self._locks.hold(disk_id, wait=True):
@@ -182,7 +182,7 @@ class Stages:
     def stop(self, disk_id: UUID, *, domain_id: UUID | None = None) -> None:
         """End a disk's stage processes and remove their files. Does nothing for a disk without any.
 
-        :param domain_id: do nothing if another domain has the disk by now.
+        :param domain_id: do nothing if a different domain has the disk by now.
         :raise StageError: When a process cannot be ended from here, or the disk's record is damaged.
         """
         with self._locks.hold(disk_id, wait=True):
@@ -193,7 +193,7 @@ class Stages:
     def stop_domain(self, domain_id: UUID) -> None:
         """End the stage processes of all disks of a domain.
 
-        :raise StageError: When some cannot be ended from here; all others are ended.
+        :raise StageError: When some cannot be ended from here; the rest are ended.
         """
         failed: VirtSseError | None = None
         for record in self.records():
@@ -237,7 +237,7 @@ class Stages:
         sockets.make_folders(self._sockets(record.disk_id), record.qemu, record.storage)
         processes = self.processes(record)
         with img.opened(record.image, os.O_RDWR) as image:
-            img.luks_area(image, record.format)  # never give away a file that is no image of ours
+            img.luks_area(image, record.format)  # never give away a file without our LUKS header
             os.fchown(image, record.storage.uid, record.storage.gid)
             if not processes[-1].is_qemu and record.format is DiskFormat.QCOW2:
                 _extend(image, size)
@@ -256,7 +256,7 @@ class Stages:
         _remove_tree(self._folder(disk_id))
 
     def _end_processes(self, disk_id: UUID) -> None:
-        """End the processes of all kinds, recorded or not; each before the process that it writes to."""
+        """End the processes of all kinds, recorded or not; guest first, in the direction of writes."""
         for kind in self.kinds:
             LockedProcess(self._folder(disk_id) / kind.name).stop()
 
@@ -268,7 +268,7 @@ class Stages:
 
 
 def _launch(stage: StageProcess[Any], path: Path, dek: Dek | None, image: int | None) -> None:
-    """Start one process; return once the process serves the disk.
+    """Start a process; return once the process serves the disk.
 
     :param path: of the disk's image, for messages.
     :param image: descriptor of the image, if the image has to be locked on the program's behalf.
@@ -290,7 +290,7 @@ def _launch(stage: StageProcess[Any], path: Path, dek: Dek | None, image: int | 
 
 
 def _room(disk: Disk, size: int) -> int:
-    """Bytes that the volume around the disk's own volume must hold; exact for raw, or QEMU refuses it."""
+    """Minimum bytes in the volume around the disk's own volume; exact for raw, or QEMU refuses the volume."""
     if disk.format is DiskFormat.QCOW2:
         return qcow2.most_room(size)
     return header_length(disk.deks[0].cipher) + size
@@ -303,7 +303,7 @@ def _extend(image: int, size: int) -> None:
 
 
 def _remove_tree(folder: Path) -> None:
-    """Remove *folder*: two levels of files, sockets and folders, the most that stages have."""
+    """Remove *folder*: at most two levels of files, sockets and folders."""
     if not folder.is_dir():
         return
     for path in folder.iterdir():

@@ -1,4 +1,4 @@
-"""The user that runs stage processes."""
+"""The user of stage processes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ NOBODY = User(65534, 65534)
 
 
 def storage_user(configured: str | None, qemu: User) -> User:
-    """The user that runs stage processes.
+    """The user of stage processes.
 
-    The order: *configured*; the user ``virt-sse``; QEMU's user, in which case a guest that escapes into its
-    QEMU can reach the processes; ``nobody`` if QEMU runs as root.
+    The order: *configured*; the user ``virt-sse``; QEMU's user, and then an escaped guest can reach the
+    processes; ``nobody`` if QEMU runs as root.
 
     :raise ConfigError: When *configured* is an unknown user or root.
     """

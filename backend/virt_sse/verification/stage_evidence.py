@@ -52,7 +52,7 @@ class StageEvidence:
                 _check_process(verdict, disk, process, pid or None)
 
     def check_ended(self, verdict: DiskVerdict, disk: Disk, vm_id: UUID) -> bool:
-        """Check a disk of a domain that does not run; whether the image may still be in use by processes."""
+        """Check a stopped domain's disk; whether stage processes may still use the image."""
         try:
             record = self._stages.record(disk.id)
         except StageError as exc:
@@ -63,7 +63,7 @@ class StageEvidence:
         return is_used
 
     def _compare(self, verdict: DiskVerdict, started: Sequence[Stage], wanted: Sequence[Stage]) -> None:
-        """Expect that the processes were started for the stages that the disk should have."""
+        """Compare the stages of the running processes with the plan's."""
         for kind in self._stages.kinds:
             have, want = (
                 next((stage for stage in stages if isinstance(stage, kind.stage_type)), None)
@@ -78,7 +78,10 @@ class StageEvidence:
 
 
 def _check_process(verdict: DiskVerdict, disk: Disk, process: StageProcess[Any], pid: int | None) -> None:
-    """:param pid: ``None`` for a process in another PID namespace."""
+    """Check a running process.
+
+    :param pid: ``None`` if the process is in another PID namespace.
+    """
     expected = process.evidence()
     is_seen = pid is not None
     if expected.monitor:
@@ -143,7 +146,10 @@ def _check_files(
 def _check_content(
     verdict: DiskVerdict, disk: Disk, title: str, file: OpenFile, pid: int, *, has_holes: bool
 ) -> None:
-    """:param has_holes: whether the file caches a volume in a raw image, whose holes are decrypted, too."""
+    """Check a sample of an unnamed file.
+
+    :param has_holes: whether the file caches a volume in a raw image; the volume decrypts holes, too.
+    """
     try:
         descriptor = os.open(f"/proc/{pid}/fd/{file.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
         try:
