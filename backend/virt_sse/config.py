@@ -87,7 +87,7 @@ class Config:
     :ivar io_errors: reaction to failed reads and writes of a guest.
     :ivar reconnect_seconds: how long requests of a guest wait for the restart of a failed storage process.
     :ivar storage_user: user name or id of storage processes; for ``None`` see
-        :func:`virt_sse.stages.users.storage_user`.
+        :func:`virt_sse.stages.storage_user.storage_user`.
     :ivar operator_credential: credential for creating and deleting the sets' identities in a key vault.
     :ivar policy_tables: file of supported features by region that replaces the built-in ``cloud.toml``.
     :ivar enforce_policy: whether the cloud's rules, in part defined by the policy tables, are enforced.

@@ -46,29 +46,31 @@ class HostCaching(enum.Enum):
     READ_WRITE = "ReadWrite"
 
 
+class Stage:
+    """A part of the data path between a guest and the storage; a subclass for each kind of stage."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
-class GuestNode:
+class GuestNode(Stage):
     """Stage: a LUKS node in the guest's own QEMU, set up by libvirt's ``<encryption format='luks'>``."""
 
     slot: str
 
 
 @dataclass(frozen=True, slots=True)
-class HostCache:
+class HostCache(Stage):
     """Stage: a cache on the host, below the guest's LUKS node: it holds ciphertext only."""
 
     caching: HostCaching
 
 
 @dataclass(frozen=True, slots=True)
-class StorageNode:
+class StorageNode(Stage):
     """Stage: a second LUKS node, in a storage daemon of its own, apart from the guest's QEMU."""
 
     slot: str
-
-
-Stage = GuestNode | HostCache | StorageNode
-"""A process or node on the way of data from guest to storage."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,10 @@ _TIMEOUT = 20.0
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # its log messages are also raised as exceptions
 
 
+class MonitorSilentError(MonitorError):
+    """No QEMU process answers at the monitor's socket, or the process ends before its greeting."""
+
+
 class Monitor:
     """A connection to a QEMU process's monitor."""
 
@@ -49,14 +53,14 @@ class Monitor:
 async def connected(path: Path) -> AsyncIterator[Monitor]:
     """Connect to the monitor listening at *path*.
 
-    :raise MonitorError: When no monitor answers at *path*.
+    :raise MonitorSilentError: When no monitor answers at *path*.
     """
     client = QMPClient()
     try:
         await asyncio.wait_for(client.connect(str(path)), _TIMEOUT)
     except (ConnectError, OSError, TimeoutError) as exc:
         reason = str(exc) or f"no greeting within {_TIMEOUT:g} s"
-        raise MonitorError(f"the monitor does not answer: {reason}") from exc
+        raise MonitorSilentError(f"the monitor does not answer: {reason}") from exc
     try:
         yield Monitor(client)
     finally:
