@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 from uuid import UUID
 
+import msgspec
 import pytest
 
 from virt_sse.agent.fold_record import FoldRecord, Overlay, record_path
@@ -82,7 +83,7 @@ def test_a_damaged_record_is_reported_once_and_no_new_fold_replaces_it(
 ) -> None:
     config = Config.load(tmp_path)
     config = dataclasses.replace(
-        config, agent=dataclasses.replace(config.agent, plaintext=PlaintextPolicy.FOLD)
+        config, agent=msgspec.structs.replace(config.agent, plaintext=PlaintextPolicy.FOLD)
     )
     folder = config.state_directory / "folds"
     RECORD.write(folder)

@@ -14,7 +14,7 @@ from virt_sse.agent.inventory import Snapshot
 from virt_sse.agent.metrics import Metrics
 from virt_sse.agent.stage_watch import StageWatch
 from virt_sse.config import Config
-from virt_sse.domains.hotplug import Domains
+from virt_sse.domains.start import DomainStart
 from virt_sse.libvirt.users import ROOT
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.layers import StorageNode
@@ -42,7 +42,7 @@ def test_it_is_reported_once_and_an_unused_disk_beside_it_is_ended(
         stages=(StorageNode("infrastructure"),),
     )
     record.write(config.stage_directory / str(unused))
-    watch = StageWatch("test:///", Stages(config), cast(Domains, Mock()), Metrics(), unused_seconds=0)
+    watch = StageWatch("test:///", Stages(config), cast(DomainStart, Mock()), Metrics(), unused_seconds=0)
     with caplog.at_level(logging.INFO, "virt_sse"):
         watch.keep(Snapshot(1))
         watch.keep(Snapshot(1))
