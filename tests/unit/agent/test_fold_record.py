@@ -89,7 +89,7 @@ def test_a_damaged_record_is_reported_once_and_no_new_fold_replaces_it(
     RECORD.write(folder)
     path = record_path(folder, DOMAIN, "vda")
     path.write_text("{}")
-    watch = PlaintextWatch(cast(Backend, SimpleNamespace(config=config)), Metrics())
+    watch = PlaintextWatch(cast(Backend, SimpleNamespace(host=SimpleNamespace(config=config))), Metrics())
     domain = RunningDomain(DOMAIN, 1, "web", (), True, False, (), XML)
     try:
         with caplog.at_level(logging.INFO, "virt_sse"):
