@@ -353,7 +353,7 @@ def test_a_wrong_pin_locks_until_it_is_unlocked(
             assert vault.hsm
             assert "locked after 3 wrong PINs" in str(vault.hsm.failure())
             use(vault, vault.keys.create("soft", "RSA", 2048, NewKey()))
-            with pytest.raises(KeyProviderUnavailableError, match="PIN is wrong"):
+            with pytest.raises(KeyProviderUnavailableError, match="rejected the PIN as wrong"):
                 unlock_hsm(directory)
             token.folder.pin.write_bytes(right)
             unlock_hsm(directory)
@@ -423,7 +423,7 @@ def test_settings_there_and_back(directory: VaultDirectory, token: LabToken) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"uri": "pkcs11:"}, "which token"),
+        ({"uri": "pkcs11:"}, "does not name a token"),
         ({"uri": "pkcs11:token=x;pin-value=1234"}, "may not hold a PIN"),
         ({"uri": "pkcs11:token=x;object=y"}, "not a key inside"),
         ({"uri": "pkcs11:token=x", "module": "no-such-module"}, "no PKCS#11 module"),
