@@ -242,7 +242,7 @@ def test_what_is_no_event_is_refused(site: Site) -> None:
     event = {"event": "prepare", "domain": "d", "xml": "<domain"}
     status, answer = post(json.dumps(event))
     assert status == 409
-    assert "not a domain's XML" in json.loads(answer)["error"]
+    assert "invalid domain XML" in json.loads(answer)["error"]
     assert site.agent.status()["pid"] == site.agent.own_pid
 
 
