@@ -7,6 +7,7 @@ import pytest
 
 from command_line import CommandLine, no_libvirt
 from virt_sse.backend import Backend
+from virt_sse.host.setup import initialise
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,7 +28,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def backend(root: Path) -> Iterator[Backend]:
     """The backend of that host, initialised."""
     with Backend.open(root) as backend:
-        backend.init_host()
+        initialise(backend.host)
         yield backend
 
 

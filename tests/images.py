@@ -29,7 +29,7 @@ def require(*tools: str) -> None:
 def passphrase(backend: Backend, disk: Disk) -> bytes:
     """What opens the disk, got in the way that the libvirt hook gets it, but for libvirt."""
     (entry,) = disk.deks
-    provider = backend.plugins.key_provider(entry.wrapped.key.provider)
+    provider = backend.host.plugins.key_provider(entry.wrapped.key.provider)
     return provider.unwrap(entry.wrapped, context=disk.context(entry.slot)).passphrase
 
 

@@ -209,13 +209,13 @@ class Config:
         """The credentials of the disk encryption sets' identities; 0700."""
         return self.state_directory / "identities"
 
-    def identity(self, encryption_set: UUID) -> Path:
+    def identity(self, set_id: UUID) -> Path:
         """The credential of the identity of a disk encryption set, if it has one."""
-        return self.identity_directory / f"{encryption_set}.json"
+        return self.identity_directory / f"{set_id}.json"
 
-    def key_provider(self, name: str, encryption_set: UUID | None = None) -> ProviderConfig:
+    def key_provider(self, name: str, set_id: UUID | None = None) -> ProviderConfig:
         """What the provider *name* is made from, to act for a disk encryption set or for the host itself."""
-        identity = self.identity(encryption_set) if encryption_set else None
+        identity = self.identity(set_id) if set_id else None
         return ProviderConfig(self.state_directory / name, self.provider_options.get(name, {}), identity)
 
 

@@ -39,7 +39,7 @@ def _serve(event: str, domain: str, xml: str) -> None:
 
         with Backend.open() as backend:
             if event == "prepare":
-                backend.domains.serving.prepare(domain, xml)
+                backend.domains.prepare(domain, xml)
             else:
                 backend.domains.reconnect(domain, xml)
 

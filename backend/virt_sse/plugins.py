@@ -193,13 +193,13 @@ class PluginHost:
         """The names of all registered encryption layers, loaded or not."""
         return self._layer_classes.names()
 
-    def key_provider(self, name: str, encryption_set: UUID | None = None) -> KeyProvider:
+    def key_provider(self, name: str, set_id: UUID | None = None) -> KeyProvider:
         """The key provider *name*, made from the configuration at its first use and then kept.
 
         One that acts with sets' identities is made for each set, and made anew when that has another
         credential, whoever gave it.
 
-        :param encryption_set: the disk encryption set that it acts for, with that set's identity.
+        :param set_id: the disk encryption set that it acts for, with that set's identity.
         :raise KeyDeniedError: When that set has no identity, and the provider needs one.
         :raise ConfigError: When none of that name is registered, or its options make no sense.
         :raise PluginError: When its class cannot be loaded, or calls itself otherwise.
@@ -210,21 +210,21 @@ class PluginHost:
                 # What it wraps would name a provider that nobody finds again.
                 plugin = self._provider_classes.plugin(name)
                 raise PluginError(plugin, f"key provider {name!r} calls itself {provider_class.name!r}")
-            config = self._config.key_provider(name, encryption_set)
-            if encryption_set and not provider_class.needs_identity(config):
+            config = self._config.key_provider(name, set_id)
+            if set_id and not provider_class.needs_identity(config):
                 return self.key_provider(name)
             stamp = _stamp(config.identity) if config.identity else None
-            if encryption_set and self._identities.get((name, encryption_set)) != stamp:
-                self.forget(encryption_set)
-            if (name, encryption_set) not in self._providers:
+            if set_id and self._identities.get((name, set_id)) != stamp:
+                self.forget(set_id)
+            if (name, set_id) not in self._providers:
                 if config.identity and not config.identity.exists():
                     raise KeyDeniedError(
-                        f"disk encryption set {encryption_set} has no identity",
+                        f"disk encryption set {set_id} has no identity",
                         hint="'virt-sse des update SET --assign-identity' gives it one",
                     )
-                self._providers[name, encryption_set] = provider_class.from_config(config)
-                self._identities[name, encryption_set] = stamp
-            return self._providers[name, encryption_set]
+                self._providers[name, set_id] = provider_class.from_config(config)
+                self._identities[name, set_id] = stamp
+            return self._providers[name, set_id]
 
     def parse_key(self, provider: str, text: str) -> tuple[str, str | None]:
         """Name and, where *text* has one, version of a key of *provider*.
@@ -242,10 +242,10 @@ class PluginHost:
         provider_class = self._provider_classes.load(name, self.broken)
         return provider_class.needs_identity(self._config.key_provider(name))
 
-    def forget(self, encryption_set: UUID) -> None:
+    def forget(self, set_id: UUID) -> None:
         """Close the key providers that act for a disk encryption set, as its identity has changed."""
         with self._lock, contextlib.ExitStack() as closing:
-            for key in [key for key in self._providers if key[1] == encryption_set]:
+            for key in [key for key in self._providers if key[1] == set_id]:
                 closing.callback(self._providers.pop(key).close)
 
     def encryption_layer(self, encryption_type: EncryptionType) -> EncryptionLayer:

@@ -25,6 +25,7 @@ from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import LabHost
 from virt_sse.lab.vaults import LabVault
+from virt_sse.model.disks import NewDisk
 from virt_sse.model.encryption_sets import EncryptionSet
 from virt_sse.vault_client.administration import VaultClient
 from virt_sse.vault_client.permissions import Permission, Role
@@ -53,7 +54,7 @@ def _new_set(vault: LabVault, backend: Backend, size: int, *options: str) -> Enc
     """
     name = f"rsa-{size}-{os.urandom(4).hex()}"
     _key(vault, "create", name, "--size", str(size), *options)
-    operator = backend.config.operator_credential
+    operator = backend.host.config.operator_credential
     with VaultClient(vault.administrator_path) as administrator:
         if not operator.exists():
             operator.parent.mkdir(parents=True, exist_ok=True)
@@ -80,9 +81,11 @@ def _unwraps(bench: Run, backend: Backend, encryption_set: EncryptionSet, kind: 
     :param kind: the key's type, in Azure's words.
     """
     count = bench.amount(2000, quick=400)
-    disk = backend.create_disk(f"unwraps-{kind}", 1 << 20, encryption_set=encryption_set.name)
+    disk = backend.disks.create(
+        NewDisk(name=f"unwraps-{kind}", size=1 << 20, encryption_set=encryption_set.name)
+    )
     entry = disk.deks[0]
-    provider = backend.plugins.key_provider(entry.wrapped.key.provider, encryption_set.id)
+    provider = backend.host.plugins.key_provider(entry.wrapped.key.provider, encryption_set.id)
 
     def unwrap(_: int) -> None:
         provider.unwrap(entry.wrapped, context=disk.context(entry.slot))
@@ -107,12 +110,12 @@ def _rewrap(bench: Run, vault: LabVault, backend: Backend, encryption_set: Encry
     """Rotate a set's key over many disks; against the calls to the vault alone."""
     count = bench.amount(300, quick=50)
     for index in range(count):
-        backend.create_disk(f"disk-{index}", 1 << 20, encryption_set=encryption_set.name)
+        backend.disks.create(NewDisk(name=f"disk-{index}", size=1 << 20, encryption_set=encryption_set.name))
     _key(vault, "rotate", encryption_set.key.name.rpartition("/")[2])
     took = seconds(lambda: _rotate(backend, encryption_set, count))
     disk = backend.sets.disks(encryption_set.name)[0]
     entry, context = disk.deks[0], disk.context(disk.deks[0].slot)
-    provider = backend.plugins.key_provider(entry.wrapped.key.provider, encryption_set.id)
+    provider = backend.host.plugins.key_provider(entry.wrapped.key.provider, encryption_set.id)
 
     def call() -> None:
         provider.wrap(provider.unwrap(entry.wrapped, context=context), entry.wrapped.key, context=context)
@@ -138,8 +141,10 @@ def _start(bench: Run, host: LabHost, backend: Backend, peer: LabHost, encryptio
     """As in the benchmark ``domain``, but with the agent, and the DEK under a key in the vault."""
     how = acceleration.probe("boot-sector")
     source = recipes.boot_sector_image(stays=True)
-    disk = backend.import_disk("boot", source, source_format="raw", encryption_set=encryption_set.name)
-    element = backend.disk_xml("boot")
+    disk = backend.transfer.import_image(
+        NewDisk(name="boot", encryption_set=encryption_set.name), source, source_format="raw"
+    )
+    element = backend.domains.disk_element("boot")
     with closing(host.connect()) as here, closing(peer.connect()) as there:
         by_hand = set_by_hand(there, peer, element, disk.path, dek_of(backend, disk))
         domains = [
@@ -168,7 +173,7 @@ def _revocation(
         host,
         "bench",
         acceleration=acceleration.probe("boot-sector"),
-        disks=[backend.disk_xml("boot")],
+        disks=[backend.domains.disk_element("boot")],
     )
     samples = []
     for _ in range(bench.amount(5, quick=2)):

@@ -11,6 +11,7 @@ from hosts import dek_of, private_backend
 from measurement import Measurement, Row, Run, Unit
 from storage_daemon import Export, Load, Throughput, drive, exported, require_tools
 from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import NewDisk
 from virt_sse.system.tools import run
 
 _MIB = 1 << 20
@@ -38,7 +39,7 @@ def measure(bench: Run) -> Iterator[Row]:
         for image_format in DiskFormat:
             plain = folder / f"disk.{image_format.value}"
             run(["qemu-img", "create", "-q", "-f", image_format.value, str(plain), str(size)])
-            disk = backend.create_disk(image_format.value, size, image_format=image_format)
+            disk = backend.disks.create(NewDisk(name=image_format.value, size=size, format=image_format))
             luks = f"driver={image_format.qemu_driver},{ENCRYPTION[image_format]}"
             with contextlib.ExitStack() as stack:
                 ours = stack.enter_context(

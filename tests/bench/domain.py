@@ -16,6 +16,7 @@ from virt_sse.errors import LabError
 from virt_sse.lab import acceleration, recipes
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import LabHost
+from virt_sse.model.disks import NewDisk
 from virt_sse.model.keys import Dek
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ def measure(bench: Run) -> Iterator[Row]:
     how = acceleration.probe("boot-sector")
     with prepared_host() as (ours, backend), LabHost() as peer:
         source = recipes.boot_sector_image(stays=True)
-        disk = backend.import_disk("boot", source, source_format="raw")
-        element = backend.disk_xml("boot")
+        disk = backend.transfer.import_image(NewDisk(name="boot"), source, source_format="raw")
+        element = backend.domains.disk_element("boot")
         with closing(ours.connect()) as here, closing(peer.connect()) as there:
             by_hand = set_by_hand(there, peer, element, disk.path, dek_of(backend, disk))
             domains = [

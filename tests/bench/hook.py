@@ -12,13 +12,14 @@ from measurement import Row, Run, Target, alternate
 from virt_sse.errors import LabError
 from virt_sse.lab import guests
 from virt_sse.libvirt.references import secret_uuid
+from virt_sse.model.disks import NewDisk
 
 
 def measure(bench: Run) -> Iterator[Row]:
     """On a domain without a disk of ours, which passes before Python is started, and on one with."""
     with prepared_host() as (host, backend):
-        hook = backend.config.hook_path
-        plain = _domain(guests.disk_xml(host.images / "plain.img"))
+        hook = backend.host.config.hook_path
+        plain = _domain(guests.domains.disk_element(host.images / "plain.img"))
         ours, peer = alternate(
             bench.amount(50, quick=20),
             _event(hook, "prepare", plain),
@@ -28,10 +29,10 @@ def measure(bench: Run) -> Iterator[Row]:
             "hook/not-ours", "hook, domain without our disks", ours, peer, "/bin/true", Target(seconds=0.06)
         )
 
-        disk = backend.create_disk("data", 1 << 20)
+        disk = backend.disks.create(NewDisk(name="data", size=1 << 20))
         with closing(host.connect()) as connection:
             # As libvirt writes it, quotes and all: the hook is made for that.
-            encrypted: str = connection.defineXML(_domain(backend.disk_xml("data"))).XMLDesc()
+            encrypted: str = connection.defineXML(_domain(backend.domains.disk_element("data"))).XMLDesc()
             events = {name: _event(hook, name, encrypted) for name in ("prepare", "start", "release")}
             events["prepare"]()
             wanted = str(secret_uuid(disk.id, disk.deks[0].slot))

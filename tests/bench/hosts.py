@@ -9,6 +9,7 @@ from pathlib import Path
 
 from virt_sse.backend import Backend
 from virt_sse.config import Config
+from virt_sse.host.setup import initialise
 from virt_sse.lab.host import LabHost
 from virt_sse.model.disks import PLATFORM_KEY, Disk
 from virt_sse.model.keys import Dek
@@ -26,7 +27,7 @@ def private_backend(root: Path) -> Iterator[Backend]:
     )
     config.disk_directory.mkdir()
     with Backend(config) as backend:
-        backend.init_host()
+        initialise(backend.host)
         yield backend
 
 
@@ -50,7 +51,7 @@ def prepared_host() -> Iterator[tuple[LabHost, Backend]]:
     with LabHost() as host:
         config = dataclasses.replace(Config.load(host.root), libvirt_uri=host.uri, disk_directory=host.images)
         with Backend(config) as backend:
-            backend.init_host()
+            initialise(backend.host)
             host.restart_libvirtd()
             yield host, backend
 
@@ -58,5 +59,5 @@ def prepared_host() -> Iterator[tuple[LabHost, Backend]]:
 def dek_of(backend: Backend, disk: Disk, slot: str = "service") -> Dek:
     """The DEK in a slot of the disk; of one with a single layer, what opens its image."""
     entry = disk.dek(slot)
-    provider = backend.plugins.key_provider(entry.wrapped.key.provider, disk.identity_for(slot))
+    provider = backend.host.plugins.key_provider(entry.wrapped.key.provider, disk.identity_for(slot))
     return provider.unwrap(entry.wrapped, context=disk.context(entry.slot))

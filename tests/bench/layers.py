@@ -19,7 +19,7 @@ from virt_sse.backend import Backend
 from virt_sse.lab.requirements import require
 from virt_sse.libvirt.users import User
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import PLATFORM_KEY, Disk
+from virt_sse.model.disks import PLATFORM_KEY, Disk, NewDisk
 from virt_sse.model.layers import HostCaching, LayerChoice
 from virt_sse.stages.process import Process
 from virt_sse.system.tools import run
@@ -43,13 +43,13 @@ def measure(bench: Run) -> Iterator[Row]:
     folder = bench.scratch / "plain-layers"
     folder.mkdir()
     with private_backend(bench.scratch / "l") as backend:
-        backend.config.root.chmod(0o711)
-        backend.config.disk_directory.chmod(0o711)
+        backend.host.config.root.chmod(0o711)
+        backend.host.config.disk_directory.chmod(0o711)
         double = double_set(backend)
         for image_format in [DiskFormat.QCOW2] if bench.quick else DiskFormat:
             with contextlib.ExitStack() as stack:
                 yield from _measure_format(bench, stack, backend, image_format, size, folder, double)
-            for path in (*folder.iterdir(), *backend.config.disk_directory.iterdir()):
+            for path in (*folder.iterdir(), *backend.host.config.disk_directory.iterdir()):
                 path.unlink()
 
 
@@ -71,8 +71,13 @@ def _measure_format(
         )
     }
     for way, (_, is_double, caching) in {"single": ("", False, HostCaching.NONE), **_WAYS}.items():
-        disk = backend.create_disk(
-            f"{name}-{way}", size, image_format=image_format, encryption_set=double if is_double else None
+        disk = backend.disks.create(
+            NewDisk(
+                name=f"{name}-{way}",
+                size=size,
+                format=image_format,
+                encryption_set=double if is_double else None,
+            )
         )
         exports[way] = stack.enter_context(_served(backend, disk, caching, folder))
     for export in exports.values():
@@ -101,11 +106,11 @@ def _measure_format(
 @contextlib.contextmanager
 def _served(backend: Backend, disk: Disk, caching: HostCaching, folder: Path) -> Iterator[Export]:
     """The disk as its guest sees it, below which its stages run."""
-    layer = backend.plugins.encryption_layer(disk.encryption_type)
+    layer = backend.host.plugins.encryption_layer(disk.encryption_type)
     plan = layer.plan(LayerChoice(PLATFORM_KEY, disk.deks[-1].cipher))
-    plan = backend.plugins.host_layer().cache(plan, caching)
+    plan = backend.host.plugins.host_layer().cache(plan, caching)
     deks = {entry.slot: dek_of(backend, disk, entry.slot) for entry in disk.deks}
-    stages = backend.stages
+    stages = backend.host.stages
     with contextlib.ExitStack() as stack:
         stages.start(disk, plan, deks, domain_id=uuid.uuid4(), domain="bench", qemu=_QEMU)
         stack.callback(stages.stop, disk.id)
@@ -126,5 +131,5 @@ def _served(backend: Backend, disk: Disk, caching: HostCaching, folder: Path) ->
 
 
 def _pids(backend: Backend, disk: Disk) -> list[int]:
-    folder = backend.config.stage_directory / str(disk.id)
+    folder = backend.host.config.stage_directory / str(disk.id)
     return [pid for name in ("cache", "storage") if (pid := Process(folder / name).pid())]

@@ -10,7 +10,7 @@ from hosts import private_backend
 from measurement import Measurement, Row, Run, Unit, seconds
 from virt_sse.backend import Backend
 from virt_sse.errors import LabError
-from virt_sse.model.disks import PLATFORM_KEY
+from virt_sse.model.disks import PLATFORM_KEY, NewDisk
 
 _ENVELOPE = 1024
 _RECORD = 8 << 10
@@ -22,7 +22,7 @@ def measure(bench: Run) -> Iterator[Row]:
     count = bench.amount(200, quick=40)
     with private_backend(bench.scratch / "rewrap") as backend:
         for index in range(count):
-            backend.create_disk(f"disk-{index}", 1 << 20)
+            backend.disks.create(NewDisk(name=f"disk-{index}", size=1 << 20))
         turns = [(_rotate(backend, count), _bare(bench.scratch, count)) for _ in range(3)]
     ours, peer = (
         Measurement.median([count / took for took in samples], Unit.DISKS_PER_SECOND)
@@ -40,7 +40,7 @@ def measure(bench: Run) -> Iterator[Row]:
 
 def _rotate(backend: Backend, count: int) -> float:
     def rotate() -> None:
-        _, report = backend.rotate_key(PLATFORM_KEY)
+        _, report = backend.keys.rotate(PLATFORM_KEY)
         if report.rewrapped != count:
             raise LabError(f"{report.rewrapped} of {count} disks were rewrapped")
 

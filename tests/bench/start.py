@@ -14,6 +14,7 @@ from virt_sse.lab import acceleration, recipes
 from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import LabHost
+from virt_sse.model.disks import NewDisk
 
 if TYPE_CHECKING:
     import libvirt
@@ -66,7 +67,9 @@ def _xml(host: LabHost, backend: Backend, name: str, encryption_set: str | None,
     for letter in "abcd"[:count]:
         disk = f"{name}-{count}-{letter}"
         source = recipes.boot_sector_image(stays=True)
-        backend.import_disk(disk, source, source_format="raw", encryption_set=encryption_set)
-        elements.append(backend.disk_xml(disk, target=f"vd{letter}"))
+        backend.transfer.import_image(
+            NewDisk(name=disk, encryption_set=encryption_set), source, source_format="raw"
+        )
+        elements.append(backend.domains.disk_element(disk, target=f"vd{letter}"))
     how = acceleration.probe("boot-sector")
     return Guest(host, f"{name}-{count}", acceleration=how, disks=elements).xml()

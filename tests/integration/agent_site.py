@@ -13,13 +13,14 @@ import libvirt
 from customer_keys import CustomerKeys
 from virt_sse.backend import Backend
 from virt_sse.config import Config
+from virt_sse.host.setup import initialise
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import LabHost
 from virt_sse.lab.recipes import boot_sector_image
 from virt_sse.lab.vaults import LabVault
-from virt_sse.model.disks import Disk, DiskSku
+from virt_sse.model.disks import Disk, DiskSku, NewDisk
 from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.model.keys import KeyId
 from virt_sse.vault_client.permissions import Permission, Role
@@ -42,7 +43,7 @@ def prepared(host: LabHost, config: str = CONFIG) -> Iterator[Backend]:
     try:
         loaded = dataclasses.replace(Config.load(host.root), libvirt_uri=host.uri, disk_directory=host.images)
         with Backend(loaded) as backend:
-            if backend.init_host():
+            if initialise(backend.host):
                 host.restart_libvirtd()
             yield backend
     finally:
@@ -83,10 +84,10 @@ class Site:
         """A guest that stays, defined, on a new disk."""
         name = f"t{uuid.uuid4().hex[:8]}"
         source = boot_sector_image(stays=True)
-        disk = self.backend.import_disk(
-            name, source, source_format="raw", encryption_set=encryption_set, sku=sku
+        disk = self.backend.transfer.import_image(
+            NewDisk(name=name, sku=sku, encryption_set=encryption_set), source, source_format="raw"
         )
-        element = self.backend.disk_xml(name)
+        element = self.backend.domains.disk_element(name)
         guest = Guest(self.host, name, acceleration=self._acceleration, disks=[element])
         guest.define()
         return guest, disk
@@ -132,7 +133,7 @@ class CustomerSite(Site):
     def use(self, keys: CustomerKeys) -> None:
         """Let this host make its sets' identities in the vault of *keys*."""
         self.keys = keys
-        path = self.backend.config.operator_credential
+        path = self.backend.host.config.operator_credential
         path.unlink(missing_ok=True)
         keys.administration.new_credential_file(
             path, f"host-{uuid.uuid4().hex[:8]}", role=Role.IDENTITY_OPERATOR

@@ -22,7 +22,7 @@ from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import LabHost
 from virt_sse.lab.recipes import boot_sector_image
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import Disk
+from virt_sse.model.disks import Disk, NewDisk
 from virt_sse.model.keys import Dek
 from virt_sse.model.layers import EncryptionType
 from virt_sse.stages.process import Process
@@ -98,26 +98,28 @@ class StageSite:
         name = f"d{uuid.uuid4().hex[:8]}"
         kind = DiskFormat(image_format)
         if size is not None:
-            return self.backend.create_disk(name, size, image_format=kind, encryption_set=self.set)
+            return self.backend.disks.create(
+                NewDisk(name=name, size=size, format=kind, encryption_set=self.set)
+            )
         source = boot_sector_image(stays=True)
-        return self.backend.import_disk(
-            name, source, source_format="raw", image_format=kind, encryption_set=self.set
+        return self.backend.transfer.import_image(
+            NewDisk(name=name, format=kind, encryption_set=self.set), source, source_format="raw"
         )
 
     def single_disk(self, image_format: str = "qcow2", *, size: int = 8 << 20) -> Disk:
         """An empty disk with one layer: the site's set is for two."""
         name = f"s{uuid.uuid4().hex[:8]}"
-        return self.backend.create_disk(name, size, image_format=DiskFormat(image_format))
+        return self.backend.disks.create(NewDisk(name=name, size=size, format=DiskFormat(image_format)))
 
     def dek(self, disk: Disk, slot: str) -> Dek:
         entry = disk.dek(slot)
-        provider = self.backend.plugins.key_provider(entry.wrapped.key.provider)
+        provider = self.backend.host.plugins.key_provider(entry.wrapped.key.provider)
         return provider.unwrap(entry.wrapped, context=disk.context(slot))
 
     def guest(self, *disks: Disk) -> Guest:
         """A guest with those disks, defined; named like the first, and some."""
         elements = [
-            self.backend.disk_xml(disk.name, target=f"vd{letter}")
+            self.backend.domains.disk_element(disk.name, target=f"vd{letter}")
             for disk, letter in zip(disks, "abcdefgh", strict=False)
         ]
         name = f"{disks[0].name}-{uuid.uuid4().hex[:4]}"
@@ -159,7 +161,7 @@ class StageSite:
         return found
 
     def storage(self, disk: Disk) -> Process:
-        return Process(self.backend.config.stage_directory / str(disk.id) / "storage")
+        return Process(self.backend.host.config.stage_directory / str(disk.id) / "storage")
 
     def secrets(self) -> list[str]:
         """The usage ids of libvirt's secrets that are ours."""
@@ -198,10 +200,10 @@ class StageSite:
 
     def left(self) -> dict[str, Sequence[object]]:
         """What there is of guests and stages."""
-        config = self.backend.config
+        config = self.backend.host.config
         found = {
             "processes": [process.command for process in self.stage_processes()],
-            "records": self.backend.stages.records(),
+            "records": self.backend.host.stages.records(),
             "sockets": list(config.socket_directory.glob("*")),
             "folders": list(config.stage_directory.glob("*")),
             "caches": list(config.cache_directory.glob("*")),

@@ -82,7 +82,7 @@ def test_it_serves_the_hook(site: Site) -> None:
 
 def test_what_it_refuses_is_said_as_the_hook_says_it(site: Site) -> None:
     guest, _ = site.guest()
-    keyring = site.backend.config.state_directory / "platform-managed"
+    keyring = site.backend.host.config.state_directory / "platform-managed"
     keyring.rename(keyring.with_name("elsewhere"))
     try:
         before = site.agent.metrics().get(REFUSED, 0)
@@ -189,7 +189,7 @@ def test_libvirtd_restarts(site: Site) -> None:
     site.wait_until_watched(other)
     before = site.secrets()
     assert len(before) == 2
-    hook = site.backend.config.hook_path
+    hook = site.backend.host.config.hook_path
     script = hook.read_text()
     hook.write_text("#!/bin/sh\nexit 0\n")
     try:

@@ -19,6 +19,7 @@ from virt_sse.audit.log import AuditLog
 from virt_sse.audit.record import AuditRecord, Component, Result
 from virt_sse.backend import Backend
 from virt_sse.errors import LibvirtUnavailableError
+from virt_sse.model.disks import NewDisk
 
 
 @pytest.fixture
@@ -84,10 +85,11 @@ def test_a_disks_life_is_in_the_log(virt_sse: CommandLine, root: Path) -> None:
 
 def test_a_domain_that_starts_is_named(virt_sse: CommandLine, backend: Backend) -> None:
     images.require("qemu-img")
-    backend.create_disk("web", 1 << 20)
-    xml = f"<domain><uuid>{uuid.uuid4()}</uuid><devices>{backend.disk_xml('web')}</devices></domain>"
+    backend.disks.create(NewDisk(name="web", size=1 << 20))
+    element = backend.domains.disk_element("web")
+    xml = f"<domain><uuid>{uuid.uuid4()}</uuid><devices>{element}</devices></domain>"
     with pytest.raises(LibvirtUnavailableError):  # which is asked when the DEKs are there
-        backend.domains.serving.restore("my-domain", xml)
+        backend.domains.restore("my-domain", xml)
     assert [(entry["action"], entry["domain"]) for entry in entries(virt_sse)] == [
         ("wrap", None),
         ("unwrap", "my-domain"),
@@ -199,8 +201,8 @@ def test_a_command_whose_key_use_cannot_be_recorded_is_refused(
     virt_sse: CommandLine, backend: Backend, root: Path
 ) -> None:
     images.require("qemu-img")
-    backend.create_disk("web", 1 << 20)
-    keys = backend.keys_in_use()
+    backend.disks.create(NewDisk(name="web", size=1 << 20))
+    keys = backend.keys.in_use()
     (root / "var/log/virt-sse").rename(root / "away")
     (root / "var/log/virt-sse").touch()
     for command in (("disk", "create", "db", "--size", "1M"), ("disk", "check", "web")):
@@ -209,7 +211,7 @@ def test_a_command_whose_key_use_cannot_be_recorded_is_refused(
         assert "hint: no key is used whose use cannot be recorded" in message
     virt_sse("disk", "list")
     assert images.files_below(root / "var/lib/libvirt/images") == ["web.qcow2"]
-    assert backend.keys_in_use() == keys
+    assert backend.keys.in_use() == keys
     (root / "var/log/virt-sse").unlink()
     (root / "away").rename(root / "var/log/virt-sse")
     virt_sse("disk", "check", "web")

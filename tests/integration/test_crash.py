@@ -18,10 +18,11 @@ from crashes import crash_points, dies_at
 from images import KeyedImage
 from virt_sse.backend import Backend
 from virt_sse.disks import lifecycle, transfer
+from virt_sse.host.setup import initialise
 from virt_sse.keys import rewrap
 from virt_sse.model import envelope
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import PLATFORM_KEY, Disk, DiskState
+from virt_sse.model.disks import PLATFORM_KEY, Disk, DiskState, NewDisk
 from virt_sse.qemu import envelope_slots, img, qcow2
 from virt_sse.store import store
 from virt_sse.system import files
@@ -45,7 +46,7 @@ class Scene:
         self.images = root / "var/lib/libvirt/images"
         self._template = root.with_name("template")
         with Backend.open(root) as backend:
-            backend.init_host()
+            initialise(backend.host)
             prepare(backend)
         root.rename(self._template)
         self.reset()
@@ -79,9 +80,9 @@ class Scene:
 
 def whole(backend: Backend, name: str, pattern: int | None = None) -> Disk:
     """The disk, which passes every check."""
-    disk = backend.get_disk(name)
+    disk = backend.disks.get(name)
     assert disk.state is DiskState.READY
-    backend.check_disk(name)
+    backend.disks.check(name)
     image = KeyedImage.of(backend, disk)
     assert image.size() == disk.size == M
     if pattern is not None:
@@ -90,7 +91,7 @@ def whole(backend: Backend, name: str, pattern: int | None = None) -> Disk:
 
 
 def filled(backend: Backend, image_format: str = "qcow2") -> None:
-    disk = backend.create_disk("disk", M, image_format=DiskFormat(image_format))
+    disk = backend.disks.create(NewDisk(name="disk", size=M, format=DiskFormat(image_format)))
     KeyedImage.of(backend, disk).write(0, M, 0x66)
 
 
@@ -100,16 +101,18 @@ def test_a_killed_creation_leaves_a_whole_disk_or_nothing(root: Path, image_form
     outcomes = set()
 
     def check(backend: Backend) -> None:
-        found = [disk.name for disk in backend.list_disks()]
+        found = [disk.name for disk in backend.disks.all()]
         assert found in ([], ["disk"])
         assert scene.names() == [f"disk.{image_format}"] * len(found)
         if found:
             whole(backend, "disk")
         else:
-            assert backend.keys_in_use() == []
+            assert backend.keys.in_use() == []
         outcomes.add(bool(found))
 
-    scene.kills(lambda b: b.create_disk("disk", M, image_format=DiskFormat(image_format)), check)
+    scene.kills(
+        lambda b: b.disks.create(NewDisk(name="disk", size=M, format=DiskFormat(image_format))), check
+    )
     assert outcomes == {True, False}
 
 
@@ -119,12 +122,12 @@ def test_a_killed_import_leaves_a_whole_disk_or_nothing(root: Path, tmp_path: Pa
     scene = Scene(root, lambda _: None)
 
     def check(backend: Backend) -> None:
-        found = [disk.name for disk in backend.list_disks()]
+        found = [disk.name for disk in backend.disks.all()]
         assert scene.names() == ["disk.qcow2"] * len(found)
         if found:
             whole(backend, "disk", 0x66)
 
-    scene.kills(lambda b: b.import_disk("disk", source, source_format="raw"), check)
+    scene.kills(lambda b: b.transfer.import_image(NewDisk(name="disk"), source, source_format="raw"), check)
 
 
 @pytest.mark.parametrize("image_format", images.FORMATS)
@@ -133,15 +136,15 @@ def test_a_killed_deletion_leaves_a_whole_disk_or_nothing(root: Path, image_form
     outcomes = set()
 
     def check(backend: Backend) -> None:
-        found = [disk.name for disk in backend.list_disks()]
+        found = [disk.name for disk in backend.disks.all()]
         assert scene.names() == [f"disk.{image_format}"] * len(found)
         if found:
             whole(backend, "disk", 0x66)
         else:
-            assert backend.keys_in_use() == []
+            assert backend.keys.in_use() == []
         outcomes.add(bool(found))
 
-    scene.kills(lambda b: b._provisioning.delete(b.get_disk("disk"), dry_run=False), check)
+    scene.kills(lambda b: b.disks.erase(b.disks.get("disk")), check)
     assert outcomes == {True, False}
 
 
@@ -151,7 +154,7 @@ def test_after_a_killed_deletion_a_new_file_at_the_path_is_not_touched(root: Pat
 
     def act() -> None:
         with Backend.open(root) as backend:
-            backend._provisioning.delete(backend.get_disk("disk"), dry_run=False)
+            backend.disks.erase(backend.disks.get("disk"))
 
     points = crash_points(MODULES, act)
     for point in points[:: len(points) // 10]:
@@ -167,19 +170,19 @@ def test_a_killed_rotation_is_finished_by_the_next(root: Path) -> None:
     scene = Scene(root, filled)
 
     def check(backend: Backend) -> None:
-        disk = backend.get_disk("disk")
+        disk = backend.disks.get("disk")
         assert KeyedImage.of(backend, disk).has(0, M, 0x66)
         with img.opened(disk.path) as descriptor:
             carried = envelope_slots.read(descriptor, disk.format)
         for entry in (*disk.deks, *carried.deks):  # the header's one, be it older, is as good as the store's
-            provider = backend.plugins.key_provider(entry.wrapped.key.provider)
+            provider = backend.host.plugins.key_provider(entry.wrapped.key.provider)
             provider.unwrap(entry.wrapped, context=disk.context(entry.slot))
-        assert backend.rewrap(PLATFORM_KEY).failed == {}
-        current = backend.plugins.key_provider(PLATFORM_KEY.provider).current_key(PLATFORM_KEY.name)
-        assert [(use.key, use.deks) for use in backend.keys_in_use()] == [(current, 1)]
+        assert backend.keys.rewrap(PLATFORM_KEY).failed == {}
+        current = backend.host.plugins.key_provider(PLATFORM_KEY.provider).current_key(PLATFORM_KEY.name)
+        assert [(use.key, use.deks) for use in backend.keys.in_use()] == [(current, 1)]
         whole(backend, "disk", 0x66)
 
-    scene.kills(lambda b: b.rotate_key(PLATFORM_KEY), check)
+    scene.kills(lambda b: b.keys.rotate(PLATFORM_KEY), check)
 
 
 def test_a_killed_export_leaves_no_plaintext(root: Path, tmp_path: Path) -> None:
@@ -190,13 +193,13 @@ def test_a_killed_export_leaves_no_plaintext(root: Path, tmp_path: Path) -> None
     def check(backend: Backend) -> None:
         if found := list(folder.iterdir()):
             assert found == [folder / "out"]
-            assert KeyedImage.of(backend, backend.get_disk("disk")).equals(folder / "out")
+            assert KeyedImage.of(backend, backend.disks.get("disk")).equals(folder / "out")
             found[0].unlink()
         whole(backend, "disk", 0x66)
 
     def export(backend: Backend) -> None:
         (folder / "out").unlink(missing_ok=True)
-        backend.export_disk("disk", folder / "out", destination_format="raw")
+        backend.transfer.export("disk", folder / "out", destination_format="raw")
 
     scene.kills(export, check)
 
@@ -209,7 +212,7 @@ def test_a_command_killed_at_any_moment_leaves_no_process_and_no_file(root: Path
             time.sleep(0.3 + tenths / 40)
             process.send_signal(signal.SIGKILL)
         with Backend.open(root) as backend:
-            found = backend.list_disks()
+            found = backend.disks.all()
             assert scene.names() == ["disk.qcow2"] * len(found)
             if found:
                 whole(backend, "disk")
@@ -252,8 +255,8 @@ def test_of_two_creations_at_once_one_wins(root: Path) -> None:
             racer.wait()
             racer.stdout.close()
     with Backend.open(root) as backend:
-        assert len(backend.list_disks()) == 20
+        assert len(backend.disks.all()) == 20
         assert len(scene.names()) == 20
-        for disk in backend.list_disks():
+        for disk in backend.disks.all():
             assert disk.state is DiskState.READY
-            backend.check_disk(disk.name)
+            backend.disks.check(disk.name)

@@ -10,6 +10,7 @@ import images
 from virt_sse.backend import Backend
 from virt_sse.errors import ImageError
 from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import NewDisk
 
 M = 1 << 20
 
@@ -17,7 +18,7 @@ M = 1 << 20
 @pytest.mark.parametrize("image_format", images.FORMATS)
 def test_a_header_with_any_byte_flipped_never_opens_wrongly(backend: Backend, image_format: str) -> None:
     """Either there is an error, or the byte meant nothing and the content is what it was."""
-    disk = backend.create_disk("disk", M, image_format=DiskFormat(image_format))
+    disk = backend.disks.create(NewDisk(name="disk", size=M, format=DiskFormat(image_format)))
     image = images.KeyedImage.of(backend, disk)
     image.write(0, 4096, 0x44)
     image.write(M - 512, 512, 0x45)
@@ -30,7 +31,7 @@ def test_a_header_with_any_byte_flipped_never_opens_wrongly(backend: Backend, im
             (byte,) = os.pread(file.fileno(), 1, position)
             os.pwrite(file.fileno(), bytes([byte ^ 0xFF]), position)
             try:
-                backend.check_disk("disk")
+                backend.disks.check("disk")
             except ImageError:
                 pass
             else:
@@ -39,6 +40,6 @@ def test_a_header_with_any_byte_flipped_never_opens_wrongly(backend: Backend, im
                 assert done.returncode == 0, (position - start, done.stderr)
                 assert "failed" not in done.stdout, position - start
             os.pwrite(file.fileno(), bytes([byte]), position)
-    backend.check_disk("disk")
-    assert backend.list_disks() == [disk]
+    backend.disks.check("disk")
+    assert backend.disks.all() == [disk]
     assert not meaningful & set(opened)

@@ -15,8 +15,9 @@ from command_line import CommandLine
 from images import FORMATS, KeyedImage
 from virt_sse.backend import Backend
 from virt_sse.errors import DiskExistsError, DiskInUseError, DiskNotFoundError, ImageError, InvalidValueError
+from virt_sse.host.setup import initialise
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import Disk
+from virt_sse.model.disks import Disk, NewDisk
 
 M = 1 << 20
 SIZES = (512, 1024, 3 * 512, M, M + 512, 7 * 1001 * 512, 10 << 30, 64 << 40)
@@ -28,7 +29,7 @@ def _tools() -> None:
 
 
 def create(backend: Backend, name: str, size: int = M, image_format: str = "qcow2") -> Disk:
-    return backend.create_disk(name, size, image_format=DiskFormat(image_format))
+    return backend.disks.create(NewDisk(name=name, size=size, format=DiskFormat(image_format)))
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
@@ -37,7 +38,7 @@ def test_the_guest_sees_exactly_the_size_that_was_asked_for(backend: Backend, im
         disk = create(backend, f"disk-{size}", size, image_format)
         image = KeyedImage.of(backend, disk)
         assert image.size() == size
-        assert disk.size == backend.get_disk(disk.name).size == size
+        assert disk.size == backend.disks.get(disk.name).size == size
         assert image.has(size - 512, 512, 0) or image_format == "raw"  # raw: never written, decrypts to noise
         image.write(size - 512, 512, 0x5A)
         assert image.has(size - 512, 512, 0x5A)
@@ -96,7 +97,7 @@ def test_what_is_written_through_the_key_is_not_in_the_file(backend: Backend, im
     assert image.has(M, 2 * M, 0xA7)
     assert not images.contains([disk.path], b"\xa7" * 8)
     assert not KeyedImage(disk.path, image_format, b"wrong").opens()
-    backend.check_disk("disk")
+    backend.disks.check("disk")
 
 
 def test_two_disks_have_nothing_in_common(backend: Backend) -> None:
@@ -114,7 +115,7 @@ def test_files_and_folders_are_ours_alone(backend: Backend, root: Path) -> None:
     try:
         for image_format in FORMATS:
             assert images.mode(create(backend, image_format, M, image_format).path) == 0o600
-        backend.export_disk("raw", root / "export")
+        backend.transfer.export("raw", root / "export")
     finally:
         os.umask(before)
     assert images.mode(root / "export") == 0o600
@@ -132,8 +133,8 @@ def test_an_import_has_the_content_of_its_source(
     source = images.make_plain(tmp_path / "source", source_format, content)
     image_format = "raw" if source_format in ("raw", "vdi") else "qcow2"
     progress: list[float] = []
-    disk = backend.import_disk(
-        "disk", source, image_format=DiskFormat(image_format), progress=progress.append
+    disk = backend.transfer.import_image(
+        NewDisk(name="disk", format=DiskFormat(image_format)), source, progress=progress.append
     )
     image = KeyedImage.of(backend, disk)
     assert image.equals(source, source_format)
@@ -142,7 +143,7 @@ def test_an_import_has_the_content_of_its_source(
     assert not images.contains([disk.path], content[M : M + 64], b"\xc3" * 64)
     assert progress == sorted(progress)
     assert progress[-1] == 1.0
-    backend.check_disk("disk")
+    backend.disks.check("disk")
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
@@ -152,21 +153,25 @@ def test_an_export_is_the_plaintext(
 ) -> None:
     source = tmp_path / "source"
     source.write_bytes(os.urandom(M) + bytes(M) + b"\xc3" * 512)
-    disk = backend.import_disk("disk", source, source_format="raw", image_format=DiskFormat(image_format))
+    disk = backend.transfer.import_image(
+        NewDisk(name="disk", format=DiskFormat(image_format)), source, source_format="raw"
+    )
     destination = tmp_path / "out"
-    backend.export_disk("disk", destination, destination_format=destination_format)
+    backend.transfer.export("disk", destination, destination_format=destination_format)
     assert images.info(destination)["format"] == destination_format
     compare = ["qemu-img", "compare", "-f", "raw", "-F", destination_format, source, destination]
     assert subprocess.run(compare, capture_output=True).returncode == 0
     assert KeyedImage.of(backend, disk).equals(destination, destination_format)
     with pytest.raises(DiskExistsError):
-        backend.export_disk("disk", destination)
+        backend.transfer.export("disk", destination)
 
 
 def test_a_source_of_odd_length_is_padded(backend: Backend, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(b"\x42" * 700)
-    disk = backend.import_disk("disk", source, source_format="raw", image_format=DiskFormat.RAW)
+    disk = backend.transfer.import_image(
+        NewDisk(name="disk", format=DiskFormat.RAW), source, source_format="raw"
+    )
     image = KeyedImage.of(backend, disk)
     assert disk.size == 1024
     assert image.has(0, 700, 0x42)
@@ -181,32 +186,32 @@ def lose_store(root: Path) -> None:
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_a_lost_store_is_rebuilt_from_the_images(root: Path, image_format: str) -> None:
     with Backend.open(root) as backend:
-        backend.init_host()
+        initialise(backend.host)
         before = create(backend, "disk", M, image_format)
         KeyedImage.of(backend, before).write(0, M, 0x77)
     lose_store(root)
     with Backend.open(root) as backend:
-        assert backend.list_disks() == []
-        assert backend.adopt_disk(before.path) == before
+        assert backend.disks.all() == []
+        assert backend.disks.adopt(before.path) == before
         assert KeyedImage.of(backend, before).has(0, M, 0x77)
-        backend.check_disk("disk")
+        backend.disks.check("disk")
         with pytest.raises(DiskExistsError):
-            backend.adopt_disk(before.path)
+            backend.disks.adopt(before.path)
 
 
 def test_a_disk_is_adopted_under_another_name(root: Path) -> None:
     with Backend.open(root) as backend:
-        backend.init_host()
+        initialise(backend.host)
         path = create(backend, "disk").path
     lose_store(root)
     with Backend.open(root) as backend:
         create(backend, "other", M, "raw")
         with pytest.raises(DiskExistsError, match="name 'other'"):
-            backend.adopt_disk(path, name="other")
+            backend.disks.adopt(path, name="other")
         with pytest.raises(InvalidValueError):
-            backend.adopt_disk(path, name="../disk")
-        assert backend.adopt_disk(path, name="renamed").name == "renamed"
-        assert [disk.name for disk in backend.list_disks()] == ["other", "renamed"]
+            backend.disks.adopt(path, name="../disk")
+        assert backend.disks.adopt(path, name="renamed").name == "renamed"
+        assert [disk.name for disk in backend.disks.all()] == ["other", "renamed"]
 
 
 def test_a_moved_disk_is_found_and_a_copied_one_is_not_taken(backend: Backend, root: Path) -> None:
@@ -214,28 +219,28 @@ def test_a_moved_disk_is_found_and_a_copied_one_is_not_taken(backend: Backend, r
     elsewhere = root / "elsewhere.qcow2"
     shutil.copy(disk.path, elsewhere)
     with pytest.raises(DiskExistsError, match="is that disk"):
-        backend.adopt_disk(elsewhere)
+        backend.disks.adopt(elsewhere)
     disk.path.unlink()
-    assert backend.adopt_disk(elsewhere).path == elsewhere
-    assert backend.get_disk("disk").path == elsewhere
-    backend.check_disk("disk")
+    assert backend.disks.adopt(elsewhere).path == elsewhere
+    assert backend.disks.get("disk").path == elsewhere
+    backend.disks.check("disk")
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_a_disk_in_use_is_adopted(root: Path, image_format: str) -> None:
     with Backend.open(root) as backend:
-        backend.init_host()
+        initialise(backend.host)
         disk = create(backend, "disk", M, image_format)
         image = KeyedImage.of(backend, disk)
     lose_store(root)
     with image.served(), Backend.open(root) as backend:
-        assert backend.adopt_disk(disk.path) == disk
+        assert backend.disks.adopt(disk.path) == disk
 
 
 def test_another_host_cannot_adopt(backend: Backend, virt_sse: CommandLine, tmp_path: Path) -> None:
     disk = create(backend, "disk")
     with Backend.open(tmp_path / "other") as other:
-        other.init_host()
+        initialise(other.host)
     theirs = CommandLine(tmp_path / "other")
     message = theirs.refuses("disk", "adopt", disk.path)
     assert "no version" in message
@@ -248,14 +253,14 @@ def test_growing_and_shrinking_keep_what_is_there(backend: Backend) -> None:
         disk = create(backend, image_format, 2 * M, image_format)
         image = KeyedImage.of(backend, disk)
         image.write(0, 2 * M, 0x21)
-        assert backend.resize_disk(image_format, 5 * M + 512).size == image.size() == 5 * M + 512
+        assert backend.disks.resize(image_format, 5 * M + 512).size == image.size() == 5 * M + 512
         assert image.has(0, 2 * M, 0x21)
         with pytest.raises(InvalidValueError, match="more than"):
-            backend.resize_disk(image_format, M)
-        assert backend.resize_disk(image_format, M, shrink=True).size == image.size() == M
+            backend.disks.resize(image_format, M)
+        assert backend.disks.resize(image_format, M, shrink=True).size == image.size() == M
         assert image.has(0, M, 0x21)
-        assert backend.resize_disk(image_format, M).size == M
-        backend.check_disk(image_format)
+        assert backend.disks.resize(image_format, M).size == M
+        backend.disks.check(image_format)
 
 
 def test_a_resize_by_others_is_seen(backend: Backend) -> None:
@@ -264,8 +269,8 @@ def test_a_resize_by_others_is_seen(backend: Backend) -> None:
         image = KeyedImage.of(backend, disk)
         resize = ["qemu-img", "resize", "-q", "--object", image.secret, "--image-opts", image.options, "3M"]
         subprocess.run(resize, check=True)
-        assert backend.get_disk(image_format).size == 3 * M
-    assert [disk.size for disk in backend.list_disks()] == [3 * M, 3 * M]
+        assert backend.disks.get(image_format).size == 3 * M
+    assert [disk.size for disk in backend.disks.all()] == [3 * M, 3 * M]
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
@@ -275,10 +280,10 @@ def test_an_open_disk_is_left_alone(backend: Backend, tmp_path: Path, image_form
     image.write(0, M, 0x33)
     with image.served():
         for refused in (
-            lambda: backend.resize_disk("disk", 2 * M),
-            lambda: backend.check_disk("disk"),
-            lambda: backend.export_disk("disk", tmp_path / "out"),
-            lambda: backend._provisioning.delete(disk, dry_run=False),
+            lambda: backend.disks.resize("disk", 2 * M),
+            lambda: backend.disks.check("disk"),
+            lambda: backend.transfer.export("disk", tmp_path / "out"),
+            lambda: backend.disks.erase(disk),
         ):
             with pytest.raises(DiskInUseError, match="in use"):
                 refused()
@@ -286,15 +291,15 @@ def test_an_open_disk_is_left_alone(backend: Backend, tmp_path: Path, image_form
     for read_only in (False, True):
         with image.held(read_only=read_only):
             for refused in (
-                lambda: backend.resize_disk("disk", M - 512, shrink=True),
-                lambda: backend.check_disk("disk"),
-                lambda: backend._provisioning.delete(disk, dry_run=True),
+                lambda: backend.disks.resize("disk", M - 512, shrink=True),
+                lambda: backend.disks.check("disk"),
+                lambda: backend.disks.erase(disk, dry_run=True),
             ):
                 with pytest.raises(DiskInUseError, match="in use"):
                     refused()
     assert image.has(0, M, 0x33)
-    backend._provisioning.delete(disk, dry_run=True)
-    backend.check_disk("disk")
+    backend.disks.erase(disk, dry_run=True)
+    backend.disks.check("disk")
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
@@ -310,13 +315,13 @@ def test_a_deleted_disk_cannot_be_opened_by_anyone(
     keyslot = images.luks_volume(disk, tmp_path).read_bytes()[4096 : 4096 + 256]
     assert images.contains([kept_aside], keyslot) == [kept_aside]
 
-    backend._provisioning.delete(disk, dry_run=False)
+    backend.disks.erase(disk)
 
     assert not image.opens()
     assert images.files_below(disk.path.parent) == []
     assert not images.contains([kept_aside], keyslot, b"LUKS\xba\xbe", b"virt-sse")
-    assert backend.list_disks() == []
-    assert backend.keys_in_use() == []
+    assert backend.disks.all() == []
+    assert backend.keys.in_use() == []
     state = [path for path in (root / "var/lib/virt-sse").rglob("*") if path.is_file()]
     backend.close()  # the write-ahead log goes into the store
     assert not images.contains([path for path in state if path.exists()], ciphertext)
@@ -329,19 +334,19 @@ def test_what_is_not_the_disks_image_is_not_deleted(backend: Backend) -> None:
     for foreign in (b"", b"a letter", other.path.read_bytes(), whole[:5000]):
         disk.path.write_bytes(foreign)
         with pytest.raises(ImageError, match="not the image of disk 'disk'"):
-            backend._provisioning.delete(disk, dry_run=False)
+            backend.disks.erase(disk)
         assert disk.path.read_bytes() == foreign
     disk.path.write_bytes(whole)
-    backend.check_disk("disk")
+    backend.disks.check("disk")
     disk.path.unlink()
-    backend._provisioning.delete(disk, dry_run=False)
+    backend.disks.erase(disk)
     with pytest.raises(DiskNotFoundError):
-        backend.get_disk("disk")
+        backend.disks.get("disk")
 
 
 def test_a_disk_is_found_by_its_id(backend: Backend) -> None:
     disk = create(backend, "disk")
-    assert backend.get_disk(str(disk.id)) == disk
-    assert backend.image_state(disk) == "present"
+    assert backend.disks.get(str(disk.id)) == disk
+    assert backend.disks.image_state(disk) == "present"
     disk.path.unlink()
-    assert backend.image_state(disk) == f"image {disk.path} is missing"
+    assert backend.disks.image_state(disk) == f"image {disk.path} is missing"

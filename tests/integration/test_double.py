@@ -68,19 +68,22 @@ def test_a_guest_on_two_disks_from_start_to_end(site: StageSite) -> None:
     assert [owner(disk) for disk in disks] == [0, 0]
     assert not contains([disk.path for disk in disks], BOOT_SECTOR_TEXT)
     for disk in disks:
-        site.backend.check_disk(disk.name)
+        site.backend.disks.check(disk.name)
         plain = site.host.directory / disk.name
-        site.backend.export_disk(disk.name, plain, destination_format="raw")
+        site.backend.transfer.export(disk.name, plain, destination_format="raw")
         assert plain.read_bytes()[1000 * 512 :].startswith(BOOT_SECTOR_TEXT)
     assert_nowhere(site, *keys)
 
 
 def assert_out_of_qemus_reach(site: StageSite, disks: list[Disk]) -> None:
     """QEMU's user comes to the guest's socket, and to nothing else of a stage."""
-    config = site.backend.config
+    config = site.backend.host.config
     for disk in disks:
         monitor = config.stage_directory / str(disk.id) / "qmp"
-        guest, record = site.backend.stages.guest_socket(disk.id), site.backend.stages.record(disk.id)
+        guest, record = (
+            site.backend.host.stages.guest_socket(disk.id),
+            site.backend.host.stages.record(disk.id),
+        )
         assert record
         assert record.qemu.uid == pwd.getpwnam(QEMU_USER).pw_uid
         script = (
@@ -155,7 +158,7 @@ def test_discard_and_zeroes(site: StageSite, image_format: str) -> None:
         assert "failed" not in site.qemu_io(guest, "read -P 0x5a 0 4M")
     assert "failed" not in site.qemu_io(guest, "read -P 0 4M 4M")
     guest.destroy()
-    site.backend.check_disk(disk.name)
+    site.backend.disks.check(disk.name)
 
 
 class TestSize:
@@ -167,8 +170,8 @@ class TestSize:
         assert f"Capacity:       {8 * M}" in site.virsh("domblkinfo", guest.name, "vda")
         assert "wrote 4096" in site.qemu_io(guest, f"write -P 0x5a {8 * M - 4096} 4096")
         guest.destroy()
-        assert site.backend.get_disk(disk.name).size == 8 * M
-        site.backend.check_disk(disk.name)
+        assert site.backend.disks.get(disk.name).size == 8 * M
+        site.backend.disks.check(disk.name)
 
     def test_one_beyond_the_room_that_was_made_for_it_grows_offline(self, site: StageSite) -> None:
         disk = site.disk("qcow2", size=M)
@@ -177,7 +180,7 @@ class TestSize:
         said = site.virt_sse("disk", "resize", disk.name, "1G", status=1)
         assert "cannot grow under a running guest" in said
         assert "stop the domain first" in said
-        assert site.backend.get_disk(disk.name).size == M
+        assert site.backend.disks.get(disk.name).size == M
         guest.destroy()
         site.virt_sse("disk", "resize", disk.name, "1G")
         site.start_paused(guest)
@@ -190,14 +193,14 @@ class TestSize:
         site.start_paused(guest)
         if "<reconnect" in site.virsh("dumpxml", guest.name):
             site.virsh("resume", guest.name)
-            site.backend.resize_disk(disk.name, 8 * M)
+            site.backend.disks.resize(disk.name, 8 * M)
             assert f"Capacity:       {8 * M}" in site.virsh("domblkinfo", guest.name, "vda")
             return
         with pytest.raises(StageError, match="cannot grow under a running guest"):
-            site.backend.resize_disk(disk.name, 8 * M)
+            site.backend.disks.resize(disk.name, 8 * M)
         assert "read 512" in site.qemu_io(guest, "read 0 512")
         guest.destroy()
-        site.backend.resize_disk(disk.name, 8 * M)
+        site.backend.disks.resize(disk.name, 8 * M)
         site.start_paused(guest)
         assert f"Capacity:       {8 * M}" in site.virsh("domblkinfo", guest.name, "vda")
 
@@ -210,12 +213,12 @@ def test_delete_erases_what_the_keys_open(site: StageSite, image_format: str) ->
     os.link(disk.path, kept)
     opening = [Dek(base64.b64decode(key)) for key in keys]
     img.check_unlocks(kept, disk.format, opening)
-    site.backend.delete_disk(disk.name)
+    site.backend.disks.delete(disk.name)
     assert not disk.path.exists()
     with pytest.raises(ImageFormatError):
         img.check_unlocks(kept, disk.format, opening)
     with pytest.raises(DiskNotFoundError):
-        site.backend.get_disk(disk.name)
+        site.backend.disks.get(disk.name)
 
 
 def test_two_domains_are_not_given_the_same_disk(site: StageSite) -> None:
@@ -295,4 +298,4 @@ def test_hot_plug_and_unplug_discard_and_growth_in_a_linux(
     with LabAgent(site.host):
         wait_until(lambda: not site.left())
     assert owner(disk) == 0
-    site.backend.check_disk(disk.name)
+    site.backend.disks.check(disk.name)

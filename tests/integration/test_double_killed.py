@@ -78,7 +78,7 @@ class TestAStorageDaemonThatIsKilled:
             assert "failed" not in site.qemu_io(guest, "read -P 0x5a 900K 4096", disk=number)
         guest.destroy()
         for disk in disks:
-            site.backend.check_disk(disk.name)
+            site.backend.disks.check(disk.name)
 
     def test_the_guest_gets_the_error_where_a_site_wants_it_so(self, site: StageSite) -> None:
         disk = site.disk("raw", size=M)
@@ -175,7 +175,7 @@ class TestKilledOnTheWay:
         guest = site.guest(disk)
         with LabAgent(site.host) as agent:
             start = site.popen("virsh", "start", guest.name, "--paused")
-            wait_until(lambda: site.backend.stages.record(disk.id))
+            wait_until(lambda: site.backend.host.stages.record(disk.id))
             agent.kill()
             start.communicate(timeout=60)
             agent.start()

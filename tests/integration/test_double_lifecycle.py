@@ -19,7 +19,7 @@ from virt_sse.errors import (
 )
 from virt_sse.lab.vaults import LabVault
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import PLATFORM_KEY, Disk
+from virt_sse.model.disks import PLATFORM_KEY, Disk, NewDisk
 from virt_sse.model.encryption_sets import EncryptionSet
 from virt_sse.model.keys import Dek
 from virt_sse.model.layers import EncryptionType
@@ -35,7 +35,7 @@ CONTENT = b"nobody reads this without both keys. " * (M // 37) + bytes(M - M // 
 def keys(lab_vault: LabVault, tmp_path: Path, backend: Backend) -> Iterator[CustomerKeys]:
     require("qemu-img", "qemu-io", "cryptsetup")
     with CustomerKeys(lab_vault, tmp_path / "credentials") as keys:
-        path = backend.config.operator_credential
+        path = backend.host.config.operator_credential
         path.parent.mkdir(parents=True, exist_ok=True)
         keys.administration.new_credential_file(
             path, f"host-{path.parent.stat().st_ino}", role=Role.IDENTITY_OPERATOR
@@ -67,12 +67,14 @@ def plain(root: Path) -> Path:
 
 def imported(backend: Backend, plain: Path, image_format: str = "qcow2") -> Disk:
     kind = DiskFormat(image_format)
-    return backend.import_disk("disk", plain, source_format="raw", image_format=kind, encryption_set="web")
+    return backend.transfer.import_image(
+        NewDisk(name="disk", format=kind, encryption_set="web"), plain, source_format="raw"
+    )
 
 
 def exported(backend: Backend, root: Path) -> bytes:
     target = root / "exported"
-    backend.export_disk("disk", target, destination_format="raw")
+    backend.transfer.export("disk", target, destination_format="raw")
     content = target.read_bytes()
     target.unlink()
     return content
@@ -84,7 +86,7 @@ def versions(disk: Disk) -> dict[str, str]:
 
 def unwrapped(backend: Backend, disk: Disk) -> list[Dek]:
     return [
-        backend.plugins.key_provider(entry.wrapped.key.provider, disk.identity_for(entry.slot)).unwrap(
+        backend.host.plugins.key_provider(entry.wrapped.key.provider, disk.identity_for(entry.slot)).unwrap(
             entry.wrapped, context=disk.context(entry.slot)
         )
         for entry in disk.deks
@@ -104,19 +106,19 @@ def test_import_check_export_and_adopt(
     assert disk.deks[0].cipher != disk.deks[1].cipher
     assert disk.size == M
     assert not contains([disk.path], CONTENT[:37])
-    backend.check_disk("disk")
+    backend.disks.check("disk")
     assert exported(backend, root) == CONTENT
 
     for file in (root / "var/lib/virt-sse").glob("store.sqlite*"):
         file.unlink()
     with Backend.open(root) as again:
         with pytest.raises(EncryptionSetNotFoundError, match="was in encryption set"):
-            again.adopt_disk(disk.path)
+            again.disks.adopt(disk.path)
         new_set(again, keys, "rebuilt")
         # The DEK is under the lost set's key, which the identity of any set may be granted.
-        adopted = again.adopt_disk(disk.path, encryption_set="rebuilt")
+        adopted = again.disks.adopt(disk.path, encryption_set="rebuilt")
         assert (adopted.id, adopted.name, adopted.size, adopted.deks) == (disk.id, "disk", M, disk.deks)
-        again.check_disk("disk")
+        again.disks.check("disk")
         assert exported(again, root) == CONTENT
 
 
@@ -126,9 +128,9 @@ def test_one_that_was_moved_is_adopted(
 ) -> None:
     disk = imported(backend, plain, image_format)
     moved = disk.path.rename(disk.path.with_name("moved"))
-    adopted = backend.adopt_disk(moved)
+    adopted = backend.disks.adopt(moved)
     assert (adopted.id, adopted.path, adopted.size) == (disk.id, moved, M)
-    backend.check_disk("disk")
+    backend.disks.check("disk")
     assert exported(backend, root) == CONTENT
 
 
@@ -138,18 +140,18 @@ def test_each_layer_has_the_version_of_its_own_key(
     before = imported(backend, plain)
     keys.rotate(web.key.name)
     assert backend.sets.rotate("web").rewrapped == 1
-    customers = backend.get_disk("disk")
+    customers = backend.disks.get("disk")
     assert versions(customers)["service"] != versions(before)["service"]
     assert customers.deks[1] == before.deks[1]
 
-    _, report = backend.rotate_key(PLATFORM_KEY)
+    _, report = backend.keys.rotate(PLATFORM_KEY)
     assert report.rewrapped >= 1
     assert report.failed == {}
-    platforms = backend.get_disk("disk")
+    platforms = backend.disks.get("disk")
     assert versions(platforms)["infrastructure"] != versions(before)["infrastructure"]
     assert platforms.deks[0] == customers.deks[0]
     assert unwrapped(backend, platforms) == unwrapped(backend, before)
-    backend.check_disk("disk")
+    backend.disks.check("disk")
     assert all(finding.problem is None for finding in backend.sets.prove("web") if finding.place == "store")
     assert exported(backend, root) == CONTENT
 
@@ -159,17 +161,17 @@ def test_a_move_between_sets_changes_the_customers_layer_alone(
 ) -> None:
     before = imported(backend, plain)
     new_set(backend, keys, "mail")
-    after = backend.move_disk("disk", "mail")
+    after = backend.sets.move_disk("disk", "mail")
     assert after.deks[0].wrapped.key.name != before.deks[0].wrapped.key.name
     assert after.deks[1] == before.deks[1]
     keys.delete(web.key.name)
-    backend.check_disk("disk")
+    backend.disks.check("disk")
     assert exported(backend, root) == CONTENT
 
     new_set(backend, keys, "single", EncryptionType.CUSTOMER_KEY)
     with pytest.raises(PolicyError, match="has double encryption, set 'single' is for single"):
-        backend.move_disk("disk", "single")
-    assert backend.get_disk("disk") == after
+        backend.sets.move_disk("disk", "single")
+    assert backend.disks.get("disk") == after
 
 
 def test_without_either_key_nothing_opens(
@@ -178,26 +180,26 @@ def test_without_either_key_nothing_opens(
     disk = imported(backend, plain)
     keys.enable(disk.deks[0].wrapped.key, enabled=False)
     with pytest.raises(KeyDisabledError):
-        backend.check_disk("disk")
+        backend.disks.check("disk")
     keys.enable(disk.deks[0].wrapped.key, enabled=True)
-    keyring = backend.config.key_provider("platform-managed").directory
+    keyring = backend.host.config.key_provider("platform-managed").directory
     keyring.rename(keyring.with_name("elsewhere"))
-    with Backend.open(backend.config.root) as other, pytest.raises(KeyringError, match="keyring"):
-        other.check_disk("disk")
+    with Backend.open(backend.host.config.root) as other, pytest.raises(KeyringError, match="keyring"):
+        other.disks.check("disk")
     keyring.with_name("elsewhere").rename(keyring)
-    backend.check_disk("disk")
+    backend.disks.check("disk")
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_resize(backend: Backend, web: EncryptionSet, plain: Path, root: Path, image_format: str) -> None:
     disk = imported(backend, plain, image_format)
     for size in (3 * M, 200 * M, M + 512):
-        backend.resize_disk("disk", size, shrink=True)
-        assert backend.get_disk("disk").size == size
+        backend.disks.resize("disk", size, shrink=True)
+        assert backend.disks.get("disk").size == size
         assert img.usable_size_within(disk.path, disk.format, unwrapped(backend, disk)) == size
-        backend.check_disk("disk")
+        backend.disks.check("disk")
     assert exported(backend, root)[:M] == CONTENT
     with pytest.raises(InvalidValueError, match="has 1049088 bytes, more than"):
-        backend.resize_disk("disk", M)
-    backend.resize_disk("disk", M, shrink=True)
+        backend.disks.resize("disk", M)
+    backend.disks.resize("disk", M, shrink=True)
     assert exported(backend, root) == CONTENT

@@ -23,7 +23,7 @@ from virt_sse.errors import (
     PrincipalNotFoundError,
 )
 from virt_sse.lab.vaults import LabVault
-from virt_sse.model.disks import Disk
+from virt_sse.model.disks import Disk, NewDisk
 from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.model.keys import KeyState
 from virt_sse.model.layers import EncryptionType
@@ -41,7 +41,7 @@ def keys(lab_vault: LabVault, tmp_path: Path) -> Iterator[CustomerKeys]:
 @pytest.fixture
 def host(backend: Backend, keys: CustomerKeys) -> Backend:
     """A host that may make identities in the vault."""
-    path = backend.config.operator_credential
+    path = backend.host.config.operator_credential
     path.parent.mkdir(parents=True, exist_ok=True)
     keys.administration.new_credential_file(
         path, f"host-{path.parent.stat().st_ino}", role=Role.IDENTITY_OPERATOR
@@ -59,7 +59,7 @@ def web(host: Backend, keys: CustomerKeys) -> EncryptionSet:
 
 @pytest.fixture
 def disk(host: Backend, web: EncryptionSet) -> Disk:
-    return host.create_disk("one", 1 << 20, encryption_set="web")
+    return host.disks.create(NewDisk(name="one", size=1 << 20, encryption_set="web"))
 
 
 def versions(host: Backend, name: str) -> set[str]:
@@ -78,21 +78,21 @@ def test_a_set_has_an_identity_that_may_do_nothing_until_that_is_granted(
     assert credential.stat().st_mode & 0o777 == 0o600
     assert credential.parent.stat().st_mode & 0o777 == 0o700
     with pytest.raises(KeyDeniedError, match="ForbiddenByPolicy"):
-        host.create_disk("one", 1 << 20, encryption_set="web")
-    assert host.list_disks() == []
+        host.disks.create(NewDisk(name="one", size=1 << 20, encryption_set="web"))
+    assert host.disks.all() == []
     keys.administration.grant(str(made.identity), USE)
-    disk = host.create_disk("one", 1 << 20, encryption_set="web")
+    disk = host.disks.create(NewDisk(name="one", size=1 << 20, encryption_set="web"))
     assert disk.encryption_type is EncryptionType.CUSTOMER_KEY
-    assert disk.encryption_set == made.id
-    host.check_disk("one")
+    assert disk.set_id == made.id
+    host.disks.check("one")
 
 
 def test_a_set_is_deleted_with_its_identity(host: Backend, keys: CustomerKeys, disk: Disk) -> None:
     web = host.sets.get("web")
     with pytest.raises(EncryptionSetInUseError):
         host.sets.delete("web")
-    host.check_disk("one")
-    host._provisioning.delete(disk, dry_run=False)
+    host.disks.check("one")
+    host.disks.erase(disk)
     host.sets.delete("web")
     assert not host.config.identity(web.id).exists()
     with pytest.raises(PrincipalNotFoundError):
@@ -104,7 +104,7 @@ def test_a_set_is_deleted_with_its_identity(host: Backend, keys: CustomerKeys, d
 def test_rotation_follows_the_key_and_leaves_nothing_under_the_old_version(
     host: Backend, keys: CustomerKeys, web: EncryptionSet, disk: Disk
 ) -> None:
-    host.create_disk("two", 1 << 20, encryption_set="web")
+    host.disks.create(NewDisk(name="two", size=1 << 20, encryption_set="web"))
     before = versions(host, "web")
     keys.rotate(web.key.name)
     assert [finding.problem for finding in host.sets.prove("web")] != [None] * 6
@@ -115,7 +115,7 @@ def test_rotation_follows_the_key_and_leaves_nothing_under_the_old_version(
     assert not after & before
     old = disk.deks[0].wrapped.key
     keys.enable(old, enabled=False)
-    host.check_disk("one")
+    host.disks.check("one")
     assert host.sets.rotate("web").current == 2
 
 
@@ -141,25 +141,25 @@ def test_a_set_moves_to_a_wholly_different_key(
     assert (changed.key.name, report.rewrapped, report.failed) == (other, 1, {})
     keys.delete(web.key.name)
     keys.purge(web.key.name)
-    host.check_disk("one")
+    host.disks.check("one")
     assert disk.deks[0].wrapped.key.name == web.key.name
 
 
 def test_a_disk_moves_into_a_set_and_to_another_and_not_out(
     host: Backend, keys: CustomerKeys, web: EncryptionSet
 ) -> None:
-    host.create_disk("one", 1 << 20)
-    moved = host.move_disk("one", "web")
-    assert (moved.encryption_set, moved.encryption_type) == (web.id, EncryptionType.CUSTOMER_KEY)
-    host.check_disk("one")
+    host.disks.create(NewDisk(name="one", size=1 << 20))
+    moved = host.sets.move_disk("one", "web")
+    assert (moved.set_id, moved.encryption_type) == (web.id, EncryptionType.CUSTOMER_KEY)
+    host.disks.check("one")
     other = host.sets.create("other", provider="customer-managed", key=keys.new_key())
     with pytest.raises(KeyDeniedError):
-        host.move_disk("one", "other")
-    assert host.get_disk("one") == moved
+        host.sets.move_disk("one", "other")
+    assert host.disks.get("one") == moved
     keys.administration.grant(str(other.identity), USE)
-    assert host.move_disk("one", "other").encryption_set == other.id
+    assert host.sets.move_disk("one", "other").set_id == other.id
     host.sets.delete("web")
-    host.check_disk("one")
+    host.disks.check("one")
 
 
 def test_a_set_that_lost_its_rights_gives_its_disks_to_one_that_has_them(
@@ -169,10 +169,10 @@ def test_a_set_that_lost_its_rights_gives_its_disks_to_one_that_has_them(
     other = host.sets.create("other", provider="customer-managed", key=web.key.name)
     keys.administration.grant(str(other.identity), USE)
     with pytest.raises(KeyDeniedError):
-        host.check_disk("one")
-    host.move_disk("one", "other")
-    host.check_disk("one")
-    assert disk.encryption_set == web.id
+        host.disks.check("one")
+    host.sets.move_disk("one", "other")
+    host.disks.check("one")
+    assert disk.set_id == web.id
 
 
 def test_another_tenant_has_no_identity(
@@ -181,15 +181,15 @@ def test_another_tenant_has_no_identity(
     moved = host.sets.move_to_tenant("web", "elsewhere")
     assert (moved.tenant, moved.identity) == ("elsewhere", None)
     with pytest.raises(KeyDeniedError, match="has no identity"):
-        host.check_disk("one")
-    assert list(host.key_state(disk).values()) == [KeyState.DENIED]
+        host.disks.check("one")
+    assert list(host.host.keys.key_states(disk).values()) == [KeyState.DENIED]
     with pytest.raises(PrincipalNotFoundError):
         keys.administration.get_principal(str(web.identity))
     assigned = host.sets.assign_identity("web")
     with pytest.raises(InvalidValueError, match="has identity"):
         host.sets.assign_identity("web")
     keys.administration.grant(str(assigned.identity), USE)
-    host.check_disk("one")
+    host.disks.check("one")
 
 
 @pytest.mark.parametrize(
@@ -219,9 +219,9 @@ def test_what_is_taken_away_can_be_given_back(
 ) -> None:
     take(keys, disk)
     with pytest.raises(error):
-        host.check_disk("one")
+        host.disks.check("one")
     give(keys, disk)
-    host.check_disk("one")
+    host.disks.check("one")
 
 
 def test_a_lost_store_is_rebuilt_with_a_set_that_may_use_the_key(
@@ -232,12 +232,12 @@ def test_a_lost_store_is_rebuilt_with_a_set_that_may_use_the_key(
         file.unlink()
     with Backend.open(root) as rebuilt:
         with pytest.raises(EncryptionSetNotFoundError, match="which the store does not have"):
-            rebuilt.adopt_disk(disk.path)
+            rebuilt.disks.adopt(disk.path)
         again = rebuilt.sets.create("again", provider="customer-managed", key=web.key.name)
         keys.administration.grant(str(again.identity), USE)
-        adopted = rebuilt.adopt_disk(disk.path, encryption_set="again")
-        assert (adopted.id, adopted.encryption_set) == (disk.id, again.id)
-        rebuilt.check_disk("one")
+        adopted = rebuilt.disks.adopt(disk.path, encryption_set="again")
+        assert (adopted.id, adopted.set_id) == (disk.id, again.id)
+        rebuilt.disks.check("one")
         assert rebuilt.sets.rotate("again").current == 1
 
 
@@ -265,7 +265,7 @@ def test_what_makes_no_sense_is_refused(host: Backend, keys: CustomerKeys, root:
     with Backend.open(root) as moved:
         keys.administration.grant(str(made.identity), USE)
         with pytest.raises(PolicyError, match="region 'default'"):
-            moved.create_disk("one", 1 << 20, encryption_set="set")
+            moved.disks.create(NewDisk(name="one", size=1 << 20, encryption_set="set"))
         with pytest.raises(PolicyError, match="more are not allowed"):
             moved.sets.create("other", provider="customer-managed", key=key)
         assert len(list(moved.config.identity_directory.glob("*"))) == 1
@@ -285,16 +285,16 @@ def test_a_dead_vault_is_no_verdict(host: Backend, tmp_path: Path) -> None:
         )
         made = host.sets.create("web", provider="customer-managed", key=keys.new_key())
         keys.administration.grant(str(made.identity), USE)
-        disk = host.create_disk("one", 1 << 20, encryption_set="web")
+        disk = host.disks.create(NewDisk(name="one", size=1 << 20, encryption_set="web"))
         vault.kill()
-        assert list(host.key_state(disk).values()) == [KeyState.UNREACHABLE]
+        assert list(host.host.keys.key_states(disk).values()) == [KeyState.UNREACHABLE]
         with pytest.raises(KeyProviderUnavailableError):
-            host.check_disk("one")
+            host.disks.check("one")
         with pytest.raises(KeyProviderUnavailableError):
             host.sets.create("other", provider="customer-managed", key=made.key.name)
         assert [each.name for each in host.sets.all()] == ["web"]
         vault.start()
-        host.check_disk("one")
+        host.disks.check("one")
 
 
 def test_the_records_of_host_and_vault_match(

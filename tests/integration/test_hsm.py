@@ -167,7 +167,7 @@ def test_a_rotation_goes_unnoticed(site: HsmSite) -> None:
         site.virt_sse("key", "rotate", "turning", "--provider", "hsm-simulated", "--output", "json")
     )
     assert (report["rewrapped"], report["failed"]) == (1, [])
-    after = key_of(site.backend.get_disk(disk.name))
+    after = key_of(site.backend.disks.get(disk.name))
     assert str(after) == report["key"]
     assert after != before
     site.virt_sse("host", "hsm", "destroy", "turning", "--version", before.version)

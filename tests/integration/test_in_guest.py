@@ -25,6 +25,7 @@ from virt_sse.lab.guests import Guest, disk_xml
 from virt_sse.lab.recipes import LinuxMicro, boot_sector_image
 from virt_sse.lab.vaults import LabVault
 from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import NewDisk
 from virt_sse.model.encryption_sets import EncryptionSet
 from virt_sse.model.layers import EncryptionType
 from virt_sse.qemu import reading
@@ -68,26 +69,26 @@ def plain(tmp_path: Path) -> Path:
 def test_a_disk_is_looked_at(
     backend: Backend, virt_sse: CommandLine, encrypted: Path, image_format: DiskFormat
 ) -> None:
-    backend.import_disk("one", encrypted, image_format=image_format)
+    backend.transfer.import_image(NewDisk(name="one", format=image_format), encrypted)
     assert json.loads(virt_sse("disk", "inspect", "one", "-o", "json"))["findings"] == FOUND
-    backend.create_disk("two", M, image_format=image_format)
-    assert backend.inspect_disk("two") == []
-    one, two = backend.get_disk("one"), backend.get_disk("two")
+    backend.disks.create(NewDisk(name="two", size=M, format=image_format))
+    assert backend.inspector.disk(backend.disks.get("two")) == []
+    one, two = backend.disks.get("one"), backend.disks.get("two")
     with (
         pytest.raises(ToolError, match=r"^qemu-storage-daemon: .*nvalid password"),
-        reading.plaintext(one.path, image_format, backend._provisioning.unlock(two)),
+        reading.plaintext(one.path, image_format, backend.host.keys.unwrap_all(two)),
     ):
         pass
 
 
 def test_in_a_table(backend: Backend, virt_sse: CommandLine, encrypted: Path) -> None:
-    backend.import_disk("one", encrypted)
+    backend.transfer.import_image(NewDisk(name="one"), encrypted)
     lines = virt_sse("disk", "inspect", "one").splitlines()
     assert [line.split() for line in lines[1:]] == [
         ["gpt-2", "4M", "4M", "BitLocker"],
         ["gpt-3", "20M", "20M", "LUKS2"],
     ]
-    backend.create_disk("two", M)
+    backend.disks.create(NewDisk(name="two", size=M))
     assert virt_sse("disk", "inspect", "two").split()[-5:] == ["-", "-", "-", "none", "found"]
 
 
@@ -96,8 +97,10 @@ def test_reading(backend: Backend, tmp_path: Path) -> None:
     source = tmp_path / "source.raw"
     source.write_bytes(content)
     for image_format in FORMATS:
-        disk = backend.import_disk(image_format.value, source, source_format="raw", image_format=image_format)
-        with reading.plaintext(disk.path, disk.format, backend._provisioning.unlock(disk)) as reader:
+        disk = backend.transfer.import_image(
+            NewDisk(name=image_format.value, format=image_format), source, source_format="raw"
+        )
+        with reading.plaintext(disk.path, disk.format, backend.host.keys.unwrap_all(disk)) as reader:
             assert reader.size == len(content)
             for offset, length in ((0, 1), (0, M), (511, 2), (4095, 5000), (M - 1, 9), (M, 5), (2**70, 5)):
                 assert reader.read(offset, length) == content[offset : offset + length]
@@ -114,9 +117,12 @@ def test_reading(backend: Backend, tmp_path: Path) -> None:
 
 
 def test_an_image_that_is_written_to_is_looked_at(backend: Backend, encrypted: Path) -> None:
-    disk = backend.import_disk("one", encrypted)
+    disk = backend.transfer.import_image(NewDisk(name="one"), encrypted)
     with images.KeyedImage.of(backend, disk).held():
-        assert [finding.partition for finding in backend.inspect_disk("one")] == ["gpt-2", "gpt-3"]
+        assert [finding.partition for finding in backend.inspector.disk(backend.disks.get("one"))] == [
+            "gpt-2",
+            "gpt-3",
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -155,35 +161,37 @@ def test_none_comes_in_under_a_customers_key(
     sets.new("web", kind)
     for image in (encrypted, images.make_plain(tmp_path / "e.qcow2", "qcow2", encrypted.read_bytes())):
         with pytest.raises(PolicyError, match=r"customer's key: .*, BitLocker \(gpt-2\), LUKS2 \(gpt-3\)"):
-            backend.import_disk("one", image, encryption_set="web")
-    assert backend.list_disks() == []
+            backend.transfer.import_image(NewDisk(name="one", encryption_set="web"), image)
+    assert backend.disks.all() == []
     for image_format in FORMATS:
         name = image_format.value
-        backend.import_disk(name, plain, source_format="raw", image_format=image_format, encryption_set="web")
-        assert backend.inspect_disk(name) == []
+        backend.transfer.import_image(
+            NewDisk(name=name, format=image_format, encryption_set="web"), plain, source_format="raw"
+        )
+        assert backend.inspector.disk(backend.disks.get(name)) == []
 
 
 def test_none_moves_under_a_customers_key(backend: Backend, sets: Sets, encrypted: Path, plain: Path) -> None:
     web = sets.new("web")
-    backend.import_disk("one", encrypted)
-    before = backend.get_disk("one")
+    backend.transfer.import_image(NewDisk(name="one"), encrypted)
+    before = backend.disks.get("one")
     with pytest.raises(PolicyError, match=r"'one' cannot be put under .*LUKS2 \(gpt-3\)"):
-        backend.move_disk("one", "web")
-    assert backend.get_disk("one") == before
-    backend.import_disk("two", plain, source_format="raw")
-    moved = backend.move_disk("two", "web")
-    assert moved.encryption_set == web.id
+        backend.sets.move_disk("one", "web")
+    assert backend.disks.get("one") == before
+    backend.transfer.import_image(NewDisk(name="two"), plain, source_format="raw")
+    moved = backend.sets.move_disk("two", "web")
+    assert moved.set_id == web.id
     other = sets.new("other")
     images.make_plain(plain, "raw", encrypted.read_bytes())
     _write(backend, "two", encrypted)
-    assert backend.inspect_disk("two")
-    assert backend.move_disk("two", "other").encryption_set == other.id, "it must be able to leave a key"
+    assert backend.inspector.disk(backend.disks.get("two"))
+    assert backend.sets.move_disk("two", "other").set_id == other.id, "it must be able to leave a key"
 
 
 def _write(backend: Backend, name: str, content: Path) -> None:
     """What the guest writes to the beginning of its disk."""
-    disk = backend.get_disk(name)
-    deks = backend._provisioning.unlock(disk)
+    disk = backend.disks.get(name)
+    deks = backend.host.keys.unwrap_all(disk)
     image = images.KeyedImage(disk.path, disk.format.value, deks[0].passphrase)
     start = content.with_name("start")
     start.write_bytes(content.read_bytes()[: 8 * M])
@@ -194,36 +202,38 @@ def test_none_is_adopted_under_a_customers_key(
     backend: Backend, sets: Sets, encrypted: Path, plain: Path, root: Path
 ) -> None:
     sets.new("web")
-    disk = backend.import_disk("one", plain, source_format="raw", encryption_set="web")
-    ours = backend.import_disk("two", encrypted)
+    disk = backend.transfer.import_image(
+        NewDisk(name="one", encryption_set="web"), plain, source_format="raw"
+    )
+    ours = backend.transfer.import_image(NewDisk(name="two"), encrypted)
     _write(backend, "one", encrypted)
     for each in (disk, ours):
-        backend._store.remove(each.id)
+        backend.host.store.remove(each.id)
     with pytest.raises(PolicyError, match=r"'one' cannot be under .*BitLocker \(gpt-2\)") as caught:
-        backend.adopt_disk(disk.path)
+        backend.disks.adopt(disk.path)
     assert "enforce" in str(caught.value.hint)
-    assert backend.adopt_disk(ours.path).id == ours.id
+    assert backend.disks.adopt(ours.path).id == ours.id
     backend.close()
     (root / "etc/virt-sse").mkdir(parents=True, exist_ok=True)
     (root / "etc/virt-sse/config.toml").write_text("[policy]\nenforce = false\n")
     with Backend.open(root) as lenient:
-        assert lenient.adopt_disk(disk.path).id == disk.id
+        assert lenient.disks.adopt(disk.path).id == disk.id
 
 
 def test_a_key_that_cannot_be_used_is_no_pass_and_the_platforms_disks_cost_nothing(
     backend: Backend, sets: Sets, encrypted: Path, root: Path
 ) -> None:
     sets.new("web")
-    backend.import_disk("one", encrypted)
-    log = (backend.config.log_directory / "audit.jsonl").read_text()
+    backend.transfer.import_image(NewDisk(name="one"), encrypted)
+    log = (backend.host.config.log_directory / "audit.jsonl").read_text()
     assert len(log.splitlines()) == 1, "wrapped, and not unwrapped to look"
-    keyring = backend.config.key_provider("platform-managed").directory
+    keyring = backend.host.config.key_provider("platform-managed").directory
     keyring.rename(root / "away")
     with Backend.open(root) as again:
         with pytest.raises(PolicyError, match="cannot see whether it has in-guest encryption"):
-            again.move_disk("one", "web")
+            again.sets.move_disk("one", "web")
         with pytest.raises(KeyringError):
-            again.inspect_disk("one")
+            again.inspector.disk(again.disks.get("one"))
 
 
 def inspected(operator: Operator, name: str, status: int = 0) -> list[dict[str, object]]:
@@ -281,7 +291,7 @@ def test_a_running_guest_is_looked_at(
         guest.undefine()
         backend.vms.update(guest_without.name, at_host)
         with pytest.raises(PolicyError, match=r"'t\w+' does not go with encryption at host: .* LUKS2"):
-            backend.attach_disk(name, guest_without.name)
+            backend.hotplug.attach(name, guest_without.name)
 
 
 def test_what_a_guest_encrypts_while_it_runs_is_seen(

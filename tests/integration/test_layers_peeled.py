@@ -19,7 +19,7 @@ from virt_sse.backend import Backend
 from virt_sse.errors import ToolError
 from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import Disk
+from virt_sse.model.disks import Disk, NewDisk
 from virt_sse.model.layers import EncryptionType
 from virt_sse.qemu import formatting
 
@@ -83,7 +83,7 @@ def peel(path: Path, image_format: str, target: Path, *passphrases: bytes) -> st
 def passphrases(backend: Backend, disk: Disk) -> dict[str, bytes]:
     """Of each slot, from its key provider."""
     return {
-        entry.slot: backend.plugins.key_provider(entry.wrapped.key.provider)
+        entry.slot: backend.host.plugins.key_provider(entry.wrapped.key.provider)
         .unwrap(entry.wrapped, context=disk.context(entry.slot))
         .passphrase
         for entry in disk.deks
@@ -105,13 +105,15 @@ def test_either_key_alone_is_not_enough(
     plain = root / "plain"
     plain.write_bytes(CONTENT)
     try:
-        disk = double.import_disk(
-            "disk",
+        disk = double.transfer.import_image(
+            NewDisk(
+                name="disk",
+                format=DiskFormat(image_format),
+                encryption_set="double",
+                infrastructure_cipher=Cipher.parse(cipher) if cipher else None,
+            ),
             plain,
             source_format="raw",
-            image_format=DiskFormat(image_format),
-            encryption_set="double",
-            infrastructure_cipher=Cipher.parse(cipher) if cipher else None,
         )
     except ToolError as exc:
         pytest.skip(f"QEMU does not have it: {exc}")
@@ -160,7 +162,9 @@ def test_either_key_alone_is_not_enough(
 def test_both_layers_have_keys_of_their_own(double: Backend, image_format: str) -> None:
     """Nothing is the same in two disks, nor in the two layers of one."""
     disks = [
-        double.create_disk(name, M, image_format=DiskFormat(image_format), encryption_set="double")
+        double.disks.create(
+            NewDisk(name=name, size=M, format=DiskFormat(image_format), encryption_set="double")
+        )
         for name in ("one", "two")
     ]
     keys = [key for disk in disks for key in passphrases(double, disk).values()]

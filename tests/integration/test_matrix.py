@@ -28,7 +28,7 @@ from virt_sse.lab.recipes import BOOT_SECTOR_TEXT, boot_sector_image
 from virt_sse.lab.tokens import LabHsm
 from virt_sse.lab.vaults import LabVault
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import Disk
+from virt_sse.model.disks import Disk, NewDisk
 from virt_sse.model.layers import EncryptionType, HostCaching
 from virt_sse.pkcs11.token import KeyKind
 from virt_sse.pkcs11.versions import VersionedKeys
@@ -72,12 +72,14 @@ class MatrixSite(StageSite):
 
     def prepare(self, case: Case) -> tuple[Guest, Disk]:
         """A guest that is as the case says, defined."""
-        disk = self.backend.import_disk(
-            f"m{uuid.uuid4().hex[:8]}",
+        disk = self.backend.transfer.import_image(
+            NewDisk(
+                name=f"m{uuid.uuid4().hex[:8]}",
+                format=case.image_format,
+                encryption_set=self.sets[case.provider, case.encryption_type],
+            ),
             boot_sector_image(stays=True),
             source_format="raw",
-            image_format=case.image_format,
-            encryption_set=self.sets[case.provider, case.encryption_type],
         )
         guest = self.guest(disk)
         if case.at_host:
@@ -110,7 +112,7 @@ def site(
 
         folder = lab_host.directory / f"identities-{uuid.uuid4().hex[:8]}"
         keys = stack.enter_context(CustomerKeys(lab_vault, folder))
-        credential = backend.config.operator_credential
+        credential = backend.host.config.operator_credential
         credential.unlink(missing_ok=True)
         name = f"host-{uuid.uuid4().hex[:8]}"
         keys.administration.new_credential_file(credential, name, role=Role.IDENTITY_OPERATOR)
@@ -166,10 +168,10 @@ def _run(site: MatrixSite, case: Case) -> None:
     assert len(others) == case.at_host  # the temporary disk
     _check_layers(found, case, disk)
     guest.destroy()
-    wait_until(lambda: site.backend.stages.record(disk.id) is None)
+    wait_until(lambda: site.backend.host.stages.record(disk.id) is None)
     assert disk.path.stat().st_uid == 0
     assert not contains([disk.path], BOOT_SECTOR_TEXT)
-    site.backend.check_disk(disk.name)
+    site.backend.disks.check(disk.name)
 
 
 def _check_layers(found: dict[str, Any], case: Case, disk: Disk) -> None:

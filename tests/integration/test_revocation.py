@@ -157,13 +157,13 @@ def test_a_platform_key_is_watched_and_a_lost_keyring_is_no_revocation(site: Cus
     guest, disk = site.guest()
     guest.start()
     site.wait_until_watched(guest)
-    keyring = site.backend.config.state_directory / "platform-managed"
+    keyring = site.backend.host.config.state_directory / "platform-managed"
     keyring.rename(keyring.with_name("elsewhere"))
     try:
         wait_until(lambda: site.events("key-state", state="unreachable", key=str(key_of(disk))))
     finally:
         keyring.with_name("elsewhere").rename(keyring)
-    provider = site.backend.plugins.key_provider("platform-managed")
+    provider = site.backend.host.plugins.key_provider("platform-managed")
     site.wait_until_watched(guest)
     assert not site.events("domain-revoked", domain=guest.name)
     provider.disable(key_of(disk))  # type: ignore[attr-defined]

@@ -154,13 +154,13 @@ def test_disks_follow_their_key_by_themselves(site: CustomerSite) -> None:
     guest.start()
     site.wait_until_watched(guest)
     site.keys.rotate(encryption_set.key.name)
-    wait_until(lambda: key_of(site.backend.get_disk(disk.name)) != key_of(disk))
+    wait_until(lambda: key_of(site.backend.disks.get(disk.name)) != key_of(disk))
     wait_until(lambda: site.events("rotated", **{"encryption-set": encryption_set.name}))
     site.disable(disk)  # the old version, which nothing needs any more
     time.sleep(3)
     assert guest.is_active()
     assert all(finding.problem is None for finding in site.backend.sets.prove(encryption_set.name)[:1])
-    site.disable(site.backend.get_disk(disk.name))
+    site.disable(site.backend.disks.get(disk.name))
     wait_until(lambda: not guest.is_active())
 
 

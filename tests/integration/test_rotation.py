@@ -14,7 +14,7 @@ from images import FORMATS, KeyedImage
 from virt_sse.backend import Backend
 from virt_sse.errors import EnvelopeError, ImageFormatError
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import PLATFORM_KEY, Disk
+from virt_sse.model.disks import PLATFORM_KEY, Disk, NewDisk
 from virt_sse.model.keys import KeyRef
 
 M = 1 << 20
@@ -27,7 +27,7 @@ def _tools() -> None:
 
 @pytest.fixture
 def disks(backend: Backend) -> list[Disk]:
-    made = [backend.create_disk(name, M, image_format=DiskFormat(name)) for name in FORMATS]
+    made = [backend.disks.create(NewDisk(name=name, size=M, format=DiskFormat(name))) for name in FORMATS]
     for number, disk in enumerate(made, start=1):
         KeyedImage.of(backend, disk).write(0, M, number)
     return made
@@ -44,14 +44,14 @@ def base64s(disks: list[Disk]) -> list[bytes]:
 def test_every_disk_comes_under_the_new_version(backend: Backend, disks: list[Disk], root: Path) -> None:
     before = {disk.path: disk.path.read_bytes() for disk in disks}
     keys = [images.passphrase(backend, disk) for disk in disks]
-    old = backend.keys_in_use()[0].key
+    old = backend.keys.in_use()[0].key
 
-    version, report = backend.rotate_key(PLATFORM_KEY)
+    version, report = backend.keys.rotate(PLATFORM_KEY)
 
     assert (report.rewrapped, report.current, report.failed) == (2, 0, {})
     assert version != old
-    assert [(use.key, use.deks) for use in backend.keys_in_use()] == [(version, 2)]
-    after = backend.list_disks()
+    assert [(use.key, use.deks) for use in backend.keys.in_use()] == [(version, 2)]
+    after = backend.disks.all()
     for disk, key in zip(after, keys, strict=True):
         assert [entry.wrapped.key for entry in disk.deks] == [version]
         assert disk.generation == 2
@@ -61,7 +61,7 @@ def test_every_disk_comes_under_the_new_version(backend: Backend, disks: list[Di
         start = content.index(b"LUKS\xba\xbe")
         assert differing
         assert start + 1024 <= min(differing) <= max(differing) < start + 4096
-        backend.check_disk(disk.name)
+        backend.disks.check(disk.name)
     assert not images.contains([disk.path for disk in disks], *base64s(disks))
     assert [KeyedImage.of(backend, disk).has(0, M, n) for n, disk in enumerate(disks, start=1)] == [True] * 2
     backend.close()  # the write-ahead log goes into the store
@@ -69,10 +69,10 @@ def test_every_disk_comes_under_the_new_version(backend: Backend, disks: list[Di
 
 
 def test_a_second_run_finds_nothing_to_do(backend: Backend, disks: list[Disk]) -> None:
-    backend.rotate_key(PLATFORM_KEY)
+    backend.keys.rotate(PLATFORM_KEY)
     before = [disk.path.read_bytes() for disk in disks]
     progress: list[float] = []
-    report = backend.rewrap(PLATFORM_KEY, progress=progress.append)
+    report = backend.keys.rewrap(PLATFORM_KEY, progress=progress.append)
     assert (report.rewrapped, report.current, report.failed) == (0, 2, {})
     assert [disk.path.read_bytes() for disk in disks] == before
     assert progress[-1] == 1.0
@@ -80,17 +80,17 @@ def test_a_second_run_finds_nothing_to_do(backend: Backend, disks: list[Disk]) -
 
 def test_many_rotations_leave_one_generation_in_the_header(backend: Backend, disks: list[Disk]) -> None:
     for _ in range(5):
-        backend.rotate_key(PLATFORM_KEY)
-    for disk in backend.list_disks():
+        backend.keys.rotate(PLATFORM_KEY)
+    for disk in backend.disks.all():
         assert disk.generation == 6
         content = disk.path.read_bytes()
         start = content.index(b"LUKS\xba\xbe")
         assert content[start + 1024 : start + 2560] == content[start + 2560 : start + 4096]
-        backend.check_disk(disk.name)
+        backend.disks.check(disk.name)
 
 
 def test_a_key_without_disks_and_an_unknown_one(backend: Backend, virt_sse: CommandLine) -> None:
-    _, report = backend.rotate_key(PLATFORM_KEY)
+    _, report = backend.keys.rotate(PLATFORM_KEY)
     assert (report.rewrapped, report.current) == (0, 0)
     for verb in ("rotate", "rewrap"):
         assert "no key 'other'" in virt_sse.refuses("key", verb, "other", "--provider", "platform-managed")
@@ -108,13 +108,13 @@ def test_a_missing_image_is_reported_and_mended_later(
     (failed,) = document["failed"]
     assert failed["disk"] == missing.name
     assert "is missing" in failed["reason"]
-    assert len(backend.keys_in_use()) == 1  # the store's are all under the new version
+    assert len(backend.keys.in_use()) == 1  # the store's are all under the new version
     aside.rename(missing.path)
     with pytest.raises(EnvelopeError, match="not what the store has"):
-        backend.check_disk(missing.name)
-    report = backend.rewrap(PLATFORM_KEY)
+        backend.disks.check(missing.name)
+    report = backend.keys.rewrap(PLATFORM_KEY)
     assert (report.rewrapped, report.current, report.failed) == (1, 1, {})
-    backend.check_disk(missing.name)
+    backend.disks.check(missing.name)
     assert not images.contains([missing.path], *base64s(disks))
 
 
@@ -125,7 +125,7 @@ def test_a_damaged_envelope_is_mended_and_a_foreign_image_left_alone(
     assert disk.format is DiskFormat.RAW
     whole = disk.path.read_bytes()
     disk.path.write_bytes(whole[:1024] + bytes(3072) + whole[4096:])
-    assert backend.rewrap(PLATFORM_KEY).rewrapped == 1
+    assert backend.keys.rewrap(PLATFORM_KEY).rewrapped == 1
     assert disk.path.read_bytes() == whole
 
     foreign = tmp_path / "foreign"
@@ -136,28 +136,28 @@ def test_a_damaged_envelope_is_mended_and_a_foreign_image_left_alone(
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
     disk.path.write_bytes(foreign.read_bytes())
-    (reason,) = backend.rewrap(PLATFORM_KEY).failed.values()
+    (reason,) = backend.keys.rewrap(PLATFORM_KEY).failed.values()
     assert "does not open with its DEK" in reason
     assert disk.path.read_bytes() == foreign.read_bytes()
     with pytest.raises(ImageFormatError):
-        backend.check_disk(disk.name)
+        backend.disks.check(disk.name)
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_a_disk_in_use_is_rewrapped_under_its_user(
     backend: Backend, disks: list[Disk], image_format: str
 ) -> None:
-    disk = backend.get_disk(image_format)
+    disk = backend.disks.get(image_format)
     image = KeyedImage.of(backend, disk)
     with image.served() as qmp:
-        assert backend.rotate_key(PLATFORM_KEY)[1].failed == {}
+        assert backend.keys.rotate(PLATFORM_KEY)[1].failed == {}
         assert qmp("query-named-block-nodes")
     assert image.has(0, M, FORMATS.index(image_format) + 1)
-    backend.check_disk(image_format)
+    backend.disks.check(image_format)
 
 
 def test_the_listing_of_keys(backend: Backend, disks: list[Disk], virt_sse: CommandLine) -> None:
-    key = backend.keys_in_use()[0].key
+    key = backend.keys.in_use()[0].key
     (row,) = json.loads(virt_sse("key", "used", "-o", "json"))
     assert row == {
         "provider": "platform-managed",

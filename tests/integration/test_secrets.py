@@ -14,8 +14,9 @@ import images
 from command_line import PROGRAM, no_libvirt
 from virt_sse.backend import Backend
 from virt_sse.errors import VirtSseError
+from virt_sse.host.setup import initialise
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import PLATFORM_KEY
+from virt_sse.model.disks import PLATFORM_KEY, NewDisk
 from virt_sse.model.keys import Dek
 from virt_sse.qemu import img
 from virt_sse.qemu.formatting import Volume, make
@@ -37,7 +38,7 @@ def test_no_process_has_it_in_its_arguments_or_environment(root: Path, tmp_path:
     images.require("strace", "qemu-img", "qemu-io", "cryptsetup")
     (tmp_path / "source").write_bytes(os.urandom(M))
     with Backend.open(root) as backend:
-        backend.init_host()
+        initialise(backend.host)
     environment = {**os.environ, "LIBVIRT_DEFAULT_URI": no_libvirt(root)}
     said = b""
     for number, arguments in enumerate(
@@ -65,7 +66,7 @@ def test_no_process_has_it_in_its_arguments_or_environment(root: Path, tmp_path:
     )
     assert all(tool in "".join(traces) for tool in tools)
     with Backend.open(root) as backend:
-        for disk in backend.list_disks():
+        for disk in backend.disks.all():
             for spelling in spellings(images.passphrase(backend, disk)):
                 escaped = "".join(f"\\x{byte:02x}" for byte in spelling)
                 assert not any(escaped in trace for trace in traces)
@@ -76,9 +77,9 @@ def test_no_process_has_it_in_its_arguments_or_environment(root: Path, tmp_path:
 def test_neither_the_store_nor_its_log_nor_an_image_holds_it(backend: Backend, root: Path) -> None:
     keys = []
     for name in images.FORMATS:
-        disk = backend.create_disk(name, M, image_format=DiskFormat(name))
+        disk = backend.disks.create(NewDisk(name=name, size=M, format=DiskFormat(name)))
         keys += spellings(images.passphrase(backend, disk))
-    backend.rotate_key(PLATFORM_KEY)
+    backend.keys.rotate(PLATFORM_KEY)
     files = below(root)  # while the store is open, its write-ahead log is one of them
     assert any(path.name.endswith("-wal") for path in files)
     assert not images.contains(files, *keys)
@@ -88,7 +89,7 @@ def test_no_error_and_no_log_line_shows_it(
     backend: Backend, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    disk = backend.create_disk("disk", M, image_format=DiskFormat.RAW)
+    disk = backend.disks.create(NewDisk(name="disk", size=M, format=DiskFormat.RAW))
     keys = [spelling.decode("latin-1") for spelling in spellings(images.passphrase(backend, disk))]
     dek = Dek(base64.b64decode(images.passphrase(backend, disk)))
     disk.path.write_bytes(disk.path.read_bytes()[:4096] + bytes(3 * M))
@@ -97,9 +98,9 @@ def test_no_error_and_no_log_line_shows_it(
         return "" if exc is None else f"{exc} {exc!r} {vars(exc)} " + shown(exc.__cause__ or exc.__context__)
 
     attempts = (
-        lambda: backend.check_disk("disk"),
-        lambda: backend.resize_disk("disk", 2 * M),
-        lambda: backend.export_disk("disk", tmp_path / "out"),
+        lambda: backend.disks.check("disk"),
+        lambda: backend.disks.resize("disk", 2 * M),
+        lambda: backend.transfer.export("disk", tmp_path / "out"),
         lambda: make(tmp_path / "image", DiskFormat.QCOW2, 1 << 62, [Volume(disk.deks[0].cipher, dek)]),
         lambda: img.check(tmp_path / "image", DiskFormat.QCOW2, [dek]),
     )

@@ -18,6 +18,7 @@ from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.recipes import LinuxMicro
 from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import NewDisk
 from virt_sse.model.layers import EncryptionType, HostCaching
 from virt_sse.stages.process import Process
 
@@ -62,7 +63,7 @@ def double(site: Site) -> str:
 
 
 def daemon_of(site: Site, disk_id: uuid.UUID) -> Process:
-    return Process(site.backend.config.stage_directory / str(disk_id) / "storage")
+    return Process(site.backend.host.config.stage_directory / str(disk_id) / "storage")
 
 
 def test_one_that_dies_is_told_of_and_the_guest_gets_no_wrong_data(site: Site, double: str) -> None:
@@ -86,8 +87,10 @@ def test_one_that_lost_nothing_is_started_again_under_a_writing_guest(
     site: Site, double: str, acceleration: Callable[[str], Acceleration], linux_micro: LinuxMicro
 ) -> None:
     """A raw volume: all that it has acknowledged is in the kernel's page cache."""
-    disk = site.backend.create_disk(double, 16 << 20, image_format=DiskFormat.RAW, encryption_set=double)
-    element = site.backend.disk_xml(disk.name)
+    disk = site.backend.disks.create(
+        NewDisk(name=double, size=16 << 20, format=DiskFormat.RAW, encryption_set=double)
+    )
+    element = site.backend.domains.disk_element(disk.name)
     linux = acceleration("linux-micro")
     guest = Guest(site.host, disk.name, acceleration=linux, boot=linux_micro, disks=[element])
     guest.start(WRITE_AND_VERIFY)
@@ -106,15 +109,15 @@ def test_a_write_back_cache_loses_nothing_that_the_guest_was_told_is_stable(
     site: Site, acceleration: Callable[[str], Acceleration], linux_micro: LinuxMicro
 ) -> None:
     name = f"cached-{uuid.uuid4().hex[:8]}"
-    disk = site.backend.create_disk(name, 16 << 20)
-    linux, element = acceleration("linux-micro"), site.backend.disk_xml(name)
+    disk = site.backend.disks.create(NewDisk(name=name, size=16 << 20))
+    linux, element = acceleration("linux-micro"), site.backend.domains.disk_element(name)
     guest = Guest(site.host, name, acceleration=linux, boot=linux_micro, disks=[element])
     guest.define(WRITE_AND_VERIFY)
     caching = {"vda": HostCaching.READ_WRITE}
     site.backend.vms.update(name, VmChanges(encryption_at_host=True, caching=caching))
     site.host.virsh("start", name)
     guest.wait_for("wrote 5")
-    pid = Process(site.backend.config.stage_directory / str(disk.id) / "cache").pid()
+    pid = Process(site.backend.host.config.stage_directory / str(disk.id) / "cache").pid()
     assert pid
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: site.events("stage-lost", disk=str(disk.id)))
@@ -137,7 +140,7 @@ def test_one_of_no_domain_is_ended(site: Site, double: str) -> None:
     guest, disk = site.guest(double)
     guest.start()
     site.wait_until_watched(guest)
-    folder = site.backend.config.stage_directory / str(disk.id)
+    folder = site.backend.host.config.stage_directory / str(disk.id)
     kept = (folder / "stages.json").read_bytes()
     guest.destroy()
     assert not folder.exists()

@@ -275,7 +275,7 @@ def test_a_copy_that_took_the_place_of_a_disk_is_found(site: StageSite) -> None:
 
 @contextlib.contextmanager
 def agent(site: StageSite, policy: str) -> Iterator[LabAgent]:
-    path = site.backend.config.root / "etc/virt-sse/config.toml"
+    path = site.backend.host.config.root / "etc/virt-sse/config.toml"
     path.write_text(CONFIG + f'[agent]\npoll-seconds = 0.3\nplaintext = "{policy}"\n')
     try:
         with LabAgent(site.host) as running:
@@ -352,7 +352,7 @@ def test_the_agent_folds_overlays_back_and_wipes_them(site: StageSite) -> None:
 
 def test_a_fold_that_was_killed_is_gone_on_with(site: StageSite) -> None:
     guest = site.guest(site.single_disk())
-    folder = site.backend.config.state_directory / "folds"
+    folder = site.backend.host.config.state_directory / "folds"
     with contextlib.closing(site.host.connect()) as connection:
         vm_id = uuid.UUID(connection.lookupByName(guest.name).UUIDString())
 
@@ -380,7 +380,7 @@ def test_what_may_not_have_been_folded_is_not_wiped(site: StageSite) -> None:
     guest = site.guest(disk := site.single_disk())
     site.start_paused(guest)
     overlay = snapshot(site, guest, "s")
-    folder = site.backend.config.state_directory / "folds"
+    folder = site.backend.host.config.state_directory / "folds"
     with contextlib.closing(site.host.connect()) as connection:
         domain = connection.lookupByName(guest.name)
         found = (overlay.stat().st_dev, overlay.stat().st_ino)

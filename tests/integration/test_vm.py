@@ -72,9 +72,9 @@ class VmOperator(Operator):
     def prepared(self, name: str) -> Iterator[Backend]:
         """What the hook does at the start of a domain, and at its end, without the domain."""
         xml = self.definition(name)
-        with self.backend() as backend, backend.domains.serving.vms.prepared(name, xml):
+        with self.backend() as backend, backend.host_encryption.prepared(name, xml):
             yield backend
-            release(backend.config, xml)
+            release(backend.host.config, xml)
 
     def at_rest(self, name: str) -> dict[str, str]:
         return {each.what: each.state.value for each in self.show(name).at_rest}
@@ -197,10 +197,10 @@ def test_a_vm_with_all_of_it_encrypted(operator: VmOperator, acceleration: Accel
     assert operator.tpm_files(name) == [state]
     with operator.backend() as backend:
         old = backend.vms.show(name).tpm_key
-        _, report = backend.rotate_key(PLATFORM_KEY)
+        _, report = backend.keys.rotate(PLATFORM_KEY)
         assert report.failed == {}
         assert backend.vms.show(name).tpm_key != old
-        store = Store(backend.config.store_url)
+        store = Store(backend.host.config.store_url)
         store.vms.remove(uuid.UUID(operator.virsh("domuuid", name).strip()))
         store.close()
     operator.virsh("start", name)  # a TPM carries its wrapped DEK, as images do
@@ -244,13 +244,13 @@ def test_what_would_lie_on_the_host_in_plaintext_is_refused(
     operator.create(other, "--size", "1M")
     with operator.backend() as backend:
         with pytest.raises(PolicyError, match="host caching ReadWrite"):
-            backend.attach_disk(other, name, caching=HostCaching.READ_WRITE)
+            backend.hotplug.attach(other, name, caching=HostCaching.READ_WRITE)
         backend.vms.update(name, ON)
-        assert backend.attach_disk(other, name, caching=HostCaching.READ_WRITE) == "vdb"
+        assert backend.hotplug.attach(other, name, caching=HostCaching.READ_WRITE) == "vdb"
         assert backend.vms.show(name).disks["vdb"].caching is HostCaching.READ_WRITE
         assert "<source protocol='nbd'" in operator.definition(name)
-        backend.detach_disk(other, name)
-        assert backend.get_disk(other).caching is HostCaching.NONE
+        backend.hotplug.detach(other, name)
+        assert backend.disks.get(other).caching is HostCaching.NONE
 
     xml = operator.definition(name)
     operator.define_xml(xml.replace(*crash))

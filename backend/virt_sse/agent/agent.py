@@ -53,7 +53,7 @@ class Agent:
     """
 
     def __init__(self, backend: Backend, metrics: Metrics) -> None:
-        config = self._config = backend.config
+        config = self._config = backend.host.config
         self._backend = backend
         self._metrics = metrics
         self._began = time.time()
@@ -71,7 +71,7 @@ class Agent:
         )
         self._stages = StageWatch(
             config.libvirt_uri,
-            backend.stages,
+            backend.host.stages,
             backend.domains,
             metrics,
             unused_seconds=max(_START_SECONDS, _UNUSED_POLLS * seconds),
@@ -111,7 +111,7 @@ class Agent:
                 of_disks = [(use.disk_id, use.slot) for use in our_disks(xml)]
                 self._secrets.expect([usage(*each) for each in (*of_disks, *secrets_of_vm(xml))])
                 if event == "prepare":
-                    self._backend.domains.serving.prepare(domain, xml)
+                    self._backend.domains.prepare(domain, xml)
                 else:
                     self._backend.domains.reconnect(domain, xml)
         self._inventory.look()
@@ -140,7 +140,7 @@ class Agent:
             "keys": [
                 {
                     "key": str(watched.key),
-                    "encryption-set": str(watched.encryption_set) if watched.encryption_set else None,
+                    "encryption-set": str(watched.set_id) if watched.set_id else None,
                     "state": state.value,
                 }
                 for watched, state in self._keys.states()
@@ -178,7 +178,7 @@ class Agent:
         states = self._keys.states()
         self._metrics.libvirt_connected.set(bool(self._inventory.connected))
         self._metrics.domains.set(len(snapshot.domains))
-        self._metrics.show_keys([(str(w.key), str(w.encryption_set or ""), state) for w, state in states])
+        self._metrics.show_keys([(str(w.key), str(w.set_id or ""), state) for w, state in states])
         silent = any(state is KeyState.UNREACHABLE for _, state in states)
         if self._inventory.connected and snapshot.number and not silent:
             self._metrics.last_watch.set(snapshot.time)

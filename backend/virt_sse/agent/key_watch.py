@@ -34,7 +34,7 @@ class WatchedKey:
     """A version of a key, as the one that asks for it: an encryption set, or the host itself."""
 
     key: KeyId
-    encryption_set: UUID | None
+    set_id: UUID | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ class KeyWatch:
 
     def _judge(self, key: WatchedKey, entry: _Entry) -> Verdict:
         try:
-            provider = self._backend.plugins.key_provider(key.key.provider, key.encryption_set)
+            provider = self._backend.host.plugins.key_provider(key.key.provider, key.set_id)
         except VirtSseError as exc:
             _log.warning("key-provider-broken", extra=fields({"key": str(key.key), "reason": str(exc)}))
             return entry.settled.silenced()
@@ -174,7 +174,7 @@ class KeyWatch:
         looked = Verdict(state, f"key {key.key} is {state.value}") if state in _REVOKING else None
         try:
             with audit_context(domain=sample.domain):
-                self._backend.try_dek(sample.disk, sample.slot)
+                self._backend.host.keys.unwrap_slot(sample.disk, sample.slot)
         except KeyProviderError as exc:
             for kind, shown in _VERDICTS:
                 if isinstance(exc, kind):
@@ -190,6 +190,6 @@ class KeyWatch:
             before, entry.verdict = entry.verdict, verdict
         if verdict != before:
             level = logging.INFO if verdict.is_usable else logging.WARNING
-            told = {"key": str(key.key), "encryption-set": key.encryption_set, "state": verdict.state.value}
+            told = {"key": str(key.key), "encryption-set": key.set_id, "state": verdict.state.value}
             _log.log(level, "key-state", extra=fields(told | {"revoked": verdict.revoked}))
             self._changed()

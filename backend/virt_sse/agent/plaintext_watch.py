@@ -41,9 +41,9 @@ class PlaintextWatch:
 
     def __init__(self, backend: Backend, metrics: Metrics) -> None:
         self._backend = backend
-        self._uri = backend.config.libvirt_uri
-        self._policy = backend.config.agent.plaintext
-        self._folder: Path = backend.config.state_directory / "folds"
+        self._uri = backend.host.config.libvirt_uri
+        self._policy = backend.host.config.agent.plaintext
+        self._folder: Path = backend.host.config.state_directory / "folds"
         self._metrics = metrics
         self._seen = 0
         self._links: Mapping[Run, tuple[PlaintextLink, ...]] = {}
@@ -91,7 +91,7 @@ class PlaintextWatch:
         serials = frozenset(serial for domain in domains for serial in _strange_serials(domain))
         if serials != self._serials:
             self._serials = serials
-            ids = [disk.id for disk in self._backend.list_disks()] if serials else []
+            ids = [disk.id for disk in self._backend.disks.all()] if serials else []
             self._by_serial = [disk_id for disk_id in ids if serial_of(disk_id) in serials]
         return self._by_serial
 

@@ -16,7 +16,7 @@ from uuid import UUID
 from virt_sse.agent.inventory import RunningDomain, Snapshot
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
-from virt_sse.domains.hotplug import Domains
+from virt_sse.domains.start import DomainStart
 from virt_sse.errors import LibvirtError, VirtSseError
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.references import parse_usage
@@ -33,7 +33,7 @@ class SecretKeeper:
     it a little before the domain has the disk.
     """
 
-    def __init__(self, uri: str, domains: Domains, metrics: Metrics, *, unused_seconds: float) -> None:
+    def __init__(self, uri: str, domains: DomainStart, metrics: Metrics, *, unused_seconds: float) -> None:
         self._uri = uri
         self._domains = domains
         self._metrics = metrics
@@ -85,7 +85,7 @@ class SecretKeeper:
 
     def _restore(self, domain: RunningDomain) -> None:
         try:
-            self._domains.serving.restore(domain.name, domain.xml)
+            self._domains.restore(domain.name, domain.xml)
         except VirtSseError as exc:
             if isinstance(exc, LibvirtError):  # a libvirtd that comes or goes; the next one is asked soon
                 self._tried[domain.uuid, domain.run] = time.monotonic()

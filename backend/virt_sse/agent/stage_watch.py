@@ -15,7 +15,7 @@ from virt_sse.agent import measures
 from virt_sse.agent.inventory import RunningDomain, Snapshot
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
-from virt_sse.domains.hotplug import Domains
+from virt_sse.domains.start import DomainStart
 from virt_sse.errors import VirtSseError
 from virt_sse.stages import Stages
 from virt_sse.stages.record import StageRecord
@@ -32,7 +32,7 @@ class StageWatch:
     """
 
     def __init__(
-        self, uri: str, stages: Stages, domains: Domains, metrics: Metrics, *, unused_seconds: float
+        self, uri: str, stages: Stages, domains: DomainStart, metrics: Metrics, *, unused_seconds: float
     ) -> None:
         self._uri = uri
         self._stages = stages
@@ -84,7 +84,7 @@ class StageWatch:
 
     def _restart(self, record: StageRecord, domain: RunningDomain, dead: list[str]) -> None:
         try:
-            self._domains.serving.restart_stages(record)
+            self._domains.restart_stages(record)
             went_on = measures.resume_after_error(self._uri, domain)
         except VirtSseError as exc:
             _log.warning("stage-not-restarted", extra=fields(_told(record, dead) | {"reason": str(exc)}))

@@ -39,7 +39,7 @@ class Standings:
         :raise StoreError: When the store cannot be asked.
         """
         ids = {use.disk_id for domain in snapshot.domains for use in domain.uses}
-        disks = {disk.id: disk for disk in self._backend.disks_with_ids(ids)} if ids else {}
+        disks = {disk.id: disk for disk in self._backend.disks.with_ids(ids)} if ids else {}
         sets = {each.id: each for each in self._backend.sets.all()} if ids else {}
         self._tell_unknown(snapshot, ids - disks.keys())
         samples: dict[WatchedKey, Sample] = {}
@@ -52,7 +52,7 @@ class Standings:
                 if disk is None or all(entry.slot != use.slot for entry in disk.deks):
                     is_clear = False
                     continue
-                encryption_set = sets.get(disk.encryption_set) if disk.encryption_set else None
+                encryption_set = sets.get(disk.set_id) if disk.set_id else None
                 for entry in disk.deks:  # a layer outside QEMU has a DEK that the domain does not name
                     watched = WatchedKey(entry.wrapped.key, disk.identity_for(entry.slot))
                     samples.setdefault(watched, Sample(disk, entry.slot, domain.name))
@@ -70,7 +70,7 @@ class Standings:
         """Why a set without the identity that it needs has no right to its key."""
         if encryption_set is None or encryption_set.identity:
             return None
-        if not self._backend.plugins.needs_identity(encryption_set.key.provider):
+        if not self._backend.host.plugins.needs_identity(encryption_set.key.provider):
             return None
         return f"disk encryption set {encryption_set.name!r} has no identity"
 

@@ -162,7 +162,7 @@ def _disk_id(text: str) -> UUID:
     with contextlib.suppress(ValueError):
         return UUID(text)
     with session.backend() as b:
-        return b.get_disk(text).id
+        return b.disks.get(text).id
 
 
 def _uuid(text: str) -> UUID:

@@ -10,10 +10,10 @@ import typer
 from virt_sse.cli.output import Output, OutputFormat, human_size, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend
 from virt_sse.cli.vm_inspect import disk_inspect
-from virt_sse.errors import LibvirtUnavailableError, PolicyError
+from virt_sse.errors import InvalidValueError, LibvirtUnavailableError, PolicyError
 from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import Disk, DiskSku, parse_size
+from virt_sse.model.disks import Disk, DiskSku, NewDisk, StoragePool, parse_size
 from virt_sse.model.layers import HostCaching
 
 app = typer.Typer(help="Encrypted disks.", no_args_is_help=True, rich_markup_mode=None)
@@ -66,15 +66,16 @@ def create(
 ) -> None:
     """Make an empty disk."""
     with backend() as b:
-        disk = b.create_disk(
-            name,
-            parse_size(size),
-            image_format=image_format,
-            sku=sku,
-            encryption_set=des,
-            infrastructure_cipher=infrastructure_cipher,
-            path=path,
-            pool=pool,
+        disk = b.disks.create(
+            NewDisk(
+                name=name,
+                size=parse_size(size),
+                format=image_format,
+                sku=sku,
+                encryption_set=des,
+                infrastructure_cipher=infrastructure_cipher,
+                place=_place(path, pool),
+            )
         )
     _print_disk(disk, output)
 
@@ -99,17 +100,18 @@ def import_(
 ) -> None:
     """Make a disk with the content of an image, encrypting it on the way."""
     with backend() as b, progress_bar("encrypting") as progress:
-        disk = b.import_disk(
-            name,
+        disk = b.transfer.import_image(
+            NewDisk(
+                name=name,
+                format=image_format,
+                sku=sku,
+                encryption_set=des,
+                infrastructure_cipher=infrastructure_cipher,
+                place=_place(path, pool),
+            ),
             source,
             source_format=source_format,
             with_backing=with_backing,
-            image_format=image_format,
-            sku=sku,
-            encryption_set=des,
-            infrastructure_cipher=infrastructure_cipher,
-            path=path,
-            pool=pool,
             progress=progress,
         )
     _print_disk(disk, output)
@@ -130,7 +132,7 @@ def export(
     if not plaintext:
         raise PolicyError("an export is not encrypted", hint="if that is meant, say --plaintext")
     with backend() as b, progress_bar("decrypting") as progress:
-        b.export_disk(name, destination, destination_format=destination_format, progress=progress)
+        b.transfer.export(name, destination, destination_format=destination_format, progress=progress)
 
 
 @app.command()
@@ -146,7 +148,7 @@ def adopt(
 ) -> None:
     """List a disk again after a lost store or a moved image, from its image and the key provider."""
     with backend() as b:
-        disk = b.adopt_disk(path, name=name, encryption_set=des)
+        disk = b.disks.adopt(path, name=name, encryption_set=des)
     _print_disk(disk, output)
 
 
@@ -154,7 +156,7 @@ def adopt(
 def list_(output: Output = OutputFormat.TABLE) -> None:
     """List all disks."""
     with backend() as b:
-        disks = b.list_disks()
+        disks = b.disks.all()
     print_rows(
         [_fields(disk) | {"size": _size(disk, output)} for disk in disks],
         ("name", "size", "format", "state", "key", "path"),
@@ -166,9 +168,9 @@ def list_(output: Output = OutputFormat.TABLE) -> None:
 def show(name: Name, output: Output = OutputFormat.TABLE) -> None:
     """Show all about a disk: where it lies, what it is under, and who has it."""
     with backend() as b:
-        disk = b.get_disk(name)
-        fields = _fields(disk) | {"size": _size(disk, output), "image": b.image_state(disk)}
-        states = b.key_state(disk)
+        disk = b.disks.get(name)
+        fields = _fields(disk) | {"size": _size(disk, output), "image": b.disks.image_state(disk)}
+        states = b.host.keys.key_states(disk)
         fields["deks"] = [
             {
                 "slot": entry.slot,
@@ -180,7 +182,7 @@ def show(name: Name, output: Output = OutputFormat.TABLE) -> None:
             for entry in disk.deks
         ]
         try:
-            fields["domains"] = b.domains.users(disk)
+            fields["domains"] = b.hotplug.users(disk)
         except LibvirtUnavailableError:
             fields["domains"] = None
     print_fields(fields, output)
@@ -190,7 +192,7 @@ def show(name: Name, output: Output = OutputFormat.TABLE) -> None:
 def check(name: Name) -> None:
     """See whether a disk's image is whole, opens with its DEK and carries it."""
     with backend() as b:
-        b.check_disk(name)
+        b.disks.check(name)
     typer.echo(f"disk {name}: ok")
 
 
@@ -207,7 +209,7 @@ def update(
 ) -> None:
     """Put a disk into another disk encryption set, also while a domain has it."""
     with backend() as b:
-        disk = b.move_disk(name, des)
+        disk = b.sets.move_disk(name, des)
     _print_disk(disk, output)
 
 
@@ -220,7 +222,7 @@ def resize(
 ) -> None:
     """Make a disk larger, also while a domain has it."""
     with backend() as b:
-        disk = b.resize_disk(name, parse_size(size), shrink=shrink)
+        disk = b.disks.resize(name, parse_size(size), shrink=shrink)
     _print_disk(disk, output)
 
 
@@ -233,7 +235,7 @@ def delete(
 ) -> None:
     """Erase a disk for good: its keyslots are wiped, its DEK is forgotten, its image is removed."""
     with backend() as b:
-        disk = b.delete_disk(name, dry_run=dry_run)
+        disk = b.disks.delete(name, dry_run=dry_run)
     typer.echo(f"{'would erase' if dry_run else 'erased'} disk {disk.name} ({disk.path})")
 
 
@@ -241,7 +243,7 @@ def delete(
 def xml(name: Name, target: Target = "vda", read_only: ReadOnly = False) -> None:
     """Print the <disk> element with which a domain uses a disk."""
     with backend() as b:
-        typer.echo(b.disk_xml(name, target=target, read_only=read_only), nl=False)
+        typer.echo(b.domains.disk_element(name, target=target, read_only=read_only), nl=False)
 
 
 @app.command()
@@ -259,7 +261,7 @@ def attach(
 ) -> None:
     """Add a disk to a domain: to its definition, and at once if it runs."""
     with backend() as b:
-        target = b.attach_disk(name, domain, target=target, read_only=read_only, caching=caching)
+        target = b.hotplug.attach(name, domain, target=target, read_only=read_only, caching=caching)
     typer.echo(f"attached disk {name} to domain {domain} as {target}")
 
 
@@ -267,8 +269,14 @@ def attach(
 def detach(name: Name, domain: DomainName) -> None:
     """Take a disk out of a domain: out of its definition, and at once if it runs."""
     with backend() as b:
-        b.detach_disk(name, domain)
+        b.hotplug.detach(name, domain)
     typer.echo(f"detached disk {name} from domain {domain}")
+
+
+def _place(path: Path | None, pool: str | None) -> Path | StoragePool | None:
+    if path and pool:
+        raise InvalidValueError("--path and --pool exclude each other")
+    return path or (StoragePool(pool) if pool else None)
 
 
 def _print_disk(disk: Disk, output: OutputFormat) -> None:
@@ -290,7 +298,7 @@ def _fields(disk: Disk) -> dict[str, object]:
         "sku": disk.sku.value,
         "caching": disk.caching.value,
         "encryption-type": disk.encryption_type.value,
-        "encryption-set": str(disk.encryption_set) if disk.encryption_set else None,
+        "encryption-set": str(disk.set_id) if disk.set_id else None,
         "key": str(disk.key) if disk.deks else None,
         "created": disk.created.isoformat(),
     }

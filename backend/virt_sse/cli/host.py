@@ -7,6 +7,7 @@ import typer
 from virt_sse.cli import host_hsm
 from virt_sse.cli.output import Output, OutputFormat, print_rows
 from virt_sse.cli.session import backend
+from virt_sse.host.setup import initialise
 
 app = typer.Typer(help="This host.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(host_hsm.app, name="hsm")
@@ -21,7 +22,7 @@ def _group() -> None:
 def init() -> None:
     """Make the platform's keyring, libvirt's hook and what else the host needs, unless they are there."""
     with backend() as b:
-        made = b.init_host()
+        made = initialise(b.host)
     for thing in made:
         typer.echo(f"made {thing}")
     if any("hook" in thing for thing in made):

@@ -196,7 +196,7 @@ def _set_enabled(
 def _require_unused(keys: list[TokenKey]) -> None:
     doomed = {_key_id(key) for key in keys}
     with backend() as b:
-        used = [use for use in b.keys_in_use() if use.key in doomed]
+        used = [use for use in b.keys.in_use() if use.key in doomed]
     if used:
         raise PolicyError(
             f"{sum(use.deks for use in used)} DEKs of this host's disks are wrapped with key {used[0].key}",

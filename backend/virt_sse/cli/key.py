@@ -37,10 +37,10 @@ def used(output: Output = OutputFormat.TABLE) -> None:
                 "name": use.key.name,
                 "version": use.key.version,
                 "state": use.state.value,
-                "encryption-set": str(use.encryption_set) if use.encryption_set else None,
+                "encryption-set": str(use.set_id) if use.set_id else None,
                 "deks": use.deks,
             }
-            for use in b.keys_in_use()
+            for use in b.keys.in_use()
         ]
     print_rows(rows, ("provider", "name", "version", "state", "encryption-set", "deks"), output)
 
@@ -63,7 +63,7 @@ def rotate(
         typer.echo(f"made {vault_keys.rotate(name, credential)}")
         return
     with backend() as b, progress_bar("rewrapping") as progress:
-        version, report = b.rotate_key(KeyRef(provider, name), progress=progress)
+        version, report = b.keys.rotate(KeyRef(provider, name), progress=progress)
     print_report({"key": str(version)}, report, output)
 
 
@@ -71,7 +71,7 @@ def rotate(
 def rewrap(name: KeyName = "default", *, provider: Provider, output: Output = OutputFormat.TABLE) -> None:
     """Bring every disk under a key to its current version, e.g. after a rotation that was cut off."""
     with backend() as b, progress_bar("rewrapping") as progress:
-        report = b.rewrap(KeyRef(provider, name), progress=progress)
+        report = b.keys.rewrap(KeyRef(provider, name), progress=progress)
     print_report({"key": f"{provider}:{name}"}, report, output)
 
 

@@ -58,7 +58,7 @@ def disk_inspect(
 ) -> None:
     """Look for encryption by the guest itself, e.g. LUKS and BitLocker, on a disk; reads only."""
     with backend() as b:
-        findings = b.inspect_disk(name)
+        findings = b.inspector.disk(b.disks.get(name))
     if output is OutputFormat.JSON:
         print_json({"disk": name, "findings": [_fields(finding) for finding in findings]})
     else:

@@ -1,4 +1,4 @@
-"""Looks for in-guest encryption on disks, and on all disks of a domain."""
+"""Inspection: finds in-guest encryption on a disk or on all disks of a domain."""
 
 from __future__ import annotations
 
@@ -10,28 +10,27 @@ import libvirt
 
 from virt_sse.errors import DiskStateError, ImageError, LibvirtError, PolicyError, VirtSseError
 from virt_sse.in_guest.images import in_image, in_unencrypted_image
-from virt_sse.keys.access import Wrapping
+from virt_sse.keys.host import Host
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.disk_places import DiskPlace, disk_places
 from virt_sse.model.content import Content, Finding
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.events import audit_context
 from virt_sse.qemu import img
-from virt_sse.store import Store
 
 _FORMATS = ("raw", "qcow2")
-"""Of images that are not ours."""
+"""Formats of foreign images."""
 
 
 @dataclass(frozen=True, slots=True)
 class InspectedDisk:
-    """A disk of a domain that was looked at.
+    """An inspected disk of a domain.
 
     :ivar target: its name in the guest.
-    :ivar disk: the name of a disk of ours.
-    :ivar path: where its image lies, if that is known.
-    :ivar findings: what the guest has encrypted.
-    :ivar problem: why it could not be looked at; then nothing is known of it.
+    :ivar disk: its name, if the disk is ours.
+    :ivar path: its image, if known.
+    :ivar findings: the volumes encrypted by the guest.
+    :ivar problem: the reason for a failed inspection; *findings* is empty then.
     """
 
     target: str
@@ -42,26 +41,26 @@ class InspectedDisk:
 
 
 class Inspector:
-    """Reads disks of ours with their DEKs, each use of which is in the audit log, and others as they are."""
+    """Inspects our disks with their DEKs (each use is audited), and foreign disks as plain images."""
 
-    def __init__(self, uri: str, store: Store, wrapping: Wrapping) -> None:
-        self._uri = uri
-        self._store = store
-        self._wrapping = wrapping
+    def __init__(self, host: Host) -> None:
+        self._uri = host.config.libvirt_uri
+        self._store = host.store
+        self._keys = host.keys
 
     def disk(self, disk: Disk) -> list[Finding]:
-        """What the guest has encrypted on *disk*, also while a domain has it.
+        """The volumes on *disk* encrypted by its guest; works on disks in use, too.
 
-        :raise KeyProviderError: When its DEK cannot be had.
-        :raise ImageError: When it cannot be read.
-        :raise ToolError: When it does not open.
+        :raise KeyProviderError: When the DEK cannot be unwrapped.
+        :raise ImageError: When the image cannot be read.
+        :raise ToolError: When the DEK does not open the image.
         """
         if disk.state is not DiskState.READY:
             raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
-        return in_image(disk.path, disk.format, self._wrapping.unwrap_all(disk))
+        return in_image(disk.path, disk.format, self._keys.unwrap_all(disk))
 
     def content(self, disk: Disk, domain: str) -> Content:
-        """What is on *disk*, for policies on what the domain *domain* may have."""
+        """The content of *disk*, for policies; inspected on first use, on behalf of the domain *domain*."""
 
         def look() -> list[Finding]:
             with audit_context(domain=domain):
@@ -70,9 +69,9 @@ class Inspector:
         return Content(look)
 
     def domain(self, name: str) -> list[InspectedDisk]:
-        """What the guest has encrypted on the disks of the domain *name*: running, defined, or both.
+        """Inspect all disks of a domain, from its live and its persistent definition.
 
-        :raise LibvirtError: When there is no such domain.
+        :raise LibvirtError: When no such domain exists.
         """
         with connected(self._uri) as connection:
             try:
@@ -84,9 +83,9 @@ class Inspector:
             return [self._inspect(place) for place in dict.fromkeys(places)]
 
     def in_use(self, name: str) -> list[InspectedDisk]:
-        """The disks of the domain *name* on which its guest encrypts.
+        """The disks of a domain with in-guest encryption.
 
-        :raise PolicyError: When one of its disks cannot be looked at: it may be one, too.
+        :raise PolicyError: When a disk cannot be inspected, since that disk may have in-guest encryption.
         """
         inspected = self.domain(name)
         for each in inspected:
@@ -112,19 +111,19 @@ class Inspector:
 
 
 def _others(place: DiskPlace) -> list[Finding]:
-    """What a guest has encrypted on a disk that is not ours.
+    """The volumes on a foreign disk encrypted by its guest.
 
-    One whose image draws on other files is not looked at: it can name any file there.
+    Images which refer to other files are refused: an image can name any file of this host.
     """
     if place.path is None:
-        raise ImageError(place.obstacle or "it has no data")
+        raise ImageError(place.obstacle or "the disk has no data")
     if place.format not in _FORMATS:
-        raise ImageError(f"its format is {place.format}, not {' or '.join(_FORMATS)}")
+        raise ImageError(f"the image format is {place.format}, not {' or '.join(_FORMATS)}")
     information = img.info(place.path, place.format, shared=True)
     if information.encrypted:
-        raise ImageError("it is encrypted, and not by virt-sse")
+        raise ImageError("the image is encrypted, but not by virt-sse")
     if information.other_files:
-        raise ImageError(f"it draws on another file, {information.other_files[0]}")
+        raise ImageError(f"the image refers to another file, {information.other_files[0]}")
     return in_unencrypted_image(place.path, place.format)
 
 
@@ -136,7 +135,7 @@ def _places(domain: libvirt.virDomain) -> Iterable[DiskPlace]:
 
 
 def _resolved(connection: libvirt.virConnect, place: DiskPlace) -> DiskPlace:
-    """*place* with its path, if a storage pool knows it."""
+    """*place* with the path of its storage volume, if any."""
     if place.volume is None:
         return place
     pool, volume = place.volume

@@ -1,101 +1,94 @@
-"""Content on its way into disks and out of them: import and export."""
+"""Import and export: content on its way into disks and out of disks."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from virt_sse.disks.lifecycle import Provisioning
+from virt_sse.disks.lifecycle import Disks
 from virt_sse.errors import DiskExistsError, ImageError, ImageFormatError
 from virt_sse.in_guest.images import in_unencrypted_image
-from virt_sse.model.ciphers import Cipher
+from virt_sse.keys.host import Host
 from virt_sse.model.content import Content
-from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import Disk, DiskSku
-from virt_sse.model.encryption_sets import EncryptionSet
+from virt_sse.model.disks import Disk, NewDisk
 from virt_sse.model.keys import Dek
 from virt_sse.model.operations import ExportDisk
-from virt_sse.plugins import PluginHost
 from virt_sse.qemu import img
 from virt_sse.system.files import canonical, publish, unnamed_file
-from virt_sse.system.progress import Progress
+from virt_sse.system.progress import Progress, silent
 
 
 class Transfer:
-    """Encrypts what comes in, decrypts what goes out; in neither direction by way of a plaintext file."""
+    """Encrypts imported content and decrypts exported content, without a temporary plaintext file."""
 
-    def __init__(self, plugins: PluginHost, provisioning: Provisioning) -> None:
-        self._plugins = plugins
-        self._provisioning = provisioning
+    def __init__(self, host: Host, disks: Disks) -> None:
+        self._store = host.store
+        self._plugins = host.plugins
+        self._keys = host.keys
+        self._disks = disks
 
     def import_image(
         self,
-        name: str,
+        new: NewDisk,
         source: Path,
-        path: Path,
         *,
-        source_format: str | None,
-        with_backing: bool,
-        image_format: DiskFormat,
-        sku: DiskSku,
-        encryption_set: EncryptionSet | None,
-        infrastructure_cipher: Cipher | None,
-        progress: Progress,
+        source_format: str | None = None,
+        with_backing: bool = False,
+        progress: Progress = silent,
     ) -> Disk:
-        """Make a disk with the content of the image *source*, which is encrypted on its way.
+        """Create a disk with the content of the image *source*, encrypted in transit.
 
-        :param source_format: QEMU's name of its format; probed unless given.
-        :param with_backing: follow the source to its backing files, data file and extents. Refused unless
-            said, because an image can name any file of this host there.
-        :raise ImageFormatError: When the source is itself encrypted, or draws on other files.
-        :raise DiskInUseError: When a QEMU process is writing to the source.
-        :raise VirtSseError: As in :meth:`create`.
+        :param new: the disk; its size is the source's.
+        :param source_format: QEMU's name of the source's format; probed unless given.
+        :param with_backing: read the backing files, data file and extents named by the source. Refused by
+            default, because an image can name any file of this host.
+        :raise ImageFormatError: When the source is itself encrypted, or refers to other files.
+        :raise DiskInUseError: When a QEMU process writes to the source.
+        :raise VirtSseError: As in :meth:`Disks.create`.
         """
         source = canonical(source)
         _check_source(source)
         information = img.info(source, source_format)
         if information.encrypted:
             raise ImageFormatError(
-                f"{source} is itself encrypted", hint="a disk of virt-sse is taken over with 'disk adopt'"
+                f"{source} is itself encrypted", hint="'disk adopt' takes over a disk of virt-sse"
             )
         if information.other_files and not with_backing:
             raise ImageFormatError(
-                f"{source} draws on another file, {information.other_files[0]}",
-                hint="if that is meant to be read, say --with-backing",
+                f"{source} refers to another file, {information.other_files[0]}",
+                hint="pass --with-backing to read the other file, too",
             )
 
         def fill(partial: Path, deks: Sequence[Dek]) -> None:
-            img.encrypt_from(source, information.format, partial, image_format, deks, progress)
+            img.encrypt_from(source, information.format, partial, new.format, deks, progress)
 
-        return self._provisioning.create(
-            name,
-            information.virtual_size,
-            path,
-            image_format=image_format,
-            sku=sku,
-            encryption_set=encryption_set,
-            infrastructure_cipher=infrastructure_cipher,
+        return self._disks.create(
+            dataclasses.replace(new, size=information.virtual_size),
             fill=fill,
             content=Content(lambda: in_unencrypted_image(source, information.format)),
         )
 
-    def export(self, disk: Disk, destination: Path, *, destination_format: str, progress: Progress) -> None:
-        """Write the disk's content, in plaintext, into the new image *destination*, 0600.
+    def export(
+        self, name: str, destination: Path, *, destination_format: str = "qcow2", progress: Progress = silent
+    ) -> None:
+        """Write a disk's content, in plaintext, to the new image *destination*, 0600.
 
-        It has no name until it is whole, so that a killed command leaves no plaintext behind.
+        The image gets its name once complete, so a killed command leaves no plaintext behind.
 
         :raise DiskExistsError: When *destination* exists.
         :raise DiskInUseError: When a QEMU process has the disk open.
-        :raise ImageError: When it cannot be written.
+        :raise ImageError: When *destination* cannot be written.
         """
         destination = canonical(destination)
+        disk = self._store.get(name)
         if os.path.lexists(destination):
             raise DiskExistsError(f"{destination} exists already")
-        with self._provisioning.usable(disk) as current:
+        with self._disks.usable(disk) as current:
             self._plugins.validate(ExportDisk(current, destination))
-            deks = self._provisioning.unlock(current)
+            deks = self._keys.unwrap_all(current)
             try:
                 with unnamed_file(destination.parent) as descriptor:
                     img.decrypt_to(
@@ -114,7 +107,7 @@ class Transfer:
 
 
 def _check_source(source: Path) -> None:
-    """Refuse what qemu-img would wait for, or never come to an end of.
+    """Refuse sources on which qemu-img would block or never end, e.g. FIFOs and character devices.
 
     :raise ImageError: When *source* is missing, or neither a file nor a block device.
     """

@@ -22,7 +22,7 @@ from virt_sse.errors import (
     VirtSseError,
     VmStateError,
 )
-from virt_sse.keys.access import Wrapping
+from virt_sse.keys.host import Host
 from virt_sse.libvirt import domain_xml, vm_metadata
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.host_id import host_id
@@ -37,24 +37,22 @@ from virt_sse.model.layers import HostCaching
 from virt_sse.model.operations import StartVm
 from virt_sse.model.slots import TEMP_SLOT, TPM_SLOT
 from virt_sse.model.vms import NOWHERE, Vm, VmProperties, temp_disk_id, tpm_context
-from virt_sse.plugins import PluginHost
-from virt_sse.store import Store
 from virt_sse.system.files import canonical
 from virt_sse.system.locks import DiskLocks
 
 _LOCK_TRIES, _LOCK_PAUSE = 20, 0.05
 
 
-class VmServing:
-    """Gives domains their temporary disk and the DEK of their TPM, all or nothing."""
+class HostEncryption:
+    """Provides domains with their temporary disk and the DEK of their TPM, all or nothing."""
 
-    def __init__(self, config: Config, store: Store, plugins: PluginHost, wrapping: Wrapping) -> None:
-        self._config = config
-        self._store = store
-        self._plugins = plugins
-        self.wrapping = wrapping
-        self._locks = DiskLocks(config.state_directory / "vms.lock")
-        self.files = LibvirtFiles(config.root)
+    def __init__(self, host: Host) -> None:
+        self._config = host.config
+        self._store = host.store
+        self._plugins = host.plugins
+        self._keys = host.keys
+        self._locks = DiskLocks(host.config.state_directory / "vms.lock")
+        self.files = LibvirtFiles(host.config.root)
 
     @contextlib.contextmanager
     def prepared(self, name: str, xml: str) -> Iterator[None]:
@@ -99,7 +97,7 @@ class VmServing:
             if slot == TPM_SLOT:
                 dek = self.tpm_dek(self._store.vms.find(vm_id), name)
             else:
-                dek = temp_disks.unlock(self._config, self.wrapping, vm_id, name)
+                dek = temp_disks.unlock(self._config, self._keys, vm_id, name)
             deks[owner, slot] = dek
         with connected(self._config.libvirt_uri) as connection:
             set_secrets(connection, deks)
@@ -146,7 +144,7 @@ class VmServing:
         if vm is None or vm.tpm is None:
             raise _lost(name)
         with audit_context(domain=name):
-            return self.wrapping.unwrap(vm.tpm, context=tpm_context(vm.id))
+            return self._keys.unwrap(vm.tpm, context=tpm_context(vm.id))
 
     def with_tpm_dek(self, vm: Vm) -> Vm:
         """The VM with a DEK for its TPM, in the store before anything is encrypted with it.
@@ -166,8 +164,8 @@ class VmServing:
                 raise _lost(vm.name)
         if wrapped is None:
             with audit_context(domain=vm.name):
-                key = self.wrapping.current_key(PLATFORM_KEY)
-                wrapped = self.wrapping.wrap(Dek.generate(), key, context=tpm_context(vm.id))
+                key = self._keys.current_key(PLATFORM_KEY)
+                wrapped = self._keys.wrap(Dek.generate(), key, context=tpm_context(vm.id))
         vm = dataclasses.replace(vm, tpm=wrapped)
         self._store.vms.put(vm)
         return vm
@@ -179,6 +177,14 @@ class VmServing:
         """
         if vm.tpm is not None:
             tpm_envelope.write(self.files.tpm(vm.id), vm.id, vm.tpm)
+
+    def update_tpm_envelope(self, vm: Vm) -> None:
+        """Write the wrapped DEK of a VM's TPM beside the TPM's state, if state exists.
+
+        :raise EnvelopeError: When the wrapped DEK cannot be written.
+        """
+        if has_tpm_state(vm.id, self.files):
+            self.carry_tpm_dek(vm)
 
     def _seen(self, vm: Vm, name: str, host: UUID) -> Vm:
         """The VM, noted to be here."""
@@ -208,7 +214,7 @@ class VmServing:
             qemu = domain_xml.qemu_user(xml) or default_qemu_user(connection.getCapabilities())
             undo.callback(temp_disks.erase, self._config, vm.id)
             dek = temp_disks.create(
-                self._config, self._plugins.host_layer(), self.wrapping, vm.id, vm.name, size, qemu
+                self._config, self._plugins.host_layer(), self._keys, vm.id, vm.name, size, qemu
             )
             deks[temp_disk_id(vm.id), TEMP_SLOT] = dek
         set_secrets(connection, deks)

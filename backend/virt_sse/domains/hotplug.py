@@ -1,37 +1,34 @@
-"""Domains: bringing them the DEKs of their disks, and taking them away."""
+"""Hot-plug: attaches disks to domains and detaches disks, running or not."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from uuid import UUID
 
 import libvirt
 
+from virt_sse.disks.inspector import Inspector
 from virt_sse.domains.host_encryption import refuse_unencrypted
-from virt_sse.domains.start import Serving
+from virt_sse.domains.start import DomainStart
 from virt_sse.errors import (
     DiskInUseError,
     DiskNotFoundError,
     DiskStateError,
     LibvirtError,
     LibvirtUnavailableError,
-    VirtSseError,
 )
+from virt_sse.keys.host import Host
 from virt_sse.libvirt import domain_xml
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.secrets import drop_secret
 from virt_sse.libvirt.vm_metadata import has_encryption_at_host
-from virt_sse.model.content import Content
 from virt_sse.model.disks import Disk, DiskState
+from virt_sse.model.layers import HostCaching
 from virt_sse.model.operations import AttachDisk
 from virt_sse.model.vms import VmProperties
-from virt_sse.plugins import PluginHost
-from virt_sse.stages import Stages
-
-_log = logging.getLogger(__name__)
 
 _UNPLUG_SECONDS = 20.0
 """How long a guest may take to let go of a disk."""
@@ -41,24 +38,19 @@ _ENDING_SECONDS = 2.0
 """How long libvirt may take to note that a domain has ended."""
 
 
-class Domains:
-    """Serves libvirt's domains at *uri*."""
+class Hotplug:
+    """Attaches disks to domains, detaches and resizes disks in domains.
 
-    def __init__(self, uri: str, plugins: PluginHost, serving: Serving, stages: Stages) -> None:
-        self._uri = uri
-        self._plugins = plugins
-        self._stages = stages
-        self.serving = serving
+    Methods that take a disk's name accept its id as well.
+    """
 
-    def reconnect(self, name: str, xml: str) -> None:
-        """Give libvirt, which has been restarted, the DEKs of a running domain's disks again.
-
-        Raises nothing: libvirt kills the guest of a ``reconnect`` hook that fails.
-        """
-        try:
-            self.serving.restore(name, xml)
-        except VirtSseError as exc:
-            _log.warning("cannot restore the secrets of domain %s: %s", name, exc)
+    def __init__(self, host: Host, start: DomainStart, inspector: Inspector) -> None:
+        self._uri = host.config.libvirt_uri
+        self._store = host.store
+        self._plugins = host.plugins
+        self._stages = host.stages
+        self._start = start
+        self._inspector = inspector
 
     def users(self, disk: Disk) -> list[str]:
         """The names of the domains, running or just defined, that have the disk.
@@ -70,65 +62,66 @@ class Domains:
 
     def attach(
         self,
-        disk: Disk,
         name: str,
+        domain_name: str,
         *,
-        target: str | None,
-        read_only: bool,
-        content: Content,
-        settled: Callable[[], None],
+        target: str | None = None,
+        read_only: bool = False,
+        caching: HostCaching = HostCaching.NONE,
     ) -> str:
-        """Add the disk to the domain *name*: to its definition, and at once if it runs.
+        """Attach a disk to a domain: in its persistent definition, and at once if the domain runs.
 
-        :param disk: with the host caching that it is to have.
-        :param target: its name in the guest; the first free one unless given.
-        :param content: what is on it, for policies to look at.
-        :param settled: called when nothing of ours stands against it, before the domain is given anything.
+        :param target: the disk's name in the guest; default: the first free virtio name.
+        :param caching: host caching of the disk, in a domain with encryption at host.
         :return: the target.
-        :raise DiskInUseError: When a domain has it already.
-        :raise PolicyError: When a rule refuses it; or it is to be cached, and the domain has no encryption at
-            host.
-        :raise LibvirtError: When there is no such domain, or libvirt refuses.
+        :raise DiskInUseError: When a domain has the disk already.
+        :raise PolicyError: When a rule refuses; or with *caching*, if the domain has no encryption at host.
+        :raise LibvirtError: When no such domain exists, or libvirt refuses.
         """
+        disk = dataclasses.replace(self._store.get(name), caching=caching)
         if disk.state is not DiskState.READY:
             raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
         with connected(self._uri) as connection:
             if users := [domain.name() for domain in _using(connection, disk)]:
                 raise DiskInUseError(f"disk {disk.name!r} is attached to domain {users[0]!r}")
-            domain = _lookup(connection, name)
+            domain = _lookup(connection, domain_name)
             at_host = has_encryption_at_host(domain.XMLDesc())
-            self._plugins.validate(AttachDisk(disk, name, at_host, content))
-            refuse_unencrypted(name, VmProperties(at_host), (disk,), has_temp_disk=False)
-            settled()
+            content = self._inspector.content(disk, domain_name)
+            self._plugins.validate(AttachDisk(disk, domain_name, at_host, content))
+            refuse_unencrypted(domain_name, VmProperties(at_host), (disk,), has_temp_disk=False)
+            self._store.vms.set_caching(disk.id, caching)
             target = target or domain_xml.free_target(domain.XMLDesc())
-            element = self.element(disk, target=target, read_only=read_only)
+            element = domain_xml.disk_element(self._start.source(disk), target=target, read_only=read_only)
             with contextlib.ExitStack() as undo:
                 if domain.isActive():
                     uses = domain_xml.our_disks(f"<domain><devices>{element}</devices></domain>")
                     undo.callback(self._forget, domain, disk)
-                    self.serving.serve(connection, name, domain.XMLDesc(), uses)
+                    self._start.serve(connection, name, domain.XMLDesc(), uses)
                 domain.attachDeviceFlags(element, sum(_definitions(domain)))
                 undo.pop_all()
         return target
 
-    def detach(self, disk: Disk, name: str) -> None:
-        """Take the disk out of the domain *name*: out of its definition, and at once if it runs.
+    def detach(self, name: str, domain_name: str) -> None:
+        """Detach a disk from a domain: from its persistent definition, and at once if the domain runs.
 
-        :raise DiskNotFoundError: When the domain does not have it.
-        :raise LibvirtError: When libvirt refuses, or the guest does not let go in time.
+        :raise DiskNotFoundError: When the domain does not have the disk.
+        :raise LibvirtError: When libvirt refuses, or the guest does not release the disk in time.
         """
+        disk = self._store.get(name)
         with connected(self._uri) as connection:
-            domain = _lookup(connection, name)
+            domain = _lookup(connection, domain_name)
             found = [(flag, use) for flag in _definitions(domain) for use in _uses(domain, flag, disk)]
             if not found:
-                raise DiskNotFoundError(f"domain {name!r} does not have disk {disk.name!r}")
+                raise DiskNotFoundError(f"domain {domain_name!r} does not have disk {disk.name!r}")
             for definition, use in found:
                 with _ending_is_fine(domain, definition):
-                    element = self.element(disk, target=use.target, read_only=False)
+                    source = self._start.source(disk)
+                    element = domain_xml.disk_element(source, target=use.target, read_only=False)
                     domain.detachDeviceFlags(element, definition)
             with _ending_is_fine(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE):
                 self._await_unplug(domain, disk)
             self._forget(domain, disk)
+        self._store.vms.set_caching(disk.id, HostCaching.NONE)
 
     def _forget(self, domain: libvirt.virDomain, disk: Disk) -> None:
         """Take away what a domain was given of the disk."""
@@ -165,13 +158,6 @@ class Domains:
         except LibvirtUnavailableError:
             pass  # then QEMU's lock on the image tells whether a domain has it
         return False
-
-    def element(self, disk: Disk, *, target: str, read_only: bool) -> str:
-        """The ``<disk>`` element with which a domain uses the disk.
-
-        :raise InvalidValueError: When *target* is no name of a disk in a guest.
-        """
-        return domain_xml.disk_element(self.serving.source(disk), target=target, read_only=read_only)
 
 
 def _block_resize(domain: libvirt.virDomain, target: str, size: int) -> None:

@@ -19,11 +19,11 @@ from uuid import UUID
 
 import libvirt
 
-from virt_sse.config import Config
 from virt_sse.disks.inspector import Inspector
 from virt_sse.domains import temp_disks
 from virt_sse.domains.data_on_host import AtRest, has_tpm_state, memory_snapshot, survey
 from virt_sse.domains.host_encryption import (
+    HostEncryption,
     agreed,
     differences,
     new,
@@ -31,22 +31,19 @@ from virt_sse.domains.host_encryption import (
     refuse_at_rest,
     refuse_unencrypted,
 )
-from virt_sse.domains.start import Serving
+from virt_sse.domains.start import DomainStart
 from virt_sse.errors import InvalidValueError, LibvirtError, PolicyError, VirtSseError, VmStateError
-from virt_sse.keys.access import Wrapping
-from virt_sse.keys.rewrap import RewrapReport
+from virt_sse.keys.host import Host
 from virt_sse.libvirt import domain_xml, vm_metadata
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.host_id import host_id
 from virt_sse.libvirt.vm_metadata import Stated
 from virt_sse.model.content import Content, Finding
 from virt_sse.model.disks import Disk
-from virt_sse.model.keys import KeyId, KeyRef
+from virt_sse.model.keys import KeyId
 from virt_sse.model.layers import HostCaching
 from virt_sse.model.operations import UpdateVm
-from virt_sse.model.vms import PendingUpdate, Vm, VmProperties, check_size_name, tpm_context
-from virt_sse.plugins import PluginHost
-from virt_sse.store import Store
+from virt_sse.model.vms import PendingUpdate, Vm, VmProperties, check_size_name
 
 
 class Keep(enum.Enum):
@@ -91,24 +88,17 @@ class VmView:
     at_rest: tuple[AtRest, ...] = ()
 
 
-class VirtualMachines:
-    """All domains of this host's libvirt."""
+class VmSettings:
+    """The settings of all domains of this host's libvirt: shown and updated."""
 
     def __init__(
-        self,
-        config: Config,
-        store: Store,
-        plugins: PluginHost,
-        wrapping: Wrapping,
-        serving: Serving,
-        inspector: Inspector,
+        self, host: Host, start: DomainStart, host_encryption: HostEncryption, inspector: Inspector
     ) -> None:
-        self._config = config
-        self._store = store
-        self._plugins = plugins
-        self._wrapping = wrapping
-        self._disks = serving
-        self._serving = serving.vms
+        self._config = host.config
+        self._store = host.store
+        self._plugins = host.plugins
+        self._start = start
+        self._host_encryption = host_encryption
         self._inspector = inspector
 
     def all(self) -> list[VmView]:
@@ -147,7 +137,7 @@ class VirtualMachines:
             domain = _lookup(connection, name)
             _refuse_if_it_runs(domain)
             vm_id = UUID(bytes=domain.UUID())
-            with self._serving.locked(vm_id, name):
+            with self._host_encryption.locked(vm_id, name):
                 _refuse_if_it_runs(domain)
                 self._update(domain, vm_id, changes, host_id(connection))
             return self._view(domain, with_rest=True)
@@ -156,7 +146,7 @@ class VirtualMachines:
         name = domain.name()
         text, root = read_root(domain)
         said = vm_metadata.stated(root)
-        known = self._serving.settled(self._store.vms.find(vm_id), said)
+        known = self._host_encryption.settled(self._store.vms.find(vm_id), said)
         before = _before(name, known, said, changes)
         after = _after(before, changes)
         disks, caching = self._with_caching(text, changes.caching)
@@ -168,13 +158,13 @@ class VirtualMachines:
         generation = max(vm.generation, said.generation if said else 0)
         self._redefine(root, vm_id, Stated(after, generation + 1))
         if after.encryption_at_host:
-            refuse_at_rest(survey(root, self._serving.files), name)
-        sources = {disk.id: self._disks.source(disk) for disk in disks.values() if disk.id in caching}
+            refuse_at_rest(survey(root, self._host_encryption.files), name)
+        sources = {disk.id: self._start.source(disk) for disk in disks.values() if disk.id in caching}
         definition = domain_xml.with_sources(ET.tostring(root, encoding="unicode"), sources)
 
         vm = dataclasses.replace(vm, name=name, host=host, generation=generation)
         if vm_metadata.has_tpm_of_ours(root, vm_id):
-            vm = self._serving.with_tpm_dek(vm)
+            vm = self._host_encryption.with_tpm_dek(vm)
         vm = dataclasses.replace(vm, pending=PendingUpdate(after, caching))
         self._store.vms.put(vm)
         try:
@@ -203,7 +193,7 @@ class VirtualMachines:
             vm_metadata.set_tpm_encryption(root, vm_id, encrypted=False)
 
     def _has_tpm_state(self, vm_id: UUID) -> bool:
-        return has_tpm_state(vm_id, self._serving.files)
+        return has_tpm_state(vm_id, self._host_encryption.files)
 
     def _with_caching(
         self, xml: str, wanted: Mapping[str, HostCaching]
@@ -224,7 +214,7 @@ class VirtualMachines:
         return disks, caching
 
     def _by_target(self, xml: str) -> dict[str, Disk]:
-        by_id = {disk.id: disk for disk in self._serving.disks(xml)}
+        by_id = {disk.id: disk for disk in self._host_encryption.disks(xml)}
         return {use.target: by_id[use.disk_id] for use in domain_xml.our_disks(xml) if use.disk_id in by_id}
 
     def _in_guest_encryption(self, name: str) -> list[Finding]:
@@ -257,7 +247,7 @@ class VirtualMachines:
 
     def _at_rest(self, domain: libvirt.virDomain, root: ET.Element) -> list[AtRest]:
         snapshots = [memory_snapshot(snapshot.getXMLDesc()) for snapshot in domain.listAllSnapshots()]
-        return [*survey(root, self._serving.files), *(each for each in snapshots if each)]
+        return [*survey(root, self._host_encryption.files), *(each for each in snapshots if each)]
 
     def _tidy(self, connection: libvirt.virConnect, domains: Collection[libvirt.virDomain]) -> None:
         """Erase temporary disks that no domain uses, and forget the VMs of this host whose domain is gone.
@@ -280,34 +270,6 @@ class VirtualMachines:
         for vm in stale:
             if vm.host == here and not (vm.tpm and self._has_tpm_state(vm.id)):
                 self._store.vms.remove(vm.id)
-
-    def rewrap(self, key: KeyRef) -> RewrapReport:
-        """Bring the DEKs of VMs under *key* to its current version. May be killed at any point, and run
-        again.
-        """
-        rewrapped = current = 0
-        failed = {}
-        for vm in self._store.vms.under_key(key):
-            try:
-                if self._rewrap(vm, key):
-                    rewrapped += 1
-                else:
-                    current += 1
-            except VirtSseError as exc:
-                failed[f"TPM of {vm.name}"] = str(exc)
-        return RewrapReport(rewrapped, current, failed)
-
-    def _rewrap(self, vm: Vm, key: KeyRef) -> bool:
-        target = self._wrapping.current_key(key)
-        if vm.tpm is None or vm.tpm.key == target:
-            return False
-        dek = self._wrapping.unwrap(vm.tpm, context=tpm_context(vm.id))
-        wrapped = self._wrapping.wrap(dek, target, context=tpm_context(vm.id))
-        if not self._store.vms.replace_tpm(vm.id, vm.tpm, wrapped):
-            raise VmStateError(f"domain {vm.name!r} was changed by another command at the same time")
-        if self._has_tpm_state(vm.id):
-            self._serving.carry_tpm_dek(dataclasses.replace(vm, tpm=wrapped))
-        return True
 
 
 def _before(name: str, vm: Vm | None, said: Stated | None, changes: VmChanges) -> VmProperties:

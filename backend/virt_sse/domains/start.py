@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import libvirt
 
 from virt_sse.config import Config, IoErrors
 from virt_sse.domains import host_encryption
-from virt_sse.domains.host_encryption import VmServing
+from virt_sse.domains.host_encryption import HostEncryption
 from virt_sse.errors import (
     DiskInUseError,
     DiskNotFoundError,
@@ -20,8 +21,9 @@ from virt_sse.errors import (
     EnvelopeError,
     ImageError,
     InvalidValueError,
+    VirtSseError,
 )
-from virt_sse.keys.access import Wrapping
+from virt_sse.keys.host import Host
 from virt_sse.libvirt import domain_xml
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.domain_xml import Behind, DiskSource, DomainDisk
@@ -32,12 +34,12 @@ from virt_sse.model.events import audit_context
 from virt_sse.model.keys import Dek
 from virt_sse.model.layers import GuestNode, LayerChoice, LayerPlan
 from virt_sse.model.operations import UnlockDisk
-from virt_sse.plugins import PluginHost
 from virt_sse.qemu import envelope_slots, img
 from virt_sse.stages import Stages
 from virt_sse.stages.record import StageRecord
-from virt_sse.store import Store
 from virt_sse.system.files import canonical
+
+_log = logging.getLogger(__name__)
 
 _AT_ONCE = 8
 """Disks that are served at the same time: most of it is waiting, for key providers and for processes."""
@@ -52,25 +54,23 @@ class _Served:
     uses: tuple[DomainDisk, ...]
 
 
-class Serving:
-    """Gives domains what they need to use their disks, and takes it away."""
+class DomainStart:
+    """Provides domains with the DEKs and stages of their disks, and removes both."""
 
-    def __init__(
-        self, config: Config, store: Store, plugins: PluginHost, wrapping: Wrapping, stages: Stages
-    ) -> None:
-        self.vms = VmServing(config, store, plugins, wrapping)
-        self._config = config
-        self._store = store
-        self._plugins = plugins
-        self._wrapping = wrapping
-        self._stages = stages
+    def __init__(self, host: Host, host_encryption: HostEncryption) -> None:
+        self._config = host.config
+        self._store = host.store
+        self._plugins = host.plugins
+        self._keys = host.keys
+        self._stages = host.stages
+        self._host_encryption = host_encryption
 
     def prepare(self, name: str, xml: str) -> None:
         """Serve all that a domain that libvirt is about to start needs of ours, or nothing.
 
         :raise VirtSseError: When something of it cannot be served; the domain must not start then.
         """
-        with self.vms.prepared(name, xml):
+        with self._host_encryption.prepared(name, xml):
             if uses := domain_xml.our_disks(xml):
                 served = self._look_up(uses, name)
                 with connected(self._config.libvirt_uri) as connection:
@@ -108,13 +108,23 @@ class Serving:
 
         :raise VirtSseError: When one cannot be had; then none of the disks'.
         """
-        self.vms.restore(name, xml)
+        self._host_encryption.restore(name, xml)
         uses = domain_xml.our_disks(xml)
         deks: dict[tuple[UUID, str], Dek] = {}
         for each in self._look_up(uses, name):
             deks |= _for_libvirt(each, self._unlock(each, name))
         with connected(self._config.libvirt_uri) as connection:
             set_secrets(connection, deks)
+
+    def reconnect(self, name: str, xml: str) -> None:
+        """Give a restarted libvirtd the DEKs of a running domain again; see :meth:`restore`.
+
+        Raises nothing: libvirt kills the guest if its ``reconnect`` hook fails.
+        """
+        try:
+            self.restore(name, xml)
+        except VirtSseError as exc:
+            _log.warning("cannot restore the secrets of domain %s: %s", name, exc)
 
     def restart_stages(self, record: StageRecord) -> None:
         """Start what has died of a disk's stages again, below a guest that runs on.
@@ -126,12 +136,21 @@ class Serving:
         if record.storage_slot is not None:
             disk = self._store.get(str(record.disk_id))
             with audit_context(domain=record.domain):
-                deks[record.storage_slot] = self._wrapping.unwrap_slot(disk, record.storage_slot)
+                deks[record.storage_slot] = self._keys.unwrap_slot(disk, record.storage_slot)
         self._stages.restart(record.disk_id, deks)
 
     def source(self, disk: Disk) -> DiskSource:
         """How a domain finds the disk."""
         return self._source(disk, self.plan(disk))
+
+    def disk_element(self, name: str, *, target: str = "vda", read_only: bool = False) -> str:
+        """The ``<disk>`` element for using the disk of that name or id in a domain (libvirt formatdomain).
+
+        :raise DiskNotFoundError: When the store has no such disk.
+        :raise InvalidValueError: When *target* is not a valid name of a disk in a guest.
+        """
+        source = self.source(self._store.get(name))
+        return domain_xml.disk_element(source, target=target, read_only=read_only)
 
     def _source(self, disk: Disk, plan: LayerPlan) -> DiskSource:
         guest, *below = plan.stages
@@ -241,7 +260,7 @@ class Serving:
     def _unlock(self, served: _Served, domain: str) -> dict[str, Dek]:
         """The disk's DEKs by slot."""
         with audit_context(domain=domain):
-            unwrapped = self._wrapping.unwrap_all(served.disk)
+            unwrapped = self._keys.unwrap_all(served.disk)
         return {entry.slot: dek for entry, dek in zip(served.disk.deks, unwrapped, strict=True)}
 
 

@@ -17,7 +17,7 @@ from uuid import UUID
 
 from virt_sse.config import Config
 from virt_sse.errors import DiskInUseError, ImageError, VirtSseError
-from virt_sse.keys.access import Wrapping
+from virt_sse.keys.access import KeyAccess
 from virt_sse.libvirt.users import User
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.envelope import DekEntry, Envelope
@@ -44,7 +44,7 @@ def image(config: Config, vm_id: UUID) -> Path:
 
 
 def create(
-    config: Config, layer: HostLayer, wrapping: Wrapping, vm_id: UUID, domain: str, size: int, qemu: User
+    config: Config, layer: HostLayer, keys: KeyAccess, vm_id: UUID, domain: str, size: int, qemu: User
 ) -> Dek:
     """Make a VM's temporary disk, of *size* usable bytes; what is left of an earlier one is erased.
 
@@ -57,8 +57,8 @@ def create(
     (spec,) = layer.temporary_disk().deks
     disk_id, dek = temp_disk_id(vm_id), Dek.generate()
     with audit_context(domain=domain):
-        key = wrapping.current_key(spec.key)
-        wrapped = wrapping.wrap(dek, key, context=DekContext(disk_id, spec.slot))
+        key = keys.current_key(spec.key)
+        wrapped = keys.wrap(dek, key, context=DekContext(disk_id, spec.slot))
     path = image(config, vm_id)
     try:
         erase(config, vm_id)
@@ -71,7 +71,7 @@ def create(
             disk_id=disk_id,
             name="temporary",
             encryption_type=EncryptionType.PLATFORM_KEY,
-            encryption_set=None,
+            set_id=None,
             created=datetime.now(UTC).replace(microsecond=0),
             generation=1,
             deks=(DekEntry(spec.slot, spec.cipher, wrapped),),
@@ -86,7 +86,7 @@ def create(
     return dek
 
 
-def unlock(config: Config, wrapping: Wrapping, vm_id: UUID, domain: str) -> Dek:
+def unlock(config: Config, keys: KeyAccess, vm_id: UUID, domain: str) -> Dek:
     """The DEK of the temporary disk of a VM that runs.
 
     :raise ImageError: When there is none, or what lies there is another's.
@@ -99,7 +99,7 @@ def unlock(config: Config, wrapping: Wrapping, vm_id: UUID, domain: str) -> Dek:
         raise ImageError(f"{path} is not the temporary disk of domain {domain!r}")
     entry = carried.deks[0]
     with audit_context(domain=domain):
-        return wrapping.unwrap(entry.wrapped, context=DekContext(disk_id, entry.slot))
+        return keys.unwrap(entry.wrapped, context=DekContext(disk_id, entry.slot))
 
 
 def erase(config: Config, vm_id: UUID) -> None:

@@ -54,7 +54,7 @@ def write(folder: Path, vm_id: UUID, wrapped: WrappedDek) -> None:
         disk_id=vm_id,
         name="tpm",
         encryption_type=EncryptionType.PLATFORM_KEY,
-        encryption_set=None,
+        set_id=None,
         created=datetime.now(UTC).replace(microsecond=0),
         generation=1,
         deks=(DekEntry(TPM_SLOT, AES_256_CBC, wrapped),),

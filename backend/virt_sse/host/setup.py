@@ -1,4 +1,4 @@
-"""What a host needs before its first disk: made by ``virt-sse host init``, and by nothing else."""
+"""Set-up of a host by ``virt-sse host init``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ import pwd
 from collections.abc import Iterator
 from pathlib import Path
 
-from virt_sse.config import Config
 from virt_sse.errors import ConfigError
+from virt_sse.keys.host import Host
 from virt_sse.libvirt import hook_script
 from virt_sse.model.disks import PLATFORM_KEY
-from virt_sse.plugins import PluginHost
 from virt_sse.stages.users import DEFAULT_STORAGE_USER
-from virt_sse.store import Store
 from virt_sse.system.tools import run
 
 APPARMOR_ABSTRACTION = "etc/apparmor.d/abstractions/libvirt-qemu"
@@ -23,17 +21,18 @@ APPARMOR_LOCAL = "etc/apparmor.d/local/abstractions/libvirt-qemu"
 """A site's additions to it, which it includes."""
 
 
-def initialise(config: Config, plugins: PluginHost, store: Store) -> list[str]:
-    """Make what a host needs and does not have.
+def initialise(host: Host) -> list[str]:
+    """Create the missing parts of a host: keyring, libvirt hook, AppArmor rule, user of storage processes.
 
-    :return: what was made, in words.
-    :raise KeyringError: When part of a keyring is there, or disks are under one that is not: it is never made
-        anew.
+    :return: the created parts, in words.
+    :raise KeyringError: When part of the keyring is missing, or disks are under a missing keyring: a keyring
+        is never created again.
     :raise ConfigError: When a file cannot be written.
-    :raise ToolError: When the user for storage processes cannot be made.
+    :raise ToolError: When the user of storage processes cannot be created.
     """
     made = []
-    provider = plugins.key_provider(PLATFORM_KEY.provider)
+    config, store = host.config, host.store
+    provider = host.plugins.key_provider(PLATFORM_KEY.provider)
     in_use = [*(key for key, _ in store.keys_in_use()), *store.vms.keys_in_use()]
     if any(key.provider == PLATFORM_KEY.provider for key in in_use):
         provider.current_key(PLATFORM_KEY.name)

@@ -1,4 +1,4 @@
-"""Wrapping and unwrapping through the key providers, with every use audited and told to the observers."""
+"""Access to KEKs: wraps and unwraps DEKs through key providers, audits each use, notifies observers."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T", Dek, WrappedDek, KeyId)
 
 
-class Wrapping:
-    """The one way to a KEK for all of virt-sse.
+class KeyAccess:
+    """The only access to KEKs for all of virt-sse.
 
-    What comes of a use is handed out only when its record is durable in the audit log. One that was refused
-    stays refused for that reason, also when it cannot be recorded.
+    The result of a use is returned only after its audit record is durable. A refused use raises its own error
+    even if the refusal cannot be recorded.
 
-    :param component: in whose name uses are recorded.
+    :param component: the component named in audit records.
     """
 
     def __init__(
@@ -41,25 +41,25 @@ class Wrapping:
         self._audit = audit
         self._component = component
 
-    def current_key(self, key: KeyRef, *, encryption_set: UUID | None = None) -> KeyId:
-        """The version of *key* that a new DEK would be wrapped with.
+    def current_key(self, key: KeyRef, *, set_id: UUID | None = None) -> KeyId:
+        """The current version of *key*, which wraps new DEKs.
 
-        :param encryption_set: the disk encryption set for which it is asked, with that set's identity.
+        :param set_id: id of the disk encryption set to act for, with the set's identity.
         :raise KeyProviderError: When the provider has no such key or does not answer.
         """
-        return self._plugins.key_provider(key.provider, encryption_set).current_key(key.name)
+        return self._plugins.key_provider(key.provider, set_id).current_key(key.name)
 
-    def key_state(self, key: KeyId, *, encryption_set: UUID | None = None) -> KeyState:
-        """The state of *key* for a disk encryption set. A provider that cannot be had is ``UNREACHABLE``."""
+    def key_state(self, key: KeyId, *, set_id: UUID | None = None) -> KeyState:
+        """The state of *key* for a set; ``UNREACHABLE`` if its provider does not load or answer."""
         try:
-            return self._plugins.key_provider(key.provider, encryption_set).key_state(key)
+            return self._plugins.key_provider(key.provider, set_id).key_state(key)
         except KeyDeniedError:
             return KeyState.DENIED
         except VirtSseError:
             return KeyState.UNREACHABLE
 
     def wrapping_key(self, key: KeyRef, encryption_set: EncryptionSet | None) -> KeyId:
-        """The version of *key* for a DEK of a disk in *encryption_set*: the set's own, or the current one.
+        """The version of *key* for DEKs in *encryption_set*: the set's fixed version, else the current.
 
         :raise KeyProviderError: When the provider has no such key or does not answer.
         """
@@ -67,61 +67,64 @@ class Wrapping:
             return self.current_key(key)
         if encryption_set.key == key and encryption_set.key_version:
             return KeyId(key.provider, key.name, encryption_set.key_version)
-        return self.current_key(key, encryption_set=encryption_set.id)
+        return self.current_key(key, set_id=encryption_set.id)
 
-    def wrap(
-        self, dek: Dek, key: KeyId, *, context: DekContext, encryption_set: UUID | None = None
-    ) -> WrappedDek:
+    def wrap(self, dek: Dek, key: KeyId, *, context: DekContext, set_id: UUID | None = None) -> WrappedDek:
         """Wrap *dek* with *key*.
 
-        :param encryption_set: the disk encryption set for which that is done, with that set's identity.
+        :param set_id: id of the disk encryption set to act for, with the set's identity.
         :raise KeyProviderError: By meaning; see :meth:`KeyProvider.wrap`.
-        :raise AuditError: When it cannot be recorded.
+        :raise AuditError: When the use cannot be recorded.
         """
         return self._use(
             KeyAction.WRAP,
             key,
             context,
-            lambda: self._plugins.key_provider(key.provider, encryption_set).wrap(dek, key, context=context),
+            lambda: self._plugins.key_provider(key.provider, set_id).wrap(dek, key, context=context),
         )
 
-    def unwrap(self, wrapped: WrappedDek, *, context: DekContext, encryption_set: UUID | None = None) -> Dek:
-        """The DEK in *wrapped*.
+    def unwrap(self, wrapped: WrappedDek, *, context: DekContext, set_id: UUID | None = None) -> Dek:
+        """Unwrap a DEK.
 
-        :param encryption_set: the disk encryption set for which that is done, with that set's identity.
+        :param set_id: id of the disk encryption set to act for, with the set's identity.
         :raise KeyProviderError: By meaning; see :meth:`KeyProvider.unwrap`.
-        :raise AuditError: When it cannot be recorded.
+        :raise AuditError: When the use cannot be recorded.
         """
         key = wrapped.key
         return self._use(
             KeyAction.UNWRAP,
             key,
             context,
-            lambda: self._plugins.key_provider(key.provider, encryption_set).unwrap(wrapped, context=context),
+            lambda: self._plugins.key_provider(key.provider, set_id).unwrap(wrapped, context=context),
         )
 
+    def key_states(self, disk: Disk) -> dict[KeyId, KeyState]:
+        """The state of each KEK that wraps a DEK of *disk*."""
+        return {
+            entry.wrapped.key: self.key_state(entry.wrapped.key, set_id=disk.identity_for(entry.slot))
+            for entry in disk.deks
+        }
+
     def unwrap_all(self, disk: Disk) -> list[Dek]:
-        """All DEKs of *disk*, in its order.
+        """Unwrap all DEKs of *disk*; in the order of its slots, the guest's first.
 
         :raise KeyProviderError: By meaning; see :meth:`KeyProvider.unwrap`.
-        :raise AuditError: When it cannot be recorded.
+        :raise AuditError: When the use cannot be recorded.
         """
         return [self.unwrap_slot(disk, entry.slot) for entry in disk.deks]
 
     def unwrap_slot(self, disk: Disk, slot: str) -> Dek:
-        """The DEK in *slot* of *disk*, as whoever may use its KEK.
+        """Unwrap the DEK in *slot* of *disk*, with the identity that may use the slot's KEK.
 
         :raise: As :meth:`unwrap_all`.
         """
-        return self.unwrap(
-            disk.dek(slot).wrapped, context=disk.context(slot), encryption_set=disk.identity_for(slot)
-        )
+        return self.unwrap(disk.dek(slot).wrapped, context=disk.context(slot), set_id=disk.identity_for(slot))
 
     def rotate(self, key: KeyRef) -> KeyId:
-        """Make a new version of *key*, and make it current.
+        """Create a new version of *key* and make it current.
 
         :raise KeyProviderError: When the provider refuses, or its keys are rotated elsewhere.
-        :raise AuditError: When it cannot be recorded; before anything is done.
+        :raise AuditError: When the use cannot be recorded; nothing has been done then.
         """
         return self._use(
             KeyAction.ROTATE, key, None, lambda: self._plugins.key_provider(key.provider).rotate(key.name)
@@ -151,7 +154,7 @@ class Wrapping:
                 result = use()
             except BaseException as exc:
                 seconds = time.monotonic() - began
-                # A message that is not ours is not known to be free of key material.
+                # Messages of foreign exceptions may contain key material.
                 message = f": {exc}" if isinstance(exc, VirtSseError) else ""
                 self._record_refusal(
                     replace(record, result=Result.REFUSED, reason=type(exc).__name__ + message)

@@ -1,4 +1,4 @@
-"""How disk encryption sets, and their identities in a key vault, come into being, change and end."""
+"""The life of disk encryption sets and of their identities in a key vault."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from virt_sse.config import Config
 from virt_sse.errors import (
     ConfigError,
     EncryptionSetInUseError,
     InvalidValueError,
+    PolicyError,
     PrincipalNotFoundError,
     VirtSseError,
 )
-from virt_sse.keys.access import Wrapping
-from virt_sse.keys.rewrap import Finding, RewrapReport, Rotation
+from virt_sse.keys.host import Host
+from virt_sse.keys.rewrap import DekProof, KeyRotation, RewrapReport
 from virt_sse.model.disks import Disk, check_name
 from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.model.keys import KeyId, KeyRef
 from virt_sse.model.layers import EncryptionType
 from virt_sse.model.operations import CreateEncryptionSet
-from virt_sse.plugins import PluginHost
-from virt_sse.store import Store
 from virt_sse.system.files import private_folder
 from virt_sse.system.progress import Progress, silent
 
@@ -37,20 +35,17 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-class SetProvisioning:
-    """Makes, changes and deletes disk encryption sets, and keeps their disks under their keys.
+class EncryptionSets:
+    """Creates, changes and deletes disk encryption sets, and rewraps the DEKs of their disks.
 
-    Sets are named by name or id; every method that takes one raises EncryptionSetNotFoundError when there is
-    none.
+    A set is given by name or id; an unknown set raises EncryptionSetNotFoundError.
     """
 
-    def __init__(
-        self, config: Config, store: Store, plugins: PluginHost, wrapping: Wrapping, rotation: Rotation
-    ) -> None:
-        self._config = config
-        self._store = store
-        self._plugins = plugins
-        self._wrapping = wrapping
+    def __init__(self, host: Host, rotation: KeyRotation) -> None:
+        self._config = host.config
+        self._store = host.store
+        self._plugins = host.plugins
+        self._keys = host.keys
         self._rotation = rotation
 
     def all(self) -> list[EncryptionSet]:
@@ -61,9 +56,33 @@ class SetProvisioning:
         """The set of that name or id."""
         return self._store.encryption_sets.get(name)
 
+    def usable(self, name: str) -> EncryptionSet:
+        """The set of that name or id, for a disk of this host.
+
+        :raise PolicyError: When the set belongs to another subscription or region than this host.
+        """
+        encryption_set = self.get(name)
+        there = (encryption_set.subscription, encryption_set.region)
+        here = (self._config.subscription, self._config.region)
+        if there != here:
+            raise PolicyError(
+                f"set {encryption_set.name!r} is in subscription {there[0]!r}, region {there[1]!r}; "
+                f"this host's disks are in {here[0]!r}, {here[1]!r}"
+            )
+        return encryption_set
+
     def disks(self, name: str) -> list[Disk]:
         """The disks in a set, by name."""
         return self._store.in_set(self.get(name).id)
+
+    def move_disk(self, disk: str, name: str) -> Disk:
+        """Move a disk into a set, also while a domain uses the disk.
+
+        :raise VirtSseError: By meaning; see :meth:`KeyRotation.move`.
+        """
+        encryption_set = self.usable(name)
+        self._rotation.move(self._store.get(disk), encryption_set)
+        return self._store.get(disk)
 
     def create(
         self,
@@ -76,18 +95,19 @@ class SetProvisioning:
         revocation: RevocationAction = RevocationAction.SHUTDOWN,
         grace_seconds: int = 60,
     ) -> EncryptionSet:
-        """Make a set, and its identity if its provider acts with one. That identity may do nothing yet.
+        """Create a set and, if its provider needs one, its identity; the identity has no permissions yet.
 
-        :param key: the key in the provider's terms, e.g. a URL; with a version, its disks stay under that.
-        :raise InvalidValueError: When name, key, type or grace time make no sense.
+        :param key: the key in the provider's terms, e.g. a URL. With a version, the set keeps to that
+            version.
+        :raise InvalidValueError: When name, key, type or grace time is invalid.
         :raise EncryptionSetExistsError: When the name is taken.
-        :raise PolicyError: When a rule refuses it, or the subscription has too many in this region.
+        :raise PolicyError: When a rule refuses the set, or the subscription has too many sets in this region.
         :raise KeyDeniedError: When the host's credential may not make identities.
         :raise KeyProviderUnavailableError: When the key vault does not answer.
         """
         check_name(name)
         if encryption_type is EncryptionType.PLATFORM_KEY:
-            raise InvalidValueError(f"a disk encryption set is not for {encryption_type.value}")
+            raise InvalidValueError(f"a disk encryption set cannot have the type {encryption_type.value}")
         self._plugins.encryption_layer(encryption_type)
         encryption_set = EncryptionSet(
             id=uuid.uuid4(),
@@ -120,9 +140,9 @@ class SetProvisioning:
         grace_seconds: int | None = None,
         progress: Progress = silent,
     ) -> tuple[EncryptionSet, RewrapReport]:
-        """Change a set, and rewrap its disks' DEKs if its key is another now.
+        """Change a set, and rewrap the DEKs of its disks if *key* is given.
 
-        :raise InvalidValueError: When a value makes no sense.
+        :raise InvalidValueError: When a value is invalid.
         """
         changed = self.get(name)
         if automatic_rotation is not None:
@@ -135,27 +155,27 @@ class SetProvisioning:
         _check_rotation(changed)
         self._store.encryption_sets.update(changed)
         disks = self._store.in_set(changed.id) if key is not None else []
-        return changed, self._rotation.rewrap(disks, progress)
+        return changed, self._rotation.rewrap_disks(disks, progress)
 
     def wanted_key(self, encryption_set: EncryptionSet) -> KeyId:
-        """The version of its key that the disks of a set are to be under now.
+        """The version of the set's key that should wrap the DEKs of its disks.
 
         :raise KeyProviderError: When the provider has no such key or does not answer.
         """
-        return self._wrapping.wrapping_key(encryption_set.key, encryption_set)
+        return self._keys.wrapping_key(encryption_set.key, encryption_set)
 
     def rotate(self, name: str, *, progress: Progress = silent) -> RewrapReport:
-        """Bring the disks of a set under the present version of its key, or go on where that was cut off."""
-        return self._rotation.rewrap(self.disks(name), progress)
+        """Rewrap the DEKs of a set's disks with the wanted key version; continues an interrupted run."""
+        return self._rotation.rewrap_disks(self.disks(name), progress)
 
-    def prove(self, name: str, *, progress: Progress = silent) -> list[Finding]:
-        """Try every wrapped DEK of the disks of a set, and see whether any needs an older key."""
+    def prove(self, name: str, *, progress: Progress = silent) -> list[DekProof]:
+        """Unwrap every stored copy of the DEKs of a set's disks, to find copies under an older key."""
         return self._rotation.prove(self.disks(name), progress)
 
     def move_to_tenant(self, name: str, tenant: str) -> EncryptionSet:
-        """Move a set to another tenant; its identity stays behind, and with it the right to its key.
+        """Move a set to another tenant. Its identity is deleted, so the set loses access to its key.
 
-        :raise InvalidValueError: When it is in that tenant.
+        :raise InvalidValueError: When the set is in that tenant already.
         """
         encryption_set = self.get(name)
         if tenant == encryption_set.tenant:
@@ -166,9 +186,9 @@ class SetProvisioning:
         return moved
 
     def assign_identity(self, name: str) -> EncryptionSet:
-        """Give a set that has no identity a new one, in the tenant of the host's credential.
+        """Create an identity for a set without one, in the tenant of the host's credential.
 
-        :raise InvalidValueError: When it has one, or its provider needs none.
+        :raise InvalidValueError: When the set has an identity, or its provider needs none.
         """
         encryption_set = self.get(name)
         if encryption_set.identity:
@@ -181,16 +201,16 @@ class SetProvisioning:
         return identified
 
     def delete(self, name: str) -> None:
-        """Delete a set that no disk is in, and its identity.
+        """Delete an empty set and its identity.
 
-        :raise EncryptionSetInUseError: When a disk is in it.
+        :raise EncryptionSetInUseError: When a disk is in the set.
         :raise KeyProviderUnavailableError: When the key vault does not answer.
         """
         encryption_set = self.get(name)
         if disks := self._store.in_set(encryption_set.id):
             raise EncryptionSetInUseError(
                 f"disk {disks[0].name!r} is in disk encryption set {encryption_set.name!r}",
-                hint="move its disks to another set, or delete them, before it is deleted",
+                hint="first move its disks to another set, or delete them",
             )
         self._drop_identity(encryption_set)
         self._store.encryption_sets.remove(encryption_set)
@@ -203,14 +223,15 @@ class SetProvisioning:
 
     @contextlib.contextmanager
     def _new_identity(self, encryption_set: EncryptionSet) -> Iterator[EncryptionSet]:
-        """The set with a new identity, which is gone again if the block fails; as it is if it needs none."""
+        """The set with a new identity, deleted if the block fails; unchanged if no identity is needed."""
         if not self._plugins.needs_identity(encryption_set.key.provider):
             yield encryption_set
             return
         path = self._config.identity(encryption_set.id)
         private_folder(path.parent)
         with self._operator() as operator:
-            # The vault's name for it is fixed by the set: what a killed command left is found and replaced.
+            # The set's id fixes the principal's name, so leftovers of a killed command are found and
+            # replaced.
             name = f"des-{encryption_set.id}"
             with contextlib.suppress(PrincipalNotFoundError):
                 operator.delete_principal(name)
@@ -236,8 +257,8 @@ class SetProvisioning:
         path: Path = self._config.operator_credential
         if not path.exists():
             raise ConfigError(
-                f"no credential to make identities with ({path})",
-                hint="the vault's administrator makes one: virt-sse vault principal create HOST "
+                f"no credential for creating identities ({path})",
+                hint="the vault's administrator creates one: virt-sse vault principal create HOST "
                 f"--role identity-operator --file {path}",
             )
         from virt_sse.vault_client.administration import VaultClient
@@ -249,12 +270,12 @@ class SetProvisioning:
 def _check_rotation(encryption_set: EncryptionSet) -> None:
     if encryption_set.key_version and encryption_set.automatic_rotation:
         raise InvalidValueError(
-            "a set whose key has a fixed version cannot follow new ones by itself",
+            "a set with a fixed key version cannot rotate automatically",
             hint="leave the version out of the key, or switch automatic rotation off",
         )
 
 
 def _checked_grace(seconds: int) -> int:
     if not 0 <= seconds <= 86_400:
-        raise InvalidValueError(f"a grace time cannot be {seconds} s", hint="0 to 86400")
+        raise InvalidValueError(f"invalid grace time {seconds} s", hint="0 to 86400 s")
     return seconds

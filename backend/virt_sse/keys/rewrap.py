@@ -1,14 +1,16 @@
-"""Key rotation: the same DEKs under another KEK, or another version of it.
+"""Key rotation: rewraps DEKs with another version of their KEK, or with another KEK.
 
-No data is read or written, and no guest notices.
+DEKs and data stay as they are; guests do not notice.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from uuid import UUID
 
 from virt_sse.errors import (
     DiskStateError,
@@ -17,31 +19,32 @@ from virt_sse.errors import (
     KeyDeniedError,
     PolicyError,
     VirtSseError,
+    VmStateError,
 )
 from virt_sse.in_guest.images import in_image
-from virt_sse.keys.access import Wrapping
-from virt_sse.model import envelope
+from virt_sse.keys.access import KeyAccess
+from virt_sse.keys.host import Host
 from virt_sse.model.content import Content
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.encryption_sets import EncryptionSet
-from virt_sse.model.keys import Dek, KeyId, KeyRef
+from virt_sse.model.envelope import DekEntry
+from virt_sse.model.keys import Dek, KeyId, KeyRef, KeyState
 from virt_sse.model.operations import MoveDisk
-from virt_sse.plugins import PluginHost
+from virt_sse.model.vms import Vm, tpm_context
 from virt_sse.qemu import envelope_slots, img
-from virt_sse.store import Store
-from virt_sse.system.locks import DiskLocks
+from virt_sse.system.progress import Progress, silent
 
 _AT_ONCE = 4
-"""Disks that are rewrapped at the same time: most of it is waiting, for the key provider and for the disk."""
+"""Number of disks rewrapped in parallel; the time goes to waiting for key providers and storage."""
 
 
 @dataclass(frozen=True, slots=True)
 class RewrapReport:
-    """What became of the DEKs of some disks, or VMs.
+    """The result of rewrapping the DEKs of disks and VMs.
 
-    :ivar rewrapped: how many got a new wrapped DEK, in the store or in their image.
-    :ivar current: how many had it already.
-    :ivar failed: by disk or VM, why it could not be done; their DEKs are as they were, and still good.
+    :ivar rewrapped: number of disks and VMs with a new wrapped DEK in the store or the image.
+    :ivar current: number of disks and VMs already under the wanted version.
+    :ivar failed: error message by disk or VM name; the old wrapped DEKs remain valid.
     """
 
     rewrapped: int
@@ -55,11 +58,25 @@ class RewrapReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """One wrapped DEK that was tried.
+class KeyUse:
+    """A KEK version in use.
+
+    :ivar set_id: the disk encryption set of the disks; its identity was used to query the state.
+    :ivar deks: number of DEKs under this version.
+    """
+
+    key: KeyId
+    set_id: UUID | None
+    deks: int
+    state: KeyState
+
+
+@dataclass(frozen=True, slots=True)
+class DekProof:
+    """The result of unwrapping one stored copy of a wrapped DEK.
 
     :ivar place: ``store``, ``image slot A`` or ``image slot B``.
-    :ivar problem: ``None`` when the set's present key, and that alone, unwraps it.
+    :ivar problem: ``None`` if the current key of the set, and no other key, unwraps the copy.
     """
 
     disk: str
@@ -70,32 +87,63 @@ class Finding:
 
 @dataclass(slots=True)
 class _Targets:
-    """The versions that keys have during one run, each asked for once."""
+    """The wanted KEK version of each DEK; each KEK is queried once."""
 
-    wrapping: Wrapping
+    keys: KeyAccess
     _known: dict[tuple[KeyRef, EncryptionSet | None], KeyId] = field(default_factory=dict)
 
     def of(self, disk: Disk, position: int, encryption_set: EncryptionSet | None) -> KeyId:
-        """What the DEK at *position* should be under: the first, the disk's own, under the key of its set."""
+        """The wanted version for the DEK at *position*; position 0 is under the key of the disk's set."""
         pinned = disk.deks[position].wrapped.key
         key = encryption_set.key if encryption_set else KeyRef(pinned.provider, pinned.name)
         if (key, encryption_set) not in self._known:
-            self._known[key, encryption_set] = self.wrapping.wrapping_key(key, encryption_set)
+            self._known[key, encryption_set] = self.keys.wrapping_key(key, encryption_set)
         return self._known[key, encryption_set]
 
 
-class Rotation:
-    """Rewraps DEKs. May be killed at any point: the next run goes on with what is left."""
+class KeyRotation:
+    """Rotates KEKs and rewraps the DEKs under them. A killed run is continued by the next.
 
-    def __init__(self, store: Store, plugins: PluginHost, wrapping: Wrapping, locks: DiskLocks) -> None:
-        self._store = store
-        self._plugins = plugins
-        self._wrapping = wrapping
-        self._locks = locks
+    :param update_tpm_envelope: writes the wrapped DEK of a VM's TPM beside the TPM's state, if state exists.
+    """
 
-    def rewrap(self, disks: Sequence[Disk], progress: Callable[[float], None]) -> RewrapReport:
-        """Bring *disks* under the present versions of their keys, in the store and in the images' headers."""
-        targets = _Targets(self._wrapping)
+    def __init__(self, host: Host, update_tpm_envelope: Callable[[Vm], None]) -> None:
+        self._store = host.store
+        self._plugins = host.plugins
+        self._keys = host.keys
+        self._locks = host.locks
+        self._update_tpm_envelope = update_tpm_envelope
+
+    def in_use(self) -> list[KeyUse]:
+        """Each KEK version in use by disks and VMs; one entry per disk encryption set."""
+        used = Counter(self._store.keys_in_use())
+        used.update({(key, None): deks for key, deks in self._store.vms.keys_in_use().items()})
+        return [
+            KeyUse(key, set_id, deks, self._keys.key_state(key, set_id=set_id))
+            for (key, set_id), deks in used.items()
+        ]
+
+    def rotate(self, key: KeyRef, *, progress: Progress = silent) -> tuple[KeyId, RewrapReport]:
+        """Create a new version of *key* and rewrap all DEKs under *key* with it.
+
+        :raise KeyProviderError: When the provider refuses, or its keys are rotated elsewhere.
+        """
+        return self._keys.rotate(key), self._rewrap_all(key, progress)
+
+    def rewrap(self, key: KeyRef, *, progress: Progress = silent) -> RewrapReport:
+        """Rewrap all DEKs under *key* with its current version, e.g. after an interrupted rotation.
+
+        :raise KeyProviderError: When the provider cannot name the current version.
+        """
+        self._keys.current_key(key)
+        return self._rewrap_all(key, progress)
+
+    def _rewrap_all(self, key: KeyRef, progress: Progress) -> RewrapReport:
+        return self.rewrap_disks(self._store.under_key(key), progress) + self._rewrap_tpms(key)
+
+    def rewrap_disks(self, disks: Sequence[Disk], progress: Progress) -> RewrapReport:
+        """Rewrap the DEKs of *disks* with the wanted versions of their keys, in the store and the images."""
+        targets = _Targets(self._keys)
         outcomes: dict[str, bool | str] = {}
         pool = ThreadPoolExecutor(_AT_ONCE, "rewrap")
         try:
@@ -113,41 +161,66 @@ class Rotation:
         )
 
     def _try_rewrap(self, disk: Disk, targets: _Targets) -> bool | str:
-        """Whether *disk* had to be rewrapped, and was; or why it could not be."""
+        """Rewrap one disk: whether anything changed, or the error message."""
         try:
             return self._rewrap_disk(disk, targets, move_to=None)
         except VirtSseError as exc:
             return str(exc)
 
     def move(self, disk: Disk, encryption_set: EncryptionSet) -> None:
-        """Put *disk* into *encryption_set*, also while a domain has it: only its DEK's wrapping changes.
+        """Move *disk* into *encryption_set*, also while a domain uses the disk: rewraps its DEK.
 
-        :raise PolicyError: When it would need other layers of encryption, and so to be encrypted anew.
-        :raise KeyProviderError: When its DEK cannot be unwrapped, or not be wrapped with the set's key.
+        :raise PolicyError: When the set has other encryption layers, so the data would need re-encryption.
+        :raise KeyProviderError: When the DEK cannot be unwrapped, or cannot be wrapped with the set's key.
         """
         before = self._plugins.encryption_layer(disk.encryption_type).name
         after = self._plugins.encryption_layer(encryption_set.encryption_type).name
         if before != after:
             raise PolicyError(
                 f"disk {disk.name!r} has {before} encryption, set {encryption_set.name!r} is for {after}",
-                hint="export it, and import it into the set",
+                hint="export the disk and import it into the set",
             )
         content = Content(lambda: in_image(disk.path, disk.format, self._unwrap_all(disk, encryption_set)))
         self._plugins.validate(MoveDisk(disk, encryption_set, content))
-        self._rewrap_disk(disk, _Targets(self._wrapping), move_to=encryption_set)
+        self._rewrap_disk(disk, _Targets(self._keys), move_to=encryption_set)
 
-    def prove(self, disks: Sequence[Disk], progress: Callable[[float], None]) -> list[Finding]:
-        """Try every wrapped DEK that there is of *disks*, and see which key it needs."""
-        targets = _Targets(self._wrapping)
-        findings = []
+    def _rewrap_tpms(self, key: KeyRef) -> RewrapReport:
+        """Rewrap the DEKs of TPMs under *key* with its current version."""
+        rewrapped = current = 0
+        failed = {}
+        for vm in self._store.vms.under_key(key):
+            try:
+                if self._rewrap_tpm(vm, key):
+                    rewrapped += 1
+                else:
+                    current += 1
+            except VirtSseError as exc:
+                failed[f"TPM of {vm.name}"] = str(exc)
+        return RewrapReport(rewrapped, current, failed)
+
+    def _rewrap_tpm(self, vm: Vm, key: KeyRef) -> bool:
+        target = self._keys.current_key(key)
+        if vm.tpm is None or vm.tpm.key == target:
+            return False
+        dek = self._keys.unwrap(vm.tpm, context=tpm_context(vm.id))
+        wrapped = self._keys.wrap(dek, target, context=tpm_context(vm.id))
+        if not self._store.vms.replace_tpm(vm.id, vm.tpm, wrapped):
+            raise VmStateError(f"domain {vm.name!r} was changed by another command at the same time")
+        self._update_tpm_envelope(replace(vm, tpm=wrapped))
+        return True
+
+    def prove(self, disks: Sequence[Disk], progress: Progress) -> list[DekProof]:
+        """Unwrap every stored copy of the DEKs of *disks* with the wanted key version."""
+        targets = _Targets(self._keys)
+        proofs = []
         for done, disk in enumerate(disks):
             progress(done / len(disks))
-            findings += self._prove_disk(disk, targets)
+            proofs += self._prove_disk(disk, targets)
         progress(1.0)
-        return findings
+        return proofs
 
     def _rewrap_disk(self, disk: Disk, targets: _Targets, *, move_to: EncryptionSet | None) -> bool:
-        """Rewrap what is not under the key that it should be under; whether anything had to be done."""
+        """Rewrap each DEK that is not under the wanted version: whether anything changed."""
         with self._locks.hold(disk.id):
             before = self._store.get(str(disk.id))
             if before.state is not DiskState.READY:
@@ -160,7 +233,7 @@ class Rotation:
             after = replace(
                 before,
                 deks=deks,
-                encryption_set=encryption_set.id if encryption_set else None,
+                set_id=encryption_set.id if encryption_set else None,
                 encryption_type=encryption_set.encryption_type if encryption_set else before.encryption_type,
             )
             changed = after != before
@@ -168,17 +241,17 @@ class Rotation:
                 after = replace(after, generation=before.generation + 1)
                 if not self._store.replace(before, after):
                     raise DiskStateError(f"disk {disk.name!r} was changed by another host at the same time")
-            # Apart from the store, because a killed run may have come only so far.
+            # Independent of *changed*: a killed run may have updated the store and not the image.
             return self._update_envelope(after) or changed
 
     def _set_of(self, disk: Disk) -> EncryptionSet | None:
-        return self._store.encryption_sets.get(str(disk.encryption_set)) if disk.encryption_set else None
+        return self._store.encryption_sets.get(str(disk.set_id)) if disk.set_id else None
 
     def _rewrap_entry(
         self, disk: Disk, position: int, targets: _Targets, encryption_set: EncryptionSet | None
-    ) -> envelope.DekEntry:
+    ) -> DekEntry:
         entry = disk.deks[position]
-        if position:  # the platform's, see Disk.identity_for
+        if position:  # under the platform's key, see Disk.identity_for
             encryption_set = None
         target = targets.of(disk, position, encryption_set)
         set_id = encryption_set.id if encryption_set else None
@@ -186,22 +259,22 @@ class Rotation:
             return entry
         context = disk.context(entry.slot)
         dek = self._unwrap(disk, entry, encryption_set)
-        wrapped = self._wrapping.wrap(dek, target, context=context, encryption_set=set_id)
+        wrapped = self._keys.wrap(dek, target, context=context, set_id=set_id)
         return replace(entry, wrapped=wrapped)
 
-    def _unwrap(self, disk: Disk, entry: envelope.DekEntry, encryption_set: EncryptionSet | None) -> Dek:
-        """With the identity of the disk's set; if that has lost its rights, of the set that it moves to."""
+    def _unwrap(self, disk: Disk, entry: DekEntry, encryption_set: EncryptionSet | None) -> Dek:
+        """Unwrap with the identity of the disk's set or, if access is denied, of the set it moves to."""
         context = disk.context(entry.slot)
         identity = disk.identity_for(entry.slot)
         try:
-            return self._wrapping.unwrap(entry.wrapped, context=context, encryption_set=identity)
+            return self._keys.unwrap(entry.wrapped, context=context, set_id=identity)
         except KeyDeniedError:
             if encryption_set is None or encryption_set.id == identity:
                 raise
-            return self._wrapping.unwrap(entry.wrapped, context=context, encryption_set=encryption_set.id)
+            return self._keys.unwrap(entry.wrapped, context=context, set_id=encryption_set.id)
 
     def _unwrap_all(self, disk: Disk, encryption_set: EncryptionSet) -> list[Dek]:
-        """All DEKs of a disk that is to move to *encryption_set*, the guest's first."""
+        """Unwrap all DEKs of a disk on its way to *encryption_set*, the guest's first."""
         own, *others = disk.deks
         return [
             self._unwrap(disk, own, encryption_set),
@@ -209,14 +282,14 @@ class Rotation:
         ]
 
     def _update_envelope(self, disk: Disk) -> bool:
-        """Make the image carry what the store has; whether it did not yet."""
+        """Write the store's wrapped DEKs into the image's envelope: whether the image changed."""
         try:
             with img.opened(disk.path, os.O_RDWR) as descriptor:
                 try:
                     carried = envelope_slots.read(descriptor, disk.format)
                 except EnvelopeError:
                     carried = None
-                    # Damaged, or another image that was put here: that must not come to pass for ours.
+                    # The envelope is damaged, or this is a foreign image: the DEK must open it.
                     img.check_unlocks(disk.path, disk.format, [self._unwrap(disk, disk.deks[-1], None)])
                 if carried == disk.envelope:
                     return False
@@ -225,17 +298,17 @@ class Rotation:
                 envelope_slots.write(descriptor, disk.format, disk.envelope)
                 return True
         except ImageError as exc:
-            raise ImageError(f"the image could not be brought up to the store: {exc}") from exc
+            raise ImageError(f"cannot update the envelope in the image: {exc}") from exc
 
-    def _prove_disk(self, disk: Disk, targets: _Targets) -> list[Finding]:
+    def _prove_disk(self, disk: Disk, targets: _Targets) -> list[DekProof]:
         places = [("store", disk.deks)]
-        findings = []
+        proofs = []
         try:
             with img.opened(disk.path) as descriptor:
                 for name, carried in envelope_slots.read_slots(descriptor, disk.format).items():
                     places.append((f"image slot {name}", carried.deks))
         except ImageError as exc:
-            findings.append(Finding(disk.name, "image", None, str(exc)))
+            proofs.append(DekProof(disk.name, "image", None, str(exc)))
         encryption_set = self._set_of(disk)
         for place, deks in places:
             for position, entry in enumerate(deks):
@@ -245,12 +318,12 @@ class Rotation:
                     if entry.wrapped.key != target:
                         problem = f"needs this key, not {target}"
                     else:
-                        self._wrapping.unwrap(
+                        self._keys.unwrap(
                             entry.wrapped,
                             context=disk.context(entry.slot),
-                            encryption_set=disk.identity_for(entry.slot),
+                            set_id=disk.identity_for(entry.slot),
                         )
                 except (VirtSseError, IndexError) as exc:
                     problem = str(exc)
-                findings.append(Finding(disk.name, place, entry.wrapped.key, problem))
-        return findings
+                proofs.append(DekProof(disk.name, place, entry.wrapped.key, problem))
+        return proofs

@@ -10,6 +10,7 @@ from pathlib import Path
 from uuid import UUID
 
 from virt_sse.errors import InvalidValueError
+from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.envelope import DekEntry, Envelope
 from virt_sse.model.keys import DekContext, KeyRef
@@ -53,7 +54,7 @@ class Disk:
 
     :ivar size: what the guest sees, in bytes.
     :ivar generation: counts the rewraps of its DEKs.
-    :ivar encryption_set: the id of the set that its own key is that of; ``None`` for the platform's key.
+    :ivar set_id: the disk's encryption set; ``None``: the disk is under the platform's key.
     :ivar caching: what the host caches of it in a domain; not ``NONE`` only with encryption at host.
     """
 
@@ -68,7 +69,7 @@ class Disk:
     generation: int
     deks: tuple[DekEntry, ...]
     sku: DiskSku = DiskSku.PREMIUM_SSD
-    encryption_set: UUID | None = None
+    set_id: UUID | None = None
     caching: HostCaching = HostCaching.NONE
 
     def dek(self, slot: str) -> DekEntry:
@@ -86,7 +87,7 @@ class Disk:
 
         The disk's own key is its set's. Another layer's is the platform's.
         """
-        return self.encryption_set if slot == self.deks[0].slot else None
+        return self.set_id if slot == self.deks[0].slot else None
 
     def context(self, slot: str) -> DekContext:
         """What the DEK in *slot* is bound to."""
@@ -105,11 +106,39 @@ class Disk:
             disk_id=self.id,
             name=self.name,
             encryption_type=self.encryption_type,
-            encryption_set=self.encryption_set,
+            set_id=self.set_id,
             created=self.created,
             generation=self.generation,
             deks=self.deks,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class StoragePool:
+    """A libvirt storage pool of type ``dir``, ``fs`` or ``netfs``, as the place of a new disk."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewDisk:
+    """A disk to be created.
+
+    :ivar size: in bytes; ``None`` in an import: the size of the imported image.
+    :ivar encryption_set: name or id of the disk encryption set; ``None``: under the platform's key.
+    :ivar infrastructure_cipher: the cipher of the second layer, if the set asks for double encryption;
+        ``None``: the configured cipher.
+    :ivar place: path of the image, or the storage pool to create the image in; ``None``: the configured
+        folder.
+    """
+
+    name: str
+    size: int | None = None
+    format: DiskFormat = DiskFormat.QCOW2
+    sku: DiskSku = DiskSku.PREMIUM_SSD
+    encryption_set: str | None = None
+    infrastructure_cipher: Cipher | None = None
+    place: Path | StoragePool | None = None
 
 
 def check_name(name: str) -> str:

@@ -59,14 +59,14 @@ class DekEntry:
 class Envelope:
     """All that is needed, beside the key provider, to use a disk whose store is lost.
 
-    :ivar encryption_set: the id of the disk encryption set that the disk is in.
+    :ivar set_id: the disk's encryption set.
     :ivar generation: counts the rewraps.
     """
 
     disk_id: UUID
     name: str
     encryption_type: EncryptionType
-    encryption_set: UUID | None
+    set_id: UUID | None
     created: datetime
     generation: int
     deks: tuple[DekEntry, ...]
@@ -82,7 +82,7 @@ class Envelope:
                 "name": self.name,
                 "encryption-type": self.encryption_type.value,
                 "created": self.created.isoformat(),
-                **({"encryption-set": str(self.encryption_set)} if self.encryption_set else {}),
+                **({"encryption-set": str(self.set_id)} if self.set_id else {}),
                 "deks": [_dek_to_json(entry) for entry in self.deks],
             },
             ensure_ascii=False,
@@ -118,7 +118,7 @@ class Envelope:
                 disk_id=UUID(_text(body["disk"])),
                 name=_text(body["name"]),
                 encryption_type=EncryptionType(body["encryption-type"]),
-                encryption_set=UUID(body["encryption-set"]) if body.get("encryption-set") else None,
+                set_id=UUID(body["encryption-set"]) if body.get("encryption-set") else None,
                 created=datetime.fromisoformat(_text(body["created"])),
                 generation=generation,
                 deks=tuple(_dek_from_json(entry) for entry in body["deks"]),

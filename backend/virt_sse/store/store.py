@@ -61,7 +61,7 @@ class Store:
                     created=disk.created.isoformat(),
                     generation=disk.generation,
                     sku=disk.sku.value,
-                    encryption_set_id=disk.encryption_set,
+                    encryption_set_id=disk.set_id,
                     caching=disk.caching.value,
                 )
             )
@@ -167,7 +167,7 @@ class Store:
                 .values(
                     generation=after.generation,
                     encryption_type=after.encryption_type.value,
-                    encryption_set_id=after.encryption_set,
+                    encryption_set_id=after.set_id,
                 )
             )
             if swapped.rowcount != 1:
@@ -237,7 +237,7 @@ def _disk(rows: list[Row[Any]]) -> Disk:
         created=datetime.fromisoformat(first.created),
         generation=first.generation,
         sku=DiskSku(first.sku),
-        encryption_set=first.encryption_set_id,
+        set_id=first.encryption_set_id,
         caching=HostCaching(first.caching),
         deks=tuple(
             DekEntry(

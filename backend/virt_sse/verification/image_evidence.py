@@ -6,7 +6,7 @@ from pathlib import Path
 from uuid import UUID
 
 from virt_sse.errors import EnvelopeError, ImageError, VirtSseError
-from virt_sse.keys.access import Wrapping
+from virt_sse.keys.access import KeyAccess
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk
 from virt_sse.model.envelope import Envelope
@@ -33,7 +33,7 @@ def check_image(verdict: DiskVerdict, disk: Disk) -> None:
         verdict.expect(is_same, "the image carries other wrapped DEKs than the store has")
 
 
-def check_within(verdict: DiskVerdict, disk: Disk, wrapping: Wrapping, domain: str) -> None:
+def check_within(verdict: DiskVerdict, disk: Disk, keys: KeyAccess, domain: str) -> None:
     """Whether the volume within the image's own one is what the store says, by taking that one off.
 
     For a disk that nobody has open. Unwraps the DEKs of all volumes but the guest's, and records that.
@@ -43,7 +43,7 @@ def check_within(verdict: DiskVerdict, disk: Disk, wrapping: Wrapping, domain: s
         return
     try:
         with audit_context(domain=domain):
-            deks = [wrapping.unwrap_slot(disk, other.slot) for other in others]
+            deks = [keys.unwrap_slot(disk, other.slot) for other in others]
         cipher = cipher_within(disk, deks)
     except VirtSseError as exc:
         verdict.expect(False, f"the image's inner layer cannot be looked at: {exc}")

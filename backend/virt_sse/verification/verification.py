@@ -9,13 +9,12 @@ from uuid import UUID
 
 import libvirt
 
-from virt_sse.config import Config
 from virt_sse.domains import temp_disks
 from virt_sse.domains.data_on_host import AtRest
-from virt_sse.domains.settings import VirtualMachines
-from virt_sse.domains.start import Serving
+from virt_sse.domains.settings import VmSettings
+from virt_sse.domains.start import DomainStart
 from virt_sse.errors import VirtSseError
-from virt_sse.keys.access import Wrapping
+from virt_sse.keys.host import Host
 from virt_sse.libvirt.backups import backup_xml
 from virt_sse.libvirt.connection import connected
 from virt_sse.model.disks import Disk
@@ -23,10 +22,7 @@ from virt_sse.model.keys import KeyRef
 from virt_sse.model.layers import GuestNode, HostCaching
 from virt_sse.model.slots import TEMP_SLOT
 from virt_sse.model.vms import temp_disk_id
-from virt_sse.plugins import PluginHost
 from virt_sse.qemu import img
-from virt_sse.stages import Stages
-from virt_sse.store import Store
 from virt_sse.system.files import canonical
 from virt_sse.verification.chains import DiskChain, disk_chains, plaintext_links, serial
 from virt_sse.verification.graph import place_of
@@ -66,22 +62,14 @@ class _Subject:
 class Verification:
     """Looks, and changes nothing."""
 
-    def __init__(
-        self,
-        config: Config,
-        store: Store,
-        plugins: PluginHost,
-        wrapping: Wrapping,
-        serving: Serving,
-        vms: VirtualMachines,
-    ) -> None:
-        self._config = config
-        self._store = store
-        self._plugins = plugins
-        self._wrapping = wrapping
-        self._serving = serving
-        self._stages = Stages(config)
-        self._evidence = StageEvidence(config, self._stages)
+    def __init__(self, host: Host, start: DomainStart, vms: VmSettings) -> None:
+        self._config = host.config
+        self._store = host.store
+        self._plugins = host.plugins
+        self._keys = host.keys
+        self._stages = host.stages
+        self._start = start
+        self._evidence = StageEvidence(host.config, host.stages)
         self._vms = vms
 
     def verify(self, name: str, *, strict: bool = False) -> Verdict:
@@ -144,7 +132,7 @@ class Verification:
     def _check_running(
         self, verdict: DiskVerdict, subject: _Subject, chain: DiskChain, disk: Disk, running: RunningDisks
     ) -> None:
-        plan = self._serving.plan(disk)
+        plan = self._start.plan(disk)
         self._asked(verdict, subject, disk)
         guest, *below = plan.stages
         assert isinstance(guest, GuestNode)  # noqa: S101 -- the contract of layers
@@ -192,7 +180,7 @@ class Verification:
 
     def _check_defined(self, verdict: DiskVerdict, subject: _Subject, chain: DiskChain, disk: Disk) -> None:
         self._asked(verdict, subject, disk)
-        source, position = self._serving.source(disk), chain.ours
+        source, position = self._start.source(disk), chain.ours
         link = chain.links[position if position is not None else 0]
         verdict.expect(position is not None, f"its definition has {link.place}, which is not encrypted by us")
         if position is not None:
@@ -204,7 +192,7 @@ class Verification:
         verdict.expect(not is_used, "what was below its QEMU has not been ended")
         check_image(verdict, disk)
         if not is_used:
-            check_within(verdict, disk, self._wrapping, subject.name)
+            check_within(verdict, disk, self._keys, subject.name)
 
     def _check_other_definition(self, verdict: DiskVerdict, subject: _Subject, chain: DiskChain) -> None:
         """One that is not ours, as far as libvirt says; its image may have one of ours as backing file."""
@@ -228,7 +216,7 @@ class Verification:
         verdict.caching = disk.caching.value
         is_covered = disk.caching is HostCaching.NONE or subject.encryption_at_host
         verdict.expect(is_covered, "it is to be cached by the host, which has no encryption at host for it")
-        planned = [(spec.slot, spec.cipher, spec.key) for spec in self._serving.plan(disk).deks]
+        planned = [(spec.slot, spec.cipher, spec.key) for spec in self._start.plan(disk).deks]
         kept = [(e.slot, e.cipher, KeyRef(e.wrapped.key.provider, e.wrapped.key.name)) for e in disk.deks]
         verdict.expect(planned == kept, "the store has other layers for it than its encryption type asks for")
 

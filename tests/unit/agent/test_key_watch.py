@@ -13,6 +13,7 @@ from virt_sse.agent.key_watch import KeyWatch, Sample, Verdict, WatchedKey
 from virt_sse.backend import Backend
 from virt_sse.errors import KeyDeniedError, KeyDisabledError, KeyProviderUnavailableError, UnwrapError
 from virt_sse.hookspecs import RegisterKeyProvider, hookimpl
+from virt_sse.model.disks import NewDisk
 from virt_sse.model.keys import Dek, DekContext, KeyId, KeyProvider, KeyState, ProviderConfig, WrappedDek
 
 NAME = "scripted"
@@ -56,9 +57,9 @@ def virt_sse_register_key_providers(register: RegisterKeyProvider) -> None:
 class Watched:
     def __init__(self, backend: Backend, probe_seconds: float = 60) -> None:
         plugin = SimpleNamespace(virt_sse_register_key_providers=virt_sse_register_key_providers)
-        backend.plugins.register(plugin, NAME)
+        backend.host.plugins.register(plugin, NAME)
         made = backend.sets.create("set", provider=NAME, key="key")
-        disk = backend.create_disk("disk", 1 << 20, encryption_set="set")
+        disk = backend.disks.create(NewDisk(name="disk", size=1 << 20, encryption_set="set"))
         self.key = WatchedKey(disk.deks[0].wrapped.key, made.id)
         self.samples = {self.key: Sample(disk, disk.deks[0].slot, "domain")}
         self.changes = 0
@@ -163,7 +164,7 @@ def test_a_trial_now_and_then_finds_what_a_look_does_not(
 
 def test_one_slow_key_delays_no_other(backend: Backend, script: Callable[..., None]) -> None:
     watched = Watched(backend)
-    platform = backend.create_disk("other", 1 << 20)
+    platform = backend.disks.create(NewDisk(name="other", size=1 << 20))
     other = WatchedKey(platform.deks[0].wrapped.key, None)
     samples = {**watched.samples, other: Sample(platform, platform.deks[0].slot, "domain")}
     script(KeyState.DISABLED, KeyDisabledError("no"), delay=0.5)

@@ -26,13 +26,13 @@ QEMU = User(64055, 108)
 
 @pytest.fixture
 def config(backend: Backend) -> Iterator[Config]:
-    yield backend.config
-    assert all(file.is_dir() for file in backend.config.disk_directory.iterdir())
+    yield backend.host.config
+    assert all(file.is_dir() for file in backend.host.config.disk_directory.iterdir())
 
 
 def make(backend: Backend, vm_id: uuid.UUID = ID) -> Dek:
-    layer, wrapping = backend.plugins.host_layer(), backend.domains.serving.vms.wrapping
-    return temp_disks.create(backend.config, layer, wrapping, vm_id, "web", 1 << 20, QEMU)
+    layer, wrapping = backend.host.plugins.host_layer(), backend.host.keys
+    return temp_disks.create(backend.host.config, layer, wrapping, vm_id, "web", 1 << 20, QEMU)
 
 
 def test_it_is_a_luks_image_that_its_envelope_opens_and_only_qemu_comes_near(
@@ -43,12 +43,12 @@ def test_it_is_a_luks_image_that_its_envelope_opens_and_only_qemu_comes_near(
     img.check_unlocks(path, DiskFormat.RAW, [dek])
     with img.opened(path) as descriptor:
         assert img.usable_size(descriptor, DiskFormat.RAW) == 1 << 20
-    assert temp_disks.unlock(config, backend.domains.serving.vms.wrapping, ID, "web") == dek
+    assert temp_disks.unlock(config, backend.host.keys, ID, "web") == dek
     folder = path.parent.stat()
     assert (folder.st_mode & 0o777, folder.st_uid, folder.st_gid) == (0o710, 0, QEMU.gid)
     assert path.stat().st_mode & 0o777 == 0o600
     with pytest.raises(ImageError, match="temporary disk of a VM"):
-        backend.adopt_disk(path)
+        backend.disks.adopt(path)
     assert make(backend) != dek, "a new start, a new key"
     temp_disks.erase(config, ID)
     assert not path.parent.exists()

@@ -15,7 +15,7 @@ from virt_sse.audit.record import AuditRecord, Component, Result
 from virt_sse.config import Config
 from virt_sse.errors import AuditError, KeyDeniedError, KeyDisabledError, KeyOperationUnsupportedError
 from virt_sse.hookspecs import RegisterKeyProvider, hookimpl
-from virt_sse.keys.access import Wrapping
+from virt_sse.keys.access import KeyAccess
 from virt_sse.model.events import KeyAction, KeyEvent, audit_context, current_correlation
 from virt_sse.model.keys import (
     Dek,
@@ -69,7 +69,7 @@ class Probe(KeyProvider):
 
 
 class Host:
-    """Wrapping with the platform's keys and the probe's, and what observers were told."""
+    """Key access with the platform's keys and the probe's, and what observers were told."""
 
     def __init__(self, root: Path) -> None:
         config = Config.load(root)
@@ -92,7 +92,7 @@ class Host:
         self.plugins.register(observer, "probe")
         self.plugins.key_provider(DEFAULT.provider).provision()
         self.log = AuditLog.of_host(config)
-        self.wrapping = Wrapping(self.plugins, self.log)
+        self.wrapping = KeyAccess(self.plugins, self.log)
 
     @property
     def probe(self) -> Probe:

@@ -17,7 +17,7 @@ from virt_sse.qemu import envelope_slots
 from virt_sse.qemu.luks import FIRST_KEYSLOT, HEADER_END
 from virt_sse.system import files
 
-VECTORS = json.loads((Path(__file__).parents[1] / "vectors/envelope.json").read_text())
+VECTORS = json.loads((Path(__file__).parents[2] / "vectors/envelope.json").read_text())
 CASES = {case["name"]: case for case in VECTORS["cases"]}
 
 

@@ -76,7 +76,7 @@ def test_a_region_of_a_subscription_has_room_for_so_many(store: Store) -> None:
 
 def test_a_set_with_a_disk_is_kept(store: Store) -> None:
     store.encryption_sets.add(web := encryption_set("web"), limit=1)
-    store.add(dataclasses.replace(disk("one"), encryption_set=web.id))
+    store.add(dataclasses.replace(disk("one"), set_id=web.id))
     store.add(disk("two"))
     assert [found.name for found in store.in_set(web.id)] == ["one"]
     with pytest.raises(EncryptionSetInUseError, match="'one' is in disk encryption set 'web'"):

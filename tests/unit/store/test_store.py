@@ -237,7 +237,7 @@ def test_an_older_store_is_migrated_with_every_wrapped_dek(path: Path) -> None:
     old = store.get("old")
     store.close()
     assert old.deks[0].wrapped == WrappedDek(b"\0\xff", "A256KW", KeyId("provider", "default", "1"))
-    assert (old.generation, old.sku, old.encryption_set) == (3, DiskSku.PREMIUM_SSD, None)
+    assert (old.generation, old.sku, old.set_id) == (3, DiskSku.PREMIUM_SSD, None)
 
 
 def test_a_newer_schema_is_refused(store: Store, path: Path) -> None:

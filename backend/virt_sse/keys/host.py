@@ -1,0 +1,54 @@
+"""Host: the parts shared by all services of a host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from virt_sse.audit.log import AuditLog
+from virt_sse.audit.record import Component
+from virt_sse.config import Config
+from virt_sse.keys.access import KeyAccess
+from virt_sse.plugins import PluginHost
+from virt_sse.stages import Stages
+from virt_sse.store import Store
+from virt_sse.system.locks import DiskLocks
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Configuration, store, plugins, key access, disk locks and stages of a host.
+
+    Every service takes a ``Host`` as its first parameter.
+    """
+
+    config: Config
+    store: Store
+    plugins: PluginHost
+    keys: KeyAccess
+    locks: DiskLocks
+    stages: Stages
+
+    @classmethod
+    def open(cls, config: Config, plugins: PluginHost | None = None, *, component: Component) -> Self:
+        """Open the store and load the plugins of the host described by *config*.
+
+        :param plugins: default: the installed ones. :meth:`close` closes them in either case.
+        :param component: the component named in the audit records of key uses.
+        :raise StoreError: When the store cannot be opened.
+        :raise PluginError: When a required plugin is broken.
+        """
+        plugins = plugins or PluginHost(config)
+        return cls(
+            config=config,
+            store=Store(config.store_url),
+            plugins=plugins,
+            keys=KeyAccess(plugins, AuditLog.of_host(config), component=component),
+            locks=DiskLocks(config.state_directory / "disks.lock"),
+            stages=Stages(config),
+        )
+
+    def close(self) -> None:
+        """Close the store and the key providers."""
+        self.store.close()
+        self.plugins.close()
