@@ -60,9 +60,3 @@ def disk_place(disk: ET.Element) -> DiskPlace | None:
     if source is not None and kind in _WITH_FILES and (path := source.get(_WITH_FILES[kind])):
         return DiskPlace(target, path=Path(path), format=image_format)
     return DiskPlace(target, obstacle=f"disk type {kind!r} is neither a file nor a block device")
-
-
-def disk_places(xml: str) -> list[DiskPlace]:
-    from virt_sse.libvirt.domain_definition import DomainDefinition
-
-    return DomainDefinition.parse(xml).disk_places()

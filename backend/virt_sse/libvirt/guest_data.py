@@ -23,12 +23,12 @@ class DiskEncryption(enum.Enum):
 class DataDisk:
     """A disk or drive of a domain.
 
-    :ivar target: the name in the guest; empty if the definition has none.
+    :ivar target: the name in the guest; ``None`` without a ``<target>``.
     :ivar where: file, device or name of the source.
     :ivar is_read_only: whether the guest cannot write to the disk.
     """
 
-    target: str
+    target: str | None
     where: str | None
     encryption: DiskEncryption
     is_read_only: bool
@@ -131,4 +131,5 @@ def _disk(disk: ET.Element) -> DataDisk:
     else:
         encryption = DiskEncryption.OTHER if secrets else DiskEncryption.NONE
     read_only = disk.find("readonly") is not None or disk.get("device") == "cdrom"
-    return DataDisk(target_of(disk), where, encryption, read_only)
+    target = target_of(disk) if disk.find("target") is not None else None
+    return DataDisk(target, where, encryption, read_only)

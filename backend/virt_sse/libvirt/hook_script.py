@@ -12,7 +12,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from virt_sse.libvirt.references import PREFIX, VM_NAMESPACE
+from virt_sse.libvirt.secret_name import PREFIX
+from virt_sse.libvirt.vm_metadata import VM_NAMESPACE
 
 EVENTS = ("prepare", "release", "reconnect")
 """Events of interest: a domain is about to start, has ended, was found running by a restarted libvirtd."""

@@ -31,9 +31,3 @@ class User:
 
 
 ROOT = User(0, 0)
-
-
-def default_qemu_user(capabilities: str) -> User:
-    from virt_sse.libvirt.capabilities import HostCapabilities
-
-    return HostCapabilities.parse(capabilities).qemu_user

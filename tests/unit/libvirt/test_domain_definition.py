@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -12,6 +11,7 @@ from virt_sse.libvirt.disk_element import Behind, DiskSource, DomainDisk, disk_e
 from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.users import User
+from virt_sse.libvirt.xml import parse_xml
 from virt_sse.model.slots import TEMP_SLOT, TPM_SLOT
 from virt_sse.model.vms import temp_disk_id
 
@@ -47,8 +47,8 @@ def test_golden(name: str, request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize("name", ELEMENTS)
 def test_what_we_write_we_find(name: str) -> None:
     (use,) = our_disks(domain(ELEMENTS[name]))
-    place = ET.fromstring(ELEMENTS[name]).find("source")  # noqa: S314 -- our own
-    target = ET.fromstring(ELEMENTS[name]).find("target")  # noqa: S314 -- our own
+    element = parse_xml(ELEMENTS[name], kind="disk element")
+    place, target = element.find("source"), element.find("target")
     assert place is not None
     assert target is not None
     expected = place.get("file") or BEHIND.socket
