@@ -1,4 +1,4 @@
-"""Making an encrypted disk: ``Backend.create_disk`` against ``qemu-img create`` with LUKS."""
+"""Making an encrypted disk: ``Disks.create`` against ``qemu-img create`` with LUKS."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hosts import private_backend
 from measurement import Measurement, Row, Run, Target, seconds
 from virt_sse.errors import ToolError
 from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import NewDisk
 from virt_sse.model.keys import Dek
 from virt_sse.system.tools import passphrase_descriptor, run
 
@@ -30,7 +31,11 @@ def measure(bench: Run) -> Iterator[Row]:
         for image_format in DiskFormat:
             name = image_format.value
             first, *ours = [
-                seconds(partial(backend.create_disk, f"{name}-{index}", _SIZE, image_format=image_format))
+                seconds(
+                    partial(
+                        backend.disks.create, NewDisk(name=f"{name}-{index}", size=_SIZE, format=image_format)
+                    )
+                )
                 for index in range(1 + bench.amount(15, quick=5))
             ]
             peer = _QemuImg(bench.scratch / f"peer.{name}", image_format)

@@ -19,7 +19,7 @@ def measure(bench: Run) -> Iterator[Row]:
     """On a domain without a disk of ours, which passes before Python is started, and on one with."""
     with prepared_host() as (host, backend):
         hook = backend.host.config.hook_path
-        plain = _domain(guests.domains.disk_element(host.images / "plain.img"))
+        plain = _domain(guests.disk_xml(host.images / "plain.img"))
         ours, peer = alternate(
             bench.amount(50, quick=20),
             _event(hook, "prepare", plain),

@@ -129,7 +129,7 @@ def test_what_makes_no_sense_is_wrong_usage(virt_sse: CommandLine, arguments: tu
 
 def test_a_log_that_is_not_there(virt_sse: CommandLine, root: Path) -> None:
     for command in ("list", "tail", "verify"):
-        assert "there is no audit log" in virt_sse.refuses("audit", command, "--log", root / "none.jsonl")
+        assert "no audit log" in virt_sse.refuses("audit", command, "--log", root / "none.jsonl")
 
 
 def test_verify_says_what_is_wrong_and_where(virt_sse: CommandLine, log: AuditLog) -> None:
@@ -137,7 +137,7 @@ def test_verify_says_what_is_wrong_and_where(virt_sse: CommandLine, log: AuditLo
     position = next(line.split()[1] for line in whole.splitlines() if line.startswith("position"))
     assert "authentic    True\n" in whole
     virt_sse("audit", "verify", "--log", log.path, "--anchor", position)
-    assert "is no position" in virt_sse.refuses("audit", "verify", "--anchor", "5:x", status=2)
+    assert "invalid position '5:x'" in virt_sse.refuses("audit", "verify", "--anchor", "5:x", status=2)
 
     content = log.path.read_bytes()
     log.path.write_bytes(content.replace(b"Forbidden", b"forbidden", 1))

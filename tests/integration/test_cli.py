@@ -137,7 +137,7 @@ def test_an_image_that_draws_on_other_files_is_read_only_when_asked(
     )
     for source in (backed, data, flat):
         message = host.refuses("disk", "import", "new", source)
-        assert "draws on another file" in message
+        assert "refers to another file" in message
         assert "--with-backing" in message
     host("disk", "import", "backed", backed, "--with-backing")
     out = tmp_path / "out"

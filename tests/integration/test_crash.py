@@ -223,9 +223,11 @@ def test_of_two_creations_at_once_one_wins(root: Path) -> None:
     scene = Scene(root, lambda _: None)
     script = (
         "import sys; from virt_sse.backend import Backend; from virt_sse.errors import DiskExistsError\n"
+        "from virt_sse.model.disks import NewDisk\n"
         "with Backend.open() as backend:\n"
         "    for line in sys.stdin:\n"
-        "        try: backend.create_disk(line.strip(), 1 << 20); print('won', flush=True)\n"
+        "        new = NewDisk(name=line.strip(), size=1 << 20)\n"
+        "        try: backend.disks.create(new); print('won', flush=True)\n"
         "        except DiskExistsError as exc: print('lost', flush=True)\n"
     )
     racers = [

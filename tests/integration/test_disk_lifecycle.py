@@ -218,7 +218,7 @@ def test_a_moved_disk_is_found_and_a_copied_one_is_not_taken(backend: Backend, r
     disk = create(backend, "disk")
     elsewhere = root / "elsewhere.qcow2"
     shutil.copy(disk.path, elsewhere)
-    with pytest.raises(DiskExistsError, match="is that disk"):
+    with pytest.raises(DiskExistsError, match="the store has this disk"):
         backend.disks.adopt(elsewhere)
     disk.path.unlink()
     assert backend.disks.adopt(elsewhere).path == elsewhere

@@ -137,7 +137,7 @@ class Sets:
     def __init__(self, host: Backend, keys: CustomerKeys) -> None:
         self.host = host
         self.keys = keys
-        path = host.config.operator_credential
+        path = host.host.config.operator_credential
         path.parent.mkdir(parents=True, exist_ok=True)
         keys.administration.new_credential_file(path, f"host-{uuid.uuid4()}", role=Role.IDENTITY_OPERATOR)
 
@@ -331,7 +331,7 @@ def test_disks_that_are_not_ours(
     ]
     guest = Guest(operator.host, name, acceleration=acceleration("boot-sector"), disks=disks)
     guest.define()
-    problems = {"vdc": "draws on another file", "vdd": "cannot read|Could not open", "vde": "'network'"}
+    problems = {"vdc": "refers to another file", "vdd": "cannot read|Could not open", "vde": "'network'"}
     found = inspected(operator, name, status=1)
     assert [disk["target"] for disk in found] == ["vda", "vdb", "vdc", "vdd", "vde"]
     for disk in found[:2]:
@@ -340,4 +340,4 @@ def test_disks_that_are_not_ours(
         assert disk["findings"] == []
         assert any(part in str(disk["problem"]) for part in problems[str(disk["target"])].split("|"))
     said = operator.virt_sse("vm", "inspect", name, status=1)
-    assert "virt-sse: error: 3 of 5 disks cannot be read, vdc: it draws on another file" in said
+    assert "virt-sse: error: 3 of 5 disks cannot be read, vdc: the image refers to another file" in said

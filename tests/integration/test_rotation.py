@@ -110,7 +110,7 @@ def test_a_missing_image_is_reported_and_mended_later(
     assert "is missing" in failed["reason"]
     assert len(backend.keys.in_use()) == 1  # the store's are all under the new version
     aside.rename(missing.path)
-    with pytest.raises(EnvelopeError, match="not what the store has"):
+    with pytest.raises(EnvelopeError, match="differs from the store"):
         backend.disks.check(missing.name)
     report = backend.keys.rewrap(PLATFORM_KEY)
     assert (report.rewrapped, report.current, report.failed) == (1, 1, {})

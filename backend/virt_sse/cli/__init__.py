@@ -1,1 +1,1 @@
-"""The command line: ``virt-sse NOUN VERB``, one file per noun."""
+"""The command line: ``virt-sse NOUN VERB``, a file per noun."""

@@ -20,7 +20,7 @@ app = typer.Typer(
 
 @app.command()
 def run() -> None:
-    """Be this host's agent until SIGTERM."""
+    """Run this host's agent until SIGTERM."""
     from virt_sse.agent import agent, logs
 
     logs.set_up()
@@ -29,7 +29,7 @@ def run() -> None:
 
 @app.command()
 def status(output: Output = OutputFormat.TABLE) -> None:
-    """Ask this host's agent what it sees."""
+    """Show the status of this host's agent."""
     from virt_sse.agent_client import ask
 
     config = session.config()
@@ -43,10 +43,10 @@ def status(output: Output = OutputFormat.TABLE) -> None:
 @app.command()
 def units(
     directory: Annotated[
-        Path, typer.Argument(help="Where to write them, e.g. /etc/systemd/system.", show_default=False)
+        Path, typer.Argument(help="Directory of the units, e.g. /etc/systemd/system.", show_default=False)
     ],
 ) -> None:
-    """Write systemd's units for the agent and the embedded key vault."""
+    """Write systemd units for the agent and the embedded key vault."""
     from virt_sse.agent.systemd import write_units
 
     for path in write_units(directory, session.config()):

@@ -29,10 +29,10 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks
 _COLUMNS = ("time", "result", "action", "key", "disk", "domain", "actor", "correlation", "reason")
 
 LogPath = Annotated[
-    Path | None, typer.Option("--log", help="Another log than this host's, e.g. a key vault's audit.jsonl.")
+    Path | None, typer.Option("--log", help="A log other than this host's, e.g. a key vault's audit.jsonl.")
 ]
 MacKey = Annotated[
-    Path | None, typer.Option("--mac-key", help="That log's key, unless it is the audit.key beside it.")
+    Path | None, typer.Option("--mac-key", help="The log's key; default: audit.key beside the log.")
 ]
 
 
@@ -45,11 +45,13 @@ def list_(
         str | None, typer.Option("--key", help="PROVIDER:NAME or a key's URL, with or without a version.")
     ] = None,
     disk: Annotated[str | None, typer.Option("--disk", help="The disk's name or id.")] = None,
-    refused: Annotated[bool, typer.Option("--refused", help="Refused uses alone.")] = False,
+    refused: Annotated[bool, typer.Option("--refused", help="Only refused uses.")] = False,
     correlation: Annotated[
-        str | None, typer.Option("--correlation", help="The id that a vault's record has, too.")
+        str | None, typer.Option("--correlation", help="A correlation id; joins records of host and vault.")
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="The newest so many alone.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Only this number of newest uses.")
+    ] = None,
     log: LogPath = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -72,8 +74,8 @@ def list_(
 
 @app.command()
 def tail(
-    count: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 10,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Then wait for more.")] = False,
+    count: Annotated[int, typer.Option("-n", min=1, help="Number of uses.")] = 10,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Wait for further uses.")] = False,
     log: LogPath = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -90,13 +92,13 @@ def tail(
 def verify(
     anchor: Annotated[
         str | None,
-        typer.Option("--anchor", metavar="SEQ:HASH", help="A position that was printed here once."),
+        typer.Option("--anchor", metavar="SEQ:HASH", help="A position printed by an earlier run."),
     ] = None,
     log: LogPath = None,
     mac_key: MacKey = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """See whether records were removed, altered, added or moved. The position is worth noting elsewhere."""
+    """Check whether records were removed, altered, added or moved. Note the position outside this host."""
     report = _log(log, mac_key).verify(_position(anchor) if anchor else None)
     fields: dict[str, object] = {
         "whole": report.broken is None,
@@ -124,12 +126,12 @@ def _log(path: Path | None, mac_key: Path | None = None) -> AuditLog:
         return AuditLog.of_host(session.config())
     log = AuditLog(path, key=mac_key)
     if not log.files():
-        raise AuditError(f"there is no audit log {path}")
+        raise AuditError(f"no audit log {path}")
     return log
 
 
 def _row(entry: AuditEntry) -> dict[str, str]:
-    """The columns of a table; nothing in them can speak to a terminal."""
+    """The columns of a table, without control characters for a terminal."""
     fields = entry.document
     key, disk = fields["key"] or "", fields["disk"] or ""
     if fields["key-version"]:
@@ -153,12 +155,14 @@ def _time(text: str) -> datetime:
     try:
         time = datetime.fromisoformat(text)
     except ValueError as exc:
-        raise InvalidValueError(f"{text!r} is no time", hint="say 30m, 12h, 7d or 2026-01-31T12:00Z") from exc
+        raise InvalidValueError(
+            f"invalid time {text!r}", hint="say 30m, 12h, 7d or 2026-01-31T12:00Z"
+        ) from exc
     return time if time.tzinfo else time.astimezone()
 
 
 def _disk_id(text: str) -> UUID:
-    """Of a disk by its name, or by an id that the store need not know any more."""
+    """The id of a disk, given by name or by id. The store may have forgotten an id."""
     with contextlib.suppress(ValueError):
         return UUID(text)
     with session.backend() as b:
@@ -169,12 +173,12 @@ def _uuid(text: str) -> UUID:
     try:
         return UUID(text)
     except ValueError as exc:
-        raise InvalidValueError(f"{text!r} is no correlation id") from exc
+        raise InvalidValueError(f"invalid correlation id {text!r}") from exc
 
 
 def _position(text: str) -> Position:
     from virt_sse.audit.record import Position
 
     if not (match := re.fullmatch(r"(\d{1,18}):([0-9a-f]{64})", text, re.ASCII)):
-        raise InvalidValueError(f"{text!r} is no position", hint="'virt-sse audit verify' prints one")
+        raise InvalidValueError(f"invalid position {text!r}", hint="'virt-sse audit verify' prints one")
     return Position(int(match[1]), match[2])

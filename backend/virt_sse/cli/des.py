@@ -18,11 +18,11 @@ app = typer.Typer(help="Disk encryption sets.", no_args_is_help=True, rich_marku
 
 Name = Annotated[str, typer.Argument(help="The set's name or id.", show_default=False)]
 RevocationOption = typer.Option(
-    "--revocation", help="What becomes of running domains when the key is taken away."
+    "--revocation", help="Action on running domains when the key is disabled, deleted or denied."
 )
-GraceOption = typer.Option("--grace", help="Seconds between the request to shut down and the end.")
+GraceOption = typer.Option("--grace", help="Seconds from the shutdown request to the forced end.")
 KeyOption = typer.Option(
-    "--key", help="The key: for a key vault its URL, with a version or, for the newest, without."
+    "--key", help="The key: its name, or in a key vault its URL; with a version or for the newest."
 )
 
 
@@ -32,16 +32,16 @@ def create(
     key: Annotated[str, KeyOption],
     provider: Annotated[str, typer.Option("--provider", help="The key provider.")] = "customer-managed",
     encryption_type: Annotated[
-        EncryptionType, typer.Option("--encryption-type", help="What its disks are encrypted with.")
+        EncryptionType, typer.Option("--encryption-type", help="Encryption type of the disks.")
     ] = EncryptionType.CUSTOMER_KEY,
     automatic_rotation: Annotated[
-        bool, typer.Option("--auto-rotation", help="Its disks follow new versions of the key by themselves.")
+        bool, typer.Option("--auto-rotation", help="Rewrap automatically when the key has a new version.")
     ] = False,
     revocation: Annotated[RevocationAction, RevocationOption] = RevocationAction.SHUTDOWN,
     grace: Annotated[int, GraceOption] = 60,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Make a set, and its identity; the key's administrator then grants that identity the key."""
+    """Create a set and its identity. The key's administrator then grants the identity access to the key."""
     with backend() as b:
         made = b.sets.create(
             name,
@@ -65,7 +65,7 @@ def list_(output: Output = OutputFormat.TABLE) -> None:
 
 @app.command()
 def show(name: Name, output: Output = OutputFormat.TABLE) -> None:
-    """Show all about a set."""
+    """Show a set and its disks."""
     with backend() as b:
         found = b.sets.get(name)
         fields = _fields(found) | {"disks": [disk.name for disk in b.sets.disks(name)]}
@@ -84,14 +84,14 @@ def update(
     grace: Annotated[int | None, GraceOption] = None,
     tenant: Annotated[
         str | None,
-        typer.Option("--tenant", help="Move the set to another tenant; its identity stays behind."),
+        typer.Option("--tenant", help="Move the set to this tenant; its identity stays behind."),
     ] = None,
     assign_identity: Annotated[
-        bool, typer.Option("--assign-identity", help="Give a set without an identity a new one.")
+        bool, typer.Option("--assign-identity", help="Create an identity if the set has none.")
     ] = False,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Change a set; with another key, its disks' DEKs are rewrapped."""
+    """Change a set. A new key rewraps the DEKs of the set's disks."""
     with backend() as b, progress_bar("rewrapping") as progress:
         if tenant is not None:
             b.sets.move_to_tenant(name, tenant)
@@ -114,11 +114,11 @@ def update(
 def rotate(
     name: Name,
     prove: Annotated[
-        bool, typer.Option("--prove", help="Then try every wrapped DEK, and show which key each needs.")
+        bool, typer.Option("--prove", help="Afterwards try every wrapped DEK, and show the key of each.")
     ] = False,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Bring a set's disks under the present version of its key, or go on where that was cut off."""
+    """Rewrap a set's DEKs with the current version of the key, or continue an interrupted rotation."""
     with backend() as b:
         with progress_bar("rewrapping") as progress:
             report = b.sets.rotate(name, progress=progress)
@@ -134,12 +134,12 @@ def rotate(
     print_rows(rows, ("disk", "place", "key", "problem"), output)
     problems = sum(each.problem is not None for each in findings)
     if problems or report.failed:
-        raise VirtSseError(f"{problems} of {len(findings)} wrapped DEKs are not under the set's present key")
+        raise VirtSseError(f"{problems} of {len(findings)} wrapped DEKs are not under the set's current key")
 
 
 @app.command()
 def delete(name: Name) -> None:
-    """Delete a set that no disk is in, and its identity."""
+    """Delete a set without disks, and its identity."""
     with backend() as b:
         b.sets.delete(name)
     typer.echo(f"deleted disk encryption set {name}")

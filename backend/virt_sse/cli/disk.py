@@ -22,17 +22,22 @@ app = typer.Typer(help="Encrypted disks.", no_args_is_help=True, rich_markup_mod
 Name = Annotated[str, typer.Argument(help="The disk's name or id.", show_default=False)]
 NewName = Annotated[str, typer.Argument(help="The new disk's name.", show_default=False)]
 DomainName = Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name.", show_default=False)]
-ImageFormat = Annotated[DiskFormat, typer.Option("--format", help="How the disk lies in its file.")]
+ImageFormat = Annotated[DiskFormat, typer.Option("--format", help="The image format.")]
 ImagePath = Annotated[
     Path | None,
-    typer.Option("--path", help="The image file to make; default NAME.FORMAT among libvirt's images."),
+    typer.Option("--path", help="The image file to create; default: NAME.FORMAT in libvirt's image folder."),
 ]
 Pool = Annotated[
-    str | None, typer.Option("--pool", help="The libvirt storage pool (a folder) to make it in.")
+    str | None,
+    typer.Option(
+        "--pool", help="The libvirt storage pool (of type dir, fs or netfs) to create the image in."
+    ),
 ]
 SetName = Annotated[
     str | None,
-    typer.Option("--des", help="The disk encryption set whose key it is under; default: the platform's key."),
+    typer.Option(
+        "--des", help="The disk encryption set; default: none, the disk is under the platform's key."
+    ),
 ]
 InfrastructureCipher = Annotated[
     Cipher | None,
@@ -40,21 +45,22 @@ InfrastructureCipher = Annotated[
         "--infrastructure-cipher",
         parser=Cipher.parse,
         metavar="CIPHER",
-        help="Of the second layer, in a set for double encryption; default: the configured one.",
+        help="Cipher of the second layer, in a set for double encryption; default: the configured cipher.",
     ),
 ]
 SkuOption = Annotated[
-    DiskSku, typer.Option("--sku", help="The kind of storage; ultra disks' domains outlive a revocation.")
+    DiskSku,
+    typer.Option("--sku", help="The SKU; domains with an ultra disk keep running after a revocation."),
 ]
 Target = Annotated[str, typer.Option("--target", help="The disk's name in the guest; chooses the bus.")]
-ReadOnly = Annotated[bool, typer.Option("--read-only", help="The guest may not write to it.")]
+ReadOnly = Annotated[bool, typer.Option("--read-only", help="The guest cannot write to the disk.")]
 
 
 @app.command()
 def create(
     name: NewName,
     size: Annotated[
-        str, typer.Option("--size", "-s", help="What the guest sees, e.g. 10G.", show_default=False)
+        str, typer.Option("--size", "-s", help="Size visible to the guest, e.g. 10G.", show_default=False)
     ],
     des: SetName = None,
     infrastructure_cipher: InfrastructureCipher = None,
@@ -64,7 +70,7 @@ def create(
     pool: Pool = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Make an empty disk."""
+    """Create an empty disk."""
     with backend() as b:
         disk = b.disks.create(
             NewDisk(
@@ -83,9 +89,10 @@ def create(
 @app.command(name="import")
 def import_(
     name: NewName,
-    source: Annotated[Path, typer.Argument(help="Any image that qemu-img reads.", show_default=False)],
+    source: Annotated[Path, typer.Argument(help="Any image readable by qemu-img.", show_default=False)],
     source_format: Annotated[
-        str | None, typer.Option("--source-format", help="Its format in QEMU's words; default: probed.")
+        str | None,
+        typer.Option("--source-format", help="QEMU's name of the source's format; default: probed."),
     ] = None,
     with_backing: Annotated[
         bool, typer.Option("--with-backing", help="Read the source's backing files, too.")
@@ -98,7 +105,7 @@ def import_(
     pool: Pool = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Make a disk with the content of an image, encrypting it on the way."""
+    """Create a disk with the content of an image, encrypted in transit."""
     with backend() as b, progress_bar("encrypting") as progress:
         disk = b.transfer.import_image(
             NewDisk(
@@ -120,33 +127,36 @@ def import_(
 @app.command()
 def export(
     name: Name,
-    destination: Annotated[Path, typer.Argument(help="The image to make.", show_default=False)],
+    destination: Annotated[Path, typer.Argument(help="The image to create.", show_default=False)],
     plaintext: Annotated[
-        bool, typer.Option("--plaintext", help="Yes, the new image will not be encrypted.")
+        bool, typer.Option("--plaintext", help="Confirm that the new image is not encrypted.")
     ] = False,
     destination_format: Annotated[
-        str, typer.Option("--format", help="The new image's format in QEMU's words.")
+        str, typer.Option("--format", help="QEMU's name of the new image's format.")
     ] = "qcow2",
 ) -> None:
-    """Write a disk's content, in plaintext, into a new image."""
+    """Decrypt a disk into a new image; requires --plaintext."""
     if not plaintext:
-        raise PolicyError("an export is not encrypted", hint="if that is meant, say --plaintext")
+        raise PolicyError("an export is not encrypted", hint="pass --plaintext to confirm")
     with backend() as b, progress_bar("decrypting") as progress:
         b.transfer.export(name, destination, destination_format=destination_format, progress=progress)
 
 
 @app.command()
 def adopt(
-    path: Annotated[Path, typer.Argument(help="The image of a disk that is not listed.", show_default=False)],
+    path: Annotated[Path, typer.Argument(help="The image of an unlisted disk.", show_default=False)],
     name: Annotated[
-        str | None, typer.Option("--name", help="Default: the name that the image carries.")
+        str | None, typer.Option("--name", help="Default: the name in the image's envelope.")
     ] = None,
     des: Annotated[
-        str | None, typer.Option("--des", help="A set that may use its key; default: the one that it was in.")
+        str | None,
+        typer.Option(
+            "--des", help="A set with access to the disk's key; default: the set in the image's envelope."
+        ),
     ] = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """List a disk again after a lost store or a moved image, from its image and the key provider."""
+    """Add a disk to the store after a lost store or a moved image, from its image and the key provider."""
     with backend() as b:
         disk = b.disks.adopt(path, name=name, encryption_set=des)
     _print_disk(disk, output)
@@ -166,7 +176,7 @@ def list_(output: Output = OutputFormat.TABLE) -> None:
 
 @app.command()
 def show(name: Name, output: Output = OutputFormat.TABLE) -> None:
-    """Show all about a disk: where it lies, what it is under, and who has it."""
+    """Show a disk: its image, its keys and their states, its domains."""
     with backend() as b:
         disk = b.disks.get(name)
         fields = _fields(disk) | {"size": _size(disk, output), "image": b.disks.image_state(disk)}
@@ -190,7 +200,7 @@ def show(name: Name, output: Output = OutputFormat.TABLE) -> None:
 
 @app.command()
 def check(name: Name) -> None:
-    """See whether a disk's image is whole, opens with its DEK and carries it."""
+    """Check that a disk's image is intact, opens with its DEK and carries the wrapped DEK."""
     with backend() as b:
         b.disks.check(name)
     typer.echo(f"disk {name}: ok")
@@ -203,11 +213,11 @@ app.command(name="inspect")(disk_inspect)
 def update(
     name: Name,
     des: Annotated[
-        str, typer.Option("--des", help="The disk encryption set to put it into.", show_default=False)
+        str, typer.Option("--des", help="The disk encryption set to move the disk into.", show_default=False)
     ],
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Put a disk into another disk encryption set, also while a domain has it."""
+    """Move a disk into another disk encryption set, also while a domain uses the disk."""
     with backend() as b:
         disk = b.sets.move_disk(name, des)
     _print_disk(disk, output)
@@ -217,10 +227,12 @@ def update(
 def resize(
     name: Name,
     size: Annotated[str, typer.Argument(help="The new size, e.g. 20G.", show_default=False)],
-    shrink: Annotated[bool, typer.Option("--shrink", help="Allow a smaller size; the rest is lost.")] = False,
+    shrink: Annotated[
+        bool, typer.Option("--shrink", help="Allow a smaller size; data beyond is lost.")
+    ] = False,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Make a disk larger, also while a domain has it."""
+    """Resize a disk, also while a domain uses the disk."""
     with backend() as b:
         disk = b.disks.resize(name, parse_size(size), shrink=shrink)
     _print_disk(disk, output)
@@ -230,10 +242,10 @@ def resize(
 def delete(
     name: Name,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
+        bool, typer.Option("--dry-run", help="Check and report only; change nothing.")
     ] = False,
 ) -> None:
-    """Erase a disk for good: its keyslots are wiped, its DEK is forgotten, its image is removed."""
+    """Delete a disk for good: wipe its keyslots, forget its DEK, remove its image."""
     with backend() as b:
         disk = b.disks.delete(name, dry_run=dry_run)
     typer.echo(f"{'would erase' if dry_run else 'erased'} disk {disk.name} ({disk.path})")
@@ -241,7 +253,7 @@ def delete(
 
 @app.command()
 def xml(name: Name, target: Target = "vda", read_only: ReadOnly = False) -> None:
-    """Print the <disk> element with which a domain uses a disk."""
+    """Print the <disk> element for using a disk in a domain."""
     with backend() as b:
         typer.echo(b.domains.disk_element(name, target=target, read_only=read_only), nl=False)
 
@@ -251,15 +263,16 @@ def attach(
     name: Name,
     domain: DomainName,
     target: Annotated[
-        str | None, typer.Option("--target", help="The disk's name in the guest; default: the first free.")
+        str | None,
+        typer.Option("--target", help="The disk's name in the guest; default: the first free name."),
     ] = None,
     read_only: ReadOnly = False,
     caching: Annotated[
         HostCaching,
-        typer.Option("--caching", help="What the host caches of it, in a domain with encryption at host."),
+        typer.Option("--caching", help="Host caching of the disk, in a domain with encryption at host."),
     ] = HostCaching.NONE,
 ) -> None:
-    """Add a disk to a domain: to its definition, and at once if it runs."""
+    """Attach a disk to a domain: in its persistent definition, and at once if the domain runs."""
     with backend() as b:
         target = b.hotplug.attach(name, domain, target=target, read_only=read_only, caching=caching)
     typer.echo(f"attached disk {name} to domain {domain} as {target}")
@@ -267,7 +280,7 @@ def attach(
 
 @app.command()
 def detach(name: Name, domain: DomainName) -> None:
-    """Take a disk out of a domain: out of its definition, and at once if it runs."""
+    """Detach a disk from a domain: from its persistent definition, and at once if the domain runs."""
     with backend() as b:
         b.hotplug.detach(name, domain)
     typer.echo(f"detached disk {name} from domain {domain}")

@@ -7,7 +7,6 @@ import typer
 from virt_sse.cli import host_hsm
 from virt_sse.cli.output import Output, OutputFormat, print_rows
 from virt_sse.cli.session import backend
-from virt_sse.host.setup import initialise
 
 app = typer.Typer(help="This host.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(host_hsm.app, name="hsm")
@@ -15,25 +14,27 @@ app.add_typer(host_hsm.app, name="hsm")
 
 @app.callback()
 def _group() -> None:
-    """A group also while it has one command."""
+    """A callback keeps ``host`` a group of commands."""
 
 
 @app.command()
 def init() -> None:
-    """Make the platform's keyring, libvirt's hook and what else the host needs, unless they are there."""
+    """Create the platform keyring, the libvirt hook and this host's other files, unless they exist."""
+    from virt_sse.host.setup import initialise
+
     with backend() as b:
         made = initialise(b.host)
     for thing in made:
         typer.echo(f"made {thing}")
     if any("hook" in thing for thing in made):
-        typer.echo("restart libvirtd (or virtqemud): it looks for hooks only when it starts")
+        typer.echo("restart libvirtd (or virtqemud): the daemon looks for hooks only when it starts")
     if not made:
         typer.echo("nothing to do")
 
 
 @app.command()
 def capabilities(output: Output = OutputFormat.TABLE) -> None:
-    """Show what this host can do: ciphers, double encryption, host caches, …"""
+    """Show the capabilities of this host: ciphers, double encryption, host caches, …"""
     from virt_sse.config import Config
     from virt_sse.host.capabilities import probe
 

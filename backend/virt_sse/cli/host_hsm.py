@@ -1,4 +1,4 @@
-"""``virt-sse host hsm``: the token that key provider ``hsm-simulated`` keeps its keys in, and those keys."""
+"""``virt-sse host hsm``: the PKCS#11 token of key provider ``hsm-simulated``, and the keys in the token."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
 PROVIDER = "hsm-simulated"
 
 app = typer.Typer(
-    help=f"The token that holds the keys of key provider {PROVIDER!r}.",
+    help=f"The PKCS#11 token of key provider {PROVIDER!r}, and its keys.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
 
 class KeyType(enum.Enum):
-    """What ``--type`` takes."""
+    """Values of ``--type``."""
 
     RSA = "rsa"
     AES = "aes"
 
 
 KeyName = Annotated[
-    str, typer.Argument(metavar="NAME", help="The key's name, its label.", show_default=False)
+    str, typer.Argument(metavar="NAME", help="The key's name: its label.", show_default=False)
 ]
 Version = Annotated[str | None, typer.Option("--version", help="Default: all versions.", show_default=False)]
-AskPin = Annotated[bool, typer.Option("--ask-pin", help="Ask for the PIN, and do not read the file.")]
+AskPin = Annotated[bool, typer.Option("--ask-pin", help="Ask for the PIN; do not read the file.")]
 PinDescriptor = Annotated[
     int | None,
-    typer.Option("--pin-descriptor", help="Read the PIN from this open descriptor.", show_default=False),
+    typer.Option("--pin-descriptor", help="Read the PIN from this file descriptor.", show_default=False),
 ]
 
 
@@ -55,12 +55,12 @@ PinDescriptor = Annotated[
 def init(
     label: Annotated[str, typer.Option("--label", help="The token's label.")] = "virt-sse",
 ) -> None:
-    """Make a SoftHSM token, its PINs and its configuration, unless they are there: for a lab or a trial."""
+    """Create a SoftHSM token, its PINs and its configuration, unless they exist. For labs and trials."""
     options = _options()
     if options.uri is not None:
         raise ConfigError(
-            f"the configuration names another token, {options.uri}",
-            hint=f"its maker's tools initialise it; or take 'uri' out of [key-providers.{PROVIDER}]",
+            f"the configuration names another token: {options.uri}",
+            hint=f"use its vendor's tools, or remove 'uri' from [key-providers.{PROVIDER}]",
         )
     made = options.folder.initialise(label)
     typer.echo(f"made token {options.folder.read_uri()}" if made else "nothing to do")
@@ -70,7 +70,7 @@ def init(
 def status(
     ask_pin: AskPin = False, pin_descriptor: PinDescriptor = None, output: Output = OutputFormat.TABLE
 ) -> None:
-    """Show the token, and whether it can be used; exits 1 if it cannot."""
+    """Show the token and its state. The exit status is 1 if the token is unusable."""
     options = _options()
     failure, keys = None, 0
     try:
@@ -94,7 +94,7 @@ def status(
 
 @app.command()
 def unlock(ask_pin: AskPin = False, pin_descriptor: PinDescriptor = None) -> None:
-    """Forget the wrong PINs, and try the PIN as it is now."""
+    """Reset the counter of wrong PINs, and try the current PIN."""
     options = _options()
     options.guard.reset()
     options.open(_pin(ask_pin, pin_descriptor)).close()
@@ -107,12 +107,12 @@ def create(
     key_type: Annotated[KeyType, typer.Option("--type", help="RSA for OAEP, AES-256 for AES key wrap.")] = (
         KeyType.RSA
     ),
-    size: Annotated[int, typer.Option("--size", help="Of an RSA key: 2048, 3072 or 4096 bits.")] = 3072,
+    size: Annotated[int, typer.Option("--size", help="RSA key size: 2048, 3072 or 4096 bits.")] = 3072,
     ask_pin: AskPin = False,
     pin_descriptor: PinDescriptor = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Make a key inside the token. 'virt-sse key rotate --provider hsm-simulated' makes further versions."""
+    """Create a key in the token. 'virt-sse key rotate --provider hsm-simulated' creates further versions."""
     from virt_sse.pkcs11.token import KeyKind
 
     with _administration(ask_pin, pin_descriptor) as administration:
@@ -127,7 +127,7 @@ def import_(
     pin_descriptor: PinDescriptor = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Bring an RSA key of your own into the token, by wrapped transfer. It cannot be taken out again."""
+    """Import an RSA key into the token, by wrapped transfer. The token never exports the key."""
     private = read_private_key(file)
     with _administration(ask_pin, pin_descriptor) as administration:
         print_fields(_fields(administration.bring(name, private)), output)
@@ -137,7 +137,7 @@ def import_(
 def list_(
     ask_pin: AskPin = False, pin_descriptor: PinDescriptor = None, output: Output = OutputFormat.TABLE
 ) -> None:
-    """List the keys in the token, by name; of each the oldest version first, the current one last."""
+    """List the keys in the token by name, the versions of a key from the oldest to the current."""
     with _administration(ask_pin, pin_descriptor) as administration:
         rows = [_fields(key) for key in administration.all()]
     print_rows(rows, ("name", "version", "type", "bits", "enabled", "never-extractable"), output)
@@ -147,7 +147,7 @@ def list_(
 def disable(
     name: KeyName, version: Version = None, ask_pin: AskPin = False, pin_descriptor: PinDescriptor = None
 ) -> None:
-    """Refuse every use of a key; what is wrapped with it cannot be opened until it is enabled again."""
+    """Refuse every use of a key. Until 'enable', DEKs wrapped with the key cannot be unwrapped."""
     _set_enabled(name, version, ask_pin, pin_descriptor, enabled=False)
 
 
@@ -164,14 +164,12 @@ def destroy(
     name: KeyName,
     version: Version = None,
     all_versions: Annotated[bool, typer.Option("--all-versions", help="Destroy the whole key.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Also if disks of this host are under it.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even if this host's disks need the key.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the effect, and change nothing.")] = False,
     ask_pin: AskPin = False,
     pin_descriptor: PinDescriptor = None,
 ) -> None:
-    """Destroy a key's version for good: what is wrapped with it can never be opened again."""
+    """Destroy a key's version for good. DEKs wrapped with this version are lost."""
     if all_versions is (version is not None):
         raise InvalidValueError("destroying takes either --version or --all-versions")
     with _administration(ask_pin, pin_descriptor) as administration:
@@ -200,7 +198,7 @@ def _require_unused(keys: list[TokenKey]) -> None:
     if used:
         raise PolicyError(
             f"{sum(use.deks for use in used)} DEKs of this host's disks are wrapped with key {used[0].key}",
-            hint="rewrap them first; or --force, and these disks are lost",
+            hint="rewrap these DEKs first; with --force, these disks are lost",
         )
 
 
@@ -227,7 +225,7 @@ def _pin(ask_pin: bool, descriptor: int | None) -> PinSource | None:
     from virt_sse.pkcs11.pins import PinSource
 
     if ask_pin and descriptor is not None:
-        raise InvalidValueError("the PIN comes from a descriptor or is asked for, not both")
+        raise InvalidValueError("--pin-descriptor and --ask-pin exclude each other")
     if descriptor is not None:
         return PinSource.descriptor(descriptor)
     if ask_pin:

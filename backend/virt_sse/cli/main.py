@@ -1,4 +1,4 @@
-"""The root of the command line, and its edge: the one place where an error is printed."""
+"""The root of the command line. Errors are printed here, and nowhere else."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ _USAGE = 2
 
 
 def build(plugins: PluginHost) -> typer.Typer:
-    """The whole command line, with what the plugins add to it."""
+    """Build the whole command line, with the commands of plugins."""
     app = typer.Typer(
         name="virt-sse",
         help="Server-side encryption for the disks of libvirt guests.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
-        add_completion=False,
         rich_markup_mode=None,
     )
 
     @app.callback()
     def root(
-        version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+        _version: Annotated[
+            bool,
+            typer.Option(
+                "--version", help="Show the version and exit.", callback=_print_version, is_eager=True
+            ),
+        ] = False,
     ) -> None:
-        if version:
-            typer.echo(f"virt-sse {virt_sse.__version__}")
-            raise typer.Exit
+        pass
 
     app.add_typer(agent.app, name="agent")
     app.add_typer(audit.app, name="audit")
@@ -46,6 +48,13 @@ def build(plugins: PluginHost) -> typer.Typer:
     app.add_typer(vm.app, name="vm")
     plugins.add_commands(app)
     return app
+
+
+def _print_version(wanted: bool) -> None:
+    """Print the version and exit. ``is_eager`` calls this before a missing command is an error."""
+    if wanted:
+        typer.echo(f"virt-sse {virt_sse.__version__}")
+        raise typer.Exit
 
 
 def main() -> None:

@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 class OutputFormat(enum.Enum):
-    """What ``--output`` takes."""
+    """Values of ``--output``."""
 
     TABLE = "table"
     JSON = "json"
 
 
-Output = Annotated[OutputFormat, typer.Option("--output", "-o", help="How to print.")]
+Output = Annotated[OutputFormat, typer.Option("--output", "-o", help="Output format.")]
 
 
 def print_rows(rows: Sequence[Mapping[str, object]], columns: Sequence[str], output: OutputFormat) -> None:
-    """Print *rows*: as a table the *columns* alone, as JSON all there is.
+    """Print *rows*: a table has the *columns* only, JSON has all fields.
 
-    An empty cell of a table is ``-``, so that each line of a listing has the same number of words.
+    An empty cell of a table is ``-``: every line of a listing has the same number of words.
     """
     if output is OutputFormat.JSON:
         print_json(rows)
@@ -47,7 +47,7 @@ def _cell(value: object) -> str:
 
 
 def print_fields(fields: Mapping[str, object], output: OutputFormat) -> None:
-    """Print one thing, a line per field."""
+    """Print a single object, a line per field."""
     if output is OutputFormat.JSON:
         print_json(fields)
         return
@@ -67,7 +67,7 @@ def print_json(document: object) -> None:
 
 @contextlib.contextmanager
 def progress_bar(what: str) -> Iterator[Progress]:
-    """A progress bar on standard error, if that is a terminal."""
+    """A progress bar on standard error; without a terminal, nothing is shown."""
     if not sys.stderr.isatty():
         yield lambda _fraction: None
         return

@@ -1,4 +1,4 @@
-"""What a command works with: the backend, opened when a command first asks for it."""
+"""Configuration, plugins and backend of a command. The backend is opened at its first use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _host: ContextVar[tuple[Config, PluginHost]] = ContextVar("host")
 
 @contextlib.contextmanager
 def use(config: Config, plugins: PluginHost) -> Iterator[None]:
-    """Run commands on the host that *config* describes."""
+    """Run commands on the host described by *config*."""
     token = _host.set((config, plugins))
     try:
         yield
@@ -27,7 +27,7 @@ def use(config: Config, plugins: PluginHost) -> Iterator[None]:
 
 
 def config() -> Config:
-    """The configuration of the host that this command runs on."""
+    """The configuration of the host of this command."""
     return _host.get()[0]
 
 
@@ -40,7 +40,7 @@ def plugins() -> PluginHost:
 def backend() -> Iterator[Backend]:
     """The backend of this command, closed at the end.
 
-    Imported here because it takes longer than ``--help`` may.
+    Imported here: the import takes longer than ``--help`` may take.
     """
     from virt_sse.backend import Backend
 

@@ -37,7 +37,7 @@ class Switch(enum.Enum):
 
 @app.command(name="list")
 def list_(output: Output = OutputFormat.TABLE) -> None:
-    """List all domains, and what they are to be."""
+    """List all domains and their settings."""
     with backend() as b:
         views = b.vms.all()
     print_rows(
@@ -49,7 +49,7 @@ def list_(output: Output = OutputFormat.TABLE) -> None:
 
 @app.command()
 def show(domain: DomainName, output: Output = OutputFormat.TABLE) -> None:
-    """Show what a domain is to be, and how all of it that is at rest on this host lies there."""
+    """Show a domain's settings, and the protection of all its data at rest on this host."""
     with backend() as b:
         view = b.vms.show(domain)
     _print(view, output)
@@ -60,27 +60,29 @@ def update(
     domain: DomainName,
     encryption_at_host: Annotated[
         Switch | None,
-        typer.Option("--encryption-at-host", help="Whether all of it on the host is to be encrypted."),
+        typer.Option("--encryption-at-host", help="Encrypt all data of the domain on this host."),
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option("--size", help="Its size in the cloud's words, e.g. Standard_D2s_v3; or none."),
+        typer.Option("--size", help="VM size as in the cloud, e.g. Standard_D2s_v3; or none."),
     ] = None,
     temp_disk_size: Annotated[
         str | None,
-        typer.Option("--temp-disk-size", help="Of a disk that is there while it runs, e.g. 10G; or none."),
+        typer.Option(
+            "--temp-disk-size", help="Size of a temporary disk, lost at shutdown, e.g. 10G; or none."
+        ),
     ] = None,
     disk_caching: Annotated[
         list[str] | None,
         typer.Option(
             "--disk-caching",
             metavar="TARGET=CACHING",
-            help="What the host caches of a disk: None, ReadOnly or ReadWrite. May be repeated.",
+            help="Host caching of a disk: None, ReadOnly or ReadWrite. May be repeated.",
         ),
     ] = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Change what a domain is to be, from its next start on. It must not run."""
+    """Change the settings of a domain that is shut off; they apply from its next start."""
     from virt_sse.domains.settings import KEEP, VmChanges
 
     changes = VmChanges(
@@ -94,7 +96,7 @@ def update(
         caching=dict(_caching(each) for each in disk_caching or ()),
     )
     if changes == VmChanges():
-        raise InvalidValueError("nothing to change", hint="'virt-sse vm update --help' lists what can be")
+        raise InvalidValueError("nothing to change", hint="'virt-sse vm update --help' lists the settings")
     with backend() as b:
         view = b.vms.update(domain, changes)
     _print(view, output)
@@ -108,9 +110,7 @@ def _caching(text: str) -> tuple[str, HostCaching]:
     except ValueError:
         pass
     known = ", ".join(each.value for each in HostCaching)
-    raise InvalidValueError(
-        f"{text[:40]!r} is no caching of a disk", hint=f"e.g. vda=ReadWrite; known: {known}"
-    )
+    raise InvalidValueError(f"invalid disk caching {text[:40]!r}", hint=f"e.g. vda=ReadWrite; known: {known}")
 
 
 def _summary(view: VmView, output: OutputFormat) -> dict[str, object]:
@@ -130,7 +130,7 @@ def _summary(view: VmView, output: OutputFormat) -> dict[str, object]:
 
 
 def _print(view: VmView, output: OutputFormat) -> None:
-    """The VM; what of it is in plaintext at the end, and once more as a warning."""
+    """Print a VM. With encryption at host, plaintext is a warning on standard error, too."""
     from virt_sse.domains.data_on_host import State
 
     fields = _summary(view, output)
@@ -159,7 +159,7 @@ def _print(view: VmView, output: OutputFormat) -> None:
 
 
 def _lines(items: object) -> list[str]:
-    """What is at rest, an aligned line each."""
+    """The data at rest, in aligned lines."""
     assert isinstance(items, Sequence)  # noqa: S101 -- ours
     width = max((len(item["what"]) for item in items), default=0)
     return [

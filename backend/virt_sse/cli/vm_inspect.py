@@ -21,7 +21,7 @@ def vm_inspect(
     domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name.", show_default=False)],
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Look for encryption by the guest itself, e.g. LUKS and BitLocker, on a domain's disks; reads only."""
+    """Find encryption by the guest itself, e.g. LUKS and BitLocker, on a domain's disks; read-only."""
     with backend() as b:
         inspected = b.inspector.domain(domain)
     disks: list[dict[str, object]] = [
@@ -56,7 +56,7 @@ def disk_inspect(
     name: Annotated[str, typer.Argument(help="The disk's name or id.", show_default=False)],
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Look for encryption by the guest itself, e.g. LUKS and BitLocker, on a disk; reads only."""
+    """Find encryption by the guest itself, e.g. LUKS and BitLocker, on a disk; read-only."""
     with backend() as b:
         findings = b.inspector.disk(b.disks.get(name))
     if output is OutputFormat.JSON:
@@ -75,7 +75,7 @@ def _fields(finding: Finding) -> dict[str, object]:
 
 
 def _rows(findings: Sequence[Finding]) -> list[dict[str, object]]:
-    """For a table, a line for nothing found included."""
+    """The rows of a table, with a row for an empty result."""
     if not findings:
         return [{"partition": None, "offset": None, "size": None, "encryption": _NONE}]
     return [

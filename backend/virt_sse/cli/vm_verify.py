@@ -19,16 +19,14 @@ def vm_verify(
     domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name.", show_default=False)],
     strict: Annotated[
         bool,
-        typer.Option(
-            "--strict", help="Disks that are not virt-sse's must be encrypted, too; as with at-host."
-        ),
+        typer.Option("--strict", help="Require encryption of other disks, too, as encryption at host does."),
     ] = False,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """See whether a domain runs as was asked for: what is encrypted where, and where plaintext is.
+    """Check that a domain runs as configured: layers, ciphers and keys, and places with plaintext.
 
-    Asks the running QEMU, for which libvirt marks the domain as tainted by "custom-monitor" in its log; the
-    commands only ask. Of a domain that is shut off it looks at the definition and the images.
+    Queries the running QEMU without changing anything; libvirt still marks the domain as tainted by
+    "custom-monitor" in its log. If the domain is shut off, the definition and the images are checked.
     """
     with backend() as b:
         verdict = b.verification.verify(domain, strict=strict)
@@ -40,7 +38,7 @@ def vm_verify(
         _print(verdict)
     if problems:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise VerificationError(f"domain {domain!r} is not as was asked for: {problems[0]}{more}")
+        raise VerificationError(f"domain {domain!r} is not as configured: {problems[0]}{more}")
 
 
 def _print(verdict: Verdict) -> None:
@@ -91,7 +89,7 @@ def _asked(disk: DiskVerdict) -> str:
 
 
 def _with_hyphens(value: object) -> object:
-    """As all JSON of this program has its names."""
+    """Field names with hyphens, as in all JSON of this program."""
     if isinstance(value, dict):
         return {str(name).replace("_", "-"): _with_hyphens(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
