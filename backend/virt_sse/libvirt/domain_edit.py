@@ -26,7 +26,11 @@ class DomainEdit:
         self._vm_id = definition.uuid
         self._root, prefixes = definition.copy_tree()
         self._before = ET.tostring(self._root)
-        self._prefixes = {**prefixes, VM_PREFIX: VM_NAMESPACE}
+        # Last, because the last prefix of a URI wins: the hook script and the agent search for this prefix.
+        self._prefixes = {
+            **{key: uri for key, uri in prefixes.items() if key != VM_PREFIX},
+            VM_PREFIX: VM_NAMESPACE,
+        }
 
     def result(self) -> DomainDefinition:
         """The changed definition; the original itself if nothing has changed."""

@@ -1,7 +1,7 @@
 """Names of libvirt secrets: ``<secret type='passphrase' usage='virt-sse:DISK-ID:SLOT'/>`` in domain XML.
 
 The name tells whose DEK a secret holds. The libvirt hook therefore recognizes a domain with our disks without
-the store and without the agent. Standard library only, because the hook loads this module first.
+the store and without the agent.
 """
 
 from __future__ import annotations

@@ -121,6 +121,13 @@ def test_an_edit_leaves_its_original_alone() -> None:
     assert edit.result().tpm_secret is not None
 
 
+def test_an_edit_writes_our_prefix_whatever_prefixes_the_original_has() -> None:
+    prefixes = 'xmlns:virt-sse="https://virt-sse.invalid/vm/1" xmlns:v="https://virt-sse.invalid/vm/1"'
+    edit = DomainEdit(DomainDefinition.parse(PLAIN.replace("<domain ", f"<domain {prefixes} ")))
+    edit.state(Stated(ALL, 7))
+    assert "<virt-sse:vm " in edit.result().to_xml()
+
+
 def test_an_edit_sets_the_sources_of_disks() -> None:
     disk = uuid.uuid4()
     before = DiskSource(disk, "service", "raw", Path("/x"))
