@@ -100,6 +100,7 @@ class Agent:
     def serve_hook(self, event: str, domain: str, xml: str) -> None:
         """Serve one event of the libvirt hook, as the hook would by itself.
 
+        :param domain: name of the domain; the definition in *xml* has the same name.
         :raise VirtSseError: By meaning; the domain must not start then.
         """
         with self._metrics.hook(event):
