@@ -1,6 +1,6 @@
-"""The way to the agent: one HTTP request on its Unix socket.
+"""Client of the agent: a single HTTP request on the agent's Unix socket.
 
-The libvirt hook takes it before it loads anything of ours: standard library only, and little of that.
+The libvirt hook imports this module first, for every event: standard library only, and few modules.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from pathlib import Path
 from virt_sse.errors import AgentError, AgentUnavailableError, VirtSseError
 
 SOCKET = "run/virt-sse/agent.sock"
-"""Where it answers, below the root."""
+"""Path of the agent's Unix socket, relative to the root."""
 
 TIMEOUT_SECONDS = 30.0
+_LONGEST_SECONDS = 1e9
+"""Sockets overflow with a longer timeout."""
 
 _CREDENTIALS = struct.Struct("3i")
 """``struct ucred`` (unix(7)): process, user, group."""
@@ -29,24 +31,24 @@ _OK = 200
 
 
 def peer_user(connection: socket.socket) -> int:
-    """The user id of the process at the other end; for a listening socket's, of the one that made it."""
+    """The user id of the peer; for a connected client, of the process that called listen(2)."""
     size = _CREDENTIALS.size
     _, user, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
     return int(user)
 
 
 def is_trusted(user: int) -> bool:
-    """Whether the agent and its clients speak with that user: root, and who the process itself runs as."""
+    """Whether agent and clients trust a process of *user*: root, or the user of the calling process."""
     return user in (0, os.geteuid())
 
 
 def ask(path: Path, method: str, target: str, body: bytes = b"", *, timeout: float) -> bytes:
-    """The body of the agent's answer.
+    """Send a request to the agent and return the body of its response.
 
-    :param timeout: for all of it; in seconds.
-    :raise AgentUnavailableError: When none answers at *path*, or not in time.
-    :raise AgentError: When what answers is another user's; nothing is sent to it.
-    :raise VirtSseError: What the agent says is wrong.
+    :param timeout: for the whole exchange; in seconds.
+    :raise AgentUnavailableError: When no agent answers at *path* in time.
+    :raise AgentError: When the peer runs as an untrusted user. No data is sent in this case.
+    :raise VirtSseError: With the agent's message, when the response reports an error.
     """
     request = (
         f"{method} {target} HTTP/1.0\r\nHost: agent\r\nContent-Type: application/json\r\n"
@@ -67,14 +69,14 @@ def ask(path: Path, method: str, target: str, body: bytes = b"", *, timeout: flo
         document = json.loads(answer)
         message, hint = str(document["error"]), document.get("hint")
     except (ValueError, TypeError, KeyError, AttributeError):
-        message, hint = f"the agent answers with status {status}", None
+        message, hint = f"the agent answered with status {status}", None
     raise VirtSseError(message, hint=hint)
 
 
 def serve_event(root: Path, event: str, domain: str, xml: str) -> bool:
-    """Let the agent serve an event of the libvirt hook; whether there is one that did.
+    """Let the agent serve an event of the libvirt hook; return whether an agent did.
 
-    :raise VirtSseError: What the agent says is wrong.
+    :raise VirtSseError: With the agent's message, when the agent refuses the event.
     """
     path = root / SOCKET
     if not path.exists():
@@ -88,16 +90,16 @@ def serve_event(root: Path, event: str, domain: str, xml: str) -> bool:
 
 
 def configured_timeout(root: Path) -> float:
-    """``timeout`` in ``[agent]`` of the configuration; the default where that makes no sense."""
+    """Option ``timeout`` in ``[agent]`` of the configuration file; the default if missing or invalid."""
     try:
         text = (root / "etc/virt-sse/config.toml").read_text("utf-8")
         if "[agent]" in text:
             import tomllib
 
             timeout = tomllib.loads(text)["agent"]["timeout"]
-            if type(timeout) in (int, float) and timeout > 0:
+            if type(timeout) in (int, float) and 0 < timeout < _LONGEST_SECONDS:
                 return float(timeout)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return TIMEOUT_SECONDS
 
@@ -114,12 +116,12 @@ def _connected(path: Path, timeout: float) -> Iterator[socket.socket]:
             ) from exc
         user = peer_user(connection)
         if not is_trusted(user):
-            raise AgentError(f"what answers at {path} is a process of user {user}, not the agent")
+            raise AgentError(f"a process of user {user} answers at {path}, not the agent")
         yield connection
 
 
 def _read(connection: socket.socket, deadline: float) -> bytes:
-    """All that comes until the other end closes."""
+    """Read until the peer closes the connection."""
     received = b""
     while True:
         left = deadline - time.monotonic()
@@ -134,7 +136,7 @@ def _read(connection: socket.socket, deadline: float) -> bytes:
 def _parse(response: bytes) -> tuple[int, bytes]:
     """Status and body of an HTTP/1 response (RFC 9112 §4).
 
-    :raise ValueError: When it is none, or cut off.
+    :raise ValueError: When *response* is malformed or truncated.
     """
     head, end, body = response.partition(b"\r\n\r\n")
     first, *fields = head.split(b"\r\n")

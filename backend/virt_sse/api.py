@@ -1,7 +1,7 @@
 """The names that plugins import: the stable surface of virt-sse.
 
 Plugins import from this module. They may also import :mod:`virt_sse.pkcs11` (for PKCS#11 tokens) and
-:mod:`virt_sse.vault_client` (for vaults), and the functions of their commands
+:mod:`virt_sse.vault_client` (for vaults). The functions of a plugin's commands may import
 :mod:`virt_sse.cli.output` and :mod:`virt_sse.cli.session`. All other modules may change in any version.
 """
 
@@ -65,6 +65,7 @@ from virt_sse.model.operations import (
     UpdateVm,
 )
 from virt_sse.model.vms import VmProperties
+from virt_sse.system.documents import DocumentError, from_json, from_toml
 from virt_sse.system.files import PRIVATE_FILE, PRIVATE_FOLDER, private_folder, sync_folder, write_private
 
 __all__ = [
@@ -86,6 +87,7 @@ __all__ = [
     "DiskFormat",
     "DiskSku",
     "DiskState",
+    "DocumentError",
     "EncryptionKind",
     "EncryptionLayer",
     "EncryptionSet",
@@ -131,6 +133,8 @@ __all__ = [
     "WrappedDek",
     "current_correlation",
     "described",
+    "from_json",
+    "from_toml",
     "hookimpl",
     "private_folder",
     "sync_folder",

@@ -1,96 +1,98 @@
-"""Where things lie, and what the site has chosen.
+"""The configuration of a host: file locations, and the site's choices in ``config.toml``.
 
-``VIRT_SSE_ROOT`` moves all that would lie in /etc, /var/lib, /var/log and /run under another root.
+``VIRT_SSE_ROOT`` moves all files in /etc, /var/lib, /var/log, /var/cache and /run under a different root.
 """
 
 from __future__ import annotations
 
 import enum
-import math
 import os
-import tomllib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Literal, Self
 from uuid import UUID
+
+import msgspec
 
 from virt_sse.agent_client import SOCKET
 from virt_sse.errors import ConfigError, InvalidValueError
 from virt_sse.model.ciphers import AES_256_CBC, Cipher
 from virt_sse.model.keys import ProviderConfig
 from virt_sse.model.operations import Site
-
-_TABLES = {
-    "store": {"url"},
-    "libvirt": {"uri"},
-    "disks": {"directory", "infrastructure-cipher", "io-errors", "reconnect-seconds"},
-    "plugins": {"required"},
-    "host": {"subscription", "region", "storage-user"},
-    "encryption-sets": {"limit", "operator-credential"},
-    "policy": {"tables", "enforce"},
-    "agent": {"timeout", "poll-seconds", "probe-seconds", "rotation-seconds", "plaintext"},
-}
-
-
-_LONGEST_RECONNECT = 3600
+from virt_sse.system.documents import DocumentError, from_toml
 
 
 class IoErrors(enum.Enum):
-    """What a guest gets when its disk cannot be read or written, e.g. as a process below QEMU is gone."""
+    """Reaction to a failed read or write of a guest, e.g. while a process below QEMU is gone."""
 
     PAUSE = "pause"
     REPORT = "report"
 
 
 class PlaintextPolicy(enum.Enum):
-    """What the agent does when it finds an image without encryption that data of an encrypted disk is in."""
+    """Reaction of the agent to an unencrypted image that receives data of an encrypted disk."""
 
     WARN = "warn"
     PAUSE = "pause"
     FOLD = "fold"
 
 
-@dataclass(frozen=True, slots=True)
-class AgentConfig:
-    """How the agent works. Times are in seconds.
+def _one_of(kind: type[enum.Enum]) -> str:
+    return "one of " + ", ".join(repr(each.value) for each in kind)
 
-    :ivar timeout: how long the hook waits for it before it serves an event itself.
-    :ivar poll_seconds: between two looks at each key that is in use.
-    :ivar probe_seconds: between two unwraps with each, which find what a look does not.
-    :ivar rotation_seconds: between two looks for new versions of keys.
-    :ivar plaintext: what it does about images without encryption.
+
+_LONGEST_RECONNECT = 3600
+_UNKNOWN = re.compile(r"object contains unknown field `(.*)`")
+_STRING = msgspec.Meta(description="a string")
+_Seconds = Annotated[float, msgspec.Meta(gt=0, description="a number of seconds above 0")]
+
+
+class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
+    """A table of the file. The description of an option's type, default "a string", is for error messages."""
+
+
+class AgentConfig(_Table, frozen=True):
+    """Options of the agent. Times are in seconds.
+
+    :ivar timeout: how long the hook waits for the agent before it serves an event itself.
+    :ivar poll_seconds: interval between polls of the state of each key in use.
+    :ivar probe_seconds: interval between test unwraps with each key, to detect denials that polls do not.
+    :ivar rotation_seconds: interval between checks for new key versions.
+    :ivar plaintext: reaction to unencrypted images.
     """
 
-    timeout: float = 30.0
-    poll_seconds: float = 2.0
-    probe_seconds: float = 30.0
-    rotation_seconds: float = 60.0
-    plaintext: PlaintextPolicy = PlaintextPolicy.WARN
+    timeout: _Seconds = 30.0
+    poll_seconds: _Seconds = 2.0
+    probe_seconds: _Seconds = 30.0
+    rotation_seconds: _Seconds = 60.0
+    plaintext: Annotated[PlaintextPolicy, msgspec.Meta(description=_one_of(PlaintextPolicy))] = (
+        PlaintextPolicy.WARN
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
     """The configuration of one host.
 
-    :ivar root: the folder that stands for ``/``.
-    :ivar store_url: an SQLAlchemy URL; may hold a password, therefore not in the repr.
-    :ivar libvirt_uri: where libvirt answers.
-    :ivar disk_directory: where new images go unless a path or a pool is given.
-    :ivar subscription: the one that this host's disks belong to; so
-    :ivar region: their region.
-    :ivar encryption_set_limit: how many disk encryption sets a subscription may have in a region.
-    :ivar infrastructure_cipher: of the second layer of double encryption.
-    :ivar io_errors: what a guest is to get when its disk cannot be read or written.
-    :ivar reconnect_seconds: how long a guest's requests wait for a storage process that died to be back.
-    :ivar storage_user: the user, or its number, that storage processes run as; ``None``: see
-        :func:`virt_sse.stages.users.storage_user`.
-    :ivar operator_credential: what makes and deletes the sets' identities in a key vault.
-    :ivar policy_tables: what is supported where, in place of what comes with virt-sse; see ``cloud.toml``
-        there.
-    :ivar enforce_policy: whether the rules of a cloud, which the tables tell in part, hold here.
-    :ivar required_plugins: entry points without which nothing may run, e.g. a site's policy.
-    :ivar provider_options: by provider name, its table ``[key-providers.NAME]``.
+    :ivar root: the folder used in place of ``/``.
+    :ivar store_url: SQLAlchemy URL; may include a password, therefore not in the repr.
+    :ivar libvirt_uri: connection URI of libvirt.
+    :ivar disk_directory: default folder of new images, unless a path or a pool is given.
+    :ivar subscription: subscription of the disks on this host.
+    :ivar region: region of the disks on this host.
+    :ivar encryption_set_limit: maximum number of disk encryption sets per subscription and region.
+    :ivar infrastructure_cipher: cipher of the second layer of double encryption.
+    :ivar io_errors: reaction to failed reads and writes of a guest.
+    :ivar reconnect_seconds: how long requests of a guest wait for the restart of a failed storage process.
+    :ivar storage_user: user name or id of storage processes; for ``None`` see
+        :func:`virt_sse.stages.storage_user.storage_user`.
+    :ivar operator_credential: credential for creating and deleting the sets' identities in a key vault.
+    :ivar policy_tables: file of supported features by region that replaces the built-in ``cloud.toml``.
+    :ivar enforce_policy: whether the cloud's rules, in part defined by the policy tables, are enforced.
+    :ivar required_plugins: entry points that must be loaded before any operation, e.g. a site's policy.
+    :ivar provider_options: tables ``[key-providers.NAME]`` by provider name, unchecked.
     """
 
     root: Path
@@ -109,176 +111,200 @@ class Config:
     enforce_policy: bool = True
     required_plugins: tuple[str, ...] = ()
     provider_options: Mapping[str, Mapping[str, object]] = field(default_factory=dict, repr=False)
-    agent: AgentConfig = AgentConfig()
+    agent: AgentConfig = field(default_factory=AgentConfig)
 
     @classmethod
     def load(cls, root: Path | None = None) -> Self:
-        """Read ``etc/virt-sse/config.toml`` under *root*; all of it is optional.
+        """Read ``etc/virt-sse/config.toml`` under *root*. The file and all its options are optional.
 
         :param root: default ``VIRT_SSE_ROOT``, else ``/``.
-        :raise ConfigError: When the file cannot be read or holds what is unknown.
+        :raise ConfigError: When the file cannot be read, or has an unknown table, unknown option or invalid
+            value.
         """
         root = root if root is not None else Path(os.environ.get("VIRT_SSE_ROOT") or "/")
         path = root / "etc/virt-sse/config.toml"
         try:
-            document = tomllib.loads(path.read_text("utf-8"))
+            text = path.read_text("utf-8")
         except FileNotFoundError:
-            document = {}
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+            text = ""
+        except (OSError, UnicodeDecodeError) as exc:
             raise ConfigError(f"cannot read {path}: {exc}") from exc
-        _check(path, document)
-        uri = (
-            os.environ.get("LIBVIRT_DEFAULT_URI")
-            or document.get("libvirt", {}).get("uri")
-            or "qemu:///system"
-        )
-        disks = document.get("disks", {})
-        store = document.get("store", {}).get("url") or _sqlite_url(root / "var/lib/virt-sse/store.sqlite")
+        try:
+            document = from_toml(text.encode(), _Document)
+        except DocumentError as exc:
+            raise ConfigError(_problem(path, str(exc))) from exc
+        disks, host, sets, policy = document.disks, document.host, document.encryption_sets, document.policy
         return cls(
             root=root,
-            store_url=store,
-            libvirt_uri=uri,
-            disk_directory=Path(disks.get("directory") or root / "var/lib/libvirt/images"),
-            infrastructure_cipher=_cipher(path, disks.get("infrastructure-cipher")),
-            io_errors=_io_errors(path, disks.get("io-errors")),
-            reconnect_seconds=disks.get("reconnect-seconds", 30),
-            storage_user=document.get("host", {}).get("storage-user"),
+            store_url=document.store.url or _sqlite_url(root / "var/lib/virt-sse/store.sqlite"),
+            libvirt_uri=os.environ.get("LIBVIRT_DEFAULT_URI") or document.libvirt.uri or "qemu:///system",
+            disk_directory=Path(disks.directory or root / "var/lib/libvirt/images"),
+            infrastructure_cipher=_cipher(path, disks.infrastructure_cipher),
+            io_errors=IoErrors(disks.io_errors or "pause"),
+            reconnect_seconds=disks.reconnect_seconds,
+            storage_user=host.storage_user,
             operator_credential=Path(
-                document.get("encryption-sets", {}).get("operator-credential")
-                or root / "etc/virt-sse/identity-operator.json"
+                sets.operator_credential or root / "etc/virt-sse/identity-operator.json"
             ),
-            subscription=document.get("host", {}).get("subscription") or "default",
-            region=document.get("host", {}).get("region") or "default",
-            encryption_set_limit=document.get("encryption-sets", {}).get("limit", 50),
-            policy_tables=Path(tables) if (tables := document.get("policy", {}).get("tables")) else None,
-            enforce_policy=document.get("policy", {}).get("enforce", True),
-            required_plugins=tuple(document.get("plugins", {}).get("required", ())),
-            provider_options=document.get("key-providers", {}),
-            agent=_agent(document.get("agent", {})),
+            subscription=host.subscription or "default",
+            region=host.region or "default",
+            encryption_set_limit=sets.limit,
+            policy_tables=Path(policy.tables) if policy.tables else None,
+            enforce_policy=policy.enforce,
+            required_plugins=document.plugins.required,
+            provider_options=document.key_providers,
+            agent=document.agent,
         )
 
     @property
     def state_directory(self) -> Path:
-        """The store, the keyring and locks; 0700."""
+        """Folder of the store, the keyring and locks; mode 0700."""
         return self.root / "var/lib/virt-sse"
 
     @property
     def log_directory(self) -> Path:
-        """The audit log; 0700."""
+        """Folder of the audit log; mode 0700."""
         return self.root / "var/log/virt-sse"
 
     @property
     def hook_path(self) -> Path:
-        """The libvirt qemu hook that ``virt-sse host init`` installs."""
+        """The libvirt qemu hook, installed by ``virt-sse host init``."""
         return self.root / "etc/libvirt/hooks/qemu.d/virt-sse"
 
     @property
     def agent_socket(self) -> Path:
-        """Where the per-host agent answers, if one runs."""
+        """The Unix socket of the host's agent."""
         return self.root / SOCKET
 
     @property
     def temp_disk_directory(self) -> Path:
-        """VMs' temporary disks, each in a folder that only its QEMU may enter. Anybody may pass through this
-        one.
-        """
+        """Folder of VMs' temporary disks; open to all users, with a folder per VM private to its QEMU."""
         return self.disk_directory / "temporary-disks"
 
     @property
     def site(self) -> Site:
-        """What policies are told of the host."""
+        """The host's location and rules, as passed to policies."""
         return Site(self.subscription, self.region, self.policy_tables, self.enforce_policy)
 
     @property
     def stage_directory(self) -> Path:
-        """What is known of the processes between QEMU and the storage; 0700."""
+        """Folder of records about the processes between QEMU and the storage; mode 0700."""
         return self.root / "run/virt-sse/stages"
 
     @property
     def socket_directory(self) -> Path:
-        """Their sockets, each in a folder that its two sides alone may enter; this one all may pass."""
+        """Folder of stage sockets; open to all users, with a folder per socket private to its two sides."""
         return self.root / "run/virt-sse-disks"
 
     @property
     def cache_directory(self) -> Path:
-        """Host caches, in files without a name; 0700, of the user that storage processes run as."""
+        """Folder of host caches, unnamed files; mode 0700, owned by the user of storage processes."""
         return self.root / "var/cache/virt-sse"
 
     @property
     def identity_directory(self) -> Path:
-        """The credentials of the disk encryption sets' identities; 0700."""
+        """Folder of credentials of the disk encryption sets' identities; mode 0700."""
         return self.state_directory / "identities"
 
     def identity(self, set_id: UUID) -> Path:
-        """The credential of the identity of a disk encryption set, if it has one."""
+        """Path of the credential of a disk encryption set's identity; may not exist."""
         return self.identity_directory / f"{set_id}.json"
 
     def key_provider(self, name: str, set_id: UUID | None = None) -> ProviderConfig:
-        """What the provider *name* is made from, to act for a disk encryption set or for the host itself."""
+        """Configuration of the provider *name*, for use by a disk encryption set or by the host itself."""
         identity = self.identity(set_id) if set_id else None
         return ProviderConfig(self.state_directory / name, self.provider_options.get(name, {}), identity)
 
 
 def _sqlite_url(path: Path) -> str:
-    """SQLAlchemy's URL of an SQLite file; ``?`` and ``%`` have a meaning in it."""
+    """SQLAlchemy's URL of an SQLite file, with ``?`` and ``%`` escaped."""
     return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")
 
 
-def _cipher(path: Path, text: str | None) -> Cipher:
+def _cipher(path: Path, text: str) -> Cipher:
     try:
         return Cipher.parse(text) if text else AES_256_CBC
     except InvalidValueError as exc:
         raise ConfigError(f"{path}: 'infrastructure-cipher' in [disks]: {exc}", hint=exc.hint) from exc
 
 
-def _io_errors(path: Path, text: str | None) -> IoErrors:
-    try:
-        return IoErrors(text) if text else IoErrors.PAUSE
-    except ValueError as exc:
-        known = ", ".join(repr(each.value) for each in IoErrors)
-        raise ConfigError(f"{path}: 'io-errors' in [disks] must be one of {known}") from exc
+class _Store(_Table, frozen=True):
+    url: str = ""
 
 
-def _agent(table: Mapping[str, Any]) -> AgentConfig:
-    seconds = {name.replace("-", "_"): float(value) for name, value in table.items() if name != "plaintext"}
-    return AgentConfig(plaintext=PlaintextPolicy(table.get("plaintext", "warn")), **seconds)
+class _Libvirt(_Table, frozen=True):
+    uri: str = ""
 
 
-def _check(path: Path, document: Mapping[str, object]) -> None:
-    """Refuse what is misspelt: an option that is silently ignored is a policy that does not hold."""
-    for table, content in document.items():
-        if not isinstance(content, dict):
-            raise ConfigError(f"{path}: {table!r} must be a table")
-        if table == "key-providers":
-            if not all(isinstance(options, dict) for options in content.values()):
-                raise ConfigError(f"{path}: [key-providers] holds one table per provider")
-            continue
-        if table not in _TABLES:
-            raise ConfigError(f"{path}: unknown table [{table}]")
-        unknown = sorted(set(content) - _TABLES[table])
-        if unknown:
-            raise ConfigError(f"{path}: unknown option {unknown[0]!r} in [{table}]")
-        for option, value in content.items():
-            if option == "required":
-                if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                    raise ConfigError(f"{path}: 'required' in [plugins] must be a list of names")
-            elif option == "enforce":
-                if not isinstance(value, bool):
-                    raise ConfigError(f"{path}: 'enforce' in [policy] must be true or false")
-            elif option == "limit":
-                if type(value) is not int or value < 0:
-                    raise ConfigError(f"{path}: 'limit' in [{table}] must be a number")
-            elif option == "reconnect-seconds":
-                if type(value) is not int or not 0 < value <= _LONGEST_RECONNECT:
-                    raise ConfigError(
-                        f"{path}: {option!r} in [disks] must be seconds, from 1 to {_LONGEST_RECONNECT}"
-                    )
-            elif option == "plaintext":
-                if value not in [policy.value for policy in PlaintextPolicy]:
-                    known = ", ".join(repr(policy.value) for policy in PlaintextPolicy)
-                    raise ConfigError(f"{path}: 'plaintext' in [agent] must be one of {known}")
-            elif table == "agent":
-                if type(value) not in (int, float) or not 0 < value < math.inf:
-                    raise ConfigError(f"{path}: {option!r} in [agent] must be a number of seconds above 0")
-            elif not isinstance(value, str):
-                raise ConfigError(f"{path}: {option!r} in [{table}] must be a string")
+class _Disks(_Table, frozen=True):
+    directory: str = ""
+    infrastructure_cipher: str = ""
+    io_errors: Annotated[Literal["pause", "report", ""], msgspec.Meta(description=_one_of(IoErrors))] = ""
+    reconnect_seconds: Annotated[
+        int,
+        msgspec.Meta(ge=1, le=_LONGEST_RECONNECT, description=f"seconds, from 1 to {_LONGEST_RECONNECT}"),
+    ] = 30
+
+
+class _Plugins(_Table, frozen=True):
+    required: Annotated[tuple[str, ...], msgspec.Meta(description="a list of names")] = ()
+
+
+class _Host(_Table, frozen=True):
+    subscription: str = ""
+    region: str = ""
+    storage_user: str | None = None
+
+
+class _EncryptionSets(_Table, frozen=True):
+    limit: Annotated[int, msgspec.Meta(ge=0, description="a number, 0 or more")] = 50
+    operator_credential: str = ""
+
+
+class _Policy(_Table, frozen=True):
+    tables: str = ""
+    enforce: Annotated[bool, msgspec.Meta(description="true or false")] = True
+
+
+class _Document(_Table, frozen=True):
+    """The file. A misspelt option is an error, because a policy that is silently ignored does not hold."""
+
+    store: _Store = _Store()
+    libvirt: _Libvirt = _Libvirt()
+    disks: _Disks = _Disks()
+    plugins: _Plugins = _Plugins()
+    host: _Host = _Host()
+    encryption_sets: _EncryptionSets = _EncryptionSets()
+    policy: _Policy = _Policy()
+    agent: AgentConfig = AgentConfig()
+    key_providers: dict[str, dict[str, object]] = {}
+
+
+def _problem(path: Path, message: str) -> str:
+    """Translate the message of a :exc:`DocumentError` to the terms of TOML."""
+    problem, _, place = message.partition(" - at `$.")
+    table, _, option = place.removesuffix("`").partition(".")
+    if unknown := _UNKNOWN.fullmatch(problem):
+        what = f"option {unknown[1]!r} in [{table}]" if place else f"table [{unknown[1]}]"
+        return f"{path}: unknown {what}"
+    if not place:
+        return f"cannot read {path}: {problem}"
+    where = f"{option.partition('[')[0]!r} in [{table}]" if option else repr(table)
+    if description := options().get((table, option.partition("[")[0])):
+        return f"{path}: {where} must be {description}"
+    if not problem.startswith("expected "):
+        return f"{path}: {where}: {problem}"
+    if table.startswith("key-providers"):
+        return f"{path}: [key-providers] must be a table with one table per provider"
+    return f"{path}: {where} must be a table"
+
+
+def options() -> dict[tuple[str, str], str]:
+    """The description of each option's type, by table and option."""
+    found = {}
+    for table in msgspec.structs.fields(_Document):
+        if isinstance(table.type, type) and issubclass(table.type, _Table):
+            for option in msgspec.structs.fields(table.type):
+                (meta,) = getattr(option.type, "__metadata__", (_STRING,))
+                found[table.encode_name, option.encode_name] = str(meta.description)
+    return found

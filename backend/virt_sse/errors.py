@@ -1,50 +1,50 @@
-"""Every error that virt-sse raises for what is expected to go wrong.
+"""The tree of expected errors.
 
 ::
 
     VirtSseError
-    ├── ConfigError                  the configuration cannot be read, or names what is not there
-    ├── InvalidValueError            a name, size or option that makes no sense
-    ├── PluginError                  a plugin is broken; names its culprit
+    ├── ConfigError                  the configuration is unreadable or invalid, or names a missing object
+    ├── InvalidValueError            an invalid name, size or option
+    ├── PluginError                  a plugin is broken; names the plugin
     ├── PolicyError                  a rule refuses the operation
     ├── EncryptionSetNotFoundError
     ├── EncryptionSetExistsError     the name is taken
-    ├── EncryptionSetInUseError      disks are in it
+    ├── EncryptionSetInUseError      the set contains disks
     ├── DiskNotFoundError
     ├── DiskExistsError              the name or the path is taken
-    ├── DiskStateError               the disk is in a state that does not allow this
-    │   └── DiskInUseError           a domain or another command is using it
-    ├── VmStateError                 the domain is in a state that does not allow this
-    ├── VerificationError            what runs is not what was asked for
+    ├── DiskStateError               the disk's state does not allow the operation
+    │   └── DiskInUseError           a domain or another command is using the disk
+    ├── VmStateError                 the domain's state does not allow the operation
+    ├── VerificationError            a domain differs from its specification
     ├── ImageError                   the image file cannot be made, read or written
-    │   ├── ImageFormatError         it is not what its format says
+    │   ├── ImageFormatError         the image is malformed for its format
     │   └── EnvelopeError            the wrapped DEKs in its header cannot be read
     ├── KeyProviderError
     │   ├── KeyNotFoundError         the provider has no such key or version
     │   ├── KeyDisabledError
     │   ├── KeyDeniedError           the provider refuses this caller
-    │   ├── KeyringError             the platform's keyring is missing, damaged or another host's
+    │   ├── KeyringError             the platform's keyring is missing, damaged or from a different host
     │   ├── KeyOperationUnsupportedError
-    │   ├── KeyProviderUnavailableError   no answer: says nothing about the key
-    │   └── UnwrapError              altered, truncated, or made for another disk
-    ├── VaultError                   our own key vault cannot be made, opened, served or administered
-    │   ├── CredentialError          a credential file cannot be read, or is none
+    │   ├── KeyProviderUnavailableError   no answer: the state of the key is unknown
+    │   └── UnwrapError              the wrapped DEK is altered, truncated, or bound to a different disk
+    ├── VaultError                   virt-sse's own key vault cannot be made, opened, served or administered
+    │   ├── CredentialError          a credential file cannot be read, or is invalid
     │   ├── PrincipalNotFoundError
     │   └── PrincipalExistsError     the name is taken
-    ├── AgentError                   the agent cannot serve, or what answers in its place cannot be trusted
+    ├── AgentError                   the agent cannot serve, or an untrusted process answers in its place
     │   └── AgentUnavailableError    no agent answers
-    ├── AuditError                   a key use cannot be recorded, or the log is not whole
+    ├── AuditError                   a key use cannot be recorded, or the audit log is damaged
     ├── StoreError
     ├── StageError                   a process between QEMU and the storage does not start, or has failed
-    ├── MonitorError                 a QEMU process refuses what it is told by QMP, or is gone
+    ├── MonitorError                 a QEMU process refuses a QMP command, or has ended
     ├── LibvirtError
     │   └── LibvirtUnavailableError  no libvirt daemon answers
     ├── ToolError                    qemu-img, cryptsetup, …: missing or failed
     └── LabError                     the lab cannot be set up
-        └── LabUnavailableError      the machine lacks something; says what
+        └── LabUnavailableError      the machine lacks a requirement, named in the message
 
-Library code raises these by meaning and chains the cause; only the edge (CLI, hook) prints. No message and
-no attribute of any of them ever holds key material.
+Library code raises the class that fits the failure and chains the cause; only the edge (CLI, hook) prints. No
+message and no attribute of an error ever contains key material.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class VirtSseError(Exception):
     """Base of all expected errors.
 
     :param message: one line, lowercase, without a full stop.
-    :param hint: what the user can do about it, likewise one line.
+    :param hint: remedy for the user, on a line of the same style.
     """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
@@ -65,17 +65,17 @@ class VirtSseError(Exception):
 
 
 class ConfigError(VirtSseError):
-    """The configuration cannot be read, or names something that is not there."""
+    """The configuration is unreadable or invalid, or names a missing object."""
 
 
 class InvalidValueError(VirtSseError):
-    """A name, size or option that makes no sense."""
+    """An invalid name, size or option."""
 
 
 class PluginError(VirtSseError):
     """A plugin cannot be loaded or breaks its contract.
 
-    :param plugin: the name of the culprit's entry point.
+    :param plugin: the name of the plugin's entry point.
     """
 
     def __init__(self, plugin: str, message: str, *, hint: str | None = None) -> None:
@@ -84,11 +84,11 @@ class PluginError(VirtSseError):
 
 
 class PolicyError(VirtSseError):
-    """A rule, ours or a plugin's, refuses the operation."""
+    """A rule of virt-sse or of a plugin refuses the operation."""
 
 
 class EncryptionSetNotFoundError(VirtSseError):
-    """No disk encryption set of that name or id."""
+    """No disk encryption set has the given name or id."""
 
 
 class EncryptionSetExistsError(VirtSseError):
@@ -96,11 +96,11 @@ class EncryptionSetExistsError(VirtSseError):
 
 
 class EncryptionSetInUseError(VirtSseError):
-    """Disks are in the disk encryption set."""
+    """The disk encryption set contains disks."""
 
 
 class DiskNotFoundError(VirtSseError):
-    """No disk of that name or id."""
+    """No disk has the given name or id."""
 
 
 class DiskExistsError(VirtSseError):
@@ -108,7 +108,7 @@ class DiskExistsError(VirtSseError):
 
 
 class DiskStateError(VirtSseError):
-    """The disk is in a state that does not allow the operation."""
+    """The disk's state does not allow the operation."""
 
 
 class DiskInUseError(DiskStateError):
@@ -116,11 +116,11 @@ class DiskInUseError(DiskStateError):
 
 
 class VmStateError(VirtSseError):
-    """The domain is in a state that does not allow the operation: it runs, is saved, or is at work on."""
+    """The domain's state does not allow the operation: running, saved, or in use by another command."""
 
 
 class VerificationError(VirtSseError):
-    """What runs, or is defined, is not what was asked for."""
+    """A running or defined domain differs from its specification."""
 
 
 class ImageError(VirtSseError):
@@ -128,7 +128,7 @@ class ImageError(VirtSseError):
 
 
 class ImageFormatError(ImageError):
-    """The image is not what its format says, or carries no LUKS header."""
+    """The image is malformed for its format, or lacks a LUKS header."""
 
 
 class EnvelopeError(ImageError):
@@ -152,39 +152,39 @@ class KeyDeniedError(KeyProviderError):
 
 
 class KeyringError(KeyProviderError):
-    """The platform's keyring is missing, damaged, or another host's."""
+    """The platform's keyring is missing, damaged, or from a different host."""
 
 
 class KeyOperationUnsupportedError(KeyProviderError):
-    """This provider does not do that."""
+    """The provider does not support the operation."""
 
 
 class KeyProviderUnavailableError(KeyProviderError):
-    """The provider does not answer; that says nothing about the key."""
+    """The provider does not answer; the state of the key is unknown."""
 
 
 class UnwrapError(KeyProviderError):
-    """A wrapped DEK was altered or truncated, or was made for another disk or layer."""
+    """A wrapped DEK is altered, truncated, or bound to a different disk or layer."""
 
 
 class VaultError(VirtSseError):
-    """Our own key vault cannot be made, opened, served or administered."""
+    """virt-sse's own key vault cannot be made, opened, served or administered."""
 
 
 class CredentialError(VaultError):
-    """A credential file cannot be read or written, is open to others, or is none."""
+    """A credential file cannot be read or written, is accessible to other users, or is invalid."""
 
 
 class PrincipalNotFoundError(VaultError):
-    """The vault knows no such principal, or does not show it to this caller."""
+    """The vault has no such principal, or hides the principal from this caller."""
 
 
 class PrincipalExistsError(VaultError):
-    """The vault has a principal of that name already."""
+    """The vault already has a principal with the given name."""
 
 
 class AgentError(VirtSseError):
-    """The agent cannot serve, or what answers in its place is not to be trusted."""
+    """The agent cannot serve, or an untrusted process answers in its place."""
 
 
 class AgentUnavailableError(AgentError):
@@ -192,7 +192,7 @@ class AgentUnavailableError(AgentError):
 
 
 class AuditError(VirtSseError):
-    """A key use cannot be recorded, and is refused; or the audit log cannot be read, or is not whole."""
+    """A key use cannot be recorded and is therefore refused, or the audit log is unreadable or damaged."""
 
 
 class StoreError(VirtSseError):
@@ -204,7 +204,7 @@ class StageError(VirtSseError):
 
 
 class MonitorError(VirtSseError):
-    """A QEMU process refuses a QMP command, or is gone."""
+    """A QEMU process refuses a QMP command, or has ended."""
 
 
 class LibvirtError(VirtSseError):
@@ -220,15 +220,15 @@ class ToolError(VirtSseError):
 
 
 class LabError(VirtSseError):
-    """The lab cannot be set up or a guest did not do what it should."""
+    """The lab cannot be set up, or a guest failed."""
 
 
 class LabUnavailableError(LabError):
-    """The machine lacks something that the lab needs; the message says what."""
+    """The machine lacks a requirement of the lab, named in the message."""
 
 
 def report(error: VirtSseError) -> None:
-    """Print *error*, and its hint if it has one, to the standard error: for the edge alone."""
+    """Print *error* and its hint, if any, to standard error. For use by the edge only."""
     print(f"virt-sse: error: {error}", file=sys.stderr)  # noqa: T201 -- this is the edge
     if error.hint:
         print(f"virt-sse: hint: {error.hint}", file=sys.stderr)  # noqa: T201 -- likewise

@@ -1,4 +1,4 @@
-"""Every hook of virt-sse. A plugin implements any of them with :data:`hookimpl`."""
+"""Hooks of virt-sse. A plugin implements any hooks with :data:`hookimpl`."""
 
 from __future__ import annotations
 
@@ -35,37 +35,38 @@ class RegisterEncryptionLayer(Protocol):
 
 @hookspec
 def virt_sse_register_key_providers(register: RegisterKeyProvider) -> None:
-    """Call ``register(name, load)`` for each key provider that the plugin brings.
+    """Call ``register(name, load)`` for each key provider of the plugin.
 
-    Names are kebab-case and unique among all plugins. Import nothing heavy here: *load* is for that, so
-    that a broken provider that nobody uses breaks nothing.
+    Names are kebab-case and unique among all plugins. Heavy imports belong into *load*, not here: then a
+    broken provider does no harm while unused.
     """
 
 
 @hookspec
 def virt_sse_register_encryption_layers(register: RegisterEncryptionLayer) -> None:
-    """Call ``register(name, load)`` for each encryption layer that the plugin brings: of disks at rest, or of
-    VMs with encryption at host."""
+    """Call ``register(name, load)`` for each encryption layer of the plugin.
+
+    A layer serves disks at rest, or VMs with encryption at host.
+    """
 
 
 @hookspec
 def virt_sse_add_commands(app: typer.Typer) -> None:
     """Add commands to the command line; *app* is the root of ``virt-sse``.
 
-    Runs for every command: be light.
+    Called for every command: return quickly.
     """
 
 
 @hookspec
 def virt_sse_validate(operation: Operation, site: Site) -> None:
-    """Raise :class:`~virt_sse.errors.PolicyError` to refuse *operation*, at *site*, before anything of it is
-    done.
+    """Raise :class:`~virt_sse.errors.PolicyError` to refuse *operation* at *site* before its first step.
 
-    Any other exception refuses it, too, and so does any answer: a policy that cannot be asked is not a
-    permission.
+    Any other exception refuses the operation, too, and so does any return value except ``None``: a failing
+    policy does not grant permission.
     """
 
 
 @hookspec
 def virt_sse_key_event(event: KeyEvent) -> None:
-    """Observe the use of a key, after the fact. One that raises is logged and changes nothing."""
+    """Observe a use of a key, after the fact. An exception is logged and has no other effect."""

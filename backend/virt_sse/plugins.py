@@ -36,14 +36,14 @@ L = TypeVar("L", EncryptionLayer, HostLayer)
 
 
 class _Registry(Generic[T]):
-    """Classes by name, imported at their first use."""
+    """Registered classes by name, imported at first use."""
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
         self._loaders: dict[str, tuple[str, Callable[[], type[T]]]] = {}
 
     def registrar(self, plugin: str) -> Callable[[str, Callable[[], type[T]]], None]:
-        """The ``register`` callable that is handed to *plugin*."""
+        """The ``register`` callable for *plugin*."""
 
         def register(name: str, load: Callable[[], type[T]]) -> None:
             if name in self._loaders:
@@ -75,12 +75,13 @@ class _Registry(Generic[T]):
 
 
 def _only(serving: list[type[L]], what: str, broken: Iterable[PluginError]) -> type[L]:
-    """The one layer that does *what*.
+    """The only layer of *serving*.
 
-    :raise ConfigError: When it is none, or not one.
+    :param what: the layer's service, for the message.
+    :raise ConfigError: When *serving* has no layer, or more than one.
     """
     if len(serving) != 1:
-        hint = f"these do: {', '.join(layer.name for layer in serving)}" if serving else None
+        hint = f"layers: {', '.join(layer.name for layer in serving)}" if serving else None
         raise ConfigError(
             f"{len(serving) or 'no'} encryption layers {what}",
             hint=hint or "; ".join(map(str, broken)) or None,
@@ -89,12 +90,12 @@ def _only(serving: list[type[L]], what: str, broken: Iterable[PluginError]) -> t
 
 
 def _call(implementation: pluggy.HookImpl, **arguments: object) -> object:
-    """Call one plugin's implementation; like pluggy itself, with just the arguments that it names."""
+    """Call one plugin's implementation with only the arguments in its signature, as pluggy does."""
     return implementation.function(*(arguments[name] for name in implementation.argnames))
 
 
 def _stamp(path: Path) -> object:
-    """What changes when the file is replaced; ``None`` when there is none."""
+    """A value that changes when the file is replaced; ``None`` for a missing file."""
     try:
         status = path.stat()
     except OSError:
@@ -103,13 +104,13 @@ def _stamp(path: Path) -> object:
 
 
 class PluginHost:
-    """Loads plugins and speaks to them.
+    """Loads plugins and calls their hooks.
 
-    A plugin that cannot be imported, or that implements a hook which does not exist, is left out and named in
-    :attr:`broken`; the others go on working.
+    A plugin is left out, and added to :attr:`broken`, when its import fails or when it implements an unknown
+    hook. All other plugins keep working.
 
-    :param entry_points: what to load; by default the entry points of group ``virt_sse``.
-    :raise PluginError: When a plugin that the configuration calls required is broken.
+    :param entry_points: entry points to load; by default all of group ``virt_sse``.
+    :raise PluginError: When a plugin required by the configuration is broken.
     :raise ConfigError: When a required plugin is not installed.
     """
 
@@ -125,7 +126,7 @@ class PluginHost:
         self._identities: dict[tuple[str, UUID | None], object] = {}
         self._lock = threading.RLock()
         self.broken: list[PluginError] = []
-        """The plugins that were left out, and why."""
+        """Errors of the plugins left out."""
 
         if entry_points is None:
             entry_points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
@@ -138,7 +139,7 @@ class PluginHost:
             self.register(entry_point.load(), entry_point.name)
         except PluginError as exc:
             self.broken.append(exc)
-        except (Exception, SystemExit) as exc:  # noqa: BLE001 -- whatever its import raises is that plugin's failure alone
+        except (Exception, SystemExit) as exc:  # noqa: BLE001 -- a failing import must affect only its plugin
             self.broken.append(PluginError(entry_point.name, f"does not import: {type(exc).__name__}: {exc}"))
 
     def _require(self, names: Iterable[str]) -> None:
@@ -147,13 +148,13 @@ class PluginHost:
                 if error.plugin == name:
                     raise error
             if not self._manager.has_plugin(name):
-                raise ConfigError(f"plugin {name!r} is required by the configuration and not installed")
+                raise ConfigError(f"plugin {name!r} is required by the configuration but not installed")
 
     def register(self, plugin: object, name: str) -> None:
         """Add *plugin*, a module or an object, under *name*.
 
-        :raise PluginError: When it implements an unknown hook, or a hook with wrong arguments, or its
-            registration hooks fail; it is then left out entirely.
+        :raise PluginError: When the plugin implements an unknown hook, or a hook with wrong arguments, or
+            when its registration hooks fail; the plugin is then left out entirely.
         """
         if self._manager.has_plugin(name):
             raise PluginError(name, "another plugin has this name")
@@ -179,7 +180,7 @@ class PluginHost:
             raise PluginError(name, " ".join(str(exc).split())) from exc
 
     def _refuse_wrappers(self, plugin: object, name: str) -> None:
-        """Implementations are called one by one here, so that each fails alone: none can wrap the others."""
+        """Refuse hook wrappers: each implementation is called separately, so that failures stay isolated."""
         for caller in self._manager.get_hookcallers(plugin) or ():
             for implementation in caller.get_hookimpls():
                 if implementation.plugin is plugin and (implementation.wrapper or implementation.hookwrapper):
@@ -194,22 +195,22 @@ class PluginHost:
         return self._layer_classes.names()
 
     def key_provider(self, name: str, set_id: UUID | None = None) -> KeyProvider:
-        """The key provider *name*, made from the configuration at its first use and then kept.
+        """The key provider *name*, made from the configuration at first use and then kept.
 
-        One that acts with sets' identities is made for each set, and made anew when that has another
-        credential, whoever gave it.
+        A provider that uses the identities of disk encryption sets is made for each set, and made again after
+        the set's credential has changed.
 
-        :param set_id: the disk encryption set that it acts for, with that set's identity.
-        :raise KeyDeniedError: When that set has no identity, and the provider needs one.
-        :raise ConfigError: When none of that name is registered, or its options make no sense.
-        :raise PluginError: When its class cannot be loaded, or calls itself otherwise.
+        :param set_id: disk encryption set whose identity the provider uses.
+        :raise KeyDeniedError: When the provider needs an identity, and the set has none.
+        :raise ConfigError: When no provider of this name is registered, or its options are invalid.
+        :raise PluginError: When its class cannot be loaded, or has a different name.
         """
         with self._lock:
             provider_class = self._provider_classes.load(name, self.broken)
             if provider_class.name != name:
-                # What it wraps would name a provider that nobody finds again.
+                # Wrapped DEKs would carry the name of a provider that is not registered.
                 plugin = self._provider_classes.plugin(name)
-                raise PluginError(plugin, f"key provider {name!r} calls itself {provider_class.name!r}")
+                raise PluginError(plugin, f"key provider {name!r} has a class named {provider_class.name!r}")
             config = self._config.key_provider(name, set_id)
             if set_id and not provider_class.needs_identity(config):
                 return self.key_provider(name)
@@ -220,53 +221,53 @@ class PluginHost:
                 if config.identity and not config.identity.exists():
                     raise KeyDeniedError(
                         f"disk encryption set {set_id} has no identity",
-                        hint="'virt-sse des update SET --assign-identity' gives it one",
+                        hint="assign an identity with 'virt-sse des update SET --assign-identity'",
                     )
                 self._providers[name, set_id] = provider_class.from_config(config)
                 self._identities[name, set_id] = stamp
             return self._providers[name, set_id]
 
     def parse_key(self, provider: str, text: str) -> tuple[str, str | None]:
-        """Name and, where *text* has one, version of a key of *provider*.
+        """Name and optional version of a key of *provider*.
 
-        :raise InvalidValueError: When *text* can be no key of it.
-        :raise ConfigError: When no provider of that name is registered.
+        :raise InvalidValueError: When *text* is not a valid key of this provider.
+        :raise ConfigError: When no provider of this name is registered.
         """
         return self._provider_classes.load(provider, self.broken).parse_key(text)
 
     def needs_identity(self, name: str) -> bool:
         """Whether the key provider *name* acts with the identity of a disk encryption set.
 
-        :raise ConfigError: When none of that name is registered.
+        :raise ConfigError: When no provider of this name is registered.
         """
         provider_class = self._provider_classes.load(name, self.broken)
         return provider_class.needs_identity(self._config.key_provider(name))
 
     def forget(self, set_id: UUID) -> None:
-        """Close the key providers that act for a disk encryption set, as its identity has changed."""
+        """Close the key providers of a disk encryption set, after its identity has changed."""
         with self._lock, contextlib.ExitStack() as closing:
             for key in [key for key in self._providers if key[1] == set_id]:
                 closing.callback(self._providers.pop(key).close)
 
     def encryption_layer(self, encryption_type: EncryptionType) -> EncryptionLayer:
-        """The layer that serves *encryption_type*.
+        """The layer serving *encryption_type*.
 
-        :raise ConfigError: When no layer does, or more than one.
+        :raise ConfigError: When no layer or more than one serves this type.
         """
         loaded, broken = self._load_layers(EncryptionLayer)  # type: ignore[type-abstract]
         serving = [layer for layer in loaded if encryption_type in layer.encryption_types]
         return _only(serving, f"serve {encryption_type.value}", broken)()
 
     def host_layer(self) -> HostLayer:
-        """The layer that serves VMs with encryption at host.
+        """The layer serving VMs with encryption at host.
 
-        :raise ConfigError: When none does, or more than one.
+        :raise ConfigError: When no layer or more than one serves encryption at host.
         """
         loaded, broken = self._load_layers(HostLayer)  # type: ignore[type-abstract]
         return _only(loaded, "serve encryption at host", broken)()
 
     def _load_layers(self, kind: type[L]) -> tuple[list[type[L]], list[PluginError]]:
-        """The layers of that kind, and what is wrong with the plugins that cannot be loaded."""
+        """The layers of a kind, and the errors of plugins which cannot be loaded."""
         loaded = []
         broken = list(self.broken)
         for name in self._layer_classes.names():
@@ -280,17 +281,17 @@ class PluginHost:
         return loaded, broken
 
     def add_commands(self, app: typer.Typer) -> None:
-        """Let every plugin add its commands to *app*; one that fails is named in :attr:`broken`."""
+        """Let every plugin add its commands to *app*; failures are added to :attr:`broken`."""
         for implementation in self._manager.hook.virt_sse_add_commands.get_hookimpls():
             try:
                 _call(implementation, app=app)
-            except Exception as exc:  # noqa: BLE001 -- one plugin's commands must not cost the others
+            except Exception as exc:  # noqa: BLE001 -- a failing plugin must not affect the rest
                 self.broken.append(PluginError(implementation.plugin_name, f"cannot add its commands: {exc}"))
 
     def validate(self, operation: Operation) -> None:
-        """Ask every plugin whether *operation* may go on.
+        """Ask every plugin whether *operation* is allowed.
 
-        :raise PolicyError: When one refuses, or cannot say.
+        :raise PolicyError: When a plugin refuses or fails.
         """
         for implementation in self._manager.hook.virt_sse_validate.get_hookimpls():
             try:
@@ -302,19 +303,19 @@ class PluginHost:
                 raise PolicyError(f"policy plugin {plugin!r} failed: {type(exc).__name__}: {exc}") from exc
             if answer is not None:  # perhaps meant as a refusal
                 raise PolicyError(
-                    f"policy plugin {implementation.plugin_name!r} answered, instead of raising"
+                    f"policy plugin {implementation.plugin_name!r} returned a value instead of raising"
                 )
 
     def key_event(self, event: KeyEvent) -> None:
-        """Tell every observer of *event*; one that raises is logged and isolated."""
+        """Pass *event* to every observer; exceptions of an observer are logged and isolated."""
         for implementation in self._manager.hook.virt_sse_key_event.get_hookimpls():
             try:
                 _call(implementation, event=event)
-            except Exception:  # noqa: BLE001 -- the key was used; an observer's failure cannot undo that
+            except Exception:  # noqa: BLE001 -- the key was used; a failing observer cannot undo the use
                 _log.exception("plugin %r failed as an observer of key events", implementation.plugin_name)
 
     def close(self) -> None:
-        """Close every key provider that was used."""
+        """Close all key providers made so far."""
         with self._lock, contextlib.ExitStack() as closing:
             while self._providers:
                 closing.callback(self._providers.popitem()[1].close)

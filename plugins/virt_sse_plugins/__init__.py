@@ -1,1 +1,1 @@
-"""The plugins that come with virt-sse, registered like anyone's through entry points."""
+"""Built-in plugins of virt-sse, registered through entry points like any other plugin."""

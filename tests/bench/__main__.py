@@ -1,7 +1,7 @@
-"""``python tests/bench``: how fast virt-sse is, as ratios to something that is measured in the same run.
+"""``python tests/bench``: speed of virt-sse, as ratios to peers measured in the same run.
 
-A target that is missed is marked and is no failure; the exit status is 1 when something could not be measured
-because of an error. What the machine lacks the tools for is left out, and said.
+A missed target is marked but is not a failure. The exit status is 1 when a benchmark ends with an error. A
+benchmark is skipped, with a message, if the machine lacks its tools.
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ BENCHES: Mapping[str, Bench] = {
 
 @dataclass(slots=True)
 class Results:
-    """:ivar skipped: by benchmark, what the machine lacks for it.
-    :ivar failed: by benchmark, why it could not be measured.
+    """Results of a run.
+
+    :ivar skipped: by benchmark, the requirements missing on this machine.
+    :ivar failed: by benchmark, the error.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -106,13 +108,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _end(number: int, _frame: object) -> NoReturn:
-    """Unwind, so that what was started is ended."""
+    """Unwind by SystemExit, so that all contexts end their processes."""
     sys.exit(128 + number)
 
 
 @contextlib.contextmanager
 def _scratch() -> Iterator[Path]:
-    """A folder for the run. One that a killed run left is swept with the lab's."""
+    """A folder for the run. Folders of killed runs are removed along with the lab's."""
     base = Path(tempfile.gettempdir())
     directories.sweep(base)
     directory = directories.create(base)
@@ -141,7 +143,7 @@ def _print(results: Results, facts: Mapping[str, object], took: float) -> None:
     rows = [row.as_cells() for row in results.rows]
     if rows:
         print_rows(rows, list(rows[0]), OutputFormat.TABLE)
-        print("\nratio: how many times as fast as the peer, so 2x is twice as fast and 0.5x half as fast")
+        print("\nratio: speed relative to the peer; 2x is twice as fast, 0.5x half as fast")
     for state, reasons in (("skipped", results.skipped), ("failed", results.failed)):
         for name, reason in reasons.items():
             print(f"{state}: {name}: {reason}")

@@ -1,4 +1,4 @@
-"""The command line as a whole process: ``virt-sse --help`` against a Python that does nothing."""
+"""The command line as a process: ``virt-sse --help`` against an idle Python."""
 
 from __future__ import annotations
 

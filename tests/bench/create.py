@@ -22,10 +22,10 @@ _MOST_TRIES = 50
 
 
 def measure(bench: Run) -> Iterator[Row]:
-    """Both formats, in process.
+    """Measure both formats, in process.
 
-    What qemu-img takes is nearly all PBKDF2, so a detail says how long it takes with the least of that. Its
-    spurious failures are counted; they do not count as its time.
+    PBKDF2 dominates the time of qemu-img, so a detail gives the time with minimal PBKDF2. Spurious failures
+    of qemu-img are counted, but do not add to its time.
     """
     with private_backend(bench.scratch / "create") as backend:
         for image_format in DiskFormat:
@@ -56,7 +56,7 @@ def measure(bench: Run) -> Iterator[Row]:
 
 
 class _QemuImg:
-    """``qemu-img create`` as a whole process, tried until it succeeds."""
+    """``qemu-img create`` as a process, repeated until success."""
 
     def __init__(self, path: Path, image_format: DiskFormat) -> None:
         self.spurious_failures = 0
@@ -64,10 +64,10 @@ class _QemuImg:
         self._format = image_format
 
     def create(self, *, iter_time: int | None = None) -> float:
-        """How long the call took that succeeded.
+        """Duration of the successful call, in seconds.
 
-        :param iter_time: for how many milliseconds PBKDF2 shall take to open the image; default QEMU's.
-        :raise ToolError: When it fails in earnest, or all too often.
+        :param iter_time: milliseconds of PBKDF2 for opening the image; QEMU's default if ``None``.
+        :raise ToolError: When qemu-img fails for a genuine reason, or spuriously too often.
         """
         for _ in range(_MOST_TRIES):
             try:

@@ -35,7 +35,7 @@ _CLIENTS = 8
 
 
 def measure(bench: Run) -> Iterator[Row]:
-    """Unwraps and a rotation without a domain, then domains under the agent."""
+    """Measure unwraps and a rotation without a domain, then domains under the agent."""
     with LabVault(premium=True) as vault:
         with private_backend(bench.scratch / "customer") as backend:
             yield _unwraps(bench, backend, _new_set(vault, backend, 2048), "RSA")
@@ -48,9 +48,9 @@ def measure(bench: Run) -> Iterator[Row]:
 
 
 def _new_set(vault: LabVault, backend: Backend, size: int, *options: str) -> EncryptionSet:
-    """A set of its own, under a key of *size* bits that its identity may use.
+    """A new disk encryption set, under a new key of *size* bits; its identity may use the key.
 
-    :param options: of ``virt-sse key create``, besides.
+    :param options: further options of ``virt-sse key create``.
     """
     name = f"rsa-{size}-{os.urandom(4).hex()}"
     _key(vault, "create", name, "--size", str(size), *options)
@@ -67,7 +67,7 @@ def _new_set(vault: LabVault, backend: Backend, size: int, *options: str) -> Enc
 
 
 def _key(vault: LabVault, *arguments: str) -> None:
-    """``virt-sse key``, as the vault's administrator."""
+    """Run ``virt-sse key`` as the vault's administrator."""
     command = [str(Path(sys.executable).with_name("virt-sse")), "key", *arguments]
     command += ["--credential", str(vault.administrator_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -76,7 +76,7 @@ def _key(vault: LabVault, *arguments: str) -> None:
 
 
 def _unwraps(bench: Run, backend: Backend, encryption_set: EncryptionSet, kind: str) -> Row:
-    """Over kept-alive TLS, several clients at once; against the bare private operation, in process.
+    """Unwrap over persistent TLS, several clients at once; against the bare private operation, in process.
 
     :param kind: the key's type, in Azure's words.
     """
@@ -107,7 +107,7 @@ def _unwraps(bench: Run, backend: Backend, encryption_set: EncryptionSet, kind: 
 
 
 def _rewrap(bench: Run, vault: LabVault, backend: Backend, encryption_set: EncryptionSet) -> Row:
-    """Rotate a set's key over many disks; against the calls to the vault alone."""
+    """Rotate a set's key for many disks; against the bare calls to the vault."""
     count = bench.amount(300, quick=50)
     for index in range(count):
         backend.disks.create(NewDisk(name=f"disk-{index}", size=1 << 20, encryption_set=encryption_set.name))
@@ -126,7 +126,7 @@ def _rewrap(bench: Run, vault: LabVault, backend: Backend, encryption_set: Encry
         f"rotate a customer's key, RSA-3072, {count} disks",
         Measurement(took / count, Unit.SECONDS),
         Measurement(bare / count, Unit.SECONDS),
-        "unwrap and wrap at the vault alone; a disk each",
+        "bare unwrap and wrap at the vault, per disk",
         Target(seconds=0.015),
     )
 
@@ -138,7 +138,7 @@ def _rotate(backend: Backend, encryption_set: EncryptionSet, count: int) -> None
 
 
 def _start(bench: Run, host: LabHost, backend: Backend, peer: LabHost, encryption_set: EncryptionSet) -> Row:
-    """As in the benchmark ``domain``, but with the agent, and the DEK under a key in the vault."""
+    """Start a domain as in the benchmark ``domain``, but with the agent and a key in the vault."""
     how = acceleration.probe("boot-sector")
     source = recipes.boot_sector_image(stays=True)
     disk = backend.transfer.import_image(
@@ -167,7 +167,7 @@ def _start(bench: Run, host: LabHost, backend: Backend, peer: LabHost, encryptio
 def _revocation(
     bench: Run, vault: LabVault, host: LabHost, backend: Backend, encryption_set: EncryptionSet
 ) -> Row:
-    """From the end of ``key disable`` until libvirt says that the guest is shut off."""
+    """Time from the end of ``key disable`` until libvirt reports the guest as shut off."""
     name = encryption_set.key.name.rpartition("/")[2]
     guest = Guest(
         host,

@@ -1,4 +1,4 @@
-"""The data path: an encrypted disk against a plain one, through an NBD export of QEMU's storage daemon."""
+"""The data path: an encrypted disk against a plain disk, through an NBD export of QEMU's storage daemon."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOADS = {
 
 
 def measure(bench: Run) -> Iterator[Row]:
-    """Both formats, four loads, on clusters that are allocated already; plain and encrypted in turns."""
+    """Measure both formats with four loads, on allocated clusters; plain and encrypted in turns."""
     require_tools()
     size = bench.amount(512, quick=192) * _MIB
     folder = bench.scratch / "plain"
@@ -65,7 +65,7 @@ def _rows(bench: Run, name: str, ours: Export, peer: Export, size: int, *, direc
             f"{name}, {description}",
             rate(encrypted),
             rate(plain),
-            f"the same in plain, {'O_DIRECT' if direct else 'page cache'}",
+            f"plain disk, {'O_DIRECT' if direct else 'page cache'}",
             details={
                 "cpu_s_per_gib": encrypted.cpu_seconds_per_gib,
                 "peer_cpu_s_per_gib": plain.cpu_seconds_per_gib,
@@ -78,7 +78,7 @@ def rate(throughput: Throughput) -> Measurement:
 
 
 def _cache(folder: Path) -> str:
-    """Direct I/O where the file system has it, so that the page cache does not stand in for the disk."""
+    """Cache options: direct I/O if supported by the file system, to measure the disk, not the page cache."""
     probe = folder / "probe"
     probe.touch()
     try:

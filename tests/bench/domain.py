@@ -1,4 +1,4 @@
-"""Starting a domain: with our hook, against the same domain with a secret that was set by hand."""
+"""Starting a domain: with virt-sse's hook, against the same domain with a secret set by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NAME = "bench"
 
 
 def measure(bench: Run) -> Iterator[Row]:
-    """Start until libvirt says ``running``, then destroy; the boot-sector guest, two lab hosts in turns."""
+    """Start until libvirt reports ``running``, then destroy; boot-sector guest, two lab hosts in turns."""
     how = acceleration.probe("boot-sector")
     with prepared_host() as (ours, backend), LabHost() as peer:
         source = recipes.boot_sector_image(stays=True)
@@ -55,7 +55,7 @@ def measure(bench: Run) -> Iterator[Row]:
 
 
 def set_by_hand(connection: libvirt.virConnect, host: LabHost, element: str, image: Path, dek: Dek) -> str:
-    """Copy the image and set its DEK as an administrator would; the ``<disk>`` element for that."""
+    """Copy the image and set its DEK like an administrator; returns the ``<disk>`` element of the copy."""
     copy = host.images / image.name
     shutil.copyfile(image, copy)
     name = str(uuid.uuid4())
@@ -73,7 +73,7 @@ def set_by_hand(connection: libvirt.virConnect, host: LabHost, element: str, ima
 
 
 def start_and_destroy(domain: libvirt.virDomain) -> tuple[float, float]:
-    """How long each took."""
+    """Durations of start and destroy, in seconds."""
     import libvirt
 
     def start() -> None:

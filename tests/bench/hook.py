@@ -1,4 +1,4 @@
-"""The libvirt hook as a whole process, as libvirtd runs it."""
+"""The libvirt hook as a process, as run by libvirtd."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from virt_sse.model.disks import NewDisk
 
 
 def measure(bench: Run) -> Iterator[Row]:
-    """On a domain without a disk of ours, which passes before Python is started, and on one with."""
+    """Measure a domain without virt-sse disks, accepted before Python starts, and a domain with one."""
     with prepared_host() as (host, backend):
         hook = backend.host.config.hook_path
         plain = _domain(guests.disk_xml(host.images / "plain.img"))
@@ -31,13 +31,13 @@ def measure(bench: Run) -> Iterator[Row]:
 
         disk = backend.disks.create(NewDisk(name="data", size=1 << 20))
         with closing(host.connect()) as connection:
-            # As libvirt writes it, quotes and all: the hook is made for that.
+            # Exactly as written by libvirt, including its quotes: the hook relies on this form.
             encrypted: str = connection.defineXML(_domain(backend.domains.disk_element("data"))).XMLDesc()
             events = {name: _event(hook, name, encrypted) for name in ("prepare", "start", "release")}
             events["prepare"]()
             wanted = str(SecretName(disk.id, disk.deks[0].slot).uuid)
             if wanted not in connection.listSecrets():
-                raise LabError("the hook has set no secret")
+                raise LabError("the hook did not set a secret")
         for name, took in zip(events, alternate(bench.amount(10, quick=4), *events.values()), strict=True):
             yield Row(f"hook/{name}", f"hook {name}, one disk of ours", took)
 
@@ -47,7 +47,7 @@ def _domain(disk: str) -> str:
 
 
 def _event(hook: Path, operation: str, xml: str) -> Callable[[], object]:
-    """libvirt's arguments; and its environment, which is all but empty."""
+    """Call the hook with libvirt's arguments and libvirt's nearly empty environment."""
     command = [str(hook), "bench", operation, "begin", "-"]
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LC_ALL": "C"}
     return lambda: subprocess.run(

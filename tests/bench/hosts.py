@@ -1,4 +1,4 @@
-"""Backends of the benchmark's own, which know nothing of the machine's libvirt."""
+"""Backends for benchmarks, isolated from the machine's libvirt."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def double_set(backend: Backend) -> str:
 
 @contextlib.contextmanager
 def prepared_host() -> Iterator[tuple[LabHost, Backend]]:
-    """A lab host after ``virt-sse host init``, whose libvirtd runs our hook, and its backend.
+    """A lab host after ``virt-sse host init``, with virt-sse's hook active in libvirtd, and its backend.
 
     :raise LabUnavailableError: When the machine lacks what a lab host needs.
     """
@@ -57,7 +57,7 @@ def prepared_host() -> Iterator[tuple[LabHost, Backend]]:
 
 
 def dek_of(backend: Backend, disk: Disk, slot: str = "service") -> Dek:
-    """The DEK in a slot of the disk; of one with a single layer, what opens its image."""
+    """The DEK in a slot of the disk; on a disk with a single layer, this DEK opens the image."""
     entry = disk.dek(slot)
     provider = backend.host.plugins.key_provider(entry.wrapped.key.provider, disk.identity_for(slot))
     return provider.unwrap(entry.wrapped, context=disk.context(entry.slot))

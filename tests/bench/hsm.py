@@ -1,4 +1,4 @@
-"""Keys in a token, SoftHSM's: unwraps per second, beside the same private operation in this process."""
+"""Keys in a SoftHSM token: unwraps per second, against the same private operation in this process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KEK = bytes(32)
 
 
 def measure(bench: Run) -> Iterator[Row]:
-    """A row per size of RSA key, and one for AES. The peer does all that the token does but being one."""
+    """Measure each size of RSA key, and AES. The peer does the same work in this process, without a token."""
     from virt_sse.lab.tokens import LabHsm
     from virt_sse.pkcs11.token import KeyKind
     from virt_sse_plugins.key_providers.hsm_simulated import HsmSimulatedKeyProvider
@@ -68,7 +68,7 @@ def _rsa_in_process(bits: int, dek: Dek) -> Callable[[], object]:
 def _rates(
     unwraps: int, turns: int, ours: Callable[[], object], peer: Callable[[], object]
 ) -> tuple[Measurement, ...]:
-    """How often a second each can be done, in *turns* of that many *unwraps*."""
+    """Rates per second of both actions, in *turns* of *unwraps* repetitions each."""
 
     def many(action: Callable[[], object]) -> Callable[[], None]:
         def run() -> None:

@@ -1,7 +1,6 @@
-"""The data path through more than one layer, and through host caches: against a single layer, and plain.
+"""The data path through two layers, and through host caches: against a single layer, and plain.
 
-A guest's QEMU is stood in for by a storage daemon with its LUKS node; what is below it, is what runs below a
-guest.
+A storage daemon with the LUKS node takes the place of the guest's QEMU; all stages below are the real stages.
 """
 
 from __future__ import annotations
@@ -21,12 +20,11 @@ from virt_sse.libvirt.users import User
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import PLATFORM_KEY, Disk, NewDisk
 from virt_sse.model.layers import HostCaching, LayerChoice
-from virt_sse.stages.process import Process
 from virt_sse.system.tools import run
 
 _MIB = 1 << 20
 _QEMU = User(64055, 64055)
-"""Whom stages are told that QEMU runs as; they themselves do where the host has no user for them."""
+"""User of QEMU for the stages; also the stages' own user if the host has no user for stages."""
 _WAYS = {
     "double": ("two layers", True, HostCaching.NONE),
     "read-only": ("host cache ReadOnly", False, HostCaching.READ_ONLY),
@@ -36,7 +34,7 @@ _WAYS = {
 
 
 def measure(bench: Run) -> Iterator[Row]:
-    """Both formats, four loads, each all ways one after the other; in the page cache, as under libvirt."""
+    """Measure both formats with four loads through each stack in turn, in the page cache as under libvirt."""
     require_tools()
     require("nbdkit")
     size = bench.amount(256, quick=96) * _MIB
@@ -105,7 +103,7 @@ def _measure_format(
 
 @contextlib.contextmanager
 def _served(backend: Backend, disk: Disk, caching: HostCaching, folder: Path) -> Iterator[Export]:
-    """The disk as its guest sees it, below which its stages run."""
+    """Export of the disk as seen by its guest, on top of the disk's running stages."""
     layer = backend.host.plugins.encryption_layer(disk.encryption_type)
     plan = layer.plan(LayerChoice(PLATFORM_KEY, disk.deks[-1].cipher))
     plan = backend.host.plugins.host_layer().cache(plan, caching)
@@ -131,5 +129,6 @@ def _served(backend: Backend, disk: Disk, caching: HostCaching, folder: Path) ->
 
 
 def _pids(backend: Backend, disk: Disk) -> list[int]:
-    folder = backend.host.config.stage_directory / str(disk.id)
-    return [pid for name in ("cache", "storage") if (pid := Process(folder / name).pid())]
+    record = backend.host.stages.record(disk.id)
+    processes = backend.host.stages.processes(record) if record else []
+    return [pid for each in processes if (pid := each.process.pid())]

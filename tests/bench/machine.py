@@ -1,4 +1,4 @@
-"""What the numbers were measured on."""
+"""Facts about the machine of a measurement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from virt_sse.lab import acceleration
 
 
 def facts(scratch: Path) -> dict[str, object]:
-    """Processor, versions, how guests run, and how busy the machine is with something else."""
+    """Processor, versions, acceleration of guests, and the machine's load before the run."""
     return {
         "cpu": _first(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()),
         "cores": len(os.sched_getaffinity(0)),

@@ -1,4 +1,4 @@
-"""What a benchmark measures: rows of ours against a peer, and how time is taken."""
+"""Results of benchmarks, as rows of virt-sse against a peer, and functions to measure time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Self
 
 
 class Unit(enum.Enum):
-    """What a number counts. Of seconds fewer are better, of everything else more."""
+    """Unit of a number. Lower is better for seconds, higher is better for all other units."""
 
     SECONDS = "s"
     MIB_PER_SECOND = "MiB/s"
@@ -22,7 +22,10 @@ class Unit(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """:ivar samples: what *value* is the median of, in the order in which they were taken; may be none."""
+    """A measured value.
+
+    :ivar samples: the samples whose median is *value*, in order of measurement; may be empty.
+    """
 
     value: float
     unit: Unit
@@ -30,7 +33,7 @@ class Measurement:
 
     @classmethod
     def median(cls, samples: Sequence[float], unit: Unit = Unit.SECONDS) -> Self:
-        """The median of *samples*, of which there is at least one."""
+        """The median of *samples*, at least one."""
         return cls(statistics.median(samples), unit, tuple(samples))
 
     def __str__(self) -> str:
@@ -44,10 +47,10 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """How good a row should be. It is information: to miss it is no error.
+    """Target of a row. For information only: missing a target is not an error.
 
-    :ivar seconds: the most that ours should take.
-    :ivar ratio: the least that the ratio should be.
+    :ivar seconds: maximum duration of virt-sse's measurement.
+    :ivar ratio: minimum ratio.
     """
 
     seconds: float | None = None
@@ -66,10 +69,10 @@ class Target:
 class Row:
     """One line of the table.
 
-    :ivar name: its identity from run to run, e.g. ``create/qcow2``.
-    :ivar what: what is measured, for a reader.
-    :ivar peer_name: what *peer* is.
-    :ivar details: more numbers of the same measurement; a name says its number's unit.
+    :ivar name: identity across runs, e.g. ``create/qcow2``.
+    :ivar what: description of the measurement.
+    :ivar peer_name: description of *peer*.
+    :ivar details: further numbers of the same measurement; each name includes the unit.
     """
 
     name: str
@@ -82,7 +85,7 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """How many times as fast as the peer ours is; over 1 is faster, whatever the unit."""
+        """Speed of virt-sse relative to the peer; above 1 is faster, for every unit."""
         if self.peer is None or not self.peer.value or not self.ours.value:
             return None
         quotient = self.ours.value / self.peer.value
@@ -110,7 +113,7 @@ class Row:
         }
 
     def as_cells(self) -> dict[str, object]:
-        """Its cells in the table."""
+        """The row's cells in the table."""
         missed = "  MISSED" if self.met is False else ""
         return {
             "what": self.what,
@@ -118,7 +121,7 @@ class Row:
             "peer": self.peer,
             "ratio": None if self.ratio is None else f"{self.ratio:.2f}x",
             "target": f"{self.target}{missed}" if self.target else None,
-            "peer is": self.peer_name,
+            "peer name": self.peer_name,
             "details": " ".join(f"{name}={_short(value)}" for name, value in self.details.items()),
         }
 
@@ -129,9 +132,9 @@ def _short(value: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """How this run measures.
+    """Parameters of a run.
 
-    :ivar quick: fewer samples, less data.
+    :ivar quick: whether to use fewer samples and less data.
     :ivar scratch: a folder for the run, removed at its end.
     """
 
@@ -139,28 +142,28 @@ class Run:
     scratch: Path
 
     def amount(self, usual: int, *, quick: int) -> int:
-        """How many, or how much, of something."""
+        """A number of samples or an amount of data, depending on :attr:`quick`."""
         return quick if self.quick else usual
 
 
 Bench = Callable[[Run], Iterator[Row]]
-"""A benchmark: yields its rows as it has them, and leaves nothing outside of the scratch folder.
+"""A benchmark: yields each row when measured, and leaves nothing outside the scratch folder.
 
-Raises :class:`~virt_sse.errors.LabUnavailableError` when the machine lacks what it needs.
+Raises :class:`~virt_sse.errors.LabUnavailableError` when the machine lacks a requirement.
 """
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """How long *action* takes."""
+    """Duration of *action* in seconds."""
     began = time.perf_counter()
     action()
     return time.perf_counter() - began
 
 
 def alternate(count: int, *actions: Callable[[], object]) -> list[Measurement]:
-    """Time each of *actions* *count* times, in turns, so that all of them see the same weather.
+    """Time each of *actions* *count* times, in turns, so that changes of the machine's load affect all alike.
 
-    Each runs once before that, untimed.
+    Each action first runs once untimed.
     """
     for action in actions:
         action()

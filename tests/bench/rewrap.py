@@ -1,4 +1,4 @@
-"""Key rotation: disks rewrapped per second, against the bare writes and syncs that it takes."""
+"""Key rotation: disks rewrapped per second, against the bare writes and syncs of a rotation."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from virt_sse.model.disks import PLATFORM_KEY, NewDisk
 
 _ENVELOPE = 1024
 _RECORD = 8 << 10
-"""About what a commit of one row appends to SQLite's write-ahead log."""
+"""Approximate size in bytes of a one-row commit in SQLite's write-ahead log."""
 
 
 def measure(bench: Run) -> Iterator[Row]:
-    """Rotate the platform's key over many disks. Each takes three syncs: its row's, its envelope's two."""
+    """Rotate the platform's key for many disks; three syncs per disk: its row, and its envelope twice."""
     count = bench.amount(200, quick=40)
     with private_backend(bench.scratch / "rewrap") as backend:
         for index in range(count):
@@ -33,7 +33,7 @@ def measure(bench: Run) -> Iterator[Row]:
         f"rotate the platform's key, {count} disks",
         ours,
         peer,
-        "three bare writes and fsyncs a disk",
+        "three bare writes and fsyncs per disk",
         details={"ms_per_disk": 1000 / ours.value},
     )
 
@@ -48,7 +48,7 @@ def _rotate(backend: Backend, count: int) -> float:
 
 
 def _bare(folder: Path, count: int) -> float:
-    """The same number of syncs, in two files and without anything else."""
+    """Duration of the same number of bare writes and syncs, in two files."""
     files = [os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC) for name in ("log", "image")]
     try:
         return seconds(lambda: _write_and_sync(files, count))

@@ -1,4 +1,4 @@
-"""Starting a domain with disks that have two layers, or a host cache: against as many with one."""
+"""Starting a domain with double-layer disks: against a domain with the same number of single-layer disks."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     import libvirt
 
 _LATER_SECONDS = 0.5
-"""By how much a domain with four double disks may start later than one with four single ones."""
+"""Target: maximum delay of a start with four double-layer disks, compared to four single-layer disks."""
 _DISKS = (1, 4)
 
 
 def measure(bench: Run) -> Iterator[Row]:
-    """Start until libvirt says ``running``, in turns; served by the hook alone, and by an agent."""
+    """Start until libvirt reports ``running``, in turns; first by the hook alone, then with an agent."""
     with prepared_host() as (host, backend), closing(host.connect()) as connection:
         domains = {
             (name, count): connection.defineXML(_xml(host, backend, name, encryption_set, count))
@@ -56,7 +56,7 @@ def _rows(
                 f"{verb} a domain, {count} double disk{'s' if count > 1 else ''}, {description}",
                 double,
                 single,
-                "as many single ones",
+                "same number of single-layer disks",
                 target,
                 {"difference_ms": (double.value - single.value) * 1000},
             )

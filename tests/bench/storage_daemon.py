@@ -1,4 +1,4 @@
-"""An image behind a ``qemu-storage-daemon``, exported over NBD, and fio to drive it."""
+"""An image behind a ``qemu-storage-daemon``, exported over NBD, and fio to generate load."""
 
 from __future__ import annotations
 
@@ -24,24 +24,27 @@ _EXPORT = "disk"
 
 
 def require_tools() -> None:
-    """:raise LabUnavailableError: When QEMU's storage daemon or fio is missing."""
+    """Check for QEMU's storage daemon and fio.
+
+    :raise LabUnavailableError: When one of the tools is missing.
+    """
     for tool, package in (("qemu-storage-daemon", "qemu-system-common"), ("fio", "fio")):
         if shutil.which(tool) is None:
-            raise LabUnavailableError(f"there is no {tool}", hint=f"apt-get install {package}")
+            raise LabUnavailableError(f"{tool} is not installed", hint=f"apt-get install {package}")
 
 
 @dataclass(frozen=True, slots=True)
 class Export:
     """A running daemon's export.
 
-    :ivar pids: the daemon's, and those of what stands between it and the storage.
+    :ivar pids: process IDs of the daemon and of the stages between daemon and storage.
     """
 
     socket: Path
     pids: tuple[int, ...]
 
     def cpu_seconds(self) -> float:
-        """What they have used so far, user and system (proc(5), ``/proc/PID/stat``)."""
+        """CPU time of all processes so far, user and system (proc(5), ``/proc/PID/stat``)."""
         ticks = 0
         for pid in self.pids:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -53,11 +56,12 @@ class Export:
 def exported(
     node: str, folder: Path, *, dek: Dek | None = None, below: Sequence[int] = ()
 ) -> Iterator[Export]:
-    """Export *node*, the storage daemon's ``--blockdev`` without its ``node-name``.
+    """Export a block node of a storage daemon over NBD.
 
-    :param folder: where the socket lies, in a folder of its own that only we may enter.
-    :param dek: what the secret object ``dek`` is, if *node* names it; it goes through a pipe.
-    :param below: the processes between the daemon and the storage.
+    :param node: the daemon's ``--blockdev`` argument without its ``node-name``.
+    :param folder: parent of a private folder for the socket.
+    :param dek: content of the secret object ``dek``, if named in *node*; passed through a pipe.
+    :param below: IDs of the processes between the daemon and the storage.
     :raise ToolError: When the daemon does not start.
     """
     with contextlib.ExitStack() as stack:
@@ -94,10 +98,10 @@ def _await(process: subprocess.Popen[bytes], path: Path, said: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What fio does.
+    """A load for fio.
 
     :ivar pattern: fio's ``rw``.
-    :ivar block: bytes a request.
+    :ivar block: bytes per request.
     """
 
     pattern: str
@@ -106,16 +110,19 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """:ivar cpu_seconds_per_gib: of the daemon, and of what stands below it."""
+    """Result of fio.
+
+    :ivar cpu_seconds_per_gib: CPU time of the daemon and of the stages below the daemon.
+    """
 
     bytes_per_second: float
     cpu_seconds_per_gib: float
 
 
 def drive(export: Export, load: Load, size: int, *, runtime: int | None) -> Throughput:
-    """Put *load* on the first *size* bytes of the export.
+    """Run *load* on the first *size* bytes of the export.
 
-    :param runtime: for so many seconds; default until each byte was written or read once.
+    :param runtime: duration in seconds; if ``None``, until each byte was written or read once.
     :raise ToolError: When fio fails.
     """
     limit = ["--time_based", f"--runtime={runtime}"] if runtime else []
@@ -130,6 +137,6 @@ def drive(export: Export, load: Load, size: int, *, runtime: int | None) -> Thro
         + [f"--size={size}", f"--iodepth={_DEPTH}", "--refill_buffers", "--norandommap", *limit]
     )
     used = export.cpu_seconds() - before
-    (job,) = json.loads(report[report.index("{") :])["jobs"]  # its nbd engine greets before the JSON
+    (job,) = json.loads(report[report.index("{") :])["jobs"]  # the nbd engine prints a line before the JSON
     side = job["write" if "write" in load.pattern else "read"]
     return Throughput(side["bw_bytes"], used / (side["io_bytes"] / (1 << 30)))

@@ -1,5 +1,5 @@
-"""The demo, a play in acts: guests on a private libvirt host, and what can be found out about their disks.
+"""The demo, a play in acts: guests on a private libvirt host, and an inspection of their disks.
 
-What it says was found out by looking: it reads the raw images, asks QEMU for its block graph and libvirt for
-its secrets, and fails if any of that is not as it should be.
+All printed results are observed: the demo reads the raw images, queries QEMU's block graph and libvirt's
+secrets, and fails on any unexpected result.
 """

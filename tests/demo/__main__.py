@@ -1,4 +1,4 @@
-"""Plays all acts; exits 1 when something is not as it should be."""
+"""Plays all acts; exits with status 1 on an unexpected result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def main() -> None:
         for note in getattr(exc, "__notes__", ()):
             print(note, file=sys.stderr)
         sys.exit(1)
-    print(f"\nAll as it should be, in {time.monotonic() - began:.0f} s. Nothing of the lab is left.")
+    print(f"\nAll results as expected, in {time.monotonic() - began:.0f} s. The lab was removed.")
 
 
 if __name__ == "__main__":

@@ -40,12 +40,12 @@ echo "verified $(ls *.md5 | wc -l) files"
 def play(stage: Stage) -> None:
     """Play the act.
 
-    :raise LabError: When something is not as it should be.
+    :raise LabError: On an unexpected result.
     """
     linux = acceleration.probe("linux-micro")
     with LabVault() as vault:
         administrator = ("-c", vault.administrator_path)
-        heading("A key vault, a key, and a disk encryption set that may use it")
+        heading("A key vault, a key, and a disk encryption set permitted to use the key")
         quote(f"(a vault was made by 'virt-sse vault init'; 'virt-sse vault serve' serves it at {vault.url})")
         stage.virt_sse("key", "create", "web", "--size", "3072", *administrator)
         operator = stage.host.root / "etc/virt-sse/identity-operator.json"
@@ -63,7 +63,7 @@ def play(stage: Stage) -> None:
             _take_the_key_away(stage, administrator)
             _give_it_back(stage, linux, administrator)
 
-        heading("Who used which key, on the host's record and the vault's")
+        heading("Key uses in the audit logs of the host and the vault")
         stage.virt_sse("audit", "list", "--limit", "3")
         stage.virt_sse("audit", "verify")
         stage.virt_sse("audit", "verify", "--log", vault.directory / "audit.jsonl")
@@ -88,22 +88,22 @@ def _rotate_under_a_guest(
 
 
 def _take_the_key_away(stage: Stage, administrator: tuple[str, Path]) -> None:
-    heading("The key is disabled: the guest is shut off, and does not come back")
+    heading("The key is disabled: the guest is shut off, and cannot be started")
     stage.virt_sse("key", "disable", "web", *administrator)
     began = time.monotonic()
     while stage.run("virsh", "domstate", "web").strip() != "shut off":
         if time.monotonic() - began > 30:
-            raise LabError("the guest runs on without its key")
+            raise LabError("the guest is still running without its key")
         time.sleep(0.05)
     quote(f"the guest was shut off after {time.monotonic() - began:.1f} s")
     refusal = stage.virsh("start", "web", succeeds=False)
     if "KeyDisabled" not in refusal:
-        raise LabError("the domain was refused, but not for that reason")
+        raise LabError("the domain was refused for another reason than the disabled key")
     stage.see_no_secret()
 
 
 def _give_it_back(stage: Stage, linux: acceleration.Acceleration, administrator: tuple[str, Path]) -> None:
-    heading("The key is enabled again: the guest starts, its data whole")
+    heading("The key is enabled again: the guest starts with its data intact")
     stage.virt_sse("key", "enable", "web", *administrator)
     guest = _guest(stage, linux)
     guest.define(_VERIFY)
@@ -111,4 +111,4 @@ def _give_it_back(stage: Stage, linux: acceleration.Acceleration, administrator:
     said = guest.wait_shutoff()
     quote(said)
     if "linux-micro: exit 0" not in said:
-        raise LabError("the guest's data is not whole")
+        raise LabError("the guest's data is damaged")

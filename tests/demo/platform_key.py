@@ -1,4 +1,4 @@
-"""Act one: guests boot from disks under the platform's key, and then the host is searched for their data."""
+"""Act one: guests boot from disks under the platform's key; then the host is searched for their data."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _KEYRING = "var/lib/virt-sse/platform-managed"
 def play(stage: Stage) -> None:
     """Play the act.
 
-    :raise LabError: When something is not as it should be.
+    :raise LabError: On an unexpected result.
     """
     host = stage.host
-    heading("How guests run on this machine")
+    heading("Acceleration of guests on this machine")
     boot_sector = acceleration.probe("boot-sector")
     linux = acceleration.probe("linux-micro")
     quote(f"{boot_sector}\n{linux}")
@@ -41,7 +41,7 @@ def play(stage: Stage) -> None:
     stage.virt_sse("host", "init")
     host.restart_libvirtd()
 
-    heading("Two encrypted disks: an operating system, encrypted on its way in, and an empty one")
+    heading("Two encrypted disks: an operating system, encrypted during import, and an empty disk")
     source = recipes.boot_sector_image(stays=True)
     stage.virt_sse("disk", "import", "system", source, *stage.at("system"))
     stage.virt_sse("disk", "create", "data", "--size", "64M", *stage.at("data"))
@@ -55,7 +55,7 @@ def play(stage: Stage) -> None:
     stage.virsh("destroy", "boots")
     stage.see_no_secret()
 
-    heading("A Linux guest makes a file system on the other and writes a text")
+    heading("A Linux guest makes a file system on the empty disk and writes a text")
     micro = recipes.linux_micro()
     writes = Guest(
         host, "writes", acceleration=linux, boot=micro, disks=[stage.virt_sse("disk", "xml", "data")]
@@ -67,7 +67,7 @@ def play(stage: Stage) -> None:
     quote(writes.wait_shutoff())
     stage.see_no_secret()
 
-    heading("What was found where")
+    heading("Results of the search")
     rows = [
         {"domain": "boots", **system, **_search(stage, "system", recipes.BOOT_SECTOR_TEXT)},
         {"domain": "writes", **data, **_search(stage, "data", _TEXT)},
@@ -81,7 +81,7 @@ def play(stage: Stage) -> None:
     keyring.rename(host.root / "elsewhere")
     refusal = stage.virsh("start", "boots", succeeds=False)
     if "keyring is missing" not in refusal:
-        raise LabError("the domain was refused, but not for that reason")
+        raise LabError("the domain was refused for another reason than the missing keyring")
     quote(f"$ mv elsewhere {keyring}")
     (host.root / "elsewhere").rename(keyring)
     stage.virsh("start", "boots")
@@ -90,7 +90,7 @@ def play(stage: Stage) -> None:
 
 
 def _look_inside(host: LabHost, domain: str) -> dict[str, str]:
-    """How libvirt really runs *domain*, and what QEMU says its first disk is made of."""
+    """The domain type according to libvirt, and the layers of the first disk according to QEMU."""
     with host.connect() as connection:
         root = parse_xml(connection.lookupByName(domain).XMLDesc(), kind="domain XML")
     command = json.dumps({"execute": "query-named-block-nodes"})
@@ -104,7 +104,7 @@ def _look_inside(host: LabHost, domain: str) -> dict[str, str]:
 
 
 def _search(stage: Stage, disk: str, text: bytes) -> dict[str, str]:
-    """Look for *text* with the key, in what an export gives, and without, in the image file itself."""
+    """Search for *text* with the key, in an export of the disk, and without the key, in the image file."""
     host = stage.host
     plain = host.directory / "plain"
     stage.virt_sse("disk", "export", disk, plain, "--format", "raw", "--plaintext")
@@ -112,7 +112,7 @@ def _search(stage: Stage, disk: str, text: bytes) -> dict[str, str]:
     plain.unlink()
     without = text in (host.images / f"{disk}.qcow2").read_bytes()
     if without or not with_key:
-        raise LabError(f"the text on disk {disk} was found without the key, or not found with it")
+        raise LabError(f"the text on disk {disk} was found without the key, or not found with the key")
     return {"text with the key": "found", "text in the raw image": "not found"}
 
 
@@ -122,7 +122,7 @@ def _draw(stage: Stage, node: str) -> None:
     print(f"""
     guest     /dev/vda, {disk["size"] >> 20} MiB, plaintext
       |
-    QEMU      {node}  <-- DEK, from an ephemeral libvirt secret that the hook sets
+    QEMU      {node}  <-- DEK, from an ephemeral libvirt secret set by the hook
       |       ciphertext
     image     LUKS header | envelope | encrypted clusters
                              |

@@ -11,9 +11,9 @@ from virt_sse.lab.guests import Guest
 def play(stage: Stage) -> None:
     """Play the act.
 
-    :raise LabError: When something is not as it should be.
+    :raise LabError: On an unexpected result.
     """
-    heading("A key in a token, and a set for double encryption under it")
+    heading("A key in a token, and a disk encryption set for double encryption with this key")
     stage.virt_sse("host", "hsm", "init")
     stage.virt_sse("host", "hsm", "create", "vital", "--size", "3072")
     two_layers = ("--encryption-type", "EncryptionAtRestWithPlatformAndCustomerKeys")
@@ -21,7 +21,7 @@ def play(stage: Stage) -> None:
     source = recipes.boot_sector_image(stays=True)
     stage.virt_sse("disk", "import", "books", source, "--des", "vital", *stage.at("books"))
 
-    heading("Encryption at host: a temporary disk, and a host cache that holds ciphertext")
+    heading("Encryption at host: a temporary disk, and a host cache holding ciphertext")
     disks = [stage.run("virt-sse", "disk", "xml", "books")]
     guest = Guest(stage.host, "books", acceleration=acceleration.probe("boot-sector"), disks=disks)
     guest.define()
@@ -30,11 +30,11 @@ def play(stage: Stage) -> None:
     stage.virsh("start", "books")
     quote(guest.wait_for("verified"))
 
-    heading("What really runs is what was asked for")
+    heading("The running domain matches the request")
     stage.virt_sse("vm", "verify", "books")
     stage.virsh("destroy", "books")
     stage.see_no_secret()
     left = list((stage.host.root / "run/virt-sse-disks").iterdir())
     if left:
-        raise LabError(f"a domain that has ended left {left[0]}")
-    quote("no process, no socket and no temporary disk is left of it")
+        raise LabError(f"the domain has ended but left {left[0]}")
+    quote("no process, socket or temporary disk is left after the domain's end")

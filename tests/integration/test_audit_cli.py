@@ -210,7 +210,7 @@ def test_a_command_whose_key_use_cannot_be_recorded_is_refused(
     for command in (("disk", "create", "db", "--size", "1M"), ("disk", "check", "web")):
         message = virt_sse.refuses(*command)
         assert "cannot write the audit log" in message
-        assert "hint: no key is used whose use cannot be recorded" in message
+        assert "hint: a key use that cannot be recorded is refused" in message
     virt_sse("disk", "list")
     assert images.files_below(root / "var/lib/libvirt/images") == ["web.qcow2"]
     assert backend.keys.in_use() == keys

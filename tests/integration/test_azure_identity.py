@@ -19,8 +19,8 @@ from customer_keys import RIGHTS, CustomerKeys
 from virt_sse.errors import KeyDeniedError, KeyProviderUnavailableError
 from virt_sse.lab.vaults import LabVault
 from virt_sse.model.keys import Dek, DekContext, KeyId, KeyState, WrappedDek
+from virt_sse.vault.home.certificates import new_authority
 from virt_sse.vault.home.layout import VaultDirectory
-from virt_sse.vault.http.certificates import new_authority
 from virt_sse.vault_client.credential import VaultCredential
 
 CONTEXT = DekContext(uuid.uuid4(), "service")
@@ -146,9 +146,7 @@ def test_no_token_for_another_resource_than_the_vault(keys: CustomerKeys, endpoi
         assert path.read_text("utf-8") != content
         vault.start()
         provider = keys.open_provider(**of_azure(vault, "managed-identity"))
-        with pytest.raises(
-            KeyProviderUnavailableError, match="asks for a token for something else than itself"
-        ):
+        with pytest.raises(KeyProviderUnavailableError, match="requests a token for a different resource"):
             provider.current_key(f"{vault.url}/keys/web")
     assert endpoint.resources == []
 
@@ -159,7 +157,7 @@ def test_a_vault_that_is_no_longer_named_gets_nothing(
     with socket.create_server(("127.0.0.1", 0)) as listening:
         url = f"https://127.0.0.1:{listening.getsockname()[1]}"
         provider = keys.open_provider(**of_azure(lab_vault, "managed-identity"))
-        with pytest.raises(KeyDeniedError, match=f"managed identity is not for the key vault {url}"):
+        with pytest.raises(KeyDeniedError, match=f"managed identity is not meant for the key vault {url}"):
             provider.current_key(f"{url}/keys/web")
         listening.settimeout(0.1)
         with pytest.raises(TimeoutError):

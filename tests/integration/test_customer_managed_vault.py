@@ -140,7 +140,7 @@ def test_only_unwrapping_is_granted(keys: CustomerKeys, disk: Disk) -> None:
 
 def test_a_disabled_identity(keys: CustomerKeys, disk: Disk) -> None:
     keys.administration.change_principal(disk.principal, enabled=False, expires=None)
-    no_token = f"vault refused the .*wrap: it gives no token to principal {disk.principal}"
+    no_token = f"vault refused the .*wrap: no token for principal {disk.principal}"
     disk.assert_refused(KeyState.DENIED, KeyDeniedError, no_token)
     keys.administration.change_principal(disk.principal, enabled=True, expires=None)
     disk.assert_usable()
@@ -148,22 +148,22 @@ def test_a_disabled_identity(keys: CustomerKeys, disk: Disk) -> None:
 
 def test_an_expired_identity(keys: CustomerKeys, disk: Disk) -> None:
     keys.administration.change_principal(disk.principal, enabled=True, expires=int(time.time()) - 1)
-    disk.assert_refused(KeyState.DENIED, KeyDeniedError, "it gives no token to principal")
+    disk.assert_refused(KeyState.DENIED, KeyDeniedError, "no token for principal")
     keys.administration.change_principal(disk.principal, enabled=True, expires=int(time.time()) + 3600)
     disk.assert_usable()
 
 
 def test_a_deleted_identity(keys: CustomerKeys, disk: Disk) -> None:
     keys.administration.delete_principal(disk.principal)
-    disk.assert_refused(KeyState.DENIED, KeyDeniedError, "it gives no token to principal")
+    disk.assert_refused(KeyState.DENIED, KeyDeniedError, "no token for principal")
     disk.provider = keys.open_provider(disk.identity)  # nor to one who never had a token
-    disk.assert_refused(KeyState.DENIED, KeyDeniedError, "it gives no token to principal")
+    disk.assert_refused(KeyState.DENIED, KeyDeniedError, "no token for principal")
 
 
 def test_rotation_is_the_administrators_unless_granted(keys: CustomerKeys, disk: Disk) -> None:
     with pytest.raises(KeyDeniedError, match=r"refused the rotation \(403 ForbiddenByPolicy\)") as caught:
         disk.provider.rotate(disk.name)
-    assert "administrator rotates it" in str(caught.value.hint)
+    assert "task of the key's administrator" in str(caught.value.hint)
     assert disk.provider.current_key(disk.name) == disk.key
     keys.administration.grant(disk.principal, [Permission.ROTATE])
     rotated = disk.provider.rotate(disk.name)

@@ -248,7 +248,7 @@ def test_what_makes_no_sense_is_refused(host: Backend, keys: CustomerKeys, root:
             host.sets.create("set", provider="customer-managed", key=wrong)
     with pytest.raises(ConfigError, match="no key provider named"):
         host.sets.create("set", provider="nobody", key=key)
-    with pytest.raises(InvalidValueError, match="no disk name"):
+    with pytest.raises(InvalidValueError, match="invalid disk name"):
         host.sets.create("a/b", provider="customer-managed", key=key)
     with pytest.raises(InvalidValueError, match="grace time"):
         host.sets.create("set", provider="customer-managed", key=key, grace_seconds=-1)

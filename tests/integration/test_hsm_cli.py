@@ -127,7 +127,7 @@ def test_wrong_pins_lock_it_until_it_is_unlocked(hsm: CommandLine) -> None:
     for _ in range(3):
         refused = with_pin(hsm, b"4711-wrong\n", "host", "hsm", "list")
         assert refused.returncode == 1
-        assert "says that the PIN is wrong" in refused.stderr
+        assert "rejected the PIN as wrong" in refused.stderr
         assert "4711" not in refused.stdout + refused.stderr
     assert "locked after 3 wrong PINs" in with_pin(hsm, right, "host", "hsm", "list").stderr
     assert "'virt-sse host hsm unlock'" in hsm.refuses("host", "hsm", "list")

@@ -230,7 +230,7 @@ def test_a_key_that_cannot_be_used_is_no_pass_and_the_platforms_disks_cost_nothi
     keyring = backend.host.config.key_provider("platform-managed").directory
     keyring.rename(root / "away")
     with Backend.open(root) as again:
-        with pytest.raises(PolicyError, match="cannot see whether it has in-guest encryption"):
+        with pytest.raises(PolicyError, match="cannot inspect the disk for in-guest encryption"):
             again.sets.move_disk("one", "web")
         with pytest.raises(KeyringError):
             again.inspector.disk(again.disks.get("one"))
@@ -290,7 +290,7 @@ def test_a_running_guest_is_looked_at(
             backend.vms.update(name, at_host)
         guest.undefine()
         backend.vms.update(guest_without.name, at_host)
-        with pytest.raises(PolicyError, match=r"'t\w+' does not go with encryption at host: .* LUKS2"):
+        with pytest.raises(PolicyError, match=r"'t\w+' is incompatible with encryption at host: .* LUKS2"):
             backend.hotplug.attach(name, guest_without.name)
 
 

@@ -205,7 +205,7 @@ def test_nothing_is_left_on_the_machine(base: Path) -> None:
     assert machine() == before
     assert list(base.iterdir()) == []
     assert processes_of(directory) == []
-    with pytest.raises(LabError, match="lab host traceless does not run"):
+    with pytest.raises(LabError, match="lab host traceless is not running"):
         host.run(["true"])
 
 

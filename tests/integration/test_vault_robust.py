@@ -251,7 +251,7 @@ def test_a_vault_ends_with_its_owner() -> None:
 
 def test_a_lab_vault_that_cannot_start_says_why() -> None:
     with served() as vault:
-        with pytest.raises(LabError, match="runs already"):
+        with pytest.raises(LabError, match="already running"):
             vault.start()
         vault.stop()
         (vault.directory / "root.key").chmod(0o644)
@@ -275,7 +275,7 @@ def test_a_dead_vault_says_nothing_about_keys() -> None:
 def test_a_certificate_of_another_authority_is_not_trusted(lab_vault: LabVault) -> None:
     with served() as other:
         file = VaultCredential(lab_vault.administrator_path).file
-        fields = {name: getattr(file, name) for name in type(file).__dataclass_fields__}
+        fields = {name: getattr(file, name) for name in type(file).__struct_fields__}
         stranger = type(file)(**fields | {"ca_certificate": other.ca_path.read_text()})
     with pytest.raises(KeyProviderUnavailableError, match="not trusted"):
         VaultCredential(stranger).token()

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from virt_sse.config import Config
+from virt_sse.config import AgentConfig, Config, IoErrors, PlaintextPolicy
 from virt_sse.errors import ConfigError
+from virt_sse.model.ciphers import AES_256_XTS
 
 
 def write(root: Path, content: str | bytes) -> Path:
@@ -83,6 +85,26 @@ def test_libvirts_own_variable_comes_before_the_file(tmp_path: Path, monkeypatch
         ("[plugins]\nrequired = [1]\n", "list of names"),
         ("key-providers = ['vault']\n", "must be a table"),
         ("[key-providers]\nvault = 'https://vault'\n", "one table per provider"),
+        ("[disks]\nio-errors = 'ignore'\n", r"'io-errors' in \[disks\] must be one of 'pause', 'report'"),
+        ("[disks]\nreconnect-seconds = 3601\n", r"'reconnect-seconds' in \[disks\] .* from 1 to 3600"),
+        (
+            "[disks]\ninfrastructure-cipher = 'rot13'\n",
+            r"'infrastructure-cipher' in \[disks\]: unknown cipher",
+        ),
+        ("[encryption-sets]\nlimit = -1\n", r"'limit' in \[encryption-sets\] must be a number"),
+        ("[[store]]\nurl = 'x'\n", "'store' must be a table"),
+        ("regoin = 'west'\n", r"unknown table \[regoin\]"),
+        (f"[agent]\ntimeout = {'9' * 400}\n", r"'timeout' in \[agent\] must be a number of seconds above 0"),
+        (f"[encryption-sets]\nlimit = {'9' * 400}\n", r"'limit' in \[encryption-sets\] must be a number"),
+        (
+            f"[key-providers.hsm]\nslot = {'9' * 400}\n",
+            r"'hsm.slot' in \[key-providers\]: .* out of the range",
+        ),
+        (f"[store]\nurl = {'9' * 5000}\n", "cannot read"),
+        (f"[store]\nurl = {'[' * 5000}{']' * 5000}\n", "nested too deeply"),
+        (f"[key-providers.hsm]\na{'.a' * 5000} = 1\n", "nested too deeply"),
+        ('[store]\nurl = "\\ud800"\n', "cannot read"),
+        (b"[store]\nurl = '\xed\xa0\x80'\n", "cannot read"),
     ],
 )
 def test_what_makes_no_sense_is_refused(tmp_path: Path, content: str | bytes, message: str) -> None:
@@ -90,6 +112,108 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, content: str | bytes, me
     with pytest.raises(ConfigError, match=message) as caught:
         Config.load(tmp_path)
     assert str(path) in str(caught.value)
+
+
+OPTIONS = {
+    "store": {"url": "'sqlite:////x'"},
+    "libvirt": {"uri": "'qemu:///session'"},
+    "disks": {
+        "directory": "'/x'",
+        "infrastructure-cipher": "'aes-256-xts'",
+        "io-errors": "'report'",
+        "reconnect-seconds": "3600",
+    },
+    "plugins": {"required": "['a', 'b']"},
+    "host": {"subscription": "'s'", "region": "'r'", "storage-user": "'64055'"},
+    "encryption-sets": {"limit": "0", "operator-credential": "'/c'"},
+    "policy": {"tables": "'/t'", "enforce": "false"},
+    "agent": {
+        "timeout": "1",
+        "poll-seconds": "0.5",
+        "probe-seconds": "1e3",
+        "rotation-seconds": "7",
+        "plaintext": "'pause'",
+    },
+}
+ALL = [(table, option) for table, options in OPTIONS.items() for option in options]
+VALUES = {
+    "string": "'x'",
+    "empty string": "''",
+    "integer": "5",
+    "zero": "0",
+    "negative": "-5",
+    "float": "1.5",
+    "infinite": "inf",
+    "true": "true",
+    "date": "2026-01-31",
+    "time": "12:00:00",
+    "list": "[1]",
+    "list of strings": "['x']",
+    "empty list": "[]",
+    "table": "{x = 1}",
+    "empty table": "{}",
+}
+TEXT, NUMBER, SECONDS = {"string", "empty string"}, {"integer", "zero"}, {"integer", "float"}
+VALID = {
+    "infrastructure-cipher": {"empty string"},
+    "io-errors": {"empty string"},
+    "reconnect-seconds": {"integer"},
+    "required": {"list of strings", "empty list"},
+    "limit": NUMBER,
+    "enforce": {"true"},
+    "timeout": SECONDS,
+    "poll-seconds": SECONDS,
+    "probe-seconds": SECONDS,
+    "rotation-seconds": SECONDS,
+    "plaintext": set(),
+}
+
+
+def test_every_option_is_accepted(tmp_path: Path) -> None:
+    lines = []
+    for table, options in OPTIONS.items():
+        lines += [f"[{table}]", *(f"{option} = {value}" for option, value in options.items())]
+    write(tmp_path, "\r\n".join(lines))
+    assert Config.load(tmp_path) == Config(
+        root=tmp_path,
+        store_url="sqlite:////x",
+        libvirt_uri="qemu:///session",
+        disk_directory=Path("/x"),
+        operator_credential=Path("/c"),
+        infrastructure_cipher=AES_256_XTS,
+        io_errors=IoErrors.REPORT,
+        reconnect_seconds=3600,
+        storage_user="64055",
+        subscription="s",
+        region="r",
+        encryption_set_limit=0,
+        policy_tables=Path("/t"),
+        enforce_policy=False,
+        required_plugins=("a", "b"),
+        agent=AgentConfig(1.0, 0.5, 1000.0, 7.0, PlaintextPolicy.PAUSE),
+    )
+
+
+@pytest.mark.parametrize(("table", "option"), ALL)
+def test_a_value_of_another_type_is_refused(tmp_path: Path, table: str, option: str) -> None:
+    path = write(tmp_path, "")
+    for name, value in VALUES.items():
+        path.write_text(f"[{table}]\n{option} = {value}\n")
+        if name in VALID.get(option, TEXT):
+            Config.load(tmp_path)
+            continue
+        with pytest.raises(ConfigError) as caught:
+            Config.load(tmp_path)
+        assert str(caught.value).startswith(f"{path}: '{option}' in [{table}]")
+
+
+def test_a_key_providers_table_is_passed_on_unchanged(tmp_path: Path) -> None:
+    options = ", ".join(
+        f"o{number} = {value}" for number, value in enumerate(VALUES.values()) if value != "inf"
+    )
+    write(tmp_path, f"key-providers.any = {{{options}}}\n")
+    found = Config.load(tmp_path).key_provider("any").options
+    assert dict(found) == tomllib.loads(f"x = {{{options}}}")["x"]
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""The audit log: every use of a key, chained record by record."""
+"""The audit log: every use of a key, in a hash chain of records."""

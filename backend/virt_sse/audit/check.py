@@ -1,4 +1,4 @@
-"""Whether an audit log is whole."""
+"""Verification of an audit log."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from virt_sse.audit.record import GENESIS, LOST_HEAD, AuditEntry, Position, reco
 
 
 class Line(NamedTuple):
-    """A line of the log and where it stands; the first of a file is number 1.
+    """A line of the log and its position.
 
-    :ivar text: with its newline, unless the file ends before, or the line is far too long.
+    :ivar number: line number within its file, from 1.
+    :ivar text: ends with a newline, unless the file ends earlier or the line is far too long.
     """
 
     path: Path
@@ -24,9 +25,9 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Break:
-    """The first place where a log is not what was written.
+    """The first place where a log differs from the written records.
 
-    :ivar seq: the number of the record that should stand there.
+    :ivar seq: number of the record expected there.
     """
 
     path: Path
@@ -40,13 +41,13 @@ class Break:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What was found.
+    """Result of a verification.
 
-    :ivar newest: the last record that is whole, up to the break if there is one; its number is their count.
-    :ivar authentic: whether their MACs were checked, too, which takes the log's key.
-    :ivar beyond_head: how many are newer than the head says: while they are being written, or after a kill.
-    :ivar torn: whether the end is a torn record, which the next writer will see to.
-    :ivar broken: ``None`` when the log is whole.
+    :ivar newest: the last valid record, before the break if any; its number is the count of valid records.
+    :ivar authentic: whether the MACs were checked, too; the check needs the log's key.
+    :ivar beyond_head: number of records newer than the head: records being written, or written before a kill.
+    :ivar torn: whether the log ends with a torn record; the next writer repairs the end.
+    :ivar broken: ``None`` when the log is intact.
     """
 
     newest: Position
@@ -59,11 +60,11 @@ class VerifyReport:
 def check(
     path: Path, lines: Iterable[Line], *, head: Position, anchor: Position | None, key: bytes | None
 ) -> VerifyReport:
-    """Follow the chain through all of *lines*, oldest first.
+    """Follow the chain through all *lines*, oldest first.
 
-    :param path: the file of the newest.
-    :param anchor: a record that was there once.
-    :param key: checks the MACs, too.
+    :param path: file of the newest records.
+    :param anchor: position of a record known to have been in the log.
+    :param key: if given, the MACs are checked, too.
     """
     newest, last, torn = GENESIS, Line(path, 0, b""), False
     known = [head, *([anchor] if anchor else [])]
@@ -74,14 +75,14 @@ def check(
 
     for line in lines:
         if torn:
-            return report("it is no record")
+            return report("not a record")
         last = line
         try:
             newest = _follow(newest, line, known, key)
         except ValueError as exc:
             if line.text.endswith(b"\n"):
                 return report(str(exc))
-            torn = True  # if it is the last
+            torn = True  # valid only for the last line
     if (seq := max(known).seq) > newest.seq:
         if last.path != path or not torn:
             last = Line(path, last.number + 1 if last.path == path else 1, b"")
@@ -92,7 +93,7 @@ def check(
 def _follow(newest: Position, line: Line, known: Sequence[Position], key: bytes | None) -> Position:
     """The position of the record in *line*.
 
-    :raise ValueError: When it is not the one that follows *newest*; says why.
+    :raise ValueError: When the record does not follow *newest*; the message gives the reason.
     """
     entry = AuditEntry.parse(line.text.removesuffix(b"\n"))
     if key is not None and not hmac.compare_digest(entry.mac, record_mac(key, entry.position)):
@@ -101,13 +102,13 @@ def _follow(newest: Position, line: Line, known: Sequence[Position], key: bytes 
     if entry.seq > expected:
         raise ValueError(_missing(expected, entry.seq - 1))
     if entry.seq < expected:
-        raise ValueError(f"record {entry.seq} stands where record {expected} should")
+        raise ValueError(f"found record {entry.seq} in place of record {expected}")
     if entry.previous != newest.hash:
         raise ValueError(f"record {entry.seq} does not follow the record before it")
     if any(entry.seq == seq and entry.hash != hash_ for seq, hash_ in known):
-        raise ValueError(f"record {entry.seq} is not the one that was written")
+        raise ValueError(f"record {entry.seq} differs from the record that was written")
     if entry.document["action"] == LOST_HEAD:
-        raise ValueError("the log's head was lost here, and perhaps records before this one")
+        raise ValueError("the log's head was lost here, and earlier records may be lost, too")
     return entry.position
 
 

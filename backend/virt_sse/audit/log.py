@@ -1,21 +1,26 @@
-"""The audit log: every key use, allowed or refused, in files that show when they were tampered with.
+"""The audit log: every key use, allowed or refused, in tamper-evident files.
 
-``audit.jsonl`` holds one record a line; at 64 MiB it becomes ``audit-0001.jsonl`` and so on. Each record has
-the hash of the one before, also across files, and a MAC under ``audit.key``. ``audit.head`` beside them names
-the newest record, because the end of a chain does not show what followed it.
+``audit.jsonl`` holds one record per line. At 64 MiB, the file is renamed to ``audit-0001.jsonl`` and so on.
+Each record contains the hash of the previous record, also across files, and a MAC under ``audit.key``. The
+file ``audit.head`` names the newest record, because a chain alone does not reveal a truncated end.
 
-A key use that cannot be recorded is refused: :meth:`AuditLog.append` returns when the record is durable, and
-only then a DEK is handed out. A full disk therefore keeps domains from starting; those that run, run on.
+A key use that cannot be recorded is refused: :meth:`AuditLog.append` returns once the record is durable, and
+only then is a DEK handed out. A full disk therefore prevents domains from starting; running domains continue.
 
-What is found, and what is not. Whoever changes records, or adds, removes or moves some, is found by the
-chain; who cuts off the end, by the head; who computes the hashes anew, by the MACs, unless he has the key. On
-a host it lies apart from the log, so that an archive, or a log shipper's access, is not enough. Bringing back
-an older state of all files, head included, takes no key; and root on this machine has the key and can write
-another past. Against both helps what is not here: note now and then, elsewhere, the position that ``virt-sse
-audit verify`` prints, and hold the log against it with ``--anchor``. The records of a key vault on another
-machine match ours by their correlation id. Root can also use a key without virt-sse: only the vault sees it.
+Tampering and its detection:
 
-To begin a new log, move all files of the old one away, and its key with them.
+- The chain reveals changed, added, removed or moved records.
+- The head reveals a truncated end.
+- The MACs reveal recomputed hashes, unless the attacker has the key. On a host the key is stored apart from
+  the log: access to an archive or to shipped logs is not enough.
+- Not detected: restoring an older state of all files, including the head. No key is needed for this.
+- Not detected: records rewritten by root on this machine, because root can read the key.
+
+Against the last two, note regularly and elsewhere the position printed by ``virt-sse audit verify``, and
+compare the log with ``--anchor``. The records of a key vault on another machine match these records by
+correlation id. Root can also use a key without virt-sse; only the vault's log shows such a use.
+
+To begin a new log, move all files of the old log away, including its key.
 """
 
 from __future__ import annotations
@@ -61,15 +66,15 @@ _KEY_BYTES = 32
 _LONGEST_LINE = 1 << 20
 _POLL_SECONDS = 0.2
 _HEAD = re.compile(rb"(\d{20}) ([0-9a-f]{64}) ([0-9a-f]{64})\n")
-"""Always of one size, so that one write within a sector replaces it."""
+"""Fixed size: a single write within one sector replaces the head."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Snapshot:
-    """The log at one moment.
+    """State of the log at one moment.
 
-    :ivar head: ``None`` when there is none, or not one of ours.
-    :ivar size: of the newest file.
+    :ivar head: ``None`` when the head is missing or invalid.
+    :ivar size: size of the newest file, in bytes.
     """
 
     key: bytes | None = field(repr=False)
@@ -88,7 +93,7 @@ class _Snapshot:
             yield from _lines(Path(self.newest.name), self.newest, self.size)
 
     def last(self, count: int) -> list[AuditEntry]:
-        """The newest *count* lines, oldest first, without what is no record."""
+        """Records in the newest *count* lines, oldest first; lines without a valid record are left out."""
         lines = _tail(self.newest.fileno(), self.size, count)[:-1] if self.newest else []
         for path in reversed(self.rolled):
             if (missing := count - len(lines)) <= 0:
@@ -99,10 +104,12 @@ class _Snapshot:
 
 
 class AuditLog:
-    """The log whose newest records are in the file *path*. Many threads and processes may append at once.
+    """An audit log. Many threads and processes may append concurrently.
 
-    :param key: the file with the MACs' key, made at the first append; default ``audit.key`` beside the log.
-    :param roll_size: with this many bytes in a file, the next record begins a new one.
+    :param path: file of the newest records.
+    :param key: file with the key of the MACs, made at the first append; by default ``audit.key`` beside the
+        log.
+    :param roll_size: size in bytes of a full file; the next record begins a new file.
     """
 
     def __init__(self, path: Path, *, key: Path | None = None, roll_size: int = 64 << 20) -> None:
@@ -113,11 +120,11 @@ class AuditLog:
 
     @classmethod
     def of_host(cls, config: Config) -> Self:
-        """The log of this host's key uses. Its key lies with the state, apart from it."""
+        """The log of this host's key uses. Its key is stored in the state directory, apart from the log."""
         return cls(config.log_directory / "audit.jsonl", key=config.state_directory / "audit.key")
 
     def files(self) -> list[Path]:
-        """The files of the log that there are, oldest first."""
+        """Existing files of the log, oldest first."""
         pattern = re.compile(rf"{re.escape(self.path.stem)}-(\d{{4,}}){re.escape(self.path.suffix)}")
         folder = self.path.parent
         found = {int(match[1]): match[0] for name in _names(folder) if (match := pattern.fullmatch(name))}
@@ -127,14 +134,14 @@ class AuditLog:
     # Writing
 
     def append(self, record: AuditRecord) -> int:
-        """Add *record*, durably; its number.
+        """Add *record* durably, and return its number.
 
-        :raise AuditError: When that cannot be done. What the record is about must not be done then.
+        :raise AuditError: When the record cannot be written. The caller must then refuse the recorded action.
         """
         try:
             private_folder(self.path.parent)
             with _opened(self._head_path, os.O_RDWR | os.O_CREAT) as head:
-                fcntl.flock(head, fcntl.LOCK_EX)  # the head's lock is that of the whole log
+                fcntl.flock(head, fcntl.LOCK_EX)  # the head's lock protects the whole log
                 key, newest = self._begin(head)
                 self._roll_if_full()
                 with _opened(self.path, os.O_RDWR | os.O_CREAT) as file:
@@ -148,14 +155,14 @@ class AuditLog:
         except OSError as exc:
             raise AuditError(
                 f"cannot write the audit log {self.path}: {exc.strerror}",
-                hint="no key is used whose use cannot be recorded",
+                hint="a key use that cannot be recorded is refused",
             ) from exc
         return written.seq
 
     def _begin(self, head: int) -> tuple[bytes, Position | None]:
-        """The key, and the newest record as the head has it; ``None`` when the head was lost.
+        """The key, and the newest record according to the head; ``None`` when the head was lost.
 
-        The key is the last that a new log gets: what lacks beside it was lost.
+        The key is the last file to be made for a new log: if the key exists, any other missing file was lost.
         """
         if (key := self._read_key()) is None:
             key = secrets.token_bytes(_KEY_BYTES)
@@ -167,22 +174,22 @@ class AuditLog:
         return key, _read_head(head, key)
 
     def _roll_if_full(self) -> None:
-        """Begin a new file when the newest is large enough, but not on a torn record."""
+        """Begin a new file when the newest is full, unless the newest ends with a torn record."""
         with contextlib.suppress(FileNotFoundError), _opened(self.path, os.O_RDONLY) as file:
             size = os.fstat(file).st_size
             if size >= self._roll_size and os.pread(file, 1, size - 1) == b"\n":
-                os.fdatasync(file)  # else the next file could be durable before this one
+                os.fdatasync(file)  # otherwise the next file could become durable before this file
                 *_, last = [self.path.with_stem(f"{self.path.stem}-0000"), *self.files()[:-1]]
                 number = int(last.stem.rpartition("-")[2]) + 1
                 self.path.rename(self.path.with_stem(f"{self.path.stem}-{number:04}"))
 
     def _write(self, file: int, record: AuditRecord, head: Position | None, key: bytes) -> Position:
-        """Write *record* behind the last one, and before it what there is to say of the log itself."""
+        """Write *record* after the last record, preceded by notes about the log itself, if any."""
         size = os.fstat(file).st_size
         *complete, fragment = _tail(file, size, 1)
         start, lines, notes = size, b"", []
         last = _position(complete)
-        if whole := _position([fragment]):  # all but its newline
+        if whole := _position([fragment]):  # only the newline is missing
             last, lines, fragment = whole, b"\n", b""
         elif fragment:
             start -= len(fragment)
@@ -191,15 +198,15 @@ class AuditLog:
             with _opened(rolled[-1], os.O_RDONLY) as before:
                 last = _position(_tail(before, os.fstat(before).st_size, 1)[:-1])
         if head is None:
-            notes.append(note(record, LOST_HEAD, f"{self._head_path.name} was missing, or not ours"))
-        # After a kill, records are ahead of the head. Where they are behind it, some were taken away: the
-        # chain goes on from the head then, so that the gap stays to be seen.
+            notes.append(note(record, LOST_HEAD, f"{self._head_path.name} was missing or invalid"))
+        # After a kill, records are ahead of the head. Records behind the head mean removed records: the
+        # chain then continues from the head, and the gap stays visible.
         position = max(head or GENESIS, last or GENESIS, key=lambda position: position.seq)
         for fields in (*notes, record.as_json()):
             line, position = seal(fields, position, key)
             lines += line
         try:
-            write_at(file, lines, start)  # over the fragment, which is in these lines
+            write_at(file, lines, start)  # overwrites the fragment, contained in these lines
         except OSError:
             write_at(file, fragment, start)
             os.ftruncate(file, start + len(fragment))
@@ -211,16 +218,16 @@ class AuditLog:
     # Reading
 
     def verify(self, anchor: Position | None = None) -> VerifyReport:
-        """See whether the log is whole, line by line. Writers go on meanwhile.
+        """Verify the log line by line. Does not block writers.
 
-        :param anchor: the newest record at an earlier time, noted elsewhere.
+        :param anchor: position of the newest record at an earlier time, noted elsewhere.
         :raise AuditError: When the log cannot be read.
         """
         with self._snapshot() as snapshot:
             head = snapshot.head or GENESIS
             report = check(self.path, snapshot.lines(), head=head, anchor=anchor, key=snapshot.key)
             if not snapshot.head and not report.broken and (snapshot.key or report.newest.seq):
-                reason = "the log's head is missing, or not ours"
+                reason = "the log's head is missing or invalid"
                 broken = Break(self._head_path, 1, report.newest.seq + 1, reason)
                 return replace(report, broken=broken)
             return report
@@ -234,9 +241,9 @@ class AuditLog:
         result: Result | None = None,
         correlation: UUID | None = None,
     ) -> Iterator[AuditEntry]:
-        """The records that are all that is asked for, oldest first; what is no record is logged.
+        """Records matching all given filters, oldest first; a line without a valid record is logged.
 
-        :param key: as in a record, without its version or with it behind ``:`` or ``/``.
+        :param key: as in a record, with or without the version after ``:`` or ``/``.
         :raise AuditError: When the log cannot be read.
         """
         exactly = {
@@ -248,7 +255,7 @@ class AuditLog:
         with self._snapshot() as snapshot:
             for line in snapshot.lines():
                 if not (entry := _entry(line.text.removesuffix(b"\n"))):
-                    _log.warning("%s, line %d: it is no record, or was altered", line.path, line.number)
+                    _log.warning("%s, line %d: not a record, or altered", line.path, line.number)
                 elif (
                     wanted <= entry.document.items()
                     and (key is None or entry.is_of_key(key))
@@ -259,7 +266,7 @@ class AuditLog:
     def tail(self, count: int, *, follow: bool = False) -> Iterator[AuditEntry]:
         """The newest *count* records, oldest first.
 
-        :param follow: then wait for more, without end.
+        :param follow: then wait for new records, endlessly.
         :raise AuditError: When the log cannot be read.
         """
         seen = 0
@@ -279,7 +286,10 @@ class AuditLog:
 
     @contextlib.contextmanager
     def _snapshot(self) -> Iterator[_Snapshot]:
-        """:raise AuditError: When a file cannot be read, also later on."""
+        """Context of a consistent view of the log.
+
+        :raise AuditError: When a file cannot be read, at any time within the context.
+        """
         try:
             with contextlib.ExitStack() as opened:
                 head, key = None, self._read_key()
@@ -322,7 +332,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _read_head(head: int, key: bytes | None) -> Position | None:
-    """What the head says; ``None`` when that is nothing, or not written with *key*."""
+    """The head's position; ``None`` when the head is empty, malformed or not written with *key*."""
     if not (match := _HEAD.fullmatch(os.pread(head, 200, 0))):
         return None
     position = Position(int(match[1]), match[2].decode())
@@ -344,7 +354,7 @@ def _lines(path: Path, file: BinaryIO, size: int) -> Iterator[Line]:
 
 
 def _tail(file: int, size: int, count: int) -> list[bytes]:
-    """The last *count* complete lines of the first *size* bytes, then what follows them; without newlines."""
+    """The last *count* complete lines of the first *size* bytes, then the remainder; without newlines."""
     window = 1024 * (count + 1)
     while True:
         start = max(0, size - window)
@@ -363,6 +373,6 @@ def _entry(line: bytes) -> AuditEntry | None:
 
 
 def _position(lines: list[bytes]) -> Position | None:
-    """Of the last of *lines*, if it is a record."""
+    """Position of the record in the last of *lines*, if valid."""
     entry = _entry(lines[-1]) if lines else None
     return entry.position if entry else None

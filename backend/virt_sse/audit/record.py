@@ -1,4 +1,4 @@
-"""What the audit log holds: one record per key use, and how it lies in a line."""
+"""Records of the audit log, one per key use, and their line format."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from typing import NamedTuple, Self
 from uuid import UUID
 
 LOST_HEAD = "lost-head"
-"""The action of the log's own record that its head was lost, so that records before it may be."""
+"""Action of the log's own record about a lost head; earlier records may be lost, too."""
 
 TORN_RECORD = "torn-record"
-"""The action of the log's own record that holds what a killed writer left of one."""
+"""Action of the log's own record with the remains of a torn record, left by a killed writer."""
 
 _FORMAT = 1
 _LONGEST_TEXT = 2000
-"""Of a field, in characters: callers choose some of them, and must not fill the disk."""
+"""Maximum length of a field in characters: callers choose some fields, and must not fill the disk."""
 
 _SEAL = re.compile(rb',"hash":"([0-9a-f]{64})","mac":"([0-9a-f]{64})"\}')
 _SEAL_LENGTH = len(b',"hash":"","mac":""}') + 2 * 64
 
 
 class Component(enum.Enum):
-    """Which part of virt-sse a record is from."""
+    """Part of virt-sse that wrote a record."""
 
     HOST = "host"
     AGENT = "agent"
@@ -41,7 +41,7 @@ class Component(enum.Enum):
 
 
 class Result(enum.Enum):
-    """What became of it. ``REQUESTED`` goes before what cannot be taken back, e.g. a rotation."""
+    """Result of an action. ``REQUESTED`` is recorded before an irreversible action, e.g. a rotation."""
 
     REQUESTED = "requested"
     ALLOWED = "allowed"
@@ -50,14 +50,14 @@ class Result(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditRecord:
-    """One use of a key. Holds no key material, and neither may any of its texts.
+    """One use of a key. No field may contain key material.
 
-    :ivar actor: who: see :func:`process_actor` for the host, the principal's id for the vault.
+    :ivar actor: see :func:`process_actor` for the host; the principal's id for the vault.
     :ivar action: ``wrap``, ``unwrap``, ``rotate``, …
     :ivar key: ``provider:name``, or a key vault's URL of the key without its version.
-    :ivar source: from where: the host's name, or the client's address.
-    :ivar correlation: the same in the host's and in the vault's record of one use.
-    :ivar time: UTC, kept in milliseconds.
+    :ivar source: the host's name, or the client's address.
+    :ivar correlation: shared by the host's and the vault's record of the same use.
+    :ivar time: UTC, in milliseconds.
     """
 
     component: Component
@@ -75,7 +75,7 @@ class AuditRecord:
     time: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def as_json(self) -> dict[str, object]:
-        """The record as the log has it; texts that are too long are cut off."""
+        """The record's fields as written to the log; long texts are truncated."""
         return {
             "time": self.time.astimezone(UTC).isoformat(timespec="milliseconds"),
             "component": self.component.value,
@@ -107,16 +107,16 @@ class Position(NamedTuple):
 
 
 GENESIS = Position(0, "0" * 64)
-"""What the first record follows."""
+"""Predecessor of the first record."""
 
 
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
-    """A record in its line of the log.
+    """A record as read from a line of the log.
 
     :ivar seq: counts from 1, across files.
-    :ivar previous: the hash of the record before.
-    :ivar hash: SHA-256 (hex) of the line up to the hash, so of *previous* as well.
+    :ivar previous: hash of the previous record.
+    :ivar hash: SHA-256 (hex) of the line up to the hash, including *previous*.
     :ivar mac: HMAC-SHA256 (hex) of the hash, under the log's key.
     """
 
@@ -128,13 +128,14 @@ class AuditEntry:
 
     @classmethod
     def parse(cls, line: bytes) -> Self:
-        """The entry in *line*, which ends without a newline.
+        """Parse a line.
 
-        :raise ValueError: When it is none, or was altered; the message says which.
+        :param line: a line without its newline.
+        :raise ValueError: When *line* is not a record, or was altered; the message tells the reason.
         """
         content, seal = line[:-_SEAL_LENGTH], _SEAL.fullmatch(line, max(0, len(line) - _SEAL_LENGTH))
         if not seal:
-            raise ValueError("it is no record")
+            raise ValueError("not a record")
         found = seal[1].decode()
         if hashlib.sha256(content).hexdigest() != found:
             raise ValueError("the record was altered")
@@ -142,9 +143,9 @@ class AuditEntry:
             document = json.loads(content + b"}")
             form, seq, previous = (document.pop(name) for name in ("format", "seq", "previous"))
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as exc:
-            raise ValueError("it is no record") from exc
+            raise ValueError("not a record") from exc
         if form != _FORMAT or not isinstance(seq, int) or document.keys() != _FIELDS:
-            raise ValueError("it is no record that this version knows")
+            raise ValueError("unknown format of a record")
         return cls(seq, previous, found, seal[2].decode(), document)
 
     @property
@@ -156,18 +157,18 @@ class AuditEntry:
         return datetime.fromisoformat(self.document["time"] or "")
 
     def is_of_key(self, key: str) -> bool:
-        """Whether *key* is the record's, without its version or with it behind ``:`` or ``/``."""
+        """Whether *key* is the record's key, with or without the version after ``:`` or ``/``."""
         name, version = self.document["key"], self.document["key-version"]
         return key in (name, f"{name}:{version}", f"{name}/{version}")
 
     def as_json(self) -> dict[str, object]:
-        """What the line holds."""
+        """All fields of the line."""
         chain = {"previous": self.previous, "hash": self.hash, "mac": self.mac}
         return {"seq": self.seq, **self.document, **chain}
 
     @property
     def record(self) -> AuditRecord:
-        """The record, as it was appended."""
+        """The record as appended."""
         text = self.document
         return AuditRecord(
             time=self.time,
@@ -187,7 +188,7 @@ class AuditEntry:
 
 
 def note(record: AuditRecord, action: str, reason: str) -> dict[str, object]:
-    """What the log says of itself, written with *record*; *reason* is kept in full."""
+    """Fields of a record about the log itself, written along with *record*; *reason* is not truncated."""
     about = AuditRecord(
         component=record.component,
         actor=record.actor,
@@ -202,7 +203,7 @@ def note(record: AuditRecord, action: str, reason: str) -> dict[str, object]:
 
 
 def seal(fields: dict[str, object], after: Position, key: bytes) -> tuple[bytes, Position]:
-    """The line, with its newline, that chains *fields* to the record at *after*; and its own place."""
+    """Chain *fields* to the record at *after*. Returns the line with its newline, and its position."""
     document = {"format": _FORMAT, "seq": after.seq + 1, **fields, "previous": after.hash}
     content = json.dumps(document, separators=(",", ":")).encode()[:-1]
     position = Position(after.seq + 1, hashlib.sha256(content).hexdigest())
@@ -211,19 +212,20 @@ def seal(fields: dict[str, object], after: Position, key: bytes) -> tuple[bytes,
 
 
 def record_mac(key: bytes, position: Position) -> str:
-    """What stands in a record, and says that whoever wrote it had the log's key."""
+    """MAC of a record: proves possession of the log's key by the writer."""
     return hmac.digest(key, f"record {position}".encode(), "sha256").hex()
 
 
 def head_mac(key: bytes, position: Position) -> str:
-    """What stands in the head; another than the record's own, which anyone could copy from its line."""
+    """MAC of the head; differs from the record's MAC, because the latter could be copied from the line."""
     return hmac.digest(key, f"head {position}".encode(), "sha256").hex()
 
 
 def process_actor() -> str:
-    """Who this process acts for: its real user, whom sudo names if it does, and the program.
+    """Actor of this process: its real user, sudo's original user if any, and the program.
 
-    For example ``root(0),sudo:alice,virt-sse[4711]``. What sudo names is only said by the environment.
+    For example ``root(0),sudo:alice,virt-sse[4711]``. The name from sudo is an unverified environment
+    variable.
     """
     sudo_user = os.environ.get("SUDO_USER")
     by = f",sudo:{sudo_user}" if sudo_user else ""

@@ -12,7 +12,7 @@ from virt_sse.cli.session import backend
 from virt_sse.errors import VerificationError
 
 if TYPE_CHECKING:
-    from virt_sse.verification.verdict import DataPlace, DiskVerdict, Verdict
+    from virt_sse.verification.verdict import DataPlace, DiskVerdict, DomainVerdict
 
 
 def vm_verify(
@@ -41,7 +41,7 @@ def vm_verify(
         raise VerificationError(f"domain {domain!r} is not as configured: {problems[0]}{more}")
 
 
-def _print(verdict: Verdict) -> None:
+def _print(verdict: DomainVerdict) -> None:
     layers = [
         {
             "target": disk.target,

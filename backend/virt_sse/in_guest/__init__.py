@@ -1,1 +1,1 @@
-"""Encryption that a guest does by itself, found from outside, on its disks as it sees them."""
+"""Detection of in-guest encryption: parsing of hostile bytes from the plaintext of guests' disks."""

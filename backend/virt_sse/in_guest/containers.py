@@ -1,6 +1,7 @@
-"""Volumes that Linux finds within a partition: LVM's logical volumes, and what an MD RAID member holds.
+"""Volumes within a partition, as found by Linux: LVM's logical volumes and the content of MD RAID members.
 
-As bounded as :mod:`virt_sse.in_guest.partitions`, for the same reason.
+The work is bounded, because a guest wrote the bytes and may be hostile; see
+:mod:`virt_sse.in_guest.partitions`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _SECTOR = 512
 _LVM_LABEL, _LVM_TYPE = b"LABELONE", b"LVM2 001"
 _LVM_AREA_MAGIC = b" LVM2 x[5A%r0N*>"
 _LVM_MOST_TEXT = 1 << 20
-"""As large as LVM makes the area for its metadata, unless told otherwise."""
+"""Default size of LVM's metadata area."""
 _LVM_AREA_HEADER = 512
 _LVM_EXTENT_SIZE = re.compile(rb"extent_size = (\d{1,10})\b")
 _LVM_FIRST_EXTENT = re.compile(rb"pe_start = (\d{1,16})\b")
@@ -25,22 +26,22 @@ _LVM_ID_GROUPS = (6, 4, 4, 4, 4, 4, 6)
 
 _MD_MAGIC = 0xA92B4EFC
 _MD_SUPERBLOCKS = (0, 4096)
-"""Of versions 1.1 and 1.2. With 0.90 and 1.0 it lies at the end, and the data at the beginning."""
+"""Offsets in versions 1.1 and 1.2. Versions 0.90 and 1.0 have the superblock at the end."""
 
 
 def volumes(read: Read, size: int) -> list[Partition]:
-    """The volumes in a partition of *size* bytes, named ``lvm`` or ``md``; offsets are from its beginning.
+    """The volumes in a partition of *size* bytes, named ``lvm`` or ``md``; offsets count from its beginning.
 
-    Each piece of a logical volume is one: what the first begins with is what counts.
+    Each segment of a logical volume is listed as a volume; only the first segment can have a signature.
 
-    :raise ImageFormatError: When there are more than :data:`MOST`.
+    :raise ImageFormatError: When there are more than :data:`MOST` volumes.
     """
     found = {offset: name for name, offset in (*_lvm(read), *_md(read)) if 0 < offset < size}
     return [Partition(name, offset, size - offset) for offset, name in sorted(found.items())]
 
 
 def _lvm(read: Read) -> list[tuple[str, int]]:
-    """LVM2, ``lib/format_text/layout.h``: label, physical volume header, metadata area, the text in it."""
+    """Parse LVM2 (``lib/format_text/layout.h``): label, physical volume header, metadata area, text."""
     start = read(0, 4 * _SECTOR)
     for at in range(0, len(start), _SECTOR):
         label = start[at : at + _SECTOR]
@@ -53,7 +54,7 @@ def _lvm(read: Read) -> list[tuple[str, int]]:
 
 
 def _lvm_header(label: bytes) -> tuple[bytes, list[tuple[int, int]]]:
-    """A physical volume's id, and offset and size of its metadata areas: the second of two lists."""
+    """The id of a physical volume, and offset and size of each metadata area (the header's second list)."""
     (at,) = struct.unpack_from("<I", label, 20)
     identifier = label[at : at + 32]
     lists: list[list[tuple[int, int]]] = [[], []]
@@ -69,7 +70,7 @@ def _lvm_header(label: bytes) -> tuple[bytes, list[tuple[int, int]]]:
 
 
 def _lvm_text(read: Read, area: int, size: int) -> bytes:
-    """The metadata in force in the area at *area*: a ring behind a header."""
+    """The current metadata text in the area at *area*: a ring buffer after a header."""
     header = read(area, _LVM_AREA_HEADER)
     if len(header) < _LVM_AREA_HEADER or header[4:20] != _LVM_AREA_MAGIC:
         return b""
@@ -81,7 +82,7 @@ def _lvm_text(read: Read, area: int, size: int) -> bytes:
 
 
 def _lvm_pieces(text: bytes, identifier: bytes) -> set[int]:
-    """Where the pieces of logical volumes begin that lie on the physical volume with that id, in bytes."""
+    """Offsets in bytes of all segments of logical volumes on the physical volume with the id *identifier*."""
     groups, at = [], 0
     for length in _LVM_ID_GROUPS:
         groups.append(identifier[at : at + length])
@@ -99,12 +100,12 @@ def _lvm_pieces(text: bytes, identifier: bytes) -> set[int]:
         if stripe[1] == name[0]:
             pieces.add((int(first_extent[1]) + int(stripe[2]) * int(extent_size[1])) * _SECTOR)
             if len(pieces) > MOST:
-                raise ImageFormatError(f"the guest has made more than {MOST} logical volumes on it")
+                raise ImageFormatError(f"the disk has more than {MOST} logical volumes")
     return pieces
 
 
 def _md(read: Read) -> list[tuple[str, int]]:
-    """Linux, ``struct mdp_superblock_1``."""
+    """Parse MD superblocks (Linux, ``struct mdp_superblock_1``)."""
     found = []
     for at in _MD_SUPERBLOCKS:
         superblock = read(at, 256)

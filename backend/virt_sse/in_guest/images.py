@@ -1,4 +1,4 @@
-"""Looking for in-guest encryption in images."""
+"""Detection of in-guest encryption in images."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from virt_sse.qemu import reading
 
 
 def in_image(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> list[Finding]:
-    """What a guest has encrypted on the disk in the image at *path*, which *deks* open.
+    """Find in-guest encryption on the disk in the image at *path*, unlocked by *deks*.
 
-    :raise ImageError: When it cannot be read.
-    :raise ToolError: When it does not open.
+    :raise ImageError: When the image cannot be read.
+    :raise ToolError: When *deks* do not unlock the image.
     """
     with reading.plaintext(path, image_format, deks) as reader:
         return inspect(reader.read, reader.size)
 
 
 def in_unencrypted_image(path: Path, image_format: str) -> list[Finding]:
-    """The same for an image, or block device, that is not encrypted; *image_format* is QEMU's name for it.
+    """Find in-guest encryption in an unencrypted image or block device.
 
-    :raise ImageError: When it cannot be read.
-    :raise ToolError: When it is no such image.
+    :param image_format: QEMU's name of the format.
+    :raise ImageError: When the image cannot be read.
+    :raise ToolError: When the image is not in *image_format*.
     """
     with reading.unencrypted(path, image_format) as reader:
         return inspect(reader.read, reader.size)

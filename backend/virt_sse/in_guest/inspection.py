@@ -1,4 +1,4 @@
-"""Looking for in-guest encryption: on a whole disk, in its partitions, and in the volumes in these."""
+"""Detection of in-guest encryption on a whole disk, in its partitions, and in nested volumes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from virt_sse.model.content import Finding
 WHOLE_DISK = "disk"
 
 _DEPTH = 3
-"""An MD array in a partition, a physical volume of LVM in that, and a logical volume."""
+"""Levels of nesting: a partition with an MD array with an LVM physical volume with a logical volume."""
 
 _MOST_READS, _MOST_BYTES = 40_000, 256 << 20
-"""What looking at one disk may take. One with 256 partitions and as many logical volumes takes 7000 reads."""
+"""Limits of an inspection. A disk with 256 partitions and 256 logical volumes takes 7000 reads."""
 
 
 def inspect(read: Read, size: int) -> list[Finding]:
-    """What is encrypted on a disk of *size* bytes, by offset.
+    """The encrypted volumes on a disk of *size* bytes, sorted by offset.
 
-    :raise ImageFormatError: When its guest has made so much of it that it is not looked at to the end.
+    :raise ImageFormatError: When the number of partitions and volumes exceeds the limits of an inspection.
     """
     read = _Bounded(read, size)
     found = list(_within(read, Partition(WHOLE_DISK, 0, size), depth=_DEPTH))
@@ -46,7 +46,7 @@ def _within(read: Read, partition: Partition, *, depth: int) -> Iterator[Finding
 
 
 class _Bounded:
-    """Reads from a disk until it has become too much; nothing beyond the disk's end."""
+    """Reads from a disk, within the limits of an inspection and up to the end of the disk."""
 
     def __init__(self, read: Read, size: int) -> None:
         self._read = read
@@ -60,5 +60,5 @@ class _Bounded:
         self._reads += 1
         self._bytes += length
         if self._reads > _MOST_READS or self._bytes > _MOST_BYTES:
-            raise ImageFormatError("the guest has made more volumes on it than are looked at")
+            raise ImageFormatError("the disk has too many partitions and volumes to inspect")
         return self._read(offset, length)

@@ -1,8 +1,8 @@
-"""Partition tables, as a guest's operating system may read them: MBR with logical partitions, and GPT.
+"""Partition tables, as read by guests' operating systems: MBR with logical partitions, and GPT.
 
-A guest writes these bytes and may mean harm, so the work is bounded whatever they say: no list is longer
-than :data:`MOST`, and no chain is followed in circles. Where guests differ in what they make of a table, it
-is read in each of these ways.
+A guest writes the tables and may be hostile, therefore the work is bounded: no list is longer than
+:data:`MOST`, and chains with cycles end. If operating systems interpret a table differently, the result
+includes the partitions of each interpretation.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from virt_sse.errors import ImageFormatError
 
 Read = Callable[[int, int], bytes]
-"""``read(offset, length)``: that many bytes of the disk, or fewer where it ends."""
+"""``read(offset, length)``: bytes of the disk; fewer at the end of the disk."""
 
 SECTOR_SIZES = (512, 4096)
-"""In bytes. What a guest's disk has is not written on it, so that a table is read for both."""
+"""In bytes. A disk does not record its sector size: tables are read for both sizes."""
 
 MOST = 1024
-"""Partitions that are looked at. Linux takes 256 from a disk (``DISK_MAX_PARTS``), Windows 128."""
+"""Maximum number of partitions. Linux supports 256 per disk (``DISK_MAX_PARTS``), Windows 128."""
 
 _MBR_SIGNATURE = b"\x55\xaa"
 _PROTECTIVE_TYPE = 0xEE
@@ -30,14 +30,14 @@ _EXTENDED_TYPES = frozenset((0x05, 0x0F, 0x85))
 _GPT_SIGNATURE = b"EFI PART"
 _GPT_HEADER = struct.Struct("<8s4sIII QQQQ 16s QIII")
 _GPT_LARGEST_TABLE = 4 << 20
-"""Linux reads none that is larger (``alloc_read_gpt_entries``)."""
+"""Linux rejects larger tables (``alloc_read_gpt_entries``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """A part of a disk, in bytes from its beginning.
+    """A part of a disk; offset and size in bytes.
 
-    :ivar name: as in ``gpt-2``: where it is listed, and as what. Logical ones count from 5, as in Linux.
+    :ivar name: table and number, e.g. ``gpt-2``. Logical partitions count from 5, as in Linux.
     """
 
     name: str
@@ -46,11 +46,11 @@ class Partition:
 
 
 def partitions(read: Read, size: int) -> list[Partition]:
-    """All partitions of a disk of *size* bytes, by offset. What lies beyond the disk's end is cut off.
+    """All partitions of a disk of *size* bytes, sorted by offset and truncated at the end of the disk.
 
-    Those that begin at the same place are one, the largest.
+    Of several partitions at the same offset, the result includes the largest.
 
-    :raise ImageFormatError: When there are more than :data:`MOST`, or more tables than that.
+    :raise ImageFormatError: When there are more than :data:`MOST` partitions or partition tables.
     """
     found: dict[int, Partition] = {}
     for partition in _listed(read, size):
@@ -61,7 +61,7 @@ def partitions(read: Read, size: int) -> list[Partition]:
         if known is None or known.size < length:
             found[partition.offset] = Partition(partition.name, partition.offset, length)
         if len(found) > MOST:
-            raise ImageFormatError(f"the guest has made more than {MOST} partitions on it")
+            raise ImageFormatError(f"the disk has more than {MOST} partitions")
     return sorted(found.values(), key=lambda partition: partition.offset)
 
 
@@ -75,7 +75,7 @@ def _listed(read: Read, size: int) -> Iterator[Partition]:
 def _mbr(read: Read, size: int, sector: int, *, protects: bool) -> Iterator[Partition]:
     """The partitions of the MBR, logical ones included.
 
-    :param protects: leave out what only keeps older systems from taking a disk with a GPT for an empty one.
+    :param protects: the disk has a GPT: skip protective entries, meant for systems without GPT support.
     """
     for number, entry in enumerate(_entries(read, 0), start=1):
         if protects and entry.type == _PROTECTIVE_TYPE:
@@ -86,9 +86,9 @@ def _mbr(read: Read, size: int, sector: int, *, protects: bool) -> Iterator[Part
 
 
 def _logical(read: Read, size: int, sector: int, container: int) -> Iterator[Partition]:
-    """The logical partitions in an extended one that begins at sector *container*.
+    """The logical partitions in the extended partition at sector *container*.
 
-    A logical partition's start counts from the table that lists it, and a further table's from the container.
+    The start of a logical partition is relative to its table, the start of a further table to the container.
     """
     tables, seen, number = [container], {container}, 5
     while tables:
@@ -102,7 +102,7 @@ def _logical(read: Read, size: int, sector: int, container: int) -> Iterator[Par
             if further in seen or further * sector >= size:
                 continue
             if len(seen) >= MOST:
-                raise ImageFormatError(f"the guest has chained more than {MOST} partition tables on it")
+                raise ImageFormatError(f"the disk has more than {MOST} partition tables")
             seen.add(further)
             tables.append(further)
 
@@ -117,7 +117,7 @@ class _Entry:
 
 
 def _entries(read: Read, offset: int) -> list[_Entry]:
-    """The entries in use of the MBR, or extended boot record, at *offset*."""
+    """The used entries of the MBR or extended boot record at *offset*."""
     record = read(offset, 512)
     if record[510:] != _MBR_SIGNATURE:
         return []
@@ -126,7 +126,7 @@ def _entries(read: Read, offset: int) -> list[_Entry]:
 
 
 def _gpt(read: Read, size: int, sector: int) -> Iterator[Partition]:
-    """The partitions of a GPT: of the primary, or if that is damaged of the backup in the last sector."""
+    """The partitions of the primary GPT or, if damaged, of the backup GPT in the last sector."""
     for lba in (1, max(1, size // sector - 1)):
         table = _gpt_table(read, lba, sector)
         if table is not None:
@@ -137,7 +137,7 @@ def _gpt(read: Read, size: int, sector: int) -> Iterator[Partition]:
 
 
 def _gpt_table(read: Read, lba: int, sector: int) -> list[tuple[bytes, int, int]] | None:
-    """Type, first and last sector of each entry, if the header in sector *lba* and its table are whole.
+    """Type, first and last sector of each entry; ``None`` if header (in sector *lba*) or table are damaged.
 
     UEFI Specification 2.10, §5.3.2 and §5.3.3.
     """

@@ -1,7 +1,7 @@
-"""What encrypted volumes begin with.
+"""Signatures of encrypted volumes.
 
-Only what is certain is told: a volume is named when what encrypted it would open it, so magic bytes come with
-whatever else of the header its own tools check.
+A volume is reported only if its own tools would recognise the header: in addition to the magic bytes, all
+fields checked by the tools are checked.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _EXT_MAGIC, _EXT_ENCRYPT = 0xEF53, 0x10000
 
 
 def kinds(read: Read) -> list[EncryptionKind]:
-    """What the volume that *read* reads is encrypted with; mostly nothing, or one kind."""
+    """The encryption schemes of the volume read by *read*; usually none or a single scheme."""
     start = read(0, 2048)
     return [*_luks(read, start), *_bitlocker(start), *_filevault(start), *_ext4(start)]
 
 
 def _luks(read: Read, start: bytes) -> Iterator[EncryptionKind]:
-    """LUKS1 On-Disk Format Specification 1.2.3, LUKS2 On-Disk Format Specification 1.1.3 §2.1.
+    """Detect LUKS (LUKS1 On-Disk Format Specification 1.2.3, LUKS2 On-Disk Format Specification 1.1.3 §2.1).
 
-    A second LUKS2 header is looked for where the first is gone: cryptsetup then goes by it.
+    If the primary header is missing, the secondary LUKS2 header counts, as for cryptsetup.
     """
     if start.startswith(_LUKS):
         version = int.from_bytes(start[6:8], "big")
@@ -56,7 +56,7 @@ def _luks(read: Read, start: bytes) -> Iterator[EncryptionKind]:
 
 
 def _is_secondary_luks2(read: Read, offset: int) -> bool:
-    """Whether a second header lies at *offset* and is whole: a new file system may have left part of one."""
+    """Whether an intact secondary header is at *offset*. A new file system may have overwritten a part."""
     binary = read(offset, 512)
     if len(binary) < 512 or not binary.startswith(_LUKS_SECONDARY):
         return False
@@ -72,7 +72,7 @@ def _is_secondary_luks2(read: Read, offset: int) -> bool:
 
 
 def _bitlocker(start: bytes) -> Iterator[EncryptionKind]:
-    """BitLocker Drive Encryption format specification (libbde), volume header."""
+    """Detect BitLocker (BitLocker Drive Encryption format specification (libbde), volume header)."""
     if start.startswith((_FVE_VISTA, _FVE_SEVEN)):
         yield EncryptionKind.BITLOCKER
     elif start.startswith(_FVE_TO_GO) and start[_FVE_TO_GO_IDENTIFIER] in _FVE_IDENTIFIERS:
@@ -80,7 +80,7 @@ def _bitlocker(start: bytes) -> Iterator[EncryptionKind]:
 
 
 def _filevault(start: bytes) -> Iterator[EncryptionKind]:
-    """FileVault Drive Encryption format (libfvde), volume header; encrypted where libblkid says so."""
+    """Detect FileVault (FileVault Drive Encryption format (libfvde), volume header) by libblkid's rules."""
     if len(start) < 512 or start[88:90] != b"CS":
         return
     checksum, seed, version, block_type = struct.unpack_from("<IIHH", start)
@@ -101,7 +101,7 @@ def _crc32c(value: int, data: bytes) -> int:
 
 
 def _ext4(start: bytes) -> Iterator[EncryptionKind]:
-    """The superblock at byte 1024 (Linux, Documentation/filesystems/ext4/super.rst)."""
+    """Detect ext4 encryption in the superblock (Linux, Documentation/filesystems/ext4/super.rst)."""
     if len(start) >= 2048:
         (magic,) = struct.unpack_from("<H", start, 1024 + 0x38)
         (incompatible,) = struct.unpack_from("<I", start, 1024 + 0x60)

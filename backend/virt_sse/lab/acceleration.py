@@ -1,7 +1,7 @@
-"""Which guest can run under KVM on this machine.
+"""Probe of each guest's support for KVM on this machine.
 
-Having ``/dev/kvm`` does not say so: there are KVMs that run a BIOS guest and hang on a Linux kernel. So each
-guest is tried once, in a QEMU of its own, and the answer kept until the machine restarts or QEMU changes.
+The presence of ``/dev/kvm`` proves nothing: some KVMs run a BIOS guest but hang on a Linux kernel. Therefore
+each guest is probed once, in a separate QEMU, and the result is cached until a reboot or a change of QEMU.
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ GuestName = Literal["boot-sector", "linux-micro"]
 DomainType = Literal["kvm", "qemu"]
 
 _SILENCE = {"boot-sector": 20.0, "linux-micro": 6.0}
-"""For how many seconds a guest may say nothing. A working KVM makes it speak several times a second; a BIOS
-in an emulating one can take seconds to its first word, a Linux kernel would take hours."""
+"""Time limit in seconds for each silence on a guest's console.
+
+Under a working KVM, guests print several times per second. Under a KVM that emulates, a BIOS may need seconds
+until its first output, and a Linux kernel would need hours.
+"""
 
 _TIME_LIMIT = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Acceleration:
-    """How a guest runs here.
+    """Acceleration of a guest on this machine.
 
     :ivar domain_type: the ``type`` of its ``<domain>``; ``qemu`` is emulation (TCG).
-    :ivar reason: why it is not KVM; empty when it is.
+    :ivar reason: reason for not using KVM; empty for KVM.
     """
 
     guest: GuestName
@@ -49,9 +52,9 @@ class Acceleration:
 
 
 def probe(guest: GuestName) -> Acceleration:
-    """Find out, or remember, how *guest* runs on this machine. The first time takes up to some ten seconds.
+    """Probe the acceleration of *guest*, or return the cached result. A probe may take about ten seconds.
 
-    :raise LabUnavailableError: When QEMU or what the guest is built with is missing.
+    :raise LabUnavailableError: When QEMU or a tool for building the guest is missing.
     :raise LabError: When the guest cannot be built.
     """
     require("qemu-system-x86_64", "setpriv")
@@ -68,7 +71,7 @@ def probe(guest: GuestName) -> Acceleration:
 
 
 def _machine() -> str:
-    """What the answer depends on."""
+    """Key of the cached results: all facts which influence a probe."""
     qemu = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True)
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {platform.release()} {qemu.stdout.splitlines()[0]} kvm={Path('/dev/kvm').exists()}"
@@ -83,14 +86,14 @@ def _read(path: Path) -> dict[str, str]:
 
 
 def _try_kvm(guest: GuestName) -> str:
-    """Run *guest* under KVM; why that does not work, or nothing when it does."""
+    """Run *guest* under KVM. Returns the reason of a failure, or an empty string."""
     if not Path("/dev/kvm").exists():
-        return "there is no /dev/kvm"
+        return "/dev/kvm does not exist"
     if guest == "boot-sector":
         disk = f"file={recipes.boot_sector_image()},format=raw,if=virtio,snapshot=on"
         return _watch(("-drive", disk), "boot-sector: done", _SILENCE[guest])
     linux = recipes.linux_micro()
-    # Without "quiet" and with an early console, since it is judged by whether it speaks.
+    # Without "quiet" and with an early console: the probe relies on continuous output.
     command_line = "console=ttyS0 earlyprintk=ttyS0 sse.script=Og=="  # ":"
     arguments = ("-kernel", linux.kernel, "-initrd", linux.initramfs, "-append", command_line)
     return _watch(arguments, "linux-micro: exit 0", _SILENCE[guest])
@@ -116,7 +119,7 @@ def _watch(arguments: Sequence[str | Path], expected: str, silence: float) -> st
             selector.register(output, selectors.EVENT_READ)
             while (now := time.monotonic()) - began < _TIME_LIMIT:
                 if not selector.select(last + silence - now):
-                    return f"under KVM it says nothing more{_after(said)}"
+                    return f"under KVM its output stops{_after(said)}"
                 chunk = os.read(output.fileno(), 65536)
                 if not chunk:
                     return f"QEMU with KVM ended{_after(said)}"
@@ -127,7 +130,7 @@ def _watch(arguments: Sequence[str | Path], expected: str, silence: float) -> st
         process.kill()
         process.wait()
         output.close()
-    return f"under KVM it was not done in {_TIME_LIMIT:.0f} s"
+    return f"under KVM it did not finish within {_TIME_LIMIT:.0f} s"
 
 
 def _after(said: bytes) -> str:

@@ -23,10 +23,10 @@ _ANSWER_SECONDS = 10.0
 
 
 class LabAgent:
-    """The real agent of a lab host, in a process of its own; it ends with the process that started it.
+    """The real agent of a lab host, in a separate process; ends together with the process which started it.
 
-    It runs inside the host's namespaces, as the hooks do: each can end the processes that the other has
-    started, and they end with the host.
+    The agent runs inside the host's namespaces, like the hooks: agent and hooks can end each other's
+    processes, and all end with the host.
     """
 
     def __init__(self, host: LabHost) -> None:
@@ -43,37 +43,37 @@ class LabAgent:
 
     @property
     def socket(self) -> Path:
-        """Where it answers."""
+        """Path of the agent's socket."""
         return self._host.root / SOCKET
 
     @property
     def log_path(self) -> Path:
-        """What it has said, over all its starts; a JSON object a line."""
+        """Log of all starts of the agent, one JSON object per line."""
         return self._host.directory / "agent.log"
 
     @property
     def pid(self) -> int:
-        """Its process.
+        """The agent's process ID, in the caller's PID namespace.
 
-        :raise LabError: When it does not run.
+        :raise LabError: When the agent is not running.
         """
         return self._inside()[0]
 
     @property
     def own_pid(self) -> int:
-        """What it calls itself, in the host's PID namespace.
+        """The agent's process ID, in the lab host's PID namespace.
 
-        :raise LabError: When it does not run.
+        :raise LabError: When the agent is not running.
         """
         return self._inside()[1]
 
     def start(self) -> None:
-        """Start it; done when it answers.
+        """Start the agent, and wait until the agent answers.
 
-        :raise LabError: When it does not start; a note carries what it said.
+        :raise LabError: When the agent does not start; a note contains its output.
         """
         if self._process is not None:
-            raise LabError("the lab agent runs already")
+            raise LabError("the lab agent is already running")
         self._process = leashed.start(
             ["agent", "run"],
             self.log_path,
@@ -96,60 +96,60 @@ class LabAgent:
             time.sleep(0.05)
 
     def stop(self) -> int:
-        """End it, as a service manager would; its exit status."""
+        """End the agent with SIGTERM, as a service manager does. Returns the exit status."""
         return self._end(signal.SIGTERM)
 
     def kill(self) -> int:
-        """End it as a power cut would."""
+        """Kill the agent, with the effect of a power failure. Returns the exit status."""
         return self._end(signal.SIGKILL)
 
     def suspend(self) -> None:
-        """Let it hang: it answers nobody."""
+        """Make the agent hang: requests get no answer."""
         os.kill(self.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let it go on."""
+        """Continue after :meth:`suspend`."""
         os.kill(self.pid, signal.SIGCONT)
         if self._process is not None:
-            self._process.send_signal(signal.SIGCONT)  # nsenter(1) stops with what it waits for
+            self._process.send_signal(signal.SIGCONT)  # nsenter(1) stops together with its child
 
     def status(self) -> dict[str, object]:
-        """What it sees.
+        """The agent's ``/status`` document.
 
-        :raise AgentUnavailableError: When it does not answer.
+        :raise AgentUnavailableError: When the agent does not answer.
         """
         document: dict[str, object] = json.loads(ask(self.socket, "GET", "/status", timeout=_ANSWER_SECONDS))
         return document
 
     def metrics(self) -> dict[str, float]:
-        """Its metrics, by name and labels as Prometheus writes them.
+        """The agent's metrics, by name and labels in Prometheus's notation.
 
-        :raise AgentUnavailableError: When it does not answer.
+        :raise AgentUnavailableError: When the agent does not answer.
         """
         text = ask(self.socket, "GET", "/metrics", timeout=_ANSWER_SECONDS).decode()
         lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
         return {name: float(value) for name, _, value in lines}
 
     def events(self, name: str, **values: object) -> list[dict[str, object]]:
-        """The events of that name in its log that have these values."""
+        """The log's events with this name and these values."""
         return [event for event in self.log() if event["event"] == name and values.items() <= event.items()]
 
     def log(self) -> list[dict[str, object]]:
-        """All events in its log."""
+        """All events in the agent's log."""
         return [json.loads(line) for line in self.log_path.read_text().splitlines() if line.startswith("{")]
 
     def wait(self) -> int:
-        """Wait until it has ended; its exit status.
+        """Wait until the agent has ended. Returns the exit status.
 
-        :raise LabError: When it does not end.
+        :raise LabError: When the agent does not end.
         """
         process = self._process
         if process is None:
-            raise LabError("the lab agent does not run")
+            raise LabError("the lab agent is not running")
         try:
             status = process.wait(timeout=_STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            os.kill(self.pid, signal.SIGUSR1)  # it says what its threads are doing
+            os.kill(self.pid, signal.SIGUSR1)  # makes the agent print its threads' stacks
             time.sleep(0.5)
             self._give_up()
             error = LabError("the lab agent does not end")
@@ -159,9 +159,9 @@ class LabAgent:
         return status
 
     def _inside(self) -> tuple[int, int]:
-        """The agent's process id here, and the one that it has itself.
+        """The agent's process IDs, in the caller's and in the lab host's PID namespace.
 
-        :raise LabError: When it does not run.
+        :raise LabError: When the agent is not running.
         """
         if self._process is not None:
             nsenter = self._process.pid
@@ -170,10 +170,10 @@ class LabAgent:
                     status = Path(f"/proc/{child}/status").read_text()
                     (line,) = (line for line in status.splitlines() if line.startswith("NSpid:"))
                     return int(child), int(line.split()[-1])
-        raise LabError("the lab agent does not run")
+        raise LabError("the lab agent is not running")
 
     def _give_up(self) -> None:
-        """Kill it, and the nsenter(1) that waits for it."""
+        """Kill the agent and the nsenter(1) waiting for the agent."""
         with contextlib.suppress(LabError, ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         process, self._process = self._process, None

@@ -1,6 +1,6 @@
-"""What the lab keeps between runs: built guests, libvirt's knowledge of QEMU, what acceleration works.
+"""The lab's cache between runs: built guests, libvirt's capabilities of QEMU, results of acceleration probes.
 
-All of it can be deleted at any time; the next run makes it anew.
+The cache can be deleted at any time; the next run fills it again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def cache_directory() -> Path:
-    """``VIRT_SSE_LAB_CACHE``, else ``virt-sse/lab`` in the XDG cache directory; exists afterwards."""
+    """Make the cache directory: ``VIRT_SSE_LAB_CACHE``, or ``virt-sse/lab`` in the XDG cache directory."""
     chosen = os.environ.get("VIRT_SSE_LAB_CACHE")
     xdg = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     directory = Path(chosen) if chosen else xdg / "virt-sse/lab"
@@ -24,14 +24,14 @@ def cache_directory() -> Path:
 
 @contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Let one process at a time work on the cached thing *name*; the others wait."""
+    """Lock the cache entry *name*: one process at a time may use it, further processes wait."""
     with (cache_directory() / f"{name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write *path* so that others see the old content or the new, never a part."""
+    """Write *path* atomically: readers see either the old or the new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

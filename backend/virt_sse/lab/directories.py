@@ -1,7 +1,7 @@
-"""The throw-away directories of lab hosts and vaults: made, locked, swept.
+"""Throw-away directories of lab hosts and vaults: made, locked, swept.
 
-A directory is flock'ed for as long as its owner lives; the kernel drops the lock however that ends.
-One that can be locked was left by a killed run.
+A directory is flock'ed during its owner's lifetime; the kernel drops the lock however the owner ends. Hence
+an unlocked directory was left by a killed run.
 """
 
 from __future__ import annotations
@@ -17,31 +17,34 @@ from virt_sse.errors import LabError
 
 PREFIX = "virt-sse-lab-"
 _LONGEST_SOCKET = 40
-"""Room for a socket's path below a directory, of the 107 bytes an ``AF_UNIX`` address holds (unix(7))."""
+"""Bytes reserved for a socket's path below a directory; an ``AF_UNIX`` address holds 107 (unix(7))."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabDirectory:
-    """:ivar lock: a descriptor; the lock lasts until the last copy of it is closed."""
+    """A locked directory.
+
+    :ivar lock: file descriptor; the lock lasts until the last copy of the descriptor is closed.
+    """
 
     path: Path
     lock: int
 
     def remove(self) -> None:
-        """Remove the directory with all in it, and let go of the lock."""
+        """Remove the directory with its content, and release the lock."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self.lock)
 
 
 def create(base: Path) -> LabDirectory:
-    """Make and lock a new directory below *base*; mode 0711, since QEMU's own user passes through.
+    """Make and lock a new directory below *base*, with mode 0711 for access by QEMU's user.
 
-    :raise LabError: When *base* is too long for the sockets below it, hidden by a lab host's own mounts,
+    :raise LabError: When *base* is too long for the paths of sockets, is hidden by a lab host's own mounts,
         or cannot be written.
     """
     base = base.resolve()
     if any(base.is_relative_to(hidden) for hidden in ("/run", "/var/lib/libvirt", "/etc/libvirt")):
-        raise LabError(f"a lab host cannot lie in {base}: it mounts its own over that")
+        raise LabError(f"a lab host cannot be in {base}: the host's own mounts hide this directory")
     if len(os.fsencode(base)) + len(f"/{PREFIX}xxxxxxxx/") + _LONGEST_SOCKET > 107:
         raise LabError(f"{base} is too long a path for the Unix sockets of a lab host")
     while True:
@@ -53,13 +56,13 @@ def create(base: Path) -> LabDirectory:
         if lock is not None:
             path.chmod(0o711)
             return LabDirectory(path, lock)
-        # Another process swept it in the instant before it was locked.
+        # Another process swept the directory before it was locked.
 
 
 def sweep(base: Path) -> list[Path]:
-    """Remove what killed runs of this user left in *base*.
+    """Remove directories left in *base* by killed runs of this user.
 
-    :return: what was removed.
+    :return: the removed directories.
     """
     removed = []
     for path in sorted(base.glob(f"{PREFIX}*")):
@@ -71,7 +74,7 @@ def sweep(base: Path) -> list[Path]:
 
 
 def _lock(path: Path) -> int | None:
-    """Lock the directory *path*; ``None`` when it is another's, held, or gone."""
+    """Lock the directory *path*; ``None`` when owned by another user, locked, or gone."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:

@@ -1,4 +1,4 @@
-"""Guests on a lab host: their domain XML, and a handle to drive one."""
+"""Guests on a lab host: their domain XML, and a class to drive a guest."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _UUID_NAMESPACE = uuid.UUID("5e5e1ab0-0000-4000-8000-000000000000")
 
 _COMMAND_LINE = "console=ttyS0 quiet edd=off cryptomgr.notests random.trust_cpu=on sse.script="
 _COMMAND_LINE_LIMIT = 2047
-"""Linux on x86: ``COMMAND_LINE_SIZE`` less its zero byte."""
+"""Linux on x86: ``COMMAND_LINE_SIZE`` without its zero byte."""
 
 _POLL = 0.02
 
 # An emulated qemu64 has no RDRAND, and mke2fs would wait a second for random numbers.
 _EMULATED_CPU = "<cpu><model>qemu64</model><feature policy='require' name='rdrand'/></cpu>"
-# With QEMU's default of a gigabyte, a reboot spends seconds discarding what was translated before.
+# With QEMU's default of a gigabyte, a reboot spends seconds on discarding translated code.
 _EMULATED_FEATURES = "<tcg><tb-cache unit='MiB'>16</tb-cache></tcg>"
 
 
@@ -53,11 +53,11 @@ def domain_xml(
     script: str = "",
     memory_mib: int = 96,
 ) -> str:
-    """The XML of a domain with the fewest and fastest devices; its UUID follows from its name.
+    """The XML of a domain with the fewest and fastest devices; its UUID is derived from its name.
 
     :param disks: complete ``<disk>`` elements.
-    :param serial_log: what the guest says on its first serial port goes here; each start begins it anew.
-    :param boot: the Linux to run *script*; default the first disk, by BIOS, which then sees the others too.
+    :param serial_log: file for the output of the guest's first serial port; each start truncates the file.
+    :param boot: the Linux to run *script*; by default, the BIOS boots the first disk and sees all disks.
     :raise LabError: When *script* is too long for the kernel's command line.
     """
     cpu, features = (_EMULATED_CPU, _EMULATED_FEATURES) if domain_type == "qemu" else ("", "")
@@ -85,7 +85,7 @@ def domain_xml(
 
 
 def _bootable(disks: Sequence[str]) -> list[str]:
-    """SeaBIOS leaves a disk out that is not in the boot order, so all are."""
+    """Add all disks to the boot order: SeaBIOS ignores disks outside."""
     return [
         disk if "<boot " in disk else disk.replace("</disk>", f"<boot order='{order}'/></disk>")
         for order, disk in enumerate(disks, start=1)
@@ -96,7 +96,9 @@ def _linux_xml(boot: LinuxMicro, script: str) -> str:
     command_line = _COMMAND_LINE + base64.b64encode(script.encode()).decode()
     if len(command_line) > _COMMAND_LINE_LIMIT:
         most = (_COMMAND_LINE_LIMIT - len(_COMMAND_LINE)) // 4 * 3
-        raise LabError(f"a script of {len(script.encode())} bytes: the kernel's command line holds {most}")
+        raise LabError(
+            f"script too long: {len(script.encode())} bytes, but the kernel's command line holds {most}"
+        )
     return (
         f"<kernel>{escape(str(boot.kernel))}</kernel><initrd>{escape(str(boot.initramfs))}</initrd>"
         f"<cmdline>{escape(command_line)}</cmdline>"
@@ -104,14 +106,14 @@ def _linux_xml(boot: LinuxMicro, script: str) -> str:
 
 
 def script_output(serial: str) -> str:
-    """What the script of a linux-micro guest printed, over all the guest's boots.
+    """The output of a linux-micro guest's script, over all boots of the guest.
 
-    :param serial: what the guest said.
-    :raise LabError: When the script failed, or did not end.
+    :param serial: output of the guest's serial port.
+    :raise LabError: When the script failed or did not end.
     """
     passes = re.split(r"^linux-micro: begin\n", serial, flags=re.MULTILINE)[1:]
     if not passes:
-        raise LabError("linux-micro did not come to run its script")
+        raise LabError("linux-micro did not start its script")
     output = []
     for said in passes:
         match = re.search(r"linux-micro: exit (\d+)\n", said)
@@ -124,12 +126,12 @@ def script_output(serial: str) -> str:
 
 
 class Guest:
-    """A domain on a lab host. Connects anew for each call, and so survives libvirtd's restarts.
+    """A domain on a lab host. Uses a new connection for each call, and so survives restarts of libvirtd.
 
-    Every method that asks libvirt raises ``libvirt.libvirtError`` when it refuses.
+    All methods calling libvirt raise ``libvirt.libvirtError`` when libvirt refuses.
 
-    :ivar name: the domain's.
-    :ivar serial_log: the file with what it has said since it was started.
+    :ivar name: the domain's name.
+    :ivar serial_log: file with the guest's output since its last start.
     """
 
     def __init__(
@@ -141,8 +143,10 @@ class Guest:
         disks: Sequence[str] = (),
         boot: LinuxMicro | None = None,
     ) -> None:
-        """:param disks: complete ``<disk>`` elements, see :func:`disk_xml`.
-        :param boot: the Linux to boot; default the first disk, by BIOS.
+        """Describe a guest; nothing is defined yet.
+
+        :param disks: complete ``<disk>`` elements, see :func:`disk_xml`.
+        :param boot: the Linux to boot; by default, the BIOS boots the first disk.
         """
         self.name = name
         self.serial_log = host.directory / "serial" / f"{name}.log"
@@ -153,7 +157,7 @@ class Guest:
         self._boot = _staged(host, boot) if boot is not None else None
 
     def xml(self, script: str = "") -> str:
-        """Its domain XML, with *script* to run if it is a Linux."""
+        """The domain XML; *script* is for Linux guests."""
         return domain_xml(
             self.name,
             domain_type=self._domain_type,
@@ -174,7 +178,7 @@ class Guest:
             connection.defineXML(self.xml(script)).create()
 
     def destroy(self) -> None:
-        """Pull its plug."""
+        """Stop the domain immediately, like a power failure."""
         with self._domain() as domain:
             domain.destroy()
 
@@ -183,53 +187,53 @@ class Guest:
             domain.undefine()
 
     def is_active(self) -> bool:
-        """Whether it runs."""
+        """Whether the domain is running."""
         with self._domain() as domain:
             return bool(domain.isActive())
 
     @property
     def serial(self) -> str:
-        """What it has said since it was started, with plain newlines."""
+        """The guest's output since its start, with plain newlines."""
         try:
             return self.serial_log.read_bytes().decode(errors="replace").replace("\r", "")
         except FileNotFoundError:
             return ""
 
     def wait_for(self, text: str, *, timeout: float = 60) -> str:
-        """Wait until the guest has said *text*, and return all it has said.
+        """Wait until the guest has printed *text*, and return all its output.
 
-        :raise LabError: When it ends, or *timeout* seconds pass, without; a note carries what it said.
+        :raise LabError: When the guest ends, or *timeout* seconds pass, before; a note contains the output.
         """
 
         def said() -> bool:
-            # Asked in this order: what it said last is there when it no longer runs.
+            # In this order: after its end, the guest's last output is in the file.
             active = self.is_active()
             if text in self.serial:
                 return True
             if not active:
-                raise self._error(f"ended without having said {text!r}")
+                raise self._error(f"ended without printing {text!r}")
             return False
 
-        self._wait(said, timeout, f"did not say {text!r} in {timeout:g} s")
+        self._wait(said, timeout, f"did not print {text!r} within {timeout:g} s")
         return self.serial
 
     def wait_shutoff(self, *, timeout: float = 60) -> str:
-        """Wait until the guest has powered off, and return all it has said.
+        """Wait until the guest has powered off, and return all its output.
 
-        :raise LabError: When *timeout* seconds pass before; a note carries what it said.
+        :raise LabError: When *timeout* seconds pass before; a note contains the output.
         """
-        self._wait(lambda: not self.is_active(), timeout, f"did not power off in {timeout:g} s")
+        self._wait(lambda: not self.is_active(), timeout, f"did not power off within {timeout:g} s")
         return self.serial
 
     def run_script(self, script: str, *, timeout: float = 60) -> str:
         """Run *script* in a linux-micro guest, from its boot to its power-off.
 
-        The script is busybox's ``sh``; the disks are /dev/vda and on. With ``touch /reboot`` the guest
-        reboots at the script's end and runs it again.
+        The script is for busybox's ``sh``; the disks are /dev/vda, /dev/vdb and so on. With ``touch /reboot``
+        the guest reboots at the script's end and runs the script again.
 
-        :return: what it printed, over all boots.
-        :raise LabError: When it exits other than 0 or is not done in *timeout* seconds; a note carries what
-            the guest said.
+        :return: the script's output, over all boots.
+        :raise LabError: When the script exits with a status other than 0, or does not end within *timeout*
+            seconds; a note contains the guest's output.
         """
         self.start(script)
         serial = self.wait_shutoff(timeout=timeout)
@@ -248,7 +252,7 @@ class Guest:
 
     def _error(self, complaint: str) -> LabError:
         error = LabError(f"guest {self.name} {complaint}")
-        error.add_note(self.serial or "it said nothing at all")
+        error.add_note(self.serial or "the guest printed nothing")
         return error
 
     @contextmanager
@@ -266,7 +270,7 @@ class Guest:
 
 
 def _staged(host: LabHost, boot: LinuxMicro) -> LinuxMicro:
-    """Copies for the host alone: QEMU's user cannot enter root's cache, and libvirt changes the owner."""
+    """Copies in the lab host: QEMU's user cannot enter root's cache, and libvirt changes the owner."""
     folder = host.directory / "boot"
     staged = LinuxMicro(folder / boot.kernel.name, folder / boot.initramfs.name)
     for source, target in ((boot.kernel, staged.kernel), (boot.initramfs, staged.initramfs)):

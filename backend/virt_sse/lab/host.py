@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     import libvirt
 
 QEMU_USER, QEMU_GROUP = "libvirt-qemu", "kvm"
-"""As whom Debian's and Ubuntu's libvirt runs QEMU."""
+"""User and group of QEMU processes in Debian's and Ubuntu's libvirt."""
 
 _DRIVERS = ("qemu", "secret", "storage")
-"""libvirt's drivers that a lab host loads. The network ones would reach for firewall, D-Bus and dnsmasq."""
+"""libvirt's drivers loaded by a lab host. The network drivers would use firewall, D-Bus and dnsmasq."""
 
 _CAPABILITIES = "var/cache/libvirt/qemu/capabilities"
 _START_TIMEOUT = 30.0
@@ -41,7 +41,7 @@ auth_unix_rw = "none"
 log_outputs = "3:file:/var/log/libvirt/libvirtd.log"
 """
 
-# AppArmor and huge pages are the machine's: libvirt would leave profiles and folders there.
+# AppArmor and huge pages belong to the machine: libvirt would leave profiles and folders there.
 _QEMU_CONF = """\
 security_driver = "none"
 hugetlbfs_mount = []
@@ -49,23 +49,24 @@ hugetlbfs_mount = []
 
 
 class LabHost:
-    """A libvirt host of one's own: libvirtd and virtlogd in their own mount, UTS and PID namespaces.
+    """A private libvirt host: libvirtd and virtlogd in their own mount, UTS and PID namespaces.
 
-    Its directory is what the product calls ``VIRT_SSE_ROOT``: inside, its ``etc/libvirt``,
-    ``var/lib/libvirt``, ``var/log/libvirt``, ``var/cache/libvirt`` and ``run`` lie over the machine's.
-    Nothing is written elsewhere. When the process that started it ends, also by ``kill -9``, all its
-    processes end with it; the directory goes with :meth:`stop`, or with the next start after a kill.
+    The host's directory serves as ``VIRT_SSE_ROOT``: inside the host, its ``etc/libvirt``,
+    ``var/lib/libvirt``, ``var/log/libvirt``, ``var/cache/libvirt`` and ``run`` are mounted over the
+    machine's. Nothing is written elsewhere. All processes of the host end with the process which started the
+    host, even after ``kill -9``. The directory is removed by :meth:`stop`, or after a kill by the next start
+    of a lab host.
 
-    As on any host, libvirtd looks for hooks only when it starts. ``etc/libvirt/hooks/qemu.d`` is there, but
-    empty: after the first hook has been put into it, :meth:`restart_libvirtd` is needed; a second one is then
-    found without. libvirtd hands a hook PATH and HOME, not ``VIRT_SSE_ROOT``.
+    As on any host, libvirtd searches for hooks only at its start. ``etc/libvirt/hooks/qemu.d`` exists but is
+    empty: the first hook requires :meth:`restart_libvirtd`, further hooks do not. libvirtd gives PATH and
+    HOME to a hook, but not ``VIRT_SSE_ROOT``.
     """
 
     def __init__(self, name: str | None = None, *, base: Path = Path("/tmp")) -> None:  # noqa: S108
-        """Prepare a host; nothing happens before :meth:`start`.
+        """Describe a host; nothing happens before :meth:`start`.
 
-        :param name: default a random one.
-        :param base: where its directory is made; QEMU's user must be able to pass through it.
+        :param name: by default random.
+        :param base: parent of the host's directory; QEMU's user needs access.
         """
         self.name = name if name is not None else f"lab-{uuid.uuid4().hex[:8]}"
         self._base = base
@@ -84,46 +85,47 @@ class LabHost:
 
     @property
     def directory(self) -> Path:
-        """What all of it lies in; there only while the host runs.
+        """The directory with all files of the host.
 
-        :raise LabError: When it does not.
+        :raise LabError: When the host is not running.
         """
         if self._lab_directory is None:
-            raise LabError(f"lab host {self.name} does not run")
+            raise LabError(f"lab host {self.name} is not running")
         return self._lab_directory.path
 
     @property
     def root(self) -> Path:
-        """The directory, by the name it has as ``VIRT_SSE_ROOT``."""
+        """The directory in its role as ``VIRT_SSE_ROOT``."""
         return self.directory
 
     @property
     def images(self) -> Path:
-        """A folder for disk images; QEMU's user may write there."""
+        """Folder for disk images, writable by QEMU's user."""
         return self.directory / "images"
 
     @property
     def uri(self) -> str:
-        """Where its libvirtd answers, on this machine."""
+        """The libvirt URI of the host, usable on this machine."""
         return f"qemu+unix:///system?socket={self.directory}/run/libvirt/libvirt-sock"
 
     @property
     def environment(self) -> dict[str, str]:
-        """This process's environment, pointed at the host: what the product and ``virsh`` are run with."""
+        """This process's environment, with variables to direct virt-sse and ``virsh`` to the lab host."""
         return os.environ | {"VIRT_SSE_ROOT": str(self.root), "LIBVIRT_DEFAULT_URI": self.uri}
 
     def start(self) -> None:
-        """Sweep what killed runs left, then start the host; done when libvirtd answers.
+        """Remove remains of killed runs, start the host, and wait until libvirtd answers.
 
-        :raise LabUnavailableError: When the machine lacks a tool or a right; says which.
-        :raise LabError: When a daemon does not start; a note carries the end of its log.
+        :raise LabUnavailableError: When the machine lacks a tool or a right; the message names the tool or
+            right.
+        :raise LabError: When a daemon does not start; a note contains the end of its log.
         """
         require_root()
         require(
             "libvirtd", "virtlogd", "virsh", "qemu-system-x86_64", "unshare", "nsenter", "mount", "umount"
         )
         if self._process is not None:
-            raise LabError(f"lab host {self.name} runs already")
+            raise LabError(f"lab host {self.name} is already running")
         directories.sweep(self._base)
         self._lab_directory = directories.create(self._base)
         try:
@@ -138,13 +140,13 @@ class LabHost:
             raise
 
     def stop(self) -> None:
-        """Kill all processes of the host and remove its directory. Does nothing when it does not run."""
+        """Kill all processes of the host and remove its directory; does nothing on a stopped host."""
         process, self._process = self._process, None
         if process is not None:
             try:
                 process.communicate("stop", timeout=_STOP_TIMEOUT)
             except subprocess.TimeoutExpired:
-                process.kill()  # unshare's --kill-child takes the namespace along
+                process.kill()  # unshare's --kill-child kills the namespace, too
                 process.communicate()
         directory, self._lab_directory = self._lab_directory, None
         if directory is not None:
@@ -160,9 +162,9 @@ class LabHost:
         return libvirt.open(self.uri)
 
     def restart_libvirtd(self) -> None:
-        """End libvirtd and start it again, until it has its guests again; connections break.
+        """Restart libvirtd, and wait until libvirtd has reconnected to its guests. Open connections break.
 
-        :raise LabError: When it does not start.
+        :raise LabError: When libvirtd does not start.
         """
         import libvirt
 
@@ -171,17 +173,17 @@ class LabHost:
         self._start_libvirtd()
         with contextlib.closing(self.connect()) as connection:
             for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
-                # Whether a guest runs, it says at once. What asks QEMU waits for that and for the hook.
+                # Queries QEMU, so waits for the reconnection and the hook; isActive() would answer at once.
                 with contextlib.suppress(libvirt.libvirtError):
                     domain.memoryStats()
 
     def command(self, argv: Sequence[str | Path]) -> list[str]:
-        """The argument vector that runs *argv* inside the host's namespaces.
+        """The argument vector to run *argv* inside the host's namespaces.
 
-        Killing the process it becomes does not kill *argv*, which runs in another PID namespace.
+        Killing the resulting process does not kill *argv*, because *argv* runs in the host's PID namespace.
         """
         if self._process is None:
-            raise LabError(f"lab host {self.name} does not run")
+            raise LabError(f"lab host {self.name} is not running")
         namespaces = f"/proc/{self._process.pid}/ns"
         return [
             "nsenter",
@@ -202,10 +204,10 @@ class LabHost:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command inside the host and wait for it.
 
-        :param input: its standard input; default none.
-        :param env: what its environment has besides :attr:`environment`.
+        :param input: standard input; empty by default.
+        :param env: variables in addition to :attr:`environment`.
         :param check: whether a status other than 0 is an error.
-        :raise LabError: When *check* is set and the command fails; holds its last line.
+        :raise LabError: When *check* is set and the command fails; contains the last line of output.
         """
         result = subprocess.run(
             self.command(argv),
@@ -223,7 +225,7 @@ class LabHost:
         return result
 
     def virsh(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run ``virsh`` on the host, as :meth:`run` does, and by default insist that it succeeds."""
+        """Run ``virsh`` on the host, as :meth:`run` does; by default, a failure is an error."""
         return self.run(["virsh", *arguments], check=check)
 
     def _lay_out(self) -> None:
@@ -243,15 +245,15 @@ class LabHost:
         for name in _DRIVERS:
             for module in Path("/usr/lib").glob(f"*/libvirt/connection-driver/libvirt_driver_{name}.so"):
                 (self.directory / "drivers" / module.name).symlink_to(module)
-        # Asking QEMU takes libvirt over a second; it knows itself when what it has learnt is out of date.
+        # Probing QEMU takes libvirt over a second; libvirt detects outdated capabilities by itself.
         for known in cache.cache_directory().glob("capabilities/*.xml"):
             cache.replace(self.directory / _CAPABILITIES / known.name, known.read_bytes())
 
     def _start_supervisor(self, directory: directories.LabDirectory) -> None:
-        """Make the namespaces; done when all is mounted.
+        """Make the namespaces, and wait until all is mounted.
 
-        The owner is watched by its pidfd, which becomes readable when the process ends. A parent-death
-        signal would fire when merely the starting thread ends, and a pipe would be held open by forks.
+        The supervisor watches the owner's pidfd, which becomes readable at the owner's end. A parent-death
+        signal would already fire at the end of the starting thread, and forks would hold a pipe open.
         """
         owner = os.pidfd_open(os.getpid())
         try:
@@ -266,7 +268,7 @@ class LabHost:
                 stderr=subprocess.PIPE,
                 text=True,
                 pass_fds=(owner, directory.lock),
-                start_new_session=True,  # Ctrl-C in the terminal is for the owner alone
+                start_new_session=True,  # Ctrl-C in the terminal must reach only the owner
             )
         finally:
             os.close(owner)
@@ -283,7 +285,7 @@ class LabHost:
         raise error(f"cannot make the namespaces of lab host {self.name}: {last}")
 
     def _start_libvirtd(self) -> None:
-        """Start it and wait until it answers, which is when all its drivers are there."""
+        """Start libvirtd and wait for an answer; then all its drivers are loaded."""
         drivers = self.directory / "drivers"
         env = {"LIBVIRT_DRIVER_DIR": str(drivers)} if any(drivers.iterdir()) else {}
         self.run(["libvirtd", "--daemon", "--pid-file", f"/{_LIBVIRTD_PID}"], env=env, check=True)
@@ -304,7 +306,7 @@ class LabHost:
 
 
 def _like(original: Path, folder: Path) -> None:
-    """Make *folder*, empty, with *original*'s owner and permissions; nothing where that is not there."""
+    """Make an empty *folder* with the owner and permissions of *original*, if *original* exists."""
     if original.exists():
         folder.mkdir(parents=True)
         status = original.stat()

@@ -1,8 +1,8 @@
-"""``virt-sse`` on a leash: a lab's vault or agent, ended together with its owner.
+"""``virt-sse`` on a leash: a process of a lab's vault or agent, ended together with its owner.
 
-Arguments: the number of a pidfd of the owner, which becomes readable when that ends, then those of
-``virt-sse``. A parent-death signal would come when merely the starting thread ends. SIGUSR1 has it say on its
-standard error what each thread is doing.
+Arguments: the number of the owner's pidfd, followed by the arguments of ``virt-sse``. The pidfd becomes
+readable at the owner's end; a parent-death signal would already fire at the end of the starting thread. On
+SIGUSR1, the process prints the stack of each thread on its standard error.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def start(
     command: Callable[[list[str]], list[str]] = list,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[str]:
-    """Start ``virt-sse`` with *arguments*, on the leash of this process.
+    """Start ``virt-sse`` with *arguments*, to be ended together with this process.
 
-    :param log_path: what it says on its standard error is added there; on its standard output too, unless
-    :param output: says where that goes, as for :class:`subprocess.Popen`.
-    :param command: makes of the command the one that runs it.
+    :param log_path: file to append standard error to, and standard output if *output* is ``None``.
+    :param output: destination of standard output, as for :class:`subprocess.Popen`.
+    :param command: wraps the argument vector, e.g. to enter a namespace.
     """
     owner = os.pidfd_open(os.getpid())
     try:
@@ -43,7 +43,7 @@ def start(
                 stderr=log,
                 text=True,
                 pass_fds=(owner,),
-                start_new_session=True,  # Ctrl-C in the terminal is for the owner alone
+                start_new_session=True,  # Ctrl-C in the terminal must reach only the owner
             )
     finally:
         os.close(owner)

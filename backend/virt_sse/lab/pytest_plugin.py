@@ -1,11 +1,11 @@
-"""The lab as pytest fixtures. A test that asks for what the machine lacks is skipped, saying what that is.
+"""The lab as pytest fixtures. A test is skipped, with a reason, if the machine lacks a requirement.
 
 ``lab_host``, ``second_lab_host``
     running :class:`virt_sse.lab.host.LabHost`, one each for the whole session
 ``lab_vault``
     a running :class:`virt_sse.lab.vaults.LabVault` for the whole session
 ``lab_token``
-    a new :class:`virt_sse.lab.tokens.LabToken` of SoftHSM for each test; ``lab_hsm`` gives more of them
+    a new :class:`virt_sse.lab.tokens.LabToken` of SoftHSM for each test; ``lab_hsm`` makes further tokens
 ``lab_nss_token``
     the token of NSS, one for the whole session
 ``acceleration``
@@ -15,8 +15,8 @@
 ``linux_micro``
     the linux-micro guest, a :class:`virt_sse.lab.recipes.LinuxMicro`
 
-The summary at the end says which guest ran under which acceleration. Nothing heavy is imported before a
-fixture is used, since pytest loads this module in every project that virt-sse is installed beside.
+The terminal summary lists the acceleration of each guest. Heavy imports happen inside the fixtures, because
+pytest loads this module in every environment with virt-sse installed.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def lab_host() -> Iterator[LabHost]:
 
 @pytest.fixture(scope="session")
 def second_lab_host() -> Iterator[LabHost]:
-    """Another one beside it, for what needs two."""
+    """A second running lab host, shared by the session's tests."""
     yield from _running_host()
 
 
@@ -84,7 +84,7 @@ def lab_vault() -> Iterator[LabVault]:
 
 @pytest.fixture(scope="session")
 def lab_hsm() -> Iterator[LabHsm]:
-    """SoftHSM, in this process and for its whole session."""
+    """SoftHSM for this process, shared by the session's tests."""
     with ExitStack() as stack:
         with _skip_if_unavailable():
             from virt_sse.lab.tokens import LabHsm
@@ -113,7 +113,7 @@ def lab_nss_token() -> Iterator[LabToken]:
 
 @pytest.fixture(scope="session")
 def acceleration(pytestconfig: pytest.Config) -> Callable[[GuestName], Acceleration]:
-    """How a guest runs on this machine, by its name."""
+    """Function from a guest's name to its acceleration on this machine."""
     from virt_sse.lab.acceleration import probe
 
     used = pytestconfig.stash.setdefault(_USED, {})
@@ -146,7 +146,7 @@ def linux_micro() -> LinuxMicro:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A worker of pytest-xdist has no terminal: what it found out goes to the one that has."""
+    """Pass a pytest-xdist worker's results to the controller, because workers have no terminal."""
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         output[_WORKER_OUTPUT] = session.config.stash.get(_USED, {})
@@ -154,13 +154,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """A worker of pytest-xdist has ended."""
+    """Collect the results of a pytest-xdist worker after its end."""
     used = node.config.stash.setdefault(_USED, {})
     used.update(getattr(node, "workeroutput", {}).get(_WORKER_OUTPUT, {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say what acceleration the lab's guests had."""
+    """Print the acceleration of the lab's guests."""
     used = terminalreporter.config.stash.get(_USED, {})
     if used:
         terminalreporter.section("virt-sse lab")

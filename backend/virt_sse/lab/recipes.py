@@ -1,7 +1,7 @@
-"""The guests of ``vm-images/``: found, built on first use, kept in the lab's cache.
+"""The guests of ``vm-images/``: built on first use, and kept in the lab's cache.
 
-A recipe is a folder with an executable ``build``, which makes the guest in the folder it is given. What it
-made is kept under a hash of the recipe, so a recipe that changes is built anew.
+A recipe is a folder with an executable ``build``; its argument is the folder to build the guest in. The
+result is cached under a hash of the recipe, so a changed recipe is built again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from virt_sse.lab import cache
 from virt_sse.lab.requirements import require
 
 BOOT_SECTOR_TEXT = b"virt-sse boot-sector marker: not to be found in the raw image. "
-"""What boot-sector holds, and writes over and over from sector 1000 on."""
+"""Text in the image of boot-sector; the guest also writes copies of this text from sector 1000 on."""
 
 _TOOLS = {
     "boot-sector": ("as", "ld"),
@@ -29,16 +29,16 @@ _TOOLS = {
 
 @dataclass(frozen=True, slots=True)
 class LinuxMicro:
-    """A kernel and an initramfs that runs the script on its command line (``sse.script=BASE64``)."""
+    """A kernel, and an initramfs to run the script on the kernel's command line (``sse.script=BASE64``)."""
 
     kernel: Path
     initramfs: Path
 
 
 def boot_sector_image(*, stays: bool = False) -> Path:
-    """The boot-sector guest: a raw image of 1 MiB, to be copied or imported, not to be written.
+    """The boot-sector guest: a raw image of 1 MiB, to be copied or imported but not written.
 
-    :param stays: whether it goes on running, halted, when it is done, rather than power off.
+    :param stays: whether the guest, when done, keeps running in the halted state. By default, it powers off.
     :raise LabUnavailableError: When ``vm-images/`` or a tool to build it is missing.
     :raise LabError: When its recipe fails.
     """
@@ -56,9 +56,9 @@ def linux_micro() -> LinuxMicro:
 
 
 def vm_images() -> Path:
-    """The folder of the recipes: ``VIRT_SSE_VM_IMAGES``, else that of the checkout this package lies in.
+    """The folder of the recipes: ``VIRT_SSE_VM_IMAGES``, or ``vm-images`` in this package's checkout.
 
-    :raise LabUnavailableError: When neither is there.
+    :raise LabUnavailableError: When the folder does not exist.
     """
     chosen = os.environ.get("VIRT_SSE_VM_IMAGES")
     folder = Path(chosen) if chosen else Path(__file__).resolve().parents[3] / "vm-images"
@@ -71,14 +71,14 @@ def vm_images() -> Path:
 
 
 def built(name: str) -> Path:
-    """The folder with what the recipe *name* makes, built now unless it is cached.
+    """The folder with the result of the recipe *name*; built unless cached.
 
-    :raise LabUnavailableError: When the recipe or a tool it needs is missing.
-    :raise LabError: When it fails; a note carries the end of what it said.
+    :raise LabUnavailableError: When the recipe or a required tool is missing.
+    :raise LabError: When the recipe fails; a note contains the end of its output.
     """
     recipe = vm_images() / name
     if not (recipe / "build").is_file():
-        raise LabUnavailableError(f"there is no recipe {recipe}/build")
+        raise LabUnavailableError(f"recipe {recipe}/build does not exist")
     result = cache.cache_directory() / f"{name}-{recipe_hash(recipe)}"
     with cache.locked(name):
         if not result.is_dir():
@@ -97,7 +97,7 @@ def recipe_hash(recipe: Path) -> str:
 
 
 def _build(recipe: Path, result: Path) -> None:
-    """Build beside *result* and rename, so that it is whole or absent."""
+    """Build in a folder beside *result* and rename: *result* is complete or absent."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{recipe.name}-", dir=result.parent))
     try:
         run = subprocess.run(

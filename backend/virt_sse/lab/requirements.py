@@ -1,4 +1,4 @@
-"""What the lab needs from the machine, and which package brings it."""
+"""Tools required by the lab, and the packages to install for them."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ PACKAGES = {
     "virsh": "libvirt-clients",
     "virtlogd": "libvirt-daemon-system",
 }
-"""Every tool the lab runs, with the Debian and Ubuntu package it comes from."""
+"""Every tool used by the lab, with its package in Debian and Ubuntu."""
 
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-"""libvirtd lies in /usr/sbin, which an operator's PATH need not hold."""
+"""PATH with the sbin directories: libvirtd is in /usr/sbin, often missing from an operator's PATH."""
 
 
 def require(*tools: str) -> None:
-    """Make sure that all *tools* are installed.
+    """Check that all *tools* are installed.
 
-    :raise LabUnavailableError: When some are not; names each, and the packages to install.
+    :raise LabUnavailableError: When tools are missing; names each, and the packages to install.
     """
     missing = [tool for tool in tools if shutil.which(tool, path=SYSTEM_PATH) is None]
     if missing:
@@ -46,6 +46,9 @@ def require(*tools: str) -> None:
 
 
 def require_root() -> None:
-    """:raise LabUnavailableError: When this process is not root's."""
+    """Check for root privileges.
+
+    :raise LabUnavailableError: When this process does not run as root.
+    """
     if os.geteuid() != 0:
-        raise LabUnavailableError("the lab needs root: it mounts, and starts libvirtd")
+        raise LabUnavailableError("the lab needs root, to mount and to start libvirtd")

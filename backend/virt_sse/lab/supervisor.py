@@ -1,8 +1,8 @@
-"""The first process of a lab host: arranges its mounts, then outlives nothing.
+"""The first process of a lab host: sets up the mounts, then waits for the owner's end.
 
 Run as a script by :class:`virt_sse.lab.host.LabHost`, as process 1 of new mount, UTS and PID namespaces;
-standard library only. Says ``ready`` on its standard output. When its owner ends, whatever way, or
-something arrives on its standard input, it exits; the kernel then kills every process of the namespace.
+standard library only. Prints ``ready`` on standard output. Exits when the owner ends, in any way, or when
+data arrives on standard input; the kernel then kills every process of the namespace.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import sys
 from pathlib import Path
 
 BINDS = ("etc/libvirt", "var/lib/libvirt", "var/log/libvirt", "var/cache/libvirt", "run")
-"""What a lab host has of its own. All of /run, so that libvirt meets neither D-Bus nor systemd nor locks."""
+"""Directories private to a lab host; all of /run, to hide D-Bus, systemd and locks from libvirt."""
 
 TPM_AUTHORITY = "var/lib/swtpm-localca"
-"""What signs emulated TPMs' certificates; there only where swtpm is installed."""
+"""State of the local CA for certificates of emulated TPMs; exists only if swtpm is installed."""
 
 KVM = Path("/dev/kvm")
 
 
 def run(*argv: str | Path) -> None:
-    """Run a command; when it fails, end with the first line of what it said."""
+    """Run a command; on failure, exit with the first line of its output."""
     result = subprocess.run(argv, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         said = result.stderr.strip() or f"{argv[0]} exited {result.returncode}"
-        sys.exit(said.splitlines()[0])  # mount goes on with general advice
+        sys.exit(said.splitlines()[0])  # mount's further lines are general advice
 
 
 def mount(*arguments: str | Path) -> None:
@@ -39,7 +39,7 @@ def mount(*arguments: str | Path) -> None:
 
 
 def bring_kvm(directory: Path) -> None:
-    """Put a /dev/kvm that group kvm may use over the machine's own, as udev sets it on an ordinary host."""
+    """Mount a /dev/kvm usable by group kvm over the machine's own, with udev's usual permissions."""
     if not KVM.exists():
         return
     mount("-t", "tmpfs", "-o", "mode=0755,size=64k", "lab", directory)
@@ -52,7 +52,7 @@ def bring_kvm(directory: Path) -> None:
 
 def arrange(directory: Path, hostname: str) -> None:
     socket.sethostname(hostname)
-    # Without a mounted hierarchy libvirt leaves control groups alone; they are the machine's.
+    # Control groups belong to the machine. Without a mounted hierarchy, libvirt does not use them.
     if Path("/sys/fs/cgroup").is_mount():
         run("umount", "--recursive", "--lazy", "/sys/fs/cgroup")
     bring_kvm(directory / "dev")
@@ -61,12 +61,12 @@ def arrange(directory: Path, hostname: str) -> None:
 
 
 def main() -> None:
-    """Arguments: the lab host's directory, its hostname, the number of a pidfd of its owner."""
+    """Supervise; arguments: the lab host's directory, its hostname, the number of the owner's pidfd."""
     directory, hostname, owner = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     arrange(directory, hostname)
-    # Daemons' orphans end up here; ignoring the signal makes the kernel reap them.
+    # Orphans of daemons become children of this process; ignoring the signal makes the kernel reap them.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    print("ready", flush=True)  # noqa: T201 -- the owner waits for it
+    print("ready", flush=True)  # noqa: T201 -- the owner waits for this line
     poll = select.poll()
     poll.register(owner, select.POLLIN)
     poll.register(sys.stdin, select.POLLIN)

@@ -25,13 +25,15 @@ from virt_sse.system.files import private_folder, write_private
 _NSS_MODULE_NAME = "softokn3"
 _NSS_ROUNDS = "NSS_MAX_MP_PBE_ITERATION_COUNT"
 _NSS_SLOT = 2
-"""That of the key database; the other one holds nothing."""
+"""Slot of NSS's key database; the other slot is empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabToken:
-    """:ivar folder: its PINs, and the count of wrong ones.
-    :ivar options: what a provider's configuration says to use it.
+    """A throw-away token.
+
+    :ivar folder: the token's PINs, and the count of wrong PINs.
+    :ivar options: options for a key provider's configuration to use the token.
     """
 
     uri: TokenUri
@@ -39,9 +41,9 @@ class LabToken:
     options: dict[str, object] = field(repr=False)
 
     def open(self) -> Token:
-        """Log in to it.
+        """Log in to the token.
 
-        :raise KeyProviderUnavailableError: When it does not answer.
+        :raise KeyProviderUnavailableError: When the token does not answer.
         """
         return TokenOptions.parse("the lab's token", self.folder.path, self.options).open()
 
@@ -52,12 +54,12 @@ class LabToken:
 
 
 class LabHsm:
-    """SoftHSM, with any number of tokens.
+    """SoftHSM with any number of tokens.
 
-    :raise LabUnavailableError: On entering, when it is not installed.
+    :raise LabUnavailableError: On entering the context, when SoftHSM is not installed.
     """
 
-    def __init__(self, *, base: Path = Path("/tmp")) -> None:  # noqa: S108 -- a folder of its own below
+    def __init__(self, *, base: Path = Path("/tmp")) -> None:  # noqa: S108 -- uses a private folder below
         self._base = base
         self._directory: directories.LabDirectory | None = None
 
@@ -77,23 +79,23 @@ class LabHsm:
 
     @property
     def folder(self) -> TokenFolder:
-        """The configuration, and what all tokens hold.
+        """Folder of the configuration and all tokens.
 
-        :raise LabError: When it is not there yet, or gone.
+        :raise LabError: When the folder has not been made, or was removed.
         """
         if self._directory is None:
             raise LabError("the lab HSM has not been made")
         return TokenFolder(self._directory.path / "hsm")
 
     def remove(self) -> None:
-        """Remove it with all tokens and keys."""
+        """Remove the folder with all tokens and keys."""
         directory, self._directory = self._directory, None
         if directory is not None:
             directory.remove()
 
     @contextlib.contextmanager
     def token(self) -> Iterator[LabToken]:
-        """A new token; it goes with the context."""
+        """A new token, removed at the end of the context."""
         label = f"lab-{secrets.token_hex(8)}"
         before = set(self.folder.tokens.iterdir())
         folder = TokenFolder(self.folder.path / label)
@@ -118,10 +120,10 @@ class LabHsm:
 
 
 @contextlib.contextmanager
-def nss_token(*, base: Path = Path("/tmp")) -> Iterator[LabToken]:  # noqa: S108 -- a folder of its own below
-    """The token of NSS's ``libsoftokn3.so``: another maker's, and of other habits.
+def nss_token(*, base: Path = Path("/tmp")) -> Iterator[LabToken]:  # noqa: S108 -- a private folder below
+    """The token of NSS's ``libsoftokn3.so``: independent of SoftHSM, with different behaviour.
 
-    :raise LabUnavailableError: When it is not installed.
+    :raise LabUnavailableError: When NSS is not installed.
     """
     module = _installed(_NSS_MODULE_NAME, "libnss3")
     directory = directories.create(base)
@@ -159,8 +161,10 @@ def _set_nss_pin(module: Module, pin: str) -> None:
 
 @contextlib.contextmanager
 def _few_rounds() -> Iterator[None]:
-    """NSS derives keys from the PIN for every private object, at each use, in as many rounds as it was told
-    when that was written; 10000 take 40 ms.
+    """Make NSS use few rounds of key derivation.
+
+    NSS derives a key from the PIN for every private object, at each use. The number of rounds is fixed when
+    the object is written; the default of 10000 takes 40 ms.
     """
     before = os.environ.get(_NSS_ROUNDS)
     os.environ[_NSS_ROUNDS] = "1"

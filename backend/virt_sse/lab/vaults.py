@@ -23,15 +23,15 @@ _PORTS = (15000, 32000)
 
 
 class LabVault:
-    """A key vault of one's own, served on a loopback port from a folder of its own by a process of its own.
+    """A private key vault, served on a loopback port by a separate process, from a private folder.
 
-    When the process that started it ends, also by ``kill -9``, the vault ends with it; the folder goes with
-    :meth:`remove`, or with the next lab's start after a kill.
+    The vault ends together with the process which started the vault, even after ``kill -9``. The folder is
+    removed by :meth:`remove`, or after a kill by the next start of a lab.
 
-    :param arguments: what ``virt-sse vault serve`` is given besides.
-    :param premium: whether it has RSA-HSM keys too, in
-    :param token: this token, or a SoftHSM one of its own.
-    :param retention_days: how long a deleted key can be recovered.
+    :param arguments: further arguments of ``virt-sse vault serve``.
+    :param premium: whether the vault also has RSA-HSM keys.
+    :param token: token for RSA-HSM keys; by default, a SoftHSM token private to this vault.
+    :param retention_days: number of days a deleted key can be recovered.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class LabVault:
         token: LabToken | None = None,
         retention_days: int = 90,
         purge_protection: bool = False,
-        base: Path = Path("/tmp"),  # noqa: S108 -- a folder of its own below
+        base: Path = Path("/tmp"),  # noqa: S108 -- uses a private folder below
     ) -> None:
         self._arguments = list(arguments)
         self._premium = premium
@@ -74,7 +74,7 @@ class LabVault:
     def directory(self) -> Path:
         """The vault's folder.
 
-        :raise LabError: When the vault is not there yet, or gone.
+        :raise LabError: When the vault has not been made, or was removed.
         """
         if self._folder is None:
             raise LabError("the lab vault has not been made")
@@ -82,38 +82,38 @@ class LabVault:
 
     @property
     def url(self) -> str:
-        """Where it answers."""
+        """URL of the vault."""
         return f"https://{_HOST}:{self._port}"
 
     @property
     def ca_path(self) -> Path:
-        """The certificate that its clients trust."""
+        """Certificate to be trusted by clients."""
         return self.directory / "ca.pem"
 
     @property
     def administrator_path(self) -> Path:
-        """The credential file of an administrator, who may not use keys unless granted."""
+        """Credential file of an administrator; using keys requires a further grant."""
         return self.directory / "administrator.json"
 
     @property
     def log_path(self) -> Path:
-        """What the server has said."""
+        """File with the server's output."""
         return self.directory.parent / "log"
 
     @property
     def pid(self) -> int:
-        """The server's process.
+        """The server's process ID.
 
-        :raise LabError: When it does not run.
+        :raise LabError: When the server is not running.
         """
         if self._process is None:
-            raise LabError("the lab vault does not run")
+            raise LabError("the lab vault is not running")
         return self._process.pid
 
     def initialise(self) -> None:
-        """Sweep what killed runs left, then make the vault, without serving it yet.
+        """Remove remains of killed runs, then make the vault, without serving it yet.
 
-        :raise LabUnavailableError: When SoftHSM or PyKCS11 is not installed, for a token of its own.
+        :raise LabUnavailableError: When SoftHSM or PyKCS11 is not installed, but needed for a private token.
         """
         from virt_sse.vault.home.settings import Tier
         from virt_sse.vault.initialise import initialise
@@ -125,7 +125,7 @@ class LabVault:
             initialise(
                 self.directory,
                 tier=Tier.PREMIUM if self._premium else Tier.STANDARD,
-                token={} if self._token is None else {k: str(v) for k, v in self._token.options.items()},
+                hsm={} if self._token is None else {k: str(v) for k, v in self._token.options.items()},
                 name="lab-vault",
                 hosts=(_HOST, "localhost"),
                 port=self._port,
@@ -137,12 +137,12 @@ class LabVault:
             raise LabUnavailableError(f"no premium vault: {exc}", hint=exc.hint) from exc
 
     def start(self) -> None:
-        """Serve it; done when it answers.
+        """Start the server, and wait until the vault answers.
 
-        :raise LabError: When it does not start; a note carries what it said.
+        :raise LabError: When the server does not start; a note contains its output.
         """
         if self._process is not None:
-            raise LabError("the lab vault runs already")
+            raise LabError("the lab vault is already running")
         self._process = leashed.start(
             ["vault", "serve", "--directory", str(self.directory), *self._arguments],
             self.log_path,
@@ -156,15 +156,15 @@ class LabVault:
             raise error
 
     def stop(self) -> None:
-        """End the server, as a service manager would, and wait for it. Nothing when it does not run."""
+        """End the server with SIGTERM and wait for its end. Does nothing when the server is not running."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it as a power cut would."""
+        """Kill the server, with the effect of a power failure."""
         self._end(signal.SIGKILL)
 
     def remove(self) -> None:
-        """Remove the vault with all keys in it."""
+        """Remove the vault with all its keys."""
         folder, self._folder = self._folder, None
         if folder is not None:
             folder.remove()
@@ -182,7 +182,7 @@ class LabVault:
 
 
 def _free_port() -> int:
-    """A port that nobody listens on, from below those that the kernel gives to clients: it must stay free."""
+    """A free port outside the kernel's range for clients, so that the port stays free."""
     while True:
         port = random.randrange(*_PORTS)  # noqa: S311 -- no secret
         with socket.socket() as free, contextlib.suppress(OSError):

@@ -1,1 +1,1 @@
-"""Values without I/O: what a disk, a key, a layer, a disk encryption set, a VM is."""
+"""Value objects without I/O: disks, keys, ciphers, layers, disk encryption sets, VMs, operations, events."""

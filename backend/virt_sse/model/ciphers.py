@@ -1,4 +1,4 @@
-"""Sector ciphers in the words of QEMU, cryptsetup and people."""
+"""Sector ciphers, with their names in QEMU and cryptsetup."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Cipher:
     def parse(cls, text: str) -> Self:
         """Read ``aes-256-xts`` or ``aes-256-cbc-essiv:sha256``.
 
-        :raise InvalidValueError: When *text* names no cipher that QEMU's LUKS driver has.
+        :raise InvalidValueError: When *text* names no cipher of QEMU's LUKS driver.
         """
         for algorithm in _ALGORITHMS:
             for mode in _MODES:
@@ -63,4 +63,4 @@ class Cipher:
 AES_256_XTS = Cipher("aes-256", "xts")
 AES_256_CBC = Cipher("aes-256", "cbc")
 KNOWN = tuple(Cipher(algorithm, mode) for algorithm in _ALGORITHMS for mode in _MODES)
-"""All that QEMU's LUKS driver may have; which of them it has, depends on how QEMU was built."""
+"""All ciphers of QEMU's LUKS driver. A build of QEMU may lack some of them."""

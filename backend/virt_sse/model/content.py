@@ -1,4 +1,4 @@
-"""What a guest has encrypted on a disk by itself."""
+"""In-guest encryption found on a disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from virt_sse.errors import PolicyError, VirtSseError
 
 
 class EncryptionKind(enum.Enum):
-    """What a guest has encrypted a volume with."""
+    """The scheme with which a guest encrypted a volume."""
 
     LUKS1 = "LUKS1"
     LUKS2 = "LUKS2"
@@ -18,16 +18,17 @@ class EncryptionKind(enum.Enum):
     BITLOCKER_TO_GO = "BitLocker To Go"
     FILEVAULT = "FileVault 2"
     EXT4_ENCRYPT = "ext4 encrypt"
-    """Files and folders of an ext4 file system, not all of it: the feature that they need is switched on."""
+    """The ext4 feature for encrypted files and folders is enabled; other files may be plaintext."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A volume on a disk that the guest has encrypted.
+    """A volume on a disk, encrypted by the guest.
 
-    :ivar partition: ``disk`` for all of it; ``gpt-2``; for a volume in a partition ``gpt-2/lvm``.
-    :ivar offset: in bytes, from the disk's beginning.
-    :ivar size: in bytes; for a volume in a partition up to that one's end.
+    :ivar partition: ``disk`` for the whole disk; else e.g. ``gpt-2``, or ``gpt-2/lvm`` for a volume in a
+        partition.
+    :ivar offset: in bytes, from the beginning of the disk.
+    :ivar size: in bytes; a volume in a partition counts up to the end of the partition.
     """
 
     partition: str
@@ -37,27 +38,30 @@ class Finding:
 
 
 class Content:
-    """What a disk holds, or is to hold: looked at once, and only if a policy asks, because it takes a key."""
+    """The present or future content of a disk, inspected lazily and once, because inspection uses a key.
 
-    def __init__(self, look: Callable[[], Sequence[Finding]]) -> None:
-        self._look = look
+    :param inspect: reads the disk and returns the encrypted volumes on it.
+    """
+
+    def __init__(self, inspect: Callable[[], Sequence[Finding]]) -> None:
+        self._inspect = inspect
         self._findings: tuple[Finding, ...] | None = None
 
     def in_guest_encryption(self) -> tuple[Finding, ...]:
-        """What of it the guest has encrypted.
+        """The volumes on the disk that the guest encrypted.
 
-        :raise PolicyError: When that cannot be seen.
+        :raise PolicyError: When the content cannot be inspected.
         """
         if self._findings is None:
             try:
-                self._findings = tuple(self._look())
+                self._findings = tuple(self._inspect())
             except PolicyError:
                 raise
             except VirtSseError as exc:
-                raise PolicyError(f"cannot see whether it has in-guest encryption: {exc}") from exc
+                raise PolicyError(f"cannot inspect the disk for in-guest encryption: {exc}") from exc
         return self._findings
 
 
 def described(findings: Sequence[Finding]) -> str:
-    """In words: the kinds and where, e.g. ``LUKS2 (gpt-2)``."""
+    """*findings* as text: kind and partition of each, e.g. ``LUKS2 (gpt-2)``."""
     return ", ".join(dict.fromkeys(f"{finding.kind.value} ({finding.partition})" for finding in findings))

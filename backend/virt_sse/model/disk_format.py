@@ -6,7 +6,7 @@ import enum
 
 
 class DiskFormat(enum.Enum):
-    """How a disk lies in its file."""
+    """The image format around a disk's LUKS volume."""
 
     QCOW2 = "qcow2"
     RAW = "raw"
@@ -18,10 +18,10 @@ class DiskFormat(enum.Enum):
 
     @property
     def qemu_key_secret(self) -> str:
-        """That driver's option which names the secret object with the passphrase."""
+        """The option of :attr:`qemu_driver` for the id of the secret object with the passphrase."""
         return "key-secret" if self is DiskFormat.RAW else "encrypt.key-secret"
 
     @property
     def luks_option_prefix(self) -> str:
-        """What that driver puts before the options of LUKS when it makes an image."""
+        """The prefix of LUKS options when :attr:`qemu_driver` creates an image."""
         return "" if self is DiskFormat.RAW else "encrypt."

@@ -1,4 +1,4 @@
-"""Disks: what they are, and what their names and sizes may be."""
+"""Disks, and the rules for their names, paths and sizes."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from virt_sse.model.layers import EncryptionType, HostCaching
 from virt_sse.system.files import canonical
 
 PLATFORM_KEY = KeyRef("platform-managed", "default")
-"""What a disk is under that is in no encryption set."""
+"""The key of disks outside of any disk encryption set."""
 
 SECTOR = 512
 MAX_SIZE = 64 << 40
-"""64 TiB, the cloud's largest disk."""
+"""64 TiB: the largest managed disk of the cloud."""
 
 _UNFIT_FOR_PATH = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
-"""What XML cannot hold, or is not UTF-8."""
+"""Characters that XML 1.0 or UTF-8 cannot represent."""
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,78}[A-Za-z0-9_])?")
 _SIZE = re.compile(r"([0-9]{1,20})(?:([KMGT])(?:iB)?)?")
 _UNITS = {None: 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 class DiskState(enum.Enum):
-    """Where a disk is in its life. Only ``READY`` ones can be used."""
+    """Stage of a disk's life. Only ``READY`` disks can be used."""
 
     CREATING = "creating"
     READY = "ready"
@@ -40,7 +40,7 @@ class DiskState(enum.Enum):
 
 
 class DiskSku(enum.Enum):
-    """The kind of storage, in the cloud's words. A revocation leaves a domain with an ultra disk running."""
+    """Storage class, by the cloud's names. A revocation leaves a domain with an ultra disk running."""
 
     STANDARD_HDD = "Standard_LRS"
     STANDARD_SSD = "StandardSSD_LRS"
@@ -50,12 +50,14 @@ class DiskSku(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """A disk of ours.
+    """A disk managed by virt-sse.
 
-    :ivar size: what the guest sees, in bytes.
-    :ivar generation: counts the rewraps of its DEKs.
-    :ivar set_id: the disk's encryption set; ``None``: the disk is under the platform's key.
-    :ivar caching: what the host caches of it in a domain; not ``NONE`` only with encryption at host.
+    :ivar size: usable size, as seen by the guest, in bytes.
+    :ivar generation: number of rewraps of the disk's DEKs.
+    :ivar deks: the DEK of the guest's LUKS volume first; empty only while the disk is being deleted.
+    :ivar set_id: id of the disk encryption set that provides the disk's own key; ``None`` for the
+        platform's key.
+    :ivar caching: host caching in a domain; ``NONE`` unless the domain has encryption at host.
     """
 
     id: UUID
@@ -83,25 +85,25 @@ class Disk:
         raise KeyError(slot)
 
     def identity_for(self, slot: str) -> UUID | None:
-        """The encryption set with whose identity the KEK of a slot's DEK is used; ``None``: the host's own.
+        """The encryption set whose managed identity may use the KEK of *slot*; ``None`` for the host's own.
 
-        The disk's own key is its set's. Another layer's is the platform's.
+        The first layer's key comes from the disk's encryption set, and further layers use the platform's key.
         """
         return self.set_id if slot == self.deks[0].slot else None
 
     def context(self, slot: str) -> DekContext:
-        """What the DEK in *slot* is bound to."""
+        """The context to which the DEK in *slot* is bound."""
         return DekContext(self.id, slot)
 
     @property
     def key(self) -> KeyRef:
-        """The disk's own key, the one of its first layer."""
+        """The disk's own key: the KEK of its first layer."""
         key = self.deks[0].wrapped.key
         return KeyRef(key.provider, key.name)
 
     @property
     def envelope(self) -> Envelope:
-        """What its image carries of it."""
+        """The copy of the disk's metadata and wrapped DEKs that its image carries."""
         return Envelope(
             disk_id=self.id,
             name=self.name,
@@ -142,47 +144,47 @@ class NewDisk:
 
 
 def check_name(name: str) -> str:
-    """*name*, if a disk may be called so.
+    """Return *name* if a disk may have this name.
 
-    :raise InvalidValueError: When it may not.
+    :raise InvalidValueError: When *name* is invalid.
     """
     if not _NAME.fullmatch(name):
         raise InvalidValueError(
-            f"{name[:80]!r} is no disk name",
+            f"invalid disk name {name[:80]!r}",
             hint="1 to 80 letters, digits, '.', '_' and '-', beginning with a letter or digit",
         )
     return name
 
 
 def check_path(path: Path) -> Path:
-    """*path* as the store and domains name it, if an image may lie there.
+    """Return *path* in the canonical form of the store and of domains, if an image may have this path.
 
-    :raise InvalidValueError: When a domain's XML cannot hold it: not UTF-8, or with control characters.
+    :raise InvalidValueError: When *path* is not UTF-8 or has control characters: domain XML cannot hold it.
     """
     if _UNFIT_FOR_PATH.search(str(path)):
         raise InvalidValueError(
-            f"{str(path)[:80]!r} is no path for an image", hint="no control characters, and UTF-8"
+            f"invalid image path {str(path)[:80]!r}", hint="UTF-8 without control characters"
         )
     return canonical(path)
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``10G``, ``512MiB`` or ``1073741824``; the units are binary, as in qemu-img.
+    """Convert a size like ``10G``, ``512MiB`` or ``1073741824`` to bytes; binary units, as in qemu-img.
 
-    :raise InvalidValueError: When it is no size that a disk can have.
+    :raise InvalidValueError: When *text* is malformed, or a disk cannot have this size.
     """
     match = _SIZE.fullmatch(text)
     if not match:
         raise InvalidValueError(
-            f"{text[:40]!r} is no size", hint="a number of bytes, or a number with K, M, G or T, e.g. 10G"
+            f"invalid size {text[:40]!r}", hint="a number of bytes, or a number with K, M, G or T, e.g. 10G"
         )
     return check_size(int(match[1]) * _UNITS[match[2]])
 
 
 def check_size(size: int) -> int:
-    """*size*, if a disk can have so many bytes.
+    """Return *size* if a disk can have this many bytes.
 
-    :raise InvalidValueError: When it cannot.
+    :raise InvalidValueError: When *size* is out of range or no multiple of :data:`SECTOR`.
     """
     if not 0 < size <= MAX_SIZE or size % SECTOR:
         raise InvalidValueError(

@@ -1,4 +1,4 @@
-"""Disk encryption sets: the key that many disks are under, and who may use it for them."""
+"""Disk encryption sets: a key for many disks, and the identity that uses the key."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from virt_sse.model.layers import EncryptionType
 
 
 class RevocationAction(enum.Enum):
-    """What becomes of the running domains of a set whose key is taken away.
+    """Enforcement action for the running domains of a set whose key is revoked.
 
-    ``SHUTDOWN`` asks the guest, and pulls its plug after the grace time.
+    ``SHUTDOWN`` asks the guest to shut down and destroys the domain after the grace time.
     """
 
     SHUTDOWN = "shutdown"
@@ -27,13 +27,13 @@ class RevocationAction(enum.Enum):
 class EncryptionSet:
     """A disk encryption set.
 
-    :ivar key: the KEK of its disks; for a key vault, the name is the key's URL without version.
-    :ivar key_version: the version that its disks are under; ``None`` for the newest.
-    :ivar automatic_rotation: whether its disks follow a new version of the key by themselves.
-    :ivar tenant: the directory that its identity belongs to.
-    :ivar identity: the client id of its system-assigned identity; ``None`` when it has none, because its
-        provider needs none, or because it was moved to another tenant.
-    :ivar grace_seconds: between the request to shut down and the end, for ``SHUTDOWN``.
+    :ivar key: the KEK of the set's disks; for a key vault, the key's URL without version is the name.
+    :ivar key_version: the version of the KEK in use; ``None`` for the newest.
+    :ivar automatic_rotation: whether the agent rewraps the set's disks when the key gets a new version.
+    :ivar tenant: the directory of the set's identity.
+    :ivar identity: client id of the set's system-assigned identity; ``None`` if the key provider needs no
+        identity, or after the set moved to a different tenant.
+    :ivar grace_seconds: time between the shutdown request and the end of the domain, for ``SHUTDOWN``.
     """
 
     id: UUID

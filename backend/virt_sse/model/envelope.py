@@ -1,17 +1,18 @@
-"""The envelope: a disk's wrapped DEKs as they lie in its own image.
+"""The envelope: format of the wrapped DEKs that a disk's own image carries.
 
-In the gap of the LUKS1 header between its fields (592) and the first keyslot (4096), which neither QEMU nor
-cryptsetup ever writes, are two slots of 1,536 bytes, at 1024 and 2560. Each holds, big-endian::
+The LUKS1 header has a gap between its fields (592) and the first keyslot (4096), never written by QEMU or
+cryptsetup. The gap holds two slots of 1,536 bytes, at offsets 1024 and 2560. Each slot contains, big-endian::
 
     8   magic "virt-sse"
     2   format version, 1
     2   length of the body
     8   generation
     n   body: JSON, UTF-8
-    32  SHA-256 of all before
+    32  SHA-256 of everything before
 
-The valid slot of the highest generation counts. A write replaces the other slot first, makes that durable,
-and then this one: a torn write leaves one whole, and a finished one leaves no copy of what was replaced.
+The valid slot with the highest generation is current. A write replaces the other slot first, makes the write
+durable, and then replaces the current slot: a torn write leaves a valid slot, and a complete write leaves no
+copy of the old content.
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import json
 import struct
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Self
 from uuid import UUID
+
+import msgspec
 
 from virt_sse.errors import EnvelopeError, InvalidValueError
 from virt_sse.model.ciphers import Cipher
 from virt_sse.model.keys import KeyId, WrappedDek
 from virt_sse.model.layers import EncryptionType
+from virt_sse.system.documents import from_json
 
 SLOT_OFFSETS = (1024, 2560)
 SLOT_BYTES = 1536
@@ -38,16 +42,16 @@ _VERSION = 1
 _PREFIX = struct.Struct(">8sHHQ")
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _MAX_GENERATION = 2**31 - 1
-"""What the store's column holds."""
+"""Limit of the store's column."""
 _BODY_BYTES = SLOT_BYTES - _PREFIX.size - _DIGEST_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class DekEntry:
-    """One wrapped DEK of a disk.
+    """A wrapped DEK of a disk.
 
-    :ivar slot: its name within the disk; with the disk's id what it is bound to.
-    :ivar cipher: what the LUKS volume that it unlocks encrypts with.
+    :ivar slot: name of the DEK within the disk; part of the wrapped DEK's context, with the disk's id.
+    :ivar cipher: cipher of the LUKS volume unlocked by the DEK.
     """
 
     slot: str
@@ -57,10 +61,10 @@ class DekEntry:
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """All that is needed, beside the key provider, to use a disk whose store is lost.
+    """Everything needed, apart from the key provider, to use a disk whose store is lost.
 
-    :ivar set_id: the disk's encryption set.
-    :ivar generation: counts the rewraps.
+    :ivar set_id: id of the disk's disk encryption set, if any.
+    :ivar generation: number of rewraps.
     """
 
     disk_id: UUID
@@ -72,22 +76,11 @@ class Envelope:
     deks: tuple[DekEntry, ...]
 
     def encode(self) -> bytes:
-        """One slot's content, :data:`SLOT_BYTES` long.
+        """The content of a slot, :data:`SLOT_BYTES` long.
 
-        :raise EnvelopeError: When it does not fit.
+        :raise EnvelopeError: When the body does not fit.
         """
-        body = json.dumps(
-            {
-                "disk": str(self.disk_id),
-                "name": self.name,
-                "encryption-type": self.encryption_type.value,
-                "created": self.created.isoformat(),
-                **({"encryption-set": str(self.set_id)} if self.set_id else {}),
-                "deks": [_dek_to_json(entry) for entry in self.deks],
-            },
-            ensure_ascii=False,
-            separators=(",", ":"),
-        ).encode()
+        body = msgspec.json.encode(_Body.of(self))
         if len(body) > _BODY_BYTES:
             raise EnvelopeError(
                 f"the wrapped DEKs take {len(body)} bytes; the header has room for {_BODY_BYTES}"
@@ -96,10 +89,10 @@ class Envelope:
         return (content + hashlib.sha256(content).digest()).ljust(SLOT_BYTES, b"\0")
 
     @classmethod
-    def decode(cls, slot: bytes) -> Envelope:
-        """Read one slot.
+    def decode(cls, slot: bytes) -> Self:
+        """Parse a slot.
 
-        :raise EnvelopeError: When it is empty, truncated, altered, or of a version that is not known here.
+        :raise EnvelopeError: When the slot is empty, truncated, altered, malformed or of an unknown version.
         """
         if len(slot) < _PREFIX.size or not slot.startswith(_MAGIC):
             raise EnvelopeError("no envelope: not a disk of virt-sse")
@@ -109,50 +102,80 @@ class Envelope:
         end = _PREFIX.size + length
         if not hmac.compare_digest(hashlib.sha256(slot[:end]).digest(), slot[end : end + _DIGEST_BYTES]):
             raise EnvelopeError("the envelope is damaged")
-        # The checksum is no signature: whoever can write to the image can have put anything here.
+        # The checksum is no signature: the body is untrusted, written by anyone with access to the image.
         try:
             if not 0 < generation <= _MAX_GENERATION:
                 raise ValueError(f"generation {generation}")
-            body = json.loads(slot[_PREFIX.size : end])
+            body = from_json(slot[_PREFIX.size : end], _Body)
             return cls(
-                disk_id=UUID(_text(body["disk"])),
-                name=_text(body["name"]),
-                encryption_type=EncryptionType(body["encryption-type"]),
-                set_id=UUID(body["encryption-set"]) if body.get("encryption-set") else None,
-                created=datetime.fromisoformat(_text(body["created"])),
+                disk_id=UUID(body.disk),
+                name=body.name,
+                encryption_type=body.encryption_type,
+                set_id=UUID(body.encryption_set) if body.encryption_set else None,
+                created=datetime.fromisoformat(body.created),
                 generation=generation,
-                deks=tuple(_dek_from_json(entry) for entry in body["deks"]),
+                deks=tuple(entry.decoded() for entry in body.deks),
             )
-        except (ValueError, KeyError, TypeError, RecursionError, InvalidValueError) as exc:
-            raise EnvelopeError(f"the envelope makes no sense: {exc}") from exc
+        except (ValueError, InvalidValueError) as exc:
+            raise EnvelopeError(f"invalid envelope: {exc}") from exc
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    value.encode()  # a ValueError for half a surrogate pair, which JSON can spell
-    return value
+class _Dek(msgspec.Struct, frozen=True):
+    """A :class:`DekEntry` in JSON.
+
+    :ivar key: provider, name and version of the KEK.
+    :ivar dek: ciphertext, base64.
+    """
+
+    slot: str
+    cipher: str
+    key: tuple[str, str, str]
+    alg: str
+    dek: str
+
+    @classmethod
+    def of(cls, entry: DekEntry) -> Self:
+        wrapped = entry.wrapped
+        return cls(
+            slot=entry.slot,
+            cipher=str(entry.cipher),
+            key=(wrapped.key.provider, wrapped.key.name, wrapped.key.version),
+            alg=wrapped.algorithm,
+            dek=base64.b64encode(wrapped.ciphertext).decode(),
+        )
+
+    def decoded(self) -> DekEntry:
+        return DekEntry(
+            slot=self.slot,
+            cipher=Cipher.parse(self.cipher),
+            wrapped=WrappedDek(
+                ciphertext=base64.b64decode(self.dek, validate=True),
+                algorithm=self.alg,
+                key=KeyId(*self.key),
+            ),
+        )
 
 
-def _dek_to_json(entry: DekEntry) -> dict[str, object]:
-    key = entry.wrapped.key
-    return {
-        "slot": entry.slot,
-        "cipher": str(entry.cipher),
-        "key": [key.provider, key.name, key.version],
-        "alg": entry.wrapped.algorithm,
-        "dek": base64.b64encode(entry.wrapped.ciphertext).decode(),
-    }
+class _Body(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", omit_defaults=True):
+    """An :class:`Envelope` in JSON. Unknown fields are ignored: a later virt-sse may add some.
 
+    The order of the fields is their order in the encoded envelope.
+    """
 
-def _dek_from_json(entry: dict[str, object]) -> DekEntry:
-    provider, name, version = (_text(part) for part in entry["key"])  # type: ignore[attr-defined] # TypeError above
-    return DekEntry(
-        slot=_text(entry["slot"]),
-        cipher=Cipher.parse(_text(entry["cipher"])),
-        wrapped=WrappedDek(
-            ciphertext=base64.b64decode(_text(entry["dek"]), validate=True),
-            algorithm=_text(entry["alg"]),
-            key=KeyId(provider, name, version),
-        ),
-    )
+    disk: str
+    name: str
+    encryption_type: EncryptionType
+    created: str
+    encryption_set: str | None = None
+    deks: tuple[_Dek, ...]
+
+    @classmethod
+    def of(cls, envelope: Envelope) -> Self:
+        return cls(
+            disk=str(envelope.disk_id),
+            name=envelope.name,
+            encryption_type=envelope.encryption_type,
+            created=envelope.created.isoformat(),
+            encryption_set=str(envelope.set_id) if envelope.set_id else None,
+            deks=tuple(_Dek.of(entry) for entry in envelope.deks),
+        )

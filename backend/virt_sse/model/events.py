@@ -1,4 +1,4 @@
-"""What observers of key use are told, and what belongs to a use without being asked of the key."""
+"""Key events for observers, and the ambient context of a key use: correlation id and domain."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from virt_sse.model.keys import DekContext, KeyId, KeyRef
 
 
 class KeyAction(enum.Enum):
-    """What was asked of the key."""
+    """The operation requested of a key."""
 
     WRAP = "wrap"
     UNWRAP = "unwrap"
@@ -22,13 +22,13 @@ class KeyAction(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class KeyEvent:
-    """One use of a KEK, allowed or refused.
+    """An allowed or refused use of a KEK.
 
-    :ivar key: without a version for ``ROTATE``, which makes one.
-    :ivar context: the disk and slot whose DEK it was; ``None`` for the key's own life.
-    :ivar error: ``None`` when it was allowed, else the provider's reason.
-    :ivar correlation: the same as in the audit log.
-    :ivar seconds: how long the provider took.
+    :ivar key: without a version for ``ROTATE``, which creates a version.
+    :ivar context: disk and slot of the DEK; ``None`` for operations on the key itself.
+    :ivar error: the provider's reason for a refusal; ``None`` when the use was allowed.
+    :ivar correlation: the correlation id of the audit record.
+    :ivar seconds: duration of the provider's call.
     """
 
     action: KeyAction
@@ -44,21 +44,21 @@ _domain: ContextVar[str | None] = ContextVar("domain", default=None)
 
 
 def current_correlation() -> uuid.UUID | None:
-    """What a key provider sends along, so that its server's records can be matched with ours.
+    """The correlation id that a key provider sends along, to match its server's records with our audit log.
 
-    Set while a provider is called, in the thread that it is called in.
+    Set during a call of a provider, in the calling thread.
     """
     return _correlation.get()
 
 
 def current_domain() -> str | None:
-    """The domain that keys are used for, if they are used for one."""
+    """The domain on whose behalf keys are used, or ``None``."""
     return _domain.get()
 
 
 @contextlib.contextmanager
 def correlated() -> Iterator[uuid.UUID]:
-    """One use of a key: gives it a correlation id."""
+    """Assign a new correlation id to the key use within the block."""
     token = _correlation.set(correlation := uuid.uuid4())
     try:
         yield correlation
@@ -68,7 +68,7 @@ def correlated() -> Iterator[uuid.UUID]:
 
 @contextlib.contextmanager
 def audit_context(*, domain: str) -> Iterator[None]:
-    """Every use of a key in here is for *domain*."""
+    """Attribute all key uses within the block to *domain*."""
     token = _domain.set(domain)
     try:
         yield

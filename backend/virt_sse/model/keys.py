@@ -1,4 +1,4 @@
-"""Keys: DEKs and the contract of those who wrap them.
+"""Keys: DEKs, and the contract of the key providers that wrap them.
 
 A key provider holds KEKs and wraps DEKs with them. A DEK leaves this process only as a :class:`WrappedDek`,
 or on a pipe to QEMU, cryptsetup or libvirt.
@@ -27,7 +27,7 @@ DEK_BYTES = 32
 class Dek:
     """A data encryption key: 32 random bytes whose base64 is the passphrase of a LUKS keyslot.
 
-    Cannot print or pickle its material, and compares in constant time.
+    Its material is never printed or pickled, and is compared in constant time.
     """
 
     material: bytes = field(repr=False)
@@ -43,13 +43,13 @@ class Dek:
 
     @property
     def passphrase(self) -> bytes:
-        """What LUKS takes: 44 ASCII bytes, printable because libvirt and QEMU pass passphrases as text."""
+        """The LUKS passphrase: 44 printable ASCII bytes, as libvirt and QEMU pass passphrases as text."""
         return base64.b64encode(self.material)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Dek) and hmac.compare_digest(self.material, other.material)
 
-    __hash__ = None  # type: ignore[assignment] # a secret is no dictionary key
+    __hash__ = None  # type: ignore[assignment] # a secret must not become a dictionary key
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a DEK cannot be pickled")
@@ -57,7 +57,7 @@ class Dek:
 
 @dataclass(frozen=True, slots=True)
 class KeyRef:
-    """A key whose version is not chosen yet: the provider's current one will be."""
+    """A key without a version: stands for the provider's current version of the key."""
 
     provider: str
     name: str
@@ -68,7 +68,7 @@ class KeyRef:
 
 @dataclass(frozen=True, slots=True)
 class KeyId:
-    """A KEK, by the name of its provider, its own name there, and its version.
+    """A version of a KEK, by the name of its provider, its own name there, and its version.
 
     The text form is ``provider:name:version``. Names may hold ``/`` and ``:`` (a key vault's URL does);
     provider names and versions may not hold ``:``.
@@ -83,7 +83,7 @@ class KeyId:
 
 
 class KeyState(enum.Enum):
-    """What a provider says of a key's version. ``UNREACHABLE`` is no verdict: it is never a revocation."""
+    """State of a key version, according to its provider. ``UNREACHABLE`` is unknown, never a revocation."""
 
     ENABLED = "enabled"
     DISABLED = "disabled"
@@ -94,26 +94,26 @@ class KeyState(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class DekContext:
-    """What a wrapped DEK is bound to: it opens for this disk and this slot (layer) only."""
+    """The disk and slot (layer) to which a wrapped DEK is bound: it unwraps for no other context."""
 
     disk_id: UUID
     slot: str
 
     def digest(self) -> bytes:
-        """SHA-256 of the context's unambiguous text; 32 bytes."""
+        """SHA-256 (32 bytes) over an unambiguous text form of the context."""
         return hashlib.sha256(f"virt-sse dek v1\0{self.disk_id}\0{self.slot}".encode()).digest()
 
     def bind(self, dek: Dek) -> bytes:
-        """The payload that a provider wraps: DEK, then the context's digest; 64 bytes.
+        """The payload for a provider to wrap: the DEK, then the context's digest; 64 bytes.
 
-        In the payload because RSA-OAEP and AES key wrap have no associated data.
+        RSA-OAEP and AES key wrap have no associated data, therefore the digest is part of the payload.
         """
         return dek.material + self.digest()
 
     def release(self, payload: bytes) -> Dek:
         """The DEK of an unwrapped payload.
 
-        :raise UnwrapError: When the payload was bound to another context, or is none.
+        :raise UnwrapError: When the payload is malformed or bound to a different context.
         """
         digest = self.digest()
         if len(payload) != DEK_BYTES + len(digest) or not hmac.compare_digest(payload[DEK_BYTES:], digest):
@@ -123,9 +123,9 @@ class DekContext:
 
 @dataclass(frozen=True, slots=True)
 class WrappedDek:
-    """A DEK under a KEK, with that KEK's version pinned at wrap time.
+    """A DEK under a KEK, with the version of the KEK pinned at wrap time.
 
-    :ivar algorithm: the JOSE name (RFC 7518 §4.1), e.g. ``A256KW`` or ``RSA-OAEP-256``.
+    :ivar algorithm: JOSE name (RFC 7518 §4.1), e.g. ``A256KW`` or ``RSA-OAEP-256``.
     """
 
     ciphertext: bytes
@@ -135,11 +135,11 @@ class WrappedDek:
 
 @dataclass(frozen=True, slots=True)
 class ProviderConfig:
-    """What a key provider is made from.
+    """Configuration of a key provider.
 
-    :ivar directory: the provider's own folder, 0700; it need not exist yet.
-    :ivar options: its table ``[key-providers.NAME]`` of the configuration file.
-    :ivar identity: the credential file of the identity that the provider acts as; ``None`` for none.
+    :ivar directory: the provider's own folder, mode 0700; may not exist yet.
+    :ivar options: the provider's table ``[key-providers.NAME]`` of the configuration file, unchecked.
+    :ivar identity: credential file of the managed identity for the provider to use, if any.
     """
 
     directory: Path
@@ -148,10 +148,10 @@ class ProviderConfig:
 
 
 class KeyProvider(ABC):
-    """Holds KEKs and wraps DEKs with them. Synchronous, and safe to call from several threads at once.
+    """Holds KEKs and wraps DEKs with them. Synchronous and thread-safe.
 
-    Implementations raise :class:`~virt_sse.errors.KeyProviderError` and its kinds, by meaning, and put no
-    key material into any message.
+    Implementations raise the subclass of :class:`~virt_sse.errors.KeyProviderError` that fits the failure,
+    and put no key material into messages.
     """
 
     name: ClassVar[str]
@@ -159,29 +159,29 @@ class KeyProvider(ABC):
     @classmethod
     @abstractmethod
     def from_config(cls, config: ProviderConfig) -> Self:
-        """Make the provider. Does not create keys and need not reach the place where they live.
+        """Make the provider. Creates no keys, and works while the provider's server is unreachable.
 
-        :raise ConfigError: When its options make no sense.
+        :raise ConfigError: When an option is invalid.
         """
 
     @classmethod
     def parse_key(cls, text: str) -> tuple[str, str | None]:
-        """Name and, where *text* has one, version of the key that an administrator means by *text*.
+        """Split an administrator's text for a key into name and version (``None`` if not given).
 
-        :raise InvalidValueError: When it can be no key of this provider.
+        :raise InvalidValueError: When *text* cannot be a key of this provider.
         """
         return text, None
 
     @classmethod
     def needs_identity(cls, config: ProviderConfig) -> bool:
-        """Whether it acts with the identity of a disk encryption set, :attr:`ProviderConfig.identity`."""
+        """Whether the provider authenticates with a disk encryption set's :attr:`ProviderConfig.identity`."""
         return False
 
     @abstractmethod
     def current_key(self, name: str) -> KeyId:
-        """The version of the key *name* that new DEKs are wrapped with.
+        """The current version of the key *name*, for wrapping new DEKs.
 
-        :raise KeyNotFoundError: When there is no such key.
+        :raise KeyNotFoundError: When the provider has no key *name*.
         """
 
     @abstractmethod
@@ -196,31 +196,29 @@ class KeyProvider(ABC):
     def unwrap(self, wrapped: WrappedDek, *, context: DekContext) -> Dek:
         """The DEK in *wrapped*.
 
-        :raise UnwrapError: When *wrapped* was altered, or bound to another context.
+        :raise UnwrapError: When *wrapped* was altered, or is bound to a different context.
         :raise KeyNotFoundError: When the provider has no such version.
         :raise KeyDisabledError: When the version is disabled.
         """
 
     @abstractmethod
     def key_state(self, key: KeyId) -> KeyState:
-        """The state of that version. Raises nothing: a dead provider is ``UNREACHABLE``."""
+        """The state of the version in *key*. Never raises: a failing provider is ``UNREACHABLE``."""
 
     def provision(self) -> bool:
-        """Make what the provider needs before its first use, unless it is there; whether anything was made.
+        """Create whatever the provider needs before its first use; return whether anything was created.
 
-        Run by ``virt-sse host init`` alone, so that a lost keyring is never silently replaced by a new one.
+        Called by ``virt-sse host init`` only, so that a new keyring never silently replaces a lost keyring.
         """
         return False
 
     def rotate(self, name: str) -> KeyId:
-        """Make a new version of the key *name* and make it current. Older versions still unwrap.
+        """Create a new, current version of the key *name*. Older versions still unwrap.
 
-        :raise KeyOperationUnsupportedError: When the keys of this provider are rotated elsewhere.
+        :raise KeyOperationUnsupportedError: When the provider's keys are rotated elsewhere.
         """
-        raise KeyOperationUnsupportedError(
-            f"the keys of key provider {self.name!r} are not rotated from here"
-        )
+        raise KeyOperationUnsupportedError(f"virt-sse cannot rotate keys of key provider {self.name!r}")
 
     def close(self) -> None:
-        """Let go of connections and secrets. The provider is not used afterwards."""
+        """Release connections and secrets. The provider is not used afterwards."""
         return

@@ -1,7 +1,7 @@
 """Layers: how a disk's data is encrypted between the guest and the storage.
 
-A layer plugin only plans: it says which DEKs a disk needs and which stages its data passes. The host alone
-makes keys, runs processes and speaks to QEMU.
+A layer plugin plans only: which DEKs a disk needs, and which stages its data passes. The host makes keys,
+runs processes and speaks to QEMU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from virt_sse.model.keys import KeyRef
 
 
 class EncryptionType(enum.Enum):
-    """At-rest encryption of a disk, in the cloud's words."""
+    """At-rest encryption of a disk, by the cloud's names."""
 
     PLATFORM_KEY = "EncryptionAtRestWithPlatformKey"
     CUSTOMER_KEY = "EncryptionAtRestWithCustomerKey"
@@ -26,11 +26,11 @@ class EncryptionType(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class DekSpec:
-    """A DEK that a layer needs.
+    """A DEK required by a layer.
 
-    :ivar slot: its name within the disk, e.g. ``service``; part of what the wrapped DEK is bound to.
-    :ivar key: the KEK that wraps it.
-    :ivar cipher: what the LUKS volume that it unlocks encrypts with.
+    :ivar slot: name of the DEK within the disk, e.g. ``service``; part of the wrapped DEK's context.
+    :ivar key: the KEK for wrapping.
+    :ivar cipher: cipher of the LUKS volume unlocked by the DEK.
     """
 
     slot: str
@@ -39,45 +39,47 @@ class DekSpec:
 
 
 class HostCaching(enum.Enum):
-    """What of a disk a host caches, in the cloud's words."""
+    """Host caching of a disk, by the cloud's names."""
 
     NONE = "None"
     READ_ONLY = "ReadOnly"
     READ_WRITE = "ReadWrite"
 
 
+class Stage:
+    """A part of the data path between a guest and the storage; a subclass for each kind of stage."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
-class GuestNode:
-    """Stage: a LUKS node in the guest's own QEMU, wired by libvirt's ``<encryption format='luks'>``."""
+class GuestNode(Stage):
+    """Stage: a LUKS node in the guest's own QEMU, set up by libvirt's ``<encryption format='luks'>``."""
 
     slot: str
 
 
 @dataclass(frozen=True, slots=True)
-class HostCache:
-    """Stage: a cache on the host, below the guest's LUKS node: it holds ciphertext and nothing else."""
+class HostCache(Stage):
+    """Stage: a cache on the host, below the guest's LUKS node: it holds ciphertext only."""
 
     caching: HostCaching
 
 
 @dataclass(frozen=True, slots=True)
-class StorageNode:
-    """Stage: another LUKS node, in a storage daemon of its own, apart from the guest's QEMU."""
+class StorageNode(Stage):
+    """Stage: a second LUKS node, in a storage daemon of its own, apart from the guest's QEMU."""
 
     slot: str
 
 
-Stage = GuestNode | HostCache | StorageNode
-"""One thing that data passes."""
-
-
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What a layer asks of the host.
+    """A layer's requests to the host.
 
-    :ivar deks: to make; the guest's first, in the order of the LUKS volumes, which lie one in the other.
-    :ivar stages: what data passes, from guest to storage.
-    :raise PolicyError: When one layer would add nothing to another: same cipher, same mode, same key.
+    :ivar deks: DEKs to make, in the order of the nested LUKS volumes: the guest's, innermost, first.
+    :ivar stages: stages on the way of data, guest first.
+    :raise PolicyError: When two layers have the same cipher, mode and key: the second would add nothing.
     """
 
     deks: tuple[DekSpec, ...]
@@ -86,17 +88,17 @@ class LayerPlan:
     def __post_init__(self) -> None:
         if len({(spec.cipher, spec.key) for spec in self.deks}) < len(self.deks):
             raise PolicyError(
-                f"two layers with the same cipher, {self.deks[0].cipher}, under the same key",
-                hint="another cipher for the infrastructure layer: 'disks.infrastructure-cipher'",
+                f"two layers with the same cipher ({self.deks[0].cipher}) and the same key",
+                hint="choose a different cipher for the infrastructure layer: 'disks.infrastructure-cipher'",
             )
 
 
 @dataclass(frozen=True, slots=True)
 class LayerChoice:
-    """What a layer plans for.
+    """A layer's input for a plan.
 
     :ivar key: the disk's own key.
-    :ivar infrastructure_cipher: of the layer under the platform's key, where there is one.
+    :ivar infrastructure_cipher: cipher of the layer under the platform's key, in plans with such a layer.
     """
 
     key: KeyRef
@@ -113,18 +115,18 @@ class EncryptionLayer(ABC):
     def plan(self, choice: LayerChoice) -> LayerPlan:
         """The plan for a disk.
 
-        :raise PolicyError: When the choice makes no sense.
+        :raise PolicyError: When the choice is invalid for this layer.
         """
 
 
 class HostLayer(ABC):
-    """Plans what a VM with encryption at host has beside its disks' own layers. Does no I/O."""
+    """Plans encryption at host: host caches and temporary disks. Does no I/O."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def cache(self, plan: LayerPlan, caching: HostCaching) -> LayerPlan:
-        """*plan* with a host cache of that kind in it, where it never holds plaintext."""
+        """*plan* with a host cache added in a place where data is ciphertext."""
 
     @abstractmethod
     def temporary_disk(self) -> LayerPlan:

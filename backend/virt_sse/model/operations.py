@@ -1,4 +1,4 @@
-"""The operations that a policy may refuse, as ``virt_sse_validate`` sees them."""
+"""The operations subject to policies: arguments of the hook ``virt_sse_validate``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where operations take place: all disks and VMs of one host are in one region.
+    """Location of a host: all disks and VMs of a host are in one region.
 
-    :ivar tables: the site's own file of what is supported where, if it has one.
-    :ivar enforce: whether the rules of a cloud hold here.
+    :ivar tables: the site's own file of supported features by region, if any.
+    :ivar enforce: whether the cloud's rules are enforced.
     """
 
     subscription: str = "default"
@@ -33,9 +33,9 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class CreateDisk:
-    """A new disk, of *size* bytes; also an import and an adoption.
+    """Create a disk of *size* bytes, import an image or adopt a disk.
 
-    :ivar content: what it is to hold; ``None`` for an empty disk.
+    :ivar content: content of the new disk; ``None`` for an empty disk.
     """
 
     name: str
@@ -49,7 +49,7 @@ class CreateDisk:
 
 @dataclass(frozen=True, slots=True)
 class ResizeDisk:
-    """A disk's size in bytes becomes *size*."""
+    """Change the size of a disk to *size* bytes."""
 
     disk: Disk
     size: int
@@ -57,7 +57,7 @@ class ResizeDisk:
 
 @dataclass(frozen=True, slots=True)
 class ExportDisk:
-    """A disk's content is written, in plaintext, to *destination*."""
+    """Write the plaintext content of a disk to *destination*."""
 
     disk: Disk
     destination: Path
@@ -65,23 +65,23 @@ class ExportDisk:
 
 @dataclass(frozen=True, slots=True)
 class DeleteDisk:
-    """A disk is erased for good."""
+    """Erase a disk permanently."""
 
     disk: Disk
 
 
 @dataclass(frozen=True, slots=True)
 class CreateEncryptionSet:
-    """A new disk encryption set."""
+    """Create a disk encryption set."""
 
     encryption_set: EncryptionSet
 
 
 @dataclass(frozen=True, slots=True)
 class MoveDisk:
-    """A disk is put into another disk encryption set.
+    """Move a disk into a different disk encryption set.
 
-    :ivar content: what it holds.
+    :ivar content: content of the disk.
     """
 
     disk: Disk
@@ -91,10 +91,10 @@ class MoveDisk:
 
 @dataclass(frozen=True, slots=True)
 class AttachDisk:
-    """A disk becomes part of the definition, or of the running instance, of *domain*.
+    """Attach a disk to *domain*, in its definition or in the running instance.
 
-    :ivar encryption_at_host: whether the domain has it.
-    :ivar content: what the disk holds.
+    :ivar encryption_at_host: whether the domain has encryption at host.
+    :ivar content: content of the disk.
     """
 
     disk: Disk
@@ -105,7 +105,7 @@ class AttachDisk:
 
 @dataclass(frozen=True, slots=True)
 class UnlockDisk:
-    """A disk's DEKs are about to be given to the QEMU of *domain*."""
+    """Give a disk's DEKs to the QEMU process of *domain*."""
 
     disk: Disk
     domain: str
@@ -113,11 +113,11 @@ class UnlockDisk:
 
 @dataclass(frozen=True, slots=True)
 class UpdateVm:
-    """A VM is to be another than before.
+    """Change the properties of a VM.
 
-    :ivar before: all defaults for one that is not known yet.
-    :ivar disks: of ours, those that it has, as they are to be.
-    :ivar content: what all its disks hold, ours or not.
+    :ivar before: present properties; the defaults for a VM new to the store.
+    :ivar disks: the VM's managed disks, with their future properties.
+    :ivar content: content of all disks of the VM, managed or not.
     """
 
     domain: str
@@ -129,9 +129,9 @@ class UpdateVm:
 
 @dataclass(frozen=True, slots=True)
 class StartVm:
-    """A VM that something was asked of is about to start.
+    """Start a VM with requested properties.
 
-    :ivar disks: of ours, those that it has.
+    :ivar disks: the VM's managed disks.
     """
 
     domain: str

@@ -1,9 +1,9 @@
-"""Slots of DEKs that belong to a domain and to no disk in the store."""
+"""DEK slots of a domain itself, without a disk in the store."""
 
 from __future__ import annotations
 
 TEMP_SLOT = "temp"
-"""The slot of a VM's temporary disk: made at its start and gone at its end, and in no store."""
+"""Slot of a VM's temporary disk, which exists while the domain runs and is not in the store."""
 
 TPM_SLOT = "tpm"
-"""The slot of what a VM's emulated TPM encrypts its state with; the id before it is the domain's."""
+"""Slot of the DEK for the state of a VM's emulated TPM; the context's id is the domain's UUID."""

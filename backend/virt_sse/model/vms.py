@@ -1,4 +1,4 @@
-"""Virtual machines: what a libvirt domain is asked to be, beside what its disks are."""
+"""Virtual machines: properties of libvirt domains, apart from their disks."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from virt_sse.model.layers import HostCaching
 from virt_sse.model.slots import TEMP_SLOT, TPM_SLOT
 
 NOWHERE = UUID(int=0)
-"""The host of a VM that has not been seen on one."""
+"""Host id of a VM not seen on any host yet."""
 
 _SIZE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
 class VmProperties:
-    """What a VM is to have; libvirt keeps it in the domain's metadata, and we do in the store.
+    """Requested properties of a VM, kept in the store and in the domain's metadata.
 
-    :ivar encryption_at_host: whether nothing of the guest may lie on the host in plaintext.
-    :ivar size: the VM's size in the cloud's words, e.g. ``Standard_D2s_v3``; a name for policies to go by.
-    :ivar temp_disk_size: of its temporary disk, in bytes; ``None`` for none.
+    :ivar encryption_at_host: whether all guest data on the host must be encrypted.
+    :ivar size: VM size by the cloud's name, e.g. ``Standard_D2s_v3``; used by policies only.
+    :ivar temp_disk_size: size of the temporary disk in bytes; ``None`` for no temporary disk.
     """
 
     encryption_at_host: bool = False
@@ -35,9 +35,9 @@ class VmProperties:
 
 @dataclass(frozen=True, slots=True)
 class PendingUpdate:
-    """What a command is making of a VM: committed once libvirt has taken the new definition, else undone.
+    """An update of a VM in progress: committed once libvirt accepts the new definition, else rolled back.
 
-    :ivar caching: by the id of a disk, what the host is to cache of it.
+    :ivar caching: new host caching, by disk id.
     """
 
     properties: VmProperties
@@ -46,15 +46,14 @@ class PendingUpdate:
 
 @dataclass(frozen=True, slots=True)
 class Vm:
-    """What the store knows of a domain.
+    """The store's record of a domain.
 
-    :ivar id: the domain's UUID.
-    :ivar name: the domain's name, when it was last seen.
-    :ivar host: the UUID of the libvirt host that it was last seen on.
-    :ivar generation: counts the updates; in the metadata too, so that one that was cut off can be told from
-        none.
-    :ivar pending: an update that is under way, or was when its command was killed.
-    :ivar tpm: the DEK of its emulated TPM's state, if that is encrypted by us.
+    :ivar id: UUID of the domain.
+    :ivar name: last known name of the domain.
+    :ivar host: UUID of the last known libvirt host.
+    :ivar generation: number of updates; also in the domain's metadata, to detect an interrupted update.
+    :ivar pending: an update in progress, or interrupted because its command was killed.
+    :ivar tpm: wrapped DEK of the emulated TPM's state, if virt-sse encrypts the state.
     """
 
     id: UUID
@@ -67,20 +66,20 @@ class Vm:
 
 
 def tpm_context(vm_id: UUID) -> DekContext:
-    """What the DEK of a VM's TPM is bound to."""
+    """The context to which the DEK of a VM's TPM state is bound."""
     return DekContext(vm_id, TPM_SLOT)
 
 
 def temp_disk_id(vm_id: UUID) -> UUID:
-    """The id of a VM's temporary disk: always the same, because the domain's definition names it."""
+    """The id of a VM's temporary disk: constant, because the domain's definition contains the id."""
     return uuid.uuid5(vm_id, TEMP_SLOT)
 
 
 def check_size_name(name: str) -> str:
-    """*name*, if a VM size may be called so.
+    """Return *name* if a VM size may have this name.
 
-    :raise InvalidValueError: When it may not.
+    :raise InvalidValueError: When *name* is invalid.
     """
     if not _SIZE_NAME.fullmatch(name):
-        raise InvalidValueError(f"{name[:80]!r} is no VM size", hint="e.g. Standard_D2s_v3")
+        raise InvalidValueError(f"invalid VM size {name[:80]!r}", hint="e.g. Standard_D2s_v3")
     return name

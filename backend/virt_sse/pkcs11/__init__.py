@@ -1,7 +1,7 @@
-"""Keys in a PKCS#11 token: a SoftHSM, or by another module's path a hardware security module.
+"""Keys in a PKCS#11 token: SoftHSM, or a hardware security module through its own PKCS#11 module.
 
-``uri``, ``pins``, ``module``, ``process``, ``worker`` and ``oaep`` import as they are; before anything else
-of this package is, call :func:`require`.
+``uri``, ``pins``, ``module``, ``process``, ``worker`` and ``oaep`` import without PyKCS11. Call
+:func:`require` before importing any other module of this package.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from virt_sse.errors import ConfigError
 
 
 def require() -> None:
-    """:raise ConfigError: When PyKCS11 is not installed."""
+    """Check that the optional dependency of this package is installed.
+
+    :raise ConfigError: When PyKCS11 is not installed.
+    """
     if importlib.util.find_spec("PyKCS11") is None:
         raise ConfigError(
-            "keys in a token need the package PyKCS11, which is not installed",
+            "keys in a token need the package PyKCS11, and PyKCS11 is not installed",
             hint="pip install 'virt-sse[hsm]'",
         )

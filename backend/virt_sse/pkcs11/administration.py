@@ -1,4 +1,4 @@
-"""What the administrator of a host's token does with the keys in it, on the record."""
+"""Audited administration of the keys in a host's token."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ T = TypeVar("T")
 
 
 class TokenAdministration:
-    """Each change of a key stands in the audit log before it is made, and what came of it after.
+    """Changes keys, and writes an audit record before each change and another with its result.
 
-    Closes the token at the end of its context. Methods raise what :class:`VersionedKeys`'s raise, and
-    :class:`~virt_sse.errors.AuditError` when a change cannot be recorded; it is then not made.
+    Closes the token at the end of its context. Methods raise the errors of :class:`VersionedKeys`, and
+    :class:`~virt_sse.errors.AuditError` when a change cannot be recorded; the change is then not made.
 
-    :param provider: whose keys they are, in the log.
+    :param provider: name of the key provider in the log.
     """
 
     def __init__(self, token: Token, audit: AuditLog, *, provider: str) -> None:
@@ -48,7 +48,7 @@ class TokenAdministration:
         self._token.close()
 
     def all(self) -> list[TokenKey]:
-        """All keys; by name, oldest version first."""
+        """All keys, sorted by name, oldest version first."""
         return self._keys.all()
 
     def current(self, name: str) -> TokenKey:
@@ -56,7 +56,7 @@ class TokenAdministration:
         return self._keys.current(name)
 
     def versions(self, name: str, version: str | None) -> list[TokenKey]:
-        """That version of a key; all of them without, oldest first."""
+        """The given version of a key, or all versions, oldest first."""
         return [self._keys.get(name, version)] if version is not None else self._keys.versions(name)
 
     def create(self, name: str, kind: KeyKind, bits: int) -> TokenKey:
@@ -68,12 +68,12 @@ class TokenAdministration:
         return self._recorded("import", name, None, lambda: self._keys.bring(name, private))
 
     def set_enabled(self, key: TokenKey, *, enabled: bool) -> None:
-        """Allow or refuse the use of a key's version."""
+        """Enable or disable a version of a key."""
         action = "enable" if enabled else "disable"
         self._recorded(action, key.label, key, lambda: self._token.set_enabled(key, enabled))
 
     def destroy(self, key: TokenKey) -> None:
-        """Destroy a key's version, for good."""
+        """Destroy a version of a key permanently."""
         self._recorded("destroy", key.label, key, lambda: self._token.destroy(key))
 
     def _recorded(self, action: str, name: str, key: TokenKey | None, change: Callable[[], T]) -> T:

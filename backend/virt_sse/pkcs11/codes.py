@@ -1,4 +1,4 @@
-"""What PKCS#11's return values mean here (PKCS#11 v2.40 §5.1)."""
+"""Classes of PKCS#11 return values (PKCS#11 v2.40 §5.1)."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ LOST = frozenset(
         CKR_USER_NOT_LOGGED_IN,
     }
 )
-"""The session is no good any more: another may be."""
+"""The session is lost; a new session may work."""
 
 STALE = frozenset({CKR_OBJECT_HANDLE_INVALID, CKR_KEY_HANDLE_INVALID})
-"""The object is gone, or known by another handle now."""
+"""The object is gone, or its handle has changed."""
 
 WRONG_PIN = frozenset({CKR_PIN_INCORRECT, CKR_PIN_INVALID, CKR_PIN_LEN_RANGE})
 
@@ -71,7 +71,7 @@ MALFORMED = frozenset(
         CKR_WRAPPED_KEY_LEN_RANGE,
     }
 )
-"""The token has judged what it was given, and it is none of the key's."""
+"""The input is malformed, or was not made with this key."""
 
 UNSUPPORTED = frozenset(
     {
@@ -81,10 +81,10 @@ UNSUPPORTED = frozenset(
         CKR_MECHANISM_PARAM_INVALID,
     }
 )
-"""The token does not do that, or not so."""
+"""The token does not support the operation or its parameters."""
 
 VAGUE = frozenset({CKR_ARGUMENTS_BAD, CKR_FUNCTION_FAILED, CKR_GENERAL_ERROR})
-"""Malformed input, or a broken token: SoftHSM says so of a ciphertext that was altered."""
+"""Malformed input or a broken token: SoftHSM returns these values for an altered ciphertext."""
 
 PROHIBITED = frozenset(
     {

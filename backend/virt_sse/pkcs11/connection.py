@@ -1,4 +1,4 @@
-"""A session with a token, opened anew when it is lost."""
+"""A session with a token, reopened after a loss."""
 
 from __future__ import annotations
 
@@ -29,18 +29,20 @@ from virt_sse.pkcs11.uri import TokenUri
 T = TypeVar("T")
 
 PAUSES = (0.0, 0.05)
-"""Before looking again for what was not found, in seconds: SoftHSM does not see a token or a key whose file
-another process writes in that instant, and having missed it not later either.
+"""Seconds to wait before each repeated search for a token or key.
+
+SoftHSM misses a token or key while another process writes its file, and continues to miss it afterwards.
 """
 
 _TRIES = 3
-"""With the session at hand, with a new one, and with the module initialised anew."""
+"""With the current session, with a new session, and after re-initialising the module."""
 
 
 class Connection:
-    """Finds the token, logs in, and does both again when a restart of the token has ended the session.
+    """Finds the token and logs in; repeats both when a restart of the token has ended the session.
 
-    :param uri: which token; it has to be one, and stays the one that was found first.
+    :param uri: must match exactly one token. The serial of the first match is kept: a later match with
+        another serial is an error.
     """
 
     def __init__(self, uri: TokenUri, module: Module, logins: Logins) -> None:
@@ -54,17 +56,17 @@ class Connection:
 
     @property
     def generation(self) -> int:
-        """Handles that were had in another one are void."""
+        """Number of the module's initialisation; handles of another generation are invalid."""
         return self._generation
 
     def run(self, what: str, work: Callable[[Any], T], *, is_repeatable: bool = True) -> T:
-        """What *work* makes of a PyKCS11 session that is logged in.
+        """Call *work* with a logged-in PyKCS11 session, and return its result.
 
-        :param what: what is done, as in "the token cannot …".
-        :param is_repeatable: whether *work* can be done again when the session was lost meanwhile; else the
-            session is looked at before.
-        :raise KeyProviderUnavailableError: When there is no such session to be had, or it does not last.
-        :raise PyKCS11Error: From *work*, when it does not mean that the session is lost.
+        :param what: the operation's name for "the token cannot …".
+        :param is_repeatable: whether *work* may be repeated after a loss of the session; if not, the session
+            is checked first.
+        :raise KeyProviderUnavailableError: When no session can be opened, or each session is lost.
+        :raise PyKCS11Error: When *work* fails for another reason than a lost session.
         """
         if not is_repeatable:
             self.check()
@@ -82,10 +84,10 @@ class Connection:
         raise AssertionError("unreachable")
 
     def check(self) -> str | None:
-        """Make sure that the token is there and answers: else what is not found in it means nothing.
+        """Check that the token is present and answers; without this check a key not found proves nothing.
 
-        :return: its serial number.
-        :raise KeyProviderUnavailableError: When it is not.
+        :return: the token's serial number.
+        :raise KeyProviderUnavailableError: When the token is absent or does not answer.
         """
         self._open()
         try:
@@ -93,15 +95,15 @@ class Connection:
                 self._session.getSessionInfo()
                 return self._serial
         except PyKCS11Error:
-            pass  # perhaps it was away, and is back
+            pass  # the token may have been removed and reinserted
         self._session = None
         self.restart()
         return self._serial
 
     def restart(self) -> None:
-        """Initialise the module anew, and open the token again.
+        """Re-initialise the module and reopen the token.
 
-        :raise KeyProviderUnavailableError: When it is not there.
+        :raise KeyProviderUnavailableError: When the token is absent.
         """
         self._module.restart()
         self._open()
@@ -153,12 +155,12 @@ class Connection:
         if not slots:
             raise KeyProviderUnavailableError(
                 f"no token matches {self._uri}",
-                hint="if it is SoftHSM's, 'virt-sse host hsm init' finds out what is wrong with it",
+                hint="for a SoftHSM token, 'virt-sse host hsm init' finds the cause",
             )
         ((slot, serial),) = slots
         if self._serial not in (None, serial):
             raise KeyProviderUnavailableError(
-                f"another token answers to {self._uri} than before (serial {serial}, not {self._serial})"
+                f"{self._uri} now matches a different token (serial {serial}, before {self._serial})"
             )
         self._serial = serial
         return slot
@@ -175,7 +177,7 @@ class Connection:
                 info = library.getTokenInfo(slot)
                 facts = _facts(info) | _slot_facts(library, slot)
             except PyKCS11Error:
-                continue  # one that is broken is none
+                continue  # skip broken tokens
             if info.flags & CKF_TOKEN_INITIALIZED and self._uri.matches(facts):
                 found.append((slot, str(facts["serial"])))
         return found
@@ -183,9 +185,9 @@ class Connection:
     def _log_in(self, session: Any) -> None:
         info = self._module.library.getTokenInfo(self._slot)
         if not info.flags & CKF_LOGIN_REQUIRED:
-            raise ConfigError(f"the token that {self._uri} means asks for no PIN")
+            raise ConfigError(f"the token {self._uri} does not require a PIN")
         if session.getSessionInfo().state in (CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS):
-            return  # by a session that was before this one
+            return  # logged in by an earlier session
         if info.flags & CKF_USER_PIN_LOCKED:
             raise _locked()
         with self._logins.attempt(is_last=bool(info.flags & CKF_USER_PIN_FINAL_TRY)) as (pin, attempt):
@@ -197,8 +199,8 @@ class Connection:
                     raise _locked() from exc
                 if exc.value in WRONG_PIN:
                     raise KeyProviderUnavailableError(
-                        "the token says that the PIN is wrong",
-                        hint=f"after {MOST_WRONG} wrong ones in a row it is not asked any more",
+                        "the token rejected the PIN as wrong",
+                        hint=f"after {MOST_WRONG} wrong PINs in a row, virt-sse stops trying to log in",
                     ) from exc
                 attempt.inconclusive()
                 raise
@@ -212,7 +214,7 @@ def _locked() -> KeyProviderUnavailableError:
 
 
 def _facts(info: Any) -> dict[str, str | int]:
-    """By the URI's attributes. Fields are padded with blanks, by some modules with NUL."""
+    """Properties of a token, by URI attribute. Modules pad fields with blanks or NUL."""
     return {
         "token": _unpadded(info.label),
         "manufacturer": _unpadded(info.manufacturerID),

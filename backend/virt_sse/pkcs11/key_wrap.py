@@ -1,4 +1,4 @@
-"""AES key wrap (RFC 3394) inside a token, of a payload that is an object there for the while of it."""
+"""AES key wrap (RFC 3394) inside a token; the payload is a temporary object of the session."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _KEY_WRAP = Mechanism(CKM_AES_KEY_WRAP, None)
 
 
 def wrap(session: Any, handle: Any, payload: bytes) -> bytes:
-    """*payload* under the key of *handle*.
+    """Wrap *payload* with the key of *handle*.
 
     :raise PyKCS11Error: When the token refuses.
     """
@@ -24,9 +24,9 @@ def wrap(session: Any, handle: Any, payload: bytes) -> bytes:
 
 
 def unwrap(session: Any, handle: Any, wrapped: bytes) -> bytes:
-    """The payload in *wrapped*.
+    """Unwrap the payload of *wrapped*.
 
-    :raise PyKCS11Error: When there is none, or the token refuses.
+    :raise PyKCS11Error: When *wrapped* was not made with this key, or the token refuses.
     """
     value = session.unwrapKey(handle, wrapped, objects.payload_template(), _KEY_WRAP)
     try:

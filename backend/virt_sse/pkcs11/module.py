@@ -1,4 +1,4 @@
-"""A PKCS#11 module, in the process that it has for itself."""
+"""A PKCS#11 module, as loaded in its separate process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CKF_OS_LOCKING_OK = 2
 _CKR_OK = 0
 _CKR_CRYPTOKI_ALREADY_INITIALIZED = 0x191
 _FINALIZE, _INITIALIZE = 2, 1
-"""Where they stand in CK_FUNCTION_LIST, behind the version."""
+"""Indices in CK_FUNCTION_LIST; the version is at index 0."""
 
 _FOLDERS = (
     "/usr/lib/*/pkcs11",
@@ -41,11 +41,12 @@ class _InitializeArguments(ctypes.Structure):
 
 
 class Module:
-    """Initialised when it is first used. For one thread.
+    """A PKCS#11 module, initialised at first use. Not thread-safe.
 
-    :param path: its absolute path.
-    :param reserved: what it wants to be told in ``pReserved``; NSS names its database so.
-    :ivar generation: rises whenever the module is initialised: sessions and handles from before are void.
+    :param path: absolute path of the module.
+    :param reserved: content of ``pReserved``; NSS expects the location of its database there.
+    :ivar generation: increases with each initialisation; sessions and handles of earlier generations are
+        invalid.
     """
 
     def __init__(self, path: Path, reserved: str | None) -> None:
@@ -58,7 +59,7 @@ class Module:
 
     @property
     def library(self) -> Any:
-        """PyKCS11's.
+        """PyKCS11's object for the initialised module.
 
         :raise KeyProviderUnavailableError: When the module cannot be loaded or initialised.
         """
@@ -67,9 +68,9 @@ class Module:
         return self._library
 
     def restart(self) -> None:
-        """Initialise it anew: some see only then that a token has come, or has come back.
+        """Initialise the module again: some modules notice an inserted token only then.
 
-        :raise KeyProviderUnavailableError: When it cannot be initialised; the next use tries again.
+        :raise KeyProviderUnavailableError: When initialisation fails; the next use tries again.
         """
         self._is_initialised = False
         self._initialise()
@@ -97,7 +98,7 @@ class Module:
         return int(function(ctypes.byref(arguments)))
 
     def _function_list(self) -> Any:
-        """PyKCS11 neither passes ``pReserved`` nor initialises without loading."""
+        """Load the module by ctypes: PyKCS11 cannot pass ``pReserved``, nor initialise a module again."""
         try:
             library = ctypes.CDLL(str(self.path))
             functions = ctypes.POINTER(ctypes.c_void_p)()
@@ -106,27 +107,27 @@ class Module:
             raise KeyProviderUnavailableError(f"cannot load PKCS#11 module {self.path}: {exc}") from exc
         if result != _CKR_OK:
             raise KeyProviderUnavailableError(
-                f"PKCS#11 module {self.path} shows no functions (0x{result:08X})"
+                f"PKCS#11 module {self.path} returned no function list (0x{result:08X})"
             )
         return functions
 
 
 def load(_logins: Logins, path: Path, reserved: str | None) -> Module:
-    """A module in a process of its own, as :class:`~virt_sse.pkcs11.process.ModuleProcess` makes it."""
+    """Make a module; passed as *make* to :class:`~virt_sse.pkcs11.process.ModuleProcess`."""
     return Module(path, reserved)
 
 
 def find_module(name: str) -> Path:
-    """The module that RFC 7512's ``module-name`` means.
+    """Find the module named by RFC 7512's ``module-name``.
 
-    :raise ConfigError: When none of that name is installed.
+    :raise ConfigError: When no module of this name is installed.
     """
     if "/" not in name:
         for folder in _FOLDERS:
             for file in (f"{name}.so", f"lib{name}.so"):
                 for found in sorted(Path("/").glob(f"{folder[1:]}/{file}")):
                     return found
-    raise ConfigError(f"no PKCS#11 module {name!r} is installed", hint="give its path as 'module'")
+    raise ConfigError(f"no PKCS#11 module {name!r} is installed", hint="set 'module' to its path")
 
 
 def _library(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""OAEP decoding, for tokens that do RSA and not the hash (RFC 8017 §7.1.2, step 3)."""
+"""OAEP decoding for tokens with raw RSA but without the OAEP hash (RFC 8017 §7.1.2, step 3)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import hmac
 
 
 def decode(block: bytes, hash_name: str) -> bytes | None:
-    """The message in *block*, the RSA decryption of a ciphertext, of the modulus's length; no label.
+    """Decode the message of *block*, or ``None`` when decoding fails. The label is empty.
 
-    ``None`` when it is none. All checks are made on all bytes before any of them counts, and what failed is
-    not told: else who can send ciphertexts could decrypt by asking (Manger's attack, RFC 8017 §7.1.2, note).
+    All checks run on all bytes before a decision, and a failure does not tell its cause: otherwise an
+    attacker who submits ciphertexts can decrypt by trial (Manger's attack, RFC 8017 §7.1.2, note).
+
+    :param block: RSA decryption of a ciphertext, as long as the modulus.
     """
     label_hash = hashlib.new(hash_name, b"").digest()
     size = len(label_hash)
@@ -35,7 +37,7 @@ def decode(block: bytes, hash_name: str) -> bytes | None:
 
 
 def mask(seed: bytes, length: int, hash_name: str) -> bytes:
-    """MGF1 (RFC 8017 appendix B.2.1): *length* bytes."""
+    """MGF1 (RFC 8017 appendix B.2.1); returns *length* bytes."""
     made = bytearray()
     counter = 0
     while len(made) < length:

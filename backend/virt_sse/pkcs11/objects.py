@@ -1,4 +1,4 @@
-"""Keys as a token holds them: what they are asked for by, and what they are made with."""
+"""Key objects in a token: lookup, attributes and the templates to make them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ EXPONENT = 65537
 
 
 class KeyKind(enum.Enum):
-    """What a key is for: RSA for OAEP, AES for AES key wrap."""
+    """Type of a key: RSA for OAEP, AES for AES key wrap."""
 
     RSA = "rsa"
     AES = "aes"
@@ -55,14 +55,14 @@ class KeyKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class TokenKey:
-    """A key in a token, as it was when it was looked up; no handle, and nothing secret.
+    """State of a key in a token at the time of a lookup. Contains no handle and no secret.
 
     :ivar id: CKA_ID.
-    :ivar n: the modulus; of RSA keys.
-    :ivar e: the public exponent; of RSA keys.
-    :ivar is_enabled: whether it could be used then.
-    :ivar is_never_extractable: whether it has always been inside; of an imported key that cannot be said.
-    :ivar is_extractable: whether it can be got out, wrapped or in clear.
+    :ivar n: modulus; RSA keys only.
+    :ivar e: public exponent; RSA keys only.
+    :ivar is_enabled: whether the key was usable.
+    :ivar is_never_extractable: whether the key has always been inside the token; ``False`` for imported keys.
+    :ivar is_extractable: whether the key can leave the token, wrapped or in clear.
     """
 
     label: str
@@ -77,7 +77,10 @@ class TokenKey:
 
     @property
     def public_key(self) -> rsa.RSAPublicKey:
-        """:raise ValueError: When it is no RSA key."""
+        """The public half.
+
+        :raise ValueError: When the key is not an RSA key.
+        """
         if self.n is None or self.e is None:
             raise ValueError("an AES key has no public half")
         return rsa.RSAPublicNumbers(self.e, self.n).public_key()
@@ -102,26 +105,26 @@ _AES_ATTRIBUTES = (*_ATTRIBUTES, CKA_VALUE_LEN)
 def locate(
     session: Any, kind: KeyKind, label: str | None = None, key_id: bytes | None = None
 ) -> list[tuple[Any, TokenKey]]:
-    """Handles and values of the keys of that kind, label and id in the token; what is ``None`` may be any."""
+    """Find keys by kind, label and id; ``None`` matches any value. Returns handles and keys."""
     template: Template = [(CKA_CLASS, _CLASSES[kind]), (CKA_TOKEN, True)]
     found = []
     for handle in session.findObjects(template + _names(label, key_id)):
         try:
             key = read(session, handle, kind)
         except PyKCS11Error as exc:
-            if exc.value not in STALE:  # else: destroyed since
+            if exc.value not in STALE:  # otherwise destroyed during the search
                 raise
             continue
-        # Compared here too: a label with a NUL in it, for one, reaches the module cut off.
+        # Compared here, too: the module sees a label with a NUL only up to the NUL.
         if key is not None and label in (None, key.label) and key_id in (None, key.id):
             found.append((handle, key))
     return found
 
 
 def read(session: Any, handle: Any, kind: KeyKind) -> TokenKey | None:
-    """The key; ``None`` when it is no RSA or AES key.
+    """Read a key's attributes; ``None`` when the object is neither an RSA nor an AES key.
 
-    :raise PyKCS11Error: Among others in :data:`STALE`, when the handle is none any more.
+    :raise PyKCS11Error: With a value in :data:`STALE` when the handle is stale, or with another value.
     """
     names = _RSA_ATTRIBUTES if kind is KeyKind.RSA else _AES_ATTRIBUTES
     values = dict(zip(names, session.getAttributeValue(handle, names), strict=True))
@@ -142,13 +145,13 @@ def read(session: Any, handle: Any, kind: KeyKind) -> TokenKey | None:
 
 
 def public_handles(session: Any, label: str, key_id: bytes) -> list[Any]:
-    """The public halves that lie in the token, too."""
+    """Handles of the public halves stored in the token."""
     template: Template = [(CKA_CLASS, CKO_PUBLIC_KEY), (CKA_TOKEN, True)]
     return list(session.findObjects(template + _names(label, key_id)))
 
 
 def _public_numbers(session: Any, label: str, key_id: bytes, n: int) -> tuple[int, int]:
-    """From the public half: a token need not show the exponent with the private one."""
+    """Modulus and exponent, from the public half: not every token shows the exponent of a private key."""
     for handle in public_handles(session, label, key_id):
         numbers = [
             _number(each) for each in session.getAttributeValue(handle, (CKA_MODULUS, CKA_PUBLIC_EXPONENT))
@@ -172,7 +175,7 @@ def _number(value: tuple[int, ...] | None) -> int:
 
 
 def private_template(label: str, key_id: bytes) -> Template:
-    """Of a private RSA key that decrypts and does nothing else, and never comes out."""
+    """Template of a private RSA key: decrypts only, never extractable."""
     return [
         *_kept(CKO_PRIVATE_KEY, CKK_RSA, label, key_id),
         (CKA_DECRYPT, True),
@@ -182,7 +185,7 @@ def private_template(label: str, key_id: bytes) -> Template:
 
 
 def public_template(label: str, key_id: bytes) -> Template:
-    """Of its public half."""
+    """Template of the public half of an RSA key."""
     return [
         (CKA_CLASS, CKO_PUBLIC_KEY),
         (CKA_KEY_TYPE, CKK_RSA),
@@ -197,12 +200,12 @@ def public_template(label: str, key_id: bytes) -> Template:
 
 
 def new_public_template(label: str, key_id: bytes, bits: int) -> Template:
-    """Of the public half of a pair that is generated."""
+    """Template of the public half for generating a pair."""
     return [*public_template(label, key_id), (CKA_MODULUS_BITS, bits), (CKA_PUBLIC_EXPONENT, b"\1\0\1")]
 
 
 def secret_template(label: str, key_id: bytes) -> Template:
-    """Of an AES key that wraps and unwraps and does nothing else, and never comes out."""
+    """Template of an AES key: wraps and unwraps only, never extractable."""
     return [
         *_kept(CKO_SECRET_KEY, CKK_AES, label, key_id),
         (CKA_VALUE_LEN, AES_BYTES),
@@ -216,7 +219,7 @@ def secret_template(label: str, key_id: bytes) -> Template:
 
 
 def payload_template(payload: bytes | None = None) -> Template:
-    """Of what an AES key wraps: an object of the session alone, and no secret from us who gave or get it."""
+    """Template of a payload for AES key wrap: a session object, readable by this process."""
     template: Template = [
         (CKA_CLASS, CKO_SECRET_KEY),
         (CKA_KEY_TYPE, CKK_GENERIC_SECRET),
@@ -229,7 +232,7 @@ def payload_template(payload: bytes | None = None) -> Template:
 
 
 def enabling_template(kind: KeyKind, *, enabled: bool) -> Template:
-    """What makes a key usable or not."""
+    """Template to enable or disable a key."""
     if kind is KeyKind.RSA:
         return [(CKA_DECRYPT, enabled)]
     return [(CKA_WRAP, enabled), (CKA_UNWRAP, enabled)]

@@ -1,4 +1,4 @@
-"""What is done with the keys in a token, in its module's process."""
+"""Operations on the keys in a token, executed in the module's process."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ _LONGEST_WRAPPED = 4096
 
 
 class TokenOperations:
-    """The methods of :class:`~virt_sse.pkcs11.token.Token`, whose contracts stand there. For one thread.
+    """Implementation of :class:`~virt_sse.pkcs11.token.Token`, documented there. Not thread-safe.
 
-    What is lost by a restart of the token or because another process was at work is had anew without the
-    caller noticing.
+    Sessions and handles are re-established transparently after a restart of the token or a concurrent change
+    by another process.
     """
 
     def __init__(self, logins: Logins, uri: TokenUri, module: Path, reserved: str | None) -> None:
@@ -54,7 +54,7 @@ class TokenOperations:
         self._oaep = RsaOaep()
 
     def check(self) -> str | None:
-        """:return: the token's serial number."""
+        """Check the token; returns its serial number."""
         return self._connection.check()
 
     def oaep_modes(self) -> dict[str, OaepMode]:
@@ -62,7 +62,7 @@ class TokenOperations:
 
     def generate_rsa(self, label: str, key_id: bytes, bits: int) -> TokenKey:
         if bits not in objects.RSA_BITS:
-            raise InvalidValueError(f"an RSA key has {_choice(objects.RSA_BITS)} bits, not {bits}")
+            raise InvalidValueError(f"an RSA key must have {_choice(objects.RSA_BITS)} bits, not {bits}")
         templates = (
             objects.new_public_template(label, key_id, bits),
             objects.private_template(label, key_id),
@@ -81,10 +81,10 @@ class TokenOperations:
     def import_rsa(self, clear: bytes, label: str, key_id: bytes) -> TokenKey:
         private = load_der_private_key(clear, None)
         if not isinstance(private, rsa.RSAPrivateKey):
-            raise InvalidValueError("the key is no RSA key")
+            raise InvalidValueError("the key is not an RSA key")
         if private.key_size not in objects.RSA_BITS:
             raise InvalidValueError(
-                f"an RSA key has {_choice(objects.RSA_BITS)} bits, not {private.key_size}"
+                f"an RSA key must have {_choice(objects.RSA_BITS)} bits, not {private.key_size}"
             )
         return self._make(
             label,
@@ -119,14 +119,14 @@ class TokenOperations:
 
         self._with(key, "change a key", change)
         if self.is_enabled(key) is not enabled:
-            raise KeyOperationUnsupportedError("the token does not enable and disable keys")
+            raise KeyOperationUnsupportedError("the token does not support enabling and disabling keys")
 
     def destroy(self, key: TokenKey) -> None:
         def destroy(session: Any, handle: Any, _found: TokenKey) -> None:
             session.destroyObject(handle)
             if key.kind is KeyKind.RSA:
                 for public in objects.public_handles(session, key.label, key.id):
-                    with contextlib.suppress(PyKCS11Error):  # nobody can use it any more
+                    with contextlib.suppress(PyKCS11Error):  # useless without the private key
                         session.destroyObject(public)
 
         self._with(key, "destroy a key", destroy)
@@ -151,7 +151,7 @@ class TokenOperations:
 
     def aes_wrap(self, key: TokenKey, payload: bytes) -> bytes:
         if len(payload) < 16 or len(payload) % 8:
-            raise InvalidValueError("AES key wrap takes 16 bytes or more, in eights")
+            raise InvalidValueError("AES key wrap takes 16 bytes or more, in multiples of 8")
 
         def wrap(session: Any, handle: Any, found: TokenKey) -> bytes:
             _require_enabled(found)
@@ -171,7 +171,7 @@ class TokenOperations:
                     return None
                 if exc.value not in VAGUE:
                     raise
-                # Is it the ciphertext or the token? One of its own tells.
+                # Bad ciphertext or broken token? A ciphertext made by the token itself tells.
                 key_wrap.unwrap(session, handle, key_wrap.wrap(session, handle, bytes(16)))
                 return None
 
@@ -197,10 +197,10 @@ class TokenOperations:
         )
 
     def _with(self, key: TokenKey, what: str, work: Callable[[Any, Any, TokenKey], T]) -> T:
-        """What *work* makes of session, handle and the key as it now is.
+        """Call *work* with session, handle and current state of the key, and return its result.
 
-        Nothing less than a module that was initialised anew is believed that a key is gone: a token that was
-        away, for one, shows no keys, and SoftHSM none that another process changes in that instant.
+        A key counts as gone only if missing from a freshly initialised module: a token after an
+        interruption shows no keys, and SoftHSM hides a key while another process changes it.
         """
         for pause in (None, *PAUSES):
             if pause is not None:
@@ -212,7 +212,7 @@ class TokenOperations:
         raise KeyNotFoundError(f"the token holds no key {_name(key.label, key.id)}")
 
     def _work(self, session: Any, key: TokenKey, work: Callable[[Any, Any, TokenKey], T]) -> tuple[T] | None:
-        """What *work* makes of it; ``None`` when the key is not found."""
+        """Call *work* on the key: its result in a tuple, or ``None`` when the key is not found."""
         generation, handle = self._handles.get(_identity(key), (0, None))
         if handle is not None and generation == self._connection.generation:
             try:
@@ -240,18 +240,18 @@ class TokenOperations:
         self, label: str, key_id: bytes, kind: KeyKind, make: Callable[[Any], object], *, is_own: bool
     ) -> TokenKey:
         if not label or len(label.encode()) > _LONGEST_LABEL or not label.isprintable():
-            raise InvalidValueError(f"a key's name has 1 to {_LONGEST_LABEL} printable characters")
+            raise InvalidValueError(f"a key's name must have 1 to {_LONGEST_LABEL} printable characters")
         if not key_id:
             raise InvalidValueError("a key in a token needs an id")
         if self._find(label, key_id):
-            raise InvalidValueError(f"the token holds a key {_name(label, key_id)} already")
+            raise InvalidValueError(f"the token already holds a key {_name(label, key_id)}")
         self._run("make a key", make, is_repeatable=False)
         made = [key for key in self._find(label, key_id) if key.kind is kind]
         if len(made) != 1:
-            raise KeyProviderUnavailableError(f"the token has not kept key {_name(label, key_id)}")
+            raise KeyProviderUnavailableError(f"the token did not keep key {_name(label, key_id)}")
         if made[0].is_extractable or (is_own and not made[0].is_never_extractable):
             self.destroy(made[0])
-            raise KeyOperationUnsupportedError("the token does not keep its keys inside")
+            raise KeyOperationUnsupportedError("the token made an extractable key")
         return made[0]
 
 
@@ -263,7 +263,7 @@ def _worked(session: Any, handle: Any, found: TokenKey, work: Callable[[Any, Any
             raise
         now = objects.read(session, handle, found.kind)
         if found.is_enabled and now is not None:
-            _require_enabled(now)  # it may have been disabled since a moment ago
+            _require_enabled(now)  # the key may have been disabled after the lookup
         raise
 
 
@@ -282,13 +282,13 @@ def _require_enabled(key: TokenKey) -> None:
 
 def _rsa(key: TokenKey) -> TokenKey:
     if key.kind is not KeyKind.RSA:
-        raise KeyOperationUnsupportedError(f"key {_name(key.label, key.id)} is no RSA key")
+        raise KeyOperationUnsupportedError(f"key {_name(key.label, key.id)} is not an RSA key")
     return key
 
 
 def _aes(key: TokenKey) -> TokenKey:
     if key.kind is not KeyKind.AES:
-        raise KeyOperationUnsupportedError(f"key {_name(key.label, key.id)} is no AES key")
+        raise KeyOperationUnsupportedError(f"key {_name(key.label, key.id)} is not an AES key")
     return key
 
 

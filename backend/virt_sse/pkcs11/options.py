@@ -1,4 +1,4 @@
-"""What names a token in a configuration: an URI, a module, a file with the PIN."""
+"""Options of a token in a configuration: its URI, its module, the file with the PIN."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _OPTIONS = frozenset({"uri", "module", "pin-file", "softhsm-config", "init-reser
 
 @dataclass(frozen=True, slots=True)
 class TokenOptions:
-    """The options; all may be absent, and then mean the token that ``virt-sse host hsm init`` makes.
+    """Options of a token. All are optional; the default is the token made by ``virt-sse host hsm init``.
 
-    :ivar folder: where that token would be, and where wrong PINs are counted for any other.
-    :ivar uri: which token; ``None`` for the folder's.
-    :ivar module: its path, or its name among the installed ones.
-    :ivar softhsm_config: what SoftHSM is to read instead of the system's configuration.
+    :ivar folder: location of the default token, and of the count of wrong PINs for any token.
+    :ivar uri: names the token; ``None`` for the folder's token.
+    :ivar module: path of the PKCS#11 module, or name of an installed module.
+    :ivar softhsm_config: SoftHSM's configuration file, in place of the system's.
     :ivar reserved: see :class:`~virt_sse.pkcs11.module.Module`.
     """
 
@@ -37,8 +37,10 @@ class TokenOptions:
 
     @classmethod
     def parse(cls, table: str, folder: Path, options: Mapping[str, object]) -> Self:
-        """:param table: the name of the table that *options* is, for messages.
-        :raise ConfigError: When the options make no sense.
+        """Parse the options of a configuration table.
+
+        :param table: the table's name, for messages.
+        :raise ConfigError: When the options are invalid.
         """
         unknown = sorted(set(options) - _OPTIONS)
         if unknown:
@@ -59,22 +61,28 @@ class TokenOptions:
 
     @property
     def guard(self) -> PinGuard:
-        """Counts the wrong PINs."""
+        """Counter of wrong PINs."""
         return PinGuard(self.folder.wrong_pins)
 
     @property
     def module_path(self) -> Path:
-        """:raise ConfigError: When no such module is installed."""
+        """Path of the PKCS#11 module.
+
+        :raise ConfigError: When the module is not installed.
+        """
         return Path(self.module) if "/" in self.module else find_module(self.module)
 
     def token_uri(self) -> TokenUri:
-        """:raise ConfigError: When it is to be the folder's token, and there is none."""
+        """URI of the token.
+
+        :raise ConfigError: When the folder's token is configured but does not exist.
+        """
         return self.uri or self.folder.read_uri()
 
     def open(self, pin: PinSource | None = None) -> Token:
-        """The token.
+        """Open the token.
 
-        :param pin: instead of the file's.
+        :param pin: PIN to use in place of the file's.
         :raise: As :meth:`Token.open`.
         """
         return Token.open(
@@ -108,11 +116,11 @@ def _uri(table: str, value: str | None) -> TokenUri | None:
         raise ConfigError(f"'uri' in {table}: {exc}", hint=exc.hint) from exc
     if not uri.names_a_token:
         raise ConfigError(
-            f"'uri' in {table} does not say which token",
+            f"'uri' in {table} does not name a token",
             hint=f"for example {SCHEME}token=LABEL;serial=NUMBER",
         )
     if (uri.object, uri.id, uri.type) != (None, None, None):
-        raise ConfigError(f"'uri' in {table} is to name a token, and no key in it")
+        raise ConfigError(f"'uri' in {table} must name a token, not a key inside")
     return uri
 
 
@@ -122,7 +130,7 @@ def _module(table: str, value: str | None, uri: TokenUri | None) -> str:
         raise ConfigError(f"the module is named more than once in {table}")
     module = named[0] if named else MODULE_NAME
     if "/" in module and not Path(module).is_absolute():
-        raise ConfigError(f"'module' in {table} must be an absolute path, or a name")
+        raise ConfigError(f"'module' in {table} must be an absolute path or a name")
     return module
 
 
@@ -131,5 +139,5 @@ def _pin_file(table: str, value: str | None, uri: TokenUri | None) -> Path | Non
     if value is not None and source is not None:
         raise ConfigError(f"the file with the PIN is named more than once in {table}")
     if source is not None and source.startswith("|"):
-        raise ConfigError(f"'uri' in {table}: a PIN comes from a file, and from no program")
+        raise ConfigError(f"'uri' in {table}: a PIN must come from a file, not from a program")
     return _path(table, "pin-file", value or (source.removeprefix("file:") if source else None))

@@ -1,4 +1,4 @@
-"""PINs: where they come from, and the lock-out after wrong ones."""
+"""PINs: their sources, and the lock-out after wrong PINs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from typing import NoReturn, Protocol, Self
 from virt_sse.errors import ConfigError, KeyProviderUnavailableError
 from virt_sse.system.files import PRIVATE_FILE, private_folder, sync_folder
 
-UNLOCK_HINT = "put the PIN right, then 'virt-sse host hsm unlock', or 'vault hsm unlock' for a vault's"
+UNLOCK_HINT = (
+    "correct the PIN, then run 'virt-sse host hsm unlock', or 'vault hsm unlock' for a vault's token"
+)
 
 MOST_WRONG = 3
-"""So many wrong PINs in a row lock a token out."""
+"""Number of wrong PINs in a row before lock-out."""
 
 _LONGEST = 255
-"""In bytes; what PKCS#11 modules take."""
+"""Maximum length in bytes accepted by PKCS#11 modules."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pin:
-    """A PIN. Cannot print or pickle itself."""
+    """A PIN. Cannot be printed or pickled."""
 
     text: str = field(repr=False)
 
@@ -37,7 +39,7 @@ class Pin:
 
 
 class PinSource:
-    """Where a PIN comes from: a file, an open descriptor or a prompt; no argument and no environment."""
+    """Source of a PIN: a file, an open descriptor or a prompt, never an argument or the environment."""
 
     def __init__(self, description: str, read: Callable[[], bytes]) -> None:
         self._description = description
@@ -47,45 +49,45 @@ class PinSource:
         return f"PinSource({self._description})"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("where a PIN comes from cannot be pickled")
+        raise TypeError("the source of a PIN cannot be pickled")
 
     @classmethod
     def file(cls, path: Path) -> Self:
-        """The first line of *path*, read anew at each use; it must be readable by its owner alone."""
+        """First line of the file *path*, read at each use; only its owner may have access."""
         return cls(str(path), lambda: _private_content(path))
 
     @classmethod
     def descriptor(cls, number: int) -> Self:
-        """The first line of what the open descriptor gives, read to its end once, at the first use."""
+        """First line from an open descriptor, read to its end once, at the first use."""
         return cls(f"descriptor {number}", _once(lambda: _content(number)))
 
     @classmethod
     def prompt(cls, ask: Callable[[], str]) -> Self:
-        """What *ask* returns; it is asked once, at the first use."""
+        """Result of *ask*, called once, at the first use."""
         return cls("prompt", _once(lambda: ask().encode()))
 
     def read(self) -> Pin:
-        """The PIN.
+        """Read the PIN.
 
-        :raise ConfigError: When there is none, or others could have read it.
+        :raise ConfigError: When there is no PIN, or other users have access to its file.
         """
         try:
             text = self._read().split(b"\n", 1)[0].removesuffix(b"\r").decode("utf-8")
         except OSError as exc:
             raise ConfigError(f"cannot read the PIN ({self._description}): {exc.strerror}") from exc
-        except UnicodeDecodeError:  # which would show the bytes
+        except UnicodeDecodeError:  # its message would show the bytes
             raise ConfigError(f"the PIN is not UTF-8 ({self._description})") from None
         if not text or len(text.encode()) > _LONGEST or "\0" in text:
-            raise ConfigError(f"the PIN has to have 1 to {_LONGEST} bytes ({self._description})")
+            raise ConfigError(f"the PIN must have 1 to {_LONGEST} bytes ({self._description})")
         return Pin(text)
 
 
 class PinGuard:
-    """Counts wrong PINs in the file *path*, over threads, processes and restarts, and refuses after too many.
+    """Counts wrong PINs in a file, across threads, processes and restarts, and refuses after too many.
 
-    A token without a lock-out of its own, as SoftHSM is, gets one; and one with is never locked out by a
-    wrong PIN in a file, since it is not asked any more. A try is counted before the token is asked, and
-    taken back when the PIN was right: ``kill -9`` in between gains a guesser nothing.
+    This gives a lock-out to tokens without their own, such as SoftHSM. A token with its own lock-out is never
+    locked by a wrong PIN in a file, because logins stop earlier. An attempt is counted before the login, and
+    uncounted when the PIN was right: ``kill -9`` in between does not help a guesser.
     """
 
     def __init__(self, path: Path) -> None:
@@ -95,7 +97,7 @@ class PinGuard:
         return f"PinGuard({self._path})"
 
     def failures(self) -> int:
-        """How many tries in a row have failed.
+        """Number of failed attempts in a row.
 
         :raise ConfigError: When the file cannot be read.
         """
@@ -105,7 +107,7 @@ class PinGuard:
             return self._failures(descriptor)
 
     def reset(self) -> None:
-        """Forget them: for an administrator.
+        """Reset the count, on an administrator's request.
 
         :raise ConfigError: When the file cannot be written.
         """
@@ -114,9 +116,11 @@ class PinGuard:
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[Attempt]:
-        """Around one login, alone among all processes. It has failed unless the caller says otherwise.
+        """Context of one login, exclusive among all processes.
 
-        :raise KeyProviderUnavailableError: When there were too many wrong ones; the token is not to be asked.
+        The login counts as failed unless the caller reports another outcome.
+
+        :raise KeyProviderUnavailableError: When there were too many wrong PINs; do not log in.
         :raise ConfigError: When the file cannot be read or written.
         """
         with self._open() as descriptor:
@@ -136,7 +140,7 @@ class PinGuard:
 
     def _failures(self, descriptor: int) -> int:
         text = os.pread(descriptor, 16, 0).strip()
-        if not text:  # just made
+        if not text:  # new file
             return 0
         return int(text) if text.isdigit() else MOST_WRONG
 
@@ -162,20 +166,21 @@ class PinGuard:
 
 
 class Logins(Protocol):
-    """Gives a PIN away, for one login at a time."""
+    """Provides the PIN for one login at a time."""
 
     def attempt(self, *, is_last: bool) -> AbstractContextManager[tuple[Pin, Attempt]]:
-        """The PIN, and what is to be told of it.
+        """Context of one login: the PIN, and the attempt to report the outcome to.
 
-        :param is_last: whether the token would lock itself after a wrong one.
-        :raise KeyProviderUnavailableError: When the token is not to be asked: as *is_last*, or as for
+        :param is_last: whether the token would lock itself after one more wrong PIN.
+        :raise KeyProviderUnavailableError: When a login is not allowed: after a wrong PIN if *is_last*, or as
+            in
             :meth:`PinGuard.attempt`.
         :raise ConfigError: When there is no PIN, or its use cannot be counted.
         """
 
 
 class GuardedPin:
-    """A PIN whose wrong ones are counted."""
+    """Logins with the PIN of a source, guarded by a count of wrong PINs."""
 
     def __init__(self, source: PinSource, guard: PinGuard) -> None:
         self._source = source
@@ -186,7 +191,7 @@ class GuardedPin:
         pin = self._source.read()
         if is_last and self._guard.failures():
             raise KeyProviderUnavailableError(
-                "the token allows one more PIN only, and is not asked after a wrong one", hint=UNLOCK_HINT
+                "the token allows only one more attempt, and the last PIN was wrong", hint=UNLOCK_HINT
             )
         with self._guard.attempt() as attempt:
             yield pin, attempt
@@ -260,12 +265,13 @@ def _content(number: int) -> bytes:
 def _require_private(path: Path, status: os.stat_result) -> None:
     if status.st_uid not in (os.geteuid(), 0):
         raise ConfigError(
-            f"{path} belongs to user {status.st_uid}, not to user {os.geteuid()} who runs this",
+            f"{path} belongs to user {status.st_uid}, not to the current user {os.geteuid()}",
             hint=f"chown {os.geteuid()} {path}",
         )
     if not stat.S_ISREG(status.st_mode):
         raise ConfigError(f"{path} is not a file")
     if status.st_mode & 0o077:
         raise ConfigError(
-            f"{path} is open to other users (mode {status.st_mode & 0o777:04o})", hint=f"chmod 0600 {path}"
+            f"{path} is accessible to other users (mode {status.st_mode & 0o777:04o})",
+            hint=f"chmod 0600 {path}",
         )

@@ -1,8 +1,8 @@
-"""The process that a PKCS#11 module has for itself, seen from outside.
+"""The separate process of a PKCS#11 module, seen by its caller.
 
-A module that hangs holds up nobody but those who ask it, and one that crashes takes nothing with it. What it
-keeps in its memory, as SoftHSM does keys, is not in ours. And it is initialised, configured and logged in to
-for its one user alone.
+A module that hangs or crashes affects only the calls to this module. Keys which the module keeps in memory,
+as SoftHSM does, stay out of the caller's memory. Initialisation, configuration and login of the module are
+not shared with other code in the caller's process.
 """
 
 from __future__ import annotations
@@ -38,14 +38,17 @@ class _Running:
 
 
 class ModuleProcess(Generic[S]):
-    """Calls functions on an object that lives there. It is started when it is needed, and again when it has
-    ended. Safe to use from several threads, and after a fork, where the child gets one of its own.
+    """Calls functions on an object in the module's process.
 
-    :param make: makes the object, of :class:`~virt_sse.pkcs11.pins.Logins` and *arguments*; to be found by
-        its name, as are the functions that are called.
-    :param logins: the PIN, if one is needed; it is read, and its use counted, in this process.
-    :param environment: what is to be set in the module's.
-    :param seconds: in which the object has to be made.
+    The process is started on demand, and restarted after it ended. Safe to use from several threads, and
+    after a fork: the child starts its own process.
+
+    :param make: makes the object from :class:`~virt_sse.pkcs11.pins.Logins` and *arguments*. Pickled by name,
+        as are the functions passed to :meth:`call`.
+    :param logins: the PIN, if the module needs a login. The PIN is read, and its use counted, in this
+        process.
+    :param environment: variables to set in the module's environment.
+    :param seconds: time limit for making the object.
     """
 
     def __init__(
@@ -66,23 +69,23 @@ class ModuleProcess(Generic[S]):
 
     @property
     def pid(self) -> int | None:
-        """The process, if there is one now."""
+        """The process ID, if the process is running."""
         running = self._running
         return running.process.pid if running is not None else None
 
     def call(
         self, seconds: float, work: Callable[Concatenate[S, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """What *work* makes of the object, there.
+        """Call *work* on the object in the module's process, and return its result.
 
-        :param seconds: after which the process is ended.
-        :raise VirtSseError: What *work* raises, or the making of the object.
-        :raise KeyProviderUnavailableError: When the process ends meanwhile, or cannot be started.
+        :param seconds: time limit; the process is ended after this time.
+        :raise VirtSseError: When *work* or making the object raises a subclass of this error.
+        :raise KeyProviderUnavailableError: When the process ends during the call, or cannot be started.
         """
         asked = time.monotonic()
         with self._lock:
             when, why = self._hung
-            if when > asked:  # who has waited for one that hung need not try it, too
+            if when > asked:  # the process hung while this call waited for the lock: fail at once
                 raise KeyProviderUnavailableError(why)
             if self._running is None or self._running.process.poll() is not None:
                 self._end()
@@ -96,12 +99,12 @@ class ModuleProcess(Generic[S]):
             return answer
 
     def make_of(self, *arguments: object) -> None:
-        """Have the object made of these *arguments* the next time."""
+        """Set the *arguments* for making the object in the next process."""
         seconds, make, _, named = self._making
         self._making = (seconds, make, arguments, named)
 
     def close(self) -> None:
-        """End it, once it has done what it is doing. Raises nothing."""
+        """End the process after its current call. Raises nothing."""
         with self._lock:
             self._end()
 
@@ -114,7 +117,7 @@ class ModuleProcess(Generic[S]):
                     pass_fds=(theirs.fileno(),),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    start_new_session=True,  # Ctrl-C is not to tear what a token is writing
+                    start_new_session=True,  # Ctrl-C must not interrupt a write of the token
                     env={**os.environ, **self._environment},
                 )
             except OSError as exc:
@@ -136,7 +139,7 @@ class ModuleProcess(Generic[S]):
                 self._hung = (time.monotonic(), why)
             raise KeyProviderUnavailableError(why) from exc
         except BaseException:
-            self._end()  # it would answer this when it is asked something else
+            self._end()  # otherwise the next call would receive the answer to this one
             raise
         if answer.error is not None:
             raise answer.error
@@ -144,7 +147,7 @@ class ModuleProcess(Generic[S]):
 
     def _log_in(self, running: _Running, *, is_last: bool) -> None:
         if self._logins is None:
-            raise TypeError("there is no PIN for this module")
+            raise TypeError("no PIN was given for this module")
         with self._logins.attempt(is_last=is_last) as (pin, attempt):
             try:
                 running.channel.send_bytes(pin.text.encode())
@@ -155,7 +158,7 @@ class ModuleProcess(Generic[S]):
                 raise
 
     def _end(self) -> int:
-        """How it has ended, as :attr:`subprocess.Popen.returncode` has it."""
+        """End the process; returns its :attr:`subprocess.Popen.returncode`."""
         running, self._running = self._running, None
         if running is None:
             return 0
@@ -168,15 +171,15 @@ class ModuleProcess(Generic[S]):
         running, self._running = self._running, None
         if running is not None:
             running.channel.close()
-            running.process.poll()  # it is no child of ours, and is told so
+            running.process.poll()  # not a child of this process: makes Popen give up on waiting
 
 
 def _why(status: int, seconds: float) -> str:
     if status == -signal.SIGALRM:
-        return f"the PKCS#11 module has not answered within {seconds:g} s"
+        return f"the PKCS#11 module did not answer within {seconds:g} s"
     if status < 0:
-        return f"the PKCS#11 module has brought its process down ({signal.Signals(-status).name})"
-    return f"the process of the PKCS#11 module has failed (exit status {status})"
+        return f"the PKCS#11 module crashed its process ({signal.Signals(-status).name})"
+    return f"the process of the PKCS#11 module failed (exit status {status})"
 
 
 _all: weakref.WeakSet[ModuleProcess[Any]] = weakref.WeakSet()

@@ -1,4 +1,4 @@
-"""RSA-OAEP with a key in a token: all of it there, or RSA there and the padding here."""
+"""RSA-OAEP with a key in a token: entirely in the token, or raw RSA in the token and padding on the host."""
 
 from __future__ import annotations
 
@@ -32,28 +32,30 @@ _HASHES: dict[str, tuple[type[hashes.HashAlgorithm], int, int]] = {
 
 
 class OaepMode(enum.Enum):
-    """Where the padding is made and checked."""
+    """Place of the OAEP padding: token or host."""
 
     TOKEN = "token"  # noqa: S105 -- a word
     HOST = "host"
 
 
 class RsaOaep:
-    """Tries out what the token can, once, with the first key; its list of mechanisms is no proof.
+    """RSA-OAEP in the mode supported by the token.
 
-    :ivar modes: by name of the hash.
+    The mode is probed once, with the first key: a token's list of mechanisms is not reliable.
+
+    :ivar modes: mode by hash name, for hashes probed so far.
     """
 
     def __init__(self) -> None:
         self.modes: dict[str, OaepMode] = {}
 
     def encrypt(self, session: Any, handle: Any, key: TokenKey, message: bytes, hash_name: str) -> bytes:
-        """Encrypt in the token if that can, and holds the public half.
+        """Encrypt in the token if the mode allows and the token holds the public half; otherwise on the host.
 
-        :raise PyKCS11Error: When the token cannot.
+        :raise PyKCS11Error: When the token fails.
         """
         mode = self._mode(session, handle, key, hash_name)
-        if mode is OaepMode.TOKEN and message:  # PyKCS11 passes nothing at all for nothing
+        if mode is OaepMode.TOKEN and message:  # PyKCS11 cannot pass an empty message
             for public in objects.public_handles(session, key.label, key.id):
                 return bytes(session.encrypt(public, message, mechanism(hash_name)))
         return on_host(key, message, hash_name)
@@ -61,9 +63,9 @@ class RsaOaep:
     def decrypt(
         self, session: Any, handle: Any, key: TokenKey, ciphertext: bytes, hash_name: str
     ) -> bytes | None:
-        """The message, or ``None`` for what is none, whyever.
+        """Decrypt; ``None`` for any invalid ciphertext.
 
-        :raise PyKCS11Error: When the token cannot.
+        :raise PyKCS11Error: When the token fails.
         """
         mode = self._mode(session, handle, key, hash_name)
         size = (key.bits + 7) // 8
@@ -78,7 +80,7 @@ class RsaOaep:
                 return None
             if exc.value not in VAGUE:
                 raise
-            # Is it the ciphertext or the token? One that is known to be right tells.
+            # Bad ciphertext or broken token? A ciphertext known to be valid tells.
             session.decrypt(handle, on_host(key, bytes(16), hash_name), mechanism(hash_name))
             return None
 
@@ -89,13 +91,13 @@ class RsaOaep:
 
 
 def mechanism(hash_name: str) -> RSAOAEPMechanism:
-    """PKCS#11's parameters for it."""
+    """PKCS#11 mechanism and parameters for OAEP with this hash."""
     _, hash_mechanism, mask = _algorithms(hash_name)
     return RSAOAEPMechanism(hash_mechanism, mask)
 
 
 def on_host(key: TokenKey, message: bytes, hash_name: str) -> bytes:
-    """What the public half alone does."""
+    """Encrypt on the host, with the public half."""
     algorithm, _, _ = _algorithms(hash_name)
     return key.public_key.encrypt(message, padding.OAEP(padding.MGF1(algorithm()), algorithm(), label=None))
 
@@ -110,7 +112,7 @@ def _try(session: Any, handle: Any, key: TokenKey, hash_name: str) -> OaepMode:
         if exc.value not in UNSUPPORTED | VAGUE | MALFORMED:
             raise
     if _raw(session, handle, ciphertext, len(ciphertext), hash_name) != known:
-        raise KeyProviderUnavailableError("the token decrypts wrongly")
+        raise KeyProviderUnavailableError("the token decrypts incorrectly")
     return OaepMode.HOST
 
 
@@ -121,5 +123,5 @@ def _raw(session: Any, handle: Any, ciphertext: bytes, size: int, hash_name: str
 
 def _algorithms(hash_name: str) -> tuple[type[hashes.HashAlgorithm], int, int]:
     if hash_name not in _HASHES:
-        raise InvalidValueError(f"OAEP is done with {' or '.join(_HASHES)}, not with {hash_name!r}")
+        raise InvalidValueError(f"OAEP supports {' or '.join(_HASHES)}, not {hash_name!r}")
     return _HASHES[hash_name]

@@ -1,4 +1,4 @@
-"""SoftHSM: a token in files, for a lab or for a trial."""
+"""SoftHSM: a token in files, for labs and trials."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ slots.removable = false
 
 @dataclass(frozen=True, slots=True)
 class TokenFolder:
-    """Where a SoftHSM token, its configuration and its PINs lie.
+    """Folder of a SoftHSM token, its configuration and its PINs.
 
-    A token is made in the folder ``new``, and moved when it is whole, as the file ``uri`` in there says. What
-    else is found in ``new`` was never used.
+    A token is made in the subfolder ``new``, and moved when complete; the file ``new/uri`` marks it as
+    complete. An incomplete token in ``new`` was never used.
 
-    SoftHSM writes its file ``token.object`` anew, in place, at each login: killed in that instant it leaves
-    an empty one, and no key could be used again. Hence a copy is kept.
+    SoftHSM rewrites the file ``token.object`` in place at each login. If killed during the write, SoftHSM
+    leaves an empty file, and the keys would be lost. Therefore a copy is kept.
     """
 
     path: Path
@@ -62,70 +62,74 @@ class TokenFolder:
 
     @property
     def environment(self) -> dict[str, str]:
-        """In which SoftHSM finds it."""
+        """Environment variables for SoftHSM to find its configuration."""
         return {VARIABLE: str(self.config.absolute())}
 
     @property
     def tokens(self) -> Path:
-        """What the token holds, encrypted under its PINs."""
+        """Folder of the token's content, encrypted under its PINs."""
         return self.path / "tokens"
 
     @property
     def pin(self) -> Path:
-        """The user PIN."""
+        """File with the user PIN."""
         return self.path / "pin"
 
     @property
     def so_pin(self) -> Path:
-        """The PIN of the security officer, who can set a new user PIN and do nothing with keys."""
+        """File with the PIN of the security officer; the officer can set a new user PIN but not use keys."""
         return self.path / "so-pin"
 
     @property
     def uri(self) -> Path:
-        """The token's URI, with its serial."""
+        """File with the token's URI, including its serial."""
         return self.path / "uri"
 
     @property
     def wrong_pins(self) -> Path:
-        """For :class:`PinGuard`."""
+        """File for :class:`PinGuard`."""
         return self.path / "wrong-pins"
 
     @property
     def spare(self) -> Path:
-        """The copy of ``token.object``; what is secret in it is under the PINs."""
+        """Copy of ``token.object``; its secrets are encrypted under the PINs."""
         return self.path / "token.object"
 
     def read_uri(self) -> TokenUri:
-        """:raise ConfigError: When there is no token here, or the file cannot be read."""
+        """Read the token's URI.
+
+        :raise ConfigError: When the folder has no token, or the file cannot be read.
+        """
         try:
             return TokenUri.parse(self.uri.read_text("utf-8").strip())
         except FileNotFoundError as exc:
             raise ConfigError(
-                f"there is no token in {self.path}",
-                hint="'virt-sse host hsm init' makes one; or name another one by its 'uri'",
+                f"no token in {self.path}",
+                hint="make a token with 'virt-sse host hsm init', or name another token by its 'uri'",
             ) from exc
         except (OSError, UnicodeDecodeError, InvalidValueError) as exc:
             raise ConfigError(f"cannot read {self.uri}: {exc}") from exc
 
     def write_config(self, tokens: Path | None = None) -> None:
-        """Make the folder and the configuration.
+        """Make the folder and SoftHSM's configuration.
 
-        :param tokens: where the tokens lie meanwhile.
+        :param tokens: temporary location of the tokens, while a token is being made.
         """
         private_folder(self.path)
-        for stray in self.path.glob(f".{self.config.name}.*"):  # of a writer that was killed
+        for stray in self.path.glob(f".{self.config.name}.*"):  # left by a killed writer
             stray.unlink()
         tokens = private_folder(tokens or self.tokens)
         write_private(self.config, _CONFIG.format(tokens=tokens.absolute()).encode())
 
     def initialise(self, label: str) -> bool:
-        """Make the token, unless it is there; whether it was made. What was cut off before is finished.
+        """Make the token if it does not exist.
 
-        Mends a token that a killed login has torn, too.
+        Completes an interrupted earlier call, and repairs a token damaged by a killed login.
 
+        :return: whether the token was made.
         :raise ConfigError: When SoftHSM is not installed, or the folder cannot be written.
-        :raise KeyProviderUnavailableError: When the token was there and cannot be opened; it is never made
-            anew.
+        :raise KeyProviderUnavailableError: When an existing token cannot be opened; an existing token is
+            never replaced.
         """
         new = TokenFolder(self.path / "new")
         try:
@@ -144,8 +148,8 @@ class TokenFolder:
     def _make(self, new: TokenFolder, label: str) -> None:
         if self.tokens.exists():
             raise ConfigError(
-                f"there are tokens in {self.tokens}, and no file {self.uri} that says which is meant",
-                hint="restore it from a backup, or move the tokens away",
+                f"tokens exist in {self.tokens}, but the file {self.uri} with the token's URI is missing",
+                hint="restore the file from a backup, or move the tokens away",
             )
         if new.path.exists():
             shutil.rmtree(new.path)
@@ -174,17 +178,17 @@ class TokenFolder:
         new.path.rmdir()
 
     def _mend(self) -> None:
-        """Write the copy over a ``token.object`` that was torn."""
+        """Restore a torn ``token.object`` from the copy."""
         for path in self.tokens.glob(f"*/{_TOKEN_OBJECT}"):
             with path.open("r+b") as file, path.with_name("token.lock").open("wb") as lock:
-                for each in (lock, file):  # as SoftHSM does: else it might be at work on it just now
+                for each in (lock, file):  # SoftHSM's own locks: another process may be writing the file
                     fcntl.lockf(each, fcntl.LOCK_EX)
                 if os.fstat(file.fileno()).st_size == 0 and self.spare.exists():
                     write_at(file.fileno(), self.spare.read_bytes(), 0)
                     os.fsync(file.fileno())
 
     def open(self) -> Token:
-        """The token in this folder.
+        """Open the token in this folder.
 
         :raise: As :meth:`Token.open` and :meth:`read_uri`.
         """
@@ -198,14 +202,14 @@ class TokenFolder:
 
 
 def init_token(module: Path, environment: Mapping[str, str], label: str, *, so_pin: Pin, pin: Pin) -> str:
-    """Make a token in a free slot, or finish that; its serial.
+    """Make a token in a free slot, or complete an interrupted earlier call; returns the token's serial.
 
-    :param environment: what the module is to find there.
-    :raise InvalidValueError: When the label is none.
+    :param environment: environment variables of the module's process.
+    :raise InvalidValueError: When the label is invalid.
     :raise KeyProviderUnavailableError: When there is no free slot, or the module fails.
     """
     if not 0 < len(label.encode()) <= _LONGEST_LABEL or not label.isprintable():
-        raise InvalidValueError(f"a token's label has 1 to {_LONGEST_LABEL} printable bytes")
+        raise InvalidValueError(f"a token's label must have 1 to {_LONGEST_LABEL} printable bytes")
     process = ModuleProcess(load, module, None, environment=environment, seconds=SECONDS)
     with contextlib.closing(process):
         return process.call(SECONDS, _init_token, label, so_pin.text, pin.text)
@@ -227,7 +231,7 @@ def _init_token(module: Module, label: str, so_pin: str, pin: str) -> str:
 
 
 def _slot(library: Any, label: str) -> tuple[int, bool]:
-    """Where the token is, or can be made; and whether it is there."""
+    """Slot of the token or a free slot, and whether the token exists."""
     free: list[int] = []
     for slot in library.getSlotList(True):
         info = library.getTokenInfo(slot)

@@ -1,4 +1,4 @@
-"""A PKCS#11 token, and what is done with the keys in it."""
+"""A PKCS#11 token and operations on its keys."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from virt_sse.pkcs11.uri import TokenUri
 __all__ = ["KeyKind", "Token", "TokenKey"]
 
 SECONDS = 20.0
-"""In which a token has to answer: less than what the libvirt hook gives the agent."""
+"""Time limit for a token's answer; shorter than the libvirt hook's time limit for the agent."""
 
 _MAKING_SECONDS = 600.0
-"""In which it has to make a key: small ones take minutes for an RSA key of 4096 bits."""
+"""Time limit for making a key: small tokens take minutes for an RSA key of 4096 bits."""
 
 
 class Token:
-    """A token, used by a process that is logged in to it. Get it by :meth:`open`, and close it. Safe to use
-    from several threads.
+    """A token, used through a separate process with a login. Open with :meth:`open`, and close after use.
 
-    Every method raises :class:`~virt_sse.errors.KeyProviderUnavailableError` when the token does not answer,
-    is not there or takes no PIN; none of that says anything about a key. What is lost by a fork, by the end
-    of that process, by a restart of the token or because another process was at work is had anew without the
-    caller noticing.
+    Safe to use from several threads. Every method raises
+    :class:`~virt_sse.errors.KeyProviderUnavailableError` when the token is absent, does not answer or rejects
+    the PIN; such an error says nothing about a key. Sessions and handles are re-established transparently
+    after a fork, the end of the module's process, a restart of the token or a concurrent change by another
+    process.
 
-    A key is meant by its label, its id and, for RSA, its modulus. It is used, public half included, only if
-    the token itself says at that moment that it is there and enabled.
+    Label, id and, for RSA, the modulus identify a key. Any use of a key, even of its public half, first
+    checks with the token that the key exists and is enabled.
 
     :ivar serial: the token's serial number.
     """
@@ -60,13 +60,14 @@ class Token:
     ) -> Self:
         """Find the token and log in.
 
-        :param uri: which token; it has to be one, and stays the one that was found first.
+        :param uri: must match exactly one token. The serial of the first match is kept: a later match with
+            another serial is an error.
         :param module: the module's absolute path.
-        :param guard: counts wrong PINs; one for each token.
+        :param guard: counts wrong PINs; each token needs its own.
         :param reserved: see :class:`~virt_sse.pkcs11.module.Module`.
-        :param environment: what the module is to find in its environment.
-        :param seconds: in which the token has to answer.
-        :raise ConfigError: When the PIN cannot be had as configured.
+        :param environment: environment variables for the module.
+        :param seconds: time limit for each answer of the token.
+        :raise ConfigError: When the configured source does not provide a PIN.
         """
         process = ModuleProcess(
             *(TokenOperations, uri, module, reserved),
@@ -85,44 +86,46 @@ class Token:
 
     @property
     def pid(self) -> int | None:
-        """The process, if there is one now."""
+        """ID of the module's process, if running."""
         return self._process.pid
 
     def check(self) -> str | None:
-        """Make sure that the token is there and answers.
+        """Check that the token is present and answers.
 
-        :return: its serial number.
-        :raise KeyProviderUnavailableError: When it does not.
+        :return: the token's serial number.
+        :raise KeyProviderUnavailableError: When the token is absent or does not answer.
         """
         return self._process.call(self._seconds, TokenOperations.check)
 
     def close(self) -> None:
-        """End the session. Raises nothing; used again, the token is opened again."""
+        """End the session. Raises nothing; a later use reopens the token."""
         self._process.close()
 
     def oaep_modes(self) -> dict[str, OaepMode]:
-        """By name of the hash: where OAEP is done, as far as that was tried."""
+        """Mode of OAEP by hash name, for hashes used so far."""
         return self._process.call(self._seconds, TokenOperations.oaep_modes)
 
     def generate_rsa(self, label: str, key_id: bytes, bits: int) -> TokenKey:
-        """Make a pair whose private half decrypts, does nothing else, and is never extractable.
+        """Make an RSA pair; its private half decrypts only, and is never extractable.
 
-        :raise InvalidValueError: When the size is not in :data:`objects.RSA_BITS`, the name none or taken.
-        :raise KeyOperationUnsupportedError: When the token does not make such keys.
+        :raise InvalidValueError: When the size is not in :data:`objects.RSA_BITS`, or the name is invalid or
+            taken.
+        :raise KeyOperationUnsupportedError: When the token does not support such keys.
         """
         return self._process.call(_MAKING_SECONDS, TokenOperations.generate_rsa, label, key_id, bits)
 
     def generate_aes(self, label: str, key_id: bytes) -> TokenKey:
-        """Make a key of 256 bits that wraps and unwraps, does nothing else, and is never extractable.
+        """Make an AES key of 256 bits; the key wraps and unwraps only, and is never extractable.
 
         :raise: As :meth:`generate_rsa`.
         """
         return self._process.call(_MAKING_SECONDS, TokenOperations.generate_aes, label, key_id)
 
     def import_rsa(self, private: rsa.RSAPrivateKey, label: str, key_id: bytes) -> TokenKey:
-        """Bring a private key in, by wrapped transfer: it never passes the module's interface in clear.
+        """Import a private key by wrapped transfer: the key never passes the module's interface in clear.
 
-        From then on it is as one that was made inside, but that the token does not call it never extractable.
+        The imported key then behaves like a generated one, except that the token does not report the key as
+        "never extractable".
 
         :raise: As :meth:`generate_rsa`.
         """
@@ -134,63 +137,64 @@ class Token:
         label: str | None = None,
         id: bytes | None = None,  # noqa: A002 -- PKCS#11's word
     ) -> list[TokenKey]:
-        """The RSA and AES keys of that label and that id; by label, then by id as a number."""
+        """RSA and AES keys with this label and id, sorted by label, then by id as a number."""
         return self._process.call(self._seconds, TokenOperations.find, label, id)
 
     def is_enabled(self, key: TokenKey) -> bool:
-        """Whether the key can be used now.
+        """Whether the key is enabled now.
 
-        :raise KeyNotFoundError: When it is not there any more.
+        :raise KeyNotFoundError: When the key no longer exists.
         """
         return self._process.call(self._seconds, TokenOperations.is_enabled, key)
 
     def set_enabled(self, key: TokenKey, enabled: bool) -> None:
-        """Allow or refuse the key's use, for all who use the token.
+        """Enable or disable the key for all users of the token.
 
-        :raise KeyNotFoundError: When it is not there any more.
-        :raise KeyOperationUnsupportedError: When the token does not allow that.
+        :raise KeyNotFoundError: When the key no longer exists.
+        :raise KeyOperationUnsupportedError: When the token does not allow the change.
         """
         self._process.call(self._seconds, TokenOperations.set_enabled, key, enabled)
 
     def destroy(self, key: TokenKey) -> None:
-        """Destroy the key, for good.
+        """Destroy the key permanently.
 
-        :raise KeyNotFoundError: When it is not there any more.
-        :raise KeyOperationUnsupportedError: When the token does not allow that.
+        :raise KeyNotFoundError: When the key no longer exists.
+        :raise KeyOperationUnsupportedError: When the token does not allow destroying keys.
         """
         self._process.call(self._seconds, TokenOperations.destroy, key)
 
     def oaep_encrypt(self, key: TokenKey, message: bytes, hash_name: str) -> bytes:
-        """RSAES-OAEP (RFC 8017 §7.1.1), the hash also for MGF1, no label.
+        """Encrypt by RSAES-OAEP (RFC 8017 §7.1.1), with the same hash for MGF1 and an empty label.
 
         :param hash_name: ``sha1`` or ``sha256``.
-        :raise KeyNotFoundError: When the key is not there any more.
-        :raise KeyDisabledError: When it is disabled.
+        :raise KeyNotFoundError: When the key no longer exists.
+        :raise KeyDisabledError: When the key is disabled.
         """
         return self._process.call(self._seconds, TokenOperations.oaep_encrypt, key, message, hash_name)
 
     def oaep_decrypt(self, key: TokenKey, ciphertext: bytes, hash_name: str) -> bytes:
-        """The message in *ciphertext*; see :meth:`oaep_encrypt`.
+        """Decrypt a ciphertext of :meth:`oaep_encrypt`.
 
-        :raise UnwrapError: When there is none; always in the same words.
-        :raise KeyNotFoundError: When the key is not there any more.
-        :raise KeyDisabledError: When it is disabled.
+        :raise UnwrapError: When the ciphertext is invalid; the message does not tell the reason.
+        :raise KeyNotFoundError: When the key no longer exists.
+        :raise KeyDisabledError: When the key is disabled.
         """
         return self._process.call(self._seconds, TokenOperations.oaep_decrypt, key, ciphertext, hash_name)
 
     def aes_wrap(self, key: TokenKey, payload: bytes) -> bytes:
-        """AES key wrap (RFC 3394): 8 bytes more than *payload*, whose length is a multiple of 8, from 16.
+        """Wrap *payload* by AES key wrap (RFC 3394); the result is 8 bytes longer.
 
-        :raise KeyNotFoundError: When the key is not there any more.
-        :raise KeyDisabledError: When it is disabled.
+        :param payload: at least 16 bytes, a multiple of 8.
+        :raise KeyNotFoundError: When the key no longer exists.
+        :raise KeyDisabledError: When the key is disabled.
         """
         return self._process.call(self._seconds, TokenOperations.aes_wrap, key, payload)
 
     def aes_unwrap(self, key: TokenKey, wrapped: bytes) -> bytes:
-        """The payload in *wrapped*.
+        """Unwrap the payload of *wrapped*.
 
-        :raise UnwrapError: When there is none; always in the same words.
-        :raise KeyNotFoundError: When the key is not there any more.
-        :raise KeyDisabledError: When it is disabled.
+        :raise UnwrapError: When *wrapped* is invalid; the message does not tell the reason.
+        :raise KeyNotFoundError: When the key no longer exists.
+        :raise KeyDisabledError: When the key is disabled.
         """
         return self._process.call(self._seconds, TokenOperations.aes_unwrap, key, wrapped)

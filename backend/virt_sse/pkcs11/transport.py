@@ -38,20 +38,20 @@ from virt_sse.pkcs11.codes import LOST
 from virt_sse.pkcs11.rsa_oaep import mechanism
 
 _TRANSPORT_BITS = 3072
-"""As strong as AES-128; and the pair lives for one transfer."""
+"""As strong as AES-128, and the pair lives only for one transfer."""
 
 _HASHES = (("sha256", hashes.SHA256), ("sha1", hashes.SHA1))
 _PADDED_KEY_WRAPS = (CKM_AES_KEY_WRAP_KWP, CKM_AES_KEY_WRAP_PAD)
-"""RFC 5649 goes by the one name in PKCS#11 3.0, and went by the other before; some take only one."""
+"""Two names of RFC 5649: KWP in PKCS#11 3.0, PAD before. Some tokens accept only one of them."""
 
 
 def bring_in(session: Any, private: rsa.RSAPrivateKey, label: str, key_id: bytes) -> None:
-    """Make *private* a key of the token.
+    """Make *private* a key of the token, by wrapped transfer.
 
-    A pair that the token makes for this alone carries an AES key in, and that carries the private key (as
-    CKM_RSA_AES_KEY_WRAP does in one step, where there is such).
+    The token makes a temporary RSA pair. The pair's public half wraps an AES key, and the AES key wraps the
+    private key. CKM_RSA_AES_KEY_WRAP does the same in one step, but not every token supports it.
 
-    :raise KeyOperationUnsupportedError: When the token does not take keys so.
+    :raise KeyOperationUnsupportedError: When the token does not support this transfer.
     :raise PyKCS11Error: When the token fails.
     """
     clear = private.private_bytes(
@@ -132,7 +132,7 @@ def _transport_key_inside(session: Any, transport_key: bytes) -> Iterator[Any]:
         yield inside
     finally:
         for each in made:
-            with contextlib.suppress(PyKCS11Error):  # it ends with the session, at the latest
+            with contextlib.suppress(PyKCS11Error):  # session objects end with the session at the latest
                 session.destroyObject(each)
 
 
@@ -146,5 +146,5 @@ def _first_that_works(ways: list[Any]) -> Any:
                 raise
             refusals.append(exc)
     raise KeyOperationUnsupportedError(
-        f"the token takes no private keys by wrapped transfer: {refusals[-1]}"
+        f"the token accepts no private keys by wrapped transfer: {refusals[-1]}"
     ) from refusals[-1]

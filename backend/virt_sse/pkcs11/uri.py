@@ -1,4 +1,4 @@
-"""PKCS#11 URIs (RFC 7512): which token, which object in it, and through which module."""
+"""PKCS#11 URIs (RFC 7512): name a token, an object inside the token, and the PKCS#11 module."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _QUERY_SAFE = ":[]@!$'()*+,=/?|"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenUri:
-    """What a URI says, decoded; ``None`` where it says nothing. The attributes are RFC 7512's (§2.3, §2.4).
+    """A decoded URI, with the attributes of RFC 7512 (§2.3, §2.4); ``None`` for an absent attribute.
 
-    ``pin-value`` is refused: a URI stands in configuration files, in logs and on command lines.
+    ``pin-value`` is refused: URIs appear in configuration files, in logs and on command lines.
     """
 
     token: str | None = None
@@ -59,11 +59,13 @@ class TokenUri:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """:raise InvalidValueError: When *text* is no such URI, names an attribute twice or one that is
-        unknown, or holds a PIN; the message then does not repeat it.
+        """Parse a URI.
+
+        :raise InvalidValueError: When *text* is not a PKCS#11 URI, has an unknown or repeated attribute, or
+            holds a PIN. The message does not repeat the PIN.
         """
         if not text.startswith(SCHEME):
-            raise InvalidValueError(f"a PKCS#11 URI begins with {SCHEME!r}")
+            raise InvalidValueError(f"a PKCS#11 URI must begin with {SCHEME!r}")
         path, _, query = text.removeprefix(SCHEME).partition("?")
         values: dict[str, str | bytes | int] = {}
         for part, separator, known in ((path, ";", _PATH), (query, "&", _QUERY)):
@@ -71,14 +73,14 @@ class TokenUri:
                 name, equals, raw = piece.partition("=")
                 if name in ("pin-value", "pin"):
                     raise InvalidValueError(
-                        "a PKCS#11 URI may not hold a PIN", hint="name a file with the PIN, by 'pin-source'"
+                        "a PKCS#11 URI may not hold a PIN", hint="name a file with the PIN in 'pin-source'"
                     )
                 if name not in known or not equals:
                     raise InvalidValueError(f"a PKCS#11 URI has no attribute {name!r} here")
                 if name.replace("-", "_") in values:
-                    raise InvalidValueError(f"attribute {name!r} stands twice in the PKCS#11 URI")
+                    raise InvalidValueError(f"attribute {name!r} is repeated in the PKCS#11 URI")
                 values[name.replace("-", "_")] = _decoded(name, raw)
-        return cls(**values)  # type: ignore[arg-type] # each of the type that _decoded gives it
+        return cls(**values)  # type: ignore[arg-type] # _decoded returns each attribute's type
 
     def __str__(self) -> str:
         path = ";".join(_encoded(self, name, _PATH_SAFE) for name in _PATH if _has(self, name))
@@ -87,14 +89,14 @@ class TokenUri:
 
     @property
     def names_a_token(self) -> bool:
-        """Whether it says anything of where an object lies."""
+        """Whether the URI has an attribute of a token or slot."""
         elsewhere = {"object", "id", "type", *(name.replace("-", "_") for name in _QUERY)}
         return any(
             getattr(self, each.name) is not None for each in fields(self) if each.name not in elsewhere
         )
 
     def matches(self, found: Mapping[str, str | int]) -> bool:
-        """Whether a token of which *found* is known, by attribute, is the one that is meant."""
+        """Whether the URI matches a token with the properties *found*, by attribute."""
         return all(getattr(self, name) in (None, value) for name, value in found.items())
 
 
@@ -104,7 +106,7 @@ def _has(uri: TokenUri, name: str) -> bool:
 
 def _encoded(uri: TokenUri, name: str, safe: str) -> str:
     value = getattr(uri, name.replace("-", "_"))
-    if isinstance(value, bytes):  # all of it, as RFC 7512 §2.3 recommends
+    if isinstance(value, bytes):  # encode every byte, as RFC 7512 §2.3 recommends
         return f"{name}=" + "".join(f"%{byte:02X}" for byte in value)
     return f"{name}={quote(str(value), safe=safe)}"
 
@@ -112,7 +114,7 @@ def _encoded(uri: TokenUri, name: str, safe: str) -> str:
 def _decoded(name: str, raw: str) -> str | bytes | int:
     for escape in raw.split("%")[1:]:
         if len(escape) < 2 or not set(escape[:2]) <= set(string.hexdigits):
-            raise InvalidValueError(f"attribute {name!r} of the PKCS#11 URI is not percent-encoded rightly")
+            raise InvalidValueError(f"attribute {name!r} of the PKCS#11 URI is not percent-encoded correctly")
     value = unquote_to_bytes(raw)
     if name == "id":
         return value
@@ -122,8 +124,8 @@ def _decoded(name: str, raw: str) -> str | bytes | int:
         raise InvalidValueError(f"attribute {name!r} of the PKCS#11 URI is not UTF-8") from exc
     if name == "slot-id":
         if not (text.isascii() and text.isdigit()):
-            raise InvalidValueError("attribute 'slot-id' of the PKCS#11 URI is a decimal number")
+            raise InvalidValueError("attribute 'slot-id' of the PKCS#11 URI must be a decimal number")
         return int(text)
     if name == "type" and text not in _TYPES:
-        raise InvalidValueError(f"attribute 'type' of the PKCS#11 URI is one of {', '.join(_TYPES)}")
+        raise InvalidValueError(f"attribute 'type' of the PKCS#11 URI must be one of {', '.join(_TYPES)}")
     return text

@@ -1,4 +1,4 @@
-"""Keys in a token by name and version: the label is the name, the id the version."""
+"""Keys in a token by name and version: the label is the name, the id is the version."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _RANDOM_BYTES = 12
 
 
 class VersionedKeys:
-    """The keys of a token, as a key provider has them.
+    """The keys of a token, by name and version, for a key provider.
 
-    A version is its id in hexadecimal. The ids made here are a counter, then random bytes: whoever rotates at
-    the same time in another process makes another version, and all agree which of them is current, that
-    with the highest id as a number. Versions that others have made, with short ids, come before.
+    A version is the key's id in hexadecimal. The ids made here are a counter followed by random bytes:
+    concurrent rotations in several processes make different versions, and all processes agree on the current
+    version, which is the highest id as a number. Versions made by other software, with short ids, sort first.
 
-    Methods raise what :class:`Token`'s raise.
+    Methods raise the errors of :class:`Token`.
     """
 
     def __init__(self, token: Token) -> None:
@@ -40,13 +40,13 @@ class VersionedKeys:
         self._lock = threading.Lock()
 
     def all(self) -> list[TokenKey]:
-        """All that have a name and a version; by name, oldest first."""
+        """All keys with a name and a version, sorted by name, oldest first."""
         return [key for key in self.token.find() if key.label and key.id]
 
     def versions(self, name: str) -> list[TokenKey]:
-        """Those of that name, oldest first.
+        """All versions of a key, oldest first.
 
-        :raise KeyNotFoundError: When there are none.
+        :raise KeyNotFoundError: When the key does not exist.
         """
         found = [key for key in self.token.find(label=name) if key.id] if name else []
         if not found:
@@ -54,28 +54,33 @@ class VersionedKeys:
         return found
 
     def current(self, name: str) -> TokenKey:
-        """The version that new DEKs are wrapped with, be it enabled or not.
+        """The version for wrapping new DEKs, enabled or not.
 
-        :raise KeyNotFoundError: When there is none.
+        :raise KeyNotFoundError: When the key does not exist.
         """
         return self.versions(name)[-1]
 
     def get(self, name: str, version: str) -> TokenKey:
-        """:raise KeyNotFoundError: When there is no such version."""
+        """A version of a key.
+
+        :raise KeyNotFoundError: When the version does not exist.
+        """
         key_id = _parse(version)
         found = self.token.find(label=name, id=key_id) if name and key_id else []
         if not found:
             raise KeyNotFoundError(f"the token holds no version {version!r} of key {name!r}")
         if len(found) > 1:
             raise KeyProviderUnavailableError(
-                f"the token holds {len(found)} keys {name!r} of version {version}, and one is not the other"
+                f"the token holds {len(found)} different keys {name!r} of version {version}"
             )
         return found[0]
 
     def use(self, name: str, version: str, work: Callable[[TokenKey], T]) -> T:
-        """What *work* makes of that version, which is looked up the first time, and when it was not found.
+        """Call *work* with a version of a key, and return its result.
 
-        :raise KeyNotFoundError: When there is no such version.
+        The version is looked up at first use, and again when *work* does not find the key.
+
+        :raise KeyNotFoundError: When the version does not exist.
         """
         with self._lock:
             known = self._known.get((name, version))
@@ -93,7 +98,7 @@ class VersionedKeys:
     def create(self, name: str, kind: KeyKind, bits: int) -> TokenKey:
         """Make the first version of a key.
 
-        :raise InvalidValueError: When there is a key of that name, or name, kind and size make no sense.
+        :raise InvalidValueError: When the name is taken, or name, kind or size are invalid.
         """
         self._require_new(name)
         return self._make(name, kind, bits, _next_id([]))
@@ -101,15 +106,15 @@ class VersionedKeys:
     def bring(self, name: str, private: rsa.RSAPrivateKey) -> TokenKey:
         """Make a private key the first version of a key, by wrapped transfer.
 
-        :raise InvalidValueError: When there is a key of that name, or name and size make no sense.
+        :raise InvalidValueError: When the name is taken, or name or size are invalid.
         """
         self._require_new(name)
         return self.token.import_rsa(private, name, _next_id([]))
 
     def rotate(self, name: str) -> TokenKey:
-        """Make a new version, like the current one, and make it current.
+        """Make a new current version, of the same kind and size as the old one.
 
-        :raise KeyNotFoundError: When there is no such key.
+        :raise KeyNotFoundError: When the key does not exist.
         """
         versions = self.versions(name)
         return self._make(name, versions[-1].kind, versions[-1].bits, _next_id(versions))
@@ -122,13 +127,16 @@ class VersionedKeys:
     def _require_new(self, name: str) -> None:
         if self.token.find(label=name):
             raise InvalidValueError(
-                f"the token holds a key {name!r} already",
-                hint="'virt-sse key rotate' makes a new version of it",
+                f"the token already holds a key {name!r}",
+                hint="make a new version with 'virt-sse key rotate'",
             )
 
 
 def require_strength(key: TokenKey) -> TokenKey:
-    """:raise KeyOperationUnsupportedError: When a key that others have made is too weak for DEKs."""
+    """Check the strength of a key made by other software.
+
+    :raise KeyOperationUnsupportedError: When the key is too weak to wrap DEKs.
+    """
     if key.bits < (RSA_BITS[0] if key.kind is KeyKind.RSA else 256):
         raise KeyOperationUnsupportedError(f"key {key.label!r} has {key.bits} bits, too few to wrap DEKs")
     return key
@@ -142,7 +150,7 @@ def _next_id(versions: list[TokenKey]) -> bytes:
 
 
 def _parse(version: str) -> bytes:
-    """The id; empty when *version* is none, in just the one form that it has."""
+    """The id of a version; empty when *version* is not lowercase hexadecimal."""
     try:
         key_id = bytes.fromhex(version)
     except ValueError:

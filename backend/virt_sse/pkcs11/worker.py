@@ -1,6 +1,6 @@
-"""What the process of a PKCS#11 module does: what it is asked over a socket, until that ends.
+"""Main loop of a PKCS#11 module's process: serve requests from a socket until the caller closes the socket.
 
-Both ends are the same program and the same user, so what goes between them may be pickled.
+Both ends are the same program, run by the same user: pickled messages are safe.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from virt_sse.pkcs11.pins import Attempt, Pin
 _PR_SET_DUMPABLE = 4
 
 Request = tuple[float, Callable[..., Any], tuple[Any, ...], dict[str, Any]]
-"""How many seconds it may take, what to call, and with what after its first argument. In the first request
-that is a :class:`CallersPin`, and in the others what came of the first.
+"""Time limit in seconds, function to call, its positional arguments after the first, its named arguments.
+
+The first argument is a :class:`CallersPin` in the first request, and the first request's result in later
+requests.
 """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Answer:
-    """What came of a request: an error, or else the value."""
+class WorkerAnswer:
+    """Result of a request: an error or a value."""
 
     value: Any = field(default=None, repr=False)
     error: VirtSseError | None = None
@@ -37,20 +39,20 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class PinWanted:
-    """The caller is to send the PIN, and is sent :attr:`Attempt.outcome`, before there is an answer."""
+    """Asks the caller for the PIN. The worker then sends :attr:`Attempt.outcome`, and later its answer."""
 
     is_last: bool
 
 
 class CallersPin:
-    """The PIN, as :class:`~virt_sse.pkcs11.pins.Logins` has it: the caller knows it, and counts the tries."""
+    """:class:`~virt_sse.pkcs11.pins.Logins` for the worker: the caller reads the PIN and counts attempts."""
 
     def __init__(self, channel: Connection) -> None:
         self._channel = channel
 
     @contextlib.contextmanager
     def attempt(self, *, is_last: bool) -> Iterator[tuple[Pin, Attempt]]:
-        left, _ = signal.setitimer(signal.ITIMER_REAL, 0)  # somebody may have to type it
+        left, _ = signal.setitimer(signal.ITIMER_REAL, 0)  # a user may have to type the PIN
         self._channel.send(PinWanted(is_last))
         pin = Pin(self._channel.recv_bytes().decode())
         signal.setitimer(signal.ITIMER_REAL, left)
@@ -62,29 +64,31 @@ class CallersPin:
 
 
 def main() -> None:
-    """Serve the socket whose descriptor is the first argument."""
+    """Serve the socket given by file descriptor as the first argument."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "cannot keep others from reading the memory of a token's process")
-    with contextlib.suppress(EOFError, ConnectionError):  # nobody asks any more
+        raise OSError(
+            ctypes.get_errno(), "cannot protect the memory of a token's process from other processes"
+        )
+    with contextlib.suppress(EOFError, ConnectionError):  # the caller has gone
         _serve(Connection(int(sys.argv[1])))
-    os._exit(0)  # without what a module does at the end of a process, which may hang, too
+    os._exit(0)  # skips the module's exit handlers: they may hang, too
 
 
 def _serve(channel: Connection) -> None:
     made = _answer(channel.recv(), CallersPin(channel))
-    channel.send(Answer(error=made.error))
+    channel.send(WorkerAnswer(error=made.error))
     while made.error is None:
         channel.send(_answer(channel.recv(), made.value))
 
 
-def _answer(request: Request, subject: Any) -> Answer:
+def _answer(request: Request, subject: Any) -> WorkerAnswer:
     seconds, work, arguments, named = request
-    # Nothing but a signal that is not handled ends a call that hangs in a module.
+    # Only an unhandled signal ends a call hanging inside a module.
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        return Answer(work(subject, *arguments, **named))
+        return WorkerAnswer(work(subject, *arguments, **named))
     except VirtSseError as exc:
-        return Answer(error=exc)
+        return WorkerAnswer(error=exc)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,1 +1,1 @@
-"""QEMU's images and tools."""
+"""QEMU's images, tools and monitors."""

@@ -1,6 +1,6 @@
-"""The two slots of an image's LUKS header that hold the envelope: read and written.
+"""Reading and writing of an envelope in the two slots of an image's LUKS header.
 
-A write replaces the slot that does not count first, makes it durable, and then replaces the other.
+A write replaces the slot with the older envelope first, makes the write durable, and then replaces the other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def read(descriptor: int, image_format: DiskFormat) -> Envelope:
     """The envelope in the LUKS header of the open image.
 
     :raise ImageFormatError: When there is no LUKS header.
-    :raise EnvelopeError: When neither slot can be read; the reason is that of the slot that says more.
+    :raise EnvelopeError: When neither slot is valid. A damaged envelope is reported before an empty slot.
     """
     found: list[Envelope] = []
     errors: list[EnvelopeError] = []
@@ -34,10 +34,10 @@ def read(descriptor: int, image_format: DiskFormat) -> Envelope:
 
 
 def read_slots(descriptor: int, image_format: DiskFormat) -> dict[str, Envelope]:
-    """What each of the two slots, ``A`` and ``B``, holds; a slot that cannot be read is left out.
+    """The envelopes in the valid slots, by slot name: ``A``, ``B``.
 
     :raise ImageFormatError: When there is no LUKS header.
-    :raise EnvelopeError: When neither slot can be read.
+    :raise EnvelopeError: When neither slot is valid.
     """
     found = {}
     for name, slot in zip("AB", _slots(descriptor, luks_area(descriptor, image_format)[0]), strict=True):
@@ -49,13 +49,12 @@ def read_slots(descriptor: int, image_format: DiskFormat) -> dict[str, Envelope]
 
 
 def write(descriptor: int, image_format: DiskFormat, envelope: Envelope) -> None:
-    """Put *envelope* into both slots of the LUKS header, one durable before the other is touched.
+    """Write *envelope* to both slots of the LUKS header; the first write is durable before the second begins.
 
-    The image is durable afterwards. Works on an image that a running QEMU has open: QEMU neither reads nor
-    writes this place.
+    Also works on an image in use by a running QEMU, which neither reads nor writes the slots.
 
     :raise ImageFormatError: When there is no LUKS header.
-    :raise EnvelopeError: When it does not fit.
+    :raise EnvelopeError: When the envelope is too large for a slot.
     :raise OSError: When the image cannot be written.
     """
     content = envelope.encode()

@@ -1,4 +1,4 @@
-"""New LUKS-encrypted images."""
+"""Creation of LUKS-encrypted images."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _HEADROOM, _LARGEST = 8, 64 << 40
 _FORMATTER_TRIES = 10
 _KEYSLOTS, _STRIPES, _ALIGNMENT = 8, 4000, 4096
 _SPURIOUS = "Unable to get accurate CPU usage"
-"""QEMU measures how fast PBKDF2 is here, and in a virtual machine sometimes cannot."""
+"""QEMU measures the speed of PBKDF2, which sometimes fails in a virtual machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """A LUKS volume to be made: what it encrypts with, and the DEK that opens it."""
+    """Parameters of a new LUKS volume: its cipher, and the DEK that unlocks the volume."""
 
     cipher: Cipher
     dek: Dek
 
 
 def header_length(cipher: Cipher) -> int:
-    """What the header of a volume with that cipher takes, in bytes, as cryptsetup and QEMU make it.
+    """Length in bytes of the header, keyslots included, of a volume with *cipher* made by cryptsetup or QEMU.
 
     LUKS1 On-Disk Format Specification 1.2.3: eight keyslots, each with the volume key in 4000 stripes.
     """
@@ -41,15 +41,15 @@ def header_length(cipher: Cipher) -> int:
 
 
 def make(path: Path, image_format: DiskFormat, size: int, volumes: Sequence[Volume]) -> None:
-    """Make a new, empty, LUKS-encrypted image of *size* usable bytes at *path*, 0600.
+    """Make a new, empty, LUKS-encrypted image of *size* usable bytes at *path*, mode 0600.
 
-    A file that was begun is left to the caller. The tools know it by its descriptor: one that outlives us by
-    a moment, because we are killed, cannot make anew what was removed meanwhile.
+    After a failure, the caller removes the incomplete file. Tools get the file as a descriptor: a tool that
+    briefly outlives a killed virt-sse cannot recreate a removed file.
 
-    :param volumes: one or two.
+    :param volumes: one or two LUKS volumes, innermost first.
     :raise OSError: When *path* exists or there is no room.
     :raise ImageError: When there is no room.
-    :raise ToolError: When neither cryptsetup nor QEMU can do it.
+    :raise ToolError: When neither cryptsetup nor QEMU can make a volume.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE_FILE)
     try:
@@ -73,10 +73,10 @@ def make(path: Path, image_format: DiskFormat, size: int, volumes: Sequence[Volu
 
 
 def _room_for(content: int, image_format: DiskFormat, size: int) -> int:
-    """How large to make the volume that is to hold the image *content* of *size* usable bytes.
+    """The size of an outer volume for the inner image *content* with *size* usable bytes.
 
-    A qcow2 volume takes what is written to it, so there it is more than enough: a disk that is made larger
-    while a guest uses it then need not move the volume's end, which NBD's clients do not see.
+    A qcow2 volume allocates space on write, therefore its size is generous: growing the disk of a running
+    guest then need not move the end of the outer volume, a change invisible to NBD clients.
     """
     if image_format is DiskFormat.RAW:
         return luks_area(content, image_format)[1] + size
@@ -104,7 +104,10 @@ def _make_volume(descriptor: int, image_format: DiskFormat, size: int, volume: V
 def _make_with_qemu(
     target: int, image_format: DiskFormat, size: int, volume: Volume, *, because: ToolError
 ) -> None:
-    """For what cryptsetup cannot do, e.g. serpent on a kernel without it. *because* is its complaint."""
+    """Make a LUKS volume with qemu-img, if cryptsetup lacks the cipher, e.g. serpent missing in the kernel.
+
+    :param because: the failure of cryptsetup.
+    """
     prefix = image_format.luks_option_prefix
     options = {image_format.qemu_key_secret: "dek0", f"{prefix}iter-time": "10"}
     if prefix:
@@ -127,7 +130,7 @@ def _make_with_qemu(
 
 
 def _copy_into(target: int, image_format: DiskFormat, content: int, dek: Dek) -> None:
-    """Write *content* to the beginning of the fresh volume *target*."""
+    """Write *content* to the beginning of the new volume *target*."""
     zero = ["--target-is-zero"] if image_format is DiskFormat.QCOW2 else []
     with secrets_for([dek]) as (secrets, descriptors):
         run(

@@ -1,7 +1,7 @@
-"""LUKS-encrypted images: measured, converted, resized and erased with qemu-img.
+"""LUKS-encrypted images: queried, converted, resized and erased with qemu-img.
 
-Where an image has more than one LUKS volume, they lie one in the other, each with the image's format. They
-and their DEKs are always named from the guest's, innermost, to the one that lies in the file.
+Multiple LUKS volumes of an image are nested, each in the image's format. Volumes and their DEKs are always
+listed from the guest's, innermost, to the outermost, whose header is in the file.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from virt_sse.system.tools import passphrase_descriptor, run, run_with_progress
 
 _QEMU_LOCKS, _QEMU_LOCKS_LENGTH = 100, 200
 _ERASED_AT_LEAST = 4 << 20
-"""Where the fields that tell the header's place and length are damaged, this much of the file is erased."""
+"""Bytes erased at the beginning of the file if damage hides the place and length of the LUKS header."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """What qemu-img says of an image; sizes in bytes.
+    """Properties of an image according to ``qemu-img info``; sizes in bytes.
 
-    :ivar other_files: the files beside its own in which its content lies: backing file, data file, extents.
+    :ivar other_files: further files with content of the image: backing file, data file, extents.
     """
 
     format: str
@@ -41,11 +41,11 @@ class ImageInfo:
 
 
 def info(path: Path, image_format: str | None = None, *, shared: bool = False) -> ImageInfo:
-    """Ask qemu-img about any image; *image_format* is probed unless given.
+    """Query any image with ``qemu-img info``; *image_format* is probed unless given.
 
-    :param shared: also while a QEMU process has it open for writing.
+    :param shared: allow an image that a QEMU process has open for writing.
     :raise DiskInUseError: When a QEMU process has the image open for writing.
-    :raise ToolError: When the image cannot be read, or not as *image_format*.
+    :raise ToolError: When the image cannot be read as *image_format*.
     """
     chosen = (["-f", image_format] if image_format else []) + (["--force-share"] if shared else [])
     with _locks_named(path):
@@ -77,7 +77,7 @@ def _locks_named(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def secrets_for(deks: Sequence[Dek]) -> Iterator[tuple[list[str], list[int]]]:
-    """What gives a tool of QEMU's the secret objects ``dek0``, ``dek1``: arguments, and their descriptors."""
+    """Arguments and descriptors that define the secret objects ``dek0``, ``dek1``, … for a QEMU tool."""
     with contextlib.ExitStack() as stack:
         descriptors = [stack.enter_context(passphrase_descriptor(dek.passphrase)) for dek in deks]
         arguments = []
@@ -90,9 +90,9 @@ def secrets_for(deks: Sequence[Dek]) -> Iterator[tuple[list[str], list[int]]]:
 def keys_to(
     path: Path, image_format: DiskFormat, deks: Sequence[Dek]
 ) -> Iterator[tuple[list[str], list[int]]]:
-    """As :func:`secrets_for`, for an image whose LUKS header QEMU can be trusted with.
+    """As :func:`secrets_for`, after validating the LUKS header of the image at *path*.
 
-    :raise ImageFormatError: When the image has no LUKS header, or a damaged one.
+    :raise ImageFormatError: When the LUKS header is missing or damaged.
     """
     with opened(path) as image:
         luks_area(image, image_format)
@@ -101,9 +101,10 @@ def keys_to(
 
 
 def image_options(path: Path, image_format: DiskFormat, volumes: int) -> str:
-    """*path* as an option string for ``--image-opts``, with the secret objects of :func:`secrets_for`.
+    """Options for ``--image-opts`` to open the image at *path* with the secrets of :func:`secrets_for`.
 
-    :param volumes: how many LUKS volumes to open; with fewer than there are, the result is ciphertext.
+    :param volumes: number of LUKS volumes to open, outermost first; below the image's number, the content of
+        the opened node is ciphertext.
     """
     options = []
     for number in range(volumes):
@@ -125,9 +126,9 @@ def encrypt_from(
     deks: Sequence[Dek],
     progress: Callable[[float], None],
 ) -> None:
-    """Write the content of the image *source* into the fresh encrypted image *target*, of the same size.
+    """Write the content of the image *source* into the new encrypted image *target*, of the same size.
 
-    :param progress: told how far it is, from 0.0 to 1.0.
+    :param progress: called with the completed fraction, from 0.0 to 1.0.
     :raise DiskInUseError: When a QEMU process is writing to *source*.
     :raise ImageError: When there is no room.
     :raise ToolError: When *source* cannot be read.
@@ -166,9 +167,9 @@ def decrypt_to(
 
 
 def usable_size_within(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> int:
-    """The size that a guest sees, in bytes, of an image that may have several volumes and be in use.
+    """The usable size, as seen by the guest, in bytes; for nested volumes too, and for an image in use.
 
-    :raise ImageFormatError: When the DEKs do not open it, or it is damaged.
+    :raise ImageFormatError: When the image is damaged or *deks* do not unlock its volumes.
     """
     try:
         with keys_to(path, image_format, deks) as (secrets, descriptors):
@@ -183,13 +184,13 @@ def usable_size_within(path: Path, image_format: DiskFormat, deks: Sequence[Dek]
 
 
 def resize(path: Path, image_format: DiskFormat, size: int, deks: Sequence[Dek], *, shrink: bool) -> None:
-    """Make the usable size of an image that nobody has open *size* bytes.
+    """Change the usable size of an unused image to *size* bytes.
 
-    :param shrink: allow a smaller one; what lies beyond is lost.
+    :param shrink: allow a smaller size; data beyond the new end is lost.
     :raise DiskInUseError: When a QEMU process has the image open.
     """
     refuse_if_open(path)
-    if len(deks) > 1 and image_format is DiskFormat.QCOW2:  # raw LUKS volumes grow with what lies in them
+    if len(deks) > 1 and image_format is DiskFormat.QCOW2:  # a raw outer volume grows with its content
         with opened(path) as descriptor:
             room, needed = usable_size(descriptor, image_format), qcow2.most_room(size)
         if needed > room:
@@ -203,10 +204,10 @@ def resize(path: Path, image_format: DiskFormat, size: int, deks: Sequence[Dek],
 
 
 def check(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> None:
-    """See whether the image is whole and opens with *deks*.
+    """Check the consistency of an unused image, and that *deks* unlock its volumes.
 
-    :raise ImageFormatError: When it is not, or does not.
-    :raise DiskInUseError: When a QEMU process has it open.
+    :raise ImageFormatError: When the image is damaged or does not open with *deks*.
+    :raise DiskInUseError: When a QEMU process has the image open.
     """
     refuse_if_open(path)
     check_unlocks(path, image_format, deks)
@@ -226,9 +227,9 @@ def check(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> None:
 
 
 def check_unlocks(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> None:
-    """See whether *deks* open the image, be it in use or not.
+    """Check that *deks* unlock the image, whether or not in use.
 
-    :raise ImageFormatError: When they do not, or the image is damaged.
+    :raise ImageFormatError: When the image is damaged or does not open with *deks*.
     """
     try:
         with keys_to(path, image_format, deks) as (secrets, descriptors):
@@ -242,12 +243,12 @@ def check_unlocks(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> 
 
 
 def refuse_if_open(path: Path) -> None:
-    """Go on only if no QEMU process has the image open, not even to read it.
+    """Check that no QEMU process has the image open, not even for reading.
 
-    QEMU locks bytes of an image (``RAW_LOCK_PERM_BASE`` in its ``block/file-posix.c``). Its own tools let
-    readers pass, and writers to raw LUKS images, whose driver shares them.
+    QEMU locks bytes of an image (``RAW_LOCK_PERM_BASE`` in its ``block/file-posix.c``). QEMU's own tools are
+    more permissive: they accept readers, and writers of raw LUKS images, whose driver shares them.
 
-    :raise DiskInUseError: When one has.
+    :raise DiskInUseError: When a QEMU process has the image open.
     :raise ImageError: When the image is missing or cannot be read.
     """
     with opened(path) as descriptor:
@@ -257,12 +258,12 @@ def refuse_if_open(path: Path) -> None:
 
 @contextlib.contextmanager
 def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-    """The image file *path* as a descriptor.
+    """Open the image file *path*; an ``OSError`` of the block becomes an :class:`ImageError`.
 
-    :raise ImageError: When it is missing, no regular file, or cannot be opened.
+    :raise ImageError: When the file is missing, not regular, or cannot be opened.
     """
     try:
-        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)  # or a FIFO would keep us waiting
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a FIFO must not block
     except FileNotFoundError as exc:
         raise ImageError(f"image {path} is missing") from exc
     except OSError as exc:
@@ -278,9 +279,9 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
 
 
 def probe_format(descriptor: int) -> DiskFormat:
-    """Which of our formats the encrypted image open at *descriptor* has.
+    """Detect the format of the encrypted image open at *descriptor*.
 
-    :raise ImageFormatError: When it is neither.
+    :raise ImageFormatError: When the image is neither qcow2 nor raw LUKS.
     """
     start = os.pread(descriptor, luks.HEADER_END, 0)
     if start.startswith(qcow2.MAGIC):
@@ -292,7 +293,7 @@ def probe_format(descriptor: int) -> DiskFormat:
 def luks_area(descriptor: int, image_format: DiskFormat) -> tuple[int, int]:
     """Offset and length, in bytes, of the LUKS header and its keyslots within the file.
 
-    :raise ImageFormatError: When there is none.
+    :raise ImageFormatError: When the header is missing or damaged.
     """
     if image_format is DiskFormat.QCOW2:
         area = qcow2.Qcow2Header.read(descriptor).luks
@@ -304,22 +305,22 @@ def luks_area(descriptor: int, image_format: DiskFormat) -> tuple[int, int]:
 
 
 def usable_size(descriptor: int, image_format: DiskFormat) -> int:
-    """The size that a guest sees, in bytes.
+    """The usable size of the outermost volume, in bytes, computed from header and file size.
 
-    :raise ImageFormatError: When the image is not what *image_format* says.
+    :raise ImageFormatError: When the image is damaged or not in *image_format*.
     """
     if image_format is DiskFormat.QCOW2:
         return qcow2.Qcow2Header.read(descriptor).size
     size = os.fstat(descriptor).st_size - luks_area(descriptor, image_format)[1]
     if size <= 0:
-        raise ImageFormatError("a LUKS image without any data behind its header")
+        raise ImageFormatError("a LUKS image without data after its header")
     return size
 
 
 def erase(path: Path, image_format: DiskFormat) -> None:
-    """Crypto-erase: overwrite the LUKS header and all keyslots, and make that durable.
+    """Crypto-erase an image: overwrite the LUKS header and all keyslots durably.
 
-    With a damaged header, that is the beginning of the file up to 4 MiB.
+    If the header is damaged, up to 4 MiB at the beginning of the file are overwritten.
 
     :raise ImageError: When the file cannot be written.
     """

@@ -1,7 +1,7 @@
-"""LUKS1 headers: made by cryptsetup, read and erased here.
+"""LUKS1 headers: parsing, and creation with cryptsetup.
 
-Source: LUKS1 On-Disk Format Specification 1.2.3. All sizes and offsets here are in bytes, counted from the
-start of the header.
+Source: LUKS1 On-Disk Format Specification 1.2.3. All sizes and offsets are in bytes, from the start of the
+header.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from virt_sse.system.tools import run
 
 SECTOR = 512
 HEADER_END = 592
-"""Where the header's fields end; nothing is written from here to the first keyslot at 4096."""
+"""End of the header's fields; the gap up to the first keyslot at 4096 is unused by LUKS tools."""
 FIRST_KEYSLOT = 4096
 
 _MAGIC = b"LUKS\xba\xbe"
@@ -29,20 +29,20 @@ _KEYSLOTS = 8
 _KEYSLOT_ACTIVE = 0x00AC71F3
 
 _PBKDF2_ITERATIONS = 1000
-"""The least that cryptsetup takes: a DEK of 256 random bits cannot be guessed, however fast a guess is."""
+"""cryptsetup's minimum: 256 random bits cannot be guessed, however fast a guess is."""
 _MAX_ITERATIONS = 20_000_000
-"""About ten seconds; far more than we or QEMU's formatter choose."""
+"""About ten seconds; far above the choices of virt-sse and QEMU."""
 _ALIGNMENT = 4096
-"""Of the payload, as QEMU and ``cryptsetup --align-payload 8`` make it."""
+"""Alignment of the payload by QEMU and ``cryptsetup --align-payload 8``."""
 _ROOM = 4 << 20
-"""More than any LUKS1 header with 8 keyslots of 64-byte keys needs."""
+"""Upper bound for a LUKS1 header with 8 keyslots of 64-byte keys."""
 
 
 @dataclass(frozen=True, slots=True)
 class Keyslot:
-    """One of the eight keyslots.
+    """A keyslot.
 
-    :ivar stripes: by how much the anti-forensic splitter inflates the volume key.
+    :ivar stripes: factor by which the anti-forensic splitter inflates the volume key.
     """
 
     active: bool
@@ -52,9 +52,9 @@ class Keyslot:
 
 @dataclass(frozen=True, slots=True)
 class Luks1Header:
-    """The fields of a LUKS1 header that matter here.
+    """The relevant fields of a LUKS1 header.
 
-    :ivar payload_offset: where the encrypted data begins in a raw image; the length of all that comes before.
+    :ivar payload_offset: start of the encrypted data in a raw image, i.e. length of header and keyslots.
     """
 
     cipher_name: str
@@ -65,11 +65,12 @@ class Luks1Header:
 
     @classmethod
     def parse(cls, header: bytes) -> Self:
-        """Read the first :data:`HEADER_END` bytes of a LUKS1 volume.
+        """Parse and validate the first :data:`HEADER_END` bytes of a LUKS1 volume.
 
-        :raise ImageFormatError: When they are no LUKS1 header, or a damaged one, as far as that can be told
-            without a key and QEMU would not tell: it takes any payload offset, and any number of iterations.
-            And when there is no gap between it and its keyslots, or any behind them.
+        QEMU itself accepts any payload offset and any number of iterations. Here, the gap between
+        header and keyslots is required, for the envelope, and a gap between keyslots and payload is refused.
+
+        :raise ImageFormatError: When there is no LUKS1 header, or the header is damaged or unusual.
         """
         if len(header) < HEADER_END or not header.startswith(_MAGIC):
             raise ImageFormatError("no LUKS header")
@@ -85,7 +86,7 @@ class Luks1Header:
             most_iterations = max(most_iterations, iterations)
             keyslots.append(Keyslot(state == _KEYSLOT_ACTIVE, offset * SECTOR, stripes))
         if most_iterations > _MAX_ITERATIONS:
-            raise ImageFormatError(f"a LUKS header that takes {most_iterations} iterations to open")
+            raise ImageFormatError(f"a LUKS header with {most_iterations} iterations: too slow to open")
         payload_offset = fields[5] * SECTOR
         volume_key_bytes = fields[6]
         end = max(slot.offset + volume_key_bytes * slot.stripes for slot in keyslots)
@@ -94,7 +95,7 @@ class Luks1Header:
             or payload_offset != -(-end // _ALIGNMENT) * _ALIGNMENT
             or payload_offset > _ROOM
         ):
-            raise ImageFormatError("a LUKS header with its keyslots in unusual places")
+            raise ImageFormatError("a LUKS header with keyslots or payload at unexpected offsets")
         return cls(
             cipher_name=_text(fields[2]),
             cipher_mode=_text(fields[3]),
@@ -109,19 +110,19 @@ def _text(field: bytes) -> str:
 
 
 def set_cipher(header: bytearray, cipher: Cipher) -> None:
-    """Make *header* say that it is of *cipher*. Its keyslots, encrypted with another, then open no more."""
+    """Overwrite the cipher in *header* by *cipher*; the keyslots become unusable if the cipher differs."""
     name, _, mode = cipher.cryptsetup.partition("-")
     struct.pack_into("32s32s", header, _CIPHER_NAME, name.encode(), mode.encode())
     struct.pack_into(">I", header, _VOLUME_KEY_BYTES, cipher.volume_key_bits // 8)
 
 
 def make_header(cipher: Cipher, dek: Dek) -> bytes:
-    """A LUKS1 header with a fresh random volume key in keyslot 0, which *dek* unlocks; up to the payload.
+    """Make a LUKS1 header, keyslots included, with a new random volume key in keyslot 0, unlocked by *dek*.
 
-    cryptsetup writes it into anonymous memory, and takes the passphrase from a pipe.
+    cryptsetup writes the header into anonymous memory and reads the passphrase from a pipe.
 
-    :raise ToolError: When cryptsetup is missing, fails, or lacks the cipher (it needs the kernel's crypto
-        for all but aes).
+    :raise ToolError: When cryptsetup is missing, fails, or lacks the cipher. All ciphers but aes need the
+        kernel's crypto.
     """
     memory = os.memfd_create("luks-header", os.MFD_CLOEXEC)
     try:

@@ -1,4 +1,4 @@
-"""Reading from an NBD server (NBD ``doc/proto.md``): the fixed newstyle handshake, and simple replies."""
+"""NBD client for reading (NBD ``doc/proto.md``): fixed newstyle handshake, simple replies."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import struct
 from virt_sse.errors import ImageError
 
 _TIMEOUT = 30.0
-"""Seconds in which storage answers unless it hangs."""
+"""Seconds until a server counts as hung."""
 _MOST_AT_ONCE = 32 << 20
-"""The most that a server has to serve in one request."""
+"""Maximum length of a request that every server supports."""
 
 _MAGIC, _OPTIONS_MAGIC = b"NBDMAGIC", b"IHAVEOPT"
 _FIXED_NEWSTYLE, _NO_ZEROES = 1, 2
@@ -23,10 +23,11 @@ _REPLY_MAGIC = 0x67446698
 
 
 class NbdReader:
-    """What a server exports, over a connection to it.
+    """Reads an export of an NBD server.
 
-    :ivar size: in bytes.
-    :raise ImageError: When the server has no such export, is gone, or does not answer.
+    :param connection: a connected socket.
+    :ivar size: size of the export in bytes.
+    :raise ImageError: When the server lacks the export, closes the connection, or does not answer.
     """
 
     def __init__(self, connection: socket.socket, export: str) -> None:
@@ -34,7 +35,7 @@ class NbdReader:
         connection.settimeout(_TIMEOUT)
         greeting = self._receive(18)
         if greeting[:16] != _MAGIC + _OPTIONS_MAGIC:
-            raise ImageError("what answers is no NBD server")
+            raise ImageError("the server does not speak NBD")
         name = export.encode()
         flags = struct.pack(">I", _FIXED_NEWSTYLE | _NO_ZEROES)
         self._send(flags + _OPTIONS_MAGIC + struct.pack(">II", _EXPORT_NAME, len(name)) + name)
@@ -42,9 +43,9 @@ class NbdReader:
         self._requests = 0
 
     def read(self, offset: int, length: int) -> bytes:
-        """*length* bytes from *offset* on, or fewer where the data ends.
+        """Read *length* bytes at *offset*, or fewer at the end of the export.
 
-        :raise ImageError: When they cannot be read.
+        :raise ImageError: When reading fails.
         """
         length = min(length, self.size - offset)
         content = bytearray()
@@ -57,7 +58,7 @@ class NbdReader:
         self._send(_REQUEST.pack(_REQUEST_MAGIC, 0, _READ, self._requests, offset, length))
         magic, error, number = _REPLY.unpack(self._receive(_REPLY.size))
         if magic != _REPLY_MAGIC or number != self._requests:
-            raise ImageError("the NBD server does not keep to the protocol")
+            raise ImageError("the NBD server violates the protocol")
         if error:
             raise ImageError(f"cannot read {length} bytes at {offset}: error {error}")
         return self._receive(length)
@@ -66,7 +67,7 @@ class NbdReader:
         try:
             self._connection.sendall(content)
         except OSError as exc:
-            raise ImageError(f"the NBD server does not listen: {exc}") from exc
+            raise ImageError(f"cannot send to the NBD server: {exc}") from exc
 
     def _receive(self, length: int) -> bytes:
         content = bytearray()
@@ -76,6 +77,6 @@ class NbdReader:
             except OSError as exc:
                 raise ImageError(f"the NBD server does not answer: {exc}") from exc
             if not chunk:
-                raise ImageError("the NBD server has hung up")
+                raise ImageError("the NBD server closed the connection")
             content += chunk
         return bytes(content)

@@ -1,7 +1,7 @@
-"""qcow2 files: where their LUKS header lies, and how one is put in.
+"""qcow2 files: location of the LUKS header, and insertion of a LUKS header.
 
-Source: QEMU ``docs/interop/qcow2.txt``. qemu-img makes the image, of any size and with its own defaults; only
-its LUKS part is written here, since qemu-img takes seconds to make one and sometimes fails.
+Source: QEMU ``docs/interop/qcow2.txt``. qemu-img makes the image, of any size and with its own defaults. This
+module writes only the LUKS part, because qemu-img takes seconds for a LUKS header and sometimes fails.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _REFCOUNT_ORDER_16_BIT = 4
 
 @dataclass(frozen=True, slots=True)
 class Qcow2Header:
-    """The fields of a qcow2 version 3 header that matter here; sizes and offsets in bytes.
+    """The relevant fields of a qcow2 version 3 header; sizes and offsets in bytes.
 
-    :ivar extensions_end: the offset of the end marker of the header extensions.
+    :ivar extensions_end: offset of the end marker of the header extensions.
     :ivar luks: offset and length of the LUKS header, or ``None``.
     """
 
@@ -49,7 +49,7 @@ class Qcow2Header:
     def read(cls, descriptor: int) -> Self:
         """Read the header of the open image *descriptor*.
 
-        :raise ImageFormatError: When it is no qcow2 of version 3, or a damaged one.
+        :raise ImageFormatError: When the image is damaged or not qcow2 version 3.
         """
         start = os.pread(descriptor, _HEADER.size + _VERSION_3.size, 0)
         if len(start) < _HEADER.size + _VERSION_3.size or not start.startswith(MAGIC):
@@ -92,17 +92,17 @@ def _extensions(cluster: bytes, position: int) -> tuple[int, tuple[int, int] | N
 
 
 def most_room(size: int) -> int:
-    """What an image of *size* usable bytes takes at most, in bytes; metadata takes less than a thousandth."""
+    """Upper bound for the file size of an image of *size* usable bytes; metadata takes less than 0.1 %."""
     return size + size // 256 // 512 * 512 + (64 << 20)
 
 
 def add_luks_header(descriptor: int, luks: bytes) -> None:
-    """Turn the fresh, empty qcow2 open at *descriptor* into a LUKS-encrypted one with the header *luks*.
+    """Make the new, empty qcow2 image open at *descriptor* LUKS-encrypted, with the LUKS header *luks*.
 
-    The header goes into new clusters at the end of the file, their reference counts into the first refcount
-    block, and the pointer to it into a header extension; so does ``qemu-img create -o encrypt.format=luks``.
+    As with ``qemu-img create -o encrypt.format=luks``, the LUKS header goes into new clusters at the end of
+    the file, their reference counts into the first refcount block, the pointer into a header extension.
 
-    :raise ImageFormatError: When the image is not as fresh as it should be.
+    :raise ImageFormatError: When the image is not new and empty.
     """
     header = Qcow2Header.read(descriptor)
     cluster = header.cluster_size
@@ -121,7 +121,7 @@ def add_luks_header(descriptor: int, luks: bytes) -> None:
         raise ImageFormatError("only a fresh qcow2 image can be given a LUKS header")
     write_at(descriptor, struct.pack(">H", 1) * clusters, refcount_block + 2 * first)
 
-    # The end marker, and behind it the backing file's name, make room for the new extension.
+    # The new extension replaces the end marker; the end marker and the backing file's name follow.
     tail = b"\0" * _EXTENSION.size
     start = bytearray(os.pread(descriptor, header.extensions_end, 0))
     start += _EXTENSION.pack(_LUKS, _LUKS_POINTER.size) + _LUKS_POINTER.pack(offset, len(luks)) + tail

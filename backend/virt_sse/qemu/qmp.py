@@ -14,21 +14,26 @@ from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient
 from virt_sse.errors import MonitorError
 
 _TIMEOUT = 20.0
-"""Seconds in which a monitor answers unless its process hangs."""
+"""Seconds until a monitor's process counts as hung."""
 
-logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what it would log is raised
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # its log messages are also raised as exceptions
+
+
+class MonitorSilentError(MonitorError):
+    """No QEMU process answers at the monitor's socket, or the process ends before its greeting."""
 
 
 class Monitor:
-    """A connected monitor."""
+    """A connection to a QEMU process's monitor."""
 
     def __init__(self, client: QMPClient) -> None:
         self._client = client
 
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
-        """What the process answers to *command*.
+        """Execute *command* and return its result.
 
-        :raise MonitorError: When it refuses, ends, or does not answer. Says nothing of *arguments*.
+        :raise MonitorError: When the process refuses the command, ends, or does not answer. The message does
+            not include *arguments*, which may be secret.
         """
         try:
             return await asyncio.wait_for(
@@ -37,7 +42,7 @@ class Monitor:
         except ExecuteError as exc:
             raise MonitorError(
                 f"{command}: {exc.error.error.desc}"
-            ) from None  # the error holds the arguments
+            ) from None  # the original error includes the arguments
         except TimeoutError as exc:
             raise MonitorError(f"no answer to {command} within {_TIMEOUT:g} s") from exc
         except (ExecInterruptedError, QMPError, OSError, EOFError):
@@ -46,16 +51,16 @@ class Monitor:
 
 @contextlib.asynccontextmanager
 async def connected(path: Path) -> AsyncIterator[Monitor]:
-    """A connection to the monitor that listens at *path*.
+    """Connect to the monitor listening at *path*.
 
-    :raise MonitorError: When none answers there.
+    :raise MonitorSilentError: When no monitor answers at *path*.
     """
     client = QMPClient()
     try:
         await asyncio.wait_for(client.connect(str(path)), _TIMEOUT)
     except (ConnectError, OSError, TimeoutError) as exc:
-        reason = str(exc) or f"nothing said within {_TIMEOUT:g} s"
-        raise MonitorError(f"its monitor does not answer: {reason}") from exc
+        reason = str(exc) or f"no greeting within {_TIMEOUT:g} s"
+        raise MonitorSilentError(f"the monitor does not answer: {reason}") from exc
     try:
         yield Monitor(client)
     finally:

@@ -1,10 +1,10 @@
-"""Reading single bytes of an image as its guest sees them, also while a domain has it open.
+"""Random access to the plaintext of an image, also while a domain has the image open.
 
-A qemu-storage-daemon opens the image, read-only and without taking a lock, and its plaintext comes through a
-socket that has no name. It is ready in a hundredth of a second, and a read takes 50 µs; a ``qemu-img`` for
-each read would take as long as the daemon's start.
+A qemu-storage-daemon opens the image read-only, without locks, and serves the plaintext on an unnamed socket.
+The daemon is ready within 10 ms, and a read takes 50 µs; a ``qemu-img`` process per read would each take as
+long as the daemon's start.
 
-Of an image that a domain writes to, what the guest has flushed is there; later writes are there or not.
+If a domain is writing to the image, all data flushed by the guest is visible; later writes may be.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _EXPORT = "image"
 
 @contextlib.contextmanager
 def plaintext(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> Iterator[NbdReader]:
-    """The content of the encrypted image at *path*.
+    """Open the plaintext of the encrypted image at *path*.
 
-    :raise ImageError: When it is damaged, or cannot be read.
-    :raise ToolError: When *deks* do not open it.
+    :raise ImageError: When the image is damaged or cannot be read.
+    :raise ToolError: When *deks* do not unlock the image.
     """
     with img.keys_to(path, image_format, deks) as (secrets, descriptors):
         node: dict[str, object] = {"driver": "file", "filename": str(path)}
@@ -48,10 +48,11 @@ def plaintext(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> Iter
 
 @contextlib.contextmanager
 def unencrypted(path: Path, image_format: str) -> Iterator[NbdReader]:
-    """The content of the image, or block device, at *path*, which has QEMU's format *image_format*.
+    """Open the content of the unencrypted image or block device at *path*.
 
-    :raise ImageError: When it cannot be read.
-    :raise ToolError: When it is no such image.
+    :param image_format: QEMU's name of the format.
+    :raise ImageError: When *path* cannot be read.
+    :raise ToolError: When the image is not in *image_format*.
     """
     try:
         mode = path.stat().st_mode
@@ -69,14 +70,14 @@ def unencrypted(path: Path, image_format: str) -> Iterator[NbdReader]:
 def _served(
     node: dict[str, object], secrets: Sequence[str], descriptors: Sequence[int]
 ) -> Iterator[NbdReader]:
-    """What the block node *node* holds, by way of a daemon of its own."""
+    """Open the content of the block node *node* in a new storage daemon."""
     node |= {"node-name": _EXPORT, "read-only": True, "force-share": True}
     export = f"type=nbd,id={_EXPORT},node-name={_EXPORT},name={_EXPORT},writable=off"
     with _connected_socket() as (listening, connection):
         arguments = ["qemu-storage-daemon", *secrets, "--blockdev", json.dumps(node)]
         arguments += ["--nbd-server", f"addr.type=fd,addr.str={listening.fileno()}", "--export", export]
         with running(arguments, pass_fds=[*descriptors, listening.fileno()]) as daemon:
-            listening.close()  # or a daemon that fails would leave the connection waiting
+            listening.close()  # else a failure of the daemon would leave the connection waiting
             try:
                 reader = NbdReader(connection, _EXPORT)
             except ImageError as exc:
@@ -86,7 +87,7 @@ def _served(
 
 @contextlib.contextmanager
 def _connected_socket() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """A listening Unix socket, and the one connection that there can be to it: its name is gone."""
+    """A listening Unix socket and its only possible connection: the socket's name is removed."""
     with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as connection:
         with TemporaryDirectory(prefix="virt-sse-") as folder:
             address = f"{folder}/nbd"
@@ -95,5 +96,5 @@ def _connected_socket() -> Iterator[tuple[socket.socket, socket.socket]]:
                 listening.listen(1)
                 connection.connect(address)
             except OSError as exc:
-                raise ToolError(f"no socket can be made in {folder}: {exc.strerror}") from exc
+                raise ToolError(f"cannot make a socket in {folder}: {exc.strerror}") from exc
         yield listening, connection

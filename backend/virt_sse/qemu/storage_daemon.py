@@ -1,6 +1,6 @@
-"""qemu-storage-daemon(1): a LUKS volume opened apart from any guest, and exported by NBD on a Unix socket.
+"""qemu-storage-daemon(1): opens a LUKS volume outside of guests, and exports its content by NBD.
 
-What it opens, and the DEK, it is told by QMP: nothing of it is on its command line.
+The daemon gets the image's path and the DEK by QMP, never on its command line.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _UNEXPORT_SECONDS = 5.0
 
 
 def arguments(monitor: int, listening: int) -> list[str]:
-    """The command line of a daemon that waits for :func:`open_volume`.
+    """The command line of a daemon, to be configured by :meth:`StorageDaemon.open_volume`.
 
-    :param monitor: the descriptor of a listening Unix socket for QMP.
-    :param listening: the descriptor of one for NBD.
+    :param monitor: descriptor of a listening Unix socket for QMP.
+    :param listening: descriptor of a listening Unix socket for NBD.
     """
     return [
         *("qemu-storage-daemon", "--chardev", f"socket,id=qmp,fd={monitor},server=on,wait=off"),
@@ -39,15 +39,16 @@ def arguments(monitor: int, listening: int) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class StorageDaemon:
-    """One whose monitor listens at *monitor*.
+    """A running storage daemon.
 
-    :raise MonitorError: From every method, when it refuses, or is gone.
+    :ivar monitor: path of the monitor's Unix socket.
+    :raise MonitorError: From every method, when the daemon refuses a command or has ended.
     """
 
     monitor: Path
 
     def open_volume(self, path: Path, image_format: DiskFormat, dek: Dek, disk_id: UUID) -> None:
-        """Open the LUKS volume in the image at *path*, and export it under the disk's id."""
+        """Open the LUKS volume in the image at *path*, and export the volume under the disk's id."""
 
         async def do(monitor: Monitor) -> None:
             await monitor.execute(
@@ -56,13 +57,13 @@ class StorageDaemon:
             file = {"driver": "file", "node-name": FILE_NODE, "filename": str(path), "discard": "unmap"}
             await monitor.execute("blockdev-add", file)
             await monitor.execute("blockdev-add", _volume(image_format))
-            await monitor.execute("object-del", {"id": _DEK})  # the open volume has its key
+            await monitor.execute("object-del", {"id": _DEK})  # the open volume keeps its key
             await _export(monitor, disk_id)
 
         self._do(do)
 
     def size(self) -> int:
-        """What the volume holds, in bytes."""
+        """Size of the volume in bytes."""
 
         async def do(monitor: Monitor) -> int:
             return await _size(monitor)
@@ -70,7 +71,7 @@ class StorageDaemon:
         return self._do(do)
 
     def grow(self, size: int, disk_id: UUID) -> None:
-        """Make the volume *size* bytes large, if it is smaller. Its client then has to connect again."""
+        """Grow the volume to *size* bytes, unless large enough. Growing disconnects the client."""
 
         async def do(monitor: Monitor) -> None:
             if await _size(monitor) >= size:
@@ -80,7 +81,7 @@ class StorageDaemon:
                 deadline = time.monotonic() + _UNEXPORT_SECONDS
                 while await monitor.execute("query-block-exports"):
                     if time.monotonic() > deadline:
-                        raise MonitorError("it does not let go of its client")
+                        raise MonitorError("the storage daemon does not disconnect its client")
                     await asyncio.sleep(0.01)
                 await monitor.execute("block_resize", {"node-name": VOLUME_NODE, "size": size})
             finally:
@@ -90,7 +91,7 @@ class StorageDaemon:
         self._do(do)
 
     def nodes(self) -> list[dict[str, object]]:
-        """Its block graph, as ``query-named-block-nodes`` has it."""
+        """The daemon's block nodes: the result of ``query-named-block-nodes``."""
 
         async def do(monitor: Monitor) -> list[dict[str, object]]:
             return list(await monitor.execute("query-named-block-nodes"))

@@ -1,4 +1,4 @@
-"""The store: an index of all disks and their wrapped DEKs. Never holds a DEK in the clear."""
+"""The store: an index of all disks and their wrapped DEKs. Never contains an unwrapped DEK."""
 
 from virt_sse.store.store import Store
 

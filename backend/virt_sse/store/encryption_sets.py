@@ -1,4 +1,4 @@
-"""The part of the store that keeps disk encryption sets."""
+"""Disk encryption sets in the store."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from virt_sse.store.tables import disks, encryption_sets
 
 
 class EncryptionSetStore:
-    """Queries and changes, each one transaction; every method raises StoreError when the database fails."""
+    """Queries and changes, each a transaction. Every method raises StoreError when the database fails."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -32,8 +32,8 @@ class EncryptionSetStore:
     def add(self, encryption_set: EncryptionSet, *, limit: int) -> None:
         """Add a set.
 
-        :param limit: how many a subscription may have in a region.
-        :raise EncryptionSetExistsError: When its name is taken.
+        :param limit: maximum number of sets per subscription and region.
+        :raise EncryptionSetExistsError: When the name is taken.
         :raise PolicyError: When the limit is reached.
         """
         with writing(self._engine) as connection:
@@ -57,9 +57,9 @@ class EncryptionSetStore:
             )
 
     def get(self, name: str) -> EncryptionSet:
-        """The set of that name, or of that id.
+        """The set with the given name or id.
 
-        :raise EncryptionSetNotFoundError: When there is none.
+        :raise EncryptionSetNotFoundError: When no set has this name or id.
         """
         found = self._select(encryption_sets.c.name == name)
         if not found:
@@ -67,18 +67,18 @@ class EncryptionSetStore:
                 found = self._select(encryption_sets.c.id == UUID(name))
         if not found:
             raise EncryptionSetNotFoundError(
-                f"no disk encryption set {name[:80]!r}", hint="'virt-sse des list' shows what there is"
+                f"no disk encryption set {name[:80]!r}", hint="'virt-sse des list' shows all sets"
             )
         return found[0]
 
     def all(self) -> list[EncryptionSet]:
-        """All sets, by name."""
+        """All sets, sorted by name."""
         return self._select(sa.true())
 
     def update(self, encryption_set: EncryptionSet) -> None:
-        """Put *encryption_set* in the place of the one with its id.
+        """Replace the set with the id of *encryption_set*.
 
-        :raise EncryptionSetNotFoundError: When it is gone.
+        :raise EncryptionSetNotFoundError: When the set was deleted.
         """
         with writing(self._engine) as connection:
             updated = connection.execute(
@@ -87,12 +87,12 @@ class EncryptionSetStore:
                 .values(**_values(encryption_set))
             )
             if updated.rowcount != 1:
-                raise EncryptionSetNotFoundError(f"no disk encryption set {encryption_set.name!r} any more")
+                raise EncryptionSetNotFoundError(f"disk encryption set {encryption_set.name!r} was deleted")
 
     def remove(self, encryption_set: EncryptionSet) -> None:
-        """Forget a set that no disk is in.
+        """Delete an empty set.
 
-        :raise EncryptionSetInUseError: When one is.
+        :raise EncryptionSetInUseError: When the set contains disks.
         """
         with writing(self._engine) as connection:
             name = connection.scalar(
@@ -101,7 +101,7 @@ class EncryptionSetStore:
             if name is not None:
                 raise EncryptionSetInUseError(
                     f"disk {name!r} is in disk encryption set {encryption_set.name!r}",
-                    hint="move its disks to another set, or delete them, before it is deleted",
+                    hint="move its disks to another set, or delete the disks, before deleting the set",
                 )
             connection.execute(encryption_sets.delete().where(encryption_sets.c.id == encryption_set.id))
 

@@ -1,4 +1,4 @@
-"""The store's database connection, and its schema brought up to date at first use."""
+"""The store's database connection; migrates the schema at first use."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 
 from virt_sse.errors import StoreError
 from virt_sse.system.files import PRIVATE_FILE, private_folder
+from virt_sse.system.migrations import UnknownRevisionError, revision_of, upgrade
 from virt_sse.system.sqlite import READ_ONLY, reason, sqlite_engine
 
 SCHEMA = "0003"
-"""The newest migration; spelt out so that Alembic need not be imported to see that nothing is to be done."""
+"""The newest migration. A constant, so that up-to-date stores are recognised without importing Alembic."""
+
+_DEVELOPMENT_SCHEMAS = ("0001", "0002")
+_MIGRATIONS = Path(__file__).parent / "migrations"
 
 _BUSY_TIMEOUT_SECONDS = 30
 
 
 def open_engine(url: str) -> Engine:
-    """Connect to *url*, make the database if it is SQLite and not there, and migrate it.
+    """Connect to *url*, create a missing SQLite database, and migrate the schema.
 
-    :raise StoreError: When it cannot be opened, or was made by a newer version.
+    :raise StoreError: When the database cannot be opened, or a newer version has written the schema.
     """
     try:
         parsed = make_url(url)
@@ -55,9 +59,10 @@ def _open_sqlite(url: URL) -> Engine:
 
 @contextlib.contextmanager
 def _first_use(path: Path) -> Iterator[None]:
-    """Make the database file, 0600 (SQLite itself would make it readable to all), and queue its first users.
+    """Create the database file with mode 0600, and serialise processes until the schema is migrated.
 
-    The lock has a file of its own: closing a descriptor of the database would drop SQLite's locks on it.
+    SQLite itself would create a world-readable file. The lock uses a separate file, because closing a
+    descriptor of the database file would drop SQLite's locks.
     """
     descriptor = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
     try:
@@ -70,31 +75,24 @@ def _first_use(path: Path) -> Iterator[None]:
 
 
 def _migrate(connection: Connection) -> None:
-    current = None
-    if sa.inspect(connection).has_table("alembic_version"):
-        current = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
-    if current == SCHEMA:
-        return
-    import alembic.command
-    import alembic.config
-    import alembic.util.exc
-
-    config = alembic.config.Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
-    config.set_main_option("path_separator", "os")
-    config.attributes["connection"] = connection
     try:
-        alembic.command.upgrade(config, "head")
-    except alembic.util.exc.CommandError as exc:
+        upgrade(connection, _MIGRATIONS, SCHEMA)
+    except UnknownRevisionError as exc:
+        current = revision_of(connection)
+        if current in _DEVELOPMENT_SCHEMAS:
+            raise StoreError(
+                f"the store has schema {current}, of a development version before 0.1.0",
+                hint=f"upgrade the store to schema {SCHEMA} with a later development version first",
+            ) from exc
         raise StoreError(
-            f"the store has schema {current}, which this virt-sse does not know",
-            hint="it was written by a newer version",
+            f"the store has schema {current}, unknown to this virt-sse",
+            hint="a newer version has written the store",
         ) from exc
 
 
 @contextlib.contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
-    """One transaction that may write.
+    """A read-write transaction.
 
     :raise StoreError: When the database fails.
     """
@@ -104,7 +102,7 @@ def writing(engine: Engine) -> Iterator[Connection]:
 
 @contextlib.contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
-    """A connection that only reads; each statement sees its own moment.
+    """A read-only connection; each statement sees its own snapshot.
 
     :raise StoreError: When the database fails.
     """

@@ -1,4 +1,4 @@
-"""Queries and changes, each one transaction."""
+"""Disks in the store: queries and changes, each a transaction."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from virt_sse.store.vms import VmStore
 
 
 class Store:
-    """The index of disks. Several processes and threads may use one at the same time.
+    """The index of disks, for concurrent use by several processes and threads.
 
-    :raise StoreError: When the database cannot be opened; also from every method, when it fails.
+    :raise StoreError: When the database cannot be opened; from every method, when the database fails.
     """
 
     def __init__(self, url: str) -> None:
@@ -37,13 +37,13 @@ class Store:
         self.vms = VmStore(self._engine)
 
     def close(self) -> None:
-        """Let go of all connections."""
+        """Close all connections."""
         self._engine.dispose()
 
     def add(self, disk: Disk) -> None:
         """Add *disk*.
 
-        :raise DiskExistsError: When its name, path or id is taken.
+        :raise DiskExistsError: When the name, path or id is taken.
         """
         with writing(self._engine) as connection:
             for column, value in (("name", disk.name), ("path", str(disk.path)), ("id", disk.id)):
@@ -68,34 +68,34 @@ class Store:
             _insert_deks(connection, disk.id, disk.deks)
 
     def get(self, name: str) -> Disk:
-        """The disk of that name, or of that id.
+        """The disk with the given name or id.
 
-        :raise DiskNotFoundError: When there is none.
+        :raise DiskNotFoundError: When no disk has this name or id.
         """
         found: list[Disk] = []
-        with contextlib.suppress(UnicodeEncodeError):  # no name of ours, and not even UTF-8
+        with contextlib.suppress(UnicodeEncodeError):  # not UTF-8, therefore no disk name
             found = self._select(disks.c.name == name)
         if not found:
             with contextlib.suppress(ValueError):
                 found = self._select(disks.c.id == UUID(name))
         if not found:
-            raise DiskNotFoundError(f"no disk {name[:80]!r}", hint="'virt-sse disk list' shows what there is")
+            raise DiskNotFoundError(f"no disk {name[:80]!r}", hint="'virt-sse disk list' shows all disks")
         return found[0]
 
     def with_ids(self, ids: Collection[UUID]) -> list[Disk]:
-        """The disks of those ids that there are, by name."""
+        """The existing disks among *ids*, sorted by name."""
         return self._select(disks.c.id.in_(ids)) if ids else []
 
     def find_by_path(self, path: Path) -> Disk | None:
-        """The disk whose image lies at *path*, if any."""
+        """The disk with its image at *path*, if any."""
         return next(iter(self._select(disks.c.path == str(path))), None)
 
     def all(self) -> list[Disk]:
-        """All disks, by name."""
+        """All disks, sorted by name."""
         return self._select(sa.true())
 
     def unfinished(self) -> list[Disk]:
-        """The disks that are being made or deleted, or were when a command was killed."""
+        """The disks whose creation or deletion is in progress or was interrupted."""
         return self._select(disks.c.state != DiskState.READY.value)
 
     def under_key(self, key: KeyRef) -> list[Disk]:
@@ -109,11 +109,11 @@ class Store:
         )
 
     def in_set(self, set_id: UUID) -> list[Disk]:
-        """The disks in an encryption set, by name."""
+        """The disks in an encryption set, sorted by name."""
         return self._select(disks.c.encryption_set_id == set_id)
 
     def keys_in_use(self) -> dict[tuple[KeyId, UUID | None], int]:
-        """Each KEK version that DEKs are under, by the encryption set that uses it, and how many are."""
+        """Number of DEKs by KEK version and the encryption set whose identity uses the KEK."""
         own = wrapped_deks.c.position == 0  # see Disk.identity_for
         columns = (
             wrapped_deks.c.key_provider,
@@ -131,34 +131,34 @@ class Store:
             }
 
     def set_state(self, disk_id: UUID, state: DiskState) -> None:
-        """Move a disk on in its life.
+        """Set the state of a disk.
 
-        :raise DiskNotFoundError: When it is gone.
+        :raise DiskNotFoundError: When the disk was deleted.
         """
         self._update(disk_id, state=state.value)
 
     def set_size(self, disk_id: UUID, size: int) -> None:
-        """Note a disk's new size in bytes.
+        """Set the size of a disk in bytes.
 
-        :raise DiskNotFoundError: When it is gone.
+        :raise DiskNotFoundError: When the disk was deleted.
         """
         self._update(disk_id, size=size)
 
     def set_path(self, disk_id: UUID, path: Path) -> None:
-        """Note where a disk's image has been moved.
+        """Set the path of a moved image.
 
-        :raise DiskNotFoundError: When it is gone.
-        :raise DiskExistsError: When another disk lies there.
+        :raise DiskNotFoundError: When the disk was deleted.
+        :raise DiskExistsError: When *path* belongs to another disk.
         """
         if self.find_by_path(path):
             raise DiskExistsError(f"a disk with path {str(path)!r} exists already")
         self._update(disk_id, path=str(path))
 
     def replace(self, before: Disk, after: Disk) -> bool:
-        """Give a disk the DEKs, encryption type, encryption set and generation that *after* has.
+        """Replace DEKs, encryption type, encryption set and generation of a disk with the values of *after*.
 
-        Compare-and-swap: nothing happens, and the answer is false, unless the disk still is of the generation
-        of *before*.
+        Compare-and-swap: if the disk's generation differs from *before*, nothing changes and the result is
+        false.
         """
         with writing(self._engine) as connection:
             swapped = connection.execute(
@@ -177,22 +177,22 @@ class Store:
             return True
 
     def drop_deks(self, disk_id: UUID) -> None:
-        """Forget a disk's wrapped DEKs, for good."""
+        """Delete a disk's wrapped DEKs permanently."""
         with writing(self._engine) as connection:
             connection.execute(wrapped_deks.delete().where(wrapped_deks.c.disk_id == disk_id))
 
     def remove(self, disk_id: UUID) -> None:
-        """Forget a disk and its wrapped DEKs, for good. No error when it is not there."""
+        """Delete a disk and its wrapped DEKs permanently. An unknown id is no error."""
         with writing(self._engine) as connection:
             connection.execute(disks.delete().where(disks.c.id == disk_id))
 
     def _update(self, disk_id: UUID, **values: object) -> None:
         with writing(self._engine) as connection:
             if connection.execute(disks.update().where(disks.c.id == disk_id).values(**values)).rowcount != 1:
-                raise DiskNotFoundError(f"no disk {disk_id} any more")
+                raise DiskNotFoundError(f"disk {disk_id} was deleted")
 
     def _select(self, condition: sa.ColumnElement[bool]) -> list[Disk]:
-        # One statement, so that a disk and its DEKs are of the same moment.
+        # A single statement, so that a disk and its DEKs are consistent.
         query = (
             sa.select(disks, wrapped_deks)
             .select_from(disks.outerjoin(wrapped_deks))
@@ -224,7 +224,7 @@ def _insert_deks(connection: Connection, disk_id: UUID, deks: tuple[DekEntry, ..
 
 
 def _disk(rows: list[Row[Any]]) -> Disk:
-    """A disk from its rows, one per DEK; a disk that is being deleted may have none left."""
+    """A disk from its rows, one per DEK; during a deletion the DEKs may be gone."""
     first = rows[0]
     return Disk(
         id=first.id,

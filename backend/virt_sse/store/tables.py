@@ -1,4 +1,4 @@
-"""The store's tables, as they are now. How they came to be so is told by the migrations."""
+"""The store's tables in their current schema. See the migrations for earlier schemas."""
 
 from __future__ import annotations
 

@@ -1,33 +1,35 @@
-"""The part of the store that keeps virtual machines."""
+"""Virtual machines in the store."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 from uuid import UUID
 
+import msgspec
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Row
 
+from virt_sse.errors import StoreError
 from virt_sse.model.keys import KeyId, KeyRef, WrappedDek
 from virt_sse.model.layers import HostCaching
 from virt_sse.model.vms import PendingUpdate, Vm, VmProperties
 from virt_sse.store.engine import reading, writing
 from virt_sse.store.tables import disks, vms
+from virt_sse.system.documents import DocumentError, from_json
 
 
 class VmStore:
-    """Queries and changes, each one transaction; every method raises StoreError when the database fails."""
+    """Queries and changes, each a transaction. Every method raises StoreError when the database fails."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def find(self, vm_id: UUID) -> Vm | None:
-        """The VM of that domain, if it is known."""
+        """The VM with the given domain UUID, if known."""
         return next(iter(self._select(vms.c.id == vm_id)), None)
 
     def all(self) -> list[Vm]:
-        """All VMs, by name."""
+        """All VMs, sorted by name."""
         return self._select(sa.true())
 
     def under_key(self, key: KeyRef) -> list[Vm]:
@@ -35,7 +37,7 @@ class VmStore:
         return self._select(sa.and_(vms.c.tpm_key_provider == key.provider, vms.c.tpm_key_name == key.name))
 
     def keys_in_use(self) -> dict[KeyId, int]:
-        """Each KEK version that DEKs of VMs are under, and how many are."""
+        """Number of VMs' DEKs by KEK version."""
         columns = (vms.c.tpm_key_provider, vms.c.tpm_key_name, vms.c.tpm_key_version)
         query = (
             sa.select(*columns, sa.func.count()).where(vms.c.tpm_ciphertext.is_not(None)).group_by(*columns)
@@ -44,14 +46,14 @@ class VmStore:
             return {KeyId(*key): count for *key, count in connection.execute(query)}
 
     def put(self, vm: Vm) -> None:
-        """Add *vm*, or put it in the place of the one with its id."""
+        """Add *vm*, or replace the VM with its id."""
         with writing(self._engine) as connection:
             changed = connection.execute(vms.update().where(vms.c.id == vm.id).values(**_values(vm)))
             if changed.rowcount != 1:
                 connection.execute(vms.insert().values(id=vm.id, **_values(vm)))
 
     def commit(self, vm: Vm) -> Vm:
-        """Make what is pending what is; the VM as it is then. Its disks' caching is part of it."""
+        """Apply the pending update, including the caching of disks; return the updated VM."""
         pending = vm.pending
         if pending is None:
             return vm
@@ -63,8 +65,9 @@ class VmStore:
         return after
 
     def replace_tpm(self, vm_id: UUID, before: WrappedDek, after: WrappedDek) -> bool:
-        """Rewrap the DEK of a VM's TPM. Compare-and-swap: false, and nothing done, unless it still is
-        *before*.
+        """Replace the wrapped DEK of a VM's TPM.
+
+        Compare-and-swap: if the present wrapped DEK is not *before*, nothing changes and the result is false.
         """
         with writing(self._engine) as connection:
             swapped = connection.execute(
@@ -75,12 +78,12 @@ class VmStore:
             return swapped.rowcount == 1
 
     def remove(self, vm_id: UUID) -> None:
-        """Forget a VM, and the wrapped DEK of its TPM, for good. No error when it is not there."""
+        """Delete a VM and the wrapped DEK of its TPM permanently. An unknown id is no error."""
         with writing(self._engine) as connection:
             connection.execute(vms.delete().where(vms.c.id == vm_id))
 
     def set_caching(self, disk_id: UUID, caching: HostCaching) -> None:
-        """Note what the host is to cache of a disk. No error when there is none."""
+        """Set the host caching of a disk. An unknown id is no error."""
         with writing(self._engine) as connection:
             _set_caching(connection, disk_id, caching)
 
@@ -117,24 +120,30 @@ def _tpm_values(wrapped: WrappedDek | None) -> dict[str, object]:
     }
 
 
+class _Pending(msgspec.Struct, frozen=True, rename="kebab"):
+    """A :class:`PendingUpdate` in JSON."""
+
+    encryption_at_host: bool
+    size: str | None
+    temp_disk_size: int | None
+    caching: dict[UUID, HostCaching]
+
+
 def _to_json(pending: PendingUpdate) -> str:
     properties = pending.properties
-    return json.dumps(
-        {
-            "encryption-at-host": properties.encryption_at_host,
-            "size": properties.size,
-            "temp-disk-size": properties.temp_disk_size,
-            "caching": {str(disk_id): caching.value for disk_id, caching in pending.caching.items()},
-        }
+    document = _Pending(
+        properties.encryption_at_host, properties.size, properties.temp_disk_size, dict(pending.caching)
     )
+    return msgspec.json.encode(document).decode()
 
 
 def _from_json(text: str) -> PendingUpdate:
-    document = json.loads(text)
-    return PendingUpdate(
-        VmProperties(document["encryption-at-host"], document["size"], document["temp-disk-size"]),
-        {UUID(disk_id): HostCaching(caching) for disk_id, caching in document["caching"].items()},
-    )
+    try:
+        document = from_json(text.encode(), _Pending)
+    except DocumentError as exc:
+        raise StoreError(f"the store has an invalid pending update of a VM: {exc}") from exc
+    properties = VmProperties(document.encryption_at_host, document.size, document.temp_disk_size)
+    return PendingUpdate(properties, document.caching)
 
 
 def _vm(row: Row[Any]) -> Vm:

@@ -1,4 +1,4 @@
-"""Files and folders that only we may read, and writes that a crash cannot tear."""
+"""Private files and folders, and crash-safe writes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ PRIVATE_FOLDER = 0o700
 
 
 def canonical(path: Path) -> Path:
-    """*path* made absolute, its folder without symbolic links: one name for one place."""
+    """*path* made absolute, with symbolic links of its folder resolved: a single name per location."""
     return Path(os.path.realpath(path.parent), path.name)
 
 
 def private_folder(path: Path) -> Path:
-    """Make the folder *path*, 0700, and the parents it lacks; tighten it if it is there and wider.
+    """Make the folder *path*, mode 0700, and missing parents; restrict the mode of an existing folder.
 
-    :raise OSError: When it cannot be made.
+    :raise OSError: When the folder cannot be made.
     """
     path.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
     if path.stat().st_mode & 0o077:
@@ -29,7 +29,7 @@ def private_folder(path: Path) -> Path:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in the folder *path* durable."""
+    """Make the directory entries of the folder *path* durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -38,9 +38,9 @@ def sync_folder(path: Path) -> None:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Replace *path* by *content*, 0600: temporary file, sync, rename, sync of the folder.
+    """Write *content* to *path*, mode 0600, atomically: temporary file, sync, rename, sync of the folder.
 
-    :raise OSError: When there is no room or no permission; *path* is then as it was, with nothing beside it.
+    :raise OSError: When there is no room or no permission; *path* is unchanged, the temporary file removed.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE_FILE)
@@ -58,9 +58,9 @@ def write_private(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def unnamed_file(folder: Path) -> Iterator[int]:
-    """A new file in *folder*, 0600, that has no name: unless it is published, nothing of it is left.
+    """Open a new unnamed file in *folder*, mode 0600; the file vanishes with its descriptor unless published.
 
-    :raise OSError: When the folder's file system has no such files (NFS, for one).
+    :raise OSError: When the file system does not support ``O_TMPFILE`` (e.g. NFS).
     """
     descriptor = os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, PRIVATE_FILE)
     try:
@@ -70,12 +70,12 @@ def unnamed_file(folder: Path) -> Iterator[int]:
 
 
 def publish(source: Path, target: Path) -> None:
-    """Give the file *source* the name *target* as well, durably.
+    """Add the name *target* to the file *source*, durably.
 
-    :param source: also ``/proc/self/fd/N``, for an unnamed file.
-    :raise FileExistsError: When *target* exists; it is never replaced.
+    :param source: a path; ``/proc/self/fd/N`` for an unnamed file.
+    :raise FileExistsError: When *target* exists; an existing file is never replaced.
     """
-    # With a folder's descriptor, though both paths are absolute: else Python does not follow the /proc link.
+    # Python follows the link in /proc only if given a folder descriptor, although both paths are absolute.
     folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.link(source, target.name, dst_dir_fd=folder, follow_symlinks=True)
@@ -85,9 +85,9 @@ def publish(source: Path, target: Path) -> None:
 
 
 def write_at(descriptor: int, content: bytes, offset: int) -> None:
-    """pwrite(2) until all is written; it may stop short, e.g. when the disk fills up.
+    """Write all of *content* at *offset*. A single pwrite(2) may write less, e.g. when the disk fills up.
 
-    :raise OSError: When it cannot be written.
+    :raise OSError: When writing fails.
     """
     view = memoryview(content)
     while view:
@@ -96,12 +96,12 @@ def write_at(descriptor: int, content: bytes, offset: int) -> None:
 
 
 def extents(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
-    """Begin and end of what is not a hole in a file of *size* bytes."""
+    """Begin and end of each data extent, i.e. range without holes, in a file of *size* bytes."""
     end = 0
     while end < size:
         try:
             begin = os.lseek(descriptor, end, os.SEEK_DATA)
-        except OSError:  # nothing but a hole from here on
+        except OSError:  # a hole up to the end of the file
             return
         end = os.lseek(descriptor, begin, os.SEEK_HOLE)
         yield begin, end

@@ -1,4 +1,4 @@
-"""Where a host puts its guests' memory: swap space, and what libvirt's ``qemu.conf`` says of it."""
+"""Guest memory on a host's disks: swap spaces and the settings in libvirt's ``qemu.conf``."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _MEMORY_DIRECTORY = "/var/lib/libvirt/qemu/ram"
 
 @dataclass(frozen=True, slots=True)
 class QemuSettings:
-    """What libvirt does with guests' memory, by ``qemu.conf``; its defaults where that says nothing.
+    """Settings of ``qemu.conf`` for guest memory, with libvirt's defaults.
 
-    :ivar dump_guest_core: whether a core dump of QEMU holds the guest's memory.
-    :ivar memory_directory: where the files lie that hold guests' memory, if a domain wants it in one.
+    :ivar dump_guest_core: whether a core dump of QEMU includes the guest's memory.
+    :ivar memory_directory: folder of memory backing files, for domains with file-backed memory.
     """
 
     dump_guest_core: bool = False
@@ -28,9 +28,9 @@ class QemuSettings:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read *path*, if it is there.
+        """Read the file *path*; a missing file means defaults.
 
-        :raise ConfigError: When it cannot be read.
+        :raise ConfigError: When the file cannot be read.
         """
         try:
             lines = path.read_text("utf-8", errors="replace").splitlines()
@@ -46,13 +46,12 @@ class QemuSettings:
 
 
 def plain_swaps(swaps: Path = _SWAPS, devices: Path = _BLOCK_DEVICES) -> list[str]:
-    """The swap spaces of this host in which memory lies in plaintext, by their names in ``/proc/swaps``.
+    """The unencrypted swap spaces of this host, by their names in ``/proc/swaps``.
 
-    Not: dm-crypt (its device's ``dm/uuid`` begins with ``CRYPT-``), and zram, which is memory, without a
-    backing device. A file is as its file system is, which may be on an encrypted device; that is not looked
-    for.
+    Not included are dm-crypt devices (``dm/uuid`` begins with ``CRYPT-``) and zram devices without a backing
+    device, which are memory. A swap file counts as unencrypted, even on an encrypted file system.
 
-    :raise ConfigError: When the kernel does not say.
+    :raise ConfigError: When ``/proc/swaps`` cannot be read.
     """
     try:
         lines = swaps.read_text("utf-8", errors="replace").splitlines()[1:]
@@ -65,7 +64,7 @@ def plain_swaps(swaps: Path = _SWAPS, devices: Path = _BLOCK_DEVICES) -> list[st
 
 
 def _unescaped(name: str) -> str:
-    """The kernel writes blanks in names as ``\\040``."""
+    """Replace the kernel's octal escapes in a name, e.g. ``\\040`` for a space."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), name)
 
 

@@ -1,4 +1,4 @@
-"""One lock per disk, gone with the process that held it."""
+"""Locks per disk, released by the kernel when their process ends."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _FLOCK = struct.Struct("hhqqi4x")
 
 
 def is_locked(descriptor: int, start: int, length: int) -> bool:
-    """Whether anyone else holds a lock on a byte of the open file's range."""
+    """Whether a different open file description holds a lock on any byte of the range of the open file."""
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
     kind, *_ = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked))
     return bool(kind != fcntl.F_UNLCK)
 
 
 def holder(descriptor: int) -> int | None:
-    """The process that holds a POSIX lock on the open file, by its id in our PID namespace.
+    """The id, in our PID namespace, of a process with a POSIX lock on the open file.
 
-    0 when it has none there; ``None`` when none holds one.
+    0 for a process outside of the namespace; ``None`` when the file is not locked.
     """
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
@@ -35,9 +35,9 @@ def holder(descriptor: int) -> int | None:
 
 
 class DiskLocks:
-    """Locks bytes of one file, a byte per disk: no lock file is left behind, also after kill -9.
+    """Locks bytes of a single file, a byte per disk: no stale lock files, even after kill -9.
 
-    Open-file-description locks (fcntl(2)) exclude threads of one process as well as other processes.
+    Open-file-description locks (fcntl(2)) exclude threads of the same process as well as other processes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,11 +45,11 @@ class DiskLocks:
 
     @contextlib.contextmanager
     def hold(self, disk_id: UUID, *, wait: bool = False) -> Iterator[None]:
-        """Keep every other command away from the disk.
+        """Exclude all other commands from the disk during the block.
 
-        :param wait: for one that is at work on it, rather than to refuse.
-        :raise DiskInUseError: When another command is at work on it.
-        :raise StoreError: When the file of locks cannot be made.
+        :param wait: wait for a command that holds the lock, instead of raising.
+        :raise DiskInUseError: When another command holds the lock.
+        :raise StoreError: When the lock file cannot be opened.
         """
         try:
             private_folder(self._path.parent)

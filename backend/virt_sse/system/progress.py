@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 Progress = Callable[[float], None]
-"""Told how far something is, from 0.0 to 1.0."""
+"""A callback for progress: called with the completed fraction, from 0.0 to 1.0."""
 
 
 def silent(_fraction: float) -> None:
-    """A :data:`Progress` that nobody watches."""
+    """A :data:`Progress` without output."""

@@ -1,4 +1,4 @@
-"""SQLite databases, by SQLAlchemy: every change one transaction that survives a kill and a power cut."""
+"""SQLite databases with SQLAlchemy: each change is a transaction that survives kill -9 and power loss."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine
 
 READ_ONLY = {"virt_sse_read_only": True}
-"""Execution options of a connection that takes no write lock; each statement sees its own moment."""
+"""Execution options of a connection without a write lock; each statement sees its own snapshot."""
 
 
 def sqlite_engine(url: URL, *, busy_seconds: float, **options: Any) -> Engine:
-    """Connections to the database of *url*. Its file is to be there: SQLite would make it readable to all.
+    """An engine for the database *url*. The file must exist: SQLite would create a world-readable file.
 
-    :param busy_seconds: how long a transaction waits for another one's end.
-    :param options: what else :func:`sqlalchemy.create_engine` takes.
+    :param busy_seconds: how long a transaction waits for a concurrent transaction.
+    :param options: further options of :func:`sqlalchemy.create_engine`.
     """
     engine = sa.create_engine(url, connect_args={"timeout": busy_seconds}, **options)
     event.listen(engine, "connect", _set_up)
@@ -25,19 +25,20 @@ def sqlite_engine(url: URL, *, busy_seconds: float, **options: Any) -> Engine:
 
 
 def reason(exc: Exception) -> str:
-    """What the driver says, in one line: SQLAlchemy adds the statement and its parameters. What that says
-    without having asked the driver, as it is.
+    """The driver's message on one line, without the statement and parameters that SQLAlchemy adds.
+
+    An error raised by SQLAlchemy itself is returned as text.
     """
     return " ".join(str(getattr(exc, "orig", exc) or type(exc).__name__).split())
 
 
 def _set_up(connection: Any, _record: object) -> None:
-    connection.isolation_level = None  # the driver would begin transactions late, and not for reads
+    connection.isolation_level = None  # else the driver begins transactions late, and none for reads
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
         connection.execute(f"PRAGMA {pragma}").close()
 
 
 def _begin(connection: Connection) -> None:
-    """Take the write lock at once: a transaction that reads, then writes, never fails half-way as busy."""
+    """Take the write lock at once: a transaction must not fail as busy between its reads and its writes."""
     if not READ_ONLY.items() <= connection.get_execution_options().items():
         connection.exec_driver_sql("BEGIN IMMEDIATE")

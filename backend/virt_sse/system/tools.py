@@ -1,4 +1,4 @@
-"""Runs external tools, and hands them passphrases without a trace."""
+"""External tools: run as subprocesses, with passphrases passed through pipes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import BinaryIO
 from virt_sse.errors import ImageError, ToolError
 
 _COMMAND_NOT_FOUND = 127
-"""What setpriv exits with when it does not find the tool."""
+"""Exit status of setpriv when the tool is not found."""
 _ENDING_SECONDS = 2.0
 _MOST_ERRORS = 1 << 16
 
@@ -23,12 +23,13 @@ def run(
     pass_fds: Sequence[int] = (),
     timeout: float | None = None,
 ) -> str:
-    """The standard output of a tool that succeeds.
+    """Run a tool to completion and return its standard output.
 
-    The tool dies with this thread (``setpriv --pdeathsig``), so that a killed command leaves nothing running.
+    The tool is killed when the calling thread ends (``setpriv --pdeathsig``): a killed command leaves no
+    process behind.
 
-    :raise ImageError: When it fails because the disk is full.
-    :raise ToolError: When it is missing, fails, or takes longer than *timeout* seconds.
+    :raise ImageError: When the tool fails because the disk is full.
+    :raise ToolError: When the tool is missing, fails, or takes longer than *timeout* seconds.
     """
     try:
         done = subprocess.run(
@@ -52,10 +53,10 @@ def run(
 def run_with_progress(
     arguments: Sequence[str], *, pass_fds: Sequence[int], progress: Callable[[float], None]
 ) -> None:
-    """Run a qemu-img command that has ``-p`` and report how far it is, from 0.0 to 1.0.
+    """Run a qemu-img command with ``-p`` and report the completed fraction, from 0.0 to 1.0.
 
-    :raise ImageError: When it fails because the disk is full.
-    :raise ToolError: When it is missing or fails.
+    :raise ImageError: When the tool fails because the disk is full.
+    :raise ToolError: When the tool is missing or fails.
     """
     with contextlib.ExitStack() as stack:
         errors = stack.enter_context(os.fdopen(os.memfd_create("stderr"), "w+b"))
@@ -86,7 +87,7 @@ def run_with_progress(
 
 
 class Running:
-    """A tool that runs."""
+    """A running tool."""
 
     def __init__(self, tool: str, process: subprocess.Popen[bytes], errors: BinaryIO) -> None:
         self._tool = tool
@@ -94,7 +95,7 @@ class Running:
         self._errors = errors
 
     def failure(self) -> ImageError | ToolError | None:
-        """Why the tool has ended, if it has, or is about to; ``None`` when it has not failed."""
+        """The reason why the tool ended, waiting two seconds for its end; ``None`` while the tool runs."""
         try:
             status = self._process.wait(_ENDING_SECONDS)
         except subprocess.TimeoutExpired:
@@ -105,9 +106,9 @@ class Running:
 
 @contextlib.contextmanager
 def running(arguments: Sequence[str], *, pass_fds: Sequence[int]) -> Iterator[Running]:
-    """A tool that runs while the block does, and is killed at its end; it dies with this thread, too.
+    """Run a tool during the block and kill the tool at the end of the block or of the calling thread.
 
-    :raise ToolError: When setpriv is missing. Whether the tool fails is for :meth:`Running.failure` to say.
+    :raise ToolError: When setpriv is missing. A failure of the tool itself: see :meth:`Running.failure`.
     """
     with os.fdopen(os.memfd_create("stderr"), "w+b") as errors:
         try:
@@ -129,7 +130,7 @@ def running(arguments: Sequence[str], *, pass_fds: Sequence[int]) -> Iterator[Ru
 
 
 def failure(tool: str, status: int, stderr: str) -> ImageError | ToolError:
-    """The error that a tool's exit status and standard error mean."""
+    """The error for a tool's exit status and standard error."""
     if status == _COMMAND_NOT_FOUND:
         return ToolError(f"{tool} is not installed")
     reason = " ".join(stderr.split()) or f"exit status {status}"
@@ -140,7 +141,7 @@ def failure(tool: str, status: int, stderr: str) -> ImageError | ToolError:
 
 @contextlib.contextmanager
 def passphrase_descriptor(passphrase: bytes) -> Iterator[int]:
-    """A descriptor from which a child can read *passphrase* once: a pipe, so it never lies in a file."""
+    """A descriptor from which a child can read *passphrase* once: a pipe, so no file holds the secret."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
     try:
         os.write(writing, passphrase)
@@ -155,5 +156,5 @@ def _leashed(arguments: Sequence[str]) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """English messages, because some of them are read."""
+    """The environment with English messages, because virt-sse parses some."""
     return {**os.environ, "LC_ALL": "C"}

@@ -1,8 +1,8 @@
-"""The block graph of a running QEMU: which block node's data comes from which, and what is not encrypted.
+"""The block graph of a running QEMU: data flow between block nodes, and unencrypted places.
 
-Made of the answers to ``query-named-block-nodes``, ``x-debug-query-block-graph``, ``query-jobs`` and
-``query-block-exports`` (QEMU ``qapi/block-core.json``). The second alone tells the edges; QEMU has had it
-since 4.0, and calls it unstable.
+Built from the results of ``query-named-block-nodes``, ``x-debug-query-block-graph``, ``query-jobs`` and
+``query-block-exports`` (QEMU ``qapi/block-core.json``). Only ``x-debug-query-block-graph``, an unstable
+command of QEMU 4.0 and later, reports edges.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from virt_sse.verification.chains import LinkKind
 Answer = Mapping[str, Any]
 
 _CIPHERTEXT_EDGES = frozenset({"file", "data-file", "header"})
-"""Edges from a node that encrypts to what it writes ciphertext to; its backing file it reads as it is."""
+"""Edges from an encrypting node to its ciphertext. The backing file, in contrast, is read unchanged."""
 _DATALESS = frozenset({"null-co", "null-aio"})
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a block node without children has its data.
+    """Location of the data of a block node without children.
 
-    :ivar path: the file, or the NBD server's Unix socket.
+    :ivar path: the file, or the NBD server's Unix socket, if any.
     """
 
     name: str
@@ -38,10 +38,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Vertex:
-    """A block node, a device or other user of one, or a job.
+    """A vertex of the graph: a block node, a job, or a user of a block node, e.g. a device.
 
-    :ivar name: a block node's node-name, a device's QOM path, a job's id.
-    :ivar cipher: what a node encrypts with; ``None`` for one that does not.
+    :ivar name: node name of a block node, QOM path of a device, or id of a job.
+    :ivar cipher: cipher of an encrypting node; else ``None``.
     """
 
     id: int
@@ -53,16 +53,16 @@ class Vertex:
 
     @property
     def where(self) -> str:
-        """In words, where a node has its data."""
+        """Location of a node's data as text."""
         return self.place.name if self.place else self.name
 
 
 @dataclass(frozen=True, slots=True)
 class Exposure:
-    """An image beside that of an encrypted node, in which data of it lies.
+    """A further image with data of an encrypting node, in addition to the node's own image.
 
-    :ivar kind: what it is to that; ``None`` for something else.
-    :ivar cipher: what it is encrypted with there; ``None`` when it is not.
+    :ivar kind: relation of the image to the node; ``None`` if unknown.
+    :ivar cipher: cipher of the data in the image; ``None`` for plaintext.
     """
 
     kind: LinkKind | None
@@ -71,7 +71,7 @@ class Exposure:
 
 
 class BlockGraph:
-    """One moment's."""
+    """A snapshot of the block graph."""
 
     def __init__(
         self,
@@ -80,7 +80,14 @@ class BlockGraph:
         jobs: Sequence[Answer] = (),
         exports: Sequence[Answer] = (),
     ) -> None:
-        """:raise MonitorError: When the answers are not what QEMU's schema says."""
+        """Build the graph from results of QMP commands.
+
+        :param nodes: ``query-named-block-nodes``.
+        :param graph: ``x-debug-query-block-graph``.
+        :param jobs: ``query-jobs``.
+        :param exports: ``query-block-exports``.
+        :raise MonitorError: When the results do not match QEMU's schema.
+        """
         try:
             by_name = {node["node-name"]: node for node in nodes}
             self._vertices = {
@@ -94,18 +101,18 @@ class BlockGraph:
             self._backups = {job["id"] for job in jobs if job["type"] == "backup"}
             self._exported = {export["node-name"]: export.get("id", "") for export in exports}
         except (KeyError, TypeError, ValueError) as exc:
-            raise MonitorError(f"QEMU describes its block nodes in an unknown way: {exc!r}") from exc
+            raise MonitorError(f"QEMU describes its block nodes in an unknown format: {exc!r}") from exc
 
     def stored(self) -> list[Vertex]:
-        """The nodes that have their data outside of QEMU: in a file, behind a socket, …"""
+        """The nodes with data outside of QEMU, e.g. in a file or behind a socket."""
         return [vertex for vertex in self._vertices.values() if self._is_stored(vertex)]
 
     def volumes_over(self, stored: Vertex) -> list[tuple[Vertex, ...]]:
-        """The nodes that encrypt what lies in *stored*, from it upwards; one tuple for each use of it."""
+        """The encrypting nodes above *stored*, bottom up; a tuple for each use of *stored*."""
         return list(self._climb(stored.id, ()))
 
     def exposures(self, volume: Vertex) -> list[Exposure]:
-        """Where else data of the node *volume*, which encrypts, lies or comes from, encrypted or not."""
+        """All further places, encrypted or not, with data of the encrypting node *volume*."""
         found = []
         for vertex in self._plaintext(volume):
             if self._is_stored(vertex):
@@ -116,11 +123,11 @@ class BlockGraph:
         return found
 
     def exports(self, volume: Vertex) -> list[str]:
-        """The exports through which data of *volume* leaves QEMU without encryption, by their ids."""
+        """The ids of exports through which plaintext of *volume* leaves QEMU."""
         return [self._exported[v.name] for v in self._plaintext(volume) if v.name in self._exported]
 
     def devices(self) -> list[tuple[str, Vertex]]:
-        """The guest's devices: libvirt's alias of each, and the node that it reads."""
+        """The guest's devices: libvirt's alias, and the node below the device."""
         found = []
         for vertex in self._vertices.values():
             if vertex.kind == "block-backend" and (alias := _alias(vertex.name)):
@@ -128,16 +135,16 @@ class BlockGraph:
         return found
 
     def devices_over(self, volume: Vertex) -> list[str]:
-        """The aliases of the guest's devices whose data is that of *volume*."""
+        """The aliases of the guest's devices with data of *volume*."""
         plaintext = {vertex.id for vertex in self._plaintext(volume)}
         return [alias for alias, root in self.devices() if root.id in plaintext]
 
     def below(self, root: Vertex) -> list[Vertex]:
-        """*root* and all that its data comes from."""
+        """*root* and all vertices below."""
         return [self._vertices[found] for found in self._reachable(root.id)]
 
     def _images(self, vertex: int) -> Iterator[Vertex]:
-        """Where a node has what it writes, its backing file aside."""
+        """The stored nodes with data written by a node, without the backing file."""
         for name, child in self._children[vertex]:
             if name in _CIPHERTEXT_EDGES:
                 if self._is_stored(self._vertices[child]):
@@ -159,8 +166,9 @@ class BlockGraph:
             yield from self._climb(node.id, (*volumes, node) if node.cipher else volumes)
 
     def _plaintext(self, volume: Vertex) -> list[Vertex]:
-        """All that is joined to *volume* without anything that encrypts in between: where its data goes, and
-        what it is put together from.
+        """All vertices connected with *volume* without encryption in between.
+
+        Such vertices are sources or destinations of the volume's plaintext.
         """
         seen, pending = {volume.id}, [volume.id]
         while pending:
@@ -180,7 +188,7 @@ class BlockGraph:
         return [self._vertices[found] for found in sorted(seen)]
 
     def _top(self, vertex: int) -> int:
-        """The node that gives the data in *vertex* its form: above it, over edges ``file``."""
+        """The format node of *vertex*: the topmost node above, following edges ``file``."""
         for name, parent in self._parents[vertex]:
             if name in _CIPHERTEXT_EDGES and self._vertices[parent].kind == "block-driver":
                 return self._top(parent)
@@ -206,10 +214,10 @@ class BlockGraph:
 
 
 def cipher_of(node: Answer) -> str | None:
-    """What a block node encrypts with, e.g. ``aes-256-xts``, as QEMU has read it from the volume's header;
-    ``None`` for one that does not encrypt.
+    """The cipher of a block node, e.g. ``aes-256-xts``, as read by QEMU from the volume's header.
 
-    :param node: one of ``query-named-block-nodes``.
+    :param node: an item of ``query-named-block-nodes``.
+    :return: ``None`` for a node without encryption.
     """
     specific = node["image"].get("format-specific", {})
     details = specific.get("data", {})
@@ -225,7 +233,7 @@ def cipher_of(node: Answer) -> str | None:
 
 
 def place_of(filename: str) -> Place:
-    """Where a node says that it has its data: a path, an ``nbd+unix`` URI, or QEMU's ``json:`` of either."""
+    """The place named by a node's filename: a path, an ``nbd+unix`` URI, or ``json:`` with either."""
     if filename.startswith("json:"):
         try:
             options = json.loads(filename.removeprefix("json:"))
@@ -256,6 +264,6 @@ def _vertex(vertex: Answer, node: Answer | None) -> Vertex:
 
 
 def _alias(qom_path: str) -> str | None:
-    """libvirt's alias of a device, which is its id in QEMU: ``/machine/peripheral/ALIAS/…``."""
+    """libvirt's alias of a device, i.e. its id in QEMU: ``/machine/peripheral/ALIAS/…``."""
     parts = qom_path.split("/")
     return parts[3] if parts[:3] == ["", "machine", "peripheral"] and len(parts) > 3 else None

@@ -1,4 +1,4 @@
-"""The ciphers of a disk's LUKS volumes, from the volumes' own headers."""
+"""The ciphers of a disk's LUKS volumes, read from the headers of the volumes."""
 
 from __future__ import annotations
 
@@ -19,21 +19,20 @@ _LARGEST_CLUSTER = 2 << 20
 
 
 def cipher_of_image(descriptor: int, image_format: DiskFormat) -> str:
-    """What the volume that lies in the open image itself encrypts with, e.g. ``aes-256-xts``.
+    """The cipher of the outermost volume of the open image, e.g. ``aes-256-xts``.
 
-    :raise ImageFormatError: When there is no LUKS header.
+    :raise ImageFormatError: When the LUKS header is missing or damaged.
     """
     offset, _ = img.luks_area(descriptor, image_format)
     return _cipher(Luks1Header.parse(os.pread(descriptor, luks.HEADER_END, offset)))
 
 
 def cipher_within(disk: Disk, deks: Sequence[Dek]) -> str:
-    """What the volume within the volumes that *deks* open encrypts with; these are taken off for that, in a
-    process of its own, read-only.
+    """The cipher of the disk's innermost volume. A separate process opens the outer volumes, read-only.
 
-    :param deks: the outermost last, as everywhere; without the first of the disk.
-    :raise ImageError: When it cannot be read.
-    :raise ToolError: When *deks* do not open it.
+    :param deks: DEKs of the outer volumes, outermost last, i.e. all but the disk's first.
+    :raise ImageError: When the image cannot be read.
+    :raise ToolError: When *deks* do not unlock the outer volumes.
     """
     content = os.memfd_create("header", os.MFD_CLOEXEC)
     try:
@@ -44,13 +43,13 @@ def cipher_within(disk: Disk, deks: Sequence[Dek]) -> str:
                 write_at(content, reader.read(area[0], luks.HEADER_END), area[0])
         return cipher_of_image(content, disk.format)
     except OSError as exc:
-        raise ImageFormatError(f"{disk.path}: cannot take a layer off: {exc.strerror}") from exc
+        raise ImageFormatError(f"{disk.path}: cannot open the outer layer: {exc.strerror}") from exc
     finally:
         os.close(content)
 
 
 def _cipher(header: Luks1Header) -> str:
-    """In the words of :class:`~virt_sse.model.ciphers.Cipher`."""
+    """The cipher in the notation of :class:`~virt_sse.model.ciphers.Cipher`."""
     mode, _, generator = header.cipher_mode.partition("-")
     bits = header.volume_key_bytes * (4 if mode == "xts" else 8)  # xts takes two keys
     cipher = f"{header.cipher_name}-{bits}-{mode}"

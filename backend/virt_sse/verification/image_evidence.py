@@ -1,4 +1,4 @@
-"""What the images themselves say: their LUKS headers, and the wrapped DEKs that they carry."""
+"""Evidence from images: their LUKS headers and envelopes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMAGE, WITHIN = "image", "within that"
 
 
 def check_image(verdict: DiskVerdict, disk: Disk) -> None:
-    """Whether the image's own volume is what the store says, and it carries the DEKs that the store has."""
+    """Check the cipher of the image's outermost volume and the wrapped DEKs in its envelope."""
     entry = disk.deks[-1]
     carried = _check(verdict, disk.path, disk.format, disk.id)
     cipher, key = _cipher(verdict, disk.path, disk.format), str(entry.wrapped.key)
@@ -30,13 +30,13 @@ def check_image(verdict: DiskVerdict, disk: Disk) -> None:
         )
     if carried and carried.disk_id == disk.id:
         is_same = carried.deks == disk.deks
-        verdict.expect(is_same, "the image carries other wrapped DEKs than the store has")
+        verdict.expect(is_same, "the wrapped DEKs in the image differ from the store")
 
 
 def check_within(verdict: DiskVerdict, disk: Disk, keys: KeyAccess, domain: str) -> None:
-    """Whether the volume within the image's own one is what the store says, by taking that one off.
+    """Check the cipher of the inner volume of an unused image with nested volumes, by opening the outer.
 
-    For a disk that nobody has open. Unwraps the DEKs of all volumes but the guest's, and records that.
+    Unwraps the DEKs of all volumes but the guest's. These key uses are in the audit log.
     """
     entry, *others = disk.deks
     if not others:
@@ -46,16 +46,16 @@ def check_within(verdict: DiskVerdict, disk: Disk, keys: KeyAccess, domain: str)
             deks = [keys.unwrap_slot(disk, other.slot) for other in others]
         cipher = cipher_within(disk, deks)
     except VirtSseError as exc:
-        verdict.expect(False, f"the image's inner layer cannot be looked at: {exc}")
+        verdict.expect(False, f"cannot inspect the image's inner layer: {exc}")
         return
     verdict.layers.append(Layer(WITHIN, cipher, entry.slot, str(entry.wrapped.key)))
     verdict.expect(
-        cipher == str(entry.cipher), f"within, the image is encrypted with {cipher}, not {entry.cipher}"
+        cipher == str(entry.cipher), f"the image's inner layer is encrypted with {cipher}, not {entry.cipher}"
     )
 
 
 def check_temporary(verdict: DiskVerdict, path: Path, disk_id: UUID, cipher: str) -> Layer:
-    """Whether the image of a VM's temporary disk is the one that it should be; what was seen of it."""
+    """Check the image of a VM's temporary disk; return its layer."""
     carried = _check(verdict, path, DiskFormat.RAW, disk_id)
     entry = carried.deks[0] if carried and carried.deks else None
     key = str(entry.wrapped.key) if entry else None
@@ -66,14 +66,14 @@ def check_temporary(verdict: DiskVerdict, path: Path, disk_id: UUID, cipher: str
 
 
 def _check(verdict: DiskVerdict, path: Path, image_format: DiskFormat, disk_id: UUID) -> Envelope | None:
-    """The envelope of an image, if it is that disk's."""
+    """Read the envelope of an image, and check the disk id in the envelope."""
     try:
         with img.opened(path) as descriptor:
             carried = envelope_slots.read(descriptor, image_format)
     except EnvelopeError as exc:
         verdict.expect(False, f"the image carries no wrapped DEKs: {exc}")
         return None
-    except ImageError:  # told by _cipher
+    except ImageError:  # reported by _cipher
         return None
     verdict.expect(carried.disk_id == disk_id, f"{path} is the image of another disk: it was replaced")
     return carried

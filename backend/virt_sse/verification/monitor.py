@@ -1,8 +1,8 @@
-"""What a running domain's QEMU says of itself, through libvirt.
+"""Queries to a running domain's QEMU, through libvirt.
 
-libvirt passes commands on to QEMU's monitor and, as it cannot know what they do, marks the domain ``tainted:
-custom-monitor`` in its log. Ours only ask. libvirt's own XML tells what libvirt has meant, without a cipher,
-and nothing of what others have told QEMU.
+libvirt passes commands to QEMU's monitor and logs the domain as ``tainted: custom-monitor``, because libvirt
+does not know the effect of a command; these commands are read-only. libvirt's own XML is not sufficient: it
+shows libvirt's intention, without ciphers, and not changes made in QEMU by other means.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from virt_sse.verification.graph import BlockGraph
 
 
 def block_graph(domain: libvirt.virDomain) -> BlockGraph:
-    """The block graph of a running domain.
+    """Query the block graph of a running domain.
 
-    :raise MonitorError: When QEMU does not say.
+    :raise MonitorError: When QEMU refuses a query or does not answer.
     """
     return BlockGraph(
         _ask(domain, "query-named-block-nodes", flat=True),
@@ -35,7 +35,7 @@ def _ask(domain: libvirt.virDomain, command: str, **arguments: object) -> Any:
     try:
         answer = json.loads(libvirt_qemu.qemuMonitorCommand(domain, request, 0))
     except (libvirt.libvirtError, ValueError) as exc:
-        raise MonitorError(f"QEMU does not answer to {command}: {exc}") from exc
+        raise MonitorError(f"QEMU does not answer {command}: {exc}") from exc
     if "return" not in answer:
         raise MonitorError(f"{command}: {answer.get('error', {}).get('desc', 'no answer')}")
     return answer["return"]

@@ -1,4 +1,4 @@
-"""What the kernel says of processes: which files they really have open, and which sockets (proc(5))."""
+"""Evidence from the kernel: open files and sockets of processes (proc(5))."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ _DELETED = " (deleted)"
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """A file that a process has open.
+    """An open file of a process.
 
-    :ivar name: the kernel's; of a file whose name is gone, the one that it had.
-    :ivar identity: device and inode, which tell a file from another that has taken its name.
+    :ivar name: the name according to the kernel; the former name of a deleted file.
+    :ivar is_unnamed: whether the file was deleted, or never had a name.
+    :ivar identity: device and inode; different for a file that has replaced the open file.
     """
 
     descriptor: int
@@ -31,7 +32,7 @@ class OpenFile:
 
 
 def identity(path: Path) -> tuple[int, int] | None:
-    """Device and inode of the file that is at *path* now."""
+    """Device and inode of the file presently at *path*, if any."""
     try:
         status = path.stat()
     except OSError:
@@ -40,7 +41,7 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 
 def open_files(pid: int) -> list[OpenFile]:
-    """The regular files, devices and sockets that a process has open; none for one that is gone."""
+    """The open regular files, devices and sockets of a process; empty if the process has ended."""
     found = []
     with contextlib.suppress(OSError):
         for entry in sorted((_PROC / str(pid) / "fd").iterdir(), key=lambda each: int(each.name)):
@@ -60,13 +61,13 @@ def open_files(pid: int) -> list[OpenFile]:
 
 
 def has_open(pid: int, path: Path) -> bool:
-    """Whether a process has the file open that is at *path* now, rather than one that was there before."""
+    """Whether a process has the file presently at *path* open, rather than a former file of the same name."""
     wanted = identity(path)
     return wanted is not None and any(file.identity == wanted for file in open_files(pid))
 
 
 def listens_at(pid: int, path: Path) -> bool:
-    """Whether a process has the socket that listens at *path*."""
+    """Whether a process holds the listening socket at *path*."""
     inodes = set()
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in (_PROC / str(pid) / "net/unix").read_text("utf-8", errors="replace").splitlines()[1:]:
@@ -77,7 +78,7 @@ def listens_at(pid: int, path: Path) -> bool:
 
 
 def command_line(pid: int) -> list[str]:
-    """The arguments that a process was started with."""
+    """The command line of a process; empty if the process has ended."""
     try:
         content = (_PROC / str(pid) / "cmdline").read_bytes()
     except OSError:
@@ -86,7 +87,7 @@ def command_line(pid: int) -> list[str]:
 
 
 def qemu_process(config: Config, name: str, vm_id: UUID) -> int | None:
-    """The QEMU of a running domain, by libvirt's note of it; ``None`` where it is not seen from here."""
+    """The pid of a domain's QEMU, from libvirt's pid file; ``None`` if not visible in this PID namespace."""
     try:
         pid = int((config.root / "run/libvirt/qemu" / f"{name}.pid").read_text())
     except (OSError, ValueError):

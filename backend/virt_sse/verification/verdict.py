@@ -1,4 +1,4 @@
-"""What a verification has found: each disk's layers, where its plaintext is, and what is not as asked for."""
+"""Results of a verification: the layers of each disk, the places of its data, and problems."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What a disk's data passes, or lies in.
+    """A layer that a disk's data passes, or is stored in.
 
     :ivar where: ``guest's QEMU``, ``host cache``, ``storage daemon`` or ``image``.
-    :ivar cipher: what the data is encrypted with on its side towards the storage, by the volume's header;
-        ``None`` when it cannot be told.
-    :ivar slot: of the DEK that opens the volume.
-    :ivar key: the KEK, with its version, that the DEK is under.
-    :ivar detail: what else was seen.
+    :ivar cipher: cipher of the data on the storage side of the layer, from the volume's header; ``None`` if
+        unknown.
+    :ivar slot: slot of the DEK for the volume.
+    :ivar key: KEK, with version, of the DEK.
+    :ivar detail: further observations, e.g. a path.
     """
 
     where: str
@@ -26,7 +26,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class DataPlace:
-    """Where data of a disk is, and in what state."""
+    """A place with data of a disk, and whether the data is plaintext there."""
 
     where: str
     is_plaintext: bool
@@ -34,12 +34,13 @@ class DataPlace:
 
 @dataclass(slots=True)
 class DiskVerdict:
-    """A disk of the domain; filled in while it is looked at.
+    """The result for a disk of the domain, filled in during the verification.
 
-    :ivar target: its name in the guest; ``-`` for one that is no disk of the guest's.
-    :ivar disk: the name of a disk of ours.
-    :ivar asked: what was asked for: the encryption type, and what the host is to cache.
-    :ivar problems: what is not as it was asked for, in words.
+    :ivar target: device name in the guest; ``-`` for a disk outside of the domain's definition.
+    :ivar disk: name of a managed disk.
+    :ivar asked: requested encryption type.
+    :ivar caching: requested host caching.
+    :ivar problems: differences from the request, as text.
     """
 
     target: str
@@ -51,7 +52,7 @@ class DiskVerdict:
     problems: list[str] = field(default_factory=list)
 
     def expect(self, holds: bool, problem: str) -> bool:
-        """Note *problem* unless it *holds*, which is returned."""
+        """Add *problem* unless *holds*; return *holds*."""
         if not holds and problem not in self.problems:
             self.problems.append(problem)
         return holds
@@ -59,7 +60,7 @@ class DiskVerdict:
 
 @dataclass(frozen=True, slots=True)
 class AtRestFinding:
-    """What else of the guest lies on the host at rest."""
+    """Data of the guest at rest on the host, apart from disks."""
 
     what: str
     where: str | None
@@ -68,11 +69,11 @@ class AtRestFinding:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """A domain.
+class DomainVerdict:
+    """The result for a domain.
 
-    :ivar places: where all its disks' data is.
-    :ivar problems: of the domain itself; its disks have their own.
+    :ivar places: places with data of all disks.
+    :ivar problems: problems of the domain itself, without its disks' problems.
     """
 
     domain: str
@@ -85,6 +86,6 @@ class Verdict:
 
     @property
     def all_problems(self) -> list[str]:
-        """Those of the domain and of its disks; none when what runs is what was asked for."""
+        """All problems of the domain and its disks; empty if the domain is as requested."""
         of_disks = [f"{each.target}: {problem}" for each in self.disks for problem in each.problems]
         return [*self.problems, *of_disks]

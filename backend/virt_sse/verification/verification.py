@@ -33,7 +33,7 @@ from virt_sse.verification.monitor import block_graph
 from virt_sse.verification.processes import qemu_process
 from virt_sse.verification.running_disks import GUEST_QEMU, RunningDisks
 from virt_sse.verification.stage_evidence import StageEvidence
-from virt_sse.verification.verdict import AtRestFinding, DataPlace, DiskVerdict, Layer, Verdict
+from virt_sse.verification.verdict import AtRestFinding, DataPlace, DiskVerdict, DomainVerdict, Layer
 
 _LONGEST_CHAIN = 32
 TEMPORARY = "(temporary)"
@@ -71,10 +71,10 @@ class Verification:
         self._keys = host.keys
         self._stages = host.stages
         self._start = start
-        self._evidence = StageEvidence(host.config, host.stages)
+        self._evidence = StageEvidence(host.stages)
         self._vms = vms
 
-    def verify(self, name: str, *, strict: bool = False) -> Verdict:
+    def verify(self, name: str, *, strict: bool = False) -> DomainVerdict:
         """Look at a domain: at what runs or, when it does not, at its definition and its images.
 
         :param strict: whether a disk in plaintext that is not ours is a problem also without encryption at
@@ -96,7 +96,7 @@ class Verification:
         problems += [
             f"{each.what} is in plaintext: {each.reason}" for each in rest if at_host and each.is_refused
         ]
-        return Verdict(
+        return DomainVerdict(
             domain=name,
             runs=runs,
             encryption_at_host=at_host,
@@ -189,9 +189,7 @@ class Verification:
             is_there = link.path is not None and canonical(link.path) == canonical(source.place)
             verdict.expect(is_there, f"its definition has it at {link.place}, not at {source.place}")
             verdict.expect(link.slot == source.slot, f"its definition has the DEK in slot {link.slot!r}")
-        record = self._stages.record(disk.id)
-        is_used = record is not None and record.domain_id == subject.id
-        verdict.expect(not is_used, "what was below its QEMU has not been ended")
+        is_used = self._evidence.check_ended(verdict, disk, subject.id)
         check_image(verdict, disk)
         if not is_used:
             check_within(verdict, disk, self._keys, subject.name)

@@ -1,4 +1,4 @@
-"""The key providers that come with virt-sse."""
+"""Built-in key providers of virt-sse."""
 
 from __future__ import annotations
 

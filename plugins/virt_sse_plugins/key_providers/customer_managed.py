@@ -1,4 +1,4 @@
-"""Customer-managed keys: KEKs that lie in a key vault, ours or Azure's, and are used there alone."""
+"""Customer-managed keys: KEKs stored and used only inside a key vault, virt-sse's own or Azure's."""
 
 from __future__ import annotations
 
@@ -36,19 +36,20 @@ ALGORITHM = "RSA-OAEP-256"
 _ALGORITHMS = (ALGORITHM, "RSA-OAEP")
 _READING = "reading of the key"
 _CIPHERTEXT_LENGTHS = (256, 384, 512)
-"""Of RSA keys as key vaults have them."""
+"""Lengths in bytes, for the sizes of RSA keys in key vaults."""
 
 
 class CustomerManagedKeyProvider(KeyProvider):
-    """Has DEKs wrapped by RSA-OAEP-256 in a key vault, as one identity.
+    """Wraps DEKs by RSA-OAEP-256 in a key vault, with one identity.
 
-    The name of a key is its URL without a version. Wrapping is asked of the vault too, though the public key
-    would do: only so is it refused once the key is taken away, and on the vault's record.
+    The name of a key is its URL without a version. Wrapping involves the vault, although the public key would
+    suffice: this way the vault can refuse a revoked key, and audits each wrap.
 
-    Every method but :meth:`from_config` and :meth:`key_state` raises, besides what the contract says,
-    :class:`~virt_sse.errors.KeyDeniedError` when the vault refuses the identity, or the identity is not for
-    that vault, which then hears nothing of it, and :class:`~virt_sse.errors.KeyProviderUnavailableError` when
-    the vault does not answer, or not as a key vault does.
+    Every method but :meth:`from_config` and :meth:`key_state` raises, in addition to the contract's errors,
+    :class:`~virt_sse.errors.KeyDeniedError` when the vault refuses the identity, or when the identity is not
+        meant for this vault (no request is sent then), and
+        :class:`~virt_sse.errors.KeyProviderUnavailableError` when the vault does not answer, or answers
+        unlike a key vault.
     """
 
     name = "customer-managed"
@@ -79,7 +80,7 @@ class CustomerManagedKeyProvider(KeyProvider):
 
     def wrap(self, dek: Dek, key: KeyId, *, context: DekContext) -> WrappedDek:
         ciphertext = self._use("wrap", key, ALGORITHM, context.bind(dek), context)
-        if len(ciphertext) not in _CIPHERTEXT_LENGTHS:  # no DEK could be had from it again
+        if len(ciphertext) not in _CIPHERTEXT_LENGTHS:  # unwrapping would fail
             raise _senseless()
         return WrappedDek(ciphertext, ALGORITHM, key)
 
@@ -87,7 +88,7 @@ class CustomerManagedKeyProvider(KeyProvider):
         if wrapped.algorithm not in _ALGORITHMS:
             raise UnwrapError(f"a key of {self.name!r} wraps by {ALGORITHM}, not by {wrapped.algorithm!r}")
         if len(wrapped.ciphertext) > max(_CIPHERTEXT_LENGTHS):
-            raise UnwrapError(f"a wrapped DEK of {len(wrapped.ciphertext)} bytes is no RSA key's")
+            raise UnwrapError(f"a wrapped DEK of {len(wrapped.ciphertext)} bytes does not fit an RSA key")
         try:
             payload = self._use("unwrap", wrapped.key, wrapped.algorithm, wrapped.ciphertext, context)
         except UnacceptableError as exc:
@@ -98,9 +99,10 @@ class CustomerManagedKeyProvider(KeyProvider):
         return context.release(payload)
 
     def key_state(self, key: KeyId) -> KeyState:
-        """The state of that version.
+        """The state of a version.
 
-        A vault that the identity is not for is not asked, and ``UNREACHABLE`` like one that does not answer.
+        ``UNREACHABLE`` when the vault does not answer, or when the identity is not meant for this vault (no
+        request is sent then).
         """
         try:
             located = _parse_version(key)
@@ -117,16 +119,17 @@ class CustomerManagedKeyProvider(KeyProvider):
             return KeyState.UNREACHABLE
 
     def rotate(self, name: str) -> KeyId:
-        """Make a new version of the key, if the identity may.
+        """Make a new version of the key, if the vault permits.
 
-        :raise KeyDeniedError: When it may not, as it should be where the key's administrator rotates it.
+        :raise KeyDeniedError: When the identity lacks permission; usual, since the key's administrator
+            rotates.
         """
         key = _parse(name)
         vault = self._vault(key)
         try:
             document = vault.ask("rotation", key, "POST", "rotate", headers=_headers(), repeatable=False)
         except KeyDeniedError as exc:
-            raise KeyDeniedError(str(exc), hint="the key's administrator rotates it") from exc
+            raise KeyDeniedError(str(exc), hint="rotation is a task of the key's administrator") from exc
         return KeyId(self.name, name, _version(key, _table(document, "key").get("kid")))
 
     def close(self) -> None:
@@ -162,10 +165,14 @@ class CustomerManagedKeyProvider(KeyProvider):
         return KeyState.ENABLED
 
     def _vault(self, key: KeyVaultKey) -> KeyVault:
-        """:raise KeyDeniedError: When the identity is not for the key's vault."""
+        """The vault of a key.
+
+        :raise KeyDeniedError: When the identity is not meant for the key's vault.
+        """
         if not self._access.covers(key.vault_url):
             raise KeyDeniedError(
-                f"{self._access.who()} is not for the key vault {key.vault_url}", hint=self._access.hint()
+                f"{self._access.who()} is not meant for the key vault {key.vault_url}",
+                hint=self._access.hint(),
             )
         with self._lock:
             if key.vault_url not in self._vaults:
@@ -182,16 +189,16 @@ def _parse(name: str) -> KeyVaultKey:
     try:
         key = KeyVaultKey.parse(name)
     except InvalidValueError as exc:
-        raise KeyNotFoundError(f"no key vault has such a key: {exc}", hint=exc.hint) from exc
+        raise KeyNotFoundError(f"invalid name of a key in a key vault: {exc}", hint=exc.hint) from exc
     if key.version is not None:
-        raise KeyNotFoundError(f"the name of a key, {name!r}, is its URL without a version")
+        raise KeyNotFoundError(f"invalid key name {name!r}: expected the key's URL without a version")
     return key
 
 
 def _parse_version(key: KeyId) -> KeyVaultKey:
     located = _parse(key.name)
     if not is_key_version(key.version):
-        raise KeyNotFoundError(f"no key vault has a version {key.version!r} of a key")
+        raise KeyNotFoundError(f"invalid version {key.version!r} of a key in a key vault")
     return KeyVaultKey(located.vault_url, located.name, key.version)
 
 
@@ -200,7 +207,7 @@ def _headers() -> dict[str, str]:
 
 
 def _senseless() -> KeyProviderUnavailableError:
-    return KeyProviderUnavailableError("the key vault's answer makes no sense")
+    return KeyProviderUnavailableError("the key vault's answer is invalid")
 
 
 def _table(document: Mapping[str, object], name: str) -> Mapping[str, object]:
@@ -211,9 +218,9 @@ def _table(document: Mapping[str, object], name: str) -> Mapping[str, object]:
 
 
 def _version(key: KeyVaultKey, identifier: object) -> str:
-    """The version in the key identifier of an answer, which must be about *key*.
+    """The version in the key identifier of an answer about *key*.
 
-    A vault may call itself by another host name than its caller does.
+    The host name may differ: a vault may use another name for itself than its caller.
     """
     try:
         answered = KeyVaultKey.parse(identifier) if isinstance(identifier, str) else None
@@ -227,7 +234,7 @@ def _version(key: KeyVaultKey, identifier: object) -> str:
 
 
 def _bytes(value: object) -> bytes:
-    """What an answer holds in base64url without padding (RFC 7515 §2). It may be a DEK: no error shows it."""
+    """Decode base64url without padding (RFC 7515 §2). The value may be a DEK, so errors do not show it."""
     if isinstance(value, str) and value.isascii():
         try:
             padded = value + "=" * (-len(value) % 4)

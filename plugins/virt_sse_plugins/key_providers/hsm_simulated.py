@@ -1,6 +1,6 @@
-"""Keys in a PKCS#11 token: KEKs that are made, used and destroyed inside it, and never come out.
+"""Keys in a PKCS#11 token: KEKs made, used and destroyed inside the token, and never extracted.
 
-The token is SoftHSM's unless another module is named: hence "simulated".
+The default token is SoftHSM's: hence "simulated". Any PKCS#11 module can be configured.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _ALGORITHMS = {KeyKind.RSA: RSA_OAEP_256, KeyKind.AES: A256KW}
 
 
 class HsmSimulatedKeyProvider(KeyProvider):
-    """Has DEKs wrapped by a token: by RSA-OAEP-256 or by AES key wrap, as the key is.
+    """Wraps DEKs in a token: by RSA-OAEP-256 or by AES key wrap, depending on the key.
 
-    Wrapping with RSA asks the token too, though the public key would do: only so is it refused once the key
-    is disabled, destroyed or out of reach.
+    Wrapping with RSA involves the token, although the public key would suffice: otherwise wrapping would
+    still work with a disabled, destroyed or unreachable key.
 
-    A token that is away, or takes no PIN, says nothing of a key: then methods raise
-    :class:`~virt_sse.errors.KeyProviderUnavailableError`, or :class:`~virt_sse.errors.ConfigError` where the
-    module or the PIN is not as configured.
+    An absent token, or a rejected PIN, says nothing about a key: methods then raise
+    :class:`~virt_sse.errors.KeyProviderUnavailableError`, or :class:`~virt_sse.errors.ConfigError` when the
+    configured module or PIN is unusable.
     """
 
     name = "hsm-simulated"
@@ -60,7 +60,7 @@ class HsmSimulatedKeyProvider(KeyProvider):
 
     @classmethod
     def parse_key(cls, text: str) -> tuple[str, str | None]:
-        """A label, or a PKCS#11 URI of an object alone: which token it is in stands in the configuration."""
+        """Parse a label or a PKCS#11 URI. The URI names an object only; the configuration names the token."""
         if not text.startswith(SCHEME):
             return text, None
         uri = TokenUri.parse(text)
@@ -68,14 +68,14 @@ class HsmSimulatedKeyProvider(KeyProvider):
         if not uri.object or uri != rest or uri.type not in (None, "private", "secret-key"):
             raise InvalidValueError(
                 f"{text!r} is not the PKCS#11 URI of a key by 'object', perhaps with its 'id'",
-                hint=f"which token it is in is said by 'uri' in [key-providers.{cls.name}]",
+                hint=f"name the token by 'uri' in [key-providers.{cls.name}]",
             )
         return uri.object, uri.id.hex() if uri.id else None
 
     def keys(self) -> VersionedKeys:
         """The token's keys.
 
-        :raise KeyProviderUnavailableError: When it is not there or takes no PIN.
+        :raise KeyProviderUnavailableError: When the token is absent or rejects the PIN.
         """
         with self._lock:
             if self._keys is None:

@@ -1,6 +1,6 @@
-"""One key vault, spoken to through Azure's SDK; its refusals and silences, told by their meaning.
+"""Client of one key vault, on top of Azure's SDK; turns refusals and failures into errors by meaning.
 
-Only what the vault itself says is a verdict on a key. An answer that no key vault gives is as good as none.
+Only a genuine answer of the vault is a verdict on a key. Any answer unlike a key vault's counts as no answer.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _SOON_SECONDS = 1.0
 
 
 class UnacceptableError(KeyProviderError):
-    """What was asked for makes no sense to the vault."""
+    """The vault considers the request invalid."""
 
 
 class KeyVault:
-    """The vault at *url*, asked by one identity. Threads may share one, and so may a process and its fork.
+    """The vault at *url*, used with one identity. Safe to share between threads, and across a fork.
 
-    The SDK's clients are not for several threads at once (a refused token is taken from under another
-    thread's request), so that each request has one to itself.
+    The SDK's clients are not thread-safe (a refused token is discarded during another thread's request), so
+    each request uses its own client.
 
     :param url: as in :class:`~virt_sse_plugins.key_providers.key_urls.KeyVaultKey`; *access* covers it.
     :param connection_timeout: in seconds.
@@ -70,15 +70,15 @@ class KeyVault:
         headers: Mapping[str, str],
         repeatable: bool = True,
     ) -> Mapping[str, object]:
-        """The vault's answer to one question about *key*.
+        """Send one request about *key*, and return the vault's answer.
 
-        A connection that was lost at once is made anew, a refused token renewed and a short delay that the
-        vault asks for granted: each once.
+        Retries once each: after an immediate loss of the connection, after a refused token with a new token,
+        and after a short delay requested by the vault.
 
-        :param what: the question, for messages: "key vault refused the {what}".
+        :param what: the request, for the message "key vault refused the {what}".
         :param operation: the end of the request's path; empty for reading the key.
-        :param repeatable: whether asking twice does no more than asking once.
-        :raise KeyProviderError: By meaning, when there is none.
+        :param repeatable: whether the request is idempotent.
+        :raise KeyProviderError: A subclass by meaning, when the vault refuses or does not answer.
         """
         path = "/".join(filter(None, (key.version, operation)))
         request = _request(method, f"/keys/{key.name}/{path}", body, headers)
@@ -99,33 +99,33 @@ class KeyVault:
                 return self._checked(what, key, outcome)
 
     def close(self) -> None:
-        """Close all connections; those in use when they are free."""
+        """Close all connections; a connection in use is closed after its request."""
         self._closed = True
         self._close_idle()
 
     def _send(self, what: str, request: HttpRequest) -> HttpResponse | Exception:
-        """The answer, or why there is none. A token that is refused is an answer too.
+        """The answer, or the exception of a failed request. A refused token is an answer, too.
 
-        :raise KeyProviderError: When it is for the identity that there is none.
+        :raise KeyProviderError: When the identity is the cause of the failure.
         """
         with self._client() as client:
             try:
                 return client.send_request(request)
             except KeyDeniedError as exc:
                 raise KeyDeniedError(
-                    f"key vault refused the {what}: it gives no token to {self._access.who()}",
+                    f"key vault refused the {what}: no token for {self._access.who()}",
                     hint="the identity was deleted or disabled, or has expired",
                 ) from exc
             except KeyProviderError:
                 raise
             except VirtSseError as exc:  # about the credential file
                 raise KeyProviderUnavailableError(str(exc), hint=exc.hint) from exc
-            except Exception as exc:  # noqa: BLE001 -- whatever the SDK fails with, the vault has not answered
+            except Exception as exc:  # noqa: BLE001 -- any failure of the SDK means: no answer of the vault
                 return exc
 
     @contextlib.contextmanager
     def _client(self) -> Iterator[KeyClient]:
-        idle = self._idle.setdefault(os.getpid(), deque())  # a fork leaves its parent's connections alone
+        idle = self._idle.setdefault(os.getpid(), deque())  # a fork must not use its parent's connections
         try:
             client = idle.pop()
         except IndexError:
@@ -149,7 +149,7 @@ class KeyVault:
             retry_total=0,
             permit_redirects=False,
             use_env_settings=self._access.follows_environment,
-            verify_challenge_resource=False,  # the access does, also for vaults that are not Azure's
+            verify_challenge_resource=False,  # Access does, also for vaults other than Azure's
         )
 
     def _close_idle(self) -> None:
@@ -178,11 +178,11 @@ class KeyVault:
             if reason == "KeyDisabled":
                 return KeyDisabledError(message, hint=f"the key's administrator can enable {about}")
             return KeyDeniedError(
-                message, hint=f"the key's administrator can grant {self._access.who()} the use of {about}"
+                message, hint=f"the key's administrator can permit {self._access.who()} to use {about}"
             )
         if status == HTTPStatus.NOT_FOUND and reason == "KeyNotFound":
             return KeyNotFoundError(
-                message, hint=f"{about} is not there; a deleted key can be recovered until it is purged"
+                message, hint=f"{about} does not exist; a deleted key can be recovered until purged"
             )
         if status == HTTPStatus.NOT_FOUND:
             return self._not_a_vault(f"{status} {reason}")
@@ -191,7 +191,7 @@ class KeyVault:
         return KeyProviderError(message)
 
     def _not_a_vault(self, told: str) -> KeyProviderUnavailableError:
-        return KeyProviderUnavailableError(f"{self.url} does not answer as a key vault does ({told})")
+        return KeyProviderUnavailableError(f"{self.url} does not answer like a key vault ({told})")
 
     def _unanswered(self, failure: Exception) -> KeyProviderUnavailableError:
         reason = _failure_reason(failure)
@@ -211,13 +211,13 @@ def _request(
 def _document(response: HttpResponse) -> Mapping[str, object] | None:
     try:
         document = response.json()
-    except Exception:  # noqa: BLE001 -- the SDK has many ways to say that it is no JSON
+    except Exception:  # noqa: BLE001 -- the SDK raises many exceptions for malformed JSON
         return None
     return document if isinstance(document, dict) else None
 
 
 def _reason(document: Mapping[str, object] | None) -> str | None:
-    """The most exact error code; only letters, so that nothing else of an answer comes into a message."""
+    """The most specific error code; only letters, so that messages show nothing else of an answer."""
     error = document.get("error") if document is not None else None
     if not isinstance(error, dict):
         return None
@@ -229,7 +229,7 @@ def _reason(document: Mapping[str, object] | None) -> str | None:
 
 
 def _pause(response: HttpResponse) -> float | None:
-    """How long the vault asks to wait, if that is not long."""
+    """Seconds to wait before a retry, as requested by the vault; ``None`` for none or a long delay."""
     if response.status_code not in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
         return None
     try:
@@ -240,7 +240,7 @@ def _pause(response: HttpResponse) -> float | None:
 
 
 def _was_lost(failure: Exception) -> bool:
-    """Whether a connection was refused or lost: a new one may do better."""
+    """Whether a connection was refused or lost: a new connection may work."""
     from azure.core.exceptions import (
         ServiceRequestError,
         ServiceRequestTimeoutError,
@@ -281,7 +281,7 @@ def _causes(failure: BaseException) -> Iterator[BaseException]:
 
 
 def _chainable(failure: Exception) -> Exception | None:
-    """*failure* without the request, which holds a DEK; ``None`` when it may hold an answer that does."""
+    """*failure* without the request, which contains a DEK; ``None`` if its answer may contain a DEK."""
     from azure.core.exceptions import HttpResponseError
 
     if isinstance(failure, HttpResponseError):

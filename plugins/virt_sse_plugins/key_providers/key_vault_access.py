@@ -1,4 +1,4 @@
-"""As whom the customer-managed provider speaks to key vaults, and to which ones alone."""
+"""Identities of the customer-managed provider, and the vaults each identity is restricted to."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ AZURE_DOMAINS = (
     "managedhsm.azure.cn",
     "managedhsm.usgovcloudapi.net",
 )
-"""Under which Azure's own vaults lie."""
+"""Parent domains of Azure's own vaults."""
 
 
 class Credential(Protocol):
-    """What the SDK's clients ask for tokens."""
+    """The SDK's protocol for sources of tokens."""
 
     def get_token(
         self, *scopes: str, claims: str | None = None, tenant_id: str | None = None, **options: object
@@ -37,54 +37,54 @@ class Credential(Protocol):
 
 
 class Access(ABC):
-    """One identity. Threads may share one.
+    """One identity. Safe to share between threads.
 
-    :cvar follows_environment: whether proxies and authorities that the environment names are used.
+    :cvar follows_environment: whether proxies and authorities from environment variables are used.
     """
 
     follows_environment: ClassVar[bool]
 
     @abstractmethod
     def who(self) -> str:
-        """The identity, for a hint to the one who grants.
+        """Description of the identity, for messages.
 
         :raise KeyProviderUnavailableError: When the identity's credential cannot be read.
         """
 
     @abstractmethod
     def covers(self, vault_url: str) -> bool:
-        """Whether this identity is for that vault. To no other goes anything at all.
+        """Whether this identity is meant for the vault. Nothing is ever sent to any other vault.
 
         :raise KeyProviderUnavailableError: When the identity's credential cannot be read.
         """
 
     @abstractmethod
     def hint(self) -> str:
-        """What to do about a vault that this identity is not for."""
+        """Hint for an error about a vault which this identity does not cover."""
 
     @abstractmethod
     def credential(self, vault_url: str) -> Credential:
-        """What gives tokens for that vault, which this :meth:`covers`."""
+        """Source of tokens for a vault covered by this identity."""
 
     @abstractmethod
     def authorities(self) -> str | bool:
-        """The path of the certificates that are trusted; ``True`` for the system's."""
+        """Path of the trusted certificates; ``True`` for the system's."""
 
     def renew(self) -> bool:
-        """Ask for a new token next time; false when that is not to be had."""
+        """Request a new token at the next use; false if not supported."""
         return False
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of tokens and connections."""
+        """Release tokens and connections."""
 
 
 class CredentialFileAccess(Access):
-    """The identity of a credential file, for the file's own vault alone.
+    """The identity in a credential file, restricted to the file's own vault.
 
-    The file is read at first use, and again as long as it cannot be read.
+    The file is read at first use, and again after each failure to read.
 
-    :param timeout: for the vault to give a token; in seconds.
+    :param timeout: time limit for a token of the vault, in seconds.
     """
 
     follows_environment = False
@@ -102,7 +102,7 @@ class CredentialFileAccess(Access):
         return self._open().covers(vault_url)
 
     def hint(self) -> str:
-        return f"the credential file {self._path} is for {self._open().file.vault_url} alone"
+        return f"the credential file {self._path} is restricted to {self._open().file.vault_url}"
 
     def credential(self, vault_url: str) -> Credential:
         return _FileTokens(self._open())
@@ -126,13 +126,13 @@ class CredentialFileAccess(Access):
 
                 try:
                     self._opened = VaultCredential(self._path, timeout=self._timeout)
-                except VirtSseError as exc:  # on this host: the vault has said nothing about the key
+                except VirtSseError as exc:  # a local problem, not a verdict of the vault about the key
                     raise KeyProviderUnavailableError(str(exc), hint=exc.hint) from exc
             return self._opened
 
 
 class _FileTokens:
-    """Tokens for the file's own audience and tenant, whatever else a server's challenge may name."""
+    """Tokens for the file's own audience and tenant, regardless of a server's challenge."""
 
     def __init__(self, credential: VaultCredential) -> None:
         self._credential = credential
@@ -144,15 +144,15 @@ class _FileTokens:
 
 
 class AzureAccess(Access):
-    """An identity that azure-identity knows how to get tokens for.
+    """An identity with tokens from azure-identity.
 
-    That it gets none says nothing about the key: the errors do not tell a deleted identity from a host where
-    none was set up.
+    A failure to get a token says nothing about the key: azure-identity's errors do not distinguish a deleted
+    identity from a host without identity.
 
-    :param who: what to call it.
+    :param who: description of the identity.
     :param make: makes the credential, at first use.
-    :param hosts: ``HOST`` or ``HOST:PORT`` of the vaults that it is for; empty: Azure's own.
-    :param authority: the path of the certificates that are trusted for them; ``None`` for the system's.
+    :param hosts: ``HOST`` or ``HOST:PORT`` of the covered vaults; empty for Azure's own vaults.
+    :param authority: path of the trusted certificates for the vaults; ``None`` for the system's.
     """
 
     follows_environment = True
@@ -183,8 +183,8 @@ class AzureAccess(Access):
 
     def hint(self) -> str:
         if self._hosts:
-            return "the option 'hosts' does not name it"
-        return "a key vault that is not Azure's must be named in the option 'hosts'"
+            return "the option 'hosts' does not name this key vault"
+        return "a key vault other than Azure's must be named in the option 'hosts'"
 
     def credential(self, vault_url: str) -> Credential:
         with self._lock:
@@ -202,7 +202,7 @@ class AzureAccess(Access):
 
 
 class _AzureTokens:
-    """Tokens for the resource that a vault names, if the vault lies on or under that resource's host."""
+    """Tokens for the resource named by a vault, if the vault's host is or is below the resource's host."""
 
     def __init__(
         self, credential: ManagedIdentityCredential | DefaultAzureCredential, vault_host: str
@@ -217,7 +217,7 @@ class _AzureTokens:
             host = urlsplit(scope).hostname
             if not host or (host != self._vault_host and not self._vault_host.endswith(f".{host}")):
                 raise KeyProviderUnavailableError(
-                    f"the key vault {self._vault_host} asks for a token for something else than itself"
+                    f"the key vault {self._vault_host} requests a token for a different resource"
                 )
         try:
             return self._credential.get_token(*scopes, claims=claims, tenant_id=tenant_id)

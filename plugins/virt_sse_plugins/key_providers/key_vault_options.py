@@ -29,7 +29,7 @@ _HOST = re.compile(r"[^/]+")
 
 
 class CredentialKind(enum.Enum):
-    """Where tokens come from: the credential file of the set's own identity, or azure-identity."""
+    """Source of tokens: the credential file of the set's own identity, or azure-identity."""
 
     IDENTITY = "identity"
     MANAGED_IDENTITY = "managed-identity"
@@ -38,9 +38,11 @@ class CredentialKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class KeyVaultOptions:
-    """:ivar identity: the credential file; there for ``CredentialKind.IDENTITY``.
-    :ivar ca: what is trusted instead of the system's authorities.
-    :ivar hosts: the only vaults to speak to, instead of Azure's.
+    """Options of the customer-managed key provider.
+
+    :ivar identity: the credential file; always set for ``CredentialKind.IDENTITY``.
+    :ivar ca: file of trusted certificates, in place of the system's authorities.
+    :ivar hosts: the only allowed vaults, in place of Azure's.
     :ivar connection_timeout: in seconds; also for a vault's own tokens.
     :ivar read_timeout: in seconds, for each answer.
     """
@@ -54,7 +56,10 @@ class KeyVaultOptions:
 
     @classmethod
     def parse(cls, provider: str, config: ProviderConfig) -> Self:
-        """:raise ConfigError: When the options make no sense, or what they need is not installed."""
+        """Parse the provider's options.
+
+        :raise ConfigError: When the options are invalid, or a required package is not installed.
+        """
         table = f"[key-providers.{provider}]"
         unknown = sorted(set(config.options) - _OPTIONS)
         if unknown:
@@ -71,19 +76,19 @@ class KeyVaultOptions:
             for option in ("ca", "hosts"):
                 if option in config.options:
                     raise ConfigError(
-                        f"{option!r} in {table} is for other credentials than 'identity'",
-                        hint="a credential file names its vault and what that vault is trusted by",
+                        f"{option!r} in {table} is not allowed with the credential 'identity'",
+                        hint="a credential file already names its vault and the vault's trusted certificate",
                     )
             if options.identity is None:
                 raise ConfigError(
-                    f"key provider {provider!r} needs an identity to act as",
+                    f"key provider {provider!r} needs an identity",
                     hint=f"use it through a disk encryption set, or choose another 'credential' in {table}",
                 )
         _require_modules(provider, options.credential)
         return options
 
     def access(self) -> Access:
-        """The identity that these options name."""
+        """The identity named by these options."""
         if self.credential is CredentialKind.IDENTITY and self.identity is not None:
             return CredentialFileAccess(self.identity, timeout=self.connection_timeout)
         managed = self.credential is CredentialKind.MANAGED_IDENTITY
@@ -128,7 +133,7 @@ def _ca(table: str, options: Mapping[str, object]) -> Path | None:
         raise ConfigError(f"'ca' in {table} must be the path of certificates in PEM")
     try:
         ssl.create_default_context(cafile=path)
-    except OSError as exc:  # ssl.SSLError is one
+    except OSError as exc:  # includes ssl.SSLError
         raise ConfigError(f"'ca' in {table}: cannot read certificates from {path}: {exc.strerror}") from exc
     return Path(path)
 
@@ -143,7 +148,7 @@ def _hosts(table: str, options: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def _host(table: str, host: object) -> str:
-    """*host* as it stands in a vault's URL."""
+    """*host* in the form of a vault's URL."""
     try:
         if isinstance(host, str) and _HOST.fullmatch(host):
             return KeyVaultKey.parse(f"https://{host}/keys/k").vault_url.removeprefix("https://")
@@ -162,7 +167,7 @@ def _seconds(table: str, options: Mapping[str, object], name: str, default: floa
 
 
 def _require_modules(provider: str, kind: CredentialKind) -> None:
-    """Look for the SDK without importing it, which takes a quarter of a second."""
+    """Check that the SDK is installed, without importing the SDK: an import takes a quarter of a second."""
     for module in ("azure.keyvault.keys", "jwt" if kind is CredentialKind.IDENTITY else "azure.identity"):
         try:
             found = importlib.util.find_spec(module) is not None
@@ -170,6 +175,6 @@ def _require_modules(provider: str, kind: CredentialKind) -> None:
             found = False
         if not found:
             raise ConfigError(
-                f"key provider {provider!r} needs {module}, which is not installed",
+                f"key provider {provider!r} needs {module}, and {module} is not installed",
                 hint="install virt-sse with its extra 'azure'",
             )

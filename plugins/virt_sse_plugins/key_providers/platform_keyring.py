@@ -16,13 +16,13 @@ The keyring is JSON, format 1::
       }
     }
 
-A KEK is wrapped by RFC 3394 together with a digest of the keyring's id and its own name and version, so that
-none can be moved to the place of another. The check tells another keyring's root key from a damaged KEK.
+A KEK is wrapped (RFC 3394) together with a digest of the keyring's id, the key's name and the version: a
+wrapped KEK moved to a different place fails to unwrap. ``root-key-check`` distinguishes a wrong root key from
+a damaged KEK.
 """
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import datetime
 import hashlib
@@ -32,22 +32,21 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, Self, TypeVar
+from typing import NoReturn, Self
 
+import msgspec
 from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap, aes_key_wrap
 
-from virt_sse.api import KeyNotFoundError, KeyringError, KeyState
+from virt_sse.api import DocumentError, KeyNotFoundError, KeyringError, KeyState, from_json
 
 FORMAT = 1
 KEY_BYTES = 32
 DEFAULT_KEY = "default"
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RootKey:
-    """The 32 bytes that all KEKs of a keyring are wrapped under. Cannot print or pickle them."""
+class KeyringRootKey:
+    """The 32 bytes wrapping all KEKs of a keyring. Cannot be printed or pickled."""
 
     material: bytes = field(repr=False)
 
@@ -57,15 +56,14 @@ class RootKey:
         return cls(secrets.token_bytes(KEY_BYTES))
 
     def check(self, keyring_id: str) -> str:
-        """What the keyring *keyring_id* of this root key carries to recognise it by."""
+        """Check value stored in the keyring *keyring_id* to recognise its root key."""
         return hmac.digest(self.material, f"virt-sse keyring v1\0{keyring_id}".encode(), "sha256").hex()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a root key cannot be pickled")
 
 
-@dataclass(frozen=True, slots=True)
-class KekVersion:
+class KekVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
     """One version of a key.
 
     :ivar created: ISO 8601, UTC.
@@ -76,85 +74,81 @@ class KekVersion:
     state: KeyState
     wrapped_kek: bytes
 
+    def __post_init__(self) -> None:
+        if self.state not in (KeyState.ENABLED, KeyState.DISABLED):
+            raise ValueError(f"a version's state cannot be {self.state.value!r}")
 
-@dataclass(frozen=True, slots=True)
-class Key:
-    """A key's versions by id, oldest first, and the id of the current one."""
+
+class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A key's versions by id, oldest first, and the id of the current version."""
 
     current: str
     versions: Mapping[str, KekVersion]
 
+    def __post_init__(self) -> None:
+        if self.current not in self.versions:
+            raise ValueError(f"the current version {self.current!r} is missing")
+
+
+class _Format(msgspec.Struct, frozen=True):
+    format: int
+
+
+class _Document(_Format, frozen=True, forbid_unknown_fields=True, rename="kebab"):
+    id: str
+    root_key_check: str
+    keys: Mapping[str, Key]
+
 
 @dataclass(frozen=True, slots=True)
 class Keyring:
-    """A whole keyring. A value: every change makes a new one."""
+    """A keyring. Immutable: every change makes a new keyring."""
 
     id: str
-    root_key: RootKey
+    root_key: KeyringRootKey
     keys: Mapping[str, Key]
 
     @classmethod
     def generate(cls) -> Self:
-        """A new keyring, with a root key of its own and one version of the default key."""
-        empty = cls(secrets.token_hex(16), RootKey.generate(), {})
+        """A new keyring with a new root key and one version of the default key."""
+        empty = cls(secrets.token_hex(16), KeyringRootKey.generate(), {})
         return empty._with_version(DEFAULT_KEY, {})
 
     @classmethod
-    def parse(cls, document: bytes, root_key: RootKey, *, path: Path) -> Self:
+    def parse(cls, document: bytes, root_key: KeyringRootKey, *, path: Path) -> Self:
         """Read a keyring.
 
-        :param path: where *document* comes from, for messages.
-        :raise KeyringError: When it is damaged, of an unknown format, or *root_key* is not its root key.
+        :param path: origin of *document*, for messages.
+        :raise KeyringError: When *document* is damaged or of an unknown format, or *root_key* does not match.
         """
         try:
-            content = json.loads(document)
-            format_ = _member(content, "format", int)
+            format_ = from_json(document, _Format).format
             if format_ != FORMAT:
                 raise KeyringError(
                     f"the platform's keyring has format {format_}, this virt-sse reads {FORMAT} ({path})",
-                    hint="a newer virt-sse wrote it; upgrade this one",
+                    hint="the keyring was written by a newer virt-sse; upgrade this one",
                 )
-            keyring_id = _member(content, "id", str)
-            check = _member(content, "root-key-check", str)
-            keys = {name: _parse_key(name, key) for name, key in _member(content, "keys", dict).items()}
-        except ValueError as exc:
+            content = from_json(document, _Document)
+        except DocumentError as exc:
             raise KeyringError(
                 f"the platform's keyring is damaged: {exc} ({path})", hint="restore it from a backup"
             ) from exc
-        if not hmac.compare_digest(check.encode(), root_key.check(keyring_id).encode()):
+        if not hmac.compare_digest(content.root_key_check.encode(), root_key.check(content.id).encode()):
             raise KeyringError(
-                f"the root key is not that of the platform's keyring {keyring_id} ({path})",
+                f"the root key does not match the platform's keyring {content.id} ({path})",
                 hint="restore both files from the same backup",
             )
-        return cls(keyring_id, root_key, keys)
+        return cls(content.id, root_key, content.keys)
 
     def dump(self) -> bytes:
-        """The keyring as :meth:`parse` reads it."""
-        content = {
-            "format": FORMAT,
-            "id": self.id,
-            "root-key-check": self.root_key.check(self.id),
-            "keys": {
-                name: {
-                    "current": key.current,
-                    "versions": {
-                        version_id: {
-                            "created": version.created,
-                            "state": version.state.value,
-                            "wrapped-kek": base64.b64encode(version.wrapped_kek).decode(),
-                        }
-                        for version_id, version in key.versions.items()
-                    },
-                }
-                for name, key in self.keys.items()
-            },
-        }
-        return json.dumps(content, indent=2).encode() + b"\n"
+        """The keyring in the format of :meth:`parse`."""
+        content = _Document(FORMAT, self.id, self.root_key.check(self.id), self.keys)
+        return json.dumps(msgspec.to_builtins(content), indent=2).encode() + b"\n"
 
     def key(self, name: str) -> Key:
         """The key *name*.
 
-        :raise KeyNotFoundError: When there is none.
+        :raise KeyNotFoundError: When the key does not exist.
         """
         if name not in self.keys:
             raise KeyNotFoundError(f"the platform's keyring {self.id} has no key {name!r}")
@@ -163,7 +157,7 @@ class Keyring:
     def version(self, name: str, version_id: str) -> KekVersion:
         """One version of the key *name*.
 
-        :raise KeyNotFoundError: When there is none.
+        :raise KeyNotFoundError: When the version does not exist.
         """
         versions = self.key(name).versions
         if version_id not in versions:
@@ -174,10 +168,10 @@ class Keyring:
         return versions[version_id]
 
     def kek(self, name: str, version_id: str) -> bytes:
-        """The 32 bytes of a version, whatever its state.
+        """The 32 bytes of a version, regardless of its state.
 
-        :raise KeyNotFoundError: When there is no such version.
-        :raise KeyringError: When it is damaged.
+        :raise KeyNotFoundError: When the version does not exist.
+        :raise KeyringError: When the wrapped KEK is damaged.
         """
         damaged = KeyringError(
             f"version {version_id!r} of key {name!r} in the platform's keyring {self.id} is damaged",
@@ -192,20 +186,20 @@ class Keyring:
         return payload[:KEY_BYTES]
 
     def with_new_version(self, name: str) -> Self:
-        """This keyring with one more version of the key *name*, and that the current one.
+        """This keyring with a new current version of the key *name*.
 
-        :raise KeyNotFoundError: When there is no such key.
+        :raise KeyNotFoundError: When the key does not exist.
         """
         return self._with_version(name, self.key(name).versions)
 
     def with_state(self, name: str, version_id: str, state: KeyState) -> Self:
-        """This keyring with that version enabled or disabled.
+        """This keyring with the version enabled or disabled.
 
-        :raise KeyNotFoundError: When there is no such version.
+        :raise KeyNotFoundError: When the version does not exist.
         """
-        version = dataclasses.replace(self.version(name, version_id), state=state)
+        version = msgspec.structs.replace(self.version(name, version_id), state=state)
         key = self.keys[name]
-        key = dataclasses.replace(key, versions={**key.versions, version_id: version})
+        key = msgspec.structs.replace(key, versions={**key.versions, version_id: version})
         return dataclasses.replace(self, keys={**self.keys, name: key})
 
     def _with_version(self, name: str, older: Mapping[str, KekVersion]) -> Self:
@@ -221,36 +215,3 @@ class Keyring:
 
     def _binding(self, name: str, version_id: str) -> bytes:
         return hashlib.sha256("\0".join(("virt-sse kek v1", self.id, name, version_id)).encode()).digest()
-
-
-def _parse_key(name: str, content: object) -> Key:
-    try:
-        versions = {
-            version_id: KekVersion(
-                created=_member(version, "created", str),
-                state=_parse_state(_member(version, "state", str)),
-                wrapped_kek=base64.b64decode(_member(version, "wrapped-kek", str), validate=True),
-            )
-            for version_id, version in _member(content, "versions", dict).items()
-        }
-        current = _member(content, "current", str)
-        if current not in versions:
-            raise ValueError(f"its current version {current!r} is not there")
-    except ValueError as exc:
-        raise ValueError(f"key {name!r}: {exc}") from exc
-    return Key(current, versions)
-
-
-def _parse_state(text: str) -> KeyState:
-    state = KeyState(text)
-    if state not in (KeyState.ENABLED, KeyState.DISABLED):
-        raise ValueError(f"a version cannot be {text!r} in it")
-    return state
-
-
-def _member(content: object, name: str, kind: type[T]) -> T:
-    """Member *name* of a JSON object; ValueError when *content* is none or the member is not a *kind*."""
-    value = content.get(name) if isinstance(content, dict) else None
-    if not isinstance(value, kind):
-        raise ValueError(f"it has no {name!r}")  # noqa: TRY004 -- damaged text, not a programmer's mistake
-    return value

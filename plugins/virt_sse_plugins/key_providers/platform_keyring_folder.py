@@ -1,4 +1,4 @@
-"""Where the platform's keyring lies: ``root.key`` and ``keyring.json``, 0600, in a folder of mode 0700."""
+"""Files of the platform's keyring: ``root.key`` and ``keyring.json``, mode 0600, in a folder of mode 0700."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from virt_sse.api import (
     sync_folder,
     write_private,
 )
-from virt_sse_plugins.key_providers.platform_keyring import KEY_BYTES, Keyring, RootKey
+from virt_sse_plugins.key_providers.platform_keyring import KEY_BYTES, Keyring, KeyringRootKey
 
 
 class KeyringFolder:
-    """Reads and changes the keyring in *directory*; several threads and processes may do so at once.
+    """Reads and changes the keyring in *directory*. Several threads and processes may do so concurrently.
 
-    ``root.key`` is the last file that provisioning brings to its place, and without it no key can be used.
-    So either file missing beside the other was lost, and is never made anew; a provisioning that was killed
-    is known by ``root.key.new``.
+    Provisioning writes ``root.key`` last, and no key is usable before. Therefore, if only one of the two
+    files exists, the other file was lost, and is never recreated; except that ``root.key.new`` marks an
+    interrupted provisioning.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -37,23 +37,24 @@ class KeyringFolder:
         self._cache_lock = threading.Lock()
 
     def read(self) -> Keyring:
-        """The keyring as the files now are; they are read anew only when they have changed.
+        """The current keyring; the files are read again only after a change.
 
-        :raise KeyringError: When a file is missing, unreadable, open to others, damaged or another keyring's.
+        :raise KeyringError: When a file is missing, unreadable, accessible to other users or damaged, or when
+            the two files do not match.
         """
         with self._cache_lock, _explain("read", self._keyring_path):
-            # Taken before the files are read: a change in between is read again next time.
+            # Determined before reading the files: a change in between is then noticed by the next call.
             identity = self._identity()
             if self._cached is None or self._cached[0] != identity:
                 self._cached = (identity, self._parse(self._root_key_path))
             return self._cached[1]
 
     def change(self, change: Callable[[Keyring], Keyring]) -> Keyring:
-        """Replace the keyring by what *change* makes of it, alone among all processes, and return that.
+        """Replace the keyring by the result of *change*, excluding other processes, and return the result.
 
-        :raise KeyringError: As :meth:`read`; or when it cannot be written, and then it is as it was.
+        :raise KeyringError: As :meth:`read`; or when writing fails, and the keyring is unchanged.
         """
-        self.read()  # says what is wrong with a folder that cannot even be locked
+        self.read()  # gives a better error than the lock for an unusable folder
         with _explain("write", self._keyring_path), self._locked():
             changed = change(self.read())
             self._remove_strays()
@@ -61,9 +62,10 @@ class KeyringFolder:
             return changed
 
     def provision(self) -> bool:
-        """Make root key and keyring if neither is there, or finish that; whether anything was made.
+        """Make root key and keyring if neither exists, or complete an interrupted earlier call.
 
-        :raise KeyringError: As :meth:`read`, about what is there; or when nothing can be written.
+        :return: whether anything was made.
+        :raise KeyringError: As :meth:`read`, about existing files; or when writing fails.
         """
         with _explain("write", self._keyring_path):
             private_folder(self._directory)
@@ -85,7 +87,7 @@ class KeyringFolder:
         return True
 
     def forget(self) -> None:
-        """Drop the keyring that is held in memory."""
+        """Drop the cached keyring from memory."""
         with self._cache_lock:
             self._cached = None
 
@@ -96,7 +98,7 @@ class KeyringFolder:
         except FileNotFoundError as exc:
             raise KeyringError(
                 f"the platform's keyring is missing ({self._keyring_path})",
-                hint="restore it from a backup; 'virt-sse host init' makes one, but only on a new host",
+                hint="restore it from a backup; on a new host, make one with 'virt-sse host init'",
             ) from exc
         try:
             root_key = self._root_key_path.stat()
@@ -111,7 +113,7 @@ class KeyringFolder:
         ]
 
     def _require_unfinished(self) -> None:
-        """Refuse a keyring without ``root.key``, unless it is of the ``root.key.new`` beside it."""
+        """Refuse a keyring without ``root.key``, unless ``root.key.new`` matches the keyring."""
         try:
             self._parse(self._new_root_key_path)
         except (FileNotFoundError, KeyringError) as exc:
@@ -130,11 +132,13 @@ class KeyringFolder:
                 f"the root key has {len(material)} bytes instead of {KEY_BYTES} ({root_key_path})",
                 hint="restore it from a backup",
             )
-        return Keyring.parse(self._keyring_path.read_bytes(), RootKey(material), path=self._keyring_path)
+        return Keyring.parse(
+            self._keyring_path.read_bytes(), KeyringRootKey(material), path=self._keyring_path
+        )
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Exclude all other writers, in this process and others; the lock dies with its process."""
+        """Exclude all other writers, in any process; the lock ends with its process."""
         descriptor = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -143,7 +147,7 @@ class KeyringFolder:
             os.close(descriptor)
 
     def _remove_strays(self) -> None:
-        """Remove the temporary files of writers that were killed."""
+        """Remove the temporary files of killed writers."""
         for path in (self._keyring_path, self._new_root_key_path):
             for stray in self._directory.glob(f".{path.name}.*"):
                 stray.unlink()
@@ -152,12 +156,12 @@ class KeyringFolder:
 def _require_private(path: Path, status: os.stat_result, mode: int) -> None:
     if status.st_uid != os.geteuid():
         raise KeyringError(
-            f"{path} belongs to user {status.st_uid}, not to user {os.geteuid()} who runs this",
+            f"{path} belongs to user {status.st_uid}, not to the current user {os.geteuid()}",
             hint=f"chown {os.geteuid()} {path}",
         )
     if status.st_mode & 0o077:
         raise KeyringError(
-            f"{path} is open to other users (mode {status.st_mode & 0o777:04o})",
+            f"{path} is accessible to other users (mode {status.st_mode & 0o777:04o})",
             hint=f"chmod {mode:04o} {path}",
         )
 

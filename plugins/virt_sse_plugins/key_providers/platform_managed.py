@@ -1,4 +1,4 @@
-"""Platform-managed keys: KEKs that lie with the host, in its keyring."""
+"""Platform-managed keys: KEKs stored on the host, in its keyring."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PlatformManagedKeyProvider(KeyProvider):
     """Wraps DEKs by AES-256 key wrap under versioned KEKs in the provider's own folder. Takes no options.
 
     Every method but :meth:`from_config` and :meth:`key_state` raises :class:`~virt_sse.errors.KeyringError`
-    when the keyring is missing, open to others, damaged or not that of the root key beside it.
+    when the keyring is missing, accessible to other users, damaged, or does not match its root key.
     """
 
     name = "platform-managed"
@@ -72,9 +72,10 @@ class PlatformManagedKeyProvider(KeyProvider):
             return KeyState.UNREACHABLE
 
     def provision(self) -> bool:
-        """Make root key and keyring where neither is there.
+        """Make root key and keyring if neither exists.
 
-        :raise KeyringError: When one of the two is missing, or something is wrong with them.
+        :return: whether anything was made.
+        :raise KeyringError: When only one of the two exists, or one of the two is invalid.
         """
         return self._folder.provision()
 
@@ -83,16 +84,16 @@ class PlatformManagedKeyProvider(KeyProvider):
         return KeyId(self.name, name, changed.key(name).current)
 
     def disable(self, key: KeyId) -> None:
-        """Refuse that version's use until it is enabled again.
+        """Refuse any use of a version until enabled again.
 
-        :raise KeyNotFoundError: When there is no such version.
+        :raise KeyNotFoundError: When the version does not exist.
         """
         self._folder.change(lambda keyring: keyring.with_state(key.name, key.version, KeyState.DISABLED))
 
     def enable(self, key: KeyId) -> None:
-        """Allow that version's use again.
+        """Allow the use of a version again.
 
-        :raise KeyNotFoundError: When there is no such version.
+        :raise KeyNotFoundError: When the version does not exist.
         """
         self._folder.change(lambda keyring: keyring.with_state(key.name, key.version, KeyState.ENABLED))
 

@@ -1,4 +1,4 @@
-"""The encryption layers that come with virt-sse."""
+"""Built-in encryption layers of virt-sse."""
 
 from __future__ import annotations
 

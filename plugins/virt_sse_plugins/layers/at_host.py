@@ -1,4 +1,4 @@
-"""Encryption at host: what a host keeps of a VM beside its disks is encrypted, too."""
+"""Encryption at host: a VM's host caches and temporary disks are encrypted, too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from virt_sse.api import (
 
 
 class AtHostLayer(HostLayer):
-    """Caches below the LUKS node in the guest's QEMU; temporary disks under the platform's key."""
+    """Host caches below the LUKS node in the guest's QEMU; temporary disks under the platform's key."""
 
     name = "at-host"
 

@@ -1,7 +1,7 @@
-"""The double layer: what the single one does, within a second LUKS volume under the platform's own key.
+"""The double layer: the single layer inside a second LUKS volume under the platform's own key.
 
-An attacker who has the customer's key, or has found a flaw in one cipher or mode or in its implementation in
-the guest's QEMU, is still kept out by the other layer.
+The second layer keeps out an attacker with the customer's key, or with an attack on the cipher, the mode or
+the implementation in the guest's QEMU; and vice versa.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from virt_sse.api import (
 
 
 class DoubleLayer(EncryptionLayer):
-    """aes-256-xts in the guest's QEMU, slot ``service``; below it another, slot ``infrastructure``."""
+    """Two LUKS nodes: aes-256-xts in the guest's QEMU, slot ``service``; below, slot ``infrastructure``."""
 
     name = "double"
     encryption_types = frozenset({EncryptionType.PLATFORM_AND_CUSTOMER_KEYS})

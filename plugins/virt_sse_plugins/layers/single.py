@@ -14,7 +14,7 @@ from virt_sse.api import (
 
 
 class SingleLayer(EncryptionLayer):
-    """aes-256-xts, one DEK in slot ``service``."""
+    """One LUKS node: aes-256-xts, DEK in slot ``service``."""
 
     name = "single"
     encryption_types = frozenset({EncryptionType.PLATFORM_KEY, EncryptionType.CUSTOMER_KEY})

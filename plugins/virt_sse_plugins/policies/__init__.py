@@ -1,4 +1,4 @@
-"""The policies that come with virt-sse."""
+"""Built-in policies of virt-sse."""
 
 from __future__ import annotations
 

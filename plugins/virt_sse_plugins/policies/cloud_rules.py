@@ -1,4 +1,4 @@
-"""The rules of a cloud: which regions and VM sizes support what, and what does not go together."""
+"""Rules of a cloud: features supported by regions and VM sizes, and features excluding each other."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from virt_sse_plugins.policies.tables import Tables
 
 
 def validate(operation: Operation, site: Site) -> None:
-    """Refuse *operation* where a rule does.
+    """Refuse *operation* if a rule forbids it.
 
-    :raise PolicyError: When one does, or the site's tables cannot be read.
+    :raise PolicyError: When a rule forbids the operation, or the site's tables cannot be read.
     """
     match operation:
         case CreateDisk(encryption_type=kind):
@@ -57,16 +57,16 @@ def _check_size(tables: Tables, properties: VmProperties, site: Site) -> None:
     series = tables.series_of(properties.size)
     if series is None:
         raise PolicyError(
-            f"size {properties.size!r} is in no series that is known to support encryption at host",
-            hint="'virt-sse vm sizes' lists those that do",
+            f"size {properties.size!r} belongs to no series known to support encryption at host",
+            hint="list the supported series with 'virt-sse vm sizes'",
         )
     if not series.encryption_at_host:
         raise PolicyError(
             f"size {properties.size!r}, of series {series.name}, does not support encryption at host",
-            hint="'virt-sse vm sizes' lists those that do",
+            hint="list the supported series with 'virt-sse vm sizes'",
         )
 
 
 def _check_sku(tables: Tables, name: str, sku: str) -> None:
     if any(each.value == sku for each in tables.skus_without_at_host):
-        raise PolicyError(f"disk {name!r} is of kind {sku}, which does not go with encryption at host")
+        raise PolicyError(f"disk {name!r} has SKU {sku}, not supported with encryption at host")

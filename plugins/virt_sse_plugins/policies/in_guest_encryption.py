@@ -1,6 +1,7 @@
-"""In-guest encryption goes neither with customers' keys nor with encryption at host.
+"""In-guest encryption excludes customer-managed keys and encryption at host.
 
-Disks are looked at where one of these begins, and nowhere else: it takes a use of their keys.
+Disks are inspected only by operations that introduce one of the two, because an inspection uses the disk's
+key.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from virt_sse.api import (
 )
 
 _PLATFORM_KEY = EncryptionType.PLATFORM_KEY
-_THERE = "decrypt it in the guest first; 'virt-sse disk inspect' shows where it is encrypted"
-_COMING_IN = "where it must come in all the same: without 'enforce' in [policy], a cloud's rules do not hold"
+_THERE = "decrypt the disk in the guest first; 'virt-sse disk inspect' shows the encrypted parts"
+_COMING_IN = "to import the disk anyway, disable the cloud's rules with 'enforce = false' in [policy]"
 
 
 def validate(operation: Operation) -> None:
-    """Refuse *operation* where its disks have in-guest encryption and may not.
+    """Refuse *operation* if its disks must not have in-guest encryption but do.
 
-    A disk that is under a customer's key already may be moved to another: it must be able to flee from a key.
+    A disk already under a customer-managed key may be moved to another key: moving away from a lost key must
+    always be possible.
 
-    :raise PolicyError: When they have, or it cannot be seen.
+    :raise PolicyError: When a disk has in-guest encryption, or cannot be inspected.
     """
     match operation:
         case CreateDisk(content=content, encryption_type=kind) if kind is not _PLATFORM_KEY:
@@ -35,7 +37,7 @@ def validate(operation: Operation) -> None:
         case MoveDisk(disk=disk, content=content) if disk.encryption_type is _PLATFORM_KEY:
             _refuse(content, f"disk {disk.name!r} cannot be put under a customer's key", _THERE)
         case AttachDisk(disk=disk, content=content, encryption_at_host=True):
-            _refuse(content, f"disk {disk.name!r} does not go with encryption at host", _THERE)
+            _refuse(content, f"disk {disk.name!r} is incompatible with encryption at host", _THERE)
         case UpdateVm(domain=domain, content=content) if _begins_at_host(operation):
             _refuse(content, f"domain {domain!r} cannot have encryption at host", _THERE)
 

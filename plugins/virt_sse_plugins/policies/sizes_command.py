@@ -7,7 +7,7 @@ from virt_sse.cli.output import Output, OutputFormat, print_rows
 
 
 def sizes(output: Output = OutputFormat.TABLE) -> None:
-    """List the series of VM sizes that the site's tables know, and which support encryption at host."""
+    """List the series of VM sizes in the site's tables, and their support of encryption at host."""
     from virt_sse_plugins.policies.tables import Tables
 
     site = session.config().site

@@ -1,33 +1,54 @@
-"""What is supported where, from a TOML file: the one beside this, which says what it may hold, or a site's
-own.
+"""Features supported by regions, VM sizes and disk SKUs, from a TOML file.
+
+The file is the built-in ``cloud.toml`` beside this module, with comments on its format, or a site's own.
 """
 
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-from virt_sse.api import DiskSku, PolicyError
+import msgspec
+
+from virt_sse.api import DiskSku, DocumentError, PolicyError, from_toml
 
 BUILT_IN = Path(__file__).with_name("cloud.toml")
 
 OWN_REGION = "default"
-"""The region of a site that has not said where it is."""
+"""The region of a site without a configured region."""
 
 _SIZE = re.compile(r"(?:Standard|Basic)_([A-Z]+)\d+(?:-\d+)?([a-z]*)(?:_[A-Z]+\d+)?(?:_(v\d+))?(?:_Promo)?")
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
-    """:ivar name: for people."""
+class Region(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
+    """Features supported by a region.
 
-    name: str
+    :ivar name: display name.
+    """
+
     encryption_at_host: bool
     double_encryption: bool
+    name: str = ""
+
+
+class _Sizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    type: str
+    supported: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = ()
+
+
+class _AtHost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
+    unsupported_skus: frozenset[DiskSku] = frozenset()
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
+    regions: dict[str, Region] = {}
+    sizes: tuple[_Sizes, ...] = ()
+    notes: dict[str, str] = {}
+    encryption_at_host: _AtHost = _AtHost()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +63,9 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """All of a file.
+    """All tables of a file.
 
-    :ivar skus_without_at_host: what a VM with encryption at host cannot have.
+    :ivar skus_without_at_host: SKUs not allowed for disks of a VM with encryption at host.
     """
 
     regions: Mapping[str, Region]
@@ -53,60 +74,45 @@ class Tables:
 
     @classmethod
     def load(cls, path: Path | None) -> Self:
-        """Read *path*; without one, what comes with virt-sse.
+        """Read *path*, or the built-in file.
 
-        :raise PolicyError: When it cannot be read, or holds what it may not: tables that nobody can read
-            permit nothing.
+        :raise PolicyError: When the file cannot be read or is invalid: unreadable tables permit nothing.
         """
         path = path or BUILT_IN
         try:
-            return cls._parse(tomllib.loads(path.read_text("utf-8")))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+            file = from_toml(path.read_bytes(), _File)
+        except OSError as exc:
             raise PolicyError(f"cannot read the policy's tables {path}: {exc}") from exc
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        except DocumentError as exc:
             raise PolicyError(
-                f"the policy's tables {path} make no sense: {type(exc).__name__}: {exc}",
-                hint=f"{BUILT_IN} shows what they may hold",
+                f"the policy's tables {path} are invalid: {exc}", hint=f"see {BUILT_IN} for the format"
             ) from exc
-
-    @classmethod
-    def _parse(cls, document: dict[str, Any]) -> Self:
-        """:raise ValueError: When it is no such table; likewise KeyError, TypeError and AttributeError."""
-        regions, sizes = document.pop("regions", {}), document.pop("sizes", [])
-        notes, at_host = document.pop("notes", {}), document.pop("encryption-at-host", {})
-        if document:
-            raise ValueError(f"unknown table {min(document)!r}")
-        series = []
-        for table in sizes:
-            supported = [(name, True) for name in table.get("supported", [])]
-            unsupported = [(name, False) for name in table.get("unsupported", [])]
-            for name, at_host_too in supported + unsupported:
-                series.append(Series(_text(name), _text(table["type"]), at_host_too, notes.get(name)))
         return cls(
             regions={
-                normal(key): Region(
-                    _text(table.get("name", key)),
-                    _flag(table["encryption-at-host"]),
-                    _flag(table["double-encryption"]),
-                )
-                for key, table in regions.items()
+                normal(key): msgspec.structs.replace(region, name=region.name or key)
+                for key, region in file.regions.items()
             },
-            series=tuple(series),
-            skus_without_at_host=frozenset(map(DiskSku, at_host.get("unsupported-skus", []))),
+            series=tuple(
+                Series(name, sizes.type, is_supported, file.notes.get(name))
+                for sizes in file.sizes
+                for names, is_supported in ((sizes.supported, True), (sizes.unsupported, False))
+                for name in names
+            ),
+            skus_without_at_host=file.encryption_at_host.unsupported_skus,
         )
 
     def governs(self, region: str) -> bool:
-        """Whether the rules on sizes and regions hold in *region*."""
+        """Whether the rules on sizes and regions apply in *region*."""
         return normal(region) != OWN_REGION or OWN_REGION in self.regions
 
     def region(self, name: str) -> Region:
-        """What a region supports."""
+        """Features of a region; an unknown region supports nothing."""
         return self.regions.get(normal(name)) or Region(
-            name, encryption_at_host=False, double_encryption=False
+            name=name, encryption_at_host=False, double_encryption=False
         )
 
     def series_of(self, size: str) -> Series | None:
-        """The series that a size belongs to; *size* may also be the name of one."""
+        """The series of a VM size; *size* may also be the name of a series."""
         by_name = {series.name: series for series in reversed(self.series)}
         if size in by_name:
             return by_name[size]
@@ -117,25 +123,13 @@ class Tables:
         exact = by_name.get(family + features + version)
         if exact:
             return exact
-        # Some series have no features in their name, e.g. B, of Standard_B2ms. Not where features make a
-        # series.
+        # Some series have no features in their name: Standard_B2ms belongs to B. Ignore the size's features,
+        # but only if no series of this family and version has features in its name.
         if any(re.fullmatch(f"{family}[a-uw-z][a-z]*{version}", name) for name in by_name):
             return None
         return by_name.get(family + version)
 
 
 def normal(region: str) -> str:
-    """A region's name as it is compared: ``West US 2`` is ``westus2``."""
+    """A region's name in normal form for comparison: ``West US 2`` becomes ``westus2``."""
     return region.replace(" ", "").lower()
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value
-
-
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{value!r} is neither true nor false")
-    return value

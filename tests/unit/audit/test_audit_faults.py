@@ -124,7 +124,7 @@ def test_on_a_full_disk_nothing_is_left_of_a_record(log: AuditLog, *, has_torn: 
     for room in (0, 1, 100, 300, 500):
         with no_file_beyond(len(content) + room), pytest.raises(AuditError, match="File too large") as caught:
             log.append(make())
-        assert caught.value.hint == "no key is used whose use cannot be recorded"
+        assert caught.value.hint == "a key use that cannot be recorded is refused"
         assert log.path.read_bytes() == content
         assert is_whole(log)
     log.append(make())

@@ -109,11 +109,11 @@ def test_hashes_that_were_computed_anew_are_found(filled: AuditLog, folder: Path
     newest = rewrite(filled, 5, bytes(32))
     assert broken(filled) == ("audit.jsonl", 1, 1, "the record was not written with this log's key")
     copy = AuditLog(filled.path)  # without the key: just by the head
-    assert broken(copy) == ("audit.jsonl", 7, 7, "record 7 is not the one that was written")
+    assert broken(copy) == ("audit.jsonl", 7, 7, "record 7 differs from the record that was written")
     assert not copy.verify().authentic
 
     rewrite(filled, 5, (tmp_path / "state/audit.key").read_bytes())  # by root
-    assert broken(filled) == ("audit.jsonl", 7, 7, "record 7 is not the one that was written")
+    assert broken(filled) == ("audit.jsonl", 7, 7, "record 7 differs from the record that was written")
     head = (folder / "audit.head").read_text().split()
     (folder / "audit.head").write_text(f"{head[0]} {newest.hash} {head[2]}\n")
     assert broken(filled)[0] == "audit.head"
@@ -125,7 +125,7 @@ def test_the_head_cannot_be_made_from_a_record(filled: AuditLog, folder: Path) -
     (folder / "audit-0002.jsonl").unlink()
     filled.path.unlink()
     (folder / "audit.head").write_text(f"{3:020} {third['hash']} {third['mac']}\n")
-    assert broken(filled) == ("audit.head", 1, 4, "the log's head is missing, or not ours")
+    assert broken(filled) == ("audit.head", 1, 4, "the log's head is missing or invalid")
 
 
 def test_an_end_that_was_cut_off_is_found_and_stays_so(filled: AuditLog, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_an_older_state_is_found_by_an_anchor(filled: AuditLog, folder: Path, tm
     assert filled.verify(Position(2, json.loads(read(filled)[1])["hash"])).broken is None
     wrong = filled.verify(Position(2, "0" * 64)).broken
     assert wrong
-    assert str(wrong).endswith("audit-0001.jsonl, line 2: record 2 is not the one that was written")
+    assert str(wrong).endswith("audit-0001.jsonl, line 2: record 2 differs from the record that was written")
     shutil.rmtree(folder)
     shutil.copytree(tmp_path / "older", folder)
     assert is_whole(filled)
@@ -167,7 +167,7 @@ def test_a_head_that_was_lost_is_found_and_stays_so(filled: AuditLog, folder: Pa
         head.unlink()
     else:
         head.write_bytes({"empty": b"", "zeros": bytes(151), "other": b"1" + content[1:]}[damage])
-    assert broken(filled) == ("audit.head", 1, 8, "the log's head is missing, or not ours")
+    assert broken(filled) == ("audit.head", 1, 8, "the log's head is missing or invalid")
     assert filled.append(make()) == 9
     assert head.stat().st_size == len(content)
     note, newest = filled.tail(2)
@@ -178,7 +178,7 @@ def test_a_head_that_was_lost_is_found_and_stays_so(filled: AuditLog, folder: Pa
 
 def test_a_log_that_was_lost_is_found_and_stays_so(filled: AuditLog, folder: Path) -> None:
     shutil.rmtree(folder)
-    assert broken(filled)[2:] == (1, "the log's head is missing, or not ours")
+    assert broken(filled)[2:] == (1, "the log's head is missing or invalid")
     assert filled.append(make()) == 2
     assert broken(filled)[2] == 1
 
@@ -204,5 +204,5 @@ def test_what_is_no_record_is_found(filled: AuditLog, tmp_path: Path, line: byte
     first = filled.files()[0]
     first.write_bytes(line + b"\n" + first.read_bytes())
     assert broken(filled)[:3] == ("audit-0001.jsonl", 1, 1)
-    assert broken(filled)[3].startswith("it is no record")
+    assert broken(filled)[3].startswith("not a record")
     assert [entry.seq for entry in filled.records()][-7:] == list(range(1, 8))

@@ -15,7 +15,7 @@ from virt_sse.host.setup import APPARMOR_ABSTRACTION, APPARMOR_LOCAL, apparmor_r
 from virt_sse.libvirt.capabilities import HostCapabilities
 from virt_sse.libvirt.users import User
 from virt_sse.model.ciphers import KNOWN
-from virt_sse.stages.users import storage_user
+from virt_sse.stages.storage_user import storage_user
 
 CAPABILITIES = """\
 <capabilities><host>

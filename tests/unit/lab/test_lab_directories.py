@@ -77,7 +77,7 @@ def test_a_base_too_long_for_sockets_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("hidden", ["/run", "/etc/libvirt/x", "/var/lib/libvirt"])
 def test_a_base_that_the_host_would_hide_is_refused(hidden: str) -> None:
-    with pytest.raises(LabError, match="mounts its own over that"):
+    with pytest.raises(LabError, match="own mounts hide this directory"):
         directories.create(Path(hidden))
 
 

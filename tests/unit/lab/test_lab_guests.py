@@ -50,7 +50,7 @@ def test_linux_gets_its_script_on_the_command_line() -> None:
 
 def test_a_script_too_long_for_the_command_line_is_refused() -> None:
     longest = next(size for size in range(2000, 0, -1) if fits("x" * size))
-    with pytest.raises(LabError, match=rf"a script of {longest + 1} bytes: .* holds {longest}"):
+    with pytest.raises(LabError, match=rf"script too long: {longest + 1} bytes, .* holds {longest}"):
         parsed(boot=LINUX, script="x" * (longest + 1))
 
 
@@ -86,7 +86,7 @@ def test_a_scripts_output_is_cut_out(serial: str, output: str) -> None:
 @pytest.mark.parametrize(
     ("serial", "complaint"),
     [
-        ("", "did not come to run its script"),
+        ("", "did not start its script"),
         ("linux-micro: begin\nhalf", "did not end"),
         ("linux-micro: begin\nlinux-micro: exit 12\n", "exited 12"),
         ("linux-micro: begin\nlinux-micro: exit 0\nlinux-micro: begin\nlinux-micro: exit 2\n", "exited 2"),

@@ -52,7 +52,7 @@ def test_a_recipe_that_fails_leaves_nothing(recipe: Path, tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("recipe")
 def test_a_recipe_that_is_not_there_is_named() -> None:
-    with pytest.raises(LabUnavailableError, match=r"there is no recipe .*/vm-images/other/build"):
+    with pytest.raises(LabUnavailableError, match=r"recipe .*/vm-images/other/build does not exist"):
         recipes.built("other")
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import sqlite3
 import uuid
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from virt_sse.domains import tpm_envelope
 from virt_sse.domains.host_encryption import agreed
-from virt_sse.errors import EnvelopeError, InvalidValueError, PolicyError
+from virt_sse.errors import EnvelopeError, InvalidValueError, PolicyError, StoreError
 from virt_sse.libvirt.disk_element import Behind, DiskSource, disk_element
 from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.domain_edit import DomainEdit
@@ -71,6 +73,15 @@ def test_a_vm_comes_back_from_the_store_as_it_was(store: Store) -> None:
     assert store.vms.all() == [bare]
     store.vms.remove(ID)
     assert store.vms.all() == []
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"caching": 1}', '{"encryption-at-host": 1}'])
+def test_a_damaged_pending_update_is_a_store_error(store: Store, tmp_path: Path, text: str) -> None:
+    store.vms.put(Vm(ID, "web", uuid.uuid4()))
+    with closing(sqlite3.connect(tmp_path / "state/store.sqlite")) as connection, connection:
+        connection.execute("UPDATE vms SET pending = ?", (text,))
+    with pytest.raises(StoreError, match="pending update"):
+        store.vms.find(ID)
 
 
 def test_a_commit_makes_what_is_pending_what_is(store: Store) -> None:

@@ -67,7 +67,7 @@ def test_a_file_without_a_pin(tmp_path: Path, content: bytes) -> None:
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
 def test_a_file_that_others_can_read(tmp_path: Path, mode: int) -> None:
-    with pytest.raises(ConfigError, match="open to other users"):
+    with pytest.raises(ConfigError, match="accessible to other users"):
         PinSource.file(write(tmp_path / "pin", b"4711", mode)).read()
 
 
@@ -177,7 +177,7 @@ def test_a_count_that_makes_no_sense_is_a_lock(guard: PinGuard, tmp_path: Path) 
 def test_a_count_that_others_could_change_is_refused(guard: PinGuard, tmp_path: Path) -> None:
     fail(guard)
     (tmp_path / "folder/wrong-pins").chmod(0o666)
-    with pytest.raises(ConfigError, match="open to other users"), guard.attempt():
+    with pytest.raises(ConfigError, match="accessible to other users"), guard.attempt():
         pass
     (tmp_path / "folder/wrong-pins").unlink()
     (tmp_path / "folder/wrong-pins").symlink_to(write(tmp_path / "other", b"0\n"))

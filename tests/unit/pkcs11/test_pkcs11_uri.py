@@ -47,9 +47,9 @@ def test_what_is_written_is_read_again(uri: TokenUri) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("token=a", "begins with"),
-        ("pkcs12:token=a", "begins with"),
-        ("pkcs11:token=a;token=b", "stands twice"),
+        ("token=a", "must begin with"),
+        ("pkcs12:token=a", "must begin with"),
+        ("pkcs11:token=a;token=b", "is repeated"),
         ("pkcs11:colour=red", "no attribute 'colour'"),
         ("pkcs11:token", "no attribute 'token'"),
         ("pkcs11:pin-source=/x", "no attribute 'pin-source' here"),
@@ -59,7 +59,7 @@ def test_what_is_written_is_read_again(uri: TokenUri) -> None:
         ("pkcs11:token=%ff", "not UTF-8"),
         ("pkcs11:slot-id=-1", "decimal"),
         ("pkcs11:slot-id=\u0661", "decimal"),
-        ("pkcs11:type=key", "is one of"),
+        ("pkcs11:type=key", "must be one of"),
         ("pkcs11:token=a;;serial=1", "no attribute ''"),
     ],
 )

@@ -135,7 +135,7 @@ def test_sizes(tmp_path: Path) -> None:
     site = in_region(tmp_path, "westus2")
     site.allows(update("Standard_D2s_v3"), update("Standard_B2ms"), update("Standard_D2_v3", at_host=False))
     site.refuses(update("Standard_D2_v3"), "of series Dv3, does not support")
-    site.refuses(update("Standard_X2"), "in no series")
+    site.refuses(update("Standard_X2"), "to no series")
     site.refuses(StartVm("vm", VmProperties(encryption_at_host=True, size="Standard_H8"), ()), "series H")
 
 
@@ -166,7 +166,7 @@ def test_a_size_belongs_to_a_series(size: str, series: str | None) -> None:
 def test_ultra_disks_do_not_go_with_encryption_at_host(tmp_path: Path) -> None:
     site = Site(tmp_path, "")
     ultra = disk(DiskSku.ULTRA)
-    site.refuses(update(disks=(disk(), ultra)), "does not go with encryption at host")
+    site.refuses(update(disks=(disk(), ultra)), "not supported with encryption at host")
     site.refuses(StartVm("vm", VmProperties(encryption_at_host=True), (ultra,)), "UltraSSD_LRS")
     site.refuses(AttachDisk(ultra, "vm", encryption_at_host=True), "UltraSSD_LRS")
     site.allows(update(disks=(disk(),)), update(disks=(ultra,), at_host=False), AttachDisk(ultra, "vm"))
@@ -187,6 +187,7 @@ def test_a_site_replaces_the_tables(tmp_path: Path) -> None:
         "x = 1",
         "[regions.default]\nencryption-at-host = 1",
         '[[sizes]]\nsupported = ["a"]',
+        '[[sizes]]\ntype = "ours"\nunsuported = ["large"]',
     ):
         tables.write_text(content)
         site.refuses(update(), "policy's tables")

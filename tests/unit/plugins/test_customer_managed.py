@@ -21,7 +21,7 @@ from virt_sse.errors import (
     KeyProviderUnavailableError,
 )
 from virt_sse.model.keys import KeyState, ProviderConfig
-from virt_sse.vault.http.certificates import new_authority
+from virt_sse.vault.home.certificates import new_authority
 from virt_sse_plugins.key_providers.customer_managed import CustomerManagedKeyProvider
 from virt_sse_plugins.key_providers.key_vault_access import AzureAccess
 
@@ -35,12 +35,12 @@ from virt_sse_plugins.key_providers.key_vault_access import AzureAccess
         ({"credential": "certificate"}, "must be one of identity, managed-identity, default"),
         ({"credential": 1}, "must be one of identity, managed-identity, default"),
         ({"credential": ["identity"]}, "must be one of identity, managed-identity, default"),
-        ({}, "needs an identity to act as"),
+        ({}, "needs an identity"),
         ({"ca": "/dev/null"}, "cannot read certificates from /dev/null"),
         ({"credential": "default", "ca": "/dev/null"}, "cannot read certificates from /dev/null"),
         ({"credential": "default", "ca": "/no/such"}, "/no/such: No such file or directory"),
         ({"credential": "default", "ca": 1}, "'ca' in .* must be the path"),
-        ({"hosts": ["vault.example"]}, "'hosts' in .* is for other credentials than 'identity'"),
+        ({"hosts": ["vault.example"]}, "'hosts' in .* is not allowed with the credential 'identity'"),
         ({"credential": "default", "hosts": "vault.example"}, "must be a list of HOST or HOST:PORT"),
         ({"credential": "default", "hosts": []}, "must be a list of HOST or HOST:PORT"),
         ({"credential": "default", "hosts": [1]}, "1 is neither HOST nor HOST:PORT"),
@@ -77,7 +77,7 @@ def test_a_key_is_named_by_its_url(customer_managed: CustomerManagedKeyProvider)
     assert customer_managed.parse_key(f"{url}/{VERSION}") == ("https://vault.example/keys/web", VERSION)
     with pytest.raises(InvalidValueError):
         customer_managed.parse_key("web")
-    with pytest.raises(KeyNotFoundError, match="is its URL without a version"):
+    with pytest.raises(KeyNotFoundError, match="URL without a version"):
         customer_managed.current_key(f"{url}/{VERSION}")
 
 
@@ -137,7 +137,7 @@ def test_a_foreign_host_gets_no_byte(
     provider = open_customer_managed(identity, credential=credential, **SHORT)
     assert provider.key_state(key_at(listener.url)) is KeyState.UNREACHABLE
     for use in uses(provider, listener.url):
-        with pytest.raises(KeyDeniedError, match=f"is not for the key vault {listener.url}") as caught:
+        with pytest.raises(KeyDeniedError, match=f"is not meant for the key vault {listener.url}") as caught:
             use()
         assert caught.value.hint
     assert listener.connections == []
@@ -175,9 +175,7 @@ def test_a_redirect_is_not_followed(
 ) -> None:
     strange_vault.answers = [Answer(status, b"", {"Location": f"{listener.url}/keys/web/"})]
     for use in uses(customer_managed, strange_vault.url):
-        with pytest.raises(
-            KeyProviderUnavailableError, match=rf"not answer as a key vault does \({status}\)"
-        ):
+        with pytest.raises(KeyProviderUnavailableError, match=rf"not answer like a key vault \({status}\)"):
             use()
     assert customer_managed.key_state(key_at(strange_vault.url)) is KeyState.UNREACHABLE
     assert listener.connections == []

@@ -150,7 +150,7 @@ def test_a_lost_root_key_is_not_replaced_by_a_leftover(
 def test_the_root_key_of_another_keyring(directory: Path, tmp_path: Path) -> None:
     open_provider(tmp_path / "other").provision()
     shutil.copy(tmp_path / "other/root.key", directory / "root.key")
-    assert_every_use_is_refused(directory, "the root key is not that of the platform's keyring")
+    assert_every_use_is_refused(directory, "the root key does not match the platform's keyring")
 
 
 @pytest.mark.usefixtures("provider")
@@ -185,17 +185,26 @@ def test_a_keyring_that_is_none(directory: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("member", "value", "message"),
     [
-        ("current", "f" * 32, "key 'default': its current version 'f+' is not there"),
-        ("current", None, "key 'default': it has no 'current'"),
-        ("versions", [], "key 'default': it has no 'versions'"),
-        ("versions", {"v": {}}, "key 'default': it has no 'created'"),
-        ("versions", {"v": {"created": "", "state": "lost"}}, "key 'default': 'lost' is not"),
+        ("current", "f" * 32, "the current version 'f+' is missing - at `\\$.keys"),
+        ("current", None, "expected `str`, got `null` - at `\\$.keys\\[...\\].current`"),
+        ("versions", [], "expected `object`, got `array` - at `\\$.keys\\[...\\].versions`"),
+        ("versions", {"v": {}}, "object missing required field `created` - at `\\$.keys\\[...\\].versions"),
         (
             "versions",
-            {"v": {"created": "", "state": "denied"}},
-            "key 'default': a version cannot be 'denied'",
+            {"v": {"created": "", "state": "lost"}},
+            "invalid enum value 'lost' - at `\\$.keys\\[...\\].versions\\[...\\].state",
         ),
-        ("versions", {"v": {"created": "", "state": "enabled", "wrapped-kek": "?"}}, "key 'default': "),
+        (
+            "versions",
+            {"v": {"created": "", "state": "denied", "wrapped-kek": ""}},
+            "a version's state cannot be 'denied'",
+        ),
+        (
+            "versions",
+            {"v": {"created": "", "state": "enabled", "wrapped-kek": "?"}},
+            "invalid base64 encoded string",
+        ),
+        ("comment", "", "object contains unknown field `comment`"),
     ],
 )
 def test_a_keyring_with_a_damaged_key(directory: Path, member: str, value: object, message: str) -> None:
@@ -248,9 +257,9 @@ def test_what_is_open_to_others_is_refused(
     wrapped = wrap(provider, dek)
     path = directory / name
     path.chmod(right | extra)
-    with pytest.raises(KeyringError, match="open to other users"):  # also where it was read before
+    with pytest.raises(KeyringError, match="accessible to other users"):  # also where it was read before
         provider.unwrap(wrapped, context=CONTEXT)
-    error = assert_every_use_is_refused(directory, rf"open to other users \(mode {right | extra:04o}\)")
+    error = assert_every_use_is_refused(directory, rf"accessible to other users \(mode {right | extra:04o}\)")
     assert error.hint == f"chmod {right:04o} {path}"
     path.chmod(right)
     assert provider.unwrap(wrapped, context=CONTEXT) == dek
@@ -261,7 +270,7 @@ def test_what_is_open_to_others_is_refused(
 @pytest.mark.parametrize("name", ["", "root.key", "keyring.json"])
 def test_what_belongs_to_another_user_is_refused(directory: Path, name: str) -> None:
     os.chown(directory / name, 65534, -1)
-    error = assert_every_use_is_refused(directory, "belongs to user 65534, not to user 0")
+    error = assert_every_use_is_refused(directory, "belongs to user 65534, not to the current user 0")
     assert error.hint == f"chown 0 {directory / name}"
 
 

@@ -161,7 +161,7 @@ def test_what_has_no_luks_header(tmp_path: Path, content: bytes) -> None:
 def test_a_raw_image_that_ends_in_its_header(tmp_path: Path) -> None:
     image = make(tmp_path / "image", "raw")
     os.truncate(image.path, 5000)
-    with img.opened(image.path) as descriptor, pytest.raises(ImageFormatError, match="without any data"):
+    with img.opened(image.path) as descriptor, pytest.raises(ImageFormatError, match="without data"):
         img.usable_size(descriptor, DiskFormat.RAW)
     with pytest.raises(ImageFormatError):
         img.check(image.path, DiskFormat.RAW, [DEK])

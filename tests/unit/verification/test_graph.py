@@ -133,5 +133,5 @@ def test_places(filename: str, place: Place) -> None:
 
 
 def test_what_qemu_does_not_say() -> None:
-    with pytest.raises(MonitorError, match="unknown way"):
+    with pytest.raises(MonitorError, match="unknown format"):
         BlockGraph([{"node-name": "x"}], {"nodes": [{"id": 1, "name": "x", "type": "block-driver"}]})
