@@ -10,8 +10,8 @@ from pathlib import Path
 from virt_sse.config import Config
 from virt_sse.errors import ToolError, VirtSseError
 from virt_sse.host.setup import APPARMOR_ABSTRACTION, APPARMOR_LOCAL, apparmor_rule
+from virt_sse.libvirt.capabilities import HostCapabilities
 from virt_sse.libvirt.connection import connected
-from virt_sse.libvirt.users import default_qemu_user
 from virt_sse.model import ciphers
 from virt_sse.model.ciphers import AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat
@@ -88,7 +88,7 @@ def _libvirt(config: Config) -> list[Capability]:
     try:
         with connected(config.libvirt_uri) as connection:
             version = connection.getLibVersion()
-            qemu = default_qemu_user(connection.getCapabilities())
+            qemu = HostCapabilities.of(connection).qemu_user
         storage = storage_user(config.storage_user, qemu)
     except VirtSseError as exc:
         return [Capability("libvirt", available=False, detail=str(exc))]
