@@ -23,12 +23,12 @@ import pytest
 from agent_site import wait_until
 from stage_site import STORAGE_USER, StageSite, stage_site
 
-import virt_sse.agent.fold
-import virt_sse.agent.fold_record
-import virt_sse.agent.wiping
+import virt_sse.agent.overlay_commit
+import virt_sse.agent.overlay_commit_record
+import virt_sse.agent.overwrite
 from crashes import crash_points, dies_at
-from virt_sse.agent.fold import Fold
-from virt_sse.agent.fold_record import FoldRecord
+from virt_sse.agent.overlay_commit import Fold
+from virt_sse.agent.overlay_commit_record import FoldRecord
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.guests import Guest
@@ -360,7 +360,7 @@ def test_a_fold_that_was_killed_is_gone_on_with(site: StageSite) -> None:
         assert Fold(site.host.uri, folder, vm_id, "vda", threading.Event()).run(record)
 
     site.start_paused(guest)
-    modules = [virt_sse.agent.fold, virt_sse.agent.fold_record, virt_sse.agent.wiping]
+    modules = [virt_sse.agent.overlay_commit, virt_sse.agent.overlay_commit_record, virt_sse.agent.overwrite]
     snapshot(site, guest, "s")
     points = crash_points(modules, fold)
     for number, point in enumerate(points[len(points) // 8 :: len(points) // 8], start=1):
@@ -390,7 +390,7 @@ def test_what_may_not_have_been_folded_is_not_wiped(site: StageSite) -> None:
             "vda",
             disk.id,
             "token",
-            (virt_sse.agent.fold_record.Overlay(overlay, found),),
+            (virt_sse.agent.overlay_commit_record.Overlay(overlay, found),),
         )
         domain.destroy()
         domain.snapshotLookupByName("s").delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)

@@ -15,16 +15,16 @@ from datetime import UTC, datetime
 import virt_sse
 from virt_sse.agent.automatic_rotation import AutomaticRotation
 from virt_sse.agent.inventory import Inventory
+from virt_sse.agent.key_status import Standings
 from virt_sse.agent.key_watch import KeyWatch
 from virt_sse.agent.listener import listening
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
 from virt_sse.agent.plaintext_watch import PlaintextWatch
 from virt_sse.agent.revocation import Revocation
-from virt_sse.agent.secret_keeper import SecretKeeper
+from virt_sse.agent.secret_watch import SecretKeeper
 from virt_sse.agent.server import AgentServer, Service
 from virt_sse.agent.stage_watch import StageWatch
-from virt_sse.agent.standings import Standings
 from virt_sse.audit.record import Component
 from virt_sse.backend import Backend
 from virt_sse.config import Config

@@ -15,12 +15,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from uuid import UUID
 
-from virt_sse.agent import measures
-from virt_sse.agent.fold import Fold, FoldUnclearError, foldable
-from virt_sse.agent.fold_record import FoldRecord
+from virt_sse.agent import enforcement
 from virt_sse.agent.inventory import PLAINTEXT_NAMESPACE, RunningDomain, Snapshot
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
+from virt_sse.agent.overlay_commit import Fold, FoldUnclearError, foldable
+from virt_sse.agent.overlay_commit_record import FoldRecord
 from virt_sse.backend import Backend
 from virt_sse.config import PlaintextPolicy
 from virt_sse.errors import InvalidValueError, VirtSseError
@@ -142,7 +142,7 @@ class PlaintextWatch:
 
     def _measure(self, action: str, domain: RunningDomain) -> None:
         told = {"domain": domain.name, "action": action, "for": "plaintext"}
-        measure = measures.pause if action == "pause" else measures.resume
+        measure = enforcement.pause if action == "pause" else enforcement.resume
         try:
             done = measure(self._uri, domain, PLAINTEXT_NAMESPACE)
         except VirtSseError as exc:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from virt_sse.agent import measures
+from virt_sse.agent import enforcement
 from virt_sse.agent.inventory import RunningDomain
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
@@ -154,19 +154,19 @@ class Revocation:
         case.measure = wanted
         expired = wanted.action is RevocationAction.SHUTDOWN and now >= case.since + wanted.grace_seconds
         if wanted.action is RevocationAction.DESTROY or expired:
-            self._do("destroy", domain, measures.destroy)
+            self._do("destroy", domain, enforcement.destroy)
         elif wanted.action is RevocationAction.SHUTDOWN and not case.asked:
-            case.asked = self._do("shutdown", domain, measures.ask_to_shut_down)
+            case.asked = self._do("shutdown", domain, enforcement.ask_to_shut_down)
         elif wanted.action is RevocationAction.PAUSE and domain.runs:
-            self._do("pause", domain, measures.pause)
+            self._do("pause", domain, enforcement.pause)
         elif standing.has_secrets:
-            self._do("drop-secrets", domain, measures.drop_secrets)
+            self._do("drop-secrets", domain, enforcement.drop_secrets)
 
     def _lift(self, domain: RunningDomain) -> None:
         if self._cases.pop((domain.uuid, domain.run), None):
             _log.info("domain-restored", extra=fields({"domain": domain.name}))
         if domain.paused_by_us:
-            self._do("resume", domain, measures.resume)
+            self._do("resume", domain, enforcement.resume)
 
     def _do(self, action: str, domain: RunningDomain, what: Callable[[str, RunningDomain], bool]) -> bool:
         """Do *what* to the domain, in another thread; whether that could be begun."""

@@ -11,7 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from uuid import UUID
 
-from virt_sse.agent import measures
+from virt_sse.agent import enforcement
 from virt_sse.agent.inventory import RunningDomain, Snapshot
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
@@ -85,7 +85,7 @@ class StageWatch:
     def _restart(self, record: StageRecord, domain: RunningDomain, dead: list[str]) -> None:
         try:
             self._domains.restart_stages(record)
-            went_on = measures.resume_after_error(self._uri, domain)
+            went_on = enforcement.resume_after_error(self._uri, domain)
         except VirtSseError as exc:
             _log.warning("stage-not-restarted", extra=fields(_told(record, dead) | {"reason": str(exc)}))
         else:

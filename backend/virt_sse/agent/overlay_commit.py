@@ -22,9 +22,9 @@ from uuid import UUID
 
 import libvirt
 
-from virt_sse.agent.fold_record import FoldRecord, Overlay
 from virt_sse.agent.logs import fields
-from virt_sse.agent.wiping import wipe
+from virt_sse.agent.overlay_commit_record import FoldRecord, Overlay
+from virt_sse.agent.overwrite import wipe
 from virt_sse.errors import DiskInUseError, ImageError, LibvirtError
 from virt_sse.libvirt.connection import connected
 from virt_sse.qemu import img

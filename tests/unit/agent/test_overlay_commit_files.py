@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from virt_sse.agent.fold import foldable
-from virt_sse.agent.fold_record import FoldRecord, Overlay
-from virt_sse.agent.wiping import wipe
+from virt_sse.agent.overlay_commit import foldable
+from virt_sse.agent.overlay_commit_record import FoldRecord, Overlay
+from virt_sse.agent.overwrite import wipe
 from virt_sse.config import Config, PlaintextPolicy
 from virt_sse.errors import ConfigError, ImageError
 from virt_sse.verification.chains import ChainLink, DiskChain
