@@ -84,7 +84,7 @@ class Config:
     :ivar io_errors: what a guest is to get when its disk cannot be read or written.
     :ivar reconnect_seconds: how long a guest's requests wait for a storage process that died to be back.
     :ivar storage_user: the user, or its number, that storage processes run as; ``None``: see
-        :func:`virt_sse.stages.users.storage_user`.
+        :func:`virt_sse.stages.storage_user.storage_user`.
     :ivar operator_credential: what makes and deletes the sets' identities in a key vault.
     :ivar policy_tables: what is supported where, in place of what comes with virt-sse; see ``cloud.toml``
         there.

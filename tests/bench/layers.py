@@ -21,7 +21,6 @@ from virt_sse.libvirt.users import User
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import PLATFORM_KEY, Disk, NewDisk
 from virt_sse.model.layers import HostCaching, LayerChoice
-from virt_sse.stages.process import Process
 from virt_sse.system.tools import run
 
 _MIB = 1 << 20
@@ -131,5 +130,6 @@ def _served(backend: Backend, disk: Disk, caching: HostCaching, folder: Path) ->
 
 
 def _pids(backend: Backend, disk: Disk) -> list[int]:
-    folder = backend.host.config.stage_directory / str(disk.id)
-    return [pid for name in ("cache", "storage") if (pid := Process(folder / name).pid())]
+    record = backend.host.stages.record(disk.id)
+    processes = backend.host.stages.processes(record) if record else []
+    return [pid for each in processes if (pid := each.process.pid())]

@@ -25,7 +25,7 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, NewDisk
 from virt_sse.model.keys import Dek
 from virt_sse.model.layers import EncryptionType
-from virt_sse.stages.process import Process
+from virt_sse.stages.locked_process import LockedProcess
 
 STORAGE_USER = 64901
 CONFIG = f"""\
@@ -160,8 +160,8 @@ class StageSite:
         )
         return found
 
-    def storage(self, disk: Disk) -> Process:
-        return Process(self.backend.host.config.stage_directory / str(disk.id) / "storage")
+    def storage(self, disk: Disk) -> LockedProcess:
+        return LockedProcess(self.backend.host.config.stage_directory / str(disk.id) / "storage")
 
     def secrets(self) -> list[str]:
         """The usage ids of libvirt's secrets that are ours."""

@@ -20,7 +20,7 @@ from virt_sse.lab.recipes import LinuxMicro
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import NewDisk
 from virt_sse.model.layers import EncryptionType, HostCaching
-from virt_sse.stages.process import Process
+from virt_sse.stages.locked_process import LockedProcess
 
 WRITE_AND_VERIFY = """\
 set -e
@@ -62,8 +62,8 @@ def double(site: Site) -> str:
     return name
 
 
-def daemon_of(site: Site, disk_id: uuid.UUID) -> Process:
-    return Process(site.backend.host.config.stage_directory / str(disk_id) / "storage")
+def daemon_of(site: Site, disk_id: uuid.UUID) -> LockedProcess:
+    return LockedProcess(site.backend.host.config.stage_directory / str(disk_id) / "storage")
 
 
 def test_one_that_dies_is_told_of_and_the_guest_gets_no_wrong_data(site: Site, double: str) -> None:
@@ -117,7 +117,7 @@ def test_a_write_back_cache_loses_nothing_that_the_guest_was_told_is_stable(
     site.backend.vms.update(name, VmChanges(encryption_at_host=True, caching=caching))
     site.host.virsh("start", name)
     guest.wait_for("wrote 5")
-    pid = Process(site.backend.host.config.stage_directory / str(disk.id) / "cache").pid()
+    pid = LockedProcess(site.backend.host.config.stage_directory / str(disk.id) / "cache").pid()
     assert pid
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: site.events("stage-lost", disk=str(disk.id)))

@@ -1,4 +1,4 @@
-"""The agent's socket: taken over from systemd, or made, and then held by this agent alone."""
+"""The agent's socket: passed by systemd or created, and locked against a second agent."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _BACKLOG = 128
 
 @contextlib.contextmanager
 def listening(path: Path) -> Iterator[socket.socket]:
-    """A listening socket at *path*, in a folder that is 0700; one that a killed agent left is replaced.
+    """A listening socket at *path*, in a 0700 folder; replaces the socket of a killed agent.
 
-    One that the service manager has passed is used instead, and is the manager's to remove.
+    A socket passed by the service manager has priority; the service manager removes its own socket.
 
-    :raise AgentError: When another agent has it, or it cannot be made.
+    :raise AgentError: When another agent has the socket, or the socket cannot be created.
     """
     passed = _passed()
     try:
         private_folder(path.parent)
         lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
     except OSError as exc:
-        raise AgentError(f"cannot make {path.parent}: {exc.strerror}") from exc
+        raise AgentError(f"cannot create {path.parent}: {exc.strerror}") from exc
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -51,7 +51,7 @@ def listening(path: Path) -> Iterator[socket.socket]:
 
 
 def _passed() -> socket.socket | None:
-    """The socket that systemd listens on for us, if it does (sd_listen_fds(3))."""
+    """The socket passed by systemd, if any (sd_listen_fds(3))."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS", "0") == "0":
         return None
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
@@ -59,7 +59,7 @@ def _passed() -> socket.socket | None:
     passed = socket.socket(fileno=_FIRST_PASSED)
     os.set_inheritable(passed.fileno(), False)
     if passed.family != socket.AF_UNIX or passed.type != socket.SOCK_STREAM:
-        raise AgentError("the service manager has passed something else than a Unix stream socket")
+        raise AgentError("the service manager has passed a descriptor that is not a Unix stream socket")
     return passed
 
 
@@ -78,11 +78,11 @@ def _made(path: Path) -> socket.socket:
 
 
 def _refuse_if_answered(path: Path) -> None:
-    """Another agent would have our lock, but systemd may listen there on one's behalf."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial, contextlib.suppress(OSError):
-        trial.settimeout(1)
-        trial.connect(str(path))
+    """A running agent has the lock, but systemd may listen at *path* before the agent runs."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+        probe.settimeout(1)
+        probe.connect(str(path))
         raise AgentError(
-            f"something listens at {path} already",
-            hint="where virt-sse-agent.socket is enabled, 'systemctl start virt-sse-agent' starts the agent",
+            f"another process already listens at {path}",
+            hint="if virt-sse-agent.socket is enabled, run 'systemctl start virt-sse-agent'",
         )

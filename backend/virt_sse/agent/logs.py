@@ -1,4 +1,4 @@
-"""The agent's log: a line per event on the standard error; JSON, unless a person is looking."""
+"""The agent's log: a line per event on standard error; JSON, or plain text on a terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FIELDS = "virt_sse_fields"
 
 
 def fields(values: Mapping[str, object]) -> dict[str, object]:
-    """What goes as ``extra`` of a log call whose message is an event's name: what there is to know of it."""
+    """The ``extra`` argument of a log call: the fields of the event named by the message."""
     return {_FIELDS: values}
 
 
@@ -32,7 +32,7 @@ class JsonLines(logging.Formatter):
 
 
 class Readable(logging.Formatter):
-    """The same for a terminal."""
+    """``virt-sse: LEVEL: EVENT NAME=VALUE …``, for a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         words = [f"virt-sse: {record.levelname.lower()}: {record.getMessage()}"]
@@ -43,7 +43,7 @@ class Readable(logging.Formatter):
 
 
 def set_up() -> None:
-    """Send our own events from ``INFO`` on, and others' from ``WARNING``, to the standard error."""
+    """Log to standard error: virt-sse from level ``INFO``, libraries from ``WARNING``."""
     handler = logging.StreamHandler()
     handler.setFormatter(Readable() if sys.stderr.isatty() else JsonLines())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)

@@ -1,4 +1,4 @@
-"""What the agent tells Prometheus."""
+"""The agent's Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 
 
 class Metrics:
-    """All of the agent's metrics. Threads may share them. Observes key events as a plugin does."""
+    """The agent's metrics; a plugin that observes key events. Thread-safe."""
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
@@ -26,77 +26,80 @@ class Metrics:
         self.libvirt_connected = Gauge(
             f"{_PREFIX}_libvirt_connected", "Whether libvirt answers.", registry=registry
         )
-        self.domains = Gauge(f"{_PREFIX}_domains", "Running domains with a disk of ours.", registry=registry)
+        self.domains = Gauge(f"{_PREFIX}_domains", "Running domains with encrypted disks.", registry=registry)
         self.revoked_domains = Gauge(
             f"{_PREFIX}_revoked_domains",
-            "Those of them whose key was taken away, and that still run.",
+            "Running domains with a revoked key.",
             registry=registry,
         )
         self.spared_domains = Gauge(
             f"{_PREFIX}_spared_domains",
-            "Those of them that run on, because of an ultra disk or the set's action.",
+            "Running domains with a revoked key, spared because of an ultra disk or the set's action.",
             registry=registry,
         )
         self.keys_watched = Gauge(
             f"{_PREFIX}_keys_watched",
-            "Versions of keys that running domains' disks are under.",
+            "Key versions in use by disks of running domains.",
             registry=registry,
         )
         self._key_state = Gauge(
             f"{_PREFIX}_key_state",
-            "1 for the state that the key was last seen in.",
+            "1 for the key's last known state.",
             ["key", "encryption_set", "state"],
             registry=registry,
         )
         self.last_watch = Gauge(
             f"{_PREFIX}_last_watch_timestamp_seconds",
-            "When libvirt's domains and all their keys were last seen.",
+            "Time of the last complete check of libvirt's domains and their keys.",
             registry=registry,
         )
         self.actions = Counter(
             f"{_PREFIX}_domain_actions",
-            "What was done to domains.",
+            "Actions on domains.",
             ["action"],
             registry=registry,
         )
         self.failed_actions = Counter(
-            f"{_PREFIX}_domain_action_failures", "What could not be done.", ["action"], registry=registry
+            f"{_PREFIX}_domain_action_failures", "Failed actions on domains.", ["action"], registry=registry
         )
         self.plaintext_links = Gauge(
             f"{_PREFIX}_plaintext_links",
-            "Images without encryption that data of our disks is in now.",
+            "Unencrypted images with data of encrypted disks.",
             registry=registry,
         )
         self.plaintext_links_found = Counter(
             f"{_PREFIX}_plaintext_links_found",
-            "Those that were found, by what they are to the disk.",
+            "Unencrypted images found, by their relation to the disk.",
             ["kind"],
             registry=registry,
         )
         self.rewrapped = Counter(
-            f"{_PREFIX}_rewrapped_disks", "Disks that followed their key.", registry=registry
+            f"{_PREFIX}_rewrapped_disks", "Disks rewrapped to a new key version.", registry=registry
         )
         self._uses = Counter(f"{_PREFIX}_key_uses", "Uses of keys.", ["action", "result"], registry=registry)
         self._unwrap_seconds = Histogram(
-            f"{_PREFIX}_unwrap_seconds", "How long unwraps took.", buckets=_SECONDS, registry=registry
+            f"{_PREFIX}_unwrap_seconds", "Duration of unwraps.", buckets=_SECONDS, registry=registry
         )
         self._hook_seconds = Histogram(
             f"{_PREFIX}_hook_seconds",
-            "How long events of the libvirt hook took.",
+            "Duration of libvirt hook events.",
             ["event"],
             buckets=_SECONDS,
             registry=registry,
         )
         self._hooks = Counter(
-            f"{_PREFIX}_hooks", "Events of the libvirt hook.", ["event", "result"], registry=registry
+            f"{_PREFIX}_hooks", "Libvirt hook events.", ["event", "result"], registry=registry
         )
 
     def render(self) -> bytes:
-        """All of it, in Prometheus' text format 0.0.4."""
+        """All metrics in Prometheus' text format 0.0.4."""
         return generate_latest(self._registry)
 
     def show_keys(self, states: Collection[tuple[str, str, KeyState]]) -> None:
-        """Show just these: a key with its version, the id of its encryption set or nothing, its state."""
+        """Replace the keys shown.
+
+        :param states: key with version, id of the encryption set or an empty string, and state.
+        """
         if (now := frozenset(states)) == self._shown:
             return
         self._shown = now
@@ -108,7 +111,7 @@ class Metrics:
 
     @contextlib.contextmanager
     def hook(self, event: str) -> Iterator[None]:
-        """An event of the hook is served in here."""
+        """Measure a hook event, served in the context."""
         began, result = time.monotonic(), "failed"
         try:
             yield

@@ -1,10 +1,10 @@
-"""Folds plaintext overlays of an encrypted disk back into the disk, and wipes them.
+"""Fold: commits plaintext overlays of an encrypted disk into the disk, then wipes the overlay files.
 
-In this order: what is to be done is noted, in a record; the running domain is marked, in its live metadata,
-which ends with its run; libvirt commits the overlays and lets the domain go on with the disk alone; that is
-noted; the overlays are wiped; the snapshots in libvirt's books that need them are forgotten; mark and record
-are removed. Each step can be done again, and what was cut off goes on from the record. Whether the domain has
-let go of the overlays because they were committed is known by the mark alone: without it nothing is wiped.
+The steps are: write a record of the fold; mark the running domain in its live metadata, which end with the
+run; let libvirt commit the overlays and pivot the domain to the disk; update the record; wipe the overlays;
+delete libvirt's metadata of snapshots that need the overlays; remove mark and record. Each step can be
+repeated, and an interrupted fold continues from the record. If a domain no longer uses the overlays, only the
+mark proves a successful commit: without the mark, nothing is wiped.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ _NAMESPACE = "https://virt-sse.invalid/agent/fold/{target}/1"
 _PREFIX = "virt-sse"
 _POLL_SECONDS = 0.1
 _LET_GO_SECONDS = 5.0
-"""How long QEMU may take to close an overlay."""
+"""Time for QEMU to close an overlay."""
 
 
 class FoldUnclearError(LibvirtError):
-    """A domain has let go of overlays, and it is not known that they were committed: they are not wiped."""
+    """A domain no longer uses overlays whose commit is not proven: the overlays are not wiped."""
 
 
 def foldable(chain: DiskChain) -> tuple[ChainLink, ...]:
-    """The overlays on top of a disk of ours that can be folded into it: all of them, or none."""
+    """The overlays to fold into an encrypted disk: all of them, or none."""
     overlays = chain.links[: chain.ours or 0]
     can_be = all(link.is_file and not link.is_encrypted for link in overlays) and chain.target.isalnum()
     return overlays if can_be else ()
 
 
 class Fold:
-    """Of one disk of one domain. In a thread of its own, since it waits.
+    """The fold of a disk of a domain. Waits, and so needs a thread.
 
-    :param folder: of the records.
-    :param stopping: set when it is to be left as it is, for the next agent.
+    :param folder: folder of the records.
+    :param stopping: set to interrupt the fold, which the next agent continues.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class Fold:
         self._stopping = stopping
 
     def run(self, record: FoldRecord | None) -> bool:
-        """Do all that is left to do; whether that is all.
+        """Do all remaining steps; whether the fold is complete.
 
-        :param record: of one that has begun.
-        :raise FoldUnclearError: When it is not known what became of one that has begun.
+        :param record: the record of a fold to continue.
+        :raise FoldUnclearError: When the outcome of the fold to continue is unknown.
         :raise LibvirtError: When libvirt refuses.
         :raise ImageError: When an overlay cannot be wiped.
         """
@@ -89,28 +89,29 @@ class Fold:
                 self._mark(domain, None)
         with _written():
             record.remove(self._folder)
-        told = {"domain": record.domain, "target": record.target, "disk": record.disk_id}
-        _log.info("folded", extra=fields(told))
+        details = {"domain": record.domain, "target": record.target, "disk": record.disk_id}
+        _log.info("folded", extra=fields(details))
         return True
 
     def _commit(self, domain: libvirt.virDomain | None, record: FoldRecord | None) -> FoldRecord | None:
-        """Bring the domain to where it is on the disk alone; ``None`` when that has to wait for its start, or
-        the next agent.
+        """Commit the overlays, and make the domain use the disk alone.
+
+        :return: ``None`` if the commit has to wait for the domain's start or the next agent.
         """
         if domain is None:
-            raise FoldUnclearError("the domain is gone")
+            raise FoldUnclearError("the domain no longer exists")
         chain = _chain(domain, self._target)
         overlays = foldable(chain) if chain else ()
         if not domain.isActive():
             if not overlays:
-                raise FoldUnclearError("the domain ended, and is defined without the overlay")
+                raise FoldUnclearError("the domain has ended, and its definition has no overlay")
             return None
         if chain is None or not overlays:
             if record is None:
                 return None
             top = chain.links[0].disk_id if chain else None
             if top != record.disk_id or self._marked(domain) != record.token:
-                raise FoldUnclearError("the domain was stopped, or given another disk, meanwhile")
+                raise FoldUnclearError("the domain was stopped or got another disk during the fold")
         else:
             record = self._noted(domain, chain, overlays, record)
             self._mark(domain, record.token)
@@ -128,12 +129,12 @@ class Fold:
         overlays: tuple[ChainLink, ...],
         record: FoldRecord | None,
     ) -> FoldRecord:
-        """The record, with the overlays that there are now beside those that there were."""
+        """Write the record, with the present overlays added to the recorded overlays."""
         noted = {each.path: each for each in record.overlays} if record else {}
         for link in overlays:
             found = identity(link.path) if link.path else None
             if link.path is None or found is None:
-                raise ImageError(f"{link.place} is no file here")
+                raise ImageError(f"{link.place} is not a file on this host")
             noted[link.path] = Overlay(link.path, found)
         disk_id = next(link.disk_id for link in chain.links if link.disk_id)
         token = record.token if record else secrets.token_hex(16)
@@ -143,15 +144,15 @@ class Fold:
         return made
 
     def _pivot(self, domain: libvirt.virDomain, chain: DiskChain, overlays: tuple[ChainLink, ...]) -> bool:
-        """Let libvirt commit the overlays, and the domain let go of them; false when that is cut short."""
-        if chain.mirror_job != ACTIVE_COMMIT:  # or it was begun before
+        """Let libvirt commit the overlays and pivot the domain to the disk; false if interrupted."""
+        if chain.mirror_job != ACTIVE_COMMIT:  # else the commit has begun before
             base = chain.links[len(overlays)]
             name = f"{self._target}[{base.index}]" if base.index else str(base.path)
             domain.blockCommit(self._target, name, None, 0, libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE)
         while not self._stopping.is_set():
             present = _chain(domain, self._target)
             if present is None or present.mirror_job != ACTIVE_COMMIT:
-                raise LibvirtError("the commit of the overlay has failed")
+                raise LibvirtError("committing the overlay has failed")
             if present.mirror_ready:
                 domain.blockJobAbort(self._target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
                 return True
@@ -163,7 +164,7 @@ class Fold:
             return
         for domain in connection.listAllDomains():
             if _uses(domain, overlay.path):
-                raise ImageError(f"{overlay.path} is in use by domain {domain.name()!r}, and is not wiped")
+                raise ImageError(f"cannot wipe {overlay.path}: in use by domain {domain.name()!r}")
         deadline = time.monotonic() + _LET_GO_SECONDS
         while True:
             try:
@@ -174,9 +175,9 @@ class Fold:
                     raise
             time.sleep(_POLL_SECONDS)
         in_place = wipe(overlay.path, overlay.identity)
-        told = {"domain": record.domain, "target": record.target, "path": overlay.path}
-        sure = "" if in_place else "its storage may keep the content elsewhere"
-        _log.warning("overlay-wiped", extra=fields(told | ({"but": sure} if sure else {})))
+        details = {"domain": record.domain, "target": record.target, "path": overlay.path}
+        doubt = {} if in_place else {"but": "the storage may keep the old content elsewhere"}
+        _log.warning("overlay-wiped", extra=fields(details | doubt))
 
     def _mark(self, domain: libvirt.virDomain, token: str | None) -> None:
         if domain.isActive():
@@ -222,7 +223,7 @@ def _uses(domain: libvirt.virDomain, path: Path) -> bool:
     try:
         texts = [domain.XMLDesc(0), domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)]
     except libvirt.libvirtError as exc:
-        if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # gone since it was listed
+        if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # ended since the domains were listed
             raise
         return False
     links = [link for text in texts for chain in disk_chains(text) for link in (*chain.links, *chain.mirror)]
@@ -230,9 +231,9 @@ def _uses(domain: libvirt.virDomain, path: Path) -> bool:
 
 
 def _forget_snapshots(domain: libvirt.virDomain, record: FoldRecord) -> None:
-    """Remove from libvirt's books the snapshots that need a file that is gone.
+    """Delete libvirt's metadata of snapshots that need a wiped overlay.
 
-    There is no way back to them, and libvirt refuses much to a domain that has one.
+    Such a snapshot cannot be reverted to, and libvirt refuses many operations on a domain with snapshots.
     """
     gone = {overlay.path for overlay in record.overlays}
     for snapshot in domain.listAllSnapshots():
@@ -242,11 +243,11 @@ def _forget_snapshots(domain: libvirt.virDomain, record: FoldRecord) -> None:
             continue
         name = snapshot.getName()
         snapshot.delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
-        told = {"domain": record.domain, "snapshot": name}
+        details = {"domain": record.domain, "snapshot": name}
         memory = root.find("./memory[@snapshot='external']")
         if memory is not None:
-            told["memory-stays-in"] = memory.get("file", "")
-        _log.warning("snapshot-forgotten", extra=fields(told))
+            details["memory-stays-in"] = memory.get("file", "")
+        _log.warning("snapshot-forgotten", extra=fields(details))
 
 
 @contextlib.contextmanager
@@ -254,4 +255,4 @@ def _written() -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise ImageError(f"cannot note what is being folded: {exc}") from exc
+        raise ImageError(f"cannot write the record of the fold: {exc}") from exc

@@ -1,22 +1,44 @@
-"""What an agent notes of a fold before it begins, so that the next one can go on with it."""
+"""Records of folds (:mod:`~virt_sse.agent.overlay_commit`), from which the next agent can continue a fold."""
 
 from __future__ import annotations
 
-import contextlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 from uuid import UUID
 
+import msgspec
+
+from virt_sse.errors import AgentError
+from virt_sse.system.documents import DocumentError, from_json
 from virt_sse.system.files import private_folder, sync_folder, write_private
+
+_Number = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _OverlayDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    path: Path
+    device: _Number
+    inode: _Number
+
+
+class _FoldDocument(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
+    domain_id: UUID
+    domain: str
+    target: str
+    disk: UUID
+    token: str
+    overlays: tuple[_OverlayDocument, ...]
+    committed: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Overlay:
     """A plaintext overlay.
 
-    :ivar identity: its device and inode.
+    :ivar identity: device and inode of the file.
     """
 
     path: Path
@@ -28,8 +50,8 @@ class FoldRecord:
     """A fold of a disk's overlays.
 
     :ivar target: the disk's name in the guest; letters and digits.
-    :ivar token: in the metadata of the domain while it is in the run in which the fold has begun.
-    :ivar is_committed: whether the domain has let go of the overlays, and all that is in them is in the disk.
+    :ivar token: also in the running domain's metadata, which end with the run in which the fold began.
+    :ivar is_committed: whether all data is in the disk, and the domain has closed the overlays.
     """
 
     domain_id: UUID
@@ -41,33 +63,45 @@ class FoldRecord:
     is_committed: bool = False
 
     @classmethod
-    def read_all(cls, folder: Path) -> list[Self]:
-        """All that there are in *folder*; those that make no sense are left out."""
+    def read_all(
+        cls, folder: Path, damaged: Callable[[Path, AgentError], object] = lambda _path, _error: None
+    ) -> list[Self]:
+        """All records in *folder*.
+
+        :param damaged: called for each unreadable record; these records are left out.
+        """
         found = []
         for path in sorted(folder.glob("*.json")):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                fields = json.loads(path.read_bytes())
-                overlays = [
-                    Overlay(Path(each["path"]), (each["device"], each["inode"]))
-                    for each in fields["overlays"]
-                ]
-                found.append(
-                    cls(
-                        domain_id=UUID(fields["domain-id"]),
-                        domain=fields["domain"],
-                        target=fields["target"],
-                        disk_id=UUID(fields["disk"]),
-                        token=fields["token"],
-                        overlays=tuple(overlays),
-                        is_committed=fields["committed"],
-                    )
-                )
+            try:
+                found.append(cls._read(path))
+            except AgentError as exc:
+                damaged(path, exc)
         return found
 
-    def write(self, folder: Path) -> None:
-        """Make it durable in *folder*.
+    @classmethod
+    def _read(cls, path: Path) -> Self:
+        """:raise AgentError: When the record is damaged; the message names the field."""
+        try:
+            fields = from_json(path.read_bytes(), _FoldDocument)
+        except OSError as exc:
+            raise AgentError(f"cannot read {path}: {exc.strerror}") from exc
+        except DocumentError as exc:
+            hint = "correct the file; or remove it once its overlays are committed or not needed, and erased"
+            raise AgentError(f"damaged fold record {path}: {exc}", hint=hint) from exc
+        return cls(
+            domain_id=fields.domain_id,
+            domain=fields.domain,
+            target=fields.target,
+            disk_id=fields.disk,
+            token=fields.token,
+            overlays=tuple(Overlay(each.path, (each.device, each.inode)) for each in fields.overlays),
+            is_committed=fields.committed,
+        )
 
-        :raise OSError: When it cannot be written.
+    def write(self, folder: Path) -> None:
+        """Write the record durably into *folder*.
+
+        :raise OSError: When that fails.
         """
         private_folder(folder)
         fields = {
@@ -82,15 +116,17 @@ class FoldRecord:
             ],
             "committed": self.is_committed,
         }
-        write_private(self._path(folder), json.dumps(fields).encode())
+        write_private(record_path(folder, self.domain_id, self.target), json.dumps(fields).encode())
 
     def remove(self, folder: Path) -> None:
-        """Forget it.
+        """Remove the record from *folder*, durably.
 
-        :raise OSError: When it cannot be removed.
+        :raise OSError: When that fails.
         """
-        self._path(folder).unlink(missing_ok=True)
+        record_path(folder, self.domain_id, self.target).unlink(missing_ok=True)
         sync_folder(folder)
 
-    def _path(self, folder: Path) -> Path:
-        return folder / f"{self.domain_id}-{self.target}.json"
+
+def record_path(folder: Path, domain_id: UUID, target: str) -> Path:
+    """The file of the record for a domain's disk."""
+    return folder / f"{domain_id}-{target}.json"

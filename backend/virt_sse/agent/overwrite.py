@@ -1,4 +1,4 @@
-"""Overwriting a file that holds plaintext, and removing it."""
+"""Wiping plaintext files: overwrite, then remove."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from virt_sse.system.files import extents, sync_folder, write_at
 _CHUNK = 1 << 20
 _MOUNTS = Path("/proc/self/mountinfo")
 _ELSEWHERE = frozenset({"btrfs", "zfs", "bcachefs", "f2fs", "nilfs2", "overlay", "nfs", "nfs4", "cifs", "9p"})
-"""File systems that write new content to another place than the old, or of which that is not known."""
+"""File systems known or suspected not to overwrite in place."""
 
 
 def wipe(path: Path, identity: tuple[int, int]) -> bool:
-    """Overwrite the file at *path* with random bytes, durably, and remove it. Nothing when it is not there.
+    """Overwrite the file at *path* with random bytes, durably, and remove the file. Ignores a missing file.
 
-    What is on copy-on-write storage, also by a snapshot or a reflink of it, or on flash memory may lie there
-    still, in a place that has no name.
+    The old content may survive unseen on copy-on-write storage (also by snapshots and reflinks) and on flash
+    memory.
 
-    :param identity: its device and inode: another file that has its name is left alone.
-    :return: whether the file system is one that overwrites in place.
-    :raise ImageError: When it is another file, or cannot be overwritten.
+    :param identity: device and inode of the file: any other file of the same name is left alone.
+    :return: whether the file system overwrites in place.
+    :raise ImageError: When *path* is a different file, or cannot be overwritten.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -35,7 +35,7 @@ def wipe(path: Path, identity: tuple[int, int]) -> bool:
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or (status.st_dev, status.st_ino) != identity:
-            raise ImageError(f"{path} is another file than before, and is left alone")
+            raise ImageError(f"{path} is another file than before: not wiped")
         _overwrite(descriptor, status.st_size)
         path.unlink()
         sync_folder(path.parent)
@@ -47,7 +47,7 @@ def wipe(path: Path, identity: tuple[int, int]) -> bool:
 
 
 def _overwrite(descriptor: int, size: int) -> None:
-    """What is a hole holds nothing, and is left one."""
+    """Overwrite the data of the file; holes stay holes."""
     for begin, end in extents(descriptor, size):
         for offset in range(begin, end, _CHUNK):
             write_at(descriptor, os.urandom(min(_CHUNK, end - offset)), offset)
@@ -55,11 +55,11 @@ def _overwrite(descriptor: int, size: int) -> None:
 
 
 def _file_system(device: int) -> str:
-    """The type of the file system with that device number (proc_pid_mountinfo(5))."""
+    """The type of the file system with the device number (proc_pid_mountinfo(5))."""
     wanted = f"{os.major(device)}:{os.minor(device)}"
     with contextlib.suppress(OSError, IndexError):
         for line in _MOUNTS.read_text("utf-8", errors="replace").splitlines():
             before, _, after = line.partition(" - ")
             if before.split()[2] == wanted:
                 return after.split()[0]
-    return "btrfs"  # whose files have device numbers of their own
+    return "btrfs"  # the device numbers of btrfs files are in no mount

@@ -1,8 +1,8 @@
-"""Finds images without encryption that data of our disks is in, and does about it what the site has chosen.
+"""Finds unencrypted images with data of encrypted disks, and applies the site's policy: warn, pause or fold.
 
-libvirt makes such images: the overlay of a snapshot, the target of a block copy or a backup, when the XML or
-the command that asks for it names no encryption. It is seen from libvirt's live definition of the domain and
-of its backup. What is made and done with between two looks, such as a short backup, is not seen.
+libvirt creates such images: a snapshot's overlay, or the target of a block copy or backup, if the XML or the
+command names no encryption. The agent finds the images in libvirt's live XML of the domain and its backup. An
+image with a life shorter than the poll interval, such as a short backup's, is not found.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from virt_sse.agent.inventory import PLAINTEXT_NAMESPACE, RunningDomain, Snapsho
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
 from virt_sse.agent.overlay_commit import Fold, FoldUnclearError, foldable
-from virt_sse.agent.overlay_commit_record import FoldRecord
+from virt_sse.agent.overlay_commit_record import FoldRecord, record_path
 from virt_sse.backend import Backend
 from virt_sse.config import PlaintextPolicy
-from virt_sse.errors import InvalidValueError, VirtSseError
+from virt_sse.errors import AgentError, InvalidValueError, VirtSseError
 from virt_sse.verification.chains import LinkKind, PlaintextLink, disk_chains, plaintext_links
 from virt_sse.verification.chains import serial as serial_of
 
@@ -33,11 +33,11 @@ _THREADS = 4
 _AGAIN_SECONDS = 10.0
 
 Run = tuple[UUID, int]
-"""A run of a domain."""
+"""A domain's UUID, and the number of its run."""
 
 
 class PlaintextWatch:
-    """Remembers what it has told; the records of folds alone outlive it."""
+    """Keeps its findings in memory, to report each once; only the records of folds are on disk."""
 
     def __init__(self, backend: Backend, metrics: Metrics) -> None:
         self._backend = backend
@@ -52,13 +52,14 @@ class PlaintextWatch:
         self._jobs: dict[UUID, Future[None]] = {}
         self._not_before: dict[UUID, float] = {}
         self._complaints: dict[UUID, str] = {}
+        self._damaged: frozenset[str] = frozenset()
         self._stopping = threading.Event()
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="plaintext")
 
     def keep(self, snapshot: Snapshot, revoked: Collection[UUID]) -> None:
-        """Look at what runs, once for each snapshot, and begin what has to be done.
+        """Check the running domains, once for each snapshot, and start the policy's actions.
 
-        :param revoked: domains whose key is gone: they are not let go on.
+        :param revoked: domains whose key is revoked: not resumed.
         """
         if snapshot.number == self._seen:
             return
@@ -66,7 +67,7 @@ class PlaintextWatch:
         domains = {(each.uuid, each.run): each for each in (*snapshot.domains, *snapshot.others)}
         known = self._known(domains.values())
         found = {run: links for run, each in domains.items() if (links := _links(each, known))}
-        self._tell(found, domains)
+        self._report(found, domains)
         self._links = found
         self._metrics.plaintext_links.set(sum(map(len, found.values())))
         for run, domain in domains.items():
@@ -78,16 +79,16 @@ class PlaintextWatch:
         self._fold(found, domains)
 
     def links(self, domain: RunningDomain) -> list[str]:
-        """What was found in a domain, in words."""
+        """Descriptions of the unencrypted images found in a domain."""
         return [str(link) for link in self._links.get((domain.uuid, domain.run), ())]
 
     def stop(self) -> None:
-        """Begin nothing any more. Folds that are under way are left for the next agent."""
+        """Start nothing more. The next agent continues folds under way."""
         self._stopping.set()
         self._pool.shutdown(cancel_futures=True)
 
     def _known(self, domains: Iterable[RunningDomain]) -> Collection[UUID]:
-        """Our disks that domains have by their serials alone; asked for when there are new such serials."""
+        """The store's disks known to domains by serial only; the store is queried for new serials only."""
         serials = frozenset(serial for domain in domains for serial in _strange_serials(domain))
         if serials != self._serials:
             self._serials = serials
@@ -95,7 +96,7 @@ class PlaintextWatch:
             self._by_serial = [disk_id for disk_id in ids if serial_of(disk_id) in serials]
         return self._by_serial
 
-    def _tell(
+    def _report(
         self,
         found: Mapping[Run, tuple[PlaintextLink, ...]],
         domains: Mapping[Run, RunningDomain],
@@ -104,57 +105,67 @@ class PlaintextWatch:
             for link in links:
                 if link not in self._links.get(run, ()):
                     self._metrics.plaintext_links_found.labels(link.kind.value).inc()
-                    told = _told(domains[run], link) | {"policy": self._policy.value}
-                    _log.warning("plaintext-link", extra=fields(told))
+                    details = _details(domains[run], link) | {"policy": self._policy.value}
+                    _log.warning("plaintext-link", extra=fields(details))
         for run, links in self._links.items():
             for link in links:
                 if link not in found.get(run, ()) and run in domains:
-                    _log.info("plaintext-link-gone", extra=fields(_told(domains[run], link)))
+                    _log.info("plaintext-link-gone", extra=fields(_details(domains[run], link)))
 
     def _fold(
         self,
         found: Mapping[Run, tuple[PlaintextLink, ...]],
         domains: Mapping[Run, RunningDomain],
     ) -> None:
-        """One at a time in each domain: those that have begun, and then those that should."""
+        """Start folds, one after the other in each domain; recorded folds first."""
+        damaged: dict[Path, AgentError] = {}
         if self._policy is PlaintextPolicy.FOLD or self._folder.is_dir():
-            for record in FoldRecord.read_all(self._folder):
+            for record in FoldRecord.read_all(self._folder, damaged.__setitem__):
                 if self._policy is PlaintextPolicy.FOLD or record.is_committed:
                     self._do(record.domain_id, self._run_fold, record.domain_id, record.target, record)
+        self._report_damaged(damaged.values())
         if self._policy is PlaintextPolicy.FOLD:
             for run, links in found.items():
                 targets = {link.target for link in links if link.kind is LinkKind.OVERLAY}
                 for chain in disk_chains(domains[run].xml) if targets else ():
-                    if chain.target in targets and foldable(chain):
+                    is_blocked = record_path(self._folder, run[0], chain.target) in damaged
+                    if chain.target in targets and foldable(chain) and not is_blocked:
                         self._do(run[0], self._run_fold, run[0], chain.target, None)
 
+    def _report_damaged(self, errors: Collection[AgentError]) -> None:
+        """Log damaged records, each once; a new fold must not replace such a record."""
+        messages = frozenset(map(str, errors))
+        for message in messages - self._damaged:
+            _log.error("fold-record-damaged", extra=fields({"reason": message}))
+        self._damaged = messages
+
     def _do(self, domain_id: UUID, what: Callable[..., None], *arguments: object) -> None:
-        """Do *what* in another thread, if nothing is being done to the domain, nor failed a moment ago."""
+        """Call a function in a worker thread, unless the domain has work under way or a recent failure."""
         job = self._jobs.get(domain_id)
         if (job is None or job.done()) and time.monotonic() >= self._not_before.get(domain_id, 0.0):
             self._jobs[domain_id] = self._pool.submit(what, *arguments)
 
     def _pause(self, domain: RunningDomain) -> None:
-        self._measure("pause", domain)
+        self._act("pause", domain)
 
     def _resume(self, domain: RunningDomain) -> None:
-        self._measure("resume", domain)
+        self._act("resume", domain)
 
-    def _measure(self, action: str, domain: RunningDomain) -> None:
-        told = {"domain": domain.name, "action": action, "for": "plaintext"}
-        measure = enforcement.pause if action == "pause" else enforcement.resume
+    def _act(self, action: str, domain: RunningDomain) -> None:
+        details = {"domain": domain.name, "action": action, "for": "plaintext"}
+        act = enforcement.pause if action == "pause" else enforcement.resume
         try:
-            done = measure(self._uri, domain, PLAINTEXT_NAMESPACE)
+            done = act(self._uri, domain, PLAINTEXT_NAMESPACE)
         except VirtSseError as exc:
             self._metrics.failed_actions.labels(action).inc()
-            _log.warning("domain-action-failed", extra=fields(told | {"reason": str(exc)}))
+            _log.warning("domain-action-failed", extra=fields(details | {"reason": str(exc)}))
             return
         if done:
             self._metrics.actions.labels(action).inc()
-            _log.warning("domain-action", extra=fields(told))
+            _log.warning("domain-action", extra=fields(details))
 
     def _run_fold(self, domain_id: UUID, target: str, record: FoldRecord | None) -> None:
-        told: dict[str, object] = {"domain-id": domain_id, "target": target}
+        details: dict[str, object] = {"domain-id": domain_id, "target": target}
         try:
             if Fold(self._uri, self._folder, domain_id, target, self._stopping).run(record):
                 self._metrics.actions.labels("fold").inc()
@@ -165,33 +176,33 @@ class PlaintextWatch:
             self._not_before[domain_id] = time.monotonic() + _AGAIN_SECONDS
             unclear = isinstance(exc, FoldUnclearError) and record is not None
             if unclear and record and not any(each.path.exists() for each in record.overlays):
-                record.remove(self._folder)  # whoever removed them knows
+                record.remove(self._folder)  # an administrator has removed the overlays
                 return
             if self._complaints.get(domain_id) != str(exc):
                 self._complaints[domain_id] = str(exc)
                 self._metrics.failed_actions.labels("fold").inc()
-                told["reason"] = str(exc)
+                details["reason"] = str(exc)
                 if unclear and record:
-                    told["not-wiped"] = [str(each.path) for each in record.overlays]
-                _log.warning("fold-unclear" if unclear else "fold-failed", extra=fields(told))
+                    details["not-wiped"] = [str(each.path) for each in record.overlays]
+                _log.warning("fold-unclear" if unclear else "fold-failed", extra=fields(details))
 
 
 def _links(domain: RunningDomain, known: Collection[UUID]) -> tuple[PlaintextLink, ...]:
     try:
         return tuple(dict.fromkeys(plaintext_links(domain.xml, domain.backup, known=known)))
-    except InvalidValueError:  # the inventory has told that
+    except InvalidValueError:  # logged by the inventory
         return ()
 
 
 def _strange_serials(domain: RunningDomain) -> list[str]:
-    """Of disks that are not ours, as libvirt has them."""
+    """Serials of disks without the store's encryption in libvirt's XML."""
     try:
         return [chain.serial for chain in disk_chains(domain.xml) if chain.ours is None and chain.serial]
     except InvalidValueError:
         return []
 
 
-def _told(domain: RunningDomain, link: PlaintextLink) -> dict[str, object]:
+def _details(domain: RunningDomain, link: PlaintextLink) -> dict[str, object]:
     return {
         "domain": domain.name,
         "disk": link.disk_id,

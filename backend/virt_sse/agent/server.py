@@ -3,9 +3,9 @@
 ``POST /hook``
     ``{"event", "domain", "xml"}``, an event of the libvirt hook; 200, or ``{"error", "hint"}``
 ``GET /status``
-    what the agent sees, in JSON
+    the agent's view of domains and keys, in JSON
 ``GET /metrics``
-    the same in numbers, in Prometheus' text format
+    metrics, in Prometheus' text format
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ _UNAVAILABLE = (KeyProviderUnavailableError, LibvirtUnavailableError, StoreError
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What is behind the socket.
+    """The agent's functions for the server.
 
-    :ivar hook: serves an event: its name, the domain's, the domain's XML.
+    :ivar hook: serves an event: the event's name, the domain's name, the domain's XML.
+    :ivar status: returns the agent's view, for JSON.
+    :ivar metrics: returns the metrics in Prometheus' text format.
     """
 
     hook: Callable[[str, str, str], None]
@@ -47,9 +49,9 @@ class Service:
 
 
 class AgentServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-    """Answers each connection in a thread of its own; ``server_close`` waits for those under way.
+    """Answers each connection in its own thread; ``server_close`` waits for requests under way.
 
-    :param listener: listens already, and stays the caller's.
+    :param listener: a listening socket; the caller closes the socket.
     """
 
     daemon_threads = False
@@ -81,11 +83,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/status":
             self._answer_json(HTTPStatus.OK, self.server.service.status())
         else:
-            self._refuse(HTTPStatus.NOT_FOUND, "the agent has no such page")
+            self._refuse(HTTPStatus.NOT_FOUND, "no such page")
 
     def do_POST(self) -> None:
         if self.path != "/hook":
-            self._refuse(HTTPStatus.NOT_FOUND, "the agent has no such page")
+            self._refuse(HTTPStatus.NOT_FOUND, "no such page")
             return
         try:
             event, domain, xml = _parse_event(self._body())
@@ -97,23 +99,24 @@ class _Handler(BaseHTTPRequestHandler):
         except VirtSseError as exc:
             status = HTTPStatus.SERVICE_UNAVAILABLE if isinstance(exc, _UNAVAILABLE) else HTTPStatus.CONFLICT
             self._refuse(status, str(exc), exc.hint)
-        except Exception as exc:  # noqa: BLE001 -- one event's failure must not cost the others
+        except Exception as exc:  # noqa: BLE001 -- a failed event must not end the agent
             _log.exception("hook-failed", extra=fields({"hook": event, "domain": domain}))
             name = type(exc).__name__
-            self._refuse(
-                HTTPStatus.INTERNAL_SERVER_ERROR, f"the agent failed: {name}", "the agent's log says more"
-            )
+            self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"the agent failed: {name}", "see the agent's log")
         else:
             self._answer_json(HTTPStatus.OK, {})
 
     def _body(self) -> bytes:
-        """:raise ValueError: When its length is not said, too large, or not true."""
+        """The request's body.
+
+        :raise ValueError: When ``Content-Length`` is missing, too large, or wrong.
+        """
         length = int(self.headers.get("Content-Length") or "")
         if not 0 <= length <= _LONGEST_BODY:
-            raise ValueError(f"a body of {length} bytes")
+            raise ValueError(f"invalid length of the body: {length} bytes")
         body = self.rfile.read(length)
         if len(body) != length:
-            raise ValueError("it was cut off")
+            raise ValueError("incomplete body")
         return body
 
     def _refuse(self, status: HTTPStatus, error: str, hint: str | None = None) -> None:
@@ -133,17 +136,20 @@ class _Handler(BaseHTTPRequestHandler):
         return "local"
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- the base class's name
-        """What is worth a line has been logged by its meaning."""
+        """Do nothing: the agent logs its own events."""
 
 
 def _parse_event(body: bytes) -> tuple[str, str, str]:
-    """:raise ValueError: When it is none."""
+    """Event, domain and XML in the body of a hook request.
+
+    :raise ValueError: When the body is invalid.
+    """
     document = json.loads(body)
     if not isinstance(document, dict):
         raise ValueError("not an object")  # noqa: TRY004 -- a document's type is its content here
     event, domain, xml = (document.get(name) for name in ("event", "domain", "xml"))
     if not (isinstance(event, str) and isinstance(domain, str) and isinstance(xml, str)):
-        raise ValueError("event, domain and xml must be texts")  # noqa: TRY004 -- likewise
+        raise ValueError("event, domain and xml must be strings")  # noqa: TRY004 -- likewise
     if event not in EVENTS:
-        raise ValueError(f"no event {event[:40]!r}")
+        raise ValueError(f"unknown event {event[:40]!r}")
     return event, domain, xml

@@ -1,83 +1,79 @@
-"""The processes between QEMU and the storage: there for domains that run, and for no others.
+"""Restarts dead stage processes under running guests, and ends stage processes without a domain.
 
-The hook sees to that. Here is seen to what no hook was run for: one that died under a running guest,
-and those of a domain that ended while nobody was there.
+The libvirt hook starts and ends stage processes. The agent handles the cases without a hook: a process
+died, or a domain ended while neither agent nor libvirtd ran.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
 from uuid import UUID
 
 from virt_sse.agent import enforcement
 from virt_sse.agent.inventory import RunningDomain, Snapshot
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
+from virt_sse.agent.snapshot_worker import SnapshotWorker
 from virt_sse.domains.start import DomainStart
-from virt_sse.errors import VirtSseError
+from virt_sse.errors import StageError, VirtSseError
 from virt_sse.stages import Stages
 from virt_sse.stages.record import StageRecord
+from virt_sse.stages.stages import LOST_WRITES
 
 _log = logging.getLogger(__name__)
 
-_THREADS = 4
 _AGAIN_SECONDS = 10.0
 
 
-class StageWatch:
-    """:param unused_seconds: how long stages must have been of no use before they are ended: a command starts
-    them a little before the domain has the disk.
-    """
+class StageWatch(SnapshotWorker[UUID]):
+    """Keeps the stage processes of running domains' disks, by disk id."""
 
     def __init__(
         self, uri: str, stages: Stages, domains: DomainStart, metrics: Metrics, *, unused_seconds: float
     ) -> None:
+        super().__init__("stage", unused_seconds)
         self._uri = uri
         self._stages = stages
         self._domains = domains
         self._metrics = metrics
-        self._unused_seconds = unused_seconds
-        self._unused: dict[UUID, float] = {}
         self._tried: dict[UUID, float] = {}
         self._lost: set[tuple[UUID, int]] = set()
-        self._seen = 0
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="stage")
+        self._damaged: frozenset[str] = frozenset()
 
     def keep(self, snapshot: Snapshot) -> None:
-        """Start what died and can be started again, end what no domain uses; once for each snapshot."""
-        if snapshot.number == self._seen:
+        """Restart dead processes, unless data is lost, and end unused processes; once for each snapshot."""
+        if not self._is_new(snapshot):
             return
-        self._seen = snapshot.number
         now = time.monotonic()
         running = {domain.uuid: domain for domain in snapshot.domains}
         unused = {}
-        for record in self._stages.records():
+        damaged: list[StageError] = []
+        for record in self._stages.records(damaged.append):
             domain = running.get(record.domain_id)
             if domain is None or all(use.disk_id != record.disk_id for use in domain.uses):
                 unused[record.disk_id] = record
             elif dead := self._stages.dead(record):
                 self._revive(record, domain, dead, now)
+        self._report(damaged)
         self._lost &= {(use.disk_id, domain.run) for domain in snapshot.domains for use in domain.uses}
-        for disk_id in self._unused.keys() - unused.keys():
+        for disk_id in self._overdue(unused, now):
             del self._unused[disk_id]
-        for disk_id, record in unused.items():
-            if self._unused.setdefault(disk_id, now) <= now - self._unused_seconds:
-                del self._unused[disk_id]
-                self._pool.submit(self._end, record)
+            self._pool.submit(self._end, unused[disk_id])
 
-    def stop(self) -> None:
-        """Begin nothing any more, and wait for what is under way."""
-        self._pool.shutdown(cancel_futures=True)
+    def _report(self, damaged: list[StageError]) -> None:
+        """Log damaged records, each once."""
+        messages = frozenset(map(str, damaged))
+        for message in messages - self._damaged:
+            _log.error("stage-record-damaged", extra=fields({"reason": message}))
+        self._damaged = messages
 
     def _revive(self, record: StageRecord, domain: RunningDomain, dead: list[str], now: float) -> None:
-        if not record.keeps_all:
+        if not self._stages.may_restart(record):
             if (record.disk_id, domain.run) not in self._lost:
                 self._lost.add((record.disk_id, domain.run))
                 self._metrics.actions.labels("stage-lost").inc()
-                reason = "what it had not flushed is lost: the domain must be stopped and started"
-                _log.error("stage-lost", extra=fields(_told(record, dead) | {"reason": reason}))
+                _log.error("stage-lost", extra=fields(_details(record, dead) | {"reason": LOST_WRITES}))
         elif self._tried.get(record.disk_id, 0.0) <= now:
             self._tried[record.disk_id] = now + _AGAIN_SECONDS
             self._pool.submit(self._restart, record, domain, dead)
@@ -87,10 +83,11 @@ class StageWatch:
             self._domains.restart_stages(record)
             went_on = enforcement.resume_after_error(self._uri, domain)
         except VirtSseError as exc:
-            _log.warning("stage-not-restarted", extra=fields(_told(record, dead) | {"reason": str(exc)}))
+            details = _details(record, dead) | {"reason": str(exc)}
+            _log.warning("stage-not-restarted", extra=fields(details))
         else:
             self._metrics.actions.labels("restart-stage").inc()
-            _log.info("stage-restarted", extra=fields(_told(record, dead) | {"resumed": went_on}))
+            _log.info("stage-restarted", extra=fields(_details(record, dead) | {"resumed": went_on}))
 
     def _end(self, record: StageRecord) -> None:
         try:
@@ -101,5 +98,5 @@ class StageWatch:
             _log.info("stage-ended", extra=fields({"disk": record.disk_id}))
 
 
-def _told(record: StageRecord, dead: list[str]) -> dict[str, object]:
+def _details(record: StageRecord, dead: list[str]) -> dict[str, object]:
     return {"disk": record.disk_id, "domain": record.domain, "stages": dead}

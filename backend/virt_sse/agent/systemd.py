@@ -16,10 +16,10 @@ _UNFIT = re.compile(r"[\x00-\x1f\x7f\"\\$]")
 
 
 def write_units(directory: Path, config: Config) -> list[Path]:
-    """Write the units, for this installation and this host's files, into *directory*; what was written.
+    """Write the units for this installation and host into *directory*; return the files written.
 
-    :raise InvalidValueError: When a path cannot be named in a unit.
-    :raise ConfigError: When they cannot be written.
+    :raise InvalidValueError: When a path has characters that units cannot hold.
+    :raise ConfigError: When a file cannot be written.
     """
     values = {
         "PYTHON": sys.executable,
@@ -45,7 +45,7 @@ def write_units(directory: Path, config: Config) -> list[Path]:
 
 
 def _escaped(value: str) -> str:
-    """*value* where a unit has one: ``%`` would begin a specifier."""
+    """Escape *value* for a unit file: ``%`` begins a specifier."""
     if _UNFIT.search(value):
-        raise InvalidValueError(f"a unit cannot name {value[:80]!r}")
+        raise InvalidValueError(f"invalid characters for a unit file: {value[:80]!r}")
     return value.replace("%", "%%")

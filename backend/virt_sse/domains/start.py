@@ -133,10 +133,10 @@ class DomainStart:
         :raise VirtSseError: By meaning, when it does not start.
         """
         deks = {}
-        if record.storage_slot is not None:
+        if slots := self._stages.dek_slots(record):
             disk = self._store.get(str(record.disk_id))
             with audit_context(domain=record.domain):
-                deks[record.storage_slot] = self._keys.unwrap_slot(disk, record.storage_slot)
+                deks = {slot: self._keys.unwrap_slot(disk, slot) for slot in slots}
         self._stages.restart(record.disk_id, deks)
 
     def source(self, disk: Disk) -> DiskSource:

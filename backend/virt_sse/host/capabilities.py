@@ -17,7 +17,7 @@ from virt_sse.model.ciphers import AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.qemu import img, luks
-from virt_sse.stages.users import storage_user
+from virt_sse.stages.storage_user import storage_user
 from virt_sse.system.files import write_at
 from virt_sse.system.tools import run
 

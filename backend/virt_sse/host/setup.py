@@ -12,7 +12,7 @@ from virt_sse.errors import ConfigError
 from virt_sse.keys.host import Host
 from virt_sse.libvirt import hook_script
 from virt_sse.model.disks import PLATFORM_KEY
-from virt_sse.stages.users import DEFAULT_STORAGE_USER
+from virt_sse.stages.storage_user import DEFAULT_STORAGE_USER
 from virt_sse.system.tools import run
 
 APPARMOR_ABSTRACTION = "etc/apparmor.d/abstractions/libvirt-qemu"

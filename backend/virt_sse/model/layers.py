@@ -46,29 +46,31 @@ class HostCaching(enum.Enum):
     READ_WRITE = "ReadWrite"
 
 
+class Stage:
+    """A part of the data path between a guest and the storage; a subclass for each kind of stage."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
-class GuestNode:
+class GuestNode(Stage):
     """Stage: a LUKS node in the guest's own QEMU, wired by libvirt's ``<encryption format='luks'>``."""
 
     slot: str
 
 
 @dataclass(frozen=True, slots=True)
-class HostCache:
+class HostCache(Stage):
     """Stage: a cache on the host, below the guest's LUKS node: it holds ciphertext and nothing else."""
 
     caching: HostCaching
 
 
 @dataclass(frozen=True, slots=True)
-class StorageNode:
+class StorageNode(Stage):
     """Stage: another LUKS node, in a storage daemon of its own, apart from the guest's QEMU."""
 
     slot: str
-
-
-Stage = GuestNode | HostCache | StorageNode
-"""One thing that data passes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,13 @@
-"""What data passes between a guest's QEMU and the storage: one process per disk and stage.
+"""Processes on the data path between a guest's QEMU and the storage: a process per disk and kind of stage.
 
-Per disk, so that one that dies, or is attacked through the guest's data, holds the DEK of one disk, and a
-disk can be plugged in and out of a running guest with all that is its own. They are not children of the
-command that starts them, and are known by a lock that each of them holds (:mod:`~virt_sse.stages.process`).
+Each process holds at most the DEK of one disk, so a crash or an attack through guest data affects one disk
+only, and a disk can be plugged into and out of a running guest together with its processes. The processes are
+not children of the starting command; a process is identified by a lock
+(:mod:`~virt_sse.stages.locked_process`). :mod:`~virt_sse.stages.kinds` lists the kinds of stage processes.
 """
 
 from __future__ import annotations
 
-from virt_sse.stages.running import Stages
+from virt_sse.stages.stages import Stages
 
 __all__ = ["Stages"]

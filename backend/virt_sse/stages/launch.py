@@ -1,14 +1,14 @@
-"""Becomes a stage's process: takes its locks, gives up root, and runs the program.
+"""Becomes a stage process: takes the locks, gives up root, and runs the program.
 
-Run as a script, with the standard library alone. Its arguments: one JSON object with
+Run as a script, with the standard library alone. The argument is a JSON object with
 
-- ``ready``: the descriptor to write to once the locks are taken; then what started this may go on.
-- ``lock``: the descriptor of the stage's lock file; its POSIX lock outlives exec, and ends with the process.
-- ``image``: where not null, the descriptor of an image that the program does not lock as QEMU does.
-- ``uid``, ``gid``: whom to become.
-- ``listening``: where not null, a listening socket for the program: its descriptor 3 (sd_listen_fds(3)).
-- ``environment``: what to set.
-- ``command``: the program, by its absolute path, and its arguments.
+- ``ready``: the descriptor to write to once the locks are taken, the starter waits for this.
+- ``lock``: the descriptor of the process's lock file; the POSIX lock outlives exec and ends with the process.
+- ``image``: null, or the descriptor of an image to lock, for programs without QEMU's image locking.
+- ``uid``, ``gid``: the user and group that run the program.
+- ``listening``: null, or a listening socket: the program's descriptor 3 (sd_listen_fds(3)).
+- ``environment``: environment variables to set.
+- ``command``: the program, by absolute path, and the program's arguments.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _PR_SET_NO_NEW_PRIVS = 38
 _POLL_SECONDS = 0.0005
 _FLOCK = struct.Struct("hhqqi4x")
 _QEMU_USED = (100, 101, 103)
-"""QEMU ``block/file-posix.c``: reads consistently, writes, resizes, …"""
+"""QEMU ``block/file-posix.c``: locks for consistent reads, writes and resizes."""
 _QEMU_UNSHARED = (201, 203)
-"""… and nobody else may write or resize."""
+"""Likewise: no other process may write or resize."""
 
 
 def main() -> None:
     asked = json.loads(sys.argv[1])
     starter = os.getpid()
     if os.fork():
-        os._exit(0)  # the program belongs to nobody here, and leaves no zombie
+        os._exit(0)  # the program must not become the starter's child, and leaves no zombie
     os.setsid()
-    while os.getppid() == starter:  # nbdkit, handed a socket, ends when its parent does: PR_SET_PDEATHSIG
+    while os.getppid() == starter:  # nbdkit with an inherited socket ends with its parent: PR_SET_PDEATHSIG
         time.sleep(_POLL_SECONDS)
     environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"} | asked["environment"]
     if asked["listening"] is not None:
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def _hand_over(asked: dict[str, int]) -> None:
-    """Make the socket descriptor 3. Before any lock is taken: to close what is 3 now would release it."""
+    """Make the socket descriptor 3. Before any lock is taken: closing the previous 3 would release a lock."""
     for name in ("lock", "image", "ready"):
         if asked[name] == _FIRST_LISTENING:
             asked[name] = fcntl.fcntl(asked[name], fcntl.F_DUPFD, _FREE)
@@ -70,7 +70,7 @@ def _hand_over(asked: dict[str, int]) -> None:
 
 
 def _lock_like_qemu(image: int) -> None:
-    """Let QEMU and its tools see that the image is written to, as long as the descriptor is open."""
+    """Lock the image as QEMU does for writing, as long as the descriptor is open."""
     for byte in (*_QEMU_USED, *_QEMU_UNSHARED):
         fcntl.fcntl(image, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
     for byte in (*(byte + 100 for byte in _QEMU_USED), *(byte - 100 for byte in _QEMU_UNSHARED)):

@@ -1,29 +1,53 @@
-"""What a host notes of a disk's stages, so that any later command can go on with them or end them."""
+"""The record of a disk's stage processes, from which any later command can go on with them or end them.
+
+Written as ``stages.json``; records of running domains outlive upgrades, so fields are added, never changed.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self, cast
 from uuid import UUID
 
+import msgspec
+
+from virt_sse.errors import StageError
 from virt_sse.libvirt.users import User
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.layers import HostCaching
+from virt_sse.model.layers import Stage
+from virt_sse.stages.kinds import STAGE_KINDS, StageKinds
+from virt_sse.system.documents import DocumentError, from_json
 from virt_sse.system.files import private_folder, write_private
+
+RECORD_NAME = "stages.json"
+
+_UserId = Annotated[int, msgspec.Meta(ge=0, lt=2**32 - 1)]
+"""Without ``(uid_t) -1``, which means "unchanged" to chown(2)."""
+
+
+class _CommonFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
+    disk: UUID
+    domain_id: UUID
+    domain: str
+    image: Path
+    format: DiskFormat
+    owner: tuple[_UserId, _UserId]
+    qemu: tuple[_UserId, _UserId]
+    storage: tuple[_UserId, _UserId]
+    guest_slot: str
 
 
 @dataclass(frozen=True, slots=True)
 class StageRecord:
     """The stages of a disk in a domain.
 
-    :ivar owner: whose the image was before.
-    :ivar qemu: whom the domain's QEMU runs as; and
-    :ivar storage: the stages.
-    :ivar guest_slot: of the DEK that the guest's QEMU has.
-    :ivar storage_slot: of the DEK that the storage daemon opens the image with; ``None`` without a daemon.
+    :ivar owner: owner of the image before the stages were started.
+    :ivar qemu: user of the domain's QEMU.
+    :ivar storage: user of the stage processes.
+    :ivar guest_slot: slot of the DEK for the guest's QEMU.
+    :ivar stages: the stages below the guest's QEMU, guest first.
     """
 
     disk_id: UUID
@@ -34,54 +58,49 @@ class StageRecord:
     owner: User
     qemu: User
     storage: User
-    caching: HostCaching
     guest_slot: str
-    storage_slot: str | None
-
-    @property
-    def has_cache(self) -> bool:
-        return self.caching is not HostCaching.NONE
-
-    @property
-    def keeps_all(self) -> bool:
-        """Whether what a stage has acknowledged outlives it, so that it may be started anew under a guest.
-
-        A raw volume's writes, and those that go through a read-only cache, are in the kernel's page cache by
-        then. A qcow2 volume's metadata and a write-back cache are in the process until the guest asks for a
-        flush: a new process would answer with older data, and the guest would never know.
-        """
-        if self.caching is HostCaching.READ_WRITE:
-            return False
-        return self.storage_slot is None or self.format is DiskFormat.RAW
+    stages: tuple[Stage, ...]
 
     @classmethod
-    def read(cls, folder: Path) -> Self | None:
-        """The record in *folder*; ``None`` when there is none that makes sense."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            fields = json.loads((folder / "stages.json").read_bytes())
-            return cls(
-                disk_id=UUID(fields["disk"]),
-                domain_id=UUID(fields["domain-id"]),
-                domain=fields["domain"],
-                image=Path(fields["image"]),
-                format=DiskFormat(fields["format"]),
-                owner=User(*fields["owner"]),
-                qemu=User(*fields["qemu"]),
-                storage=User(*fields["storage"]),
-                caching=HostCaching(fields["caching"]),
-                guest_slot=fields["guest-slot"],
-                storage_slot=fields["storage-slot"],
-            )
-        return None
+    def read(cls, folder: Path, kinds: StageKinds = STAGE_KINDS) -> Self | None:
+        """The record in *folder*; ``None`` if the file is missing.
 
-    def write(self, folder: Path) -> None:
-        """Make it durable in *folder*.
+        :raise StageError: When the record is damaged; the message names the field.
+        """
+        path = folder / RECORD_NAME
+        try:
+            content = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as exc:
+            raise StageError(f"cannot read {path}: {exc.strerror}") from exc
+        try:
+            found = from_json(content, _document_type(kinds))
+        except DocumentError as exc:
+            hint = "correct the file; or remove it if no running domain uses the disk"
+            raise StageError(f"damaged stage record {path}: {exc}", hint=hint) from exc
+        stages = [kind.from_record(getattr(found, kind.record_field.name)) for kind in kinds]
+        return cls(
+            disk_id=found.disk,
+            domain_id=found.domain_id,
+            domain=found.domain,
+            image=found.image,
+            format=found.format,
+            owner=User(*found.owner),
+            qemu=User(*found.qemu),
+            storage=User(*found.storage),
+            guest_slot=found.guest_slot,
+            stages=tuple(stage for stage in stages if stage is not None),
+        )
 
-        :raise OSError: When it cannot be written.
+    def write(self, folder: Path, kinds: StageKinds = STAGE_KINDS) -> None:
+        """Write the record durably into *folder*.
+
+        :raise OSError: When that fails.
         """
         private_folder(folder.parent)
         private_folder(folder)
-        fields = {
+        fields: dict[str, object] = {
             "disk": str(self.disk_id),
             "domain-id": str(self.domain_id),
             "domain": self.domain,
@@ -90,8 +109,23 @@ class StageRecord:
             "owner": [self.owner.uid, self.owner.gid],
             "qemu": [self.qemu.uid, self.qemu.gid],
             "storage": [self.storage.uid, self.storage.gid],
-            "caching": self.caching.value,
             "guest-slot": self.guest_slot,
-            "storage-slot": self.storage_slot,
         }
-        write_private(folder / "stages.json", json.dumps(fields).encode())
+        for kind in kinds:
+            stage = next((each for each in self.stages if isinstance(each, kind.stage_type)), None)
+            fields[kind.record_field.name.replace("_", "-")] = kind.to_record(stage)
+        write_private(folder / RECORD_NAME, json.dumps(fields).encode())
+
+
+def _document_type(kinds: StageKinds) -> type[_CommonFields]:
+    fields = [(each.name, each.type, each.default) for each in (kind.record_field for kind in kinds)]
+    made = msgspec.defstruct(
+        "StageDocument",
+        fields,
+        bases=(_CommonFields,),
+        frozen=True,
+        kw_only=True,
+        forbid_unknown_fields=True,
+        rename="kebab",
+    )
+    return cast("type[_CommonFields]", made)

@@ -1,144 +1,169 @@
-"""What runs below a guest's QEMU: the storage daemon's block graph, both processes' files and sockets."""
+"""Verifies stage processes: their sockets, open files, command lines, block graphs and cached content.
+
+The checks are the same for every kind of process; a kind states its facts as :class:`ExpectedEvidence
+<virt_sse.stages.stage_process.ExpectedEvidence>`.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
-from virt_sse.config import Config
-from virt_sse.errors import ImageFormatError, VirtSseError
+from virt_sse.errors import ImageFormatError, StageError, VirtSseError
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk
-from virt_sse.model.layers import HostCache, HostCaching, LayerPlan, StorageNode
+from virt_sse.model.layers import LayerPlan, Stage
 from virt_sse.qemu.qcow2 import Qcow2Header
-from virt_sse.qemu.storage_daemon import FILE_NODE, VOLUME_NODE
+from virt_sse.qemu.storage_daemon import FILE_NODE, VOLUME_NODE, StorageDaemon
 from virt_sse.stages import Stages
-from virt_sse.stages.process import Process
-from virt_sse.stages.record import StageRecord
-from virt_sse.verification import sample
+from virt_sse.stages.stage_process import ExportSource, ImageSource, StageProcess
 from virt_sse.verification.graph import cipher_of, place_of
 from virt_sse.verification.processes import OpenFile, command_line, has_open, listens_at, open_files
+from virt_sse.verification.sector_sample import sample_sectors
 from virt_sse.verification.verdict import DataPlace, DiskVerdict, Layer
-
-HOST_CACHE, STORAGE_DAEMON = "host cache", "storage daemon"
-_NAMES = {"cache": HOST_CACHE, "storage": STORAGE_DAEMON}
 
 
 class StageEvidence:
-    """Looks at the stages of running domains' disks."""
+    """Verifies the stage processes of running domains' disks."""
 
-    def __init__(self, config: Config, stages: Stages) -> None:
-        self._config = config
+    def __init__(self, stages: Stages) -> None:
         self._stages = stages
 
     def check(self, verdict: DiskVerdict, disk: Disk, plan: LayerPlan, vm_id: UUID) -> None:
-        """Whether just those run that *plan* asks for, and do what they should."""
-        caching = next((s.caching for s in plan.stages if isinstance(s, HostCache)), HostCaching.NONE)
-        slot = next((stage.slot for stage in plan.stages if isinstance(stage, StorageNode)), None)
-        record = self._stages.record(disk.id)
-        if record is None:
-            is_none = caching is HostCaching.NONE and slot is None
-            verdict.expect(is_none, "nothing runs between the guest's QEMU and the image")
-            return
-        verdict.expect(record.domain_id == vm_id, f"what is below QEMU belongs to domain {record.domain!r}")
-        verdict.expect(
-            record.caching is caching,
-            f"the host's caching is {record.caching.value}, {caching.value} was asked for",
-        )
-        verdict.expect(
-            record.storage_slot == slot,
-            "there is a storage daemon, and none was asked for"
-            if record.storage_slot
-            else "there is no storage daemon",
-        )
-        dead = self._stages.dead(record)
-        for name in dead:
-            verdict.expect(False, f"its {_NAMES[name]} does not run")
-        guest = self._stages.guest_socket(disk.id)
-        inner = guest.parent.parent / "stages/nbd"
-        if record.has_cache and "cache" not in dead:
-            self._check_cache(verdict, disk, record, guest, inner)
-        if record.storage_slot is not None and "storage" not in dead:
-            self._check_storage(verdict, disk, record.storage_slot, inner if record.has_cache else guest)
-
-    def _check_storage(self, verdict: DiskVerdict, disk: Disk, slot: str, socket: Path) -> None:
-        entry = disk.dek(slot)
-        pid = self._pid(verdict, disk, "storage")
+        """Check a running domain's disk: exactly the processes of *plan* run, and work as expected."""
+        _, *wanted = plan.stages
         try:
-            nodes = {str(node["node-name"]): node for node in self._stages.storage_daemon(disk.id).nodes()}
-        except VirtSseError as exc:
-            verdict.expect(False, f"the storage daemon does not say what it does: {exc}")
+            record = self._stages.record(disk.id)
+        except StageError as exc:
+            verdict.expect(False, str(exc))
             return
-        cipher = cipher_of(nodes[VOLUME_NODE]) if VOLUME_NODE in nodes else None
-        verdict.layers.append(Layer(STORAGE_DAEMON, cipher, slot, str(entry.wrapped.key), _process(pid)))
+        if record is None:
+            verdict.expect(not wanted, "nothing runs between the guest's QEMU and the image")
+            return
+        verdict.expect(record.domain_id == vm_id, f"its stage processes belong to domain {record.domain!r}")
+        self._compare(verdict, record.stages, wanted)
+        for process in self._stages.processes(record):
+            pid = process.process.pid()
+            if verdict.expect(pid is not None, f"its {process.title} does not run"):
+                verdict.expect(bool(pid), f"its {process.title} cannot be seen from here")
+                _check_process(verdict, disk, process, pid or None)
+
+    def check_ended(self, verdict: DiskVerdict, disk: Disk, vm_id: UUID) -> bool:
+        """Check a stopped domain's disk; whether stage processes may still use the image."""
+        try:
+            record = self._stages.record(disk.id)
+        except StageError as exc:
+            verdict.expect(False, str(exc))
+            return True
+        is_used = record is not None and record.domain_id == vm_id
+        verdict.expect(not is_used, "its stage processes have not been ended")
+        return is_used
+
+    def _compare(self, verdict: DiskVerdict, started: Sequence[Stage], wanted: Sequence[Stage]) -> None:
+        """Compare the stages of the running processes with the plan's."""
+        for kind in self._stages.kinds:
+            have, want = (
+                next((stage for stage in stages if isinstance(stage, kind.stage_type)), None)
+                for stages in (started, wanted)
+            )
+            if have and want:
+                problem = f"for {kind.to_record(have)}, {kind.to_record(want)} was asked for"
+                verdict.expect(have == want, f"its {kind.title} was started {problem}")
+            else:
+                verdict.expect(have is None, f"there is a {kind.title}, and none was asked for")
+                verdict.expect(want is None, f"there is no {kind.title}")
+
+
+def _check_process(verdict: DiskVerdict, disk: Disk, process: StageProcess[Any], pid: int | None) -> None:
+    """Check a running process.
+
+    :param pid: ``None`` if the process is in another PID namespace.
+    """
+    expected = process.evidence()
+    is_seen = pid is not None
+    if expected.monitor:
+        is_seen = _check_volume(verdict, disk, process, expected.monitor, pid)
+    if pid:
+        socket = process.place.served.path
         verdict.expect(
-            cipher == str(entry.cipher), f"the storage daemon encrypts with {cipher}, not {entry.cipher}"
+            listens_at(pid, socket), f"another process than its {process.title} listens at {socket}"
         )
-        more = sorted(nodes.keys() - {FILE_NODE, VOLUME_NODE})
-        verdict.expect(not more, f"the storage daemon has other block nodes, too: {', '.join(more)}")
-        if FILE_NODE in nodes:
-            place = place_of(str(nodes[FILE_NODE]["file"])).path
-            verdict.expect(place == disk.path, f"the storage daemon has its data in {place}")
-        if pid:
+        if isinstance(process.place.source, ImageSource):
             verdict.expect(
                 has_open(pid, disk.path),
-                f"the storage daemon has another file open than {disk.path}: it was replaced",
-            )
-            verdict.expect(listens_at(pid, socket), f"another process than it listens at {socket}")
-        verdict.places.append(
-            DataPlace("the storage daemon's memory: ciphertext of the guest's layer", False)
-        )
-
-    def _check_cache(
-        self, verdict: DiskVerdict, disk: Disk, record: StageRecord, guest: Path, inner: Path
-    ) -> None:
-        pid = self._pid(verdict, disk, "cache")
-        if not pid:
-            return
-        verdict.expect(listens_at(pid, guest), f"another process than its host cache listens at {guest}")
-        arguments = command_line(pid)
-        if record.storage_slot is not None:
-            verdict.expect(
-                f"socket={inner}" in arguments and not has_open(pid, disk.path),
-                "the host cache is not on the storage daemon",
+                f"the {process.title} has another file open than {disk.path}: it was replaced",
             )
         else:
             verdict.expect(
-                has_open(pid, disk.path),
-                f"the host cache has another file open than {disk.path}: it was replaced",
+                not has_open(pid, disk.path), f"the {process.title} has the image {disk.path} itself open"
             )
-        mode = "cache=writeback" if record.caching is HostCaching.READ_WRITE else "cache=writethrough"
-        verdict.expect(mode in arguments, f"the host cache does not work as {record.caching.value}")
-        cached = [file for file in open_files(pid) if Path(file.name).parent == self._config.cache_directory]
-        verdict.expect(bool(cached), f"the host cache has no file in {self._config.cache_directory}")
-        for file in cached:
-            verdict.expect(file.is_unnamed, f"the host cache's file {file.name} has a name")
-            self._look_at(verdict, disk, pid, file)
-        verdict.places.append(DataPlace(f"the host cache, in {self._config.cache_directory}", False))
+        arguments = command_line(pid)
+        for argument, problem in expected.arguments.items():
+            verdict.expect(argument in arguments, problem)
+        if expected.unnamed_files:
+            _check_files(verdict, disk, process, expected.unnamed_files, pid)
+    if is_seen:
+        verdict.places.append(DataPlace(expected.data, False))
 
-    def _look_at(self, verdict: DiskVerdict, disk: Disk, pid: int, file: OpenFile) -> None:
+
+def _check_volume(
+    verdict: DiskVerdict, disk: Disk, process: StageProcess[Any], monitor: StorageDaemon, pid: int | None
+) -> bool:
+    """Check the block graph of a QEMU process; whether its monitor answers."""
+    title = process.title
+    try:
+        nodes = {str(node["node-name"]): node for node in monitor.nodes()}
+    except VirtSseError as exc:
+        return verdict.expect(False, f"the {title} does not report its block graph: {exc}")
+    cipher = cipher_of(nodes[VOLUME_NODE]) if VOLUME_NODE in nodes else None
+    entry = next((entry for entry in disk.deks if entry.slot == process.slot), None)
+    if verdict.expect(entry is not None, f"the disk has no DEK in slot {process.slot!r}") and entry:
+        verdict.layers.append(Layer(title, cipher, entry.slot, str(entry.wrapped.key), _process(pid)))
+        verdict.expect(cipher == str(entry.cipher), f"the {title} encrypts with {cipher}, not {entry.cipher}")
+    more = sorted(nodes.keys() - {FILE_NODE, VOLUME_NODE})
+    verdict.expect(not more, f"the {title} has other block nodes, too: {', '.join(more)}")
+    if FILE_NODE in nodes:
+        place = place_of(str(nodes[FILE_NODE]["file"])).path
+        verdict.expect(place == disk.path, f"the {title} has its data in {place}")
+    return True
+
+
+def _check_files(
+    verdict: DiskVerdict, disk: Disk, process: StageProcess[Any], folder: Path, pid: int
+) -> None:
+    title = process.title
+    found = [file for file in open_files(pid) if Path(file.name).parent == folder]
+    verdict.expect(bool(found), f"the {title} has no file in {folder}")
+    for file in found:
+        verdict.expect(file.is_unnamed, f"the {title}'s file {file.name} has a name")
+        has_holes = disk.format is DiskFormat.RAW and isinstance(process.place.source, ExportSource)
+        _check_content(verdict, disk, title, file, pid, has_holes=has_holes)
+
+
+def _check_content(
+    verdict: DiskVerdict, disk: Disk, title: str, file: OpenFile, pid: int, *, has_holes: bool
+) -> None:
+    """Check a sample of an unnamed file.
+
+    :param has_holes: whether the file caches a volume in a raw image; the volume decrypts holes, too.
+    """
+    try:
+        descriptor = os.open(f"/proc/{pid}/fd/{file.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            descriptor = os.open(f"/proc/{pid}/fd/{file.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                is_qcow2 = disk.format is DiskFormat.QCOW2
-                headers = {0, _luks_offset(descriptor) if is_qcow2 else 0}
-                seen = sample.look_at(descriptor, headers, has_tables=is_qcow2)
-            finally:
-                os.close(descriptor)
-        except OSError as exc:
-            verdict.expect(False, f"the host cache's file cannot be read: {exc.strerror}")
-            return
-        detail = f"{_process(pid)}; sectors looked at: {seen.ciphertext} ciphertext, {seen.format} metadata"
-        verdict.layers.append(
-            Layer(HOST_CACHE, "holds ciphertext" if not seen.other else None, detail=detail)
-        )
-        verdict.expect(not seen.other, f"the host cache holds what is no ciphertext, in {seen.other} sectors")
-
-    def _pid(self, verdict: DiskVerdict, disk: Disk, name: str) -> int | None:
-        pid = Process(self._config.stage_directory / str(disk.id) / name).pid()
-        verdict.expect(bool(pid), f"its {_NAMES[name]} cannot be seen from here")
-        return pid or None
+            is_qcow2 = disk.format is DiskFormat.QCOW2
+            headers = {0, _luks_offset(descriptor) if is_qcow2 else 0}
+            seen = sample_sectors(descriptor, headers, has_tables=is_qcow2, has_holes=has_holes)
+        finally:
+            os.close(descriptor)
+    except OSError as exc:
+        verdict.expect(False, f"the {title}'s file cannot be read: {exc.strerror}")
+        return
+    detail = f"{_process(pid)}; sectors looked at: {seen.ciphertext} ciphertext, {seen.format} metadata"
+    verdict.layers.append(Layer(title, "holds ciphertext" if not seen.other else None, detail=detail))
+    verdict.expect(not seen.other, f"the {title} holds data that is not ciphertext, in {seen.other} sectors")
 
 
 def _process(pid: int | None) -> str:
@@ -146,7 +171,7 @@ def _process(pid: int | None) -> str:
 
 
 def _luks_offset(descriptor: int) -> int:
-    """Where a qcow2 image's LUKS header lies, as far as the cache knows."""
+    """Offset of a qcow2 image's LUKS header, as far as the cache has the qcow2 header; else 0."""
     try:
         area = Qcow2Header.read(descriptor).luks
     except ImageFormatError:

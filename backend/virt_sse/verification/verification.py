@@ -69,7 +69,7 @@ class Verification:
         self._keys = host.keys
         self._stages = host.stages
         self._start = start
-        self._evidence = StageEvidence(host.config, host.stages)
+        self._evidence = StageEvidence(host.stages)
         self._vms = vms
 
     def verify(self, name: str, *, strict: bool = False) -> Verdict:
@@ -187,9 +187,7 @@ class Verification:
             is_there = link.path is not None and canonical(link.path) == canonical(source.place)
             verdict.expect(is_there, f"its definition has it at {link.place}, not at {source.place}")
             verdict.expect(link.slot == source.slot, f"its definition has the DEK in slot {link.slot!r}")
-        record = self._stages.record(disk.id)
-        is_used = record is not None and record.domain_id == subject.id
-        verdict.expect(not is_used, "what was below its QEMU has not been ended")
+        is_used = self._evidence.check_ended(verdict, disk, subject.id)
         check_image(verdict, disk)
         if not is_used:
             check_within(verdict, disk, self._keys, subject.name)

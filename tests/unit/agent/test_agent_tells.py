@@ -94,7 +94,7 @@ def test_units_name_this_installation(tmp_path: Path) -> None:
 
 
 def test_units_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(InvalidValueError, match="cannot name"):
+    with pytest.raises(InvalidValueError, match="invalid characters"):
         write_units(tmp_path / "units", Config.load(tmp_path / 'a"b'))
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write units"):

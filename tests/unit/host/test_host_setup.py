@@ -14,7 +14,7 @@ from virt_sse.host import capabilities
 from virt_sse.host.setup import APPARMOR_ABSTRACTION, APPARMOR_LOCAL, apparmor_rule
 from virt_sse.libvirt.users import User, default_qemu_user
 from virt_sse.model.ciphers import KNOWN
-from virt_sse.stages.users import storage_user
+from virt_sse.stages.storage_user import storage_user
 
 CAPABILITIES = """\
 <capabilities><host>

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+
+from stage_programs import wait_until
 
 from virt_sse.config import Config
 from virt_sse.libvirt.users import User
@@ -26,8 +30,10 @@ from virt_sse.model.layers import (
 )
 from virt_sse.qemu import formatting, img
 from virt_sse.qemu.formatting import Volume
+from virt_sse.qemu.storage_daemon import StorageDaemon
 from virt_sse.stages import Stages
-from virt_sse.stages.process import Process
+from virt_sse.stages.kinds import STAGE_KINDS, StageKinds
+from virt_sse.stages.locked_process import LockedProcess
 
 M = 1 << 20
 QEMU = User(64911, 64912)
@@ -44,9 +50,10 @@ class StagedDisk:
         *,
         double: bool = True,
         caching: HostCaching = HostCaching.NONE,
+        kinds: StageKinds = STAGE_KINDS,
     ) -> None:
         self.config = config
-        self.stages = Stages(config)
+        self.stages = Stages(config, kinds=kinds)
         self.deks = {"service": Dek.generate()}
         volumes = [Volume(AES_256_XTS, self.deks["service"])]
         below: list[Stage] = []
@@ -96,12 +103,16 @@ class StagedDisk:
     def stop(self) -> None:
         self.stages.stop(self.disk.id)
 
-    def process(self, name: str) -> Process:
-        return Process(self.config.stage_directory / str(self.disk.id) / name)
+    def process(self, name: str) -> LockedProcess:
+        return LockedProcess(self.config.stage_directory / str(self.disk.id) / name)
+
+    def daemon(self) -> StorageDaemon:
+        return StorageDaemon(self.config.stage_directory / str(self.disk.id) / "qmp")
 
     def pids(self) -> list[int]:
         """Of the processes that run."""
-        return [pid for name in ("storage", "cache") if (pid := self.process(name).pid())]
+        names = [kind.name for kind in self.stages.kinds]
+        return [pid for name in names if (pid := self.process(name).pid())]
 
     @property
     def folders(self) -> list[Path]:
@@ -144,3 +155,11 @@ class StagedDisk:
                 check=False,
             )
         return done.stdout + done.stderr
+
+
+def kill(disk: StagedDisk, name: str) -> None:
+    """Kill one of the disk's processes, and wait for its end."""
+    pid = disk.process(name).pid()
+    assert pid
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: disk.process(name).pid() is None)

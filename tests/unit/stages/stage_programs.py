@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from virt_sse.stages.process import Command, Process
+from virt_sse.stages.locked_process import Command, LockedProcess
 
 SLEEP = Command(["sleep", "60"])
 
@@ -23,7 +23,7 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def wait_end(process: Process) -> str:
+def wait_end(process: LockedProcess) -> str:
     """What the process has said when it has ended."""
     wait_until(lambda: process.pid() is None)
     return process.log

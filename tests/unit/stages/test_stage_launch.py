@@ -20,17 +20,17 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.qemu import formatting, img
 from virt_sse.qemu.formatting import Volume
-from virt_sse.stages.process import Command, Process
+from virt_sse.stages.locked_process import Command, LockedProcess
 
 
 @pytest.fixture
-def process(folder: Path) -> Iterator[Process]:
-    process = Process(folder / "cache")
+def process(folder: Path) -> Iterator[LockedProcess]:
+    process = LockedProcess(folder / "cache")
     yield process
     process.stop()
 
 
-def test_it_has_given_up_root(process: Process, user: User) -> None:
+def test_it_has_given_up_root(process: LockedProcess, user: User) -> None:
     process.start(SLEEP, user)
     pid = process.pid()
     assert pid
@@ -47,7 +47,7 @@ def test_it_has_given_up_root(process: Process, user: User) -> None:
 
 
 def test_it_inherits_nothing_but_what_it_is_given(
-    process: Process, folder: Path, user: User, monkeypatch: pytest.MonkeyPatch
+    process: LockedProcess, folder: Path, user: User, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("A_SECRET", "of the caller's")
     given, other = os.pipe()
@@ -71,7 +71,7 @@ def test_it_inherits_nothing_but_what_it_is_given(
     assert list(found.values()) == [folder / "cache.lock"]
 
 
-def test_its_parent_does_not_end(process: Process, user: User) -> None:
+def test_its_parent_does_not_end(process: LockedProcess, user: User) -> None:
     """nbdkit asks to be ended together with its parent, PR_SET_PDEATHSIG."""
     process.start(say("echo $PPID; exec sleep 60"), user)
     pid = process.pid()
@@ -80,12 +80,12 @@ def test_its_parent_does_not_end(process: Process, user: User) -> None:
     assert status(pid)["PPid"] == process.log
 
 
-def test_it_makes_files_for_itself_alone(process: Process, user: User) -> None:
+def test_it_makes_files_for_itself_alone(process: LockedProcess, user: User) -> None:
     process.start(say("umask"), user)
     assert wait_end(process) == "0077"
 
 
-def test_a_listening_socket_is_its_descriptor_3(process: Process, folder: Path, user: User) -> None:
+def test_a_listening_socket_is_its_descriptor_3(process: LockedProcess, folder: Path, user: User) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(folder / "socket"))
         listener.listen()
@@ -100,13 +100,13 @@ def test_a_listening_socket_is_its_descriptor_3(process: Process, folder: Path, 
 
 
 @pytest.mark.parametrize("taken", ["lock", "image"])
-def test_what_was_descriptor_3_is_kept(process: Process, folder: Path, user: User, taken: str) -> None:
+def test_what_was_descriptor_3_is_kept(process: LockedProcess, folder: Path, user: User, taken: str) -> None:
     (folder / "image").touch()
     script = (
         "import os, socket\n"
         "from pathlib import Path\n"
         "from virt_sse.libvirt.users import User\n"
-        "from virt_sse.stages.process import Command, Process\n"
+        "from virt_sse.stages.locked_process import Command, LockedProcess\n"
         f"folder = Path({str(folder)!r})\n"
         "listener = socket.socket(socket.AF_UNIX)\n"
         "listener.bind(str(folder / 'socket'))\n"
@@ -115,7 +115,7 @@ def test_what_was_descriptor_3_is_kept(process: Process, folder: Path, user: Use
         "os.closerange(3, 50)\n"
         f"image = os.open(folder / 'image', os.O_RDWR) if {taken == 'image'} else None\n"
         "command = Command(['sleep', '60'], listening=listening)\n"
-        f"Process(folder / 'cache').start(command, User({user.uid}, {user.gid}), image=image)"
+        f"LockedProcess(folder / 'cache').start(command, User({user.uid}, {user.gid}), image=image)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
     pid = process.pid()
@@ -138,7 +138,7 @@ class TestImageLock:
         formatting.make(folder / "image", DiskFormat.QCOW2, 1 << 20, [Volume(AES_256_XTS, dek)])
         return images.KeyedImage(folder / "image", "qcow2", dek.passphrase)
 
-    def test_qemu_sees_it(self, process: Process, image: images.KeyedImage, user: User) -> None:
+    def test_qemu_sees_it(self, process: LockedProcess, image: images.KeyedImage, user: User) -> None:
         with img.opened(image.path, os.O_RDWR) as descriptor:
             process.start(SLEEP, user, image=descriptor)
         for _ in range(2):  # to have asked takes no lock away
@@ -154,7 +154,7 @@ class TestImageLock:
 
     @pytest.mark.parametrize("read_only", [False, True])
     def test_it_does_not_start_where_qemu_is(
-        self, process: Process, image: images.KeyedImage, user: User, read_only: bool
+        self, process: LockedProcess, image: images.KeyedImage, user: User, read_only: bool
     ) -> None:
         with image.held(read_only=read_only), img.opened(image.path, os.O_RDWR) as descriptor:
             with pytest.raises(StageError, match="the image is in use by a running domain"):

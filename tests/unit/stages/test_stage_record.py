@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from images import mode
+from virt_sse.config import Config
+from virt_sse.errors import StageError
 from virt_sse.libvirt.users import User
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.layers import HostCaching
+from virt_sse.model.layers import HostCache, HostCaching, Stage, StorageNode
+from virt_sse.stages import Stages
 from virt_sse.stages.record import StageRecord
 
 RECORD = StageRecord(
@@ -22,20 +25,55 @@ RECORD = StageRecord(
     owner=User(0, 0),
     qemu=User(64055, 108),
     storage=User(990, 990),
-    caching=HostCaching.READ_ONLY,
     guest_slot="service",
-    storage_slot="infrastructure",
+    stages=(HostCache(HostCaching.READ_ONLY), StorageNode("infrastructure")),
 )
+WRITTEN = {
+    "disk": "00000000-0000-0000-0000-000000000001",
+    "domain-id": "00000000-0000-0000-0000-000000000002",
+    "domain": "web",
+    "image": "/var/lib/libvirt/images/Bild, groß.qcow2",
+    "format": "qcow2",
+    "owner": [0, 0],
+    "qemu": [64055, 108],
+    "storage": [990, 990],
+    "caching": "ReadOnly",
+    "guest-slot": "service",
+    "storage-slot": "infrastructure",
+}
+"""The record as version 0.1 has written it; running domains have such records across an upgrade."""
+
+JSON_VALUES = (
+    *(None, True, 1, -1, 1.5, "text", {}, {"a": 1}),
+    *([], [1], [1, 2, 3], ["0", 0], [0, True], [0, None], [0, 2**32], [-1, 0]),
+)
+VALID = {
+    ("domain", "text"),
+    ("image", "text"),
+    ("guest-slot", "text"),
+    ("storage-slot", "text"),
+    ("storage-slot", None),
+}
+
+
+def below(caching: str, slot: str | None) -> tuple[Stage, ...]:
+    caches = () if caching == "None" else (HostCache(HostCaching(caching)),)
+    return (*caches, *([StorageNode(slot)] if slot else []))
 
 
 @pytest.mark.parametrize("slot", ["infrastructure", None])
-def test_it_is_read_as_it_was_written(tmp_path: Path, slot: str | None) -> None:
-    record = dataclasses.replace(RECORD, storage_slot=slot)
+@pytest.mark.parametrize("caching", ["None", "ReadOnly", "ReadWrite"])
+def test_it_is_read_as_it_was_written(tmp_path: Path, slot: str | None, caching: str) -> None:
+    record = dataclasses.replace(RECORD, stages=below(caching, slot))
     folder = tmp_path / "stages" / str(record.disk_id)
     record.write(folder)
     assert StageRecord.read(folder) == record
     assert {path.name: mode(path) for path in folder.iterdir()} == {"stages.json": 0o600}
     assert mode(folder) == mode(folder.parent) == 0o700
+    written = json.loads((folder / "stages.json").read_bytes())
+    assert written == WRITTEN | {"caching": caching, "storage-slot": slot}
+    (folder / "stages.json").write_text(json.dumps(WRITTEN | {"caching": caching, "storage-slot": slot}))
+    assert StageRecord.read(folder) == record
 
 
 def test_what_makes_no_sense_is_no_record(tmp_path: Path) -> None:
@@ -43,6 +81,7 @@ def test_what_makes_no_sense_is_no_record(tmp_path: Path) -> None:
     RECORD.write(tmp_path)
     path = tmp_path / "stages.json"
     written = json.loads(path.read_bytes())
+    assert written == WRITTEN
     for content in (
         b"",
         b"\xff",
@@ -50,13 +89,49 @@ def test_what_makes_no_sense_is_no_record(tmp_path: Path) -> None:
         b'{"disk": 1}',
         *(json.dumps(written | {name: wrong}).encode() for name, wrong in (("disk", "x"), ("owner", [0]))),
         json.dumps(written | {"caching": "Sometimes"}).encode(),
+        json.dumps(written | {"unknown": 1}).encode(),
         *(
             json.dumps({key: value for key, value in written.items() if key != name}).encode()
             for name in written
         ),
     ):
         path.write_bytes(content)
-        assert StageRecord.read(tmp_path) is None, content
+        with pytest.raises(StageError, match=f"^damaged stage record {path}: "):
+            StageRecord.read(tmp_path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(StageError, match="cannot read"):
+        StageRecord.read(tmp_path)
+
+
+@pytest.mark.parametrize("value", JSON_VALUES, ids=json.dumps)
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_mistyped_field_is_named_and_stops_its_own_disk_only(
+    tmp_path: Path, name: str, value: object
+) -> None:
+    config = Config.load(tmp_path)
+    stages = Stages(config)
+    other = dataclasses.replace(RECORD, disk_id=uuid.UUID(int=3))
+    other.write(config.stage_directory / str(other.disk_id))
+    folder = config.stage_directory / str(RECORD.disk_id)
+    folder.mkdir()
+    (folder / "stages.json").write_text(json.dumps(WRITTEN | {name: value}))
+    damaged: list[StageError] = []
+    if isinstance(value, str | None) and (name, value) in VALID:
+        assert len(stages.records(damaged.append)) == 2
+        assert damaged == []
+        return
+    with pytest.raises(StageError, match=f"{folder}.*{name}") as failure:
+        stages.record(RECORD.disk_id)
+    assert "remove it if no running domain" in str(failure.value.hint)
+    for domain_id in (None, RECORD.domain_id):
+        with pytest.raises(StageError, match=name):
+            stages.stop(RECORD.disk_id, domain_id=domain_id)
+    assert stages.records(damaged.append) == [other]
+    assert [str(each) for each in damaged] == [str(failure.value)]
+    stages.stop_domain(other.domain_id)
+    assert stages.records() == []
+    assert [path.name for path in folder.iterdir()] == ["stages.json"]
 
 
 @pytest.mark.parametrize(
@@ -74,9 +149,7 @@ def test_what_makes_no_sense_is_no_record(tmp_path: Path) -> None:
     ],
 )
 def test_what_keeps_all_that_it_has_acknowledged(
-    image_format: str, slot: str | None, caching: str, kept: bool
+    tmp_path: Path, image_format: str, slot: str | None, caching: str, kept: bool
 ) -> None:
-    record = dataclasses.replace(
-        RECORD, format=DiskFormat(image_format), storage_slot=slot, caching=HostCaching(caching)
-    )
-    assert record.keeps_all is kept
+    record = dataclasses.replace(RECORD, format=DiskFormat(image_format), stages=below(caching, slot))
+    assert Stages(Config.load(tmp_path)).may_restart(record) is kept

@@ -10,6 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import CBC
 
 from images import require
 from virt_sse.model.ciphers import AES_256_CBC, AES_256_XTS
@@ -19,7 +22,14 @@ from virt_sse.qemu import formatting, img
 from virt_sse.qemu.formatting import Volume
 from virt_sse.verification.headers import cipher_of_image
 from virt_sse.verification.processes import command_line, has_open, identity, listens_at, open_files
-from virt_sse.verification.sample import SECTORS, Sample, is_even, is_table, look_at
+from virt_sse.verification.sector_sample import (
+    SECTORS,
+    SectorSample,
+    is_decrypted_hole,
+    is_even,
+    is_table,
+    sample_sectors,
+)
 
 TEXT = b"virt-sse boot-sector marker: not to be found in the raw image. "
 
@@ -33,27 +43,38 @@ def cache() -> Iterator[int]:
 
 def test_ciphertext_is_told_from_plaintext(cache: int) -> None:
     os.pwrite(cache, os.urandom(64 << 10), 128 << 10)
-    assert look_at(cache, [0], has_tables=True) == Sample(128, 0, 0)
+    assert sample_sectors(cache, [0], has_tables=True) == SectorSample(128, 0, 0)
     os.pwrite(cache, (TEXT * 200)[: 8 << 10], 512 << 10)
-    seen = look_at(cache, [0], has_tables=True)
+    seen = sample_sectors(cache, [0], has_tables=True)
     assert (seen.ciphertext, seen.other) == (128, 16)
 
 
 def test_headers_are_no_plaintext(cache: int) -> None:
     os.pwrite(cache, b"LUKS" + TEXT, 0)
     os.pwrite(cache, b"LUKS" + TEXT, 64 << 10)
-    assert look_at(cache, [0, 64 << 10], has_tables=False) == Sample(0, 2, 0)
-    assert look_at(cache, [0], has_tables=False) == Sample(0, 1, 1)
+    assert sample_sectors(cache, [0, 64 << 10], has_tables=False) == SectorSample(0, 2, 0)
+    assert sample_sectors(cache, [0], has_tables=False) == SectorSample(0, 1, 1)
 
 
 def test_tables_are_no_plaintext_where_the_format_has_them(cache: int) -> None:
     offsets = struct.pack(">64Q", *((1 << 63) | (number << 16) for number in range(16)), *[0] * 48)
     counts = struct.pack(">256H", *([1] * 200), *([0] * 56))
     os.pwrite(cache, offsets + counts, 64 << 10)
-    assert look_at(cache, [0], has_tables=True) == Sample(0, 2, 0)
-    assert look_at(cache, [0], has_tables=False) == Sample(0, 0, 2)
+    assert sample_sectors(cache, [0], has_tables=True) == SectorSample(0, 2, 0)
+    assert sample_sectors(cache, [0], has_tables=False) == SectorSample(0, 0, 2)
     assert not is_table(struct.pack(">64Q", *([1 << 40] * 64)), 1 << 20), "beyond the end"
     assert not is_table((TEXT * 9)[:512], 1 << 20)
+
+
+def test_decrypted_holes_of_a_sparse_image_are_no_plaintext(cache: int) -> None:
+    cipher = Cipher(AES(os.urandom(32)), CBC(bytes(16))).decryptor()
+    hole = cipher.update(bytes(512))
+    os.pwrite(cache, hole * 4, 64 << 10)
+    assert is_decrypted_hole(hole)
+    assert not is_decrypted_hole(os.urandom(512))
+    assert not is_decrypted_hole((TEXT * 9)[:512])
+    assert sample_sectors(cache, [], has_tables=False, has_holes=True) == SectorSample(0, 0, 0)
+    assert sample_sectors(cache, [], has_tables=False) == SectorSample(0, 0, 4)
 
 
 def test_a_sample_of_much_is_spread_over_it() -> None:
@@ -61,7 +82,7 @@ def test_a_sample_of_much_is_spread_over_it() -> None:
         os.ftruncate(file.fileno(), 64 << 20)
         os.pwrite(file.fileno(), os.urandom(2 << 20), 0)
         os.pwrite(file.fileno(), TEXT * 20000, 32 << 20)
-        seen = look_at(file.fileno(), [], has_tables=True)
+        seen = sample_sectors(file.fileno(), [], has_tables=True)
     assert SECTORS // 2 < seen.ciphertext + seen.other <= SECTORS
     assert seen.other > 100
 

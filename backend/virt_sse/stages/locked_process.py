@@ -1,8 +1,7 @@
-"""Processes that outlive the command that starts them, each known by the lock that it holds.
+"""Processes that outlive the starting command, each identified by a lock held until the process ends.
 
-A POSIX record lock (fcntl(2)) survives exec and ends with its process, however that ends; who asks for it is
-told the holder's process id, in his own PID namespace. So there is no file with a number in it that may be
-another process's by now.
+A POSIX record lock (fcntl(2)) survives exec and ends with its process, also after a kill. F_GETLK returns the
+holder's process id in the caller's PID namespace. A PID file, by contrast, can name an unrelated process.
 """
 
 from __future__ import annotations
@@ -32,11 +31,10 @@ _LOG_TAIL = 2000
 class Command:
     """A program to run.
 
-    :ivar arguments: with the descriptors of *descriptors* by their numbers.
-    :ivar descriptors: what it inherits.
-    :ivar listening: a listening socket that it is handed as descriptor 3, by ``LISTEN_FDS``
-        (sd_listen_fds(3)).
-    :ivar environment: what is set, beside ``PATH``.
+    :ivar arguments: the command line; may name *descriptors* by number.
+    :ivar descriptors: descriptors for the program to inherit.
+    :ivar listening: a listening socket for descriptor 3, announced by ``LISTEN_FDS`` (sd_listen_fds(3)).
+    :ivar environment: environment variables to set, beside ``PATH``.
     """
 
     arguments: Sequence[str]
@@ -45,8 +43,11 @@ class Command:
     environment: Mapping[str, str] | None = None
 
 
-class Process:
-    """One program; *path* without a suffix names its ``.lock`` and its ``.log``, in a folder of root's."""
+class LockedProcess:
+    """The process of a program.
+
+    :param path: path without suffix of the ``.lock`` and ``.log`` files, in a folder of root's.
+    """
 
     def __init__(self, path: Path) -> None:
         self._lock = path.with_name(path.name + ".lock")
@@ -54,7 +55,7 @@ class Process:
 
     @property
     def log(self) -> str:
-        """The end of what it has said, in one line."""
+        """The end of the program's output, without line breaks."""
         try:
             text = self._log.read_bytes()[-_LOG_TAIL:].decode(errors="replace")
         except OSError:
@@ -62,11 +63,11 @@ class Process:
         return " ".join(text.split())
 
     def start(self, command: Command, user: User, *, image: int | None = None) -> None:
-        """Start the program, which must not run, as *user*.
+        """Start the program as *user*; the process must not run yet.
 
-        :param image: the descriptor of an image to lock as QEMU would.
+        :param image: the descriptor of an image to lock as QEMU does.
         :raise ToolError: When the program is not installed.
-        :raise StageError: When it cannot be started.
+        :raise StageError: When the program cannot be started.
         """
         program = shutil.which(command.arguments[0])
         if program is None:
@@ -100,14 +101,14 @@ class Process:
             os.close(readied)
             readied = -1
             if not os.read(ready, 1):
-                raise StageError(f"cannot start {command.arguments[0]}: {self.log or 'it says nothing'}")
+                raise StageError(f"cannot start {command.arguments[0]}: {self.log or 'no output'}")
         finally:
             for descriptor in (ready, readied, lock, log):
                 if descriptor >= 0:
                     os.close(descriptor)
 
     def pid(self) -> int | None:
-        """The process's id here; 0 when it cannot be seen from here; ``None`` when it does not run."""
+        """The process id; 0 for a process in another PID namespace; ``None`` if the process does not run."""
         try:
             descriptor = os.open(self._lock, os.O_RDWR | os.O_CLOEXEC)
         except OSError:
@@ -118,10 +119,10 @@ class Process:
             os.close(descriptor)
 
     def stop(self, *, patience: float = _KILL_AFTER_SECONDS) -> None:
-        """End it, in good order if it can; done when it is gone. Nothing when it does not run.
+        """End the process by SIGTERM, then SIGKILL; return when the process is gone.
 
-        :param patience: for how many seconds it may end in good order, before it is killed.
-        :raise StageError: When it cannot be reached from here.
+        :param patience: seconds between the two signals.
+        :raise StageError: When the process runs in another PID namespace.
         """
         while (pid := self.pid()) is not None:
             if pid <= 0:
@@ -141,7 +142,7 @@ class Process:
 
 
 def _end(handle: int, patience: float) -> None:
-    """Signal the process until it is gone."""
+    """Signal the process until the process is gone."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         signal.pidfd_send_signal(handle, number)
         waiting = select.poll()

@@ -1,8 +1,8 @@
-"""Whether what a host cache holds looks like ciphertext.
+"""Classifies sectors of a host cache by byte entropy: ciphertext, metadata or possible plaintext.
 
-It is below the guest's LUKS node, and so can hold nothing else; that is seen from how QEMU and the cache are
-joined. This looks at the content all the same, as a cache joined in another way would betray itself: a sector
-of plaintext is hardly ever as even as ciphertext. Compressed data is, and is not told from it.
+A cache below the guest's LUKS node can hold ciphertext only; the block graph shows the cache's position. The
+content is checked too, because a cache in a wrong position holds plaintext, whose byte values are rarely as
+evenly distributed as ciphertext's. Compressed data cannot be told from ciphertext.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ from virt_sse.system.files import extents
 
 SECTOR = 512
 SECTORS = 512
-"""How many are looked at, spread evenly over what there is."""
+"""Number of sectors in a sample, evenly spread over the file's data."""
 
 _EVEN = 480.0
 """Pearson's statistic over byte values, 255 degrees of freedom: ciphertext hardly ever exceeds it."""
 _WORDS = struct.Struct(">64Q")
 _COUNTS = struct.Struct(">256H")
 _ENTRY_RESERVED = 0x3F000000000001FE
-"""QEMU ``docs/interop/qcow2.txt``: bits of L1 and L2 entries that are zero in all of them."""
+"""QEMU ``docs/interop/qcow2.txt``: bits that are zero in all L1 and L2 entries."""
 _MOST_REFERENCES = 255
+_BLOCK = 16
+"""Bytes of a cipher's block."""
 _HEADER = 4096
-"""A LUKS1 or qcow2 header's own fields, as far as they are not ciphertext."""
+"""Bytes of a LUKS1 or qcow2 header that hold fields, not ciphertext."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """What was seen, in sectors.
+class SectorSample:
+    """Number of sectors of a sample by content.
 
-    :ivar ciphertext: those as even as ciphertext.
-    :ivar format: those of headers and tables of the image's format.
-    :ivar other: those that are neither, and may be plaintext.
+    :ivar ciphertext: byte values as evenly distributed as ciphertext's.
+    :ivar format: headers and tables of the image's format.
+    :ivar other: neither: possibly plaintext.
     """
 
     ciphertext: int
@@ -44,18 +46,22 @@ class Sample:
     other: int
 
 
-def look_at(descriptor: int, headers: Collection[int], *, has_tables: bool) -> Sample:
-    """Look at sectors of the open file, holes and zeroes left out.
+def sample_sectors(
+    descriptor: int, headers: Collection[int], *, has_tables: bool, has_holes: bool = False
+) -> SectorSample:
+    """Sample sectors of the open file, without holes and zeroes.
 
-    :param headers: where headers of the image's format begin, in bytes.
+    :param headers: offsets, in bytes, at which headers of the image's format begin.
     :param has_tables: whether the format, qcow2, has tables among the data.
-    :raise OSError: When it cannot be read.
+    :param has_holes: whether the file may hold decrypted holes of a sparse image (:func:`is_decrypted_hole`);
+        these are left out, like zeroes.
+    :raise OSError: When the file cannot be read.
     """
     ciphertext = tables = other = 0
     size = os.fstat(descriptor).st_size
     for offset in _chosen(list(extents(descriptor, size))):
         sector = os.pread(descriptor, SECTOR, offset)
-        if len(sector) < SECTOR or not any(sector):
+        if len(sector) < SECTOR or not any(sector) or (has_holes and is_decrypted_hole(sector)):
             continue
         if is_even(sector):
             ciphertext += 1
@@ -65,19 +71,24 @@ def look_at(descriptor: int, headers: Collection[int], *, has_tables: bool) -> S
             tables += 1
         else:
             other += 1
-    return Sample(ciphertext, tables, other)
+    return SectorSample(ciphertext, tables, other)
 
 
 def is_even(sector: bytes) -> bool:
-    """Whether all byte values are about as frequent in it."""
+    """Whether all byte values are about equally frequent in *sector*."""
     expected = len(sector) / 256
     counts = Counter(sector)
     statistic = sum((counts.get(value, 0) - expected) ** 2 for value in range(256)) / expected
     return statistic < _EVEN
 
 
+def is_decrypted_hole(sector: bytes) -> bool:
+    """Whether *sector* may be zeroes that AES-CBC has decrypted: all blocks but the first are the same."""
+    return sector[_BLOCK:-_BLOCK] == sector[2 * _BLOCK :]
+
+
 def is_table(sector: bytes, size: int) -> bool:
-    """Whether it may be part of a qcow2 table: of offsets within a file of *size* bytes, or of counts."""
+    """Whether *sector* may belong to a qcow2 table: offsets within a file of *size* bytes, or refcounts."""
     offsets = _WORDS.unpack(sector)
     if all(not entry & _ENTRY_RESERVED and (entry & 0x00FFFFFFFFFFFE00) <= size for entry in offsets):
         return True

@@ -15,15 +15,15 @@ from stage_programs import SLEEP, command_line, say, status, wait_end, wait_unti
 from images import mode
 from virt_sse.errors import StageError, ToolError
 from virt_sse.libvirt.users import User
-from virt_sse.stages.process import Command, Process
+from virt_sse.stages.locked_process import Command, LockedProcess
 
 _ELSEWHERE = ["unshare", "--pid", "--fork", "--kill-child", "--"]
 """What runs a command in a PID namespace of its own."""
 
 
 @pytest.fixture
-def process(folder: Path) -> Iterator[Process]:
-    process = Process(folder / "storage")
+def process(folder: Path) -> Iterator[LockedProcess]:
+    process = LockedProcess(folder / "storage")
     yield process
     process.stop()
 
@@ -35,30 +35,31 @@ def script(folder: Path, user: User, body: str) -> list[str]:
         "-c",
         "from pathlib import Path\n"
         "from virt_sse.libvirt.users import User\n"
-        "from virt_sse.stages.process import Command, Process\n"
-        f"user, process = User({user.uid}, {user.gid}), Process(Path({str(folder)!r}) / 'storage')\n{body}",
+        "from virt_sse.stages.locked_process import Command, LockedProcess\n"
+        f"user = User({user.uid}, {user.gid})\n"
+        f"process = LockedProcess(Path({str(folder)!r}) / 'storage')\n{body}",
     ]
 
 
-def test_it_is_known_by_its_lock(process: Process, folder: Path, user: User) -> None:
+def test_it_is_known_by_its_lock(process: LockedProcess, folder: Path, user: User) -> None:
     assert process.pid() is None
     process.stop()
     process.start(SLEEP, user)
     pid = process.pid()
     assert pid
     wait_until(lambda: command_line(pid) == [shutil.which("sleep"), "60"])
-    assert Process(folder / "storage").pid() == pid
-    assert Process(folder / "cache").pid() is None
+    assert LockedProcess(folder / "storage").pid() == pid
+    assert LockedProcess(folder / "cache").pid() is None
     assert {path.name: mode(path) for path in folder.iterdir()} == {
         "storage.lock": 0o600,
         "storage.log": 0o600,
     }
-    Process(folder / "storage").stop()
+    LockedProcess(folder / "storage").stop()
     assert process.pid() is None
     assert not Path(f"/proc/{pid}/exe").exists()
 
 
-def test_a_file_that_nobody_locks_is_no_process(process: Process, folder: Path, user: User) -> None:
+def test_a_file_that_nobody_locks_is_no_process(process: LockedProcess, folder: Path, user: User) -> None:
     process.start(say("exit 0"), user)
     wait_end(process)
     (folder / "storage.lock").write_text(str(os.getpid()))
@@ -67,7 +68,7 @@ def test_a_file_that_nobody_locks_is_no_process(process: Process, folder: Path, 
         process.stop()
 
 
-def test_it_outlives_who_started_it(process: Process, folder: Path, user: User) -> None:
+def test_it_outlives_who_started_it(process: LockedProcess, folder: Path, user: User) -> None:
     body = "process.start(Command(['sleep', '60']), user)\nimport os; os.kill(os.getpid(), 9)"
     assert subprocess.run(script(folder, user, body), check=False).returncode == -signal.SIGKILL
     pid = process.pid()
@@ -76,7 +77,7 @@ def test_it_outlives_who_started_it(process: Process, folder: Path, user: User) 
     assert os.getsid(pid) == pid
 
 
-def test_one_that_was_killed_can_be_started_again(process: Process, user: User) -> None:
+def test_one_that_was_killed_can_be_started_again(process: LockedProcess, user: User) -> None:
     process.start(SLEEP, user)
     first = process.pid()
     assert first
@@ -86,7 +87,7 @@ def test_one_that_was_killed_can_be_started_again(process: Process, user: User) 
     assert process.pid() not in (None, first)
 
 
-def test_it_is_not_started_twice(process: Process, user: User) -> None:
+def test_it_is_not_started_twice(process: LockedProcess, user: User) -> None:
     process.start(SLEEP, user)
     pid = process.pid()
     with pytest.raises(StageError, match="cannot start sleep: Resource temporarily unavailable"):
@@ -94,7 +95,7 @@ def test_it_is_not_started_twice(process: Process, user: User) -> None:
     assert process.pid() == pid
 
 
-def test_one_that_does_not_end_by_itself_is_killed(process: Process, user: User) -> None:
+def test_one_that_does_not_end_by_itself_is_killed(process: LockedProcess, user: User) -> None:
     process.start(say("trap '' TERM; echo ready; while :; do sleep 0.05; done"), user)
     wait_until(lambda: process.log == "ready")
     began = time.monotonic()
@@ -103,7 +104,7 @@ def test_one_that_does_not_end_by_itself_is_killed(process: Process, user: User)
     assert process.pid() is None
 
 
-def test_programs_that_do_not_start(process: Process, folder: Path, user: User) -> None:
+def test_programs_that_do_not_start(process: LockedProcess, folder: Path, user: User) -> None:
     with pytest.raises(ToolError, match=r"^no-such-program is not installed$"):
         process.start(Command(["no-such-program"]), user)
     nonsense = folder / "nonsense"
@@ -120,7 +121,9 @@ def test_programs_that_do_not_start(process: Process, folder: Path, user: User) 
     (folder / "storage.log").rmdir()
 
 
-def test_one_in_another_pid_namespace_is_not_stopped(process: Process, folder: Path, user: User) -> None:
+def test_one_in_another_pid_namespace_is_not_stopped(
+    process: LockedProcess, folder: Path, user: User
+) -> None:
     process.start(SLEEP, user)
     body = (
         "from virt_sse.errors import StageError\n"
@@ -138,7 +141,7 @@ def test_one_in_another_pid_namespace_is_not_stopped(process: Process, folder: P
 
 
 def test_one_of_a_pid_namespace_below_is_stopped_by_its_number_here(
-    process: Process, folder: Path, user: User
+    process: LockedProcess, folder: Path, user: User
 ) -> None:
     body = (
         "process.start(Command(['sleep', '60']), user)\n"
@@ -157,7 +160,7 @@ def test_one_of_a_pid_namespace_below_is_stopped_by_its_number_here(
         assert not Path(f"/proc/{here}/exe").exists()
 
 
-def test_no_descriptor_is_left_open(process: Process, user: User) -> None:
+def test_no_descriptor_is_left_open(process: LockedProcess, user: User) -> None:
     before = sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208 -- the listing's own descriptor is in both
     process.start(SLEEP, user)
     process.pid()

@@ -1,4 +1,4 @@
-"""As whom processes between QEMU and the storage run."""
+"""The user of stage processes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from virt_sse.errors import ConfigError
 from virt_sse.libvirt.users import User
 
 DEFAULT_STORAGE_USER = "virt-sse"
-"""Made by ``virt-sse host init``."""
+"""Created by ``virt-sse host init``."""
 
 NOBODY = User(65534, 65534)
 
 
 def storage_user(configured: str | None, qemu: User) -> User:
-    """Whom storage processes run as.
+    """The user of stage processes.
 
-    *configured*; else the user ``virt-sse``; where there is none, QEMU's: a guest that takes its QEMU over
-    can then reach them. Where QEMU's is root, nobody.
+    The order: *configured*; the user ``virt-sse``; QEMU's user, and then an escaped guest can reach the
+    processes; ``nobody`` if QEMU runs as root.
 
-    :raise ConfigError: When *configured* is no user, or root.
+    :raise ConfigError: When *configured* is an unknown user or root.
     """
     if configured is not None and configured.isascii() and configured.isdecimal():
         user = User(int(configured), int(configured))

@@ -6,7 +6,7 @@ import pytest
 
 from virt_sse.errors import ConfigError
 from virt_sse.libvirt.users import User
-from virt_sse.stages.users import DEFAULT_STORAGE_USER, storage_user
+from virt_sse.stages.storage_user import DEFAULT_STORAGE_USER, storage_user
 
 QEMU = User(64055, 108)
 

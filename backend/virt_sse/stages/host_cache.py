@@ -1,0 +1,73 @@
+"""Host cache: nbdkit(1) with its cache filter, below the guest's LUKS node: holds ciphertext only.
+
+The cache is an unnamed file, and ends with the process (nbdkit-cache-filter(1)).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from virt_sse.model.layers import HostCache, HostCaching
+from virt_sse.stages.locked_process import Command
+from virt_sse.stages.stage_process import ExpectedEvidence, ExportSource, RecordField, StageProcess
+from virt_sse.system.files import private_folder
+
+_MODES = {HostCaching.READ_ONLY: "cache=writethrough", HostCaching.READ_WRITE: "cache=writeback"}
+
+
+class HostCacheProcess(StageProcess[HostCache]):
+    """An nbdkit process. A guest's flush reaches the source in either mode."""
+
+    name = "cache"
+    title = "host cache"
+    stage_type = HostCache
+    record_field = RecordField("caching", HostCaching)
+    inner_socket = "cache"
+    growth_hint = "stop the domain, or set the disk's caching to None"
+
+    @classmethod
+    def to_record(cls, stage: HostCache | None) -> str:
+        return (stage.caching if stage else HostCaching.NONE).value
+
+    @classmethod
+    def from_record(cls, value: object) -> HostCache | None:
+        caching = HostCaching(value)
+        return None if caching is HostCaching.NONE else HostCache(caching)
+
+    @property
+    def keeps_acknowledged_writes(self) -> bool:
+        """A write-through cache's writes are in the kernel's page cache; a write-back cache's may not be."""
+        return self.stage.caching is HostCaching.READ_ONLY
+
+    def prepare(self) -> None:
+        folder = private_folder(self.place.cache_directory)
+        os.chown(folder, self.place.user.uid, self.place.user.gid)
+
+    def command(self, listening: Sequence[int]) -> Command:
+        (served,) = listening
+        return Command(
+            ["nbdkit", "--foreground", "--filter=cache", *self._source(), self._mode, "cache-on-read=true"],
+            listening=served,
+            environment={"TMPDIR": str(self.place.cache_directory)},
+        )
+
+    def evidence(self) -> ExpectedEvidence:
+        arguments = {self._mode: f"the host cache does not work as {self.stage.caching.value}"}
+        if isinstance(self.place.source, ExportSource):
+            problem = f"the host cache is not on the socket {self.place.source.socket}"
+            arguments[f"socket={self.place.source.socket}"] = problem
+        folder = self.place.cache_directory
+        return ExpectedEvidence(
+            data=f"the host cache, in {folder}", arguments=arguments, unnamed_files=folder
+        )
+
+    @property
+    def _mode(self) -> str:
+        return _MODES[self.stage.caching]
+
+    def _source(self) -> list[str]:
+        source = self.place.source
+        if isinstance(source, ExportSource):
+            return ["nbd", f"socket={source.socket}", f"export={source.export}"]
+        return ["file", f"file={source.path}"]

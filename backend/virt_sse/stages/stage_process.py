@@ -1,0 +1,192 @@
+"""The interface of a kind of stage process, and the place of a process on a disk's data path.
+
+A kind is a module with a subclass of :class:`StageProcess`, listed in :mod:`~virt_sse.stages.kinds`. The
+subclass says how its process is launched, seen to serve, restarted, recorded and verified; :class:`Stages
+<virt_sse.stages.stages.Stages>` does so for all kinds alike. The subclass may also define its own part of a
+layer's plan, a subclass of :class:`~virt_sse.model.layers.Stage`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Generic, Protocol, TypeVar
+from uuid import UUID
+
+import msgspec
+
+from virt_sse.libvirt.users import User
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.keys import Dek
+from virt_sse.model.layers import Stage
+from virt_sse.qemu.storage_daemon import StorageDaemon
+from virt_sse.stages.locked_process import Command, LockedProcess
+from virt_sse.stages.sockets import ListeningSocket, await_greeting
+
+StageT = TypeVar("StageT", bound=Stage)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSource:
+    """The disk's image: the source of the process next to the storage."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSource:
+    """The NBD export of the next process towards the storage.
+
+    :ivar export: the export's name.
+    """
+
+    socket: Path
+    export: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlace:
+    """Surroundings of a stage process.
+
+    :ivar format: format of the disk's image.
+    :ivar source: where the process reads and writes the disk's data.
+    :ivar served: the socket at which the process serves the disk by NBD, under the disk's id as export name.
+    :ivar user: the user that runs the process.
+    :ivar folder: private folder, root's, for locks, logs and monitor sockets of the disk's stage processes.
+    :ivar cache_directory: the host's folder for host caches.
+    """
+
+    disk_id: UUID
+    format: DiskFormat
+    source: ImageSource | ExportSource
+    served: ListeningSocket
+    user: User
+    folder: Path
+    cache_directory: Path
+
+
+@dataclass(frozen=True, slots=True)
+class RecordField:
+    """A kind's field of the disk's stage record, ``stages.json``.
+
+    :ivar name: snake case; the record has the name in kebab case.
+    :ivar type: a type known to msgspec.
+    :ivar default: the value if the field is missing, as in records written before the kind existed; without a
+        default the field is required.
+    """
+
+    name: str
+    type: object
+    default: object = msgspec.NODEFAULT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpectedEvidence:
+    """Facts about a running process for ``vm verify`` to check, beyond its listening socket and its source.
+
+    :ivar data: description of the disk data in the process; the data must be ciphertext.
+    :ivar arguments: required command-line arguments, each with the problem to report if missing.
+    :ivar monitor: monitor of a QEMU process; the block graph must be just the image and the volume under
+        the DEK in :attr:`StageProcess.slot`.
+    :ivar unnamed_files: folder of the process's unnamed files; their content must be ciphertext.
+    """
+
+    data: str
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    monitor: StorageDaemon | None = None
+    unnamed_files: Path | None = None
+
+
+class Growable(Protocol):
+    """A volume able to grow while a guest uses the disk."""
+
+    def size(self) -> int:
+        """Size in bytes."""
+
+    def grow(self, size: int, disk_id: UUID) -> None:
+        """Grow to *size* bytes; the client of the disk's export then has to connect again."""
+
+
+class StageProcess(ABC, Generic[StageT]):
+    """A stage process of a disk; each kind is a subclass.
+
+    :cvar name: names the process's lock and log files, and the process in the agent's log.
+    :cvar title: names the process in messages.
+    :cvar stage_type: the kind's part of a layer's plan.
+    :cvar record_field: the kind's field of the disk's stage record.
+    :cvar inner_socket: name of the socket if another stage process is between the process and the guest.
+    :cvar is_qemu: whether QEMU's block layer opens the image: QEMU locks an image and grows a qcow2 file
+        by itself; for any other program the host does both.
+    :cvar growth_hint: how to grow a disk if the process cannot grow (:meth:`growable`).
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    stage_type: ClassVar[type[Stage]]
+    record_field: ClassVar[RecordField]
+    inner_socket: ClassVar[str]
+    is_qemu: ClassVar[bool] = False
+    growth_hint: ClassVar[str] = "stop the domain first"
+
+    def __init__(self, stage: StageT, place: StagePlace) -> None:
+        self.stage = stage
+        self.place = place
+        self.process = LockedProcess(place.folder / self.name)
+
+    @classmethod
+    @abstractmethod
+    def to_record(cls, stage: StageT | None) -> str | int | bool | None:
+        """The value of :attr:`record_field` for a disk with *stage*, or without a stage of the kind."""
+
+    @classmethod
+    @abstractmethod
+    def from_record(cls, value: object) -> StageT | None:
+        """The inverse of :meth:`to_record`."""
+
+    @property
+    def slot(self) -> str | None:
+        """Slot of the process's DEK; ``None`` for a process without a DEK."""
+        return None
+
+    @property
+    @abstractmethod
+    def keeps_acknowledged_writes(self) -> bool:
+        """Whether acknowledged writes outlive the process; if so, a restart under a running guest is safe.
+
+        If not, a new process would answer with older data, and the guest would not notice.
+        """
+
+    def prepare(self) -> None:
+        """Prepare files and folders for the process.
+
+        :raise OSError: When that fails.
+        """
+
+    def sockets(self) -> Sequence[ListeningSocket]:
+        """Listening sockets for the process to inherit."""
+        return [self.place.served]
+
+    @abstractmethod
+    def command(self, listening: Sequence[int]) -> Command:
+        """The program to run.
+
+        :param listening: descriptors of :meth:`sockets`, in the same order.
+        """
+
+    def await_serving(self, dek: Dek | None) -> None:
+        """Return once the process serves the disk. The default waits for an NBD greeting.
+
+        :param dek: the DEK of :attr:`slot`.
+        :raise VirtSseError: When the process ends first, or does not serve in time.
+        """
+        await_greeting(self.place.served.path)
+
+    def growable(self) -> Growable | None:
+        """The volume to grow if the disk grows under a running guest; ``None`` if the process cannot grow."""
+        return None
+
+    @abstractmethod
+    def evidence(self) -> ExpectedEvidence:
+        """The facts for ``vm verify`` to check while the process runs."""

@@ -1,0 +1,316 @@
+"""Starts, restarts, grows and ends the stage processes of this host's disks; the same way for every kind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from virt_sse.config import Config
+from virt_sse.errors import DiskInUseError, StageError, VirtSseError
+from virt_sse.libvirt.users import User
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import Disk
+from virt_sse.model.keys import Dek
+from virt_sse.model.layers import LayerPlan
+from virt_sse.qemu import img, qcow2
+from virt_sse.qemu.formatting import header_length
+from virt_sse.stages import sockets
+from virt_sse.stages.kinds import STAGE_KINDS, StageKinds, guest_and_below, kind_of
+from virt_sse.stages.locked_process import LockedProcess
+from virt_sse.stages.record import StageRecord
+from virt_sse.stages.sockets import ListeningSocket
+from virt_sse.stages.stage_process import ExportSource, ImageSource, StagePlace, StageProcess
+from virt_sse.stages.storage_user import storage_user
+from virt_sse.system.locks import DiskLocks
+
+LOST_WRITES = "unflushed writes are lost: the domain must be stopped and started"
+
+
+class Stages:
+    """All stage processes of a host. Several commands may work on them at the same time.
+
+    :ivar kinds: the kinds of stage processes, guest first.
+    """
+
+    def __init__(self, config: Config, *, kinds: StageKinds = STAGE_KINDS) -> None:
+        self._config = config
+        self.kinds = kinds
+        self._locks = DiskLocks(config.stage_directory.parent / "stages.lock")
+
+    def guest_socket(self, disk_id: UUID) -> Path:
+        """The socket at which a guest's QEMU finds the disk."""
+        return sockets.guest_socket(self._sockets(disk_id))
+
+    def records(self, damaged: Callable[[StageError], object] = lambda _: None) -> list[StageRecord]:
+        """The records of all disks with stage processes, running or not.
+
+        :param damaged: called for each unreadable record; these records are left out.
+        """
+        try:
+            folders = sorted(self._config.stage_directory.iterdir())
+        except FileNotFoundError:
+            return []
+        found = []
+        for folder in folders:
+            try:
+                record = StageRecord.read(folder, self.kinds)
+            except StageError as exc:
+                damaged(exc)
+            else:
+                found += [record] if record else []
+        return found
+
+    def record(self, disk_id: UUID) -> StageRecord | None:
+        """The record of a disk; ``None`` if the disk has no stage processes.
+
+        :raise StageError: When the record is damaged.
+        """
+        return StageRecord.read(self._folder(disk_id), self.kinds)
+
+    def processes(self, record: StageRecord) -> list[StageProcess[Any]]:
+        """The stage processes of *record*, guest first, running or not."""
+        found: list[StageProcess[Any]] = []
+        source: ImageSource | ExportSource = ImageSource(record.image)
+        for position, stage in reversed(list(enumerate(record.stages))):
+            kind = kind_of(stage, self.kinds)
+            if position == 0:
+                served = ListeningSocket(self.guest_socket(record.disk_id), record.qemu)
+            else:
+                path = sockets.inner_socket(self._sockets(record.disk_id), kind.inner_socket)
+                served = ListeningSocket(path, record.storage)
+            place = StagePlace(
+                disk_id=record.disk_id,
+                format=record.format,
+                source=source,
+                served=served,
+                user=record.storage,
+                folder=self._folder(record.disk_id),
+                cache_directory=self._config.cache_directory,
+            )
+            found.insert(0, kind(stage, place))
+            source = ExportSource(served.path, str(record.disk_id))
+        return found
+
+    def dead(self, record: StageRecord) -> list[str]:
+        """The names of dead processes of *record*."""
+        return [each.name for each in self.processes(record) if each.process.pid() is None]
+
+    def dek_slots(self, record: StageRecord) -> list[str]:
+        """Slots of the DEKs for the processes of *record*."""
+        return [each.slot for each in self.processes(record) if each.slot is not None]
+
+    def may_restart(self, record: StageRecord) -> bool:
+        """Whether acknowledged writes outlive all processes of *record*; if so, a restart loses nothing."""
+        return all(each.keeps_acknowledged_writes for each in self.processes(record))
+
+    def start(
+        self,
+        disk: Disk,
+        plan: LayerPlan,
+        deks: Mapping[str, Dek],
+        *,
+        domain_id: UUID,
+        domain: str,
+        qemu: User,
+        replacing: UUID | None = None,
+    ) -> None:
+        """Start the processes for the stages of *plan* below the guest's; running processes are ended first.
+
+        Does nothing for a plan without such stages.
+
+        :param deks: by slot.
+        :param qemu: user of the domain's QEMU.
+        :param replacing: a stopped domain; its processes for the disk may be ended.
+        :raise DiskInUseError: When a different domain has the disk, or a QEMU process has the image open.
+        :raise StageError: When a process does not start, or the disk's record is damaged. No process of the
+            disk runs then, except if the record is damaged: nothing is changed then.
+        :raise VirtSseError: By meaning, likewise.
+        """
+        guest, below = guest_and_below(plan, self.kinds)
+        if not below:
+            return
+        with self._locks.hold(disk.id, wait=True):
+            before = self.record(disk.id)
+            if before and before.domain_id not in (domain_id, replacing):
+                raise DiskInUseError(f"disk {disk.name!r} is in use by domain {before.domain!r}")
+            self._stop(disk.id, before)
+            with img.opened(disk.path) as image:
+                status = os.fstat(image)
+            record = StageRecord(
+                disk_id=disk.id,
+                domain_id=domain_id,
+                domain=domain,
+                image=disk.path,
+                format=disk.format,
+                owner=User(status.st_uid, status.st_gid),
+                qemu=qemu,
+                storage=storage_user(self._config.storage_user, qemu),
+                guest_slot=guest.slot,
+                stages=below,
+            )
+            try:
+                record.write(self._folder(disk.id), self.kinds)
+                self._start(record, deks, size=disk.size)
+            except BaseException as exc:
+                self._stop(disk.id, record)
+                if isinstance(exc, OSError):
+                    raise StageError(f"cannot serve disk {disk.name!r}: {exc}") from exc
+                raise
+
+    def restart(self, disk_id: UUID, deks: Mapping[str, Dek]) -> None:
+        """Start a disk's stage processes again under a running guest, if a process has died.
+
+        :raise StageError: When unflushed writes may be lost: the guest would read older data.
+        :raise VirtSseError: By meaning, when a process does not start.
+        """
+        with self._locks.hold(disk_id, wait=True):
+            record = self.record(disk_id)
+            if record is None or not self.dead(record):
+                return
+            if not self.may_restart(record):
+                raise StageError(LOST_WRITES)
+            self._end_processes(disk_id)
+            try:
+                self._start(record, deks, size=0)
+            except OSError as exc:
+                raise StageError(f"cannot serve disk {disk_id}: {exc}") from exc
+
+    def stop(self, disk_id: UUID, *, domain_id: UUID | None = None) -> None:
+        """End a disk's stage processes and remove their files. Does nothing for a disk without any.
+
+        :param domain_id: do nothing if a different domain has the disk by now.
+        :raise StageError: When a process cannot be ended from here, or the disk's record is damaged.
+        """
+        with self._locks.hold(disk_id, wait=True):
+            record = self.record(disk_id)
+            if record is None or domain_id in (None, record.domain_id):
+                self._stop(disk_id, record)
+
+    def stop_domain(self, domain_id: UUID) -> None:
+        """End the stage processes of all disks of a domain.
+
+        :raise StageError: When some cannot be ended from here; the rest are ended.
+        """
+        failed: VirtSseError | None = None
+        for record in self.records():
+            if record.domain_id == domain_id:
+                try:
+                    self.stop(record.disk_id, domain_id=domain_id)
+                except VirtSseError as exc:
+                    failed = exc
+        if failed:
+            raise failed
+
+    def grow(self, disk: Disk, size: int, *, reconnects: bool) -> None:
+        """Grow the volumes that hold a disk, while a guest uses the disk, to room for *size* usable bytes.
+
+        :param reconnects: whether the guest's QEMU connects again after a disconnect.
+        :raise StageError: When a stage process cannot grow, or QEMU would have to connect again and does not.
+        """
+        with self._locks.hold(disk.id, wait=True):
+            record = self.record(disk.id)
+            if record is None:
+                return
+            growable = []
+            for each in self.processes(record):
+                if (volume := each.growable()) is None:
+                    raise StageError(
+                        f"disk {disk.name!r} has a {each.title}, which does not grow", hint=each.growth_hint
+                    )
+                growable.append(volume)
+            for volume in reversed(growable):
+                if (room := _room(disk, size)) <= volume.size():
+                    continue
+                if not reconnects:
+                    raise StageError(
+                        f"the volume that holds disk {disk.name!r} cannot grow under a running guest",
+                        hint="stop the domain first; with libvirt 9.5 or newer, QEMU can connect again",
+                    )
+                volume.grow(room, disk.id)
+
+    def _start(self, record: StageRecord, deks: Mapping[str, Dek], *, size: int) -> None:
+        img.refuse_if_open(record.image)  # QEMU's driver for raw LUKS would not
+        sockets.make_folders(self._sockets(record.disk_id), record.qemu, record.storage)
+        processes = self.processes(record)
+        with img.opened(record.image, os.O_RDWR) as image:
+            img.luks_area(image, record.format)  # never give away a file without our LUKS header
+            os.fchown(image, record.storage.uid, record.storage.gid)
+            if not processes[-1].is_qemu and record.format is DiskFormat.QCOW2:
+                _extend(image, size)
+            for each in reversed(processes):
+                needs_lock = each is processes[-1] and not each.is_qemu
+                dek = None if each.slot is None else deks[each.slot]
+                _launch(each, record.image, dek, image if needs_lock else None)
+
+    def _stop(self, disk_id: UUID, record: StageRecord | None) -> None:
+        self._end_processes(disk_id)
+        if record:
+            with contextlib.suppress(VirtSseError), img.opened(record.image) as image:
+                if os.fstat(image).st_uid == record.storage.uid:
+                    os.fchown(image, record.owner.uid, record.owner.gid)
+        _remove_tree(self._sockets(disk_id))
+        _remove_tree(self._folder(disk_id))
+
+    def _end_processes(self, disk_id: UUID) -> None:
+        """End the processes of all kinds, recorded or not; guest first, in the direction of writes."""
+        for kind in self.kinds:
+            LockedProcess(self._folder(disk_id) / kind.name).stop()
+
+    def _sockets(self, disk_id: UUID) -> Path:
+        return self._config.socket_directory / str(disk_id)
+
+    def _folder(self, disk_id: UUID) -> Path:
+        return self._config.stage_directory / str(disk_id)
+
+
+def _launch(stage: StageProcess[Any], path: Path, dek: Dek | None, image: int | None) -> None:
+    """Start a process; return once the process serves the disk.
+
+    :param path: of the disk's image, for messages.
+    :param image: descriptor of the image, if the image has to be locked on the program's behalf.
+    """
+    stage.prepare()
+    for is_last in (False, True):
+        with contextlib.ExitStack() as open_sockets:
+            listening = [open_sockets.enter_context(sockets.listening(each)) for each in stage.sockets()]
+            stage.process.start(stage.command(listening), stage.place.user, image=image)
+        try:
+            stage.await_serving(dek)
+            return
+        except VirtSseError as exc:
+            log, has_ended = stage.process.log, stage.process.pid() is None
+            if has_ended and not log and not is_last:
+                continue  # qemu-storage-daemon sometimes ends at once, without a message, on a busy machine
+            detail = f" ({log})" if log else " (the process has ended)" if has_ended else ""
+            raise StageError(f"the {stage.title} cannot serve {path}: {exc}{detail}") from exc
+
+
+def _room(disk: Disk, size: int) -> int:
+    """Minimum bytes in the volume around the disk's own volume; exact for raw, or QEMU refuses the volume."""
+    if disk.format is DiskFormat.QCOW2:
+        return qcow2.most_room(size)
+    return header_length(disk.deks[0].cipher) + size
+
+
+def _extend(image: int, size: int) -> None:
+    """Extend the sparse file to the largest size of its qcow2: an NBD export does not grow."""
+    if os.fstat(image).st_size < qcow2.most_room(size):
+        os.ftruncate(image, qcow2.most_room(size))
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove *folder*: at most two levels of files, sockets and folders."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            for inner in path.iterdir():
+                inner.unlink(missing_ok=True)
+            path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+    folder.rmdir()

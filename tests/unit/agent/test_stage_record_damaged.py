@@ -1,0 +1,51 @@
+"""A damaged record of stage processes is reported, and the agent keeps all other disks."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import cast
+from unittest.mock import Mock
+from uuid import UUID
+
+import pytest
+
+from virt_sse.agent.inventory import Snapshot
+from virt_sse.agent.metrics import Metrics
+from virt_sse.agent.stage_watch import StageWatch
+from virt_sse.config import Config
+from virt_sse.domains.start import DomainStart
+from virt_sse.libvirt.users import ROOT
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.layers import StorageNode
+from virt_sse.stages import Stages
+from virt_sse.stages.record import StageRecord
+
+
+def test_it_is_reported_once_and_an_unused_disk_beside_it_is_ended(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = Config.load(tmp_path)
+    damaged, unused = UUID(int=1), UUID(int=2)
+    (config.stage_directory / str(damaged)).mkdir(parents=True)
+    (config.stage_directory / str(damaged) / "stages.json").write_text("[]")
+    record = StageRecord(
+        disk_id=unused,
+        domain_id=UUID(int=3),
+        domain="web",
+        image=tmp_path / "missing",
+        format=DiskFormat.RAW,
+        owner=ROOT,
+        qemu=ROOT,
+        storage=ROOT,
+        guest_slot="service",
+        stages=(StorageNode("infrastructure"),),
+    )
+    record.write(config.stage_directory / str(unused))
+    watch = StageWatch("test:///", Stages(config), cast(DomainStart, Mock()), Metrics(), unused_seconds=0)
+    with caplog.at_level(logging.INFO, "virt_sse"):
+        watch.keep(Snapshot(1))
+        watch.keep(Snapshot(1))
+        watch._pool.shutdown()
+    assert sorted(caplog.messages) == ["stage-ended", "stage-record-damaged"]
+    assert [path.name for path in config.stage_directory.iterdir()] == [str(damaged)]
