@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 from uuid import UUID
 
-from virt_sse.agent_client import SOCKET
+from virt_sse.agent_client import SOCKET, TIMEOUT_SECONDS
 from virt_sse.errors import ConfigError, InvalidValueError
 from virt_sse.model.ciphers import AES_256_CBC, Cipher
 from virt_sse.model.keys import ProviderConfig
@@ -44,11 +44,17 @@ class IoErrors(enum.Enum):
 
 
 class PlaintextPolicy(enum.Enum):
-    """What the agent does when it finds an image without encryption that data of an encrypted disk is in."""
+    """The agent's action on unencrypted images with data of an encrypted disk."""
 
     WARN = "warn"
     PAUSE = "pause"
-    FOLD = "fold"
+    COMMIT = "commit"
+
+    @classmethod
+    def _missing_(cls, value: object) -> PlaintextPolicy | None:
+        return (
+            cls.COMMIT if value == "fold" else None
+        )  # the name of this policy in earlier configuration files
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +68,7 @@ class AgentConfig:
     :ivar plaintext: what it does about images without encryption.
     """
 
-    timeout: float = 30.0
+    timeout: float = TIMEOUT_SECONDS
     poll_seconds: float = 2.0
     probe_seconds: float = 30.0
     rotation_seconds: float = 60.0
@@ -274,9 +280,11 @@ def _check(path: Path, document: Mapping[str, object]) -> None:
                         f"{path}: {option!r} in [disks] must be seconds, from 1 to {_LONGEST_RECONNECT}"
                     )
             elif option == "plaintext":
-                if value not in [policy.value for policy in PlaintextPolicy]:
+                try:
+                    PlaintextPolicy(value)
+                except ValueError as exc:
                     known = ", ".join(repr(policy.value) for policy in PlaintextPolicy)
-                    raise ConfigError(f"{path}: 'plaintext' in [agent] must be one of {known}")
+                    raise ConfigError(f"{path}: 'plaintext' in [agent] must be one of {known}") from exc
             elif table == "agent":
                 if type(value) not in (int, float) or not 0 < value < math.inf:
                     raise ConfigError(f"{path}: {option!r} in [agent] must be a number of seconds above 0")

@@ -15,15 +15,15 @@ from datetime import UTC, datetime
 import virt_sse
 from virt_sse.agent.automatic_rotation import AutomaticRotation
 from virt_sse.agent.inventory import Inventory
-from virt_sse.agent.key_status import Standings
+from virt_sse.agent.key_status import KeyStatusLookup
 from virt_sse.agent.key_watch import KeyWatch
 from virt_sse.agent.listener import listening
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
 from virt_sse.agent.plaintext_watch import PlaintextWatch
 from virt_sse.agent.revocation import Revocation
-from virt_sse.agent.secret_watch import SecretKeeper
-from virt_sse.agent.server import AgentServer, Service
+from virt_sse.agent.secret_watch import SecretWatch
+from virt_sse.agent.server import AgentServer, AgentService
 from virt_sse.agent.stage_watch import StageWatch
 from virt_sse.audit.record import Component
 from virt_sse.backend import Backend
@@ -64,9 +64,9 @@ class Agent:
         self._keys = KeyWatch(
             backend, poll_seconds=seconds, probe_seconds=config.agent.probe_seconds, changed=self._wake.set
         )
-        self._standings = Standings(backend, self._keys)
-        self._revocation = Revocation(config.libvirt_uri, metrics, self._inventory.look)
-        self._secrets = SecretKeeper(
+        self._key_status = KeyStatusLookup(backend, self._keys)
+        self._revocation = Revocation(config.libvirt_uri, metrics, self._inventory.refresh)
+        self._secrets = SecretWatch(
             config.libvirt_uri, backend.domains, metrics, unused_seconds=_UNUSED_POLLS * seconds
         )
         self._stages = StageWatch(
@@ -114,7 +114,7 @@ class Agent:
                     self._backend.domains.prepare(domain, xml)
                 else:
                     self._backend.domains.reconnect(domain, xml)
-        self._inventory.look()
+        self._inventory.refresh()
 
     def status(self) -> Mapping[str, object]:
         """What it sees, for JSON."""
@@ -152,22 +152,22 @@ class Agent:
             self._wake.clear()
             due = time.monotonic() + self._config.agent.poll_seconds
             try:
-                due = min(due, self._look())
+                due = min(due, self._watch_once())
             except VirtSseError as exc:
                 _log.warning("watch-failed", extra=fields({"reason": str(exc)}))
             except Exception:  # noqa: BLE001 -- what comes of one look must not end the watch
                 _log.exception("watch-failed")
             self._wake.wait(max(0.0, due - time.monotonic()))
 
-    def _look(self) -> float:
+    def _watch_once(self) -> float:
         """Do all that has to be done now; when to look again, in ``time.monotonic()``.
 
         :raise StoreError: When the store cannot be asked.
         """
         snapshot = self._inventory.snapshot
-        found = self._standings.of(snapshot)
-        due = self._keys.watch(found.samples)
-        grace_end = self._revocation.apply(found.standings)
+        report = self._key_status.of(snapshot)
+        due = self._keys.watch(report.probe_deks)
+        grace_end = self._revocation.apply(report.domains)
         if self._inventory.connected:
             self._secrets.keep(snapshot, lambda domain: self._revocation.reason(domain) is not None)
             self._stages.keep(snapshot)
@@ -199,7 +199,7 @@ def run(config: Config, plugins: PluginHost) -> None:
         Backend(config, plugins, component=Component.AGENT) as backend,
     ):
         agent = Agent(backend, metrics)
-        server = AgentServer(listener, Service(agent.serve_hook, agent.status, metrics.render))
+        server = AgentServer(listener, AgentService(agent.serve_hook, agent.status, metrics.render))
         serving = threading.Thread(target=server.serve_forever, args=(0.1,), name="server")
         agent.start()
         serving.start()

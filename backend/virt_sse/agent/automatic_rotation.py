@@ -52,14 +52,14 @@ class AutomaticRotation:
 
     def _follow(self, encryption_set: EncryptionSet) -> None:
         """Rewrap a set's disks if its key has a new version, or an earlier rewrap may have been cut off."""
-        told: dict[str, object] = {"encryption-set": encryption_set.name}
+        details: dict[str, object] = {"encryption-set": encryption_set.name}
         try:
             disks = self._backend.sets.disks(encryption_set.name)
             if not disks:
                 return
             wanted = self._backend.sets.wanted_key(encryption_set)
         except VirtSseError as exc:
-            _log.warning("rotation-failed", extra=fields(told | {"reason": str(exc)}))
+            _log.warning("rotation-failed", extra=fields(details | {"reason": str(exc)}))
             return
         current = all(disk.deks and disk.deks[0].wrapped.key == wanted for disk in disks)
         if current and encryption_set.id in self._whole:
@@ -67,9 +67,9 @@ class AutomaticRotation:
         report = self._backend.sets.rotate(str(encryption_set.id))
         if report.failed:
             self._whole.discard(encryption_set.id)
-            _log.warning("rotation-failed", extra=fields(told | {"failed": report.failed}))
+            _log.warning("rotation-failed", extra=fields(details | {"failed": report.failed}))
         else:
             self._whole.add(encryption_set.id)
         if report.rewrapped:
             self._metrics.rewrapped.inc(report.rewrapped)
-            _log.info("rotated", extra=fields(told | {"key": str(wanted), "disks": report.rewrapped}))
+            _log.info("rotated", extra=fields(details | {"key": str(wanted), "disks": report.rewrapped}))

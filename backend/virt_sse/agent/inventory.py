@@ -62,7 +62,7 @@ class RunningDomain:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class InventorySnapshot:
     """What ran at one moment.
 
     :ivar number: counts the snapshots; 0 before the first.
@@ -96,15 +96,15 @@ class Inventory:
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="inventory", daemon=True)
-        self._odd: set[UUID] = set()
-        self.snapshot = Snapshot()
+        self._unclear: set[UUID] = set()
+        self.snapshot = InventorySnapshot()
         self.connected: bool | None = None
 
     def start(self) -> None:
         """Begin to look."""
         self._thread.start()
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Look again now."""
         self._wake.set()
 
@@ -121,20 +121,20 @@ class Inventory:
                 with connected(self._uri) as connection:
                     self._set_connected(None)
                     pause = _FIRST_PAUSE
-                    self._keep_looking(connection)
+                    self._poll(connection)
             except (LibvirtError, libvirt.libvirtError) as exc:
                 self._set_connected(exc)
                 self._wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _keep_looking(self, connection: libvirt.virConnect) -> None:
+    def _poll(self, connection: libvirt.virConnect) -> None:
         while not self._stopping:
             secrets = frozenset(_our_secrets(connection))
             listed = connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
-            seen = [found for domain in listed if (found := self._look_at(domain))]
+            seen = [found for domain in listed if (found := self._inspect(domain))]
             domains = tuple(each for each in seen if PREFIX in each.xml)
             others = tuple(each for each in seen if PREFIX not in each.xml)
-            self.snapshot = Snapshot(self.snapshot.number + 1, domains, secrets, time.time(), others)
+            self.snapshot = InventorySnapshot(self.snapshot.number + 1, domains, secrets, time.time(), others)
             self._changed()
             self._wait(self._seconds)
 
@@ -151,7 +151,7 @@ class Inventory:
         self.connected = error is None
         self._changed()
 
-    def _look_at(self, domain: libvirt.virDomain) -> RunningDomain | None:
+    def _inspect(self, domain: libvirt.virDomain) -> RunningDomain | None:
         """The domain, if it has a disk of ours and has not ended since it was listed."""
         uuid = UUID(bytes=domain.UUID())
         try:
@@ -175,8 +175,8 @@ class Inventory:
             if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 raise
         except InvalidValueError as exc:
-            if uuid not in self._odd:
-                self._odd.add(uuid)
+            if uuid not in self._unclear:
+                self._unclear.add(uuid)
                 _log.warning("domain-unclear", extra=fields({"domain": domain.name(), "reason": str(exc)}))
         return None
 

@@ -42,7 +42,7 @@ class RevokedDisk:
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
+class Enforcement:
     """What is done to a domain; ``SHUTDOWN`` has a grace time above 0."""
 
     action: RevocationAction
@@ -50,7 +50,7 @@ class Measure:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class DomainKeyStatus:
     """How a running domain stands with its keys.
 
     :ivar revoked: its disks whose key was taken away.
@@ -64,29 +64,31 @@ class Standing:
     has_secrets: bool = False
 
 
-def measure(revoked: Sequence[RevokedDisk]) -> Measure:
+def strictest_enforcement(revoked: Sequence[RevokedDisk]) -> Enforcement:
     """What is done to a domain with these disks, at least one: the hardest of what their sets ask for."""
-    return max(map(_measure_for, revoked), key=lambda each: (_RANK.index(each.action), -each.grace_seconds))
+    return max(
+        map(_disk_enforcement, revoked), key=lambda each: (_RANK.index(each.action), -each.grace_seconds)
+    )
 
 
-def _measure_for(revoked: RevokedDisk) -> Measure:
+def _disk_enforcement(revoked: RevokedDisk) -> Enforcement:
     if revoked.disk.sku is DiskSku.ULTRA:
-        return Measure(RevocationAction.NONE)
+        return Enforcement(RevocationAction.NONE)
     action, grace = PLATFORM_ACTION, PLATFORM_GRACE_SECONDS
     if revoked.encryption_set:
         action, grace = revoked.encryption_set.revocation, revoked.encryption_set.grace_seconds
     if action is not RevocationAction.SHUTDOWN:
-        return Measure(action)
-    return Measure(action, grace) if grace else Measure(RevocationAction.DESTROY)
+        return Enforcement(action)
+    return Enforcement(action, grace) if grace else Enforcement(RevocationAction.DESTROY)
 
 
 @dataclass(slots=True)
-class _Case:
+class _RevokedDomain:
     """A domain whose key is gone, from when that was seen until the domain or the cause has ended."""
 
     domain: RunningDomain
     since: float
-    measure: Measure
+    enforcement: Enforcement
     reason: str
     asked: bool = False
 
@@ -110,31 +112,31 @@ class Revocation:
         self._uri = uri
         self._metrics = metrics
         self._done = done
-        self._cases: dict[tuple[UUID, int], _Case] = {}
+        self._cases: dict[tuple[UUID, int], _RevokedDomain] = {}
         self._jobs: dict[tuple[UUID, int], _Job] = {}
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="domain")
 
-    def apply(self, standings: Sequence[Standing]) -> float | None:
+    def apply(self, statuses: Sequence[DomainKeyStatus]) -> float | None:
         """Begin what has to be done now.
 
-        :param standings: of all running domains with a disk of ours.
+        :param statuses: of all running domains with a disk of ours.
         :return: when a grace time ends, in ``time.monotonic()``.
         """
-        present = {(each.domain.uuid, each.domain.run) for each in standings}
+        present = {(each.domain.uuid, each.domain.run) for each in statuses}
         for key in self._cases.keys() - present:
             self._end(self._cases.pop(key))
         for key in self._jobs.keys() - present:
             del self._jobs[key]
-        for each in standings:
+        for each in statuses:
             if each.revoked:
                 self._enforce(each)
             elif each.is_clear:
                 self._lift(each.domain)
         cases = self._cases.values()
         self._metrics.revoked_domains.set(len(cases))
-        self._metrics.spared_domains.set(sum(c.measure.action is RevocationAction.NONE for c in cases))
-        waiting = [c for c in cases if c.measure.action is RevocationAction.SHUTDOWN]
-        return min((c.since + c.measure.grace_seconds for c in waiting), default=None)
+        self._metrics.spared_domains.set(sum(c.enforcement.action is RevocationAction.NONE for c in cases))
+        waiting = [c for c in cases if c.enforcement.action is RevocationAction.SHUTDOWN]
+        return min((c.since + c.enforcement.grace_seconds for c in waiting), default=None)
 
     def reason(self, domain: RunningDomain) -> str | None:
         """Why its key is thought to be gone, and its secrets are not restored; ``None`` when it is not."""
@@ -145,13 +147,13 @@ class Revocation:
         """Begin nothing any more, and wait for what is under way."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _enforce(self, standing: Standing) -> None:
-        domain, now = standing.domain, time.monotonic()
-        key, wanted = (domain.uuid, domain.run), measure(standing.revoked)
+    def _enforce(self, status: DomainKeyStatus) -> None:
+        domain, now = status.domain, time.monotonic()
+        key, wanted = (domain.uuid, domain.run), strictest_enforcement(status.revoked)
         if (case := self._cases.get(key)) is None:
-            case = self._cases[key] = _Case(domain, now, wanted, standing.revoked[0].reason)
-            self._tell(standing, wanted)
-        case.measure = wanted
+            case = self._cases[key] = _RevokedDomain(domain, now, wanted, status.revoked[0].reason)
+            self._report(status, wanted)
+        case.enforcement = wanted
         expired = wanted.action is RevocationAction.SHUTDOWN and now >= case.since + wanted.grace_seconds
         if wanted.action is RevocationAction.DESTROY or expired:
             self._do("destroy", domain, enforcement.destroy)
@@ -159,7 +161,7 @@ class Revocation:
             case.asked = self._do("shutdown", domain, enforcement.ask_to_shut_down)
         elif wanted.action is RevocationAction.PAUSE and domain.runs:
             self._do("pause", domain, enforcement.pause)
-        elif standing.has_secrets:
+        elif status.has_secrets:
             self._do("drop-secrets", domain, enforcement.drop_secrets)
 
     def _lift(self, domain: RunningDomain) -> None:
@@ -179,34 +181,38 @@ class Revocation:
         return True
 
     def _work(self, action: str, domain: RunningDomain, what: Callable[[str, RunningDomain], bool]) -> None:
-        told = {"domain": domain.name, "action": action}
+        details = {"domain": domain.name, "action": action}
         try:
             done = what(self._uri, domain)
         except VirtSseError as exc:
             self._metrics.failed_actions.labels(action).inc()
-            _log.warning("domain-action-failed", extra=fields(told | {"reason": str(exc)}))
+            _log.warning("domain-action-failed", extra=fields(details | {"reason": str(exc)}))
             case = self._cases.get((domain.uuid, domain.run))
             if case and action == "shutdown":
                 case.asked = False
             return
         if done:
             self._metrics.actions.labels(action).inc()
-            _log.warning("domain-action", extra=fields(told))
+            _log.warning("domain-action", extra=fields(details))
         self._done()
 
-    def _tell(self, standing: Standing, wanted: Measure) -> None:
-        told = {
-            "domain": standing.domain.name,
+    def _report(self, status: DomainKeyStatus, wanted: Enforcement) -> None:
+        details = {
+            "domain": status.domain.name,
             "action": wanted.action.value,
             "grace-seconds": wanted.grace_seconds,
-            "disks": [each.disk.name for each in standing.revoked],
-            "reason": standing.revoked[0].reason,
+            "disks": [each.disk.name for each in status.revoked],
+            "reason": status.revoked[0].reason,
         }
-        if any(each.disk.sku is DiskSku.ULTRA for each in standing.revoked):
-            told["ultra"] = "runs on, and cannot be started again"
-        _log.warning("domain-revoked", extra=fields(told))
+        if any(each.disk.sku is DiskSku.ULTRA for each in status.revoked):
+            details["ultra"] = "runs on, and cannot be started again"
+        _log.warning("domain-revoked", extra=fields(details))
 
-    def _end(self, case: _Case) -> None:
+    def _end(self, case: _RevokedDomain) -> None:
         seconds = round(time.monotonic() - case.since, 3)
-        told = {"domain": case.domain.name, "action": case.measure.action.value, "after-seconds": seconds}
-        _log.warning("domain-ended", extra=fields(told))
+        details = {
+            "domain": case.domain.name,
+            "action": case.enforcement.action.value,
+            "after-seconds": seconds,
+        }
+        _log.warning("domain-ended", extra=fields(details))

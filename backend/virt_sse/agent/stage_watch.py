@@ -11,7 +11,7 @@ import time
 from uuid import UUID
 
 from virt_sse.agent import enforcement
-from virt_sse.agent.inventory import RunningDomain, Snapshot
+from virt_sse.agent.inventory import InventorySnapshot, RunningDomain
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
 from virt_sse.agent.snapshot_worker import SnapshotWorker
@@ -41,7 +41,7 @@ class StageWatch(SnapshotWorker[UUID]):
         self._lost: set[tuple[UUID, int]] = set()
         self._damaged: frozenset[str] = frozenset()
 
-    def keep(self, snapshot: Snapshot) -> None:
+    def keep(self, snapshot: InventorySnapshot) -> None:
         """Restart dead processes, unless data is lost, and end unused processes; once for each snapshot."""
         if not self._is_new(snapshot):
             return

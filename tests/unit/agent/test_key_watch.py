@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 
 import pytest
 
-from virt_sse.agent.key_watch import KeyWatch, Sample, Verdict, WatchedKey
+from virt_sse.agent.key_watch import KeyStatus, KeyWatch, ProbeDek, WatchedKey
 from virt_sse.backend import Backend
 from virt_sse.errors import KeyDeniedError, KeyDisabledError, KeyProviderUnavailableError, UnwrapError
 from virt_sse.hookspecs import RegisterKeyProvider, hookimpl
@@ -61,7 +61,7 @@ class Watched:
         made = backend.sets.create("set", provider=NAME, key="key")
         disk = backend.disks.create(NewDisk(name="disk", size=1 << 20, encryption_set="set"))
         self.key = WatchedKey(disk.deks[0].wrapped.key, made.id)
-        self.samples = {self.key: Sample(disk, disk.deks[0].slot, "domain")}
+        self.probe_deks = {self.key: ProbeDek(disk, disk.deks[0].slot, "domain")}
         self.changes = 0
         self.watch = KeyWatch(
             backend, poll_seconds=0.02, probe_seconds=probe_seconds, changed=self._note_change
@@ -70,12 +70,12 @@ class Watched:
     def _note_change(self) -> None:
         self.changes += 1
 
-    def after(self, *, looks: int = 4) -> Verdict | None:
+    def after(self, *, polls: int = 4) -> KeyStatus | None:
         """What is known some looks later."""
-        for _ in range(looks * 2):
-            self.watch.watch(self.samples)
+        for _ in range(polls * 2):
+            self.watch.watch(self.probe_deks)
             time.sleep(0.02)
-        return self.watch.verdict(self.key)
+        return self.watch.status(self.key)
 
 
 @pytest.fixture
@@ -100,8 +100,8 @@ def watched(backend: Backend, script: Callable[..., None]) -> Iterator[Watched]:
 
 
 def test_a_look_is_enough_while_all_is_well(watched: Watched) -> None:
-    assert watched.watch.verdict(watched.key) is None
-    assert watched.after() == Verdict(KeyState.ENABLED)
+    assert watched.watch.status(watched.key) is None
+    assert watched.after() == KeyStatus(KeyState.ENABLED)
     assert ScriptedProvider.unwraps == 0
     assert watched.changes == 1
 
@@ -111,17 +111,17 @@ def test_what_a_look_shows_is_tried_once_before_it_is_believed(
 ) -> None:
     watched.after()
     script(KeyState.DISABLED, KeyDisabledError("vault says no"))
-    assert watched.after(looks=8) == Verdict(KeyState.DISABLED, "vault says no")
+    assert watched.after(polls=8) == KeyStatus(KeyState.DISABLED, "vault says no")
     assert ScriptedProvider.unwraps == 1
     script(KeyState.ENABLED)
-    assert watched.after() == Verdict(KeyState.ENABLED)
+    assert watched.after() == KeyStatus(KeyState.ENABLED)
     assert ScriptedProvider.unwraps == 1
     assert watched.changes == 3
 
 
 def test_a_key_that_still_unwraps_is_not_revoked(watched: Watched, script: Callable[..., None]) -> None:
     script(KeyState.DENIED)
-    assert watched.after() == Verdict(KeyState.ENABLED)
+    assert watched.after() == KeyStatus(KeyState.ENABLED)
 
 
 @pytest.mark.parametrize("error", [KeyProviderUnavailableError("timeout"), UnwrapError("damaged")])
@@ -129,23 +129,23 @@ def test_a_trial_that_shows_nothing_leaves_the_look(
     watched: Watched, script: Callable[..., None], error: Exception
 ) -> None:
     script(KeyState.DELETED, error)
-    assert watched.after() == Verdict(KeyState.DELETED, f"key {watched.key.key} is deleted")
+    assert watched.after() == KeyStatus(KeyState.DELETED, f"key {watched.key.key} is deleted")
 
 
 def test_silence_neither_begins_nor_ends_a_revocation(watched: Watched, script: Callable[..., None]) -> None:
     script(KeyState.UNREACHABLE)
-    assert watched.after() == Verdict(KeyState.UNREACHABLE)
+    assert watched.after() == KeyStatus(KeyState.UNREACHABLE)
     script(KeyState.DISABLED, KeyDisabledError("no"))
     watched.after()
     script(KeyState.UNREACHABLE)
-    assert watched.after() == Verdict(KeyState.UNREACHABLE, "no")
+    assert watched.after() == KeyStatus(KeyState.UNREACHABLE, "no")
     script(KeyState.DISABLED, KeyDisabledError("no"))
-    assert watched.after() == Verdict(KeyState.DISABLED, "no")
+    assert watched.after() == KeyStatus(KeyState.DISABLED, "no")
     assert ScriptedProvider.unwraps == 0, "it has been tried"
     script(KeyState.ENABLED, KeyProviderUnavailableError("timeout"))
-    assert watched.after() == Verdict(KeyState.UNREACHABLE, "no"), "enabled, but that could not be tried"
+    assert watched.after() == KeyStatus(KeyState.UNREACHABLE, "no"), "enabled, but that could not be tried"
     script(KeyState.ENABLED)
-    assert watched.after() == Verdict(KeyState.ENABLED)
+    assert watched.after() == KeyStatus(KeyState.ENABLED)
 
 
 def test_a_trial_now_and_then_finds_what_a_look_does_not(
@@ -155,9 +155,9 @@ def test_a_trial_now_and_then_finds_what_a_look_does_not(
     try:
         watched.after()
         script(KeyState.ENABLED, KeyDeniedError("no right to unwrap"))
-        assert watched.after(looks=10) == Verdict(KeyState.DENIED, "no right to unwrap")
+        assert watched.after(polls=10) == KeyStatus(KeyState.DENIED, "no right to unwrap")
         script(KeyState.ENABLED)
-        assert watched.after(looks=10) == Verdict(KeyState.ENABLED)
+        assert watched.after(polls=10) == KeyStatus(KeyState.ENABLED)
     finally:
         watched.watch.stop()
 
@@ -166,12 +166,12 @@ def test_one_slow_key_delays_no_other(backend: Backend, script: Callable[..., No
     watched = Watched(backend)
     platform = backend.disks.create(NewDisk(name="other", size=1 << 20))
     other = WatchedKey(platform.deks[0].wrapped.key, None)
-    samples = {**watched.samples, other: Sample(platform, platform.deks[0].slot, "domain")}
+    probe_deks = {**watched.probe_deks, other: ProbeDek(platform, platform.deks[0].slot, "domain")}
     script(KeyState.DISABLED, KeyDisabledError("no"), delay=0.5)
-    watched.watch.watch(samples)
+    watched.watch.watch(probe_deks)
     time.sleep(0.2)
-    assert watched.watch.verdict(other) == Verdict(KeyState.ENABLED)
-    assert watched.watch.verdict(watched.key) is None
+    assert watched.watch.status(other) == KeyStatus(KeyState.ENABLED)
+    assert watched.watch.status(watched.key) is None
     assert dict(watched.watch.states())[watched.key] is KeyState.UNREACHABLE
     watched.watch.stop()
 
@@ -180,4 +180,4 @@ def test_a_key_that_nobody_uses_any_more_is_forgotten(watched: Watched) -> None:
     watched.after()
     watched.watch.watch({})
     assert watched.watch.states() == []
-    assert watched.watch.verdict(watched.key) is None
+    assert watched.watch.status(watched.key) is None
