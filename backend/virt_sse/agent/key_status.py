@@ -1,4 +1,4 @@
-"""How running domains stand with their keys: libvirt's view, the store's and the keys' put together."""
+"""Status of running domains' keys: combines the views of libvirt, the store and the key watch."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class KeyStatusReport:
-    """:ivar probe_deks: all keys that are in use, each with a DEK to try it with."""
+    """Status of all running domains' keys.
+
+    :ivar probe_deks: all keys in use, each with a DEK to probe the key with.
+    """
 
     domains: Sequence[DomainKeyStatus]
     probe_deks: Mapping[WatchedKey, ProbeDek]
 
 
 class KeyStatusLookup:
-    """Looks domains' disks up in the store, anew each time: rotations and moves change their keys."""
+    """Looks up domains' disks in the store, each time again: rotations and moves change the disks' keys."""
 
     def __init__(self, backend: Backend, keys: KeyWatch) -> None:
         self._backend = backend
@@ -34,9 +37,9 @@ class KeyStatusLookup:
         self._unknown: set[UUID] = set()
 
     def of(self, snapshot: InventorySnapshot) -> KeyStatusReport:
-        """How all domains stand.
+        """The status of all domains of a snapshot.
 
-        :raise StoreError: When the store cannot be asked.
+        :raise StoreError: When the store cannot be queried.
         """
         ids = {use.disk_id for domain in snapshot.domains for use in domain.uses}
         disks = {disk.id: disk for disk in self._backend.disks.with_ids(ids)} if ids else {}
@@ -53,7 +56,7 @@ class KeyStatusLookup:
                     is_clear = False
                     continue
                 encryption_set = sets.get(disk.set_id) if disk.set_id else None
-                for entry in disk.deks:  # a layer outside QEMU has a DEK that the domain does not name
+                for entry in disk.deks:  # a layer outside QEMU has a DEK not named in the domain
                     watched = WatchedKey(entry.wrapped.key, disk.identity_for(entry.slot))
                     probe_deks.setdefault(watched, ProbeDek(disk, entry.slot, domain.name))
                     status = self._keys.status(watched)
@@ -67,7 +70,7 @@ class KeyStatusLookup:
         return KeyStatusReport(domains, probe_deks)
 
     def _no_identity(self, encryption_set: EncryptionSet | None) -> str | None:
-        """Why a set without the identity that it needs has no right to its key."""
+        """Why the set has no right to its key, if the provider needs an identity and the set has none."""
         if encryption_set is None or encryption_set.identity:
             return None
         if not self._backend.host.plugins.needs_identity(encryption_set.key.provider):

@@ -1,4 +1,4 @@
-"""Keys that are in use: whether they still may be."""
+"""Watches the keys in use: polls and probes whether each key is still usable."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ _OVERDUE_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class WatchedKey:
-    """A version of a key, as the one that asks for it: an encryption set, or the host itself."""
+    """A key version, and the identity for its use.
+
+    :ivar set_id: the encryption set whose identity is used; ``None``: the host's own access.
+    """
 
     key: KeyId
     set_id: UUID | None
@@ -39,7 +42,7 @@ class WatchedKey:
 
 @dataclass(frozen=True, slots=True)
 class ProbeDek:
-    """A wrapped DEK with which a key can be tried, and a domain that has it."""
+    """A wrapped DEK to probe a key with, and a domain that uses the DEK."""
 
     disk: Disk
     slot: str
@@ -48,10 +51,11 @@ class ProbeDek:
 
 @dataclass(frozen=True, slots=True)
 class KeyStatus:
-    """What is known of a key.
+    """The status of a key.
 
-    :ivar state: as its provider said last; ``UNREACHABLE`` also when it has not said anything for too long.
-    :ivar revoked: why it is taken for revoked; ``None`` when it is not. Silence neither begins nor ends that.
+    :ivar state: the state last reported by the key's provider; ``UNREACHABLE`` also if the answer is overdue.
+    :ivar revoked: why the key counts as revoked; ``None`` if not revoked. An unreachable provider neither
+        begins nor ends a revocation.
     """
 
     state: KeyState
@@ -59,18 +63,22 @@ class KeyStatus:
 
     @property
     def is_usable(self) -> bool:
-        """Whether its provider has said so, and said nothing else since."""
+        """Whether the provider's last report was that the key is enabled."""
         return self.state is KeyState.ENABLED and self.revoked is None
 
     def unreachable(self) -> KeyStatus:
-        """The same of a key whose provider does not answer any more."""
+        """This status, once the provider no longer answers."""
         return KeyStatus(KeyState.UNREACHABLE, self.revoked)
 
 
 @dataclass(slots=True)
 class _WatchEntry:
-    """:ivar polled: the state that the provider named last, before any trial.
-    :ivar confirmed: the status that came of that.
+    """A watched key.
+
+    :ivar polled: the state from the last poll, before any probe.
+    :ivar confirmed: the status that resulted, after a probe if necessary.
+    :ivar request: the last poll, under way or done.
+    :ivar requested: start of the last poll, of ``time.monotonic()``.
     """
 
     probe_dek: ProbeDek
@@ -84,14 +92,14 @@ class _WatchEntry:
 
 
 class KeyWatch:
-    """Asks each key's provider again and again, each in its own time: one dead vault delays no other.
+    """Polls each key's provider in a separate thread, so that a dead vault delays no other vault's keys.
 
-    A look (``key_state``) tells of keys that were disabled, deleted or denied. Before that is believed the
-    key is tried, by an unwrap: so a status is what a start would meet, it stands in the audit log of both
-    sides, and it has a reason. The trial is repeated now and then, and finds the right to unwrap gone where
-    the right to look is not.
+    A poll (``key_state``) reports disabled, deleted or denied keys. A change is confirmed by a probe, an
+    unwrap: the status then matches the outcome of a domain's start, is recorded in the audit logs of host and
+    vault, and has a reason. Probes are also repeated periodically, to detect a missing right to unwrap when
+    the right to read the key remains.
 
-    :param changed: called, in any thread, when a status has changed.
+    :param changed: called, in any thread, after a change of a status.
     """
 
     def __init__(
@@ -106,7 +114,7 @@ class KeyWatch:
         self._lock = threading.Lock()
 
     def watch(self, probe_deks: Mapping[WatchedKey, ProbeDek]) -> float:
-        """Watch just these keys from now on, and ask for those that it is time for.
+        """Watch exactly these keys from now on, and start the polls that are due.
 
         :return: when to call again, in ``time.monotonic()``.
         """
@@ -125,25 +133,25 @@ class KeyWatch:
         return min((entry.next_poll for entry in self._entries.values()), default=now + self._poll_seconds)
 
     def status(self, key: WatchedKey) -> KeyStatus | None:
-        """What is known of it; ``None`` when nothing is yet."""
+        """The status of the key; ``None`` before the first result."""
         entry = self._entries.get(key)
         return entry.status if entry else None
 
     def states(self) -> list[tuple[WatchedKey, KeyState]]:
-        """All that are watched, and their states; before the first answer ``UNREACHABLE``."""
+        """All watched keys and their states; ``UNREACHABLE`` before the first result."""
         return [
             (key, entry.status.state if entry.status else KeyState.UNREACHABLE)
             for key, entry in list(self._entries.items())
         ]
 
     def stop(self) -> None:
-        """Ask no more. Answers under way are waited for; providers bound how long they take."""
+        """Start no more polls, and wait for polls under way; providers limit the duration."""
         self._pool.shutdown(cancel_futures=True)
 
     def _poll(self, key: WatchedKey, entry: _WatchEntry) -> None:
         try:
             status = self._current_status(key, entry)
-        except Exception:  # noqa: BLE001 -- a provider that breaks its contract has said nothing about its key
+        except Exception:  # noqa: BLE001 -- a provider that breaks its contract reports nothing about the key
             _log.exception("key-watch-failed", extra=fields({"key": str(key.key)}))
             status = entry.confirmed.unreachable()
         self._record(key, entry, status)
@@ -164,13 +172,13 @@ class KeyWatch:
         entry.next_probe = now + self._probe_seconds
         status = self._probe(key, entry.probe_dek, state)
         if status is None:
-            entry.polled = before  # so that it is tried again at the next look
+            entry.polled = before  # probe again at the next poll
             return entry.confirmed.unreachable()
         entry.confirmed = status
         return status
 
     def _probe(self, key: WatchedKey, probe_dek: ProbeDek, state: KeyState) -> KeyStatus | None:
-        """What an unwrap shows of a key of which a look has shown *state*; ``None`` when that is nothing."""
+        """The status after a poll with the result *state* and an unwrap; ``None`` if neither is conclusive."""
         polled = KeyStatus(state, f"key {key.key} is {state.value}") if state in _REVOKING else None
         try:
             with audit_context(domain=probe_dek.domain):

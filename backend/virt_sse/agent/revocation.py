@@ -1,4 +1,4 @@
-"""What becomes of running domains whose key was taken away, and of those whose key came back."""
+"""Enforces key revocations on running domains, and lifts the enforcement once the keys are usable again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
 _log = logging.getLogger(__name__)
 
 PLATFORM_ACTION, PLATFORM_GRACE_SECONDS = RevocationAction.SHUTDOWN, 60
-"""For disks in no encryption set: what a set does by default."""
+"""For disks without an encryption set: the defaults of a set."""
 
 _RANK = (
     RevocationAction.NONE,
@@ -34,7 +34,7 @@ _AGAIN_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class RevokedDisk:
-    """A disk in a running domain whose key was taken away, and why that is thought."""
+    """A disk of a running domain with a revoked key, and the reason."""
 
     disk: Disk
     encryption_set: EncryptionSet | None
@@ -43,7 +43,7 @@ class RevokedDisk:
 
 @dataclass(frozen=True, slots=True)
 class Enforcement:
-    """What is done to a domain; ``SHUTDOWN`` has a grace time above 0."""
+    """The enforcement for a domain; ``SHUTDOWN`` has a grace time above 0."""
 
     action: RevocationAction
     grace_seconds: int = 0
@@ -51,11 +51,11 @@ class Enforcement:
 
 @dataclass(frozen=True, slots=True)
 class DomainKeyStatus:
-    """How a running domain stands with its keys.
+    """Status of a running domain's keys. Neither revoked nor clear is possible: a vault does not answer.
 
-    :ivar revoked: its disks whose key was taken away.
-    :ivar is_clear: whether all its keys are known to be usable. Neither is also possible: a vault is silent.
-    :ivar has_secrets: whether libvirt has a DEK of it.
+    :ivar revoked: disks with a revoked key.
+    :ivar is_clear: whether all keys are known to be usable.
+    :ivar has_secrets: whether libvirt has a DEK of the domain.
     """
 
     domain: RunningDomain
@@ -65,7 +65,7 @@ class DomainKeyStatus:
 
 
 def strictest_enforcement(revoked: Sequence[RevokedDisk]) -> Enforcement:
-    """What is done to a domain with these disks, at least one: the hardest of what their sets ask for."""
+    """The strictest enforcement demanded by the sets of these disks, at least one, of a domain."""
     return max(
         map(_disk_enforcement, revoked), key=lambda each: (_RANK.index(each.action), -each.grace_seconds)
     )
@@ -84,28 +84,29 @@ def _disk_enforcement(revoked: RevokedDisk) -> Enforcement:
 
 @dataclass(slots=True)
 class _RevokedDomain:
-    """A domain whose key is gone, from when that was seen until the domain or the cause has ended."""
+    """A domain with a revoked key, from detection until the domain or the revocation ends."""
 
     domain: RunningDomain
     since: float
     enforcement: Enforcement
     reason: str
-    asked: bool = False
+    is_requested: bool = False
 
 
 @dataclass(slots=True)
 class _Job:
-    """What is being done to a domain; one thing at a time."""
+    """An action on a domain; a domain has at most one at a time."""
 
     future: Future[None]
     not_before: float = field(default=0.0)
 
 
 class Revocation:
-    """Brings domains to where they should be, however often that takes. Remembers nothing over its own end:
-    a new one begins a domain's grace time anew.
+    """Enforces revocations, and repeats failed actions until the domain is in the required state.
 
-    :param done: called, in any thread, when something was done.
+    Keeps its state in memory only: after a restart of the agent, a domain's grace time starts again.
+
+    :param done: called, in any thread, after each successful action.
     """
 
     def __init__(self, uri: str, metrics: Metrics, done: Callable[[], None]) -> None:
@@ -117,10 +118,10 @@ class Revocation:
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="domain")
 
     def apply(self, statuses: Sequence[DomainKeyStatus]) -> float | None:
-        """Begin what has to be done now.
+        """Start the actions that are due.
 
-        :param statuses: of all running domains with a disk of ours.
-        :return: when a grace time ends, in ``time.monotonic()``.
+        :param statuses: of all running domains with a virt-sse disk.
+        :return: when the first grace time ends, in ``time.monotonic()``.
         """
         present = {(each.domain.uuid, each.domain.run) for each in statuses}
         for key in self._cases.keys() - present:
@@ -139,12 +140,12 @@ class Revocation:
         return min((c.since + c.enforcement.grace_seconds for c in waiting), default=None)
 
     def reason(self, domain: RunningDomain) -> str | None:
-        """Why its key is thought to be gone, and its secrets are not restored; ``None`` when it is not."""
+        """Why the domain counts as revoked, and its secrets are not restored; ``None`` if not revoked."""
         case = self._cases.get((domain.uuid, domain.run))
         return case.reason if case else None
 
     def stop(self) -> None:
-        """Begin nothing any more, and wait for what is under way."""
+        """Start no more actions, and wait for actions under way."""
         self._pool.shutdown(cancel_futures=True)
 
     def _enforce(self, status: DomainKeyStatus) -> None:
@@ -157,8 +158,8 @@ class Revocation:
         expired = wanted.action is RevocationAction.SHUTDOWN and now >= case.since + wanted.grace_seconds
         if wanted.action is RevocationAction.DESTROY or expired:
             self._do("destroy", domain, enforcement.destroy)
-        elif wanted.action is RevocationAction.SHUTDOWN and not case.asked:
-            case.asked = self._do("shutdown", domain, enforcement.ask_to_shut_down)
+        elif wanted.action is RevocationAction.SHUTDOWN and not case.is_requested:
+            case.is_requested = self._do("shutdown", domain, enforcement.ask_to_shut_down)
         elif wanted.action is RevocationAction.PAUSE and domain.runs:
             self._do("pause", domain, enforcement.pause)
         elif status.has_secrets:
@@ -170,26 +171,28 @@ class Revocation:
         if domain.paused_by_us:
             self._do("resume", domain, enforcement.resume)
 
-    def _do(self, action: str, domain: RunningDomain, what: Callable[[str, RunningDomain], bool]) -> bool:
-        """Do *what* to the domain, in another thread; whether that could be begun."""
+    def _do(self, action: str, domain: RunningDomain, function: Callable[[str, RunningDomain], bool]) -> bool:
+        """Call *function* in a worker thread, unless an action is under way or recent; whether started."""
         key, now = (domain.uuid, domain.run), time.monotonic()
         job = self._jobs.get(key)
         if job and (not job.future.done() or now < job.not_before):
             return False
-        future = self._pool.submit(self._work, action, domain, what)
+        future = self._pool.submit(self._work, action, domain, function)
         self._jobs[key] = _Job(future, now + _AGAIN_SECONDS)
         return True
 
-    def _work(self, action: str, domain: RunningDomain, what: Callable[[str, RunningDomain], bool]) -> None:
+    def _work(
+        self, action: str, domain: RunningDomain, function: Callable[[str, RunningDomain], bool]
+    ) -> None:
         details = {"domain": domain.name, "action": action}
         try:
-            done = what(self._uri, domain)
+            done = function(self._uri, domain)
         except VirtSseError as exc:
             self._metrics.failed_actions.labels(action).inc()
             _log.warning("domain-action-failed", extra=fields(details | {"reason": str(exc)}))
             case = self._cases.get((domain.uuid, domain.run))
             if case and action == "shutdown":
-                case.asked = False
+                case.is_requested = False
             return
         if done:
             self._metrics.actions.labels(action).inc()
