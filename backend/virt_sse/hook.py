@@ -21,27 +21,30 @@ def main() -> int:
     root = Path(os.environ.get("VIRT_SSE_ROOT") or "/")
     try:
         if not agent_client.serve_event(root, event, domain, xml):
-            _serve(event, domain, xml)
+            _serve(event, xml)
     except VirtSseError as exc:
         report(exc)
         return 1
     return 0
 
 
-def _serve(event: str, domain: str, xml: str) -> None:
+def _serve(event: str, xml: str) -> None:
+    from virt_sse.libvirt.domain_definition import DomainDefinition
+
+    definition = DomainDefinition.parse(xml)
     if event == "release":  # without the store, which takes most of the time to load
         from virt_sse.config import Config
-        from virt_sse.domains.start import release
+        from virt_sse.domains.release import release
 
-        release(Config.load(), xml)
+        release(Config.load(), definition)
     elif event in ("prepare", "reconnect"):
         from virt_sse.backend import Backend
 
         with Backend.open() as backend:
             if event == "prepare":
-                backend.domains.prepare(domain, xml)
+                backend.domains.prepare(definition)
             else:
-                backend.domains.reconnect(domain, xml)
+                backend.domains.reconnect(definition)
 
 
 if __name__ == "__main__":

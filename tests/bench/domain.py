@@ -16,6 +16,7 @@ from virt_sse.errors import LabError
 from virt_sse.lab import acceleration, recipes
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import LabHost
+from virt_sse.libvirt.xml import parse_xml
 from virt_sse.model.disks import NewDisk
 from virt_sse.model.keys import Dek
 
@@ -63,7 +64,7 @@ def set_by_hand(connection: libvirt.virConnect, host: LabHost, element: str, ima
         f"<usage type='volume'><volume>{copy}</volume></usage></secret>"
     )
     secret.setValue(dek.passphrase)
-    disk = ET.fromstring(element)  # noqa: S314 -- our own
+    disk = parse_xml(element, kind="disk element")
     for source in disk.iter("source"):
         source.set("file", str(copy))
     for reference in disk.iter("secret"):

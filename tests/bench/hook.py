@@ -11,7 +11,7 @@ from hosts import prepared_host
 from measurement import Row, Run, Target, alternate
 from virt_sse.errors import LabError
 from virt_sse.lab import guests
-from virt_sse.libvirt.references import secret_uuid
+from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.model.disks import NewDisk
 
 
@@ -35,7 +35,7 @@ def measure(bench: Run) -> Iterator[Row]:
             encrypted: str = connection.defineXML(_domain(backend.domains.disk_element("data"))).XMLDesc()
             events = {name: _event(hook, name, encrypted) for name in ("prepare", "start", "release")}
             events["prepare"]()
-            wanted = str(secret_uuid(disk.id, disk.deks[0].slot))
+            wanted = str(SecretName(disk.id, disk.deks[0].slot).uuid)
             if wanted not in connection.listSecrets():
                 raise LabError("the hook has set no secret")
         for name, took in zip(events, alternate(bench.amount(10, quick=4), *events.values()), strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import xml.etree.ElementTree as ET
 
 from stage import Stage, heading, quote
 from virt_sse.cli.output import OutputFormat, print_rows
@@ -11,6 +10,7 @@ from virt_sse.errors import LabError
 from virt_sse.lab import acceleration, recipes
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import LabHost
+from virt_sse.libvirt.xml import parse_xml
 
 _TEXT = b"the quick brown fox keeps a secret"
 _LINUX_SCRIPT = f"""\
@@ -92,7 +92,7 @@ def play(stage: Stage) -> None:
 def _look_inside(host: LabHost, domain: str) -> dict[str, str]:
     """How libvirt really runs *domain*, and what QEMU says its first disk is made of."""
     with host.connect() as connection:
-        root = ET.fromstring(connection.lookupByName(domain).XMLDesc())  # noqa: S314 -- from libvirtd
+        root = parse_xml(connection.lookupByName(domain).XMLDesc(), kind="domain XML")
     command = json.dumps({"execute": "query-named-block-nodes"})
     nodes = json.loads(host.virsh("qemu-monitor-command", domain, command).stdout)["return"]
     for node in nodes:

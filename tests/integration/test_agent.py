@@ -21,6 +21,7 @@ from virt_sse.errors import AgentUnavailableError
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.host import LabHost
+from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.secrets import set_secret
 from virt_sse.model.keys import Dek
 
@@ -212,7 +213,7 @@ def test_libvirtd_restarts(site: Site) -> None:
 def test_secrets_of_nobody_are_dropped(site: Site) -> None:
     connection = site.host.connect()
     try:
-        set_secret(connection, uuid.uuid4(), "service", Dek.generate())
+        set_secret(connection, SecretName(uuid.uuid4(), "service"), Dek.generate())
     finally:
         connection.close()
     assert len(site.secrets()) == 1
@@ -242,7 +243,7 @@ def test_what_is_no_event_is_refused(site: Site) -> None:
     event = {"event": "prepare", "domain": "d", "xml": "<domain"}
     status, answer = post(json.dumps(event))
     assert status == 409
-    assert "not a domain's XML" in json.loads(answer)["error"]
+    assert "invalid domain XML" in json.loads(answer)["error"]
     assert site.agent.status()["pid"] == site.agent.own_pid
 
 

@@ -19,6 +19,7 @@ from virt_sse.audit.log import AuditLog
 from virt_sse.audit.record import AuditRecord, Component, Result
 from virt_sse.backend import Backend
 from virt_sse.errors import LibvirtUnavailableError
+from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.model.disks import NewDisk
 
 
@@ -87,9 +88,10 @@ def test_a_domain_that_starts_is_named(virt_sse: CommandLine, backend: Backend) 
     images.require("qemu-img")
     backend.disks.create(NewDisk(name="web", size=1 << 20))
     element = backend.domains.disk_element("web")
-    xml = f"<domain><uuid>{uuid.uuid4()}</uuid><devices>{element}</devices></domain>"
+    identity = f"<name>my-domain</name><uuid>{uuid.uuid4()}</uuid>"
+    definition = DomainDefinition.parse(f"<domain>{identity}<devices>{element}</devices></domain>")
     with pytest.raises(LibvirtUnavailableError):  # which is asked when the DEKs are there
-        backend.domains.restore("my-domain", xml)
+        backend.domains.restore(definition)
     assert [(entry["action"], entry["domain"]) for entry in entries(virt_sse)] == [
         ("wrap", None),
         ("unwrap", "my-domain"),

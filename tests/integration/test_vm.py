@@ -20,7 +20,7 @@ import virt_sse.store.vms
 from crashes import crash_points, dies_at
 from virt_sse.backend import Backend
 from virt_sse.config import Config
-from virt_sse.domains.host_encryption import release
+from virt_sse.domains.release import release
 from virt_sse.domains.settings import VmChanges, VmView
 from virt_sse.errors import (
     InvalidValueError,
@@ -35,6 +35,7 @@ from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import LabHost
 from virt_sse.lab.requirements import require
+from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.model.disks import PLATFORM_KEY
 from virt_sse.model.layers import HostCaching
 from virt_sse.store import Store
@@ -71,10 +72,10 @@ class VmOperator(Operator):
     @contextlib.contextmanager
     def prepared(self, name: str) -> Iterator[Backend]:
         """What the hook does at the start of a domain, and at its end, without the domain."""
-        xml = self.definition(name)
-        with self.backend() as backend, backend.host_encryption.prepared(name, xml):
+        definition = DomainDefinition.parse(self.definition(name))
+        with self.backend() as backend, backend.host_encryption.prepared(definition):
             yield backend
-            release(backend.host.config, xml)
+            release(backend.host.config, definition)
 
     def at_rest(self, name: str) -> dict[str, str]:
         return {each.what: each.state.value for each in self.show(name).at_rest}

@@ -29,11 +29,9 @@ from virt_sse.audit.record import Component
 from virt_sse.backend import Backend
 from virt_sse.config import Config
 from virt_sse.domains import temp_disks
-from virt_sse.domains.start import release
+from virt_sse.domains.release import release
 from virt_sse.errors import VirtSseError
-from virt_sse.libvirt.domain_xml import our_disks
-from virt_sse.libvirt.references import usage
-from virt_sse.libvirt.vm_metadata import secrets_of_vm
+from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.model.keys import KeyState
 from virt_sse.plugins import PluginHost
 
@@ -105,15 +103,15 @@ class Agent:
         :raise VirtSseError: By meaning; the domain must not start then.
         """
         with self._metrics.hook(event):
+            definition = DomainDefinition.parse(xml)
             if event == "release":
-                release(self._config, xml)
+                release(self._config, definition)
             else:
-                of_disks = [(use.disk_id, use.slot) for use in our_disks(xml)]
-                self._secrets.expect([usage(*each) for each in (*of_disks, *secrets_of_vm(xml))])
+                self._secrets.expect([name.usage for name in definition.secrets])
                 if event == "prepare":
-                    self._backend.domains.prepare(domain, xml)
+                    self._backend.domains.prepare(definition)
                 else:
-                    self._backend.domains.reconnect(domain, xml)
+                    self._backend.domains.reconnect(definition)
         self._inventory.refresh()
 
     def status(self) -> Mapping[str, object]:

@@ -14,9 +14,9 @@ import libvirt
 
 from virt_sse.agent.inventory import PAUSED_NAMESPACE, PLAINTEXT_NAMESPACE, RunningDomain
 from virt_sse.libvirt.connection import connected
+from virt_sse.libvirt.domains import gone_is_fine
 from virt_sse.libvirt.secrets import drop_secret
 
-_ENDED = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
 _RESUMES, _RESUME_PAUSE = 5, 0.3
 _MARK, _PREFIX = "<paused/>", "virt-sse"
 _MARKS = (PAUSED_NAMESPACE, PLAINTEXT_NAMESPACE)
@@ -113,7 +113,7 @@ def drop_secrets(uri: str, domain: RunningDomain) -> bool:
     """
     with connected(uri) as connection:
         for use in domain.uses:
-            drop_secret(connection, use.disk_id, use.slot)
+            drop_secret(connection, use.secret)
     return True
 
 
@@ -125,10 +125,6 @@ def _mark(found: libvirt.virDomain, mark: str | None, why: str) -> None:
 @contextlib.contextmanager
 def _run(uri: str, domain: RunningDomain) -> Iterator[libvirt.virDomain | None]:
     """The domain, if it still is in that run; that it ends meanwhile is no error."""
-    with connected(uri) as connection:
-        try:
-            found = connection.lookupByUUID(domain.uuid.bytes)
-            yield found if found.ID() == domain.run else None
-        except libvirt.libvirtError as exc:
-            if exc.get_error_code() not in _ENDED:
-                raise
+    with connected(uri) as connection, gone_is_fine(or_ended=True):
+        found = connection.lookupByUUID(domain.uuid.bytes)
+        yield found if found.ID() == domain.run else None

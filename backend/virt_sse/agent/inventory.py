@@ -13,11 +13,12 @@ import libvirt
 
 from virt_sse.agent.logs import fields
 from virt_sse.errors import InvalidValueError, LibvirtError
-from virt_sse.libvirt import domain_xml
-from virt_sse.libvirt.backups import backup_xml
 from virt_sse.libvirt.connection import connected
-from virt_sse.libvirt.references import PREFIX, usage
-from virt_sse.libvirt.vm_metadata import secrets_of_vm
+from virt_sse.libvirt.disk_chains import BackupJob
+from virt_sse.libvirt.disk_element import DomainDisk
+from virt_sse.libvirt.domain_definition import DomainDefinition
+from virt_sse.libvirt.domains import gone_is_fine, running_backup
+from virt_sse.libvirt.secret_name import PREFIX
 from virt_sse.verification.chains import may_be_ours
 
 _log = logging.getLogger(__name__)
@@ -39,26 +40,21 @@ class RunningDomain:
     :ivar runs: whether its processors do, rather than stand still.
     :ivar paused_by_us: whether it was the agent that paused it, for its key.
     :ivar paused_for_plaintext: whether it was the agent that paused it, for an image without encryption.
-    :ivar backup: libvirt's XML of a backup of it that is under way.
-    :ivar own_secrets: of ours, those that are not a disk's in the store; by id and slot.
+    :ivar usages: usage ids of the libvirt secrets that the domain was started with.
+    :ivar definition: the live definition.
+    :ivar backup: a running backup of the domain.
     """
 
     uuid: UUID
     run: int
     name: str
-    uses: tuple[domain_xml.DomainDisk, ...]
+    uses: tuple[DomainDisk, ...]
     runs: bool
     paused_by_us: bool
-    own_secrets: tuple[tuple[UUID, str], ...]
-    xml: str = field(repr=False, compare=False)
+    usages: frozenset[str]
+    definition: DomainDefinition = field(repr=False, compare=False)
     paused_for_plaintext: bool = False
-    backup: str | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def usages(self) -> frozenset[str]:
-        """The usage ids of the libvirt secrets that it was started with."""
-        of_disks = [(use.disk_id, use.slot) for use in self.uses]
-        return frozenset(usage(*reference) for reference in (*of_disks, *self.own_secrets))
+    backup: BackupJob | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +128,8 @@ class Inventory:
             secrets = frozenset(_our_secrets(connection))
             listed = connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
             seen = [found for domain in listed if (found := self._inspect(domain))]
-            domains = tuple(each for each in seen if PREFIX in each.xml)
-            others = tuple(each for each in seen if PREFIX not in each.xml)
+            domains = tuple(each for each in seen if each.definition.mentions_us)
+            others = tuple(each for each in seen if not each.definition.mentions_us)
             self.snapshot = InventorySnapshot(self.snapshot.number + 1, domains, secrets, time.time(), others)
             self._changed()
             self._wait(self._seconds)
@@ -155,25 +151,24 @@ class Inventory:
         """The domain, if it has a disk of ours and has not ended since it was listed."""
         uuid = UUID(bytes=domain.UUID())
         try:
-            xml = domain.XMLDesc()
-            if PREFIX not in xml and not may_be_ours(xml):
-                return None
-            state, _ = domain.state()
-            return RunningDomain(
-                uuid=uuid,
-                run=domain.ID(),
-                name=domain.name(),
-                uses=tuple(domain_xml.our_disks(xml)),
-                runs=state != libvirt.VIR_DOMAIN_PAUSED,
-                paused_by_us=PAUSED_NAMESPACE in xml,
-                own_secrets=tuple(secrets_of_vm(xml)),
-                xml=xml,
-                paused_for_plaintext=PLAINTEXT_NAMESPACE in xml,
-                backup=backup_xml(domain),
-            )
-        except libvirt.libvirtError as exc:
-            if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
-                raise
+            with gone_is_fine():
+                xml = domain.XMLDesc()
+                if PREFIX not in xml and not may_be_ours(xml):
+                    return None
+                definition = DomainDefinition.parse(xml)
+                state, _ = domain.state()
+                return RunningDomain(
+                    uuid=uuid,
+                    run=domain.ID(),
+                    name=domain.name(),
+                    uses=definition.our_disks,
+                    runs=state != libvirt.VIR_DOMAIN_PAUSED,
+                    paused_by_us=PAUSED_NAMESPACE in xml,
+                    usages=frozenset(name.usage for name in definition.secrets),
+                    definition=definition,
+                    paused_for_plaintext=PLAINTEXT_NAMESPACE in xml,
+                    backup=running_backup(domain),
+                )
         except InvalidValueError as exc:
             if uuid not in self._unclear:
                 self._unclear.add(uuid)

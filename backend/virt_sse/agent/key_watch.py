@@ -178,7 +178,7 @@ class KeyWatch:
         return status
 
     def _probe(self, key: WatchedKey, probe_dek: ProbeDek, state: KeyState) -> KeyStatus | None:
-        """The status after a poll with the result *state* and an unwrap; ``None`` if neither is conclusive."""
+        """Status after an unwrap and a poll with the result *state*; ``None`` if neither is conclusive."""
         polled = KeyStatus(state, f"key {key.key} is {state.value}") if state in _REVOKING else None
         try:
             with audit_context(domain=probe_dek.domain):

@@ -15,7 +15,6 @@ import logging
 import secrets
 import threading
 import time
-import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID
@@ -26,10 +25,14 @@ from virt_sse.agent.logs import fields
 from virt_sse.agent.overlay_commit_record import Overlay, OverlayCommitRecord
 from virt_sse.agent.overwrite import overwrite_and_remove
 from virt_sse.errors import DiskInUseError, ImageError, LibvirtError
+from virt_sse.libvirt import domains
 from virt_sse.libvirt.connection import connected
+from virt_sse.libvirt.disk_chains import ChainLink, DiskChain
+from virt_sse.libvirt.snapshots import SnapshotFiles
+from virt_sse.libvirt.xml import parse_xml
 from virt_sse.qemu import img
 from virt_sse.system.files import canonical
-from virt_sse.verification.chains import ACTIVE_COMMIT, ChainLink, DiskChain, disk_chains
+from virt_sse.verification.chains import ACTIVE_COMMIT
 from virt_sse.verification.processes import identity
 
 _log = logging.getLogger(__name__)
@@ -77,7 +80,7 @@ class OverlayCommit:
         :raise ImageError: When an overlay cannot be overwritten.
         """
         with connected(self._uri) as connection:
-            domain = _find(connection, self._domain_id)
+            domain = domains.find(connection, self._domain_id)
             if record is None or not record.is_committed:
                 record = self._commit(domain, record)
                 if record is None:
@@ -207,33 +210,22 @@ class OverlayCommit:
             if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_METADATA:
                 raise
             return None
-        return ET.fromstring(element).get("token")  # noqa: S314 -- from libvirtd, which is trusted
-
-
-def _find(connection: libvirt.virConnect, domain_id: UUID) -> libvirt.virDomain | None:
-    try:
-        return connection.lookupByUUID(domain_id.bytes)
-    except libvirt.libvirtError as exc:
-        if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
-            raise
-        return None
+        return parse_xml(element, kind="domain metadata").get("token")
 
 
 def _chain(domain: libvirt.virDomain, target: str) -> DiskChain | None:
-    flags = 0 if domain.isActive() else libvirt.VIR_DOMAIN_XML_INACTIVE
-    return next((chain for chain in disk_chains(domain.XMLDesc(flags)) if chain.target == target), None)
+    chains = domains.definition(domain, inactive=not domain.isActive()).disk_chains()
+    return next((chain for chain in chains if chain.target == target), None)
 
 
 def _uses(domain: libvirt.virDomain, path: Path) -> bool:
     wanted = canonical(path)
-    try:
-        texts = [domain.XMLDesc(0), domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)]
-    except libvirt.libvirtError as exc:
-        if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # ended since the domains were listed
-            raise
-        return False
-    links = [link for text in texts for chain in disk_chains(text) for link in (*chain.links, *chain.mirror)]
-    return any(link.path and canonical(link.path) == wanted for link in links)
+    with domains.gone_is_fine():
+        definitions = [domains.definition(domain), domains.definition(domain, inactive=True)]
+        chains = [chain for definition in definitions for chain in definition.disk_chains()]
+        links = [link for chain in chains for link in (*chain.links, *chain.mirror)]
+        return any(link.path and canonical(link.path) == wanted for link in links)
+    return False
 
 
 def _forget_snapshots(domain: libvirt.virDomain, record: OverlayCommitRecord) -> None:
@@ -243,16 +235,14 @@ def _forget_snapshots(domain: libvirt.virDomain, record: OverlayCommitRecord) ->
     """
     gone = {overlay.path for overlay in record.overlays}
     for snapshot in domain.listAllSnapshots():
-        root = ET.fromstring(snapshot.getXMLDesc())  # noqa: S314 -- from libvirtd, which is trusted
-        files = {Path(source.get("file", "")) for source in root.iterfind("./disks/disk/source")}
-        if not files & gone:
+        files = SnapshotFiles.parse(snapshot.getXMLDesc())
+        if not files.disks & gone:
             continue
         name = snapshot.getName()
         snapshot.delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
         details = {"domain": record.domain, "snapshot": name}
-        memory = root.find("./memory[@snapshot='external']")
-        if memory is not None:
-            details["memory-stays-in"] = memory.get("file", "")
+        if files.has_memory:
+            details["memory-stays-in"] = files.memory
         _log.warning("snapshot-forgotten", extra=fields(details))
 
 

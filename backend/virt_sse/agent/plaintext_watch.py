@@ -24,7 +24,7 @@ from virt_sse.agent.overlay_commit_record import OverlayCommitRecord, record_pat
 from virt_sse.backend import Backend
 from virt_sse.config import PlaintextPolicy
 from virt_sse.errors import AgentError, InvalidValueError, VirtSseError
-from virt_sse.verification.chains import LinkKind, PlaintextLink, disk_chains, plaintext_links
+from virt_sse.verification.chains import LinkKind, PlaintextLink, plaintext_links
 from virt_sse.verification.chains import serial as serial_of
 
 _log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class PlaintextWatch:
         if self._policy is PlaintextPolicy.COMMIT:
             for run, links in found.items():
                 targets = {link.target for link in links if link.kind is LinkKind.OVERLAY}
-                for chain in disk_chains(domains[run].xml) if targets else ():
+                for chain in domains[run].definition.disk_chains() if targets else ():
                     is_blocked = record_path(self._folder, run[0], chain.target) in damaged
                     if chain.target in targets and committable(chain) and not is_blocked:
                         self._do(run[0], self._run_commit, run[0], chain.target, None)
@@ -189,7 +189,7 @@ class PlaintextWatch:
 
 def _links(domain: RunningDomain, known: Collection[UUID]) -> tuple[PlaintextLink, ...]:
     try:
-        return tuple(dict.fromkeys(plaintext_links(domain.xml, domain.backup, known=known)))
+        return tuple(dict.fromkeys(plaintext_links(domain.definition, domain.backup, known=known)))
     except InvalidValueError:  # logged by the inventory
         return ()
 
@@ -197,7 +197,8 @@ def _links(domain: RunningDomain, known: Collection[UUID]) -> tuple[PlaintextLin
 def _strange_serials(domain: RunningDomain) -> list[str]:
     """Serials of disks without the store's encryption in libvirt's XML."""
     try:
-        return [chain.serial for chain in disk_chains(domain.xml) if chain.ours is None and chain.serial]
+        chains = domain.definition.disk_chains()
+        return [chain.serial for chain in chains if chain.ours is None and chain.serial]
     except InvalidValueError:
         return []
 

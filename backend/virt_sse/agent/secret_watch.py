@@ -18,7 +18,7 @@ from virt_sse.agent.snapshot_worker import SnapshotWorker
 from virt_sse.domains.start import DomainStart
 from virt_sse.errors import LibvirtError, VirtSseError
 from virt_sse.libvirt.connection import connected
-from virt_sse.libvirt.references import parse_usage
+from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.secrets import drop_secret
 
 _log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class SecretWatch(SnapshotWorker[str]):
 
     def _restore(self, domain: RunningDomain) -> None:
         try:
-            self._domains.restore(domain.name, domain.xml)
+            self._domains.restore(domain.definition)
         except VirtSseError as exc:
             if isinstance(exc, LibvirtError):  # libvirtd is starting or stopping: try again soon
                 self._tried[domain.uuid, domain.run] = time.monotonic()
@@ -78,10 +78,10 @@ class SecretWatch(SnapshotWorker[str]):
         try:
             with connected(self._uri) as connection:
                 for usage in usages:
-                    reference = parse_usage(usage)
+                    name = SecretName.parse(usage)
                     with self._lock:
-                        if reference and self._unused.pop(usage, None) is not None:
-                            drop_secret(connection, *reference)
+                        if name and self._unused.pop(usage, None) is not None:
+                            drop_secret(connection, name)
                             _log.info("secret-dropped", extra=fields({"usage": usage}))
         except (VirtSseError, ValueError) as exc:
             _log.warning("secrets-not-dropped", extra=fields({"reason": str(exc)}))

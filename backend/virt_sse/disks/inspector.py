@@ -8,11 +8,12 @@ from pathlib import Path
 
 import libvirt
 
-from virt_sse.errors import DiskStateError, ImageError, LibvirtError, PolicyError, VirtSseError
+from virt_sse.errors import DiskStateError, ImageError, PolicyError, VirtSseError
 from virt_sse.in_guest.images import in_image, in_unencrypted_image
 from virt_sse.keys.host import Host
+from virt_sse.libvirt import domains
 from virt_sse.libvirt.connection import connected
-from virt_sse.libvirt.disk_places import DiskPlace, disk_places
+from virt_sse.libvirt.disk_places import DiskPlace
 from virt_sse.model.content import Content, Finding
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.events import audit_context
@@ -74,10 +75,7 @@ class Inspector:
         :raise LibvirtError: When no such domain exists.
         """
         with connected(self._uri) as connection:
-            try:
-                domain = connection.lookupByName(name)
-            except (libvirt.libvirtError, UnicodeEncodeError) as exc:
-                raise LibvirtError(f"no domain {name!r}: {exc}") from exc
+            domain = domains.lookup(connection, name)
             places = [_resolved(connection, place) for place in _places(domain)]
         with audit_context(domain=name):
             return [self._inspect(place) for place in dict.fromkeys(places)]
@@ -129,9 +127,9 @@ def _others(place: DiskPlace) -> list[Finding]:
 
 def _places(domain: libvirt.virDomain) -> Iterable[DiskPlace]:
     if domain.isActive():
-        yield from disk_places(domain.XMLDesc())
+        yield from domains.definition(domain).disk_places()
     if domain.isPersistent():
-        yield from disk_places(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+        yield from domains.definition(domain, inactive=True).disk_places()
 
 
 def _resolved(connection: libvirt.virConnect, place: DiskPlace) -> DiskPlace:

@@ -8,15 +8,14 @@ it, and told where the host or the guest's firmware does.
 from __future__ import annotations
 
 import enum
-import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
-from virt_sse.errors import InvalidValueError
-from virt_sse.libvirt import vm_metadata
-from virt_sse.libvirt.references import parse_usage
+from virt_sse.libvirt.domain_definition import DomainDefinition
+from virt_sse.libvirt.guest_data import DiskEncryption, GuestData
+from virt_sse.libvirt.snapshots import SnapshotFiles
 from virt_sse.system.host_memory import QemuSettings, plain_swaps
 
 _DUMPS = ("coredump-destroy", "coredump-restart")
@@ -73,68 +72,51 @@ class LibvirtFiles:
         return self.root / "etc/libvirt/qemu.conf"
 
 
-def survey(root: ET.Element, files: LibvirtFiles) -> list[AtRest]:
-    """All of it for the domain with the definition *root*.
+def survey(definition: DomainDefinition, files: LibvirtFiles) -> list[AtRest]:
+    """All data of a domain at rest on the host.
 
-    :raise InvalidValueError: When the definition makes no sense.
-    :raise ConfigError: When the host cannot be looked at.
+    :raise InvalidValueError: When the definition is invalid.
+    :raise ConfigError: When the host's settings cannot be read.
     """
     settings = QemuSettings.read(files.qemu_conf)
+    data = definition.guest_data
     return [
-        *_disks(root),
-        tpm_state(root, files),
-        _nvram(root),
-        _managed_save(root, files),
-        _crash_dumps(root),
-        _core_dumps(root, settings),
-        *_memory_files(root, settings),
-        _swap(root),
-        *_files_beside(root),
+        *_disks(data),
+        tpm_state(definition, files),
+        _nvram(data),
+        _managed_save(definition.name, files),
+        _crash_dumps(data),
+        _core_dumps(data, settings),
+        *_memory_files(data, settings),
+        _swap(data),
+        *_files_beside(data),
     ]
 
 
-def vm_id(root: ET.Element) -> UUID:
-    """The domain's UUID."""
-    return UUID(root.findtext("uuid", ""))
-
-
-def _disks(root: ET.Element) -> Iterator[AtRest]:
+def _disks(data: GuestData) -> Iterator[AtRest]:
     """Disks that are not ours are told, and not refused: installation media have nothing of the guest on
     them, and a disk that its operator encrypts in some other way is his.
     """
-    for disk in root.iterfind("./devices/disk"):
-        target, source = disk.find("target"), disk.find("source")
-        name = f"disk {target.get('dev', '')}" if target is not None else "disk"
-        where = source.get("file") or source.get("dev") or source.get("name") if source is not None else None
-        secrets = [*disk.iterfind("./encryption/secret"), *disk.iterfind("./source/encryption/secret")]
-        usages = [secret.get("usage", "") for secret in secrets]
-        if any(_is_ours(usage) for usage in usages):
+    for disk in data.disks():
+        name, where = f"disk {disk.target}" if disk.target is not None else "disk", disk.where
+        if disk.encryption is DiskEncryption.OURS:
             yield AtRest(name, where, State.ENCRYPTED, "by virt-sse, and so is what the host caches of it")
-        elif secrets:
+        elif disk.encryption is DiskEncryption.OTHER:
             yield AtRest(name, where, State.ENCRYPTED, "not by virt-sse")
-        elif disk.find("readonly") is not None or disk.get("device") == "cdrom":
+        elif disk.is_read_only:
             yield AtRest(name, where, State.ABSENT, "the guest writes nothing to it")
         else:
             yield AtRest(name, where, State.PLAINTEXT, "not a disk of virt-sse")
 
 
-def _is_ours(usage: str) -> bool:
-    try:
-        return parse_usage(usage) is not None
-    except ValueError as exc:
-        raise InvalidValueError(f"the domain names an unknown secret: {exc}") from exc
-
-
-def tpm_state(root: ET.Element, files: LibvirtFiles) -> AtRest:
+def tpm_state(definition: DomainDefinition, files: LibvirtFiles) -> AtRest:
     """An emulated TPM holds what the guest has sealed, e.g. the keys to its own disks. swtpm encrypts its
     state when libvirt's ``<encryption>`` asks for it, from the TPM's first start on: it does not take a key
     for state that is in plaintext.
     """
-    domain = vm_id(root)
-    folder = files.tpm(domain)
+    folder = files.tpm(definition.uuid)
     where = str(folder)
-    backend = vm_metadata.emulated_tpm(root)
-    if backend is not None and backend.find("source") is not None:
+    if definition.has_tpm_state_elsewhere:
         return AtRest(
             "tpm",
             None,
@@ -144,7 +126,7 @@ def tpm_state(root: ET.Element, files: LibvirtFiles) -> AtRest:
         )
     present = _tpm_files(folder)
     encrypted = all(_is_encrypted_tpm(path) for path in present)
-    if backend is None and not present:
+    if not definition.has_emulated_tpm and not present:
         return AtRest("tpm", None, State.ABSENT, "the VM has no emulated TPM")
     if present and not encrypted:
         return AtRest(
@@ -155,7 +137,7 @@ def tpm_state(root: ET.Element, files: LibvirtFiles) -> AtRest:
             hint=f"if the guest can do without what its TPM holds, move {folder} away: "
             "the VM then gets a new TPM, with encryption",
         )
-    if vm_metadata.tpm_secret(root) is None:
+    if definition.tpm_secret is None:
         if present:
             return AtRest("tpm", where, State.ENCRYPTED, "but the definition does not say so")
         return AtRest(
@@ -165,10 +147,8 @@ def tpm_state(root: ET.Element, files: LibvirtFiles) -> AtRest:
             "the definition asks for no encryption",
             hint="'virt-sse vm update DOMAIN --encryption-at-host on' adds it to the definition",
         )
-    ours = vm_metadata.has_tpm_of_ours(root, domain)
-    return AtRest(
-        "tpm", where, State.ENCRYPTED, "by swtpm, " + ("with our DEK" if ours else "not by virt-sse")
-    )
+    by = "with our DEK" if definition.has_our_tpm_secret else "not by virt-sse"
+    return AtRest("tpm", where, State.ENCRYPTED, f"by swtpm, {by}")
 
 
 def has_tpm_state(vm: UUID, files: LibvirtFiles) -> bool:
@@ -189,25 +169,19 @@ def _is_encrypted_tpm(path: Path) -> bool:
     return bool(int.from_bytes(flags, "big") & _ENCRYPTED_BLOB)
 
 
-def _nvram(root: ET.Element) -> AtRest:
+def _nvram(data: GuestData) -> AtRest:
     """UEFI's variables. libvirt has no encryption for them. They hold the boot order and the public keys of
     Secure Boot, nothing that was on the guest's disks or in its memory: told, and not refused.
     """
-    nvram, system = root.find("./os/nvram"), root.find("./os[@firmware='efi']")
-    firmware = system is not None or root.find("./os/loader[@type='pflash']") is not None
-    if nvram is None and not firmware:
+    if not data.has_uefi:
         return AtRest("nvram", None, State.ABSENT, "the VM has no UEFI")
-    source = nvram.find("source") if nvram is not None else None
-    text = (nvram.text or "").strip() if nvram is not None else ""
-    where = source.get("file") if source is not None else text or None
-    return AtRest("nvram", where, State.PLAINTEXT, "libvirt cannot encrypt UEFI variables")
+    return AtRest("nvram", data.uefi_variables, State.PLAINTEXT, "libvirt cannot encrypt UEFI variables")
 
 
-def _managed_save(root: ET.Element, files: LibvirtFiles) -> AtRest:
+def _managed_save(name: str, files: LibvirtFiles) -> AtRest:
     """``virsh managedsave`` writes the guest's memory into a file. libvirt has no encryption for it, and no
     way to forbid it: what is there is refused, and must not be started from.
     """
-    name = root.findtext("name", "")
     path = files.managed_save(name)
     if not path.exists():
         return AtRest("managed-save", None, State.ABSENT, "there is no saved state")
@@ -220,11 +194,11 @@ def _managed_save(root: ET.Element, files: LibvirtFiles) -> AtRest:
     )
 
 
-def _crash_dumps(root: ET.Element) -> AtRest:
+def _crash_dumps(data: GuestData) -> AtRest:
     """``<on_crash>coredump-…`` makes libvirt write the guest's memory into a file when the guest's kernel
     panics.
     """
-    action = root.findtext("on_crash", "")
+    action = data.on_crash
     if action not in _DUMPS:
         return AtRest("crash-dump", None, State.ABSENT, f"on_crash is {action or 'destroy'}")
     return AtRest(
@@ -236,16 +210,14 @@ def _crash_dumps(root: ET.Element) -> AtRest:
     )
 
 
-def _core_dumps(root: ET.Element, settings: QemuSettings) -> AtRest:
+def _core_dumps(data: GuestData, settings: QemuSettings) -> AtRest:
     """A core dump of QEMU holds the guest's memory, if libvirt lets it. With ``dumpCore='off'`` it does not.
 
     It does hold the volume keys of disks. Whether QEMU may dump core is the host's to say (``max_core``).
     """
-    memory = root.find("memory")
-    said = memory.get("dumpCore") if memory is not None else None
-    if said == "off" or (said is None and not settings.dump_guest_core):
+    if data.dump_core == "off" or (data.dump_core is None and not settings.dump_guest_core):
         return AtRest("core-dump", None, State.ABSENT, "QEMU's core dumps are without the guest's memory")
-    by = "dumpCore is on" if said == "on" else "dump_guest_core is set in qemu.conf"
+    by = "dumpCore is on" if data.dump_core == "on" else "dump_guest_core is set in qemu.conf"
     return AtRest(
         "core-dump",
         None,
@@ -255,10 +227,9 @@ def _core_dumps(root: ET.Element, settings: QemuSettings) -> AtRest:
     )
 
 
-def _memory_files(root: ET.Element, settings: QemuSettings) -> Iterator[AtRest]:
+def _memory_files(data: GuestData, settings: QemuSettings) -> Iterator[AtRest]:
     """Memory in a file of a file system is on a disk as the kernel sees fit. Huge pages and memfd are not."""
-    backing = root.find("./memoryBacking/source[@type='file']")
-    if backing is not None:
+    if data.has_memory_in_file:
         yield AtRest(
             "memory",
             settings.memory_directory,
@@ -266,23 +237,21 @@ def _memory_files(root: ET.Element, settings: QemuSettings) -> Iterator[AtRest]:
             "the guest's memory is in a file",
             hint="set <memoryBacking><source type='memfd'/>, with 'virsh edit'",
         )
-    for module in root.iterfind("./devices/memory"):
-        path = module.findtext("source/path")
-        if path and module.get("model") in ("nvdimm", "virtio-pmem"):
-            yield AtRest(
-                "memory",
-                path,
-                State.PLAINTEXT,
-                f"the content of its {module.get('model')} device is in a file that nobody encrypts",
-                hint=f"take the {module.get('model')} device out, with 'virsh edit'",
-            )
+    for device in data.persistent_memory():
+        yield AtRest(
+            "memory",
+            device.path,
+            State.PLAINTEXT,
+            f"the content of its {device.model} device is in a file that nobody encrypts",
+            hint=f"take the {device.model} device out, with 'virsh edit'",
+        )
 
 
-def _swap(root: ET.Element) -> AtRest:
+def _swap(data: GuestData) -> AtRest:
     """What the kernel swaps out of a guest's memory is the host's to encrypt; with ``<locked/>`` there is
     none. Told, and not refused: it says nothing of this VM, and a host may swap only what is not a guest.
     """
-    if root.find("./memoryBacking/locked") is not None:
+    if data.has_locked_memory:
         return AtRest("swap", None, State.ABSENT, "the guest's memory is locked")
     plain = plain_swaps()
     if plain:
@@ -295,21 +264,17 @@ def _swap(root: ET.Element) -> AtRest:
     return AtRest("swap", None, State.ABSENT, "the host does not swap to where it would lie in plaintext")
 
 
-def _files_beside(root: ET.Element) -> Iterator[AtRest]:
+def _files_beside(data: GuestData) -> Iterator[AtRest]:
     """What the guest says on a serial port, and folders of the host that it uses: an operator wants it so."""
-    consoles = [source.get("path") for source in root.iterfind("./devices/*[@type='file']/source")]
-    logs = [log.get("file") for log in root.iterfind("./devices/*/log")]
-    for path in dict.fromkeys(path for path in consoles + logs if path):
+    for path in data.console_files():
         yield AtRest("console", path, State.PLAINTEXT, "what the guest says there is in a file")
-    for source in root.iterfind("./devices/filesystem/source"):
-        yield AtRest("filesystem", source.get("dir"), State.PLAINTEXT, "the guest shares it with the host")
+    for folder in data.shared_folders():
+        yield AtRest("filesystem", folder, State.PLAINTEXT, "the guest shares it with the host")
 
 
-def memory_snapshot(xml: str) -> AtRest | None:
-    """What of a domain's snapshot *xml* is at rest beside its disks: the guest's memory, if it has that."""
-    root = ET.fromstring(xml)  # noqa: S314 -- from libvirtd, which is trusted
-    memory = root.find("memory[@snapshot='external']")
-    if memory is None or not memory.get("file"):
+def memory_snapshot(snapshot: SnapshotFiles) -> AtRest | None:
+    """The guest's memory in a snapshot; ``None`` for a snapshot of disks alone."""
+    if not snapshot.memory:
         return None
     reason = "libvirt cannot encrypt the memory in a snapshot"
-    return AtRest("memory-snapshot", memory.get("file"), State.PLAINTEXT, reason)
+    return AtRest("memory-snapshot", snapshot.memory, State.PLAINTEXT, reason)

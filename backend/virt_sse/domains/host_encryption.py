@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from uuid import UUID
 
 import libvirt
 
-from virt_sse.config import Config
 from virt_sse.domains import temp_disks, tpm_envelope
 from virt_sse.domains.data_on_host import AtRest, LibvirtFiles, has_tpm_state, survey
 from virt_sse.errors import (
@@ -19,16 +17,15 @@ from virt_sse.errors import (
     InvalidValueError,
     KeyNotFoundError,
     PolicyError,
-    VirtSseError,
     VmStateError,
 )
 from virt_sse.keys.host import Host
-from virt_sse.libvirt import domain_xml, vm_metadata
+from virt_sse.libvirt.capabilities import HostCapabilities
 from virt_sse.libvirt.connection import connected
-from virt_sse.libvirt.host_id import host_id
-from virt_sse.libvirt.references import secret_uuid
+from virt_sse.libvirt.disk_element import DomainDisk
+from virt_sse.libvirt.domain_definition import DomainDefinition
+from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.secrets import drop_secrets, set_secrets
-from virt_sse.libvirt.users import default_qemu_user
 from virt_sse.libvirt.vm_metadata import Stated
 from virt_sse.model.disks import PLATFORM_KEY, Disk
 from virt_sse.model.events import audit_context
@@ -55,50 +52,49 @@ class HostEncryption:
         self.files = LibvirtFiles(host.config.root)
 
     @contextlib.contextmanager
-    def prepared(self, name: str, xml: str) -> Iterator[None]:
+    def prepared(self, definition: DomainDefinition) -> Iterator[None]:
         """A domain that libvirt is about to start has all that its VM is to have; taken back if the rest
         fails.
 
         :raise VirtSseError: When it cannot, or must not start as it is.
         """
-        root = vm_metadata.parse(xml)
-        vm_id = domain_xml.domain_uuid(xml)
+        vm_id, name = definition.uuid, definition.name
         with contextlib.ExitStack() as undo:
             with self.locked(vm_id, name):
-                said = vm_metadata.stated(root)
+                said = definition.stated
                 vm = self.settled(self._store.vms.find(vm_id), said)
                 properties = agreed(name, vm, said)
-                disks = self.disks(xml)
-                refuse_unencrypted(name, properties, disks, has_temp_disk=bool(domain_xml.temp_disks(xml)))
+                disks = self.disks(definition)
+                refuse_unencrypted(name, properties, disks, has_temp_disk=bool(definition.temp_disks))
                 if said:
                     self._plugins.validate(StartVm(name, properties, disks))
                 if properties.encryption_at_host:
-                    refuse_at_rest(survey(root, self.files), name)
-                has_tpm = vm_metadata.has_tpm_of_ours(root, vm_id)
-                self._refuse_tpm_of_another(root, vm_id, name)
-                if said or has_tpm:
+                    refuse_at_rest(survey(definition, self.files), name)
+                self._refuse_tpm_of_another(definition)
+                if said or definition.has_our_tpm_secret:
                     with connected(self._config.libvirt_uri) as connection:
-                        vm = self._seen(vm or new(vm_id, said), name, host_id(connection))
-                        self._serve(connection, vm, xml, undo, has_tpm=has_tpm)
+                        host_id = HostCapabilities.of(connection).host_id
+                        vm = self._seen(vm or new(vm_id, said), name, host_id)
+                        self._serve(connection, vm, definition, undo)
             yield
             undo.pop_all()
 
-    def restore(self, name: str, xml: str) -> None:
+    def restore(self, definition: DomainDefinition) -> None:
         """Give libvirt the secrets of a running VM again.
 
         :raise VirtSseError: When one cannot be had.
         """
-        wanted = vm_metadata.secrets_of_vm(xml)
+        wanted = definition.vm_secrets
         if not wanted:
             return
-        vm_id = domain_xml.domain_uuid(xml)
+        vm_id, name = definition.uuid, definition.name
         deks = {}
-        for owner, slot in wanted:
-            if slot == TPM_SLOT:
+        for secret in wanted:
+            if secret.slot == TPM_SLOT:
                 dek = self.tpm_dek(self._store.vms.find(vm_id), name)
             else:
                 dek = temp_disks.unlock(self._config, self._keys, vm_id, name)
-            deks[owner, slot] = dek
+            deks[secret] = dek
         with connected(self._config.libvirt_uri) as connection:
             set_secrets(connection, deks)
 
@@ -130,9 +126,9 @@ class HostEncryption:
         self._store.vms.put(undone)
         return undone
 
-    def disks(self, xml: str) -> tuple[Disk, ...]:
-        """The disks of ours that the domain has, those that the store knows."""
-        ids = {use.disk_id for use in domain_xml.our_disks(xml)}
+    def disks(self, definition: DomainDefinition) -> tuple[Disk, ...]:
+        """The disks of ours that the domain has, if the store knows the disks."""
+        ids = {use.disk_id for use in definition.our_disks}
         return tuple(self._store.with_ids(ids))
 
     def tpm_dek(self, vm: Vm | None, name: str) -> Dek:
@@ -197,44 +193,42 @@ class HostEncryption:
         self,
         connection: libvirt.virConnect,
         vm: Vm,
-        xml: str,
+        definition: DomainDefinition,
         undo: contextlib.ExitStack,
-        *,
-        has_tpm: bool,
     ) -> None:
-        deks: dict[tuple[UUID, str], Dek] = {}
-        if has_tpm:
+        deks: dict[SecretName, Dek] = {}
+        if definition.has_our_tpm_secret:
             vm = self.with_tpm_dek(vm)
-            deks[vm.id, TPM_SLOT] = self.tpm_dek(vm, vm.name)
+            deks[SecretName(vm.id, TPM_SLOT)] = self.tpm_dek(vm, vm.name)
             self.carry_tpm_dek(vm)
         size = vm.properties.temp_disk_size
-        uses = domain_xml.temp_disks(xml)
+        uses = definition.temp_disks
         self._check_temp_disk(vm, uses)
         if size is not None and uses:
-            qemu = domain_xml.qemu_user(xml) or default_qemu_user(connection.getCapabilities())
+            qemu = definition.qemu_user or HostCapabilities.of(connection).qemu_user
             undo.callback(temp_disks.erase, self._config, vm.id)
             dek = temp_disks.create(
                 self._config, self._plugins.host_layer(), self._keys, vm.id, vm.name, size, qemu
             )
-            deks[temp_disk_id(vm.id), TEMP_SLOT] = dek
+            deks[SecretName(temp_disk_id(vm.id), TEMP_SLOT)] = dek
         set_secrets(connection, deks)
         if deks:
             undo.callback(drop_secrets, self._config.libvirt_uri, list(deks))
 
-    def _refuse_tpm_of_another(self, root: ET.Element, vm_id: UUID, name: str) -> None:
-        """A copy of a VM's definition names that one's secret, which is there while that one runs."""
-        secret = vm_metadata.tpm_secret(root)
+    def _refuse_tpm_of_another(self, definition: DomainDefinition) -> None:
+        """Refuse a copied definition with the TPM secret of the original VM; that secret may be set."""
+        secret, name = definition.tpm_secret, definition.name
         if secret is None:
             return
         for other in self._store.vms.all():
-            if other.id != vm_id and secret == secret_uuid(other.id, TPM_SLOT):
+            if other.id != definition.uuid and secret == SecretName(other.id, TPM_SLOT).uuid:
                 raise InvalidValueError(
                     f"the TPM of domain {name!r} has the key of that of domain {other.name!r}",
                     hint="take <encryption> out of its <backend>, with 'virsh edit'; "
                     f"'virt-sse vm update {name} --encryption-at-host on' puts its own there",
                 )
 
-    def _check_temp_disk(self, vm: Vm, uses: list[domain_xml.DomainDisk]) -> None:
+    def _check_temp_disk(self, vm: Vm, uses: Sequence[DomainDisk]) -> None:
         wanted = vm.properties.temp_disk_size is not None
         hint = f"'virt-sse vm update {vm.name} --temp-disk-size SIZE|none' brings its definition in order"
         if len(uses) != wanted:
@@ -335,33 +329,3 @@ def refuse_at_rest(found: list[AtRest], name: str) -> None:
                 f"domain {name!r} has encryption at host, and its {thing} is not encrypted: {each.reason}",
                 hint=each.hint.replace("DOMAIN", name) if each.hint else None,
             )
-
-
-def release(config: Config, xml: str) -> None:
-    """Take from a VM that has ended its temporary disk, and from libvirt its secrets. Needs no store, and no
-    key.
-
-    :raise VirtSseError: When something of it cannot be taken; the rest is.
-    """
-    secrets = vm_metadata.secrets_of_vm(xml)
-    if not secrets:
-        return
-    vm_id = domain_xml.domain_uuid(xml)
-    failed: VirtSseError | None = None
-    if (temp_disk_id(vm_id), TEMP_SLOT) in secrets:
-        try:
-            temp_disks.erase(config, vm_id)
-        except VirtSseError as exc:
-            failed = exc
-    drop_secrets(config.libvirt_uri, secrets)
-    if failed:
-        raise failed
-
-
-def read_root(domain: libvirt.virDomain) -> tuple[str, ET.Element]:
-    """The persistent definition of a domain, as text and parsed.
-
-    :raise libvirt.libvirtError: When it has none any more.
-    """
-    text = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
-    return text, vm_metadata.parse(text)

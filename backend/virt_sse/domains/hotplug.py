@@ -21,10 +21,11 @@ from virt_sse.errors import (
     LibvirtUnavailableError,
 )
 from virt_sse.keys.host import Host
-from virt_sse.libvirt import domain_xml
+from virt_sse.libvirt import domains
 from virt_sse.libvirt.connection import connected
+from virt_sse.libvirt.disk_element import DomainDisk, disk_element
+from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.secrets import drop_secret
-from virt_sse.libvirt.vm_metadata import has_encryption_at_host
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.layers import HostCaching
 from virt_sse.model.operations import AttachDisk
@@ -84,19 +85,20 @@ class Hotplug:
         with connected(self._uri) as connection:
             if users := [domain.name() for domain in _using(connection, disk)]:
                 raise DiskInUseError(f"disk {disk.name!r} is attached to domain {users[0]!r}")
-            domain = _lookup(connection, domain_name)
-            at_host = has_encryption_at_host(domain.XMLDesc())
+            domain = domains.lookup(connection, domain_name)
+            definition = domains.definition(domain)
+            at_host = definition.has_encryption_at_host
             content = self._inspector.content(disk, domain_name)
             self._plugins.validate(AttachDisk(disk, domain_name, at_host, content))
             refuse_unencrypted(domain_name, VmProperties(at_host), (disk,), has_temp_disk=False)
             self._store.vms.set_caching(disk.id, caching)
-            target = target or domain_xml.free_target(domain.XMLDesc())
-            element = domain_xml.disk_element(self._start.source(disk), target=target, read_only=read_only)
+            target = target or definition.free_target()
+            source = self._start.source(disk)
+            element = disk_element(source, target=target, read_only=read_only)
             with contextlib.ExitStack() as undo:
                 if domain.isActive():
-                    uses = domain_xml.our_disks(f"<domain><devices>{element}</devices></domain>")
                     undo.callback(self._forget, domain, disk)
-                    self._start.serve(connection, name, domain.XMLDesc(), uses)
+                    self._start.serve(connection, domains.definition(domain), [source.use(target)])
                 domain.attachDeviceFlags(element, sum(_definitions(domain)))
                 undo.pop_all()
         return target
@@ -109,14 +111,14 @@ class Hotplug:
         """
         disk = self._store.get(name)
         with connected(self._uri) as connection:
-            domain = _lookup(connection, domain_name)
+            domain = domains.lookup(connection, domain_name)
             found = [(flag, use) for flag in _definitions(domain) for use in _uses(domain, flag, disk)]
             if not found:
                 raise DiskNotFoundError(f"domain {domain_name!r} does not have disk {disk.name!r}")
             for definition, use in found:
                 with _ending_is_fine(domain, definition):
                     source = self._start.source(disk)
-                    element = domain_xml.disk_element(source, target=use.target, read_only=False)
+                    element = disk_element(source, target=use.target, read_only=False)
                     domain.detachDeviceFlags(element, definition)
             with _ending_is_fine(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE):
                 self._await_unplug(domain, disk)
@@ -126,13 +128,13 @@ class Hotplug:
     def _forget(self, domain: libvirt.virDomain, disk: Disk) -> None:
         """Take away what a domain was given of the disk."""
         for entry in disk.deks:
-            drop_secret(domain.connect(), disk.id, entry.slot)
+            drop_secret(domain.connect(), SecretName(disk.id, entry.slot))
         self._stages.stop(disk.id, domain_id=UUID(domain.UUIDString()))
 
     def _await_unplug(self, domain: libvirt.virDomain, disk: Disk) -> None:
         """The guest itself must let go of a disk of a running domain."""
         deadline = time.monotonic() + _UNPLUG_SECONDS
-        while _is_active(domain) and _uses(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE, disk):
+        while domains.is_active(domain) and _uses(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE, disk):
             if time.monotonic() > deadline:
                 raise LibvirtError(
                     f"the guest in domain {domain.name()!r} did not let go of disk {disk.name!r} "
@@ -173,13 +175,6 @@ def _block_resize(domain: libvirt.virDomain, target: str, size: int) -> None:
         time.sleep(0.2)
 
 
-def _lookup(connection: libvirt.virConnect, name: str) -> libvirt.virDomain:
-    try:
-        return connection.lookupByName(name)
-    except (libvirt.libvirtError, UnicodeEncodeError) as exc:
-        raise LibvirtError(f"no domain {name!r}: {exc}") from exc
-
-
 @contextlib.contextmanager
 def _ending_is_fine(domain: libvirt.virDomain, definition: int) -> Iterator[None]:
     """A domain that ends while a disk is taken out of its live definition has none any more."""
@@ -189,19 +184,10 @@ def _ending_is_fine(domain: libvirt.virDomain, definition: int) -> Iterator[None
         # libvirt tells the caller that QEMU's monitor is gone before it notes that the domain is.
         deadline = time.monotonic() + _ENDING_SECONDS
         while definition == libvirt.VIR_DOMAIN_AFFECT_LIVE and time.monotonic() < deadline:
-            if not _is_active(domain):
+            if not domains.is_active(domain):
                 return
             time.sleep(0.05)
         raise
-
-
-def _is_active(domain: libvirt.virDomain) -> bool:
-    try:
-        return bool(domain.isActive())
-    except libvirt.libvirtError as exc:
-        if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # a transient one is gone when it ends
-            raise
-        return False
 
 
 def _definitions(domain: libvirt.virDomain) -> list[int]:
@@ -214,21 +200,20 @@ def _definitions(domain: libvirt.virDomain) -> list[int]:
     return flags
 
 
-def _uses(domain: libvirt.virDomain, definition: int, disk: Disk) -> list[domain_xml.DomainDisk]:
-    """How one definition of the domain uses the disk."""
-    inactive = definition == libvirt.VIR_DOMAIN_AFFECT_CONFIG
-    xml = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE if inactive else 0)
-    return [use for use in domain_xml.our_disks(xml) if use.disk_id == disk.id]
+def _uses(domain: libvirt.virDomain, flag: int, disk: Disk) -> list[DomainDisk]:
+    """The uses of the disk by a definition of the domain.
+
+    :param flag: selects the definition, as in :func:`_definitions`.
+    """
+    definition = domains.definition(domain, inactive=flag == libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+    return [use for use in definition.our_disks if use.disk_id == disk.id]
 
 
 def _using(connection: libvirt.virConnect, disk: Disk) -> list[libvirt.virDomain]:
     """The domains that have the disk in any definition."""
     found = []
     for domain in connection.listAllDomains():
-        try:
-            if any(_uses(domain, definition, disk) for definition in _definitions(domain)):
+        with domains.gone_is_fine():
+            if any(_uses(domain, flag, disk) for flag in _definitions(domain)):
                 found.append(domain)
-        except libvirt.libvirtError as exc:
-            if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # gone since it was listed
-                raise
     return found

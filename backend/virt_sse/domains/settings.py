@@ -8,12 +8,10 @@ undoes it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import enum
 import time
-import xml.etree.ElementTree as ET
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -27,16 +25,18 @@ from virt_sse.domains.host_encryption import (
     agreed,
     differences,
     new,
-    read_root,
     refuse_at_rest,
     refuse_unencrypted,
 )
 from virt_sse.domains.start import DomainStart
-from virt_sse.errors import InvalidValueError, LibvirtError, PolicyError, VirtSseError, VmStateError
+from virt_sse.errors import InvalidValueError, PolicyError, VirtSseError, VmStateError
 from virt_sse.keys.host import Host
-from virt_sse.libvirt import domain_xml, vm_metadata
+from virt_sse.libvirt import domains
+from virt_sse.libvirt.capabilities import HostCapabilities
 from virt_sse.libvirt.connection import connected
-from virt_sse.libvirt.host_id import host_id
+from virt_sse.libvirt.domain_definition import DomainDefinition
+from virt_sse.libvirt.domain_edit import DomainEdit
+from virt_sse.libvirt.snapshots import SnapshotFiles
 from virt_sse.libvirt.vm_metadata import Stated
 from virt_sse.model.content import Content, Finding
 from virt_sse.model.disks import Disk
@@ -108,10 +108,10 @@ class VmSettings:
         """
         views = []
         with connected(self._config.libvirt_uri) as connection:
-            domains = connection.listAllDomains()
-            self._tidy(connection, domains)
-            for domain in domains:
-                with _gone_is_fine():
+            listed = connection.listAllDomains()
+            self._tidy(connection, listed)
+            for domain in listed:
+                with domains.gone_is_fine():
                     views.append(self._view(domain, with_rest=False))
         return sorted(views, key=lambda view: view.name)
 
@@ -122,7 +122,7 @@ class VmSettings:
         """
         with connected(self._config.libvirt_uri) as connection:
             self._tidy(connection, connection.listAllDomains())
-            return self._view(_lookup(connection, name), with_rest=True)
+            return self._view(domains.lookup(connection, name), with_rest=True)
 
     def update(self, name: str, changes: VmChanges) -> VmView:
         """Change what a domain is to be, from its next start on.
@@ -134,74 +134,74 @@ class VmSettings:
         :raise LibvirtError: When there is no such domain, or libvirt refuses its new definition.
         """
         with connected(self._config.libvirt_uri) as connection:
-            domain = _lookup(connection, name)
+            domain = domains.lookup(connection, name)
             _refuse_if_it_runs(domain)
             vm_id = UUID(bytes=domain.UUID())
             with self._host_encryption.locked(vm_id, name):
                 _refuse_if_it_runs(domain)
-                self._update(domain, vm_id, changes, host_id(connection))
+                self._update(domain, vm_id, changes, HostCapabilities.of(connection).host_id)
             return self._view(domain, with_rest=True)
 
     def _update(self, domain: libvirt.virDomain, vm_id: UUID, changes: VmChanges, host: UUID) -> None:
         name = domain.name()
-        text, root = read_root(domain)
-        said = vm_metadata.stated(root)
+        before_update = domains.definition(domain, inactive=True, secure=True)
+        said = before_update.stated
         known = self._host_encryption.settled(self._store.vms.find(vm_id), said)
         before = _before(name, known, said, changes)
         after = _after(before, changes)
-        disks, caching = self._with_caching(text, changes.caching)
+        disks, caching = self._with_caching(before_update, changes.caching)
         content = Content(lambda: self._in_guest_encryption(name))
         self._plugins.validate(UpdateVm(name, before, after, tuple(disks.values()), content))
         refuse_unencrypted(name, after, tuple(disks.values()), has_temp_disk=False)
 
         vm = known or new(vm_id, said)
         generation = max(vm.generation, said.generation if said else 0)
-        self._redefine(root, vm_id, Stated(after, generation + 1))
+        edit = self._edited(before_update, Stated(after, generation + 1))
         if after.encryption_at_host:
-            refuse_at_rest(survey(root, self._host_encryption.files), name)
-        sources = {disk.id: self._start.source(disk) for disk in disks.values() if disk.id in caching}
-        definition = domain_xml.with_sources(ET.tostring(root, encoding="unicode"), sources)
+            refuse_at_rest(survey(edit.result(), self._host_encryption.files), name)
+        edit.set_sources({disk.id: self._start.source(disk) for disk in disks.values() if disk.id in caching})
+        definition = edit.result()
 
         vm = dataclasses.replace(vm, name=name, host=host, generation=generation)
-        if vm_metadata.has_tpm_of_ours(root, vm_id):
+        if definition.has_our_tpm_secret:
             vm = self._host_encryption.with_tpm_dek(vm)
         vm = dataclasses.replace(vm, pending=PendingUpdate(after, caching))
         self._store.vms.put(vm)
         try:
-            domain.connect().defineXML(definition)
+            domain.connect().defineXML(definition.to_xml())
         except libvirt.libvirtError:
             self._store.vms.put(dataclasses.replace(vm, pending=None))
             raise
         vm = self._store.vms.commit(vm)
-        if vm.tpm and not vm_metadata.has_tpm_of_ours(root, vm_id) and not self._has_tpm_state(vm_id):
+        if vm.tpm and not definition.has_our_tpm_secret and not self._has_tpm_state(vm_id):
             self._store.vms.put(dataclasses.replace(vm, tpm=None))
 
-    def _redefine(self, root: ET.Element, vm_id: UUID, said: Stated) -> None:
-        """Make the definition *root* one of a VM as *said*."""
-        properties = said.properties
-        vm_metadata.state(root, said)
-        image = temp_disks.image(self._config, vm_id) if properties.temp_disk_size is not None else None
-        vm_metadata.set_temp_disk(root, vm_id, image)
+    def _edited(self, definition: DomainDefinition, stated: Stated) -> DomainEdit:
+        """An edit of *definition* that gives the VM the properties in *stated*."""
+        vm_id, properties = definition.uuid, stated.properties
+        edit = DomainEdit(definition)
+        edit.state(stated)
+        has_temp_disk = properties.temp_disk_size is not None
+        edit.set_temp_disk(temp_disks.image(self._config, vm_id) if has_temp_disk else None)
         if properties.encryption_at_host:
-            memory = root.find("memory")
-            if memory is not None and memory.get("dumpCore") is None:
-                memory.set("dumpCore", "off")
-            if vm_metadata.tpm_secret(root) is None:
-                vm_metadata.set_tpm_encryption(root, vm_id, encrypted=True)
-        elif vm_metadata.has_tpm_of_ours(root, vm_id) and not self._has_tpm_state(vm_id):
-            # State that there is stays encrypted, and its key: swtpm cannot decrypt it for good.
-            vm_metadata.set_tpm_encryption(root, vm_id, encrypted=False)
+            edit.exclude_memory_from_core_dumps()
+            if definition.tpm_secret is None:
+                edit.set_tpm_encryption(encrypted=True)
+        elif definition.has_our_tpm_secret and not self._has_tpm_state(vm_id):
+            # Existing state keeps its encryption and its key: swtpm cannot decrypt state permanently.
+            edit.set_tpm_encryption(encrypted=False)
+        return edit
 
     def _has_tpm_state(self, vm_id: UUID) -> bool:
         return has_tpm_state(vm_id, self._host_encryption.files)
 
     def _with_caching(
-        self, xml: str, wanted: Mapping[str, HostCaching]
+        self, definition: DomainDefinition, wanted: Mapping[str, HostCaching]
     ) -> tuple[dict[str, Disk], dict[UUID, HostCaching]]:
         """The disks of ours that the domain is to have, by their names in the guest, and what of them
         changes.
         """
-        disks = self._by_target(xml)
+        disks = self._by_target(definition)
         caching = {}
         for target, mode in wanted.items():
             if target not in disks:
@@ -213,30 +213,29 @@ class VmSettings:
             caching[disks[target].id] = mode
         return disks, caching
 
-    def _by_target(self, xml: str) -> dict[str, Disk]:
-        by_id = {disk.id: disk for disk in self._host_encryption.disks(xml)}
-        return {use.target: by_id[use.disk_id] for use in domain_xml.our_disks(xml) if use.disk_id in by_id}
+    def _by_target(self, definition: DomainDefinition) -> dict[str, Disk]:
+        by_id = {disk.id: disk for disk in self._host_encryption.disks(definition)}
+        return {use.target: by_id[use.disk_id] for use in definition.our_disks if use.disk_id in by_id}
 
     def _in_guest_encryption(self, name: str) -> list[Finding]:
         return [finding for each in self._inspector.in_use(name) for finding in each.findings]
 
     def _view(self, domain: libvirt.virDomain, *, with_rest: bool) -> VmView:
         vm_id, name, is_active = UUID(bytes=domain.UUID()), domain.name(), bool(domain.isActive())
-        text = domain.XMLDesc(0 if is_active else libvirt.VIR_DOMAIN_XML_INACTIVE)
-        root = vm_metadata.parse(text)
+        definition = domains.definition(domain, inactive=not is_active)
         vm = self._store.vms.find(vm_id)
         problem: VirtSseError | None = None
         properties = VmProperties()
         disks: dict[str, Disk] = {}
         rest: list[AtRest] = []
         try:
-            rest = self._at_rest(domain, root) if with_rest else []
-            disks = self._by_target(text)
-            said = vm_metadata.stated(root)
+            rest = self._at_rest(domain, definition) if with_rest else []
+            disks = self._by_target(definition)
+            said = definition.stated
             properties = said.properties if said else VmProperties()
             if vm is None or vm.pending is None:  # what was cut off, the next start or update puts in order
                 agreed(name, vm, said)
-            temp = bool(domain_xml.temp_disks(text))
+            temp = bool(definition.temp_disks)
             refuse_unencrypted(name, properties, tuple(disks.values()), has_temp_disk=temp)
             if properties.encryption_at_host and not is_active:
                 refuse_at_rest(rest, name)
@@ -245,11 +244,12 @@ class VmSettings:
         tpm_key = vm.tpm.key if vm and vm.tpm else None
         return VmView(vm_id, name, is_active, properties, problem, disks, tpm_key, tuple(rest))
 
-    def _at_rest(self, domain: libvirt.virDomain, root: ET.Element) -> list[AtRest]:
-        snapshots = [memory_snapshot(snapshot.getXMLDesc()) for snapshot in domain.listAllSnapshots()]
-        return [*survey(root, self._host_encryption.files), *(each for each in snapshots if each)]
+    def _at_rest(self, domain: libvirt.virDomain, definition: DomainDefinition) -> list[AtRest]:
+        snapshots = [SnapshotFiles.parse(each.getXMLDesc()) for each in domain.listAllSnapshots()]
+        memory = [found for snapshot in snapshots if (found := memory_snapshot(snapshot))]
+        return [*survey(definition, self._host_encryption.files), *memory]
 
-    def _tidy(self, connection: libvirt.virConnect, domains: Collection[libvirt.virDomain]) -> None:
+    def _tidy(self, connection: libvirt.virConnect, listed: Collection[libvirt.virDomain]) -> None:
         """Erase temporary disks that no domain uses, and forget the VMs of this host whose domain is gone.
 
         Not one with a TPM whose state is still there: its key is in the store alone.
@@ -257,8 +257,8 @@ class VmSettings:
         before = time.time() - temp_disks.SETTLED_SECONDS
         running = set()
         present = set()
-        for domain in domains:
-            with _gone_is_fine():
+        for domain in listed:
+            with domains.gone_is_fine():
                 present.add(vm_id := UUID(bytes=domain.UUID()))
                 if domain.isActive():
                     running.add(vm_id)
@@ -266,7 +266,7 @@ class VmSettings:
         stale = [vm for vm in self._store.vms.all() if vm.id not in present]
         if not stale:
             return
-        here = host_id(connection)
+        here = HostCapabilities.of(connection).host_id
         for vm in stale:
             if vm.host == here and not (vm.tpm and self._has_tpm_state(vm.id)):
                 self._store.vms.remove(vm.id)
@@ -296,13 +296,6 @@ def _after(before: VmProperties, changes: VmChanges) -> VmProperties:
     )
 
 
-def _lookup(connection: libvirt.virConnect, name: str) -> libvirt.virDomain:
-    try:
-        return connection.lookupByName(name)
-    except (libvirt.libvirtError, UnicodeEncodeError) as exc:
-        raise LibvirtError(f"no domain {name!r}: {exc}") from exc
-
-
 def _refuse_if_it_runs(domain: libvirt.virDomain) -> None:
     name = domain.name()
     if not domain.isPersistent():
@@ -320,13 +313,3 @@ def _refuse_if_it_runs(domain: libvirt.virDomain) -> None:
             f"domain {name!r} has a saved state, from which it would go on as it was",
             hint=f"start it and shut it down, or discard the state with 'virsh managedsave-remove {name}'",
         )
-
-
-@contextlib.contextmanager
-def _gone_is_fine() -> Iterator[None]:
-    """A domain may go away while domains are listed."""
-    try:
-        yield
-    except libvirt.libvirtError as exc:
-        if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
-            raise

@@ -11,8 +11,7 @@ from uuid import UUID
 
 import libvirt
 
-from virt_sse.config import Config, IoErrors
-from virt_sse.domains import host_encryption
+from virt_sse.config import IoErrors
 from virt_sse.domains.host_encryption import HostEncryption
 from virt_sse.errors import (
     DiskInUseError,
@@ -24,18 +23,20 @@ from virt_sse.errors import (
     VirtSseError,
 )
 from virt_sse.keys.host import Host
-from virt_sse.libvirt import domain_xml
+from virt_sse.libvirt import disk_element
+from virt_sse.libvirt.capabilities import HostCapabilities
 from virt_sse.libvirt.connection import connected
-from virt_sse.libvirt.domain_xml import Behind, DiskSource, DomainDisk
-from virt_sse.libvirt.secrets import drop_secrets, set_secrets
-from virt_sse.libvirt.users import User, default_qemu_user
+from virt_sse.libvirt.disk_element import Behind, DiskSource, DomainDisk
+from virt_sse.libvirt.domain_definition import DomainDefinition
+from virt_sse.libvirt.secret_name import SecretName
+from virt_sse.libvirt.secrets import set_secrets
+from virt_sse.libvirt.users import User
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.events import audit_context
 from virt_sse.model.keys import Dek
 from virt_sse.model.layers import GuestNode, LayerChoice, LayerPlan
 from virt_sse.model.operations import UnlockDisk
 from virt_sse.qemu import envelope_slots, img
-from virt_sse.stages import Stages
 from virt_sse.stages.record import StageRecord
 from virt_sse.system.files import canonical
 
@@ -65,33 +66,37 @@ class DomainStart:
         self._stages = host.stages
         self._host_encryption = host_encryption
 
-    def prepare(self, name: str, xml: str) -> None:
+    def prepare(self, definition: DomainDefinition) -> None:
         """Serve all that a domain that libvirt is about to start needs of ours, or nothing.
 
         :raise VirtSseError: When something of it cannot be served; the domain must not start then.
         """
-        with self._host_encryption.prepared(name, xml):
-            if uses := domain_xml.our_disks(xml):
-                served = self._look_up(uses, name)
+        with self._host_encryption.prepared(definition):
+            if uses := definition.our_disks:
+                served = self._look_up(uses, definition.name)
                 with connected(self._config.libvirt_uri) as connection:
-                    self._serve(connection, name, xml, served)
+                    self._serve(connection, definition, served)
 
-    def serve(self, connection: libvirt.virConnect, name: str, xml: str, uses: Sequence[DomainDisk]) -> None:
-        """Serve the disks in *uses* to the domain *name*, all or none: their stages, then libvirt's secrets.
+    def serve(
+        self, connection: libvirt.virConnect, definition: DomainDefinition, uses: Sequence[DomainDisk]
+    ) -> None:
+        """Serve the disks in *uses* to a domain, all or none: start their stages, then set libvirt's secrets.
 
-        :param xml: the domain's.
-        :raise VirtSseError: When one of them cannot be served.
+        :param definition: the live definition of the domain; may be without the disks.
+        :raise VirtSseError: When a disk cannot be served.
         """
-        self._serve(connection, name, xml, self._look_up(uses, name))
+        self._serve(connection, definition, self._look_up(uses, definition.name))
 
-    def _serve(self, connection: libvirt.virConnect, name: str, xml: str, served: Sequence[_Served]) -> None:
-        domain_id = domain_xml.domain_uuid(xml)
+    def _serve(
+        self, connection: libvirt.virConnect, definition: DomainDefinition, served: Sequence[_Served]
+    ) -> None:
+        domain_id, name = definition.uuid, definition.name
         qemu = None
         before: dict[UUID, UUID | None] = {}
         if any(self._source(each.disk, each.plan).behind for each in served):
             for each in served:
                 before[each.disk.id] = self._ended_user(connection, each.disk, domain_id)
-            qemu = domain_xml.qemu_user(xml) or default_qemu_user(connection.getCapabilities())
+            qemu = definition.qemu_user or HostCapabilities.of(connection).qemu_user
         with contextlib.ExitStack() as undo:
             for each in served:
                 undo.callback(self._stages.stop, each.disk.id, domain_id=domain_id)
@@ -103,28 +108,27 @@ class DomainStart:
             set_secrets(connection, {key: dek for each in starting for key, dek in each.result().items()})
             undo.pop_all()
 
-    def restore(self, name: str, xml: str) -> None:
+    def restore(self, definition: DomainDefinition) -> None:
         """Give libvirt the DEKs of a running domain, and of its disks, again. Its stages are left alone.
 
         :raise VirtSseError: When one cannot be had; then none of the disks'.
         """
-        self._host_encryption.restore(name, xml)
-        uses = domain_xml.our_disks(xml)
-        deks: dict[tuple[UUID, str], Dek] = {}
-        for each in self._look_up(uses, name):
-            deks |= _for_libvirt(each, self._unlock(each, name))
+        self._host_encryption.restore(definition)
+        deks: dict[SecretName, Dek] = {}
+        for each in self._look_up(definition.our_disks, definition.name):
+            deks |= _for_libvirt(each, self._unlock(each, definition.name))
         with connected(self._config.libvirt_uri) as connection:
             set_secrets(connection, deks)
 
-    def reconnect(self, name: str, xml: str) -> None:
+    def reconnect(self, definition: DomainDefinition) -> None:
         """Give a restarted libvirtd the DEKs of a running domain again; see :meth:`restore`.
 
         Raises nothing: libvirt kills the guest if its ``reconnect`` hook fails.
         """
         try:
-            self.restore(name, xml)
+            self.restore(definition)
         except VirtSseError as exc:
-            _log.warning("cannot restore the secrets of domain %s: %s", name, exc)
+            _log.warning("cannot restore the secrets of domain %s: %s", definition.name, exc)
 
     def restart_stages(self, record: StageRecord) -> None:
         """Start what has died of a disk's stages again, below a guest that runs on.
@@ -150,7 +154,7 @@ class DomainStart:
         :raise InvalidValueError: When *target* is not a valid name of a disk in a guest.
         """
         source = self.source(self._store.get(name))
-        return domain_xml.disk_element(source, target=target, read_only=read_only)
+        return disk_element.disk_element(source, target=target, read_only=read_only)
 
     def _source(self, disk: Disk, plan: LayerPlan) -> DiskSource:
         guest, *below = plan.stages
@@ -242,7 +246,7 @@ class DomainStart:
 
     def _start(
         self, served: _Served, domain: str, domain_id: UUID, qemu: User | None, replacing: UUID | None
-    ) -> dict[tuple[UUID, str], Dek]:
+    ) -> dict[SecretName, Dek]:
         """Start the disk's stages; the DEKs that libvirt is to have."""
         deks = self._unlock(served, domain)
         if qemu:
@@ -264,22 +268,6 @@ class DomainStart:
         return {entry.slot: dek for entry, dek in zip(served.disk.deks, unwrapped, strict=True)}
 
 
-def _for_libvirt(served: _Served, deks: Mapping[str, Dek]) -> dict[tuple[UUID, str], Dek]:
-    """Those of a disk's DEKs that the domain names."""
-    return {(use.disk_id, use.slot): deks[use.slot] for use in served.uses}
-
-
-def release(config: Config, xml: str) -> None:
-    """Take from a domain that has ended all that it was given. Needs no store, and no key.
-
-    :raise VirtSseError: When something of it cannot be taken.
-    """
-    domain_id, stages = domain_xml.domain_uuid(xml), Stages(config)
-    given = {(use.disk_id, use.slot) for use in domain_xml.our_disks(xml)}
-    for record in stages.records():  # also of a disk that was unplugged while it ran
-        if record.domain_id == domain_id:
-            given.add((record.disk_id, record.guest_slot))
-    with contextlib.ExitStack() as all_of_it:
-        all_of_it.callback(host_encryption.release, config, xml)
-        all_of_it.callback(stages.stop_domain, domain_id)
-        drop_secrets(config.libvirt_uri, given)
+def _for_libvirt(served: _Served, deks: Mapping[str, Dek]) -> dict[SecretName, Dek]:
+    """The DEKs of a disk that the domain definition names."""
+    return {use.secret: deks[use.slot] for use in served.uses}

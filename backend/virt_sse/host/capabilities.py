@@ -1,4 +1,4 @@
-"""What this host can do, found out by trying."""
+"""The capabilities of a host, found by probing."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from virt_sse.config import Config
 from virt_sse.errors import ToolError, VirtSseError
 from virt_sse.host.setup import APPARMOR_ABSTRACTION, APPARMOR_LOCAL, apparmor_rule
+from virt_sse.libvirt.capabilities import HostCapabilities
 from virt_sse.libvirt.connection import connected
-from virt_sse.libvirt.users import default_qemu_user
 from virt_sse.model import ciphers
 from virt_sse.model.ciphers import AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat
@@ -22,15 +22,15 @@ from virt_sse.system.files import write_at
 from virt_sse.system.tools import run
 
 _RECONNECTING_LIBVIRT = 9_005_000
-"""From which version on libvirt lets QEMU connect again to an NBD server that was gone."""
+"""First libvirt version with NBD reconnection (``<reconnect>``)."""
 _WRONG_KEY = "cannot unlock any keyslot"
 
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """One thing that a host can do, or cannot.
+    """A capability of a host.
 
-    :ivar detail: the version that does it, or why it cannot be done.
+    :ivar detail: the version of the tool, or the reason for the absence.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Capability:
 
 
 def probe(config: Config) -> list[Capability]:
-    """All of them, in a second or so."""
+    """Probe all capabilities; takes about a second."""
     found = [
         _tool("disks", "qemu-img"),
         _tool("double encryption", "qemu-storage-daemon"),
@@ -60,7 +60,7 @@ def _tool(name: str, tool: str, *arguments: str) -> Capability:
 
 
 def _cipher(cipher: Cipher) -> Capability:
-    """Whether QEMU has *cipher*: of a header that says so, it complains of another thing, the key."""
+    """Whether QEMU supports *cipher*: a LUKS header then fails for its wrong key only."""
     name = f"cipher {cipher}"
     try:
         header = bytearray(luks.make_header(AES_256_XTS, dek := Dek.generate()))
@@ -88,7 +88,7 @@ def _libvirt(config: Config) -> list[Capability]:
     try:
         with connected(config.libvirt_uri) as connection:
             version = connection.getLibVersion()
-            qemu = default_qemu_user(connection.getCapabilities())
+            qemu = HostCapabilities.of(connection).qemu_user
         storage = storage_user(config.storage_user, qemu)
     except VirtSseError as exc:
         return [Capability("libvirt", available=False, detail=str(exc))]
@@ -102,11 +102,11 @@ def _libvirt(config: Config) -> list[Capability]:
             detail=said if version >= _RECONNECTING_LIBVIRT else f"needs libvirt 9.5, this is {said}",
         ),
         Capability(
-            "storage processes of a user of their own",
+            "storage processes under their own user",
             available=own,
             detail=f"uid {storage.uid}"
             if own
-            else f"they run as QEMU's, uid {qemu.uid}; 'virt-sse host init'",
+            else f"uid {qemu.uid}, the same as QEMU; 'virt-sse host init' creates a user",
         ),
     ]
 
@@ -117,4 +117,4 @@ def _apparmor(config: Config) -> list[Capability]:
     local = config.root / APPARMOR_LOCAL
     allowed = local.exists() and apparmor_rule(config.socket_directory) in local.read_text().splitlines()
     detail = str(local) if allowed else "'virt-sse host init' adds the rule"
-    return [Capability("AppArmor lets QEMU reach its disks' stages", available=allowed, detail=detail)]
+    return [Capability("AppArmor rule for QEMU and its stages", available=allowed, detail=detail)]

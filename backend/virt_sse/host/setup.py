@@ -16,9 +16,9 @@ from virt_sse.stages.storage_user import DEFAULT_STORAGE_USER
 from virt_sse.system.tools import run
 
 APPARMOR_ABSTRACTION = "etc/apparmor.d/abstractions/libvirt-qemu"
-"""What AppArmor allows every QEMU of libvirt's, on Debian and Ubuntu."""
+"""The AppArmor profile of every QEMU process started by libvirt, on Debian and Ubuntu."""
 APPARMOR_LOCAL = "etc/apparmor.d/local/abstractions/libvirt-qemu"
-"""A site's additions to it, which it includes."""
+"""The site's local additions, included by that profile."""
 
 
 def initialise(host: Host) -> list[str]:
@@ -60,12 +60,12 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def apparmor_rule(sockets: Path) -> str:
-    """What lets QEMU connect to the stages of its disks; each of them by the modes of files to its own."""
+    """The AppArmor rule for QEMU's connections to stages; file modes limit each QEMU to its own disks."""
     return f'"{sockets}/*/guest/nbd" rw,'
 
 
 def _allow(local: Path, sockets: Path) -> bool:
-    """Add our rule to a site's additions, for QEMUs that are started from now on; whether it was new."""
+    """Add the rule to the site's local profile, for QEMU processes started later: whether new."""
     before = local.read_text() if local.exists() else ""
     rule = apparmor_rule(sockets)
     if rule in before.splitlines():
@@ -78,7 +78,7 @@ def _allow(local: Path, sockets: Path) -> bool:
 
 
 def _make_user() -> bool:
-    """Make the user that storage processes run as; whether there was none."""
+    """Create the user of storage processes; whether the user was missing."""
     with contextlib.suppress(KeyError):
         pwd.getpwnam(DEFAULT_STORAGE_USER)
         return False

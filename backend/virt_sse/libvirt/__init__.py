@@ -1,1 +1,1 @@
-"""Libvirt: its secrets, its domains and its hook."""
+"""Access to libvirt: connections, domain definitions, secrets, pools and the hook script."""

@@ -1,4 +1,4 @@
-"""Connections to libvirt, and its errors by meaning."""
+"""Connections to libvirt, with libvirt's errors raised as errors of virt-sse."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from virt_sse.errors import LibvirtError, LibvirtUnavailableError
 
 @contextlib.contextmanager
 def connected(uri: str) -> Iterator[libvirt.virConnect]:
-    """A connection to the libvirt at *uri*, closed at the end.
+    """Connect to the libvirt at *uri*; the connection is closed at the end of the block.
 
-    :raise LibvirtUnavailableError: When none answers.
-    :raise LibvirtError: When a call made inside fails and is not caught there.
+    :raise LibvirtUnavailableError: When libvirt does not answer.
+    :raise LibvirtError: When a libvirt call in the block fails and the block does not catch the error.
     """
-    libvirt.registerErrorHandler(_say_nothing, None)
+    libvirt.registerErrorHandler(_print_nothing, None)
     try:
         connection = libvirt.open(uri)
     except libvirt.libvirtError as exc:
@@ -30,5 +30,5 @@ def connected(uri: str) -> Iterator[libvirt.virConnect]:
         connection.close()
 
 
-def _say_nothing(_context: object, _error: object) -> None:
-    """Libvirt prints every error to the standard error unless it is told not to; ours are raised."""
+def _print_nothing(_context: object, _error: object) -> None:
+    """Replaces libvirt's default handler, which prints every error, raised or not, to standard error."""

@@ -1,4 +1,4 @@
-"""Where the data of a domain's disks lies, whoever made them (libvirt formatdomain, "Hard drives")."""
+"""Locations of the data of all disks of a domain (libvirt formatdomain, "Hard drives")."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
-from virt_sse.errors import InvalidValueError
-from virt_sse.libvirt.references import parse_usage
+from virt_sse.libvirt.disk_element import encryption_secrets, secret_name, target_of
 from virt_sse.model.slots import TEMP_SLOT
 
 _WITH_FILES = {"file": "file", "block": "dev"}
-"""By the disk's type: the attribute of its source that holds a path."""
+"""By disk type: the attribute of ``<source>`` with the path."""
 
 
 @dataclass(frozen=True, slots=True)
 class DiskPlace:
-    """A disk of a domain.
+    """Location of a disk's data.
 
-    :ivar target: its name in the guest, e.g. ``vda``.
-    :ivar disk_id: of a disk of ours, and nothing else is told then.
-    :ivar path: the image or block device; ``None`` when there is none.
-    :ivar format: libvirt's and QEMU's name of the image's format.
-    :ivar volume: where a storage pool has it: the pool's name, and the volume's.
-    :ivar obstacle: why its data cannot be had from the path, in words.
+    :ivar target: the disk's name in the guest, e.g. ``vda``.
+    :ivar disk_id: id of a disk of ours; all following attributes then keep their defaults.
+    :ivar path: the image or block device; ``None`` if unknown.
+    :ivar format: libvirt's and QEMU's name of the image format.
+    :ivar volume: name of the storage pool, and name of the volume in the pool.
+    :ivar obstacle: why the data cannot be read from a path, for an error message.
     """
 
     target: str
@@ -35,42 +34,29 @@ class DiskPlace:
     obstacle: str | None = None
 
 
-def disk_places(xml: str) -> list[DiskPlace]:
-    """The disks of the domain *xml*; without CD and floppy drives, and without temporary disks of ours.
+def disk_place(disk: ET.Element) -> DiskPlace | None:
+    """The location of a disk's data; ``None`` for CD and floppy drives, and for temporary disks of ours.
 
-    :raise InvalidValueError: When the XML makes no sense, or a secret in it that is named like ours.
+    :param disk: a ``<disk>`` element.
+    :raise InvalidValueError: When a secret's usage id has our prefix and is malformed.
     """
-    try:
-        # It comes from libvirtd, which is trusted; ElementTree resolves no external entities.
-        root = ET.fromstring(xml)  # noqa: S314
-        places = [
-            _place(disk)
-            for disk in root.iterfind("./devices/disk")
-            if disk.get("device", "disk") in ("disk", "lun")
-        ]
-    except (ET.ParseError, ValueError) as exc:
-        raise InvalidValueError(f"not a domain's XML: {exc}") from exc
-    return [place for place in places if place is not None]
-
-
-def _place(disk: ET.Element) -> DiskPlace | None:
+    if disk.get("device", "disk") not in ("disk", "lun"):
+        return None
     kind = disk.get("type", "")
-    named, source, driver = disk.find("target"), disk.find("source"), disk.find("driver")
-    target = named.get("dev", "") if named is not None else ""
-    for path in ("./encryption/secret", "./source/encryption/secret"):
-        for secret in disk.iterfind(path):
-            if reference := parse_usage(secret.get("usage", "")):
-                disk_id, slot = reference
-                return DiskPlace(target, disk_id=disk_id) if slot != TEMP_SLOT else None
+    source, driver = disk.find("source"), disk.find("driver")
+    target = target_of(disk)
+    for secret in encryption_secrets(disk):
+        if name := secret_name(secret):
+            return DiskPlace(target, disk_id=name.owner) if name.slot != TEMP_SLOT else None
     if disk.find("./encryption") is not None or disk.find("./source/encryption") is not None:
-        return DiskPlace(target, obstacle="it is encrypted, and not by virt-sse")
+        return DiskPlace(target, obstacle="the image is encrypted, but not by virt-sse")
     if disk.find("./source/slices") is not None:
-        return DiskPlace(target, obstacle="it is a slice of an image")
+        return DiskPlace(target, obstacle="the disk is a slice of an image")
     image_format = driver.get("type", "raw") if driver is not None else "raw"
     if source is not None and kind == "volume":
         return DiskPlace(
             target, format=image_format, volume=(source.get("pool", ""), source.get("volume", ""))
         )
-    if source is not None and kind in _WITH_FILES and (name := source.get(_WITH_FILES[kind])):
-        return DiskPlace(target, path=Path(name), format=image_format)
-    return DiskPlace(target, obstacle=f"its type is {kind!r}, not a file or block device")
+    if source is not None and kind in _WITH_FILES and (path := source.get(_WITH_FILES[kind])):
+        return DiskPlace(target, path=Path(path), format=image_format)
+    return DiskPlace(target, obstacle=f"disk type {kind!r} is neither a file nor a block device")

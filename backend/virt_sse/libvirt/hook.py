@@ -1,4 +1,4 @@
-"""The hook under the name that scripts installed by earlier versions run; see :mod:`virt_sse.hook`."""
+"""Former location of :mod:`virt_sse.hook`, still run by hook scripts of earlier versions."""
 
 import runpy
 

@@ -1,4 +1,4 @@
-"""The script in libvirt's ``hooks/qemu.d/`` (libvirt ``hooks.html``): what it says, and its installation.
+"""Text and installation of the script in libvirt's ``hooks/qemu.d/`` (libvirt ``hooks.html``).
 
 The script lets every domain without a disk of ours pass before any Python code is loaded. For our domains the
 script runs :mod:`virt_sse.hook`.
@@ -12,20 +12,21 @@ import shlex
 import sys
 from pathlib import Path
 
-from virt_sse.libvirt.references import PREFIX, VM_NAMESPACE
+from virt_sse.libvirt.secret_name import PREFIX
+from virt_sse.libvirt.vm_metadata import VM_NAMESPACE
 
 EVENTS = ("prepare", "release", "reconnect")
-"""A domain is about to start; it has ended; libvirtd was restarted and has found it running."""
+"""Events of interest: a domain is about to start, has ended, was found running by a restarted libvirtd."""
 
 _SCRIPT = """\
 #!/bin/sh
 # Installed by 'virt-sse host init'.
-# Brings libvirt the keys of a domain's encrypted disks, and takes them away when the domain has ended.
+# Gives libvirt the keys of a domain's encrypted disks at start, and removes the keys at the end.
 xml=$(cat)
 case $2 in {events}) ;; *) exit 0 ;; esac
 case $xml in
     *"usage='{prefix}"* | *'usage="{prefix}'* | *{namespace}*) ;;
-    *)  # None of ours, at least now: a disk may have been unplugged, and its processes be left.
+    *)  # No disk of ours now. An unplugged disk may have left processes, which end with the domain.
         [ "$2" = release ] || exit 0
         case $xml in *"<uuid>"*"</uuid>"*) ;; *) exit 0 ;; esac
         uuid=${{xml#*<uuid>}}
@@ -43,10 +44,10 @@ fi
 
 
 def script(environment: dict[str, str], stages: Path) -> str:
-    """The hook script for this installation.
+    """The text of the hook script.
 
-    :param stages: where the records of stages lie.
-    :param environment: what to set for the events, because libvirtd does not pass its own on.
+    :param environment: variables for the hook, because libvirtd does not pass on its own environment.
+    :param stages: folder with the records of stages.
     """
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(environment.items()))
     return _SCRIPT.format(
@@ -61,9 +62,10 @@ def script(environment: dict[str, str], stages: Path) -> str:
 
 
 def install(path: Path, environment: dict[str, str], stages: Path) -> bool:
-    """Put the hook script at *path*, 0755; whether it was not there yet, or another.
+    """Install the hook script at *path* with mode 0755.
 
-    :raise OSError: When it cannot be written.
+    :return: whether the file was missing or different.
+    :raise OSError: When the file cannot be written.
     """
     content = script(environment, stages)
     with contextlib.suppress(FileNotFoundError):

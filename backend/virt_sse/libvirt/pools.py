@@ -1,14 +1,14 @@
-"""Storage pools: folders that libvirt knows by name."""
+"""Storage pools of libvirt that are folders."""
 
 from __future__ import annotations
 
-import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import libvirt
 
 from virt_sse.errors import InvalidValueError
 from virt_sse.libvirt.connection import connected
+from virt_sse.libvirt.xml import parse_xml
 
 _FOLDER_POOLS = ("dir", "fs", "netfs")
 
@@ -16,12 +16,12 @@ _FOLDER_POOLS = ("dir", "fs", "netfs")
 def pool_folder(uri: str, name: str) -> Path:
     """The folder of the storage pool *name*.
 
-    :raise InvalidValueError: When the pool does not exist, is not active, or is no folder.
+    :raise InvalidValueError: When the pool does not exist, is not active, or is not a folder.
     :raise LibvirtUnavailableError: When libvirt does not answer.
     """
     with connected(uri) as connection:
         pool = _lookup(connection, name)
-        root = ET.fromstring(pool.XMLDesc())  # noqa: S314 -- from libvirtd, which is trusted
+        root = parse_xml(pool.XMLDesc(), kind="pool XML")
         if root.get("type") not in _FOLDER_POOLS:
             raise InvalidValueError(f"storage pool {name!r} is of type {root.get('type')!r}, not a folder")
         if not pool.isActive():
@@ -30,9 +30,10 @@ def pool_folder(uri: str, name: str) -> Path:
 
 
 def refresh_pool(uri: str, name: str) -> None:
-    """Let libvirt see what is new in the storage pool *name*.
+    """Make libvirt list new and removed images of the storage pool *name*.
 
-    :raise LibvirtError: When it cannot.
+    :raise InvalidValueError: When the pool does not exist.
+    :raise LibvirtError: When libvirt fails.
     """
     with connected(uri) as connection:
         _lookup(connection, name).refresh()

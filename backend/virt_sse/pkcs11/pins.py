@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import fcntl
 import os
 import stat
@@ -130,8 +131,8 @@ class PinGuard:
             try:
                 yield attempt
             finally:
-                if attempt.outcome is not None:
-                    _write(descriptor, 0 if attempt.outcome else failures)
+                if attempt.outcome is not PinOutcome.WRONG:
+                    _write(descriptor, 0 if attempt.outcome is PinOutcome.RIGHT else failures)
 
     def _failures(self, descriptor: int) -> int:
         text = os.pread(descriptor, 16, 0).strip()
@@ -191,19 +192,30 @@ class GuardedPin:
             yield pin, attempt
 
 
+class PinOutcome(enum.Enum):
+    """Verdict of a token on a PIN."""
+
+    RIGHT = enum.auto()
+    WRONG = enum.auto()
+    UNKNOWN = enum.auto()
+
+
 class Attempt:
-    """:ivar outcome: ``True``: the PIN was right; ``False``: nobody knows; ``None``: it was wrong."""
+    """Outcome of one login.
+
+    :ivar outcome: wrong until reported otherwise, so that every interrupted login counts.
+    """
 
     def __init__(self) -> None:
-        self.outcome: bool | None = None
+        self.outcome = PinOutcome.WRONG
 
     def succeeded(self) -> None:
-        """The token took the PIN."""
-        self.outcome = True
+        """The token accepted the PIN."""
+        self.outcome = PinOutcome.RIGHT
 
     def inconclusive(self) -> None:
-        """The token failed before it said anything of the PIN."""
-        self.outcome = False
+        """The token failed before judging the PIN."""
+        self.outcome = PinOutcome.UNKNOWN
 
 
 def _write(descriptor: int, failures: int) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from virt_sse.libvirt.disk_chains import DiskChain
 from virt_sse.model.ciphers import Cipher
 from virt_sse.system.files import canonical
-from virt_sse.verification.chains import DiskChain
 from virt_sse.verification.graph import BlockGraph, Vertex
 from virt_sse.verification.processes import has_open
 from virt_sse.verification.verdict import DataPlace, DiskVerdict, Layer

@@ -15,8 +15,10 @@ from virt_sse.domains.settings import VmSettings
 from virt_sse.domains.start import DomainStart
 from virt_sse.errors import VirtSseError
 from virt_sse.keys.host import Host
-from virt_sse.libvirt.backups import backup_xml
+from virt_sse.libvirt import domains
 from virt_sse.libvirt.connection import connected
+from virt_sse.libvirt.disk_chains import DiskChain
+from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.model.disks import Disk
 from virt_sse.model.keys import KeyRef
 from virt_sse.model.layers import GuestNode, HostCaching
@@ -24,7 +26,7 @@ from virt_sse.model.slots import TEMP_SLOT
 from virt_sse.model.vms import temp_disk_id
 from virt_sse.qemu import img
 from virt_sse.system.files import canonical
-from virt_sse.verification.chains import DiskChain, disk_chains, plaintext_links, serial
+from virt_sse.verification.chains import plaintext_links, serial
 from virt_sse.verification.graph import place_of
 from virt_sse.verification.image_evidence import check_image, check_temporary, check_within
 from virt_sse.verification.monitor import block_graph
@@ -47,7 +49,7 @@ class _Subject:
 
     id: UUID
     name: str
-    xml: str
+    definition: DomainDefinition
     encryption_at_host: bool
     refuses_plaintext: bool
     disks: Sequence[Disk]
@@ -86,8 +88,8 @@ class Verification:
         with connected(self._config.libvirt_uri) as connection:
             domain = connection.lookupByUUID(view.id.bytes)
             runs = bool(domain.isActive())
-            xml = domain.XMLDesc(0 if runs else libvirt.VIR_DOMAIN_XML_INACTIVE)
-            subject = _Subject(view.id, name, xml, at_host, strict or at_host, self._store.all())
+            definition = domains.definition(domain, inactive=not runs)
+            subject = _Subject(view.id, name, definition, at_host, strict or at_host, self._store.all())
             disks = list(self._running(subject, domain) if runs else self._defined(subject))
         problems = [str(view.problem)] if view.problem else []
         rest = [each for each in view.at_rest if not each.what.startswith("disk ")]  # seen better here
@@ -108,7 +110,7 @@ class Verification:
         pid = qemu_process(self._config, subject.name, subject.id)
         running = RunningDisks(block_graph(domain), pid)
         seen = set()
-        for chain in disk_chains(subject.xml, backup_xml(domain)):
+        for chain in subject.definition.disk_chains(domains.running_backup(domain)):
             disk = subject.disk_of(chain)
             verdict = DiskVerdict(chain.target or "-")
             if _is_temporary(chain):
@@ -162,8 +164,8 @@ class Verification:
         verdict.layers.append(image)
 
     def _defined(self, subject: _Subject) -> Iterator[DiskVerdict]:
-        links = plaintext_links(subject.xml)
-        for chain in disk_chains(subject.xml):
+        links = plaintext_links(subject.definition)
+        for chain in subject.definition.disk_chains():
             disk = subject.disk_of(chain)
             verdict = DiskVerdict(chain.target or "-")
             if _is_temporary(chain):

@@ -19,7 +19,8 @@ from virt_sse.agent.plaintext_watch import PlaintextWatch
 from virt_sse.backend import Backend
 from virt_sse.config import Config, PlaintextPolicy
 from virt_sse.errors import AgentError
-from virt_sse.libvirt.references import usage
+from virt_sse.libvirt.domain_definition import DomainDefinition
+from virt_sse.libvirt.secret_name import SecretName
 
 DOMAIN, DISK = UUID(int=2), UUID(int=1)
 RECORD = OverlayCommitRecord(DOMAIN, "web", "vda", DISK, "token", (Overlay(Path("/overlay"), (1, 2)),))
@@ -40,7 +41,7 @@ VALID_HERE = [("overlays", "[]"), ("committed", "true"), *((name, "1") for name 
 XML = f"""\
 <domain><devices><disk type='file'><source file='/overlay'/>
 <backingStore type='file'><source file='/ours'><encryption format='luks'>
-<secret type='passphrase' usage='{usage(DISK, "service")}'/></encryption></source>
+<secret type='passphrase' usage='{SecretName(DISK, "service").usage}'/></encryption></source>
 <backingStore/></backingStore><target dev='vda'/><alias name='virtio-disk0'/></disk></devices></domain>"""
 
 
@@ -89,7 +90,7 @@ def test_a_damaged_record_is_reported_once_and_no_new_commit_replaces_it(
     path = record_path(folder, DOMAIN, "vda")
     path.write_text("{}")
     watch = PlaintextWatch(cast(Backend, SimpleNamespace(host=SimpleNamespace(config=config))), Metrics())
-    domain = RunningDomain(DOMAIN, 1, "web", (), True, False, (), XML)
+    domain = RunningDomain(DOMAIN, 1, "web", (), True, False, frozenset(), DomainDefinition.parse(XML))
     try:
         with caplog.at_level(logging.INFO, "virt_sse"):
             for number in (1, 2):

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 
 from virt_sse.domains.data_on_host import AtRest, LibvirtFiles, State, memory_snapshot, survey
-from virt_sse.libvirt import vm_metadata
-from virt_sse.libvirt.references import secret_uuid, usage
+from virt_sse.libvirt.domain_definition import DomainDefinition
+from virt_sse.libvirt.secret_name import SecretName
+from virt_sse.libvirt.snapshots import SnapshotFiles
 from virt_sse.model.slots import TPM_SLOT
 from virt_sse.system.host_memory import QemuSettings, plain_swaps
 
 ID = uuid.UUID("b6a1c5f2-3f4d-4a0b-9c57-0f0f5f0e7c11")
 TPM = "<tpm><backend type='emulator'/></tpm>"
-OURS = f"<tpm><backend type='emulator'><encryption secret='{secret_uuid(ID, TPM_SLOT)}'/></backend></tpm>"
+SECRET = SecretName(ID, TPM_SLOT).uuid
+OURS = f"<tpm><backend type='emulator'><encryption secret='{SECRET}'/></backend></tpm>"
 
 
 def look(
@@ -25,7 +27,7 @@ def look(
         f"<domain><name>web</name><uuid>{ID}</uuid><memory {memory}>1</memory>{beside}"
         f"<os>{system}</os><devices>{devices}</devices></domain>"
     )
-    return {each.what: each for each in survey(vm_metadata.parse(xml), LibvirtFiles(root))}
+    return {each.what: each for each in survey(DomainDefinition.parse(xml), LibvirtFiles(root))}
 
 
 def states(found: dict[str, AtRest]) -> dict[str, str]:
@@ -37,9 +39,8 @@ def test_a_bare_vm_has_nothing_at_rest(tmp_path: Path) -> None:
 
 
 def test_disks_are_told_and_not_refused(tmp_path: Path) -> None:
-    secret = (
-        f"<encryption format='luks'><secret type='passphrase' usage='{usage(ID, 'service')}'/></encryption>"
-    )
+    usage = SecretName(ID, "service").usage
+    secret = f"<encryption format='luks'><secret type='passphrase' usage='{usage}'/></encryption>"
     found = look(
         tmp_path,
         devices=f"<disk><source file='/a'>{secret}</source><target dev='vda'/></disk>"
@@ -155,8 +156,11 @@ def test_swap(tmp_path: Path) -> None:
 
 
 def test_a_snapshot_with_memory() -> None:
-    found = memory_snapshot("<domainsnapshot><memory snapshot='external' file='/m'/></domainsnapshot>")
+    def found_in(memory: str) -> AtRest | None:
+        return memory_snapshot(SnapshotFiles.parse(f"<domainsnapshot>{memory}</domainsnapshot>"))
+
+    found = found_in("<memory snapshot='external' file='/m'/>")
     assert found
     assert (found.where, found.state, found.is_refused) == ("/m", State.PLAINTEXT, False)
-    assert memory_snapshot("<domainsnapshot><memory snapshot='internal'/></domainsnapshot>") is None
-    assert memory_snapshot("<domainsnapshot><memory snapshot='no'/></domainsnapshot>") is None
+    assert found_in("<memory snapshot='internal'/>") is None
+    assert found_in("<memory snapshot='no'/>") is None

@@ -12,7 +12,8 @@ from command_line import CommandLine, no_libvirt
 from virt_sse.config import Config
 from virt_sse.host import capabilities
 from virt_sse.host.setup import APPARMOR_ABSTRACTION, APPARMOR_LOCAL, apparmor_rule
-from virt_sse.libvirt.users import User, default_qemu_user
+from virt_sse.libvirt.capabilities import HostCapabilities
+from virt_sse.libvirt.users import User
 from virt_sse.model.ciphers import KNOWN
 from virt_sse.stages.storage_user import storage_user
 
@@ -57,7 +58,7 @@ def test_a_cipher_that_qemu_has_not(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_who_qemu_is_and_who_serves_it() -> None:
-    qemu = default_qemu_user(CAPABILITIES)
+    qemu = HostCapabilities.parse(CAPABILITIES).qemu_user
     assert qemu == User(64055, 108)
     assert storage_user("1234", qemu) == User(1234, 1234)
     assert storage_user("nobody", qemu).uid == 65534

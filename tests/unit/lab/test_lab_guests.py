@@ -9,6 +9,7 @@ import pytest
 from virt_sse.errors import LabError
 from virt_sse.lab.guests import disk_xml, domain_xml, script_output
 from virt_sse.lab.recipes import LinuxMicro
+from virt_sse.libvirt.xml import parse_xml
 
 LINUX = LinuxMicro(Path("/boot/vm & linuz"), Path("/boot/initramfs"))
 DISKS = [
@@ -18,11 +19,10 @@ DISKS = [
 
 
 def parsed(*, boot: LinuxMicro | None = None, script: str = "", name: str = "<&>") -> ET.Element:
-    return ET.fromstring(  # noqa: S314 -- our own
-        domain_xml(
-            name, domain_type="qemu", disks=DISKS, serial_log=Path("/log/<s>"), boot=boot, script=script
-        )
+    text = domain_xml(
+        name, domain_type="qemu", disks=DISKS, serial_log=Path("/log/<s>"), boot=boot, script=script
     )
+    return parse_xml(text, kind="domain XML")
 
 
 def test_names_and_paths_are_escaped() -> None:

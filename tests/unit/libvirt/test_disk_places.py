@@ -6,19 +6,21 @@ from uuid import UUID
 import pytest
 
 from virt_sse.errors import InvalidValueError
-from virt_sse.libvirt.disk_places import DiskPlace, disk_places
-from virt_sse.libvirt.references import usage
+from virt_sse.libvirt.disk_places import DiskPlace
+from virt_sse.libvirt.domain_definition import DomainDefinition
+from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.model.slots import TEMP_SLOT
 
 ID = UUID("6e2a0c0e-8d1f-4c58-9c63-0a1c62d7a9b1")
 
 
 def secret(slot: str) -> str:
-    return f"<encryption format='luks'><secret type='passphrase' usage='{usage(ID, slot)}'/></encryption>"
+    usage = SecretName(ID, slot).usage
+    return f"<encryption format='luks'><secret type='passphrase' usage='{usage}'/></encryption>"
 
 
 def of(*disks: str) -> list[DiskPlace]:
-    return disk_places(f"<domain><devices>{''.join(disks)}</devices></domain>")
+    return DomainDefinition.parse(f"<domain><devices>{''.join(disks)}</devices></domain>").disk_places()
 
 
 PLACES = {
@@ -58,16 +60,16 @@ PLACES = {
     "encrypted by others": (
         "<disk type='file'><source file='/a'><encryption format='luks'><secret type='passphrase' usage='x'/>"
         "</encryption></source><target dev='vda'/></disk>",
-        DiskPlace("vda", obstacle="it is encrypted, and not by virt-sse"),
+        DiskPlace("vda", obstacle="the image is encrypted, but not by virt-sse"),
     ),
     "in a network": (
         "<disk type='network'><source protocol='rbd' name='x'/><target dev='vda'/></disk>",
-        DiskPlace("vda", obstacle="its type is 'network', not a file or block device"),
+        DiskPlace("vda", obstacle="disk type 'network' is neither a file nor a block device"),
     ),
     "a slice": (
         "<disk type='file'><source file='/a'><slices><slice type='storage' offset='512' size='512'/></slices>"
         "</source><target dev='vda'/></disk>",
-        DiskPlace("vda", obstacle="it is a slice of an image"),
+        DiskPlace("vda", obstacle="the disk is a slice of an image"),
     ),
 }
 
@@ -86,7 +88,5 @@ def test_drives_and_temporary_disks_are_no_disks() -> None:
 
 @pytest.mark.parametrize("secret", ["virt-sse:", "virt-sse:x:service", f"virt-sse:{ID}"])
 def test_a_secret_that_only_looks_like_ours(secret: str) -> None:
-    with pytest.raises(InvalidValueError, match="not a domain's XML"):
+    with pytest.raises(InvalidValueError, match="names an unknown secret"):
         of(f"<disk type='file'><encryption><secret usage='{secret}'/></encryption></disk>")
-    with pytest.raises(InvalidValueError, match="not a domain's XML"):
-        disk_places("<domain")

@@ -12,9 +12,10 @@ import pytest
 
 from command_line import no_libvirt
 from virt_sse.libvirt import hook_script
-from virt_sse.libvirt.references import VM_NAMESPACE, usage
+from virt_sse.libvirt.secret_name import SecretName
+from virt_sse.libvirt.vm_metadata import VM_NAMESPACE
 
-OURS = f"<domain><uuid>{uuid.uuid4()}</uuid><devices><disk><source file='/x'><encryption format='luks'><secret type='passphrase' usage='{usage(uuid.uuid4(), 'service')}'/></encryption></source><target dev='vda'/></disk></devices></domain>"  # noqa: E501 -- XML
+OURS = f"<domain><uuid>{uuid.uuid4()}</uuid><devices><disk><source file='/x'><encryption format='luks'><secret type='passphrase' usage='{SecretName(uuid.uuid4(), 'service').usage}'/></encryption></source><target dev='vda'/></disk></devices></domain>"  # noqa: E501 -- XML
 THEIRS = "<domain><devices><disk><source file='/x'/><target dev='vda'/></disk></devices></domain>"
 PREPARE, RECONNECT = ("prepare", "begin", "-"), ("reconnect", "begin", "-")
 
@@ -111,7 +112,7 @@ def test_a_domain_of_which_something_was_asked_is_served_also_without_a_disk_of_
 ) -> None:
     element = f'<virt-sse:vm xmlns:virt-sse="{VM_NAMESPACE}" encryption-at-host="perhaps"/>'
     asked = THEIRS.replace("<devices>", f"<uuid>{uuid.uuid4()}</uuid><metadata>{element}</metadata><devices>")
-    assert "metadata makes no sense" in installed(asked, *PREPARE, status=1)
+    assert "metadata is invalid" in installed(asked, *PREPARE, status=1)
 
 
 def test_a_secret_that_makes_no_sense_is_refused(installed: Hook) -> None:

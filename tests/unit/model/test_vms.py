@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +12,10 @@ import pytest
 from virt_sse.domains import tpm_envelope
 from virt_sse.domains.host_encryption import agreed
 from virt_sse.errors import EnvelopeError, InvalidValueError, PolicyError
-from virt_sse.libvirt import domain_xml, vm_metadata
-from virt_sse.libvirt.references import secret_uuid, usage
+from virt_sse.libvirt.disk_element import Behind, DiskSource, disk_element
+from virt_sse.libvirt.domain_definition import DomainDefinition
+from virt_sse.libvirt.domain_edit import DomainEdit
+from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.vm_metadata import Stated
 from virt_sse.model.keys import KeyId, KeyRef, WrappedDek
 from virt_sse.model.layers import HostCaching
@@ -91,17 +92,58 @@ def test_the_key_of_a_tpm_is_in_use_and_rewrapped_by_compare_and_swap(store: Sto
     assert store.vms.keys_in_use() == {wrapped("2").key: 1}
 
 
-def test_a_definition_says_what_it_was_told(tmp_path: Path) -> None:
-    root = vm_metadata.parse(PLAIN)
-    assert vm_metadata.stated(root) is None
+def test_a_definition_says_what_it_was_told() -> None:
+    definition = DomainDefinition.parse(PLAIN)
+    assert definition.stated is None
     for said in (Stated(ALL, 7), Stated(VmProperties(), 8)):
-        vm_metadata.state(root, said)
-        text = ET.tostring(root, encoding="unicode")
-        assert vm_metadata.stated(vm_metadata.parse(text)) == said
-        assert vm_metadata.has_encryption_at_host(text) is said.properties.encryption_at_host
+        edit = DomainEdit(definition)
+        edit.state(said)
+        definition = edit.result()
+        text = definition.to_xml()
+        for each in (definition, DomainDefinition.parse(text)):
+            assert each.stated == said
+            assert each.has_encryption_at_host is said.properties.encryption_at_host
         assert text.count("<virt-sse:vm ") == 1
         assert "<app:os " in text, "what others have in the metadata stays, by its name"
         assert "<qemu:arg " in text
+    assert DomainDefinition.parse(PLAIN).stated is None
+
+
+def test_an_edit_leaves_its_original_alone() -> None:
+    definition = DomainDefinition.parse(PLAIN)
+    edit = DomainEdit(definition)
+    assert edit.result() is definition
+    edit.exclude_memory_from_core_dumps()
+    first = edit.result()
+    edit.set_tpm_encryption(encrypted=True)
+    assert (definition.guest_data.dump_core, definition.to_xml()) == (None, PLAIN)
+    assert (first.guest_data.dump_core, first.tpm_secret) == ("off", None)
+    assert edit.result().tpm_secret is not None
+
+
+def test_an_edit_writes_our_prefix_whatever_prefixes_the_original_has() -> None:
+    prefixes = 'xmlns:virt-sse="https://virt-sse.invalid/vm/1" xmlns:v="https://virt-sse.invalid/vm/1"'
+    edit = DomainEdit(DomainDefinition.parse(PLAIN.replace("<domain ", f"<domain {prefixes} ")))
+    edit.state(Stated(ALL, 7))
+    assert "<virt-sse:vm " in edit.result().to_xml()
+
+
+def test_an_edit_sets_the_sources_of_disks() -> None:
+    disk = uuid.uuid4()
+    before = DiskSource(disk, "service", "raw", Path("/x"))
+    element = disk_element(before, target="vdb")
+    definition = DomainDefinition.parse(PLAIN.replace("<tpm ", f"{element}<tpm "))
+    edit = DomainEdit(definition)
+    edit.set_sources({uuid.uuid4(): before})
+    assert edit.result() is definition
+    after = dataclasses.replace(before, behind=Behind(Path("/run/nbd"), 30))
+    edit.set_sources({disk: after})
+    changed = edit.result()
+    assert changed.our_disks == (after.use("vdb"),)
+    assert DomainDefinition.parse(changed.to_xml()).our_disks == (after.use("vdb"),)
+    again = DomainEdit(changed)
+    again.set_sources({disk: after})
+    assert again.result() is changed
 
 
 @pytest.mark.parametrize(
@@ -115,57 +157,63 @@ def test_a_definition_says_what_it_was_told(tmp_path: Path) -> None:
         "encryption-at-host='on' generation='1' size='a b'",
     ],
 )
-def test_metadata_that_makes_no_sense_is_refused(attributes: str) -> None:
+def test_invalid_metadata_is_refused(attributes: str) -> None:
     element = f"<v:vm xmlns:v='https://virt-sse.invalid/vm/1' {attributes}/>"
-    with pytest.raises(InvalidValueError, match="makes no sense"):
-        vm_metadata.stated(vm_metadata.parse(PLAIN.replace("<metadata>", f"<metadata>{element}")))
+    with pytest.raises(InvalidValueError, match="metadata is invalid"):
+        _ = DomainDefinition.parse(PLAIN.replace("<metadata>", f"<metadata>{element}")).stated
     whole = "<v:vm xmlns:v='https://virt-sse.invalid/vm/1' encryption-at-host='on' generation='1'/>"
-    with pytest.raises(InvalidValueError, match="twice"):
-        vm_metadata.stated(vm_metadata.parse(PLAIN.replace("<metadata>", f"<metadata>{whole}{whole}")))
+    with pytest.raises(InvalidValueError, match="two elements"):
+        _ = DomainDefinition.parse(PLAIN.replace("<metadata>", f"<metadata>{whole}{whole}")).stated
+
+
+def with_temp_disk(xml: str, path: Path | None) -> DomainDefinition:
+    edit = DomainEdit(DomainDefinition.parse(xml))
+    edit.set_temp_disk(path)
+    return edit.result()
 
 
 def test_a_temporary_disk_in_a_definition() -> None:
-    root = vm_metadata.parse(PLAIN)
-    vm_metadata.set_temp_disk(root, ID, Path("/temp/disk.raw"))
-    text = ET.tostring(root, encoding="unicode")
-    assert domain_xml.our_disks(text) == [], "it is no disk in the store"
-    (use,) = domain_xml.temp_disks(text)
+    definition = with_temp_disk(PLAIN, Path("/temp/disk.raw"))
+    text = definition.to_xml()
+    assert definition.our_disks == (), "it is no disk in the store"
+    (use,) = definition.temp_disks
     assert (use.disk_id, use.target, use.source) == (temp_disk_id(ID), "vdb", Path("/temp/disk.raw"))
-    assert vm_metadata.secrets_of_vm(text) == [(temp_disk_id(ID), TEMP_SLOT)]
+    assert definition.vm_secrets == (SecretName(temp_disk_id(ID), TEMP_SLOT),)
 
     moved = text.replace("vdb", "sdc").replace("<readonly", "<")
-    root = vm_metadata.parse(moved)
-    vm_metadata.set_temp_disk(root, ID, Path("/elsewhere/disk.raw"))
-    (use,) = domain_xml.temp_disks(ET.tostring(root, encoding="unicode"))
+    (use,) = with_temp_disk(moved, Path("/elsewhere/disk.raw")).temp_disks
     assert (use.target, use.source) == ("sdc", Path("/elsewhere/disk.raw")), (
         "its place stays as it was edited"
     )
 
     copy = uuid.uuid4()
-    root = vm_metadata.parse(text.replace(str(ID), str(copy)))
-    assert vm_metadata.secrets_of_vm(ET.tostring(root, encoding="unicode")) == [], (
-        "another VM's stays that one's"
-    )
-    vm_metadata.set_temp_disk(root, copy, Path("/temp/copy.raw"))
-    (use,) = domain_xml.temp_disks(ET.tostring(root, encoding="unicode"))
+    copied = text.replace(str(ID), str(copy))
+    assert DomainDefinition.parse(copied).vm_secrets == (), "another VM's stays that one's"
+    definition = with_temp_disk(copied, Path("/temp/copy.raw"))
+    (use,) = definition.temp_disks
     assert use.disk_id == temp_disk_id(copy)
-    vm_metadata.set_temp_disk(root, copy, None)
-    assert domain_xml.temp_disks(ET.tostring(root, encoding="unicode")) == []
+    assert with_temp_disk(definition.to_xml(), None).temp_disks == ()
+
+
+def with_tpm_encryption(definition: DomainDefinition, *, encrypted: bool) -> DomainDefinition:
+    edit = DomainEdit(definition)
+    edit.set_tpm_encryption(encrypted=encrypted)
+    return edit.result()
 
 
 def test_a_tpm_in_a_definition() -> None:
-    root = vm_metadata.parse(PLAIN)
-    assert vm_metadata.tpm_secret(root) is None
-    vm_metadata.set_tpm_encryption(root, ID, encrypted=True)
-    vm_metadata.set_tpm_encryption(root, ID, encrypted=True)
-    assert vm_metadata.tpm_secret(root) == secret_uuid(ID, TPM_SLOT)
-    text = ET.tostring(root, encoding="unicode")
+    definition = DomainDefinition.parse(PLAIN)
+    assert definition.tpm_secret is None
+    definition = with_tpm_encryption(definition, encrypted=True)
+    definition = with_tpm_encryption(definition, encrypted=True)
+    secret = SecretName(ID, TPM_SLOT)
+    assert definition.tpm_secret == secret.uuid
+    text = definition.to_xml()
     assert text.count("<encryption") == 1
-    assert vm_metadata.secrets_of_vm(text) == [(ID, TPM_SLOT)]
-    assert vm_metadata.secrets_of_vm(text.replace(str(ID), str(uuid.uuid4()))) == []
-    vm_metadata.set_tpm_encryption(root, ID, encrypted=False)
-    assert vm_metadata.tpm_secret(root) is None
-    assert usage(ID, TPM_SLOT) == f"virt-sse:{ID}:tpm"
+    assert definition.vm_secrets == (secret,)
+    assert DomainDefinition.parse(text.replace(str(ID), str(uuid.uuid4()))).vm_secrets == ()
+    assert with_tpm_encryption(definition, encrypted=False).tpm_secret is None
+    assert secret.usage == f"virt-sse:{ID}:tpm"
 
 
 def test_definition_and_store_must_agree() -> None:

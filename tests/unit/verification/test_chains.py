@@ -1,16 +1,33 @@
 from __future__ import annotations
 
+from collections.abc import Collection
 from uuid import UUID
 
 import pytest
 
 from virt_sse.errors import InvalidValueError
-from virt_sse.libvirt.references import usage
-from virt_sse.verification.chains import LinkKind, disk_chains, may_be_ours, plaintext_links, serial
+from virt_sse.libvirt.disk_chains import BackupJob, DiskChain
+from virt_sse.libvirt.domain_definition import DomainDefinition
+from virt_sse.libvirt.secret_name import SecretName
+from virt_sse.verification import chains
+from virt_sse.verification.chains import LinkKind, PlaintextLink, may_be_ours, serial
 
 DISK = UUID("6e2a0c0e-8d1f-4c58-9c63-0a1c62d7a9b1")
-OURS = f"<encryption format='luks'><secret type='passphrase' usage='{usage(DISK, 'service')}'/></encryption>"
+USAGE = SecretName(DISK, "service").usage
+OURS = f"<encryption format='luks'><secret type='passphrase' usage='{USAGE}'/></encryption>"
 THEIRS = "<encryption format='luks'><secret type='passphrase' usage='other'/></encryption>"
+
+
+def disk_chains(xml: str, backup: str | None = None) -> list[DiskChain]:
+    job = BackupJob.parse(backup) if backup is not None else None
+    return DomainDefinition.parse(xml).disk_chains(job)
+
+
+def plaintext_links(
+    xml: str, backup: str | None = None, *, known: Collection[UUID] = ()
+) -> list[PlaintextLink]:
+    job = BackupJob.parse(backup) if backup is not None else None
+    return chains.plaintext_links(DomainDefinition.parse(xml), job, known=known)
 
 
 def source(file: str, encryption: str = "") -> str:
@@ -115,5 +132,5 @@ def test_places_that_are_no_files() -> None:
 
 @pytest.mark.parametrize("text", ["", "<domain>", domain(source("/x", OURS.replace(str(DISK), "nonsense")))])
 def test_what_makes_no_sense(text: str) -> None:
-    with pytest.raises(InvalidValueError, match="not a domain's XML"):
+    with pytest.raises(InvalidValueError, match=r"invalid domain XML|names an unknown secret"):
         plaintext_links(text)

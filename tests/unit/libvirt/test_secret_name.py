@@ -4,19 +4,19 @@ import uuid
 
 import pytest
 
-from virt_sse.libvirt.references import parse_usage, secret_uuid, usage
+from virt_sse.libvirt.secret_name import SecretName
 
 DISK = uuid.UUID("6e2a0c0e-8d1f-4c58-9c63-0a1c62d7a9b1")
 
 
 def test_a_usage_is_read_back() -> None:
-    assert usage(DISK, "service") == "virt-sse:6e2a0c0e-8d1f-4c58-9c63-0a1c62d7a9b1:service"
-    assert parse_usage(usage(DISK, "service")) == (DISK, "service")
+    assert SecretName(DISK, "service").usage == "virt-sse:6e2a0c0e-8d1f-4c58-9c63-0a1c62d7a9b1:service"
+    assert SecretName.parse(SecretName(DISK, "service").usage) == SecretName(DISK, "service")
 
 
 @pytest.mark.parametrize("text", ["", "ceph", "virt-ss", "my virt-sse:", " virt-sse:x:y"])
 def test_what_is_not_ours(text: str) -> None:
-    assert parse_usage(text) is None
+    assert SecretName.parse(text) is None
 
 
 @pytest.mark.parametrize(
@@ -25,10 +25,11 @@ def test_what_is_not_ours(text: str) -> None:
 )
 def test_what_is_ours_and_makes_no_sense(text: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
-        parse_usage(text)
+        SecretName.parse(text)
 
 
 def test_a_secret_has_one_uuid() -> None:
     """Written down: libvirt holds secrets by it while virt-sse is upgraded."""
-    assert str(secret_uuid(DISK, "service")) == "69106d25-ef42-5863-b373-251e35d3cb14"
-    assert secret_uuid(DISK, "host") != secret_uuid(DISK, "service") != secret_uuid(uuid.uuid4(), "service")
+    assert str(SecretName(DISK, "service").uuid) == "69106d25-ef42-5863-b373-251e35d3cb14"
+    names = SecretName(DISK, "host"), SecretName(DISK, "service"), SecretName(uuid.uuid4(), "service")
+    assert len({name.uuid for name in names}) == len(names)

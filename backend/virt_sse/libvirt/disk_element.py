@@ -1,0 +1,187 @@
+"""The ``<disk>`` element of an encrypted disk: reading and writing.
+
+Sources: libvirt formatdomain, formatstorageencryption.
+"""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+from virt_sse.errors import InvalidValueError
+from virt_sse.libvirt.secret_name import SecretName
+
+_TARGET = re.compile(r"(?:vd|sd|hd)[a-z]{1,2}")
+_BUSES = {"vd": "virtio", "sd": "scsi", "hd": "ide"}
+
+
+@dataclass(frozen=True, slots=True)
+class DomainDisk:
+    """Use of a DEK of ours by a disk of a domain.
+
+    :ivar source: path of the image, or of the NBD server's Unix socket; ``None`` for any other source.
+    :ivar target: the disk's name in the guest, e.g. ``vda``.
+    :ivar reconnects: whether QEMU reconnects to a restarted NBD server (libvirt 9.5 and later).
+    """
+
+    disk_id: UUID
+    slot: str
+    source: Path | None
+    target: str
+    reconnects: bool = False
+
+    @property
+    def secret(self) -> SecretName:
+        """Name of the libvirt secret with the DEK."""
+        return SecretName(self.disk_id, self.slot)
+
+
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """NBD server between a domain and the disk's image.
+
+    :ivar socket: Unix socket of the server.
+    :ivar reconnect_seconds: how long requests wait for a lost server.
+    """
+
+    socket: Path
+    reconnect_seconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSource:
+    """Source of an encrypted disk, as a domain definition has to name the source.
+
+    :ivar driver_type: libvirt's name of the image format that QEMU sees.
+    :ivar path: the image.
+    :ivar behind: NBD server in front of the image; ``None`` if QEMU opens the image itself.
+    :ivar error_policy: libvirt's policy for failed reads and writes; ``None`` for libvirt's default.
+    """
+
+    disk_id: UUID
+    slot: str
+    driver_type: str
+    path: Path
+    behind: Behind | None = None
+    error_policy: str | None = None
+
+    @property
+    def place(self) -> Path:
+        """The path that :attr:`DomainDisk.source` has for this source."""
+        return self.behind.socket if self.behind else self.path
+
+    def use(self, target: str) -> DomainDisk:
+        """The use of the DEK that :func:`disk_element` writes."""
+        return DomainDisk(self.disk_id, self.slot, self.place, target, reconnects=self.behind is not None)
+
+
+def disk_element(source: DiskSource, *, target: str, read_only: bool = False) -> str:
+    """Return the ``<disk>`` element with which a domain uses an encrypted disk.
+
+    ``snapshot='no'`` excludes the disk from snapshots that do not name the disk. An external snapshot would
+    write to a plaintext overlay. An internal snapshot with memory would abort QEMU: the qcow2 driver asserts
+    that encrypted VM state is a multiple of the sector size.
+
+    :param target: the name in the guest; its first two letters select the bus.
+    :raise InvalidValueError: When *target* is invalid.
+    """
+    if not _TARGET.fullmatch(target):
+        raise InvalidValueError(f"invalid target {target[:20]!r}", hint="e.g. vdb, sda or hda")
+    disk = ET.Element("disk", type="file", device="disk", snapshot="no")
+    ET.SubElement(disk, "driver", name="qemu")
+    ET.SubElement(disk, "source")
+    set_source(disk, source)
+    ET.SubElement(disk, "target", dev=target, bus=_BUSES[target[:2]])
+    if read_only:
+        ET.SubElement(disk, "readonly")
+    ET.SubElement(disk, "serial").text = source.disk_id.hex[:20]
+    ET.indent(disk)
+    return ET.tostring(disk, encoding="unicode") + "\n"
+
+
+def set_source(disk: ET.Element, source: DiskSource) -> None:
+    """Replace source and driver options of the ``<disk>`` element *disk*; all other children stay unchanged.
+
+    :raise InvalidValueError: When *disk* has no driver or no source.
+    """
+    driver, place = disk.find("driver"), disk.find("source")
+    if driver is None or place is None:
+        raise InvalidValueError("the domain has a disk without a driver or a source")
+    driver.set("type", source.driver_type)
+    driver.set("discard", "unmap")
+    for name in ("error_policy", "rerror_policy"):
+        driver.attrib.pop(name, None)
+        if source.error_policy:
+            driver.set(name, source.error_policy)
+    place.clear()
+    if source.behind:
+        disk.set("type", "network")
+        place.attrib |= {"protocol": "nbd", "name": str(source.disk_id)}
+        ET.SubElement(place, "host", transport="unix", socket=str(source.behind.socket))
+        ET.SubElement(place, "reconnect", delay=str(source.behind.reconnect_seconds))
+    else:
+        disk.set("type", "file")
+        place.set("file", str(source.path))
+    encryption = ET.SubElement(place, "encryption", format="luks")
+    secret = SecretName(source.disk_id, source.slot)
+    ET.SubElement(encryption, "secret", type="passphrase", usage=secret.usage)
+
+
+def dek_uses(disk: ET.Element) -> Iterator[DomainDisk]:
+    """All uses of our DEKs by the ``<disk>`` element *disk*, including backing files and mirrors.
+
+    :raise InvalidValueError: When a secret's usage id has our prefix and is malformed.
+    """
+    for place in (disk, *disk.iter("backingStore"), *disk.iter("mirror")):
+        for secret in encryption_secrets(place):
+            if name := secret_name(secret):
+                reconnects = place.find("source/reconnect") is not None
+                yield DomainDisk(name.owner, name.slot, _source(place), target_of(disk), reconnects)
+
+
+def encryption_secrets(place: ET.Element) -> list[ET.Element]:
+    """The encryption secrets of a ``<disk>``, ``<backingStore>`` or ``<mirror>``.
+
+    Current libvirt writes ``<encryption>`` inside ``<source>``, older versions beside ``<source>``.
+    """
+    return [*place.iterfind("./encryption/secret"), *place.iterfind("./source/encryption/secret")]
+
+
+def secret_name(secret: ET.Element) -> SecretName | None:
+    """The name in a ``<secret>`` element; ``None`` for a secret that is not ours.
+
+    :raise InvalidValueError: When the usage id has our prefix and is malformed.
+    """
+    try:
+        return SecretName.parse(secret.get("usage", ""))
+    except ValueError as exc:
+        raise InvalidValueError(f"the domain names an unknown secret: {exc}") from exc
+
+
+def target_of(disk: ET.Element) -> str:
+    """The disk's name in the guest; empty if the element has none."""
+    target = disk.find("target")
+    return target.get("dev", "") if target is not None else ""
+
+
+def free_target(domain: ET.Element) -> str:
+    """The first virtio name from ``vda`` to ``vdz`` without a disk in the ``<domain>`` element *domain*.
+
+    :raise InvalidValueError: When all names are in use.
+    """
+    used = {target.get("dev") for target in domain.iterfind("./devices/disk/target")}
+    for letter in "abcdefghijklmnopqrstuvwxyz":
+        if f"vd{letter}" not in used:
+            return f"vd{letter}"
+    raise InvalidValueError("the domain has no free virtio target")
+
+
+def _source(place: ET.Element) -> Path | None:
+    source = place.find("source")
+    host = place.find("source[@protocol='nbd']/host[@transport='unix']")
+    name = host.get("socket") if host is not None else source.get("file") if source is not None else None
+    return Path(name) if name else None

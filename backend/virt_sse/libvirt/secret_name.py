@@ -1,0 +1,48 @@
+"""Names of libvirt secrets: ``<secret type='passphrase' usage='virt-sse:DISK-ID:SLOT'/>`` in domain XML.
+
+The name tells whose DEK a secret holds. The libvirt hook therefore recognizes a domain with our disks without
+the store and without the agent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+from uuid import UUID, uuid5
+
+PREFIX = "virt-sse:"
+
+
+@dataclass(frozen=True, slots=True)
+class SecretName:
+    """Name of the libvirt secret with a DEK.
+
+    :ivar owner: id of the disk; for the slot ``tpm``, UUID of the domain.
+    :ivar slot: the DEK's slot.
+    """
+
+    owner: UUID
+    slot: str
+
+    @classmethod
+    def parse(cls, usage: str) -> Self | None:
+        """Read a secret's usage id; ``None`` for a secret without our prefix.
+
+        :raise ValueError: When the usage id has our prefix and is malformed.
+        """
+        if not usage.startswith(PREFIX):
+            return None
+        owner, _, slot = usage.removeprefix(PREFIX).partition(":")
+        if not slot:
+            raise ValueError(f"no slot in {usage!r}")
+        return cls(UUID(owner), slot)
+
+    @property
+    def usage(self) -> str:
+        """The secret's usage id."""
+        return f"{PREFIX}{self.owner}:{self.slot}"
+
+    @property
+    def uuid(self) -> UUID:
+        """The secret's UUID, derived from the name: defining the secret again replaces the secret."""
+        return uuid5(self.owner, self.slot)
