@@ -42,7 +42,7 @@ class WatchedKey:
 
 @dataclass(frozen=True, slots=True)
 class ProbeDek:
-    """A wrapped DEK to probe a key with, and a domain that uses the DEK."""
+    """A wrapped DEK to probe a key with, and the name of a domain with this DEK."""
 
     disk: Disk
     slot: str
@@ -76,7 +76,7 @@ class _WatchEntry:
     """A watched key.
 
     :ivar polled: the state from the last poll, before any probe.
-    :ivar confirmed: the status that resulted, after a probe if necessary.
+    :ivar confirmed: the resulting status, after a probe if necessary.
     :ivar request: the last poll, under way or done.
     :ivar requested: start of the last poll, of ``time.monotonic()``.
     """
@@ -114,7 +114,7 @@ class KeyWatch:
         self._lock = threading.Lock()
 
     def watch(self, probe_deks: Mapping[WatchedKey, ProbeDek]) -> float:
-        """Watch exactly these keys from now on, and start the polls that are due.
+        """Watch exactly these keys from now on, and start due polls.
 
         :return: when to call again, in ``time.monotonic()``.
         """

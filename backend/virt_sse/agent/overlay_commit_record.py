@@ -1,4 +1,4 @@
-"""Records of overlay commits (:mod:`~virt_sse.agent.overlay_commit`), so that the next agent can continue."""
+"""Records of overlay commits (:mod:`~virt_sse.agent.overlay_commit`), for the next agent to continue."""
 
 from __future__ import annotations
 

@@ -139,11 +139,11 @@ class PlaintextWatch:
             _log.error("fold-record-damaged", extra=fields({"reason": message}))
         self._damaged = messages
 
-    def _do(self, domain_id: UUID, what: Callable[..., None], *arguments: object) -> None:
+    def _do(self, domain_id: UUID, function: Callable[..., None], *arguments: object) -> None:
         """Call a function in a worker thread, unless the domain has work under way or a recent failure."""
         job = self._jobs.get(domain_id)
         if (job is None or job.done()) and time.monotonic() >= self._not_before.get(domain_id, 0.0):
-            self._jobs[domain_id] = self._pool.submit(what, *arguments)
+            self._jobs[domain_id] = self._pool.submit(function, *arguments)
 
     def _pause(self, domain: RunningDomain) -> None:
         self._act("pause", domain)

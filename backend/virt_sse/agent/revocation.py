@@ -159,7 +159,7 @@ class Revocation:
         if wanted.action is RevocationAction.DESTROY or expired:
             self._do("destroy", domain, enforcement.destroy)
         elif wanted.action is RevocationAction.SHUTDOWN and not case.is_requested:
-            case.is_requested = self._do("shutdown", domain, enforcement.ask_to_shut_down)
+            case.is_requested = self._do("shutdown", domain, enforcement.request_shutdown)
         elif wanted.action is RevocationAction.PAUSE and domain.runs:
             self._do("pause", domain, enforcement.pause)
         elif status.has_secrets:
@@ -168,7 +168,7 @@ class Revocation:
     def _lift(self, domain: RunningDomain) -> None:
         if self._cases.pop((domain.uuid, domain.run), None):
             _log.info("domain-restored", extra=fields({"domain": domain.name}))
-        if domain.paused_by_us:
+        if domain.paused_for_key:
             self._do("resume", domain, enforcement.resume)
 
     def _do(self, action: str, domain: RunningDomain, function: Callable[[str, RunningDomain], bool]) -> bool:

@@ -1,4 +1,4 @@
-"""What is done to a domain, by what the sets of its disks ask for."""
+"""The enforcement for a domain follows from its disks' encryption sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a key is taken for revoked, and when it is not."""
+"""The key watch: polls, probes, and when a key counts as revoked."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAME = "scripted"
 
 
 class ScriptedProvider(KeyProvider):
-    """Says what a test has written down."""
+    """Answers as scripted by the test."""
 
     name = NAME
     state: ClassVar[KeyState] = KeyState.ENABLED
@@ -71,7 +71,7 @@ class Watched:
         self.changes += 1
 
     def after(self, *, polls: int = 4) -> KeyStatus | None:
-        """What is known some looks later."""
+        """The status some polls later."""
         for _ in range(polls * 2):
             self.watch.watch(self.probe_deks)
             time.sleep(0.02)
@@ -80,7 +80,7 @@ class Watched:
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """What the provider says from now on."""
+    """Sets the provider's answers from now on."""
 
     def say(state: KeyState, refusal: Exception | None = None, delay: float = 0) -> None:
         monkeypatch.setattr(ScriptedProvider, "state", state)
@@ -99,14 +99,14 @@ def watched(backend: Backend, script: Callable[..., None]) -> Iterator[Watched]:
     watched.watch.stop()
 
 
-def test_a_look_is_enough_while_all_is_well(watched: Watched) -> None:
+def test_polls_suffice_while_the_key_is_usable(watched: Watched) -> None:
     assert watched.watch.status(watched.key) is None
     assert watched.after() == KeyStatus(KeyState.ENABLED)
     assert ScriptedProvider.unwraps == 0
     assert watched.changes == 1
 
 
-def test_what_a_look_shows_is_tried_once_before_it_is_believed(
+def test_a_polled_change_is_probed_once_before_it_counts(
     watched: Watched, script: Callable[..., None]
 ) -> None:
     watched.after()
@@ -125,7 +125,7 @@ def test_a_key_that_still_unwraps_is_not_revoked(watched: Watched, script: Calla
 
 
 @pytest.mark.parametrize("error", [KeyProviderUnavailableError("timeout"), UnwrapError("damaged")])
-def test_a_trial_that_shows_nothing_leaves_the_look(
+def test_an_inconclusive_probe_leaves_the_polled_state(
     watched: Watched, script: Callable[..., None], error: Exception
 ) -> None:
     script(KeyState.DELETED, error)
@@ -141,16 +141,14 @@ def test_silence_neither_begins_nor_ends_a_revocation(watched: Watched, script: 
     assert watched.after() == KeyStatus(KeyState.UNREACHABLE, "no")
     script(KeyState.DISABLED, KeyDisabledError("no"))
     assert watched.after() == KeyStatus(KeyState.DISABLED, "no")
-    assert ScriptedProvider.unwraps == 0, "it has been tried"
+    assert ScriptedProvider.unwraps == 0, "it has been probed"
     script(KeyState.ENABLED, KeyProviderUnavailableError("timeout"))
-    assert watched.after() == KeyStatus(KeyState.UNREACHABLE, "no"), "enabled, but that could not be tried"
+    assert watched.after() == KeyStatus(KeyState.UNREACHABLE, "no"), "enabled, but the probe was inconclusive"
     script(KeyState.ENABLED)
     assert watched.after() == KeyStatus(KeyState.ENABLED)
 
 
-def test_a_trial_now_and_then_finds_what_a_look_does_not(
-    backend: Backend, script: Callable[..., None]
-) -> None:
+def test_periodic_probes_detect_what_polls_do_not(backend: Backend, script: Callable[..., None]) -> None:
     watched = Watched(backend, probe_seconds=0.1)
     try:
         watched.after()
@@ -176,7 +174,7 @@ def test_one_slow_key_delays_no_other(backend: Backend, script: Callable[..., No
     watched.watch.stop()
 
 
-def test_a_key_that_nobody_uses_any_more_is_forgotten(watched: Watched) -> None:
+def test_an_unused_key_is_forgotten(watched: Watched) -> None:
     watched.after()
     watched.watch.watch({})
     assert watched.watch.states() == []
