@@ -19,6 +19,10 @@ _TIMEOUT = 20.0
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what it would log is raised
 
 
+class MonitorSilentError(MonitorError):
+    """No QEMU process answers at the monitor's socket, or the process ends before its greeting."""
+
+
 class Monitor:
     """A connected monitor."""
 
@@ -48,14 +52,14 @@ class Monitor:
 async def connected(path: Path) -> AsyncIterator[Monitor]:
     """A connection to the monitor that listens at *path*.
 
-    :raise MonitorError: When none answers there.
+    :raise MonitorSilentError: When no process answers at *path*.
     """
     client = QMPClient()
     try:
         await asyncio.wait_for(client.connect(str(path)), _TIMEOUT)
     except (ConnectError, OSError, TimeoutError) as exc:
         reason = str(exc) or f"nothing said within {_TIMEOUT:g} s"
-        raise MonitorError(f"its monitor does not answer: {reason}") from exc
+        raise MonitorSilentError(f"its monitor does not answer: {reason}") from exc
     try:
         yield Monitor(client)
     finally:

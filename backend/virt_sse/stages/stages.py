@@ -18,6 +18,7 @@ from virt_sse.model.keys import Dek
 from virt_sse.model.layers import LayerPlan
 from virt_sse.qemu import img, qcow2
 from virt_sse.qemu.formatting import header_length
+from virt_sse.qemu.qmp import MonitorSilentError
 from virt_sse.stages import sockets
 from virt_sse.stages.kinds import STAGE_KINDS, StageKinds, guest_and_below, kind_of
 from virt_sse.stages.locked_process import LockedProcess
@@ -283,8 +284,10 @@ def _launch(stage: StageProcess[Any], path: Path, dek: Dek | None, image: int | 
             return
         except VirtSseError as exc:
             log, has_ended = stage.process.log, stage.process.pid() is None
-            if has_ended and not log and not is_last:
-                continue  # qemu-storage-daemon sometimes ends at once, without a message, on a busy machine
+            # On a busy machine, a qemu-storage-daemon in 300 ends or hangs before its monitor's greeting.
+            if not log and not is_last and (has_ended or isinstance(exc, MonitorSilentError)):
+                stage.process.stop()
+                continue
             detail = f" ({log})" if log else " (the process has ended)" if has_ended else ""
             raise StageError(f"the {stage.title} cannot serve {path}: {exc}{detail}") from exc
 

@@ -26,7 +26,7 @@ from virt_sse.errors import DiskInUseError, StageError, ToolError
 from virt_sse.libvirt.users import User
 from virt_sse.model.keys import Dek
 from virt_sse.model.layers import HostCaching
-from virt_sse.qemu import img, qcow2
+from virt_sse.qemu import img, qcow2, qmp
 from virt_sse.stages import Stages
 
 NONE, READ_ONLY, READ_WRITE = HostCaching
@@ -274,6 +274,25 @@ class TestNothingIsLeftOfAStartThatFails:
         with pytest.raises(img.ImageError, match="is missing"):
             disk.start()
         assert disk.stages.records() == []
+
+
+def test_a_daemon_that_hangs_once_is_started_again(
+    make: Make, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = make("raw")
+    daemon = shutil.which("qemu-storage-daemon")
+    (folder / "bin").mkdir()
+    (folder / "bin/qemu-storage-daemon").write_text(
+        f'#!/bin/sh\n[ -e {folder}/hung ] && exec {daemon} "$@"\n: >{folder}/hung; exec sleep 60\n'
+    )
+    (folder / "bin/qemu-storage-daemon").chmod(0o755)
+    folder.chmod(0o777)
+    monkeypatch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
+    monkeypatch.setattr(qmp, "_TIMEOUT", 2.0)
+    disk.start()
+    assert (folder / "hung").exists()
+    assert len(disk.pids()) == 1
+    assert "read 512/512" in disk.guest_io("read 0 512")
 
 
 def test_a_start_that_is_killed_anywhere_is_no_hindrance(make: Make) -> None:
