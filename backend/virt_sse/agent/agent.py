@@ -100,6 +100,7 @@ class Agent:
     def serve_hook(self, event: str, domain: str, xml: str) -> None:
         """Serve an event of the libvirt hook, with the same effect as the hook without an agent.
 
+        :param domain: name of the domain; the definition in *xml* has the same name.
         :raise VirtSseError: By meaning. The domain must not start in this case.
         """
         with self._metrics.hook(event):

@@ -26,11 +26,9 @@ class DomainEdit:
         self._vm_id = definition.uuid
         self._root, prefixes = definition.copy_tree()
         self._before = ET.tostring(self._root)
-        # Last, because the last prefix of a URI wins: the hook script and the agent search for this prefix.
-        self._prefixes = {
-            **{key: uri for key, uri in prefixes.items() if key != VM_PREFIX},
-            VM_PREFIX: VM_NAMESPACE,
-        }
+        # Last, because the last prefix of a URI wins, and the agent searches the text for this prefix.
+        self._prefixes = {prefix: uri for prefix, uri in prefixes.items() if prefix != VM_PREFIX}
+        self._prefixes[VM_PREFIX] = VM_NAMESPACE
 
     def result(self) -> DomainDefinition:
         """The changed definition; the original itself if nothing has changed."""
