@@ -94,6 +94,9 @@ def configured_timeout(root: Path) -> float:
     try:
         text = (root / "etc/virt-sse/config.toml").read_text("utf-8")
         if "[agent]" in text:
+            # Not by Config.load, the only other reader: the hook runs this module first, for every event, and
+            # importing virt_sse.config takes five times longer than importing this module. If the option is
+            # invalid, Config.load reports the error once the hook serves the event without the agent.
             import tomllib
 
             timeout = tomllib.loads(text)["agent"]["timeout"]

@@ -16,7 +16,7 @@ from uuid import UUID
 
 import msgspec
 
-from virt_sse.agent_client import SOCKET
+from virt_sse.agent_client import SOCKET, TIMEOUT_SECONDS
 from virt_sse.errors import ConfigError, InvalidValueError
 from virt_sse.model.ciphers import AES_256_CBC, Cipher
 from virt_sse.model.keys import ProviderConfig
@@ -36,7 +36,12 @@ class PlaintextPolicy(enum.Enum):
 
     WARN = "warn"
     PAUSE = "pause"
-    FOLD = "fold"
+    COMMIT = "commit"
+
+    @classmethod
+    def _missing_(cls, value: object) -> PlaintextPolicy | None:
+        """Accept the policy's former name."""
+        return cls.COMMIT if value == "fold" else None
 
 
 def _one_of(kind: type[enum.Enum]) -> str:
@@ -63,7 +68,7 @@ class AgentConfig(_Table, frozen=True):
     :ivar plaintext: reaction to unencrypted images.
     """
 
-    timeout: _Seconds = 30.0
+    timeout: _Seconds = TIMEOUT_SECONDS
     poll_seconds: _Seconds = 2.0
     probe_seconds: _Seconds = 30.0
     rotation_seconds: _Seconds = 60.0

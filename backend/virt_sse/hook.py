@@ -1,7 +1,7 @@
-"""The entry point of the libvirt qemu hook (libvirt ``hooks.html``): serves one event of one domain.
+"""The entry point of the libvirt qemu hook (libvirt ``hooks.html``): serves an event of a domain.
 
-The installed hook script (:mod:`virt_sse.libvirt.hook_script`) runs this module for domains of ours only. The
-event goes to the agent. If no agent answers, this process serves the event itself, to the same effect.
+The installed hook script (:mod:`virt_sse.libvirt.hook_script`) runs this module for virt-sse's domains only.
+The event goes to the agent. If no agent answers, this process serves the event itself, with the same effect.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Serve one event: arguments as libvirt gives them to a hook, the domain's XML on standard input."""
+    """Serve an event: arguments as libvirt gives them to a hook, the domain's XML on standard input."""
     _, domain, event, *_ = sys.argv
     xml = sys.stdin.read()
     from virt_sse import agent_client

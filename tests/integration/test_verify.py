@@ -23,12 +23,12 @@ import pytest
 from agent_site import wait_until
 from stage_site import STORAGE_USER, StageSite, stage_site
 
-import virt_sse.agent.fold
-import virt_sse.agent.fold_record
-import virt_sse.agent.wiping
+import virt_sse.agent.overlay_commit
+import virt_sse.agent.overlay_commit_record
+import virt_sse.agent.overwrite
 from crashes import crash_points, dies_at
-from virt_sse.agent.fold import Fold
-from virt_sse.agent.fold_record import FoldRecord
+from virt_sse.agent.overlay_commit import OverlayCommit
+from virt_sse.agent.overlay_commit_record import OverlayCommitRecord
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.guests import Guest
@@ -323,7 +323,7 @@ def has(site: StageSite, guest: Guest, pattern: int, offset: str) -> bool:
     return "verification failed" not in site.qemu_io(guest, f"read -P {pattern:#x} {offset} 64k")
 
 
-def test_the_agent_folds_overlays_back_and_wipes_them(site: StageSite) -> None:
+def test_the_agent_commits_overlays_and_overwrites_them(site: StageSite) -> None:
     guest = site.guest(site.disk("raw", size=8 * M))
     site.start_paused(guest)
     site.qemu_io(guest, "write -P 1 0 64k")
@@ -334,10 +334,10 @@ def test_the_agent_folds_overlays_back_and_wipes_them(site: StageSite) -> None:
     kept = second.with_suffix(".kept")
     kept.hardlink_to(second)
     assert bytes([3]) * 4096 in kept.read_bytes()
-    with agent(site, "fold") as running:
+    with agent(site, "commit") as running:
         wait_until(lambda: running.events("folded", domain=guest.name))
-        folds = 'virt_sse_agent_domain_actions_total{action="fold"}'
-        wait_until(lambda: running.metrics().get(folds) == 1)
+        commits = 'virt_sse_agent_domain_actions_total{action="fold"}'
+        wait_until(lambda: running.metrics().get(commits) == 1)
         wait_until(lambda: running.metrics()["virt_sse_agent_plaintext_links"] == 0)
     assert not first.exists()
     assert not second.exists()
@@ -350,33 +350,33 @@ def test_the_agent_folds_overlays_back_and_wipes_them(site: StageSite) -> None:
     assert all(has(site, guest, number + 1, f"{64 * number}k") for number in range(3))
 
 
-def test_a_fold_that_was_killed_is_gone_on_with(site: StageSite) -> None:
+def test_a_killed_commit_is_continued(site: StageSite) -> None:
     guest = site.guest(site.single_disk())
     folder = site.backend.host.config.state_directory / "folds"
     with contextlib.closing(site.host.connect()) as connection:
         vm_id = uuid.UUID(connection.lookupByName(guest.name).UUIDString())
 
-    def fold(record: FoldRecord | None = None) -> None:
-        assert Fold(site.host.uri, folder, vm_id, "vda", threading.Event()).run(record)
+    def commit(record: OverlayCommitRecord | None = None) -> None:
+        assert OverlayCommit(site.host.uri, folder, vm_id, "vda", threading.Event()).run(record)
 
     site.start_paused(guest)
-    modules = [virt_sse.agent.fold, virt_sse.agent.fold_record, virt_sse.agent.wiping]
+    modules = [virt_sse.agent.overlay_commit, virt_sse.agent.overlay_commit_record, virt_sse.agent.overwrite]
     snapshot(site, guest, "s")
-    points = crash_points(modules, fold)
+    points = crash_points(modules, commit)
     for number, point in enumerate(points[len(points) // 8 :: len(points) // 8], start=1):
         overlay = snapshot(site, guest, f"s{number}")
         site.qemu_io(guest, f"write -P {number} 0 64k")
-        assert dies_at(point, modules, fold)
-        records = FoldRecord.read_all(folder)
-        fold(records[0] if records else None)
+        assert dies_at(point, modules, commit)
+        records = OverlayCommitRecord.read_all(folder)
+        commit(records[0] if records else None)
         assert not overlay.exists()
-        assert FoldRecord.read_all(folder) == []
+        assert OverlayCommitRecord.read_all(folder) == []
         assert has(site, guest, number, "0")
         assert site.virsh("snapshot-list", guest.name, "--name").split() == []
     assert verify(site, guest)["problems"] == []
 
 
-def test_what_may_not_have_been_folded_is_not_wiped(site: StageSite) -> None:
+def test_an_overlay_whose_commit_is_unproven_is_kept(site: StageSite) -> None:
     guest = site.guest(disk := site.single_disk())
     site.start_paused(guest)
     overlay = snapshot(site, guest, "s")
@@ -384,19 +384,19 @@ def test_what_may_not_have_been_folded_is_not_wiped(site: StageSite) -> None:
     with contextlib.closing(site.host.connect()) as connection:
         domain = connection.lookupByName(guest.name)
         found = (overlay.stat().st_dev, overlay.stat().st_ino)
-        record = FoldRecord(
+        record = OverlayCommitRecord(
             uuid.UUID(domain.UUIDString()),
             guest.name,
             "vda",
             disk.id,
             "token",
-            (virt_sse.agent.fold_record.Overlay(overlay, found),),
+            (virt_sse.agent.overlay_commit_record.Overlay(overlay, found),),
         )
         domain.destroy()
         domain.snapshotLookupByName("s").delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
     record.write(folder)
     guest.define()  # without the overlay
-    with agent(site, "fold") as running:
+    with agent(site, "commit") as running:
         wait_until(lambda: running.events("fold-unclear"))
         site.start_paused(guest)
         time.sleep(1)
@@ -405,4 +405,4 @@ def test_what_may_not_have_been_folded_is_not_wiped(site: StageSite) -> None:
         site.virsh("destroy", guest.name)
         running.stop()
         running.start()
-        wait_until(lambda: not FoldRecord.read_all(folder))
+        wait_until(lambda: not OverlayCommitRecord.read_all(folder))

@@ -1,4 +1,4 @@
-"""The agent as a whole: what it watches, what it does about it, and how it ends."""
+"""The agent as a whole: start, watch loop, hook events, status and stop."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from datetime import UTC, datetime
 import virt_sse
 from virt_sse.agent.automatic_rotation import AutomaticRotation
 from virt_sse.agent.inventory import Inventory
+from virt_sse.agent.key_status import KeyStatusLookup
 from virt_sse.agent.key_watch import KeyWatch
 from virt_sse.agent.listener import listening
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
 from virt_sse.agent.plaintext_watch import PlaintextWatch
 from virt_sse.agent.revocation import Revocation
-from virt_sse.agent.secret_keeper import SecretKeeper
-from virt_sse.agent.server import AgentServer, Service
+from virt_sse.agent.secret_watch import SecretWatch
+from virt_sse.agent.server import AgentServer, AgentService
 from virt_sse.agent.stage_watch import StageWatch
-from virt_sse.agent.standings import Standings
 from virt_sse.audit.record import Component
 from virt_sse.backend import Backend
 from virt_sse.config import Config
@@ -38,16 +38,16 @@ from virt_sse.plugins import PluginHost
 _log = logging.getLogger(__name__)
 
 _UNUSED_POLLS = 5
-"""For how many polls a secret or a stage must have been of no use before it is dropped."""
+"""Number of polls during which a secret or a stage must be unused before removal."""
 
 _START_SECONDS = 10.0
-"""A domain may take so long to start once its stages run."""
+"""Time for a domain to start after its stages."""
 
 
 class Agent:
-    """Watches, in threads of its own, from :meth:`start` to :meth:`stop`; meanwhile serves the hook.
+    """Watches in its own threads between :meth:`start` and :meth:`stop`, and serves hook events meanwhile.
 
-    :param backend: whose key uses are recorded as the agent's. Stays the caller's.
+    :param backend: opened with :attr:`Component.AGENT`, for the audit log. The caller closes the backend.
     """
 
     def __init__(self, backend: Backend, metrics: Metrics) -> None:
@@ -62,9 +62,9 @@ class Agent:
         self._keys = KeyWatch(
             backend, poll_seconds=seconds, probe_seconds=config.agent.probe_seconds, changed=self._wake.set
         )
-        self._standings = Standings(backend, self._keys)
-        self._revocation = Revocation(config.libvirt_uri, metrics, self._inventory.look)
-        self._secrets = SecretKeeper(
+        self._key_status = KeyStatusLookup(backend, self._keys)
+        self._revocation = Revocation(config.libvirt_uri, metrics, self._inventory.refresh)
+        self._secrets = SecretWatch(
             config.libvirt_uri, backend.domains, metrics, unused_seconds=_UNUSED_POLLS * seconds
         )
         self._stages = StageWatch(
@@ -79,13 +79,13 @@ class Agent:
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start watching."""
         self._inventory.start()
         self._thread.start()
         self._rotation.start()
 
     def stop(self) -> None:
-        """Watch no more; what is being done to domains is brought to its end."""
+        """Stop watching; actions on domains under way are completed first."""
         self._stopping = True
         self._wake.set()
         self._rotation.stop()
@@ -98,10 +98,10 @@ class Agent:
         self._keys.stop()
 
     def serve_hook(self, event: str, domain: str, xml: str) -> None:
-        """Serve one event of the libvirt hook, as the hook would by itself.
+        """Serve an event of the libvirt hook, with the same effect as the hook without an agent.
 
         :param domain: name of the domain; the definition in *xml* has the same name.
-        :raise VirtSseError: By meaning; the domain must not start then.
+        :raise VirtSseError: By meaning. The domain must not start in this case.
         """
         with self._metrics.hook(event):
             definition = DomainDefinition.parse(xml)
@@ -113,10 +113,10 @@ class Agent:
                     self._backend.domains.prepare(definition)
                 else:
                     self._backend.domains.reconnect(definition)
-        self._inventory.look()
+        self._inventory.refresh()
 
     def status(self) -> Mapping[str, object]:
-        """What it sees, for JSON."""
+        """The agent's view of domains and keys, for JSON."""
         snapshot = self._inventory.snapshot
         return {
             "version": virt_sse.__version__,
@@ -131,7 +131,7 @@ class Agent:
                     "name": domain.name,
                     "disks": len({use.disk_id for use in domain.uses}),
                     "revoked": self._revocation.reason(domain),
-                    "paused": domain.paused_by_us or domain.paused_for_plaintext,
+                    "paused": domain.paused_for_key or domain.paused_for_plaintext,
                     "plaintext": self._plaintext.links(domain),
                 }
                 for domain in snapshot.domains
@@ -151,22 +151,22 @@ class Agent:
             self._wake.clear()
             due = time.monotonic() + self._config.agent.poll_seconds
             try:
-                due = min(due, self._look())
+                due = min(due, self._watch_once())
             except VirtSseError as exc:
                 _log.warning("watch-failed", extra=fields({"reason": str(exc)}))
-            except Exception:  # noqa: BLE001 -- what comes of one look must not end the watch
+            except Exception:  # noqa: BLE001 -- an unexpected failure must not end the watch
                 _log.exception("watch-failed")
             self._wake.wait(max(0.0, due - time.monotonic()))
 
-    def _look(self) -> float:
-        """Do all that has to be done now; when to look again, in ``time.monotonic()``.
+    def _watch_once(self) -> float:
+        """Start all due actions; return when to call again, in ``time.monotonic()``.
 
-        :raise StoreError: When the store cannot be asked.
+        :raise StoreError: When the store cannot be queried.
         """
         snapshot = self._inventory.snapshot
-        found = self._standings.of(snapshot)
-        due = self._keys.watch(found.samples)
-        grace_end = self._revocation.apply(found.standings)
+        report = self._key_status.of(snapshot)
+        due = self._keys.watch(report.probe_deks)
+        grace_end = self._revocation.apply(report.domains)
         if self._inventory.connected:
             self._secrets.keep(snapshot, lambda domain: self._revocation.reason(domain) is not None)
             self._stages.keep(snapshot)
@@ -185,9 +185,9 @@ class Agent:
 
 
 def run(config: Config, plugins: PluginHost) -> None:
-    """Be this host's agent until SIGTERM or SIGINT; requests under way are answered first.
+    """Run this host's agent until SIGTERM or SIGINT; requests under way are answered first.
 
-    :raise AgentError: When another agent has the socket, or it cannot be made.
+    :raise AgentError: When an agent is already running, or the socket cannot be created.
     :raise VirtSseError: When the backend cannot be opened.
     """
     metrics = Metrics()
@@ -198,7 +198,7 @@ def run(config: Config, plugins: PluginHost) -> None:
         Backend(config, plugins, component=Component.AGENT) as backend,
     ):
         agent = Agent(backend, metrics)
-        server = AgentServer(listener, Service(agent.serve_hook, agent.status, metrics.render))
+        server = AgentServer(listener, AgentService(agent.serve_hook, agent.status, metrics.render))
         serving = threading.Thread(target=server.serve_forever, args=(0.1,), name="server")
         agent.start()
         serving.start()
@@ -218,10 +218,10 @@ def run(config: Config, plugins: PluginHost) -> None:
 
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[int]:
-    """A descriptor that can be read from once the process is asked to end.
+    """A descriptor to read from until SIGTERM or SIGINT: a read returns after the signal.
 
-    The interpreter's own C handler writes to it, in whichever thread the signal comes: a handler in Python
-    waits until the main thread runs, and that is waiting for this descriptor.
+    The interpreter's C handler writes to the descriptor in any thread (:func:`signal.set_wakeup_fd`). A
+    Python handler would not run, because the main thread blocks in the read.
     """
     readable, writable = os.pipe()
     os.set_blocking(writable, False)
@@ -239,7 +239,7 @@ def _stop_signal() -> Iterator[int]:
 
 
 def _notify(state: str) -> None:
-    """Tell the service manager, if there is one (sd_notify(3))."""
+    """Notify the service manager, if present (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:

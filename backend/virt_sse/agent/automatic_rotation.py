@@ -1,4 +1,4 @@
-"""Disks of encryption sets that follow a new version of their key by themselves."""
+"""Automatic rotation: rewraps the disks of encryption sets for new versions of their keys."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _log = logging.getLogger(__name__)
 
 
 class AutomaticRotation:
-    """Looks for new versions again and again, in a thread of its own.
+    """Checks for new key versions periodically, in a separate thread.
 
-    :param seconds: between two looks.
+    :param seconds: interval between checks.
     """
 
     def __init__(self, backend: Backend, metrics: Metrics, seconds: float) -> None:
@@ -26,15 +26,15 @@ class AutomaticRotation:
         self._metrics = metrics
         self._seconds = seconds
         self._stop = threading.Event()
-        self._whole: set[UUID] = set()
+        self._complete: set[UUID] = set()
         self._thread = threading.Thread(target=self._run, name="rotation", daemon=True)
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start the checks."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Look no more. A rotation under way may be cut off: the next run goes on with it."""
+        """Stop the checks. A rotation under way may be interrupted: the next check continues the rotation."""
         self._stop.set()
         self._thread.join(timeout=2)
 
@@ -46,30 +46,30 @@ class AutomaticRotation:
                         self._follow(encryption_set)
             except VirtSseError as exc:
                 _log.warning("rotation-failed", extra=fields({"reason": str(exc)}))
-            except Exception:  # noqa: BLE001 -- it is tried again
+            except Exception:  # noqa: BLE001 -- the next check tries again
                 _log.exception("rotation-failed")
             self._stop.wait(self._seconds)
 
     def _follow(self, encryption_set: EncryptionSet) -> None:
-        """Rewrap a set's disks if its key has a new version, or an earlier rewrap may have been cut off."""
-        told: dict[str, object] = {"encryption-set": encryption_set.name}
+        """Rewrap a set's disks if the key has a new version, or an earlier rewrap may be incomplete."""
+        details: dict[str, object] = {"encryption-set": encryption_set.name}
         try:
             disks = self._backend.sets.disks(encryption_set.name)
             if not disks:
                 return
             wanted = self._backend.sets.wanted_key(encryption_set)
         except VirtSseError as exc:
-            _log.warning("rotation-failed", extra=fields(told | {"reason": str(exc)}))
+            _log.warning("rotation-failed", extra=fields(details | {"reason": str(exc)}))
             return
         current = all(disk.deks and disk.deks[0].wrapped.key == wanted for disk in disks)
-        if current and encryption_set.id in self._whole:
+        if current and encryption_set.id in self._complete:
             return
         report = self._backend.sets.rotate(str(encryption_set.id))
         if report.failed:
-            self._whole.discard(encryption_set.id)
-            _log.warning("rotation-failed", extra=fields(told | {"failed": report.failed}))
+            self._complete.discard(encryption_set.id)
+            _log.warning("rotation-failed", extra=fields(details | {"failed": report.failed}))
         else:
-            self._whole.add(encryption_set.id)
+            self._complete.add(encryption_set.id)
         if report.rewrapped:
             self._metrics.rewrapped.inc(report.rewrapped)
-            _log.info("rotated", extra=fields(told | {"key": str(wanted), "disks": report.rewrapped}))
+            _log.info("rotated", extra=fields(details | {"key": str(wanted), "disks": report.rewrapped}))

@@ -1,4 +1,4 @@
-"""What runs: libvirt's domains with a disk of ours, and libvirt's secrets that are ours."""
+"""Inventory of running domains with virt-sse disks, and of virt-sse's libvirt secrets."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from virt_sse.verification.chains import may_be_ours
 _log = logging.getLogger(__name__)
 
 PAUSED_NAMESPACE = "https://virt-sse.invalid/agent/1"
-"""Of the element in a running domain's metadata that says that the agent has paused it: its key was gone."""
+"""Namespace of the metadata element of a running domain paused by the agent because of a revoked key."""
 
 PLAINTEXT_NAMESPACE = "https://virt-sse.invalid/agent/plaintext/1"
-"""Likewise, because data of its encrypted disks was in an image without encryption."""
+"""Likewise, because of a plaintext image with data of the domain's encrypted disks."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class RunningDomain:
-    """A running domain with a disk of ours.
+    """A running domain with a virt-sse disk.
 
-    :ivar run: libvirt's number of it, which no other run of the domain has.
-    :ivar runs: whether its processors do, rather than stand still.
-    :ivar paused_by_us: whether it was the agent that paused it, for its key.
-    :ivar paused_for_plaintext: whether it was the agent that paused it, for an image without encryption.
-    :ivar usages: usage ids of the libvirt secrets that the domain was started with.
+    :ivar run: libvirt's id of the running domain, unique to the run.
+    :ivar runs: whether the virtual processors run, i.e. the domain is not paused.
+    :ivar paused_for_key: whether the agent has paused the domain because of a revoked key.
+    :ivar paused_for_plaintext: whether the agent has paused the domain because of a plaintext image.
+    :ivar usages: usage ids of the libvirt secrets named in the domain at its start.
     :ivar definition: the live definition.
     :ivar backup: a running backup of the domain.
     """
@@ -50,7 +50,7 @@ class RunningDomain:
     name: str
     uses: tuple[DomainDisk, ...]
     runs: bool
-    paused_by_us: bool
+    paused_for_key: bool
     usages: frozenset[str]
     definition: DomainDefinition = field(repr=False, compare=False)
     paused_for_plaintext: bool = False
@@ -58,14 +58,15 @@ class RunningDomain:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What ran at one moment.
+class InventorySnapshot:
+    """The running domains and the secrets at a point in time.
 
     :ivar number: counts the snapshots; 0 before the first.
-    :ivar secrets: the usage ids of libvirt's secrets that are ours. Seen before the domains: the secrets of a
-        domain that is listed may be missing here because it was just starting.
+    :ivar secrets: usage ids of virt-sse's libvirt secrets. Listed before the domains: the secrets of a domain
+        that was just starting may be missing.
     :ivar time: of ``time.time()``.
-    :ivar others: domains that have no disk of ours, and one that may have been.
+    :ivar others: domains without virt-sse disks, but with a disk whose serial number may be a virt-sse
+        disk's.
     """
 
     number: int = 0
@@ -76,13 +77,13 @@ class Snapshot:
 
 
 class Inventory:
-    """Looks again and again, in a thread of its own.
+    """Polls libvirt in a separate thread.
 
-    Of its own because libvirt does not list domains while a hook of one of them runs, and that may be waiting
-    for a key vault; what was seen last stays to be had meanwhile, and while libvirt does not answer.
+    A separate thread, because libvirt lists no domains while the hook of any domain runs, and the hook may
+    wait for a key vault. The last snapshot stays available meanwhile, and while libvirt does not answer.
 
-    :param seconds: between two looks.
-    :param changed: called after each.
+    :param seconds: interval between polls.
+    :param changed: called after each poll.
     """
 
     def __init__(self, uri: str, seconds: float, changed: Callable[[], None]) -> None:
@@ -92,20 +93,20 @@ class Inventory:
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="inventory", daemon=True)
-        self._odd: set[UUID] = set()
-        self.snapshot = Snapshot()
+        self._unclear: set[UUID] = set()
+        self.snapshot = InventorySnapshot()
         self.connected: bool | None = None
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start polling."""
         self._thread.start()
 
-    def look(self) -> None:
-        """Look again now."""
+    def refresh(self) -> None:
+        """Poll again now."""
         self._wake.set()
 
     def stop(self) -> None:
-        """Look no more. A look that libvirt does not answer is not waited for."""
+        """Stop polling, without waiting for an unanswered poll."""
         self._stopping = True
         self._wake.set()
         self._thread.join(timeout=2)
@@ -117,20 +118,20 @@ class Inventory:
                 with connected(self._uri) as connection:
                     self._set_connected(None)
                     pause = _FIRST_PAUSE
-                    self._keep_looking(connection)
+                    self._poll(connection)
             except (LibvirtError, libvirt.libvirtError) as exc:
                 self._set_connected(exc)
                 self._wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _keep_looking(self, connection: libvirt.virConnect) -> None:
+    def _poll(self, connection: libvirt.virConnect) -> None:
         while not self._stopping:
             secrets = frozenset(_our_secrets(connection))
             listed = connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
-            seen = [found for domain in listed if (found := self._look_at(domain))]
+            seen = [found for domain in listed if (found := self._inspect(domain))]
             domains = tuple(each for each in seen if each.definition.mentions_us)
             others = tuple(each for each in seen if not each.definition.mentions_us)
-            self.snapshot = Snapshot(self.snapshot.number + 1, domains, secrets, time.time(), others)
+            self.snapshot = InventorySnapshot(self.snapshot.number + 1, domains, secrets, time.time(), others)
             self._changed()
             self._wait(self._seconds)
 
@@ -147,8 +148,8 @@ class Inventory:
         self.connected = error is None
         self._changed()
 
-    def _look_at(self, domain: libvirt.virDomain) -> RunningDomain | None:
-        """The domain, if it has a disk of ours and has not ended since it was listed."""
+    def _inspect(self, domain: libvirt.virDomain) -> RunningDomain | None:
+        """The domain if it may have a virt-sse disk and still exists, else ``None``."""
         uuid = UUID(bytes=domain.UUID())
         try:
             with gone_is_fine():
@@ -163,15 +164,15 @@ class Inventory:
                     name=domain.name(),
                     uses=definition.our_disks,
                     runs=state != libvirt.VIR_DOMAIN_PAUSED,
-                    paused_by_us=PAUSED_NAMESPACE in xml,
+                    paused_for_key=PAUSED_NAMESPACE in xml,
                     usages=frozenset(name.usage for name in definition.secrets),
                     definition=definition,
                     paused_for_plaintext=PLAINTEXT_NAMESPACE in xml,
                     backup=running_backup(domain),
                 )
         except InvalidValueError as exc:
-            if uuid not in self._odd:
-                self._odd.add(uuid)
+            if uuid not in self._unclear:
+                self._unclear.add(uuid)
                 _log.warning("domain-unclear", extra=fields({"domain": domain.name(), "reason": str(exc)}))
         return None
 

@@ -1,4 +1,4 @@
-"""Keys that are in use: whether they still may be."""
+"""Watches the keys in use: polls and probes whether each key is still usable."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from virt_sse.model.keys import KeyId, KeyState
 _log = logging.getLogger(__name__)
 
 _REVOKING = (KeyState.DISABLED, KeyState.DELETED, KeyState.DENIED)
-_VERDICTS: tuple[tuple[type[KeyProviderError], KeyState], ...] = (
+_STATES: tuple[tuple[type[KeyProviderError], KeyState], ...] = (
     (KeyDisabledError, KeyState.DISABLED),
     (KeyNotFoundError, KeyState.DELETED),
     (KeyDeniedError, KeyState.DENIED),
@@ -31,15 +31,18 @@ _OVERDUE_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class WatchedKey:
-    """A version of a key, as the one that asks for it: an encryption set, or the host itself."""
+    """A key version, and the identity for its use.
+
+    :ivar set_id: the encryption set whose identity is used; ``None``: the host's own access.
+    """
 
     key: KeyId
     set_id: UUID | None
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """A wrapped DEK with which a key can be tried, and a domain that has it."""
+class ProbeDek:
+    """A wrapped DEK to probe a key with, and the name of a domain with this DEK."""
 
     disk: Disk
     slot: str
@@ -47,11 +50,12 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What is known of a key.
+class KeyStatus:
+    """The status of a key.
 
-    :ivar state: as its provider said last; ``UNREACHABLE`` also when it has not said anything for too long.
-    :ivar revoked: why it is taken for revoked; ``None`` when it is not. Silence neither begins nor ends that.
+    :ivar state: the state last reported by the key's provider; ``UNREACHABLE`` also if the answer is overdue.
+    :ivar revoked: why the key counts as revoked; ``None`` if not revoked. An unreachable provider neither
+        begins nor ends a revocation.
     """
 
     state: KeyState
@@ -59,39 +63,43 @@ class Verdict:
 
     @property
     def is_usable(self) -> bool:
-        """Whether its provider has said so, and said nothing else since."""
+        """Whether the provider's last report was that the key is enabled."""
         return self.state is KeyState.ENABLED and self.revoked is None
 
-    def silenced(self) -> Verdict:
-        """The same of a key whose provider does not answer any more."""
-        return Verdict(KeyState.UNREACHABLE, self.revoked)
+    def unreachable(self) -> KeyStatus:
+        """This status, once the provider no longer answers."""
+        return KeyStatus(KeyState.UNREACHABLE, self.revoked)
 
 
 @dataclass(slots=True)
-class _Entry:
-    """:ivar looked: the state that the provider named last, before any trial.
-    :ivar settled: the verdict that came of that.
+class _WatchEntry:
+    """A watched key.
+
+    :ivar polled: the state from the last poll, before any probe.
+    :ivar confirmed: the resulting status, after a probe if necessary.
+    :ivar request: the last poll, under way or done.
+    :ivar requested: start of the last poll, of ``time.monotonic()``.
     """
 
-    sample: Sample
-    next_look: float
-    next_trial: float
-    verdict: Verdict | None = None
-    looked: KeyState | None = None
-    settled: Verdict = Verdict(KeyState.ENABLED)
-    asking: Future[None] | None = None
-    asked: float = 0.0
+    probe_dek: ProbeDek
+    next_poll: float
+    next_probe: float
+    status: KeyStatus | None = None
+    polled: KeyState | None = None
+    confirmed: KeyStatus = KeyStatus(KeyState.ENABLED)
+    request: Future[None] | None = None
+    requested: float = 0.0
 
 
 class KeyWatch:
-    """Asks each key's provider again and again, each in its own time: one dead vault delays no other.
+    """Polls each key's provider in a separate thread, so that a dead vault delays no other vault's keys.
 
-    A look (``key_state``) tells of keys that were disabled, deleted or denied. Before that is believed the
-    key is tried, by an unwrap: so a verdict is what a start would meet, it stands in the audit log of both
-    sides, and it has a reason. The trial is repeated now and then, and finds the right to unwrap gone where
-    the right to look is not.
+    A poll (``key_state``) reports disabled, deleted or denied keys. A change is confirmed by a probe, an
+    unwrap: the status then matches the outcome of a domain's start, is recorded in the audit logs of host and
+    vault, and has a reason. Probes are also repeated periodically, to detect a missing right to unwrap when
+    the right to read the key remains.
 
-    :param changed: called, in any thread, when a verdict has changed.
+    :param changed: called, in any thread, after a change of a status.
     """
 
     def __init__(
@@ -101,95 +109,95 @@ class KeyWatch:
         self._poll_seconds = poll_seconds
         self._probe_seconds = probe_seconds
         self._changed = changed
-        self._entries: dict[WatchedKey, _Entry] = {}
+        self._entries: dict[WatchedKey, _WatchEntry] = {}
         self._pool = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="key")
         self._lock = threading.Lock()
 
-    def watch(self, samples: Mapping[WatchedKey, Sample]) -> float:
-        """Watch just these keys from now on, and ask for those that it is time for.
+    def watch(self, probe_deks: Mapping[WatchedKey, ProbeDek]) -> float:
+        """Watch exactly these keys from now on, and start due polls.
 
         :return: when to call again, in ``time.monotonic()``.
         """
         now = time.monotonic()
-        for gone in self._entries.keys() - samples.keys():
+        for gone in self._entries.keys() - probe_deks.keys():
             del self._entries[gone]
-        for key, sample in samples.items():
-            entry = self._entries.setdefault(key, _Entry(sample, now, now + self._probe_seconds))
-            entry.sample = sample
-            if entry.asking is not None and not entry.asking.done():
-                if now - entry.asked > _OVERDUE_SECONDS:
-                    self._note(key, entry, entry.settled.silenced())
-            elif entry.next_look <= now:
-                entry.next_look, entry.asked = now + self._poll_seconds, now
-                entry.asking = self._pool.submit(self._ask, key, entry)
-        return min((entry.next_look for entry in self._entries.values()), default=now + self._poll_seconds)
+        for key, probe_dek in probe_deks.items():
+            entry = self._entries.setdefault(key, _WatchEntry(probe_dek, now, now + self._probe_seconds))
+            entry.probe_dek = probe_dek
+            if entry.request is not None and not entry.request.done():
+                if now - entry.requested > _OVERDUE_SECONDS:
+                    self._record(key, entry, entry.confirmed.unreachable())
+            elif entry.next_poll <= now:
+                entry.next_poll, entry.requested = now + self._poll_seconds, now
+                entry.request = self._pool.submit(self._poll, key, entry)
+        return min((entry.next_poll for entry in self._entries.values()), default=now + self._poll_seconds)
 
-    def verdict(self, key: WatchedKey) -> Verdict | None:
-        """What is known of it; ``None`` when nothing is yet."""
+    def status(self, key: WatchedKey) -> KeyStatus | None:
+        """The status of the key; ``None`` before the first result."""
         entry = self._entries.get(key)
-        return entry.verdict if entry else None
+        return entry.status if entry else None
 
     def states(self) -> list[tuple[WatchedKey, KeyState]]:
-        """All that are watched, and their states; before the first answer ``UNREACHABLE``."""
+        """All watched keys and their states; ``UNREACHABLE`` before the first result."""
         return [
-            (key, entry.verdict.state if entry.verdict else KeyState.UNREACHABLE)
+            (key, entry.status.state if entry.status else KeyState.UNREACHABLE)
             for key, entry in list(self._entries.items())
         ]
 
     def stop(self) -> None:
-        """Ask no more. Answers under way are waited for; providers bound how long they take."""
+        """Start no more polls, and wait for polls under way; providers limit the duration."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _ask(self, key: WatchedKey, entry: _Entry) -> None:
+    def _poll(self, key: WatchedKey, entry: _WatchEntry) -> None:
         try:
-            verdict = self._judge(key, entry)
-        except Exception:  # noqa: BLE001 -- a provider that breaks its contract has said nothing about its key
+            status = self._current_status(key, entry)
+        except Exception:  # noqa: BLE001 -- a provider that breaks its contract reports nothing about the key
             _log.exception("key-watch-failed", extra=fields({"key": str(key.key)}))
-            verdict = entry.settled.silenced()
-        self._note(key, entry, verdict)
+            status = entry.confirmed.unreachable()
+        self._record(key, entry, status)
 
-    def _judge(self, key: WatchedKey, entry: _Entry) -> Verdict:
+    def _current_status(self, key: WatchedKey, entry: _WatchEntry) -> KeyStatus:
         try:
             provider = self._backend.host.plugins.key_provider(key.key.provider, key.set_id)
         except VirtSseError as exc:
             _log.warning("key-provider-broken", extra=fields({"key": str(key.key), "reason": str(exc)}))
-            return entry.settled.silenced()
+            return entry.confirmed.unreachable()
         state = provider.key_state(key.key)
         if state is KeyState.UNREACHABLE:
-            return entry.settled.silenced()
-        before, entry.looked = entry.looked, state
+            return entry.confirmed.unreachable()
+        before, entry.polled = entry.polled, state
         now = time.monotonic()
-        if state is (before or KeyState.ENABLED) and now < entry.next_trial:
-            return entry.settled
-        entry.next_trial = now + self._probe_seconds
-        verdict = self._try(key, entry.sample, state)
-        if verdict is None:
-            entry.looked = before  # so that it is tried again at the next look
-            return entry.settled.silenced()
-        entry.settled = verdict
-        return verdict
+        if state is (before or KeyState.ENABLED) and now < entry.next_probe:
+            return entry.confirmed
+        entry.next_probe = now + self._probe_seconds
+        status = self._probe(key, entry.probe_dek, state)
+        if status is None:
+            entry.polled = before  # probe again at the next poll
+            return entry.confirmed.unreachable()
+        entry.confirmed = status
+        return status
 
-    def _try(self, key: WatchedKey, sample: Sample, state: KeyState) -> Verdict | None:
-        """What an unwrap shows of a key of which a look has shown *state*; ``None`` when that is nothing."""
-        looked = Verdict(state, f"key {key.key} is {state.value}") if state in _REVOKING else None
+    def _probe(self, key: WatchedKey, probe_dek: ProbeDek, state: KeyState) -> KeyStatus | None:
+        """Status after an unwrap and a poll with the result *state*; ``None`` if neither is conclusive."""
+        polled = KeyStatus(state, f"key {key.key} is {state.value}") if state in _REVOKING else None
         try:
-            with audit_context(domain=sample.domain):
-                self._backend.host.keys.unwrap_slot(sample.disk, sample.slot)
+            with audit_context(domain=probe_dek.domain):
+                self._backend.host.keys.unwrap_slot(probe_dek.disk, probe_dek.slot)
         except KeyProviderError as exc:
-            for kind, shown in _VERDICTS:
+            for kind, shown in _STATES:
                 if isinstance(exc, kind):
-                    return Verdict(shown, str(exc))
-            return looked
+                    return KeyStatus(shown, str(exc))
+            return polled
         except VirtSseError as exc:
             _log.warning("key-not-tried", extra=fields({"key": str(key.key), "reason": str(exc)}))
-            return looked
-        return Verdict(KeyState.ENABLED)
+            return polled
+        return KeyStatus(KeyState.ENABLED)
 
-    def _note(self, key: WatchedKey, entry: _Entry, verdict: Verdict) -> None:
+    def _record(self, key: WatchedKey, entry: _WatchEntry, status: KeyStatus) -> None:
         with self._lock:
-            before, entry.verdict = entry.verdict, verdict
-        if verdict != before:
-            level = logging.INFO if verdict.is_usable else logging.WARNING
-            told = {"key": str(key.key), "encryption-set": key.set_id, "state": verdict.state.value}
-            _log.log(level, "key-state", extra=fields(told | {"revoked": verdict.revoked}))
+            before, entry.status = entry.status, status
+        if status != before:
+            level = logging.INFO if status.is_usable else logging.WARNING
+            details = {"key": str(key.key), "encryption-set": key.set_id, "state": status.state.value}
+            _log.log(level, "key-state", extra=fields(details | {"revoked": status.revoked}))
             self._changed()

@@ -1,4 +1,4 @@
-"""Finds unencrypted images with data of encrypted disks, and applies the site's policy: warn, pause or fold.
+"""Finds plaintext images with data of encrypted disks, and applies the site's policy: warn, pause or commit.
 
 libvirt creates such images: a snapshot's overlay, or the target of a block copy or backup, if the XML or the
 command names no encryption. The agent finds the images in libvirt's live XML of the domain and its backup. An
@@ -15,12 +15,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from uuid import UUID
 
-from virt_sse.agent import measures
-from virt_sse.agent.fold import Fold, FoldUnclearError, foldable
-from virt_sse.agent.fold_record import FoldRecord, record_path
-from virt_sse.agent.inventory import PLAINTEXT_NAMESPACE, RunningDomain, Snapshot
+from virt_sse.agent import enforcement
+from virt_sse.agent.inventory import PLAINTEXT_NAMESPACE, InventorySnapshot, RunningDomain
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
+from virt_sse.agent.overlay_commit import CommitUnclearError, OverlayCommit, committable
+from virt_sse.agent.overlay_commit_record import OverlayCommitRecord, record_path
 from virt_sse.backend import Backend
 from virt_sse.config import PlaintextPolicy
 from virt_sse.errors import AgentError, InvalidValueError, VirtSseError
@@ -37,7 +37,7 @@ Run = tuple[UUID, int]
 
 
 class PlaintextWatch:
-    """Keeps its findings in memory, to report each once; only the records of folds are on disk."""
+    """Keeps its findings in memory, to report each once; only the records of commits are on disk."""
 
     def __init__(self, backend: Backend, metrics: Metrics) -> None:
         self._backend = backend
@@ -56,7 +56,7 @@ class PlaintextWatch:
         self._stopping = threading.Event()
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="plaintext")
 
-    def keep(self, snapshot: Snapshot, revoked: Collection[UUID]) -> None:
+    def keep(self, snapshot: InventorySnapshot, revoked: Collection[UUID]) -> None:
         """Check the running domains, once for each snapshot, and start the policy's actions.
 
         :param revoked: domains whose key is revoked: not resumed.
@@ -76,14 +76,14 @@ class PlaintextWatch:
                     self._do(domain.uuid, self._pause, domain)
             elif domain.paused_for_plaintext and domain.uuid not in revoked:
                 self._do(domain.uuid, self._resume, domain)
-        self._fold(found, domains)
+        self._commit(found, domains)
 
     def links(self, domain: RunningDomain) -> list[str]:
         """Descriptions of the unencrypted images found in a domain."""
         return [str(link) for link in self._links.get((domain.uuid, domain.run), ())]
 
     def stop(self) -> None:
-        """Start nothing more. The next agent continues folds under way."""
+        """Start nothing more. The next agent continues commits under way."""
         self._stopping.set()
         self._pool.shutdown(cancel_futures=True)
 
@@ -112,38 +112,38 @@ class PlaintextWatch:
                 if link not in found.get(run, ()) and run in domains:
                     _log.info("plaintext-link-gone", extra=fields(_details(domains[run], link)))
 
-    def _fold(
+    def _commit(
         self,
         found: Mapping[Run, tuple[PlaintextLink, ...]],
         domains: Mapping[Run, RunningDomain],
     ) -> None:
-        """Start folds, one after the other in each domain; recorded folds first."""
+        """Start commits, one at a time in each domain; recorded commits first."""
         damaged: dict[Path, AgentError] = {}
-        if self._policy is PlaintextPolicy.FOLD or self._folder.is_dir():
-            for record in FoldRecord.read_all(self._folder, damaged.__setitem__):
-                if self._policy is PlaintextPolicy.FOLD or record.is_committed:
-                    self._do(record.domain_id, self._run_fold, record.domain_id, record.target, record)
+        if self._policy is PlaintextPolicy.COMMIT or self._folder.is_dir():
+            for record in OverlayCommitRecord.read_all(self._folder, damaged.__setitem__):
+                if self._policy is PlaintextPolicy.COMMIT or record.is_committed:
+                    self._do(record.domain_id, self._run_commit, record.domain_id, record.target, record)
         self._report_damaged(damaged.values())
-        if self._policy is PlaintextPolicy.FOLD:
+        if self._policy is PlaintextPolicy.COMMIT:
             for run, links in found.items():
                 targets = {link.target for link in links if link.kind is LinkKind.OVERLAY}
                 for chain in domains[run].definition.disk_chains() if targets else ():
                     is_blocked = record_path(self._folder, run[0], chain.target) in damaged
-                    if chain.target in targets and foldable(chain) and not is_blocked:
-                        self._do(run[0], self._run_fold, run[0], chain.target, None)
+                    if chain.target in targets and committable(chain) and not is_blocked:
+                        self._do(run[0], self._run_commit, run[0], chain.target, None)
 
     def _report_damaged(self, errors: Collection[AgentError]) -> None:
-        """Log damaged records, each once; a new fold must not replace such a record."""
+        """Log damaged records, each once; a new commit must not replace such a record."""
         messages = frozenset(map(str, errors))
         for message in messages - self._damaged:
             _log.error("fold-record-damaged", extra=fields({"reason": message}))
         self._damaged = messages
 
-    def _do(self, domain_id: UUID, what: Callable[..., None], *arguments: object) -> None:
+    def _do(self, domain_id: UUID, function: Callable[..., None], *arguments: object) -> None:
         """Call a function in a worker thread, unless the domain has work under way or a recent failure."""
         job = self._jobs.get(domain_id)
         if (job is None or job.done()) and time.monotonic() >= self._not_before.get(domain_id, 0.0):
-            self._jobs[domain_id] = self._pool.submit(what, *arguments)
+            self._jobs[domain_id] = self._pool.submit(function, *arguments)
 
     def _pause(self, domain: RunningDomain) -> None:
         self._act("pause", domain)
@@ -153,7 +153,7 @@ class PlaintextWatch:
 
     def _act(self, action: str, domain: RunningDomain) -> None:
         details = {"domain": domain.name, "action": action, "for": "plaintext"}
-        act = measures.pause if action == "pause" else measures.resume
+        act = enforcement.pause if action == "pause" else enforcement.resume
         try:
             done = act(self._uri, domain, PLAINTEXT_NAMESPACE)
         except VirtSseError as exc:
@@ -164,17 +164,17 @@ class PlaintextWatch:
             self._metrics.actions.labels(action).inc()
             _log.warning("domain-action", extra=fields(details))
 
-    def _run_fold(self, domain_id: UUID, target: str, record: FoldRecord | None) -> None:
+    def _run_commit(self, domain_id: UUID, target: str, record: OverlayCommitRecord | None) -> None:
         details: dict[str, object] = {"domain-id": domain_id, "target": target}
         try:
-            if Fold(self._uri, self._folder, domain_id, target, self._stopping).run(record):
+            if OverlayCommit(self._uri, self._folder, domain_id, target, self._stopping).run(record):
                 self._metrics.actions.labels("fold").inc()
             else:
                 self._not_before[domain_id] = time.monotonic() + _AGAIN_SECONDS
             self._complaints.pop(domain_id, None)
         except VirtSseError as exc:
             self._not_before[domain_id] = time.monotonic() + _AGAIN_SECONDS
-            unclear = isinstance(exc, FoldUnclearError) and record is not None
+            unclear = isinstance(exc, CommitUnclearError) and record is not None
             if unclear and record and not any(each.path.exists() for each in record.overlays):
                 record.remove(self._folder)  # an administrator has removed the overlays
                 return

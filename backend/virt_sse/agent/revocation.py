@@ -1,4 +1,4 @@
-"""What becomes of running domains whose key was taken away, and of those whose key came back."""
+"""Enforces key revocations on running domains, and lifts the enforcement once the keys are usable again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from virt_sse.agent import measures
+from virt_sse.agent import enforcement
 from virt_sse.agent.inventory import RunningDomain
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
@@ -20,7 +20,7 @@ from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
 _log = logging.getLogger(__name__)
 
 PLATFORM_ACTION, PLATFORM_GRACE_SECONDS = RevocationAction.SHUTDOWN, 60
-"""For disks in no encryption set: what a set does by default."""
+"""For disks without an encryption set: the defaults of a set."""
 
 _RANK = (
     RevocationAction.NONE,
@@ -34,7 +34,7 @@ _AGAIN_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class RevokedDisk:
-    """A disk in a running domain whose key was taken away, and why that is thought."""
+    """A disk of a running domain with a revoked key, and the reason."""
 
     disk: Disk
     encryption_set: EncryptionSet | None
@@ -42,20 +42,20 @@ class RevokedDisk:
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
-    """What is done to a domain; ``SHUTDOWN`` has a grace time above 0."""
+class Enforcement:
+    """The enforcement for a domain; ``SHUTDOWN`` has a grace time above 0."""
 
     action: RevocationAction
     grace_seconds: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """How a running domain stands with its keys.
+class DomainKeyStatus:
+    """Status of a running domain's keys. Neither revoked nor clear is possible: a vault does not answer.
 
-    :ivar revoked: its disks whose key was taken away.
-    :ivar is_clear: whether all its keys are known to be usable. Neither is also possible: a vault is silent.
-    :ivar has_secrets: whether libvirt has a DEK of it.
+    :ivar revoked: disks with a revoked key.
+    :ivar is_clear: whether all keys are known to be usable.
+    :ivar has_secrets: whether libvirt has a DEK of the domain.
     """
 
     domain: RunningDomain
@@ -64,149 +64,158 @@ class Standing:
     has_secrets: bool = False
 
 
-def measure(revoked: Sequence[RevokedDisk]) -> Measure:
-    """What is done to a domain with these disks, at least one: the hardest of what their sets ask for."""
-    return max(map(_measure_for, revoked), key=lambda each: (_RANK.index(each.action), -each.grace_seconds))
+def strictest_enforcement(revoked: Sequence[RevokedDisk]) -> Enforcement:
+    """The strictest enforcement demanded by the sets of these disks, at least one, of a domain."""
+    return max(
+        map(_disk_enforcement, revoked), key=lambda each: (_RANK.index(each.action), -each.grace_seconds)
+    )
 
 
-def _measure_for(revoked: RevokedDisk) -> Measure:
+def _disk_enforcement(revoked: RevokedDisk) -> Enforcement:
     if revoked.disk.sku is DiskSku.ULTRA:
-        return Measure(RevocationAction.NONE)
+        return Enforcement(RevocationAction.NONE)
     action, grace = PLATFORM_ACTION, PLATFORM_GRACE_SECONDS
     if revoked.encryption_set:
         action, grace = revoked.encryption_set.revocation, revoked.encryption_set.grace_seconds
     if action is not RevocationAction.SHUTDOWN:
-        return Measure(action)
-    return Measure(action, grace) if grace else Measure(RevocationAction.DESTROY)
+        return Enforcement(action)
+    return Enforcement(action, grace) if grace else Enforcement(RevocationAction.DESTROY)
 
 
 @dataclass(slots=True)
-class _Case:
-    """A domain whose key is gone, from when that was seen until the domain or the cause has ended."""
+class _RevokedDomain:
+    """A domain with a revoked key, from detection until the domain or the revocation ends."""
 
     domain: RunningDomain
     since: float
-    measure: Measure
+    enforcement: Enforcement
     reason: str
-    asked: bool = False
+    is_requested: bool = False
 
 
 @dataclass(slots=True)
 class _Job:
-    """What is being done to a domain; one thing at a time."""
+    """An action on a domain; a domain has at most one at a time."""
 
     future: Future[None]
     not_before: float = field(default=0.0)
 
 
 class Revocation:
-    """Brings domains to where they should be, however often that takes. Remembers nothing over its own end:
-    a new one begins a domain's grace time anew.
+    """Enforces revocations, and repeats failed actions until the domain is in the required state.
 
-    :param done: called, in any thread, when something was done.
+    Keeps its state in memory only: after a restart of the agent, a domain's grace time starts again.
+
+    :param done: called, in any thread, after each successful action.
     """
 
     def __init__(self, uri: str, metrics: Metrics, done: Callable[[], None]) -> None:
         self._uri = uri
         self._metrics = metrics
         self._done = done
-        self._cases: dict[tuple[UUID, int], _Case] = {}
+        self._cases: dict[tuple[UUID, int], _RevokedDomain] = {}
         self._jobs: dict[tuple[UUID, int], _Job] = {}
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="domain")
 
-    def apply(self, standings: Sequence[Standing]) -> float | None:
-        """Begin what has to be done now.
+    def apply(self, statuses: Sequence[DomainKeyStatus]) -> float | None:
+        """Start the actions that are due.
 
-        :param standings: of all running domains with a disk of ours.
-        :return: when a grace time ends, in ``time.monotonic()``.
+        :param statuses: of all running domains with a virt-sse disk.
+        :return: when the first grace time ends, in ``time.monotonic()``.
         """
-        present = {(each.domain.uuid, each.domain.run) for each in standings}
+        present = {(each.domain.uuid, each.domain.run) for each in statuses}
         for key in self._cases.keys() - present:
             self._end(self._cases.pop(key))
         for key in self._jobs.keys() - present:
             del self._jobs[key]
-        for each in standings:
+        for each in statuses:
             if each.revoked:
                 self._enforce(each)
             elif each.is_clear:
                 self._lift(each.domain)
         cases = self._cases.values()
         self._metrics.revoked_domains.set(len(cases))
-        self._metrics.spared_domains.set(sum(c.measure.action is RevocationAction.NONE for c in cases))
-        waiting = [c for c in cases if c.measure.action is RevocationAction.SHUTDOWN]
-        return min((c.since + c.measure.grace_seconds for c in waiting), default=None)
+        self._metrics.spared_domains.set(sum(c.enforcement.action is RevocationAction.NONE for c in cases))
+        waiting = [c for c in cases if c.enforcement.action is RevocationAction.SHUTDOWN]
+        return min((c.since + c.enforcement.grace_seconds for c in waiting), default=None)
 
     def reason(self, domain: RunningDomain) -> str | None:
-        """Why its key is thought to be gone, and its secrets are not restored; ``None`` when it is not."""
+        """Why the domain counts as revoked, and its secrets are not restored; ``None`` if not revoked."""
         case = self._cases.get((domain.uuid, domain.run))
         return case.reason if case else None
 
     def stop(self) -> None:
-        """Begin nothing any more, and wait for what is under way."""
+        """Start no more actions, and wait for actions under way."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _enforce(self, standing: Standing) -> None:
-        domain, now = standing.domain, time.monotonic()
-        key, wanted = (domain.uuid, domain.run), measure(standing.revoked)
+    def _enforce(self, status: DomainKeyStatus) -> None:
+        domain, now = status.domain, time.monotonic()
+        key, wanted = (domain.uuid, domain.run), strictest_enforcement(status.revoked)
         if (case := self._cases.get(key)) is None:
-            case = self._cases[key] = _Case(domain, now, wanted, standing.revoked[0].reason)
-            self._tell(standing, wanted)
-        case.measure = wanted
+            case = self._cases[key] = _RevokedDomain(domain, now, wanted, status.revoked[0].reason)
+            self._report(status, wanted)
+        case.enforcement = wanted
         expired = wanted.action is RevocationAction.SHUTDOWN and now >= case.since + wanted.grace_seconds
         if wanted.action is RevocationAction.DESTROY or expired:
-            self._do("destroy", domain, measures.destroy)
-        elif wanted.action is RevocationAction.SHUTDOWN and not case.asked:
-            case.asked = self._do("shutdown", domain, measures.ask_to_shut_down)
+            self._do("destroy", domain, enforcement.destroy)
+        elif wanted.action is RevocationAction.SHUTDOWN and not case.is_requested:
+            case.is_requested = self._do("shutdown", domain, enforcement.request_shutdown)
         elif wanted.action is RevocationAction.PAUSE and domain.runs:
-            self._do("pause", domain, measures.pause)
-        elif standing.has_secrets:
-            self._do("drop-secrets", domain, measures.drop_secrets)
+            self._do("pause", domain, enforcement.pause)
+        elif status.has_secrets:
+            self._do("drop-secrets", domain, enforcement.drop_secrets)
 
     def _lift(self, domain: RunningDomain) -> None:
         if self._cases.pop((domain.uuid, domain.run), None):
             _log.info("domain-restored", extra=fields({"domain": domain.name}))
-        if domain.paused_by_us:
-            self._do("resume", domain, measures.resume)
+        if domain.paused_for_key:
+            self._do("resume", domain, enforcement.resume)
 
-    def _do(self, action: str, domain: RunningDomain, what: Callable[[str, RunningDomain], bool]) -> bool:
-        """Do *what* to the domain, in another thread; whether that could be begun."""
+    def _do(self, action: str, domain: RunningDomain, function: Callable[[str, RunningDomain], bool]) -> bool:
+        """Call *function* in a worker thread, unless an action is under way or recent; whether started."""
         key, now = (domain.uuid, domain.run), time.monotonic()
         job = self._jobs.get(key)
         if job and (not job.future.done() or now < job.not_before):
             return False
-        future = self._pool.submit(self._work, action, domain, what)
+        future = self._pool.submit(self._work, action, domain, function)
         self._jobs[key] = _Job(future, now + _AGAIN_SECONDS)
         return True
 
-    def _work(self, action: str, domain: RunningDomain, what: Callable[[str, RunningDomain], bool]) -> None:
-        told = {"domain": domain.name, "action": action}
+    def _work(
+        self, action: str, domain: RunningDomain, function: Callable[[str, RunningDomain], bool]
+    ) -> None:
+        details = {"domain": domain.name, "action": action}
         try:
-            done = what(self._uri, domain)
+            done = function(self._uri, domain)
         except VirtSseError as exc:
             self._metrics.failed_actions.labels(action).inc()
-            _log.warning("domain-action-failed", extra=fields(told | {"reason": str(exc)}))
+            _log.warning("domain-action-failed", extra=fields(details | {"reason": str(exc)}))
             case = self._cases.get((domain.uuid, domain.run))
             if case and action == "shutdown":
-                case.asked = False
+                case.is_requested = False
             return
         if done:
             self._metrics.actions.labels(action).inc()
-            _log.warning("domain-action", extra=fields(told))
+            _log.warning("domain-action", extra=fields(details))
         self._done()
 
-    def _tell(self, standing: Standing, wanted: Measure) -> None:
-        told = {
-            "domain": standing.domain.name,
+    def _report(self, status: DomainKeyStatus, wanted: Enforcement) -> None:
+        details = {
+            "domain": status.domain.name,
             "action": wanted.action.value,
             "grace-seconds": wanted.grace_seconds,
-            "disks": [each.disk.name for each in standing.revoked],
-            "reason": standing.revoked[0].reason,
+            "disks": [each.disk.name for each in status.revoked],
+            "reason": status.revoked[0].reason,
         }
-        if any(each.disk.sku is DiskSku.ULTRA for each in standing.revoked):
-            told["ultra"] = "runs on, and cannot be started again"
-        _log.warning("domain-revoked", extra=fields(told))
+        if any(each.disk.sku is DiskSku.ULTRA for each in status.revoked):
+            details["ultra"] = "runs on, and cannot be started again"
+        _log.warning("domain-revoked", extra=fields(details))
 
-    def _end(self, case: _Case) -> None:
+    def _end(self, case: _RevokedDomain) -> None:
         seconds = round(time.monotonic() - case.since, 3)
-        told = {"domain": case.domain.name, "action": case.measure.action.value, "after-seconds": seconds}
-        _log.warning("domain-ended", extra=fields(told))
+        details = {
+            "domain": case.domain.name,
+            "action": case.enforcement.action.value,
+            "after-seconds": seconds,
+        }
+        _log.warning("domain-ended", extra=fields(details))

@@ -35,7 +35,7 @@ _UNAVAILABLE = (KeyProviderUnavailableError, LibvirtUnavailableError, StoreError
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class AgentService:
     """The agent's functions for the server.
 
     :ivar hook: serves an event: the event's name, the domain's name, the domain's XML.
@@ -57,7 +57,7 @@ class AgentServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = False
     block_on_close = True
 
-    def __init__(self, listener: socket.socket, service: Service) -> None:
+    def __init__(self, listener: socket.socket, service: AgentService) -> None:
         socketserver.BaseServer.__init__(self, listener.getsockname(), _Handler)
         self.socket = listener
         self.service = service

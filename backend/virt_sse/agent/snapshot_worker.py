@@ -7,7 +7,7 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-from virt_sse.agent.inventory import Snapshot
+from virt_sse.agent.inventory import InventorySnapshot
 
 _THREADS = 4
 
@@ -33,7 +33,7 @@ class SnapshotWorker(Generic[Resource]):
         """Start no more work, and wait for work under way."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _is_new(self, snapshot: Snapshot) -> bool:
+    def _is_new(self, snapshot: InventorySnapshot) -> bool:
         """Whether *snapshot* was not seen before."""
         before, self._seen = self._seen, snapshot.number
         return before != snapshot.number

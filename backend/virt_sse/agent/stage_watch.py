@@ -10,8 +10,8 @@ import logging
 import time
 from uuid import UUID
 
-from virt_sse.agent import measures
-from virt_sse.agent.inventory import RunningDomain, Snapshot
+from virt_sse.agent import enforcement
+from virt_sse.agent.inventory import InventorySnapshot, RunningDomain
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
 from virt_sse.agent.snapshot_worker import SnapshotWorker
@@ -41,7 +41,7 @@ class StageWatch(SnapshotWorker[UUID]):
         self._lost: set[tuple[UUID, int]] = set()
         self._damaged: frozenset[str] = frozenset()
 
-    def keep(self, snapshot: Snapshot) -> None:
+    def keep(self, snapshot: InventorySnapshot) -> None:
         """Restart dead processes, unless data is lost, and end unused processes; once for each snapshot."""
         if not self._is_new(snapshot):
             return
@@ -81,7 +81,7 @@ class StageWatch(SnapshotWorker[UUID]):
     def _restart(self, record: StageRecord, domain: RunningDomain, dead: list[str]) -> None:
         try:
             self._domains.restart_stages(record)
-            went_on = measures.resume_after_error(self._uri, domain)
+            went_on = enforcement.resume_after_error(self._uri, domain)
         except VirtSseError as exc:
             details = _details(record, dead) | {"reason": str(exc)}
             _log.warning("stage-not-restarted", extra=fields(details))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from virt_sse.agent.listener import listening
-from virt_sse.agent.server import AgentServer, Service
+from virt_sse.agent.server import AgentServer, AgentService
 from virt_sse.agent_client import SOCKET, TIMEOUT_SECONDS, ask, configured_timeout, serve_event
 from virt_sse.config import AgentConfig, Config
 from virt_sse.errors import (
@@ -37,7 +37,7 @@ def serve(root: Path) -> Iterator[Callable[[Hook], AgentServer]]:
 
     def start(hook: Hook) -> AgentServer:
         listener = listening(root / SOCKET)
-        service = Service(hook, lambda: {"pid": 1}, lambda: b"# metrics\n")
+        service = AgentService(hook, lambda: {"pid": 1}, lambda: b"# metrics\n")
         server = AgentServer(listener.__enter__(), service)
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()

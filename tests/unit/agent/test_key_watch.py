@@ -1,4 +1,4 @@
-"""When a key is taken for revoked, and when it is not."""
+"""The key watch: polls, probes, and when a key counts as revoked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 
 import pytest
 
-from virt_sse.agent.key_watch import KeyWatch, Sample, Verdict, WatchedKey
+from virt_sse.agent.key_watch import KeyStatus, KeyWatch, ProbeDek, WatchedKey
 from virt_sse.backend import Backend
 from virt_sse.errors import KeyDeniedError, KeyDisabledError, KeyProviderUnavailableError, UnwrapError
 from virt_sse.hookspecs import RegisterKeyProvider, hookimpl
@@ -20,7 +20,7 @@ NAME = "scripted"
 
 
 class ScriptedProvider(KeyProvider):
-    """Says what a test has written down."""
+    """Answers as scripted by the test."""
 
     name = NAME
     state: ClassVar[KeyState] = KeyState.ENABLED
@@ -61,7 +61,7 @@ class Watched:
         made = backend.sets.create("set", provider=NAME, key="key")
         disk = backend.disks.create(NewDisk(name="disk", size=1 << 20, encryption_set="set"))
         self.key = WatchedKey(disk.deks[0].wrapped.key, made.id)
-        self.samples = {self.key: Sample(disk, disk.deks[0].slot, "domain")}
+        self.probe_deks = {self.key: ProbeDek(disk, disk.deks[0].slot, "domain")}
         self.changes = 0
         self.watch = KeyWatch(
             backend, poll_seconds=0.02, probe_seconds=probe_seconds, changed=self._note_change
@@ -70,17 +70,17 @@ class Watched:
     def _note_change(self) -> None:
         self.changes += 1
 
-    def after(self, *, looks: int = 4) -> Verdict | None:
-        """What is known some looks later."""
-        for _ in range(looks * 2):
-            self.watch.watch(self.samples)
+    def after(self, *, polls: int = 4) -> KeyStatus | None:
+        """The status some polls later."""
+        for _ in range(polls * 2):
+            self.watch.watch(self.probe_deks)
             time.sleep(0.02)
-        return self.watch.verdict(self.key)
+        return self.watch.status(self.key)
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """What the provider says from now on."""
+    """Sets the provider's answers from now on."""
 
     def say(state: KeyState, refusal: Exception | None = None, delay: float = 0) -> None:
         monkeypatch.setattr(ScriptedProvider, "state", state)
@@ -99,65 +99,63 @@ def watched(backend: Backend, script: Callable[..., None]) -> Iterator[Watched]:
     watched.watch.stop()
 
 
-def test_a_look_is_enough_while_all_is_well(watched: Watched) -> None:
-    assert watched.watch.verdict(watched.key) is None
-    assert watched.after() == Verdict(KeyState.ENABLED)
+def test_polls_suffice_while_the_key_is_usable(watched: Watched) -> None:
+    assert watched.watch.status(watched.key) is None
+    assert watched.after() == KeyStatus(KeyState.ENABLED)
     assert ScriptedProvider.unwraps == 0
     assert watched.changes == 1
 
 
-def test_what_a_look_shows_is_tried_once_before_it_is_believed(
+def test_a_polled_change_is_probed_once_before_it_counts(
     watched: Watched, script: Callable[..., None]
 ) -> None:
     watched.after()
     script(KeyState.DISABLED, KeyDisabledError("vault says no"))
-    assert watched.after(looks=8) == Verdict(KeyState.DISABLED, "vault says no")
+    assert watched.after(polls=8) == KeyStatus(KeyState.DISABLED, "vault says no")
     assert ScriptedProvider.unwraps == 1
     script(KeyState.ENABLED)
-    assert watched.after() == Verdict(KeyState.ENABLED)
+    assert watched.after() == KeyStatus(KeyState.ENABLED)
     assert ScriptedProvider.unwraps == 1
     assert watched.changes == 3
 
 
 def test_a_key_that_still_unwraps_is_not_revoked(watched: Watched, script: Callable[..., None]) -> None:
     script(KeyState.DENIED)
-    assert watched.after() == Verdict(KeyState.ENABLED)
+    assert watched.after() == KeyStatus(KeyState.ENABLED)
 
 
 @pytest.mark.parametrize("error", [KeyProviderUnavailableError("timeout"), UnwrapError("damaged")])
-def test_a_trial_that_shows_nothing_leaves_the_look(
+def test_an_inconclusive_probe_leaves_the_polled_state(
     watched: Watched, script: Callable[..., None], error: Exception
 ) -> None:
     script(KeyState.DELETED, error)
-    assert watched.after() == Verdict(KeyState.DELETED, f"key {watched.key.key} is deleted")
+    assert watched.after() == KeyStatus(KeyState.DELETED, f"key {watched.key.key} is deleted")
 
 
 def test_silence_neither_begins_nor_ends_a_revocation(watched: Watched, script: Callable[..., None]) -> None:
     script(KeyState.UNREACHABLE)
-    assert watched.after() == Verdict(KeyState.UNREACHABLE)
+    assert watched.after() == KeyStatus(KeyState.UNREACHABLE)
     script(KeyState.DISABLED, KeyDisabledError("no"))
     watched.after()
     script(KeyState.UNREACHABLE)
-    assert watched.after() == Verdict(KeyState.UNREACHABLE, "no")
+    assert watched.after() == KeyStatus(KeyState.UNREACHABLE, "no")
     script(KeyState.DISABLED, KeyDisabledError("no"))
-    assert watched.after() == Verdict(KeyState.DISABLED, "no")
-    assert ScriptedProvider.unwraps == 0, "it has been tried"
+    assert watched.after() == KeyStatus(KeyState.DISABLED, "no")
+    assert ScriptedProvider.unwraps == 0, "it has been probed"
     script(KeyState.ENABLED, KeyProviderUnavailableError("timeout"))
-    assert watched.after() == Verdict(KeyState.UNREACHABLE, "no"), "enabled, but that could not be tried"
+    assert watched.after() == KeyStatus(KeyState.UNREACHABLE, "no"), "enabled, but the probe was inconclusive"
     script(KeyState.ENABLED)
-    assert watched.after() == Verdict(KeyState.ENABLED)
+    assert watched.after() == KeyStatus(KeyState.ENABLED)
 
 
-def test_a_trial_now_and_then_finds_what_a_look_does_not(
-    backend: Backend, script: Callable[..., None]
-) -> None:
+def test_periodic_probes_detect_what_polls_do_not(backend: Backend, script: Callable[..., None]) -> None:
     watched = Watched(backend, probe_seconds=0.1)
     try:
         watched.after()
         script(KeyState.ENABLED, KeyDeniedError("no right to unwrap"))
-        assert watched.after(looks=10) == Verdict(KeyState.DENIED, "no right to unwrap")
+        assert watched.after(polls=10) == KeyStatus(KeyState.DENIED, "no right to unwrap")
         script(KeyState.ENABLED)
-        assert watched.after(looks=10) == Verdict(KeyState.ENABLED)
+        assert watched.after(polls=10) == KeyStatus(KeyState.ENABLED)
     finally:
         watched.watch.stop()
 
@@ -166,18 +164,18 @@ def test_one_slow_key_delays_no_other(backend: Backend, script: Callable[..., No
     watched = Watched(backend)
     platform = backend.disks.create(NewDisk(name="other", size=1 << 20))
     other = WatchedKey(platform.deks[0].wrapped.key, None)
-    samples = {**watched.samples, other: Sample(platform, platform.deks[0].slot, "domain")}
+    probe_deks = {**watched.probe_deks, other: ProbeDek(platform, platform.deks[0].slot, "domain")}
     script(KeyState.DISABLED, KeyDisabledError("no"), delay=0.5)
-    watched.watch.watch(samples)
+    watched.watch.watch(probe_deks)
     time.sleep(0.2)
-    assert watched.watch.verdict(other) == Verdict(KeyState.ENABLED)
-    assert watched.watch.verdict(watched.key) is None
+    assert watched.watch.status(other) == KeyStatus(KeyState.ENABLED)
+    assert watched.watch.status(watched.key) is None
     assert dict(watched.watch.states())[watched.key] is KeyState.UNREACHABLE
     watched.watch.stop()
 
 
-def test_a_key_that_nobody_uses_any_more_is_forgotten(watched: Watched) -> None:
+def test_an_unused_key_is_forgotten(watched: Watched) -> None:
     watched.after()
     watched.watch.watch({})
     assert watched.watch.states() == []
-    assert watched.watch.verdict(watched.key) is None
+    assert watched.watch.status(watched.key) is None

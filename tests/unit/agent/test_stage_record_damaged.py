@@ -10,7 +10,7 @@ from uuid import UUID
 
 import pytest
 
-from virt_sse.agent.inventory import Snapshot
+from virt_sse.agent.inventory import InventorySnapshot
 from virt_sse.agent.metrics import Metrics
 from virt_sse.agent.stage_watch import StageWatch
 from virt_sse.config import Config
@@ -44,8 +44,8 @@ def test_it_is_reported_once_and_an_unused_disk_beside_it_is_ended(
     record.write(config.stage_directory / str(unused))
     watch = StageWatch("test:///", Stages(config), cast(DomainStart, Mock()), Metrics(), unused_seconds=0)
     with caplog.at_level(logging.INFO, "virt_sse"):
-        watch.keep(Snapshot(1))
-        watch.keep(Snapshot(1))
+        watch.keep(InventorySnapshot(1))
+        watch.keep(InventorySnapshot(1))
         watch._pool.shutdown()
     assert sorted(caplog.messages) == ["stage-ended", "stage-record-damaged"]
     assert [path.name for path in config.stage_directory.iterdir()] == [str(damaged)]

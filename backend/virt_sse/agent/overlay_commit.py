@@ -1,10 +1,10 @@
-"""Fold: commits plaintext overlays of an encrypted disk into the disk, then wipes the overlay files.
+"""Commits plaintext overlays of an encrypted disk into the disk, then overwrites and removes the files.
 
-The steps are: write a record of the fold; mark the running domain in its live metadata, which end with the
-run; let libvirt commit the overlays and pivot the domain to the disk; update the record; wipe the overlays;
-delete libvirt's metadata of snapshots that need the overlays; remove mark and record. Each step can be
-repeated, and an interrupted fold continues from the record. If a domain no longer uses the overlays, only the
-mark proves a successful commit: without the mark, nothing is wiped.
+The steps are: write a record of the commit; mark the running domain in its live metadata, which end with the
+run; let libvirt commit the overlays and pivot the domain to the disk; update the record; overwrite the
+overlays; delete libvirt's metadata of snapshots that need the overlays; remove mark and record. Each step can
+be repeated, and an interrupted commit continues from the record. If a domain no longer uses the overlays,
+only the mark proves a successful commit: without the mark, nothing is overwritten.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from uuid import UUID
 
 import libvirt
 
-from virt_sse.agent.fold_record import FoldRecord, Overlay
 from virt_sse.agent.logs import fields
-from virt_sse.agent.wiping import wipe
+from virt_sse.agent.overlay_commit_record import Overlay, OverlayCommitRecord
+from virt_sse.agent.overwrite import overwrite_and_remove
 from virt_sse.errors import DiskInUseError, ImageError, LibvirtError
 from virt_sse.libvirt import domains
 from virt_sse.libvirt.connection import connected
@@ -44,22 +44,22 @@ _LET_GO_SECONDS = 5.0
 """Time for QEMU to close an overlay."""
 
 
-class FoldUnclearError(LibvirtError):
-    """A domain no longer uses overlays whose commit is not proven: the overlays are not wiped."""
+class CommitUnclearError(LibvirtError):
+    """A domain no longer uses overlays whose commit is not proven: the overlays are kept."""
 
 
-def foldable(chain: DiskChain) -> tuple[ChainLink, ...]:
-    """The overlays to fold into an encrypted disk: all of them, or none."""
+def committable(chain: DiskChain) -> tuple[ChainLink, ...]:
+    """The overlays to commit into an encrypted disk: all of them, or none."""
     overlays = chain.links[: chain.ours or 0]
     can_be = all(link.is_file and not link.is_encrypted for link in overlays) and chain.target.isalnum()
     return overlays if can_be else ()
 
 
-class Fold:
-    """The fold of a disk of a domain. Waits, and so needs a thread.
+class OverlayCommit:
+    """Commits the overlays of a disk of a domain. Waits, and so needs a thread.
 
     :param folder: folder of the records.
-    :param stopping: set to interrupt the fold, which the next agent continues.
+    :param stopping: set to interrupt the commit; the next agent continues from the record.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class Fold:
         self._target = target
         self._stopping = stopping
 
-    def run(self, record: FoldRecord | None) -> bool:
-        """Do all remaining steps; whether the fold is complete.
+    def run(self, record: OverlayCommitRecord | None) -> bool:
+        """Do all remaining steps; whether the commit is complete.
 
-        :param record: the record of a fold to continue.
-        :raise FoldUnclearError: When the outcome of the fold to continue is unknown.
+        :param record: the record of a commit to continue.
+        :raise CommitUnclearError: When the outcome of the commit to continue is unknown.
         :raise LibvirtError: When libvirt refuses.
-        :raise ImageError: When an overlay cannot be wiped.
+        :raise ImageError: When an overlay cannot be overwritten.
         """
         with connected(self._uri) as connection:
             domain = domains.find(connection, self._domain_id)
@@ -86,7 +86,7 @@ class Fold:
                 if record is None:
                     return False
             for overlay in record.overlays:
-                self._wipe(connection, record, overlay)
+                self._overwrite(connection, record, overlay)
             if domain is not None:
                 _forget_snapshots(domain, record)
                 self._mark(domain, None)
@@ -96,27 +96,29 @@ class Fold:
         _log.info("folded", extra=fields(details))
         return True
 
-    def _commit(self, domain: libvirt.virDomain | None, record: FoldRecord | None) -> FoldRecord | None:
+    def _commit(
+        self, domain: libvirt.virDomain | None, record: OverlayCommitRecord | None
+    ) -> OverlayCommitRecord | None:
         """Commit the overlays, and make the domain use the disk alone.
 
         :return: ``None`` if the commit has to wait for the domain's start or the next agent.
         """
         if domain is None:
-            raise FoldUnclearError("the domain no longer exists")
+            raise CommitUnclearError("the domain no longer exists")
         chain = _chain(domain, self._target)
-        overlays = foldable(chain) if chain else ()
+        overlays = committable(chain) if chain else ()
         if not domain.isActive():
             if not overlays:
-                raise FoldUnclearError("the domain has ended, and its definition has no overlay")
+                raise CommitUnclearError("the domain has ended, and its definition has no overlay")
             return None
         if chain is None or not overlays:
             if record is None:
                 return None
             top = chain.links[0].disk_id if chain else None
             if top != record.disk_id or self._marked(domain) != record.token:
-                raise FoldUnclearError("the domain was stopped or got another disk during the fold")
+                raise CommitUnclearError("the domain was stopped or got another disk during the commit")
         else:
-            record = self._noted(domain, chain, overlays, record)
+            record = self._write_record(domain, chain, overlays, record)
             self._mark(domain, record.token)
             if not self._pivot(domain, chain, overlays):
                 return None
@@ -125,23 +127,25 @@ class Fold:
             record.write(self._folder)
         return record
 
-    def _noted(
+    def _write_record(
         self,
         domain: libvirt.virDomain,
         chain: DiskChain,
         overlays: tuple[ChainLink, ...],
-        record: FoldRecord | None,
-    ) -> FoldRecord:
+        record: OverlayCommitRecord | None,
+    ) -> OverlayCommitRecord:
         """Write the record, with the present overlays added to the recorded overlays."""
-        noted = {each.path: each for each in record.overlays} if record else {}
+        recorded = {each.path: each for each in record.overlays} if record else {}
         for link in overlays:
             found = identity(link.path) if link.path else None
             if link.path is None or found is None:
                 raise ImageError(f"{link.place} is not a file on this host")
-            noted[link.path] = Overlay(link.path, found)
+            recorded[link.path] = Overlay(link.path, found)
         disk_id = next(link.disk_id for link in chain.links if link.disk_id)
         token = record.token if record else secrets.token_hex(16)
-        made = FoldRecord(self._domain_id, domain.name(), self._target, disk_id, token, tuple(noted.values()))
+        made = OverlayCommitRecord(
+            self._domain_id, domain.name(), self._target, disk_id, token, tuple(recorded.values())
+        )
         with _written():
             made.write(self._folder)
         return made
@@ -162,12 +166,14 @@ class Fold:
             self._stopping.wait(_POLL_SECONDS)
         return False
 
-    def _wipe(self, connection: libvirt.virConnect, record: FoldRecord, overlay: Overlay) -> None:
+    def _overwrite(
+        self, connection: libvirt.virConnect, record: OverlayCommitRecord, overlay: Overlay
+    ) -> None:
         if not overlay.path.exists():
             return
         for domain in connection.listAllDomains():
             if _uses(domain, overlay.path):
-                raise ImageError(f"cannot wipe {overlay.path}: in use by domain {domain.name()!r}")
+                raise ImageError(f"cannot overwrite {overlay.path}: in use by domain {domain.name()!r}")
         deadline = time.monotonic() + _LET_GO_SECONDS
         while True:
             try:
@@ -177,7 +183,7 @@ class Fold:
                 if time.monotonic() > deadline:
                     raise
             time.sleep(_POLL_SECONDS)
-        in_place = wipe(overlay.path, overlay.identity)
+        in_place = overwrite_and_remove(overlay.path, overlay.identity)
         details = {"domain": record.domain, "target": record.target, "path": overlay.path}
         doubt = {} if in_place else {"but": "the storage may keep the old content elsewhere"}
         _log.warning("overlay-wiped", extra=fields(details | doubt))
@@ -222,8 +228,8 @@ def _uses(domain: libvirt.virDomain, path: Path) -> bool:
     return False
 
 
-def _forget_snapshots(domain: libvirt.virDomain, record: FoldRecord) -> None:
-    """Delete libvirt's metadata of snapshots that need a wiped overlay.
+def _forget_snapshots(domain: libvirt.virDomain, record: OverlayCommitRecord) -> None:
+    """Delete libvirt's metadata of snapshots that need a removed overlay.
 
     Such a snapshot cannot be reverted to, and libvirt refuses many operations on a domain with snapshots.
     """
@@ -245,4 +251,4 @@ def _written() -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise ImageError(f"cannot write the record of the fold: {exc}") from exc
+        raise ImageError(f"cannot write the record of the overlay commit: {exc}") from exc

@@ -1,4 +1,4 @@
-"""The files of a fold: what is wiped, and what is noted."""
+"""Files of an overlay commit: overwritten overlays and records."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from virt_sse.agent.fold import foldable
-from virt_sse.agent.fold_record import FoldRecord, Overlay
-from virt_sse.agent.wiping import wipe
+from virt_sse.agent.overlay_commit import committable
+from virt_sse.agent.overlay_commit_record import Overlay, OverlayCommitRecord
+from virt_sse.agent.overwrite import overwrite_and_remove
 from virt_sse.config import Config, PlaintextPolicy
 from virt_sse.errors import ConfigError, ImageError
 from virt_sse.libvirt.disk_chains import ChainLink, DiskChain
@@ -25,7 +25,7 @@ def known(path: Path) -> tuple[int, int]:
     return found
 
 
-def test_what_is_wiped_is_overwritten_and_gone(tmp_path: Path) -> None:
+def test_a_removed_overlay_is_overwritten_first(tmp_path: Path) -> None:
     path, other = tmp_path / "overlay", tmp_path / "other-name"
     with path.open("wb") as file:
         file.write(SECRET)
@@ -33,13 +33,13 @@ def test_what_is_wiped_is_overwritten_and_gone(tmp_path: Path) -> None:
         file.write(SECRET)
     other.hardlink_to(path)
     blocks = path.stat().st_blocks
-    wipe(path, known(path))
+    overwrite_and_remove(path, known(path))
     assert not path.exists()
     content = other.read_bytes()
     assert b"nobody" not in content
     assert len(content) == (8 << 20) + len(SECRET)
     assert other.stat().st_blocks == blocks, "holes are left"
-    wipe(path, (0, 0))
+    overwrite_and_remove(path, (0, 0))
 
 
 def test_what_is_another_file_is_left_alone(tmp_path: Path) -> None:
@@ -47,33 +47,33 @@ def test_what_is_another_file_is_left_alone(tmp_path: Path) -> None:
     path.write_bytes(SECRET)
     link.symlink_to(path)
     folder.mkdir()
-    with pytest.raises(ImageError, match="another file"):
-        wipe(path, (1, 2))
+    with pytest.raises(ImageError, match="different file"):
+        overwrite_and_remove(path, (1, 2))
     with pytest.raises(ImageError, match="cannot open"):
-        wipe(link, known(path))
+        overwrite_and_remove(link, known(path))
     with pytest.raises(ImageError, match="cannot open"):
-        wipe(folder, known(folder))
+        overwrite_and_remove(folder, known(folder))
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(ImageError, match="another file"):
-        wipe(tmp_path / "fifo", known(tmp_path / "fifo"))
+    with pytest.raises(ImageError, match="different file"):
+        overwrite_and_remove(tmp_path / "fifo", known(tmp_path / "fifo"))
     assert path.read_bytes() == SECRET
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     folder = tmp_path / "folds"
     overlays = (Overlay(Path("/a"), (1, 2)), Overlay(Path("/b"), (3, 4)))
-    record = FoldRecord(uuid.uuid4(), "domain", "vda", uuid.uuid4(), "token", overlays)
-    assert FoldRecord.read_all(folder) == []
+    record = OverlayCommitRecord(uuid.uuid4(), "domain", "vda", uuid.uuid4(), "token", overlays)
+    assert OverlayCommitRecord.read_all(folder) == []
     record.write(folder)
     assert folder.stat().st_mode & 0o777 == 0o700
     (folder / "nonsense.json").write_text("{}")
     (folder / "torn.json").write_text('{"domain-id"')
-    assert FoldRecord.read_all(folder) == [record]
+    assert OverlayCommitRecord.read_all(folder) == [record]
     record.remove(folder)
-    assert FoldRecord.read_all(folder) == []
+    assert OverlayCommitRecord.read_all(folder) == []
 
 
-def test_what_can_be_folded() -> None:
+def test_overlays_that_can_be_committed() -> None:
     ours = ChainLink("/ours", Path("/ours"), is_file=True, is_encrypted=True, disk_id=uuid.uuid4())
     one, two = (ChainLink(name, Path(name), is_file=True) for name in ("/one", "/two"))
     device = ChainLink("/dev/sdb")
@@ -82,9 +82,9 @@ def test_what_can_be_folded() -> None:
     def chain(*links: ChainLink, target: str = "vda") -> DiskChain:
         return DiskChain(target, links=links)
 
-    assert foldable(chain(one, ours)) == (one,)
-    assert foldable(chain(two, one, ours)) == (two, one)
-    for not_foldable in (
+    assert committable(chain(one, ours)) == (one,)
+    assert committable(chain(two, one, ours)) == (two, one)
+    for not_committable in (
         chain(ours),
         chain(one),
         chain(device, ours),
@@ -92,17 +92,24 @@ def test_what_can_be_folded() -> None:
         chain(one, foreign, ours),
         chain(one, ours, target="../vda"),
     ):
-        assert foldable(not_foldable) == ()
+        assert committable(not_committable) == ()
 
 
 def test_the_sites_choice(tmp_path: Path) -> None:
     assert Config.load(tmp_path).agent.plaintext is PlaintextPolicy.WARN
     path = tmp_path / "etc/virt-sse/config.toml"
     path.parent.mkdir(parents=True)
-    path.write_text('[agent]\nplaintext = "fold"\npoll-seconds = 3\n')
-    assert Config.load(tmp_path).agent.plaintext is PlaintextPolicy.FOLD
+    path.write_text('[agent]\nplaintext = "commit"\npoll-seconds = 3\n')
+    assert Config.load(tmp_path).agent.plaintext is PlaintextPolicy.COMMIT
     assert Config.load(tmp_path).agent.poll_seconds == 3
     for wrong in ('"ignore"', "1", "[]"):
         path.write_text(f"[agent]\nplaintext = {wrong}\n")
-        with pytest.raises(ConfigError, match="'warn', 'pause', 'fold'"):
+        with pytest.raises(ConfigError, match="'warn', 'pause', 'commit'"):
             Config.load(tmp_path)
+
+
+def test_the_former_name_of_commit_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "etc/virt-sse/config.toml"
+    path.parent.mkdir(parents=True)
+    path.write_text('[agent]\nplaintext = "fold"\n')
+    assert Config.load(tmp_path).agent.plaintext is PlaintextPolicy.COMMIT

@@ -1,7 +1,7 @@
-"""What can be done to a running domain, each in a connection of its own.
+"""Enforcement actions on running domains. Each action opens a separate connection to libvirt.
 
-Each says whether it was done: a domain whose run has ended needs nothing any more. Domains are found by UUID:
-to find one by anything else libvirt waits for those whose hooks run.
+Each function returns whether the action was done; after the end of a run, no action is needed. Domains are
+looked up by UUID, because libvirt's other lookups wait for all domains with a running hook.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from virt_sse.libvirt.secrets import drop_secret
 _RESUMES, _RESUME_PAUSE = 5, 0.3
 _MARK, _PREFIX = "<paused/>", "virt-sse"
 _MARKS = (PAUSED_NAMESPACE, PLAINTEXT_NAMESPACE)
-"""By why a domain was paused. It may be for both, and then goes on when neither holds."""
+"""Reasons of a pause. A domain paused for both reasons resumes once neither applies."""
 
 
-def ask_to_shut_down(uri: str, domain: RunningDomain) -> bool:
-    """Press its power button, as ACPI has one; the guest may take no notice.
+def request_shutdown(uri: str, domain: RunningDomain) -> bool:
+    """Press the domain's ACPI power button; the guest may ignore the request.
 
     :raise LibvirtError: When libvirt refuses.
     """
@@ -37,7 +37,7 @@ def ask_to_shut_down(uri: str, domain: RunningDomain) -> bool:
 
 
 def destroy(uri: str, domain: RunningDomain) -> bool:
-    """Pull its plug, and take its secrets away.
+    """End the domain immediately, and drop its secrets.
 
     :raise LibvirtError: When libvirt refuses.
     """
@@ -51,9 +51,9 @@ def destroy(uri: str, domain: RunningDomain) -> bool:
 
 
 def pause(uri: str, domain: RunningDomain, why: str = PAUSED_NAMESPACE) -> bool:
-    """Stop its processors, with a mark that it was us.
+    """Pause the domain, with a mark in its metadata.
 
-    :param why: the mark's namespace.
+    :param why: the mark's namespace: the reason.
     :raise LibvirtError: When libvirt refuses.
     """
     with _run(uri, domain) as found:
@@ -66,9 +66,9 @@ def pause(uri: str, domain: RunningDomain, why: str = PAUSED_NAMESPACE) -> bool:
 
 
 def resume(uri: str, domain: RunningDomain, why: str = PAUSED_NAMESPACE) -> bool:
-    """Let it go on, if it was us who paused it, for no other reason, and it stands still.
+    """Remove the mark, and resume the domain if paused and without a mark for a different reason.
 
-    :param why: the mark's namespace.
+    :param why: the mark's namespace: the reason.
     :raise LibvirtError: When libvirt refuses.
     """
     with _run(uri, domain) as found:
@@ -86,10 +86,10 @@ def resume(uri: str, domain: RunningDomain, why: str = PAUSED_NAMESPACE) -> bool
 
 
 def resume_after_error(uri: str, domain: RunningDomain) -> bool:
-    """Let it go on, if QEMU has paused it for an I/O error whose cause is gone; whether it went on.
+    """Resume a domain paused by QEMU for an I/O error with a repaired cause; whether the domain resumed.
 
-    QEMU tries the failed requests again then. It first has to find that the connection is dead, and to
-    connect again: that takes a request each, and so a pause each.
+    QEMU then retries the failed requests. Several resumes may be necessary: a first request detects the dead
+    connection, a second reconnects, and each failed request pauses the domain again.
 
     :raise LibvirtError: When libvirt refuses.
     """
@@ -107,7 +107,7 @@ def resume_after_error(uri: str, domain: RunningDomain) -> bool:
 
 
 def drop_secrets(uri: str, domain: RunningDomain) -> bool:
-    """Take the DEKs of its disks back from libvirt; QEMU has them, and runs on.
+    """Remove the DEKs of the domain's disks from libvirt; QEMU keeps the DEKs and runs on.
 
     :raise LibvirtError: When libvirt refuses.
     """
@@ -118,13 +118,13 @@ def drop_secrets(uri: str, domain: RunningDomain) -> bool:
 
 
 def _mark(found: libvirt.virDomain, mark: str | None, why: str) -> None:
-    """In its live definition alone, so that the mark ends with the run, and outlives the agent."""
+    """Set or remove a mark in the live definition only: marks survive the agent and end with the run."""
     found.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, mark, _PREFIX, why, libvirt.VIR_DOMAIN_AFFECT_LIVE)
 
 
 @contextlib.contextmanager
 def _run(uri: str, domain: RunningDomain) -> Iterator[libvirt.virDomain | None]:
-    """The domain, if it still is in that run; that it ends meanwhile is no error."""
+    """The domain if still in the same run, else ``None``; errors at the end of a run are ignored."""
     with connected(uri) as connection, gone_is_fine(or_ended=True):
         found = connection.lookupByUUID(domain.uuid.bytes)
         yield found if found.ID() == domain.run else None

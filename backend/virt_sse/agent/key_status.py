@@ -1,4 +1,4 @@
-"""How running domains stand with their keys: libvirt's view, the store's and the keys' put together."""
+"""Status of running domains' keys: combines the views of libvirt, the store and the key watch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from virt_sse.agent.inventory import RunningDomain, Snapshot
-from virt_sse.agent.key_watch import KeyWatch, Sample, WatchedKey
+from virt_sse.agent.inventory import InventorySnapshot, RunningDomain
+from virt_sse.agent.key_watch import KeyWatch, ProbeDek, WatchedKey
 from virt_sse.agent.logs import fields
-from virt_sse.agent.revocation import RevokedDisk, Standing
+from virt_sse.agent.revocation import DomainKeyStatus, RevokedDisk
 from virt_sse.backend import Backend
 from virt_sse.model.encryption_sets import EncryptionSet
 
@@ -18,32 +18,35 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """:ivar samples: all keys that are in use, each with a DEK to try it with."""
+class KeyStatusReport:
+    """Status of all running domains' keys.
 
-    standings: Sequence[Standing]
-    samples: Mapping[WatchedKey, Sample]
+    :ivar probe_deks: all keys in use, each with a DEK to probe the key with.
+    """
+
+    domains: Sequence[DomainKeyStatus]
+    probe_deks: Mapping[WatchedKey, ProbeDek]
 
 
-class Standings:
-    """Looks domains' disks up in the store, anew each time: rotations and moves change their keys."""
+class KeyStatusLookup:
+    """Looks up domains' disks in the store, each time again: rotations and moves change the disks' keys."""
 
     def __init__(self, backend: Backend, keys: KeyWatch) -> None:
         self._backend = backend
         self._keys = keys
         self._unknown: set[UUID] = set()
 
-    def of(self, snapshot: Snapshot) -> Found:
-        """How all domains stand.
+    def of(self, snapshot: InventorySnapshot) -> KeyStatusReport:
+        """The status of all domains of a snapshot.
 
-        :raise StoreError: When the store cannot be asked.
+        :raise StoreError: When the store cannot be queried.
         """
         ids = {use.disk_id for domain in snapshot.domains for use in domain.uses}
         disks = {disk.id: disk for disk in self._backend.disks.with_ids(ids)} if ids else {}
         sets = {each.id: each for each in self._backend.sets.all()} if ids else {}
-        self._tell_unknown(snapshot, ids - disks.keys())
-        samples: dict[WatchedKey, Sample] = {}
-        standings = []
+        self._report_unknown(snapshot, ids - disks.keys())
+        probe_deks: dict[WatchedKey, ProbeDek] = {}
+        domains = []
         for domain in snapshot.domains:
             revoked: list[RevokedDisk] = []
             is_clear = True
@@ -53,28 +56,28 @@ class Standings:
                     is_clear = False
                     continue
                 encryption_set = sets.get(disk.set_id) if disk.set_id else None
-                for entry in disk.deks:  # a layer outside QEMU has a DEK that the domain does not name
+                for entry in disk.deks:  # a layer outside QEMU has a DEK not named in the domain
                     watched = WatchedKey(entry.wrapped.key, disk.identity_for(entry.slot))
-                    samples.setdefault(watched, Sample(disk, entry.slot, domain.name))
-                    verdict = self._keys.verdict(watched)
+                    probe_deks.setdefault(watched, ProbeDek(disk, entry.slot, domain.name))
+                    status = self._keys.status(watched)
                     reason = self._no_identity(encryption_set) if entry is disk.deks[0] else None
-                    reason = reason or (verdict.revoked if verdict else None)
+                    reason = reason or (status.revoked if status else None)
                     if reason:
                         revoked.append(RevokedDisk(disk, encryption_set, reason))
-                    is_clear = is_clear and verdict is not None and verdict.is_usable
+                    is_clear = is_clear and status is not None and status.is_usable
             has_secrets = bool(domain.usages & snapshot.secrets)
-            standings.append(Standing(domain, tuple(revoked), is_clear and not revoked, has_secrets))
-        return Found(standings, samples)
+            domains.append(DomainKeyStatus(domain, tuple(revoked), is_clear and not revoked, has_secrets))
+        return KeyStatusReport(domains, probe_deks)
 
     def _no_identity(self, encryption_set: EncryptionSet | None) -> str | None:
-        """Why a set without the identity that it needs has no right to its key."""
+        """Why the set has no right to its key, if the provider needs an identity and the set has none."""
         if encryption_set is None or encryption_set.identity:
             return None
         if not self._backend.host.plugins.needs_identity(encryption_set.key.provider):
             return None
         return f"disk encryption set {encryption_set.name!r} has no identity"
 
-    def _tell_unknown(self, snapshot: Snapshot, unknown: set[UUID]) -> None:
+    def _report_unknown(self, snapshot: InventorySnapshot, unknown: set[UUID]) -> None:
         for disk_id in unknown - self._unknown:
             users = [domain.name for domain in snapshot.domains if _has(domain, disk_id)]
             _log.warning("disk-unknown", extra=fields({"disk": disk_id, "domains": users}))

@@ -1,4 +1,4 @@
-"""Records of folds (:mod:`~virt_sse.agent.fold`), from which the next agent can continue a fold."""
+"""Records of overlay commits (:mod:`~virt_sse.agent.overlay_commit`), for the next agent to continue."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ class _OverlayDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inode: _Number
 
 
-class _FoldDocument(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
+class _OverlayCommitDocument(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"
+):
     domain_id: UUID
     domain: str
     target: str
@@ -46,11 +48,11 @@ class Overlay:
 
 
 @dataclass(frozen=True, slots=True)
-class FoldRecord:
-    """A fold of a disk's overlays.
+class OverlayCommitRecord:
+    """A commit of a disk's overlays.
 
     :ivar target: the disk's name in the guest; letters and digits.
-    :ivar token: also in the running domain's metadata, which end with the run in which the fold began.
+    :ivar token: also in the running domain's metadata, which end with the run in which the commit began.
     :ivar is_committed: whether all data is in the disk, and the domain has closed the overlays.
     """
 
@@ -82,12 +84,12 @@ class FoldRecord:
     def _read(cls, path: Path) -> Self:
         """:raise AgentError: When the record is damaged; the message names the field."""
         try:
-            fields = from_json(path.read_bytes(), _FoldDocument)
+            fields = from_json(path.read_bytes(), _OverlayCommitDocument)
         except OSError as exc:
             raise AgentError(f"cannot read {path}: {exc.strerror}") from exc
         except DocumentError as exc:
             hint = "correct the file; or remove it once its overlays are committed or not needed, and erased"
-            raise AgentError(f"damaged fold record {path}: {exc}", hint=hint) from exc
+            raise AgentError(f"damaged overlay commit record {path}: {exc}", hint=hint) from exc
         return cls(
             domain_id=fields.domain_id,
             domain=fields.domain,

@@ -1,4 +1,4 @@
-"""What is done to a domain, by what the sets of its disks ask for."""
+"""The enforcement for a domain follows from its disks' encryption sets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from virt_sse.agent.revocation import Measure, RevokedDisk, measure
+from virt_sse.agent.revocation import Enforcement, RevokedDisk, strictest_enforcement
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, DiskSku, DiskState
 from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
@@ -61,20 +61,20 @@ def revoked(
 @pytest.mark.parametrize(
     ("disks", "expected"),
     [
-        ([revoked(SHUTDOWN, 60)], Measure(SHUTDOWN, 60)),
-        ([revoked(SHUTDOWN, 0)], Measure(DESTROY)),
-        ([revoked(DESTROY)], Measure(DESTROY)),
-        ([revoked(PAUSE)], Measure(PAUSE)),
-        ([revoked(NONE)], Measure(NONE)),
-        ([revoked(None)], Measure(SHUTDOWN, 60)),
-        ([revoked(SHUTDOWN, 60), revoked(SHUTDOWN, 5)], Measure(SHUTDOWN, 5)),
-        ([revoked(PAUSE), revoked(SHUTDOWN, 60), revoked(NONE)], Measure(SHUTDOWN, 60)),
-        ([revoked(NONE), revoked(PAUSE)], Measure(PAUSE)),
-        ([revoked(SHUTDOWN, 5), revoked(DESTROY)], Measure(DESTROY)),
-        ([revoked(DESTROY, sku=DiskSku.ULTRA)], Measure(NONE)),
-        ([revoked(DESTROY, sku=DiskSku.ULTRA), revoked(PAUSE)], Measure(PAUSE)),
+        ([revoked(SHUTDOWN, 60)], Enforcement(SHUTDOWN, 60)),
+        ([revoked(SHUTDOWN, 0)], Enforcement(DESTROY)),
+        ([revoked(DESTROY)], Enforcement(DESTROY)),
+        ([revoked(PAUSE)], Enforcement(PAUSE)),
+        ([revoked(NONE)], Enforcement(NONE)),
+        ([revoked(None)], Enforcement(SHUTDOWN, 60)),
+        ([revoked(SHUTDOWN, 60), revoked(SHUTDOWN, 5)], Enforcement(SHUTDOWN, 5)),
+        ([revoked(PAUSE), revoked(SHUTDOWN, 60), revoked(NONE)], Enforcement(SHUTDOWN, 60)),
+        ([revoked(NONE), revoked(PAUSE)], Enforcement(PAUSE)),
+        ([revoked(SHUTDOWN, 5), revoked(DESTROY)], Enforcement(DESTROY)),
+        ([revoked(DESTROY, sku=DiskSku.ULTRA)], Enforcement(NONE)),
+        ([revoked(DESTROY, sku=DiskSku.ULTRA), revoked(PAUSE)], Enforcement(PAUSE)),
     ],
 )
-def test_the_hardest_measure_is_taken(disks: list[RevokedDisk], expected: Measure) -> None:
-    assert measure(disks) == expected
-    assert measure(disks[::-1]) == expected
+def test_the_hardest_measure_is_taken(disks: list[RevokedDisk], expected: Enforcement) -> None:
+    assert strictest_enforcement(disks) == expected
+    assert strictest_enforcement(disks[::-1]) == expected

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection
 from uuid import UUID
 
-from virt_sse.agent.inventory import RunningDomain, Snapshot
+from virt_sse.agent.inventory import InventorySnapshot, RunningDomain
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
 from virt_sse.agent.snapshot_worker import SnapshotWorker
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 _AGAIN_SECONDS = 30.0
 
 
-class SecretKeeper(SnapshotWorker[str]):
+class SecretWatch(SnapshotWorker[str]):
     """Keeps the libvirt secrets of running domains, by usage id."""
 
     def __init__(self, uri: str, domains: DomainStart, metrics: Metrics, *, unused_seconds: float) -> None:
@@ -42,7 +42,7 @@ class SecretKeeper(SnapshotWorker[str]):
             for usage in usages:
                 self._unused.pop(usage, None)
 
-    def keep(self, snapshot: Snapshot, is_revoked: Callable[[RunningDomain], bool]) -> None:
+    def keep(self, snapshot: InventorySnapshot, is_revoked: Callable[[RunningDomain], bool]) -> None:
         """Restore missing secrets of running domains, and drop unused secrets; once for each snapshot."""
         if not self._is_new(snapshot):
             return

@@ -1,4 +1,4 @@
-"""Records of folds: written, read, and damaged."""
+"""Records of overlay commits: written, read, and damaged."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from uuid import UUID
 import msgspec
 import pytest
 
-from virt_sse.agent.fold_record import FoldRecord, Overlay, record_path
-from virt_sse.agent.inventory import RunningDomain, Snapshot
+from virt_sse.agent.inventory import InventorySnapshot, RunningDomain
 from virt_sse.agent.metrics import Metrics
+from virt_sse.agent.overlay_commit_record import Overlay, OverlayCommitRecord, record_path
 from virt_sse.agent.plaintext_watch import PlaintextWatch
 from virt_sse.backend import Backend
 from virt_sse.config import Config, PlaintextPolicy
@@ -24,7 +24,7 @@ from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.secret_name import SecretName
 
 DOMAIN, DISK = UUID(int=2), UUID(int=1)
-RECORD = FoldRecord(DOMAIN, "web", "vda", DISK, "token", (Overlay(Path("/overlay"), (1, 2)),))
+RECORD = OverlayCommitRecord(DOMAIN, "web", "vda", DISK, "token", (Overlay(Path("/overlay"), (1, 2)),))
 WRITTEN: dict[str, Any] = {
     "domain-id": str(DOMAIN),
     "domain": "web",
@@ -51,7 +51,7 @@ def test_the_format_is_as_before(tmp_path: Path) -> None:
     path = record_path(tmp_path, DOMAIN, "vda")
     assert json.loads(path.read_bytes()) == WRITTEN
     path.write_text(json.dumps(WRITTEN | {"committed": True}))
-    assert FoldRecord.read_all(tmp_path) == [dataclasses.replace(RECORD, is_committed=True)]
+    assert OverlayCommitRecord.read_all(tmp_path) == [dataclasses.replace(RECORD, is_committed=True)]
 
 
 @pytest.mark.parametrize("value", JSON_VALUES, ids=json.dumps)
@@ -67,7 +67,7 @@ def test_a_mistyped_field_is_named_and_stops_its_own_disk_only(
     changed = {name: value} if name in WRITTEN else {"overlays": [overlay | {name: value}]}
     path.write_text(json.dumps(WRITTEN | changed))
     damaged: dict[Path, AgentError] = {}
-    found = FoldRecord.read_all(tmp_path, damaged.__setitem__)
+    found = OverlayCommitRecord.read_all(tmp_path, damaged.__setitem__)
     assert other in found
     is_valid = (name, value) in VALID if isinstance(value, str) else False
     if is_valid or (name, json.dumps(value)) in VALID_HERE:
@@ -75,16 +75,16 @@ def test_a_mistyped_field_is_named_and_stops_its_own_disk_only(
         return
     assert found == [other]
     assert list(damaged) == [path]
-    assert str(damaged[path]).startswith(f"damaged fold record {path}: ")
+    assert str(damaged[path]).startswith(f"damaged overlay commit record {path}: ")
     assert name in str(damaged[path])
 
 
-def test_a_damaged_record_is_reported_once_and_no_new_fold_replaces_it(
+def test_a_damaged_record_is_reported_once_and_no_new_commit_replaces_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = Config.load(tmp_path)
     config = dataclasses.replace(
-        config, agent=msgspec.structs.replace(config.agent, plaintext=PlaintextPolicy.FOLD)
+        config, agent=msgspec.structs.replace(config.agent, plaintext=PlaintextPolicy.COMMIT)
     )
     folder = config.state_directory / "folds"
     RECORD.write(folder)
@@ -95,7 +95,7 @@ def test_a_damaged_record_is_reported_once_and_no_new_fold_replaces_it(
     try:
         with caplog.at_level(logging.INFO, "virt_sse"):
             for number in (1, 2):
-                watch.keep(Snapshot(number, (domain,)), [])
+                watch.keep(InventorySnapshot(number, (domain,)), [])
     finally:
         watch.stop()
     assert caplog.messages == ["plaintext-link", "fold-record-damaged"]

@@ -1,4 +1,4 @@
-"""Wiping plaintext files: overwrite, then remove."""
+"""Overwriting and removal of plaintext files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ELSEWHERE = frozenset({"btrfs", "zfs", "bcachefs", "f2fs", "nilfs2", "overlay",
 """File systems known or suspected not to overwrite in place."""
 
 
-def wipe(path: Path, identity: tuple[int, int]) -> bool:
+def overwrite_and_remove(path: Path, identity: tuple[int, int]) -> bool:
     """Overwrite the file at *path* with random bytes, durably, and remove the file. Ignores a missing file.
 
     The old content may survive unseen on copy-on-write storage (also by snapshots and reflinks) and on flash
@@ -35,13 +35,13 @@ def wipe(path: Path, identity: tuple[int, int]) -> bool:
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or (status.st_dev, status.st_ino) != identity:
-            raise ImageError(f"{path} is another file than before: not wiped")
+            raise ImageError(f"{path} is a different file than before: not overwritten")
         _overwrite(descriptor, status.st_size)
         path.unlink()
         sync_folder(path.parent)
         return _file_system(status.st_dev) not in _ELSEWHERE
     except OSError as exc:
-        raise ImageError(f"cannot wipe {path}: {exc.strerror}") from exc
+        raise ImageError(f"cannot overwrite {path}: {exc.strerror}") from exc
     finally:
         os.close(descriptor)
 
