@@ -19,8 +19,8 @@ from customer_keys import RIGHTS, CustomerKeys
 from virt_sse.errors import KeyDeniedError, KeyProviderUnavailableError
 from virt_sse.lab.vaults import LabVault
 from virt_sse.model.keys import Dek, DekContext, KeyId, KeyState, WrappedDek
+from virt_sse.vault.home.certificates import new_authority
 from virt_sse.vault.home.layout import VaultDirectory
-from virt_sse.vault.http.certificates import new_authority
 from virt_sse.vault_client.credential import VaultCredential
 
 CONTEXT = DekContext(uuid.uuid4(), "service")

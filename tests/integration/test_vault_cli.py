@@ -125,7 +125,7 @@ def test_access_and_principals(virt_sse: CommandLine, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("credential")
 def test_what_an_administrator_mistypes(virt_sse: CommandLine, tmp_path: Path) -> None:
-    assert "there are get, list" in virt_sse.refuses(
+    assert "choose from get, list" in virt_sse.refuses(
         "vault", "access", "set", "administrator", "wrap", status=2
     )
     assert "404" in virt_sse.refuses("vault", "principal", "delete", "no body")
@@ -181,8 +181,8 @@ def test_a_vault_is_given_a_token_that_was_there(
     root: Path, virt_sse: CommandLine, lab_token: LabToken
 ) -> None:
     uri = ("--hsm-uri", str(lab_token.uri))
-    assert "standard vault has no token" in virt_sse.refuses("vault", "init", *uri, status=2)
-    assert "--hsm-uri names" in virt_sse.refuses(
+    assert "standard vault has no HSM" in virt_sse.refuses("vault", "init", *uri, status=2)
+    assert "need --hsm-uri" in virt_sse.refuses(
         "vault", "init", "--tier", "premium", "--hsm-pin-file", lab_token.folder.pin, status=2
     )
     said = virt_sse.refuses("vault", "init", "--tier", "premium", "--hsm-uri", "pkcs11:token=x;pin-value=77")
@@ -196,5 +196,5 @@ def test_a_vault_is_given_a_token_that_was_there(
         patch.setenv("SOFTHSM2_CONF", str(lab_token.folder.path.parent / "softhsm2.conf"))
         options = (*uri, "--hsm-module", "softhsm2", "--hsm-pin-file", lab_token.folder.pin)
         assert f"serial={lab_token.uri.serial}" in virt_sse("vault", "hsm", "add", *options)
-        assert "has a token already" in virt_sse.refuses("vault", "hsm", "add", *options)
+        assert "has an HSM already" in virt_sse.refuses("vault", "hsm", "add", *options)
         assert virt_sse("vault", "hsm", "unlock") == "the token takes the PIN\n"

@@ -275,7 +275,7 @@ def test_a_dead_vault_says_nothing_about_keys() -> None:
 def test_a_certificate_of_another_authority_is_not_trusted(lab_vault: LabVault) -> None:
     with served() as other:
         file = VaultCredential(lab_vault.administrator_path).file
-        fields = {name: getattr(file, name) for name in type(file).__dataclass_fields__}
+        fields = {name: getattr(file, name) for name in type(file).__struct_fields__}
         stranger = type(file)(**fields | {"ca_certificate": other.ca_path.read_text()})
     with pytest.raises(KeyProviderUnavailableError, match="not trusted"):
         VaultCredential(stranger).token()

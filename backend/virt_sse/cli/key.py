@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from virt_sse.keys.rewrap import RewrapReport
 
 app = typer.Typer(
-    help="Keys: those that disks are under, and those in a key vault.",
+    help="The keys of this host's disks, and the keys in a key vault.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -29,7 +29,7 @@ KeyName = Annotated[str, typer.Argument(help="The key's name.")]
 
 @app.command()
 def used(output: Output = OutputFormat.TABLE) -> None:
-    """List the keys that this host's disks are under, by version."""
+    """List the keys of this host's disks, by version."""
     with backend() as b:
         rows = [
             {
@@ -55,9 +55,9 @@ def rotate(
     credential: Credential = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Make a new version of a key. With --provider, every disk's DEK under it is rewrapped as well.
+    """Make a new version of a key. With --provider, rewrap the DEKs of the key's disks as well.
 
-    The disks of a set whose key is in a vault follow by 'virt-sse des rotate', or by themselves.
+    DEKs under a vault's key are rewrapped by 'virt-sse des rotate', or by automatic rotation.
     """
     if provider is None:
         typer.echo(f"made {vault_keys.rotate(name, credential)}")
@@ -69,7 +69,7 @@ def rotate(
 
 @app.command()
 def rewrap(name: KeyName = "default", *, provider: Provider, output: Output = OutputFormat.TABLE) -> None:
-    """Bring every disk under a key to its current version, e.g. after a rotation that was cut off."""
+    """Rewrap the DEKs of a key's disks with its current version, e.g. after an interrupted rotation."""
     with backend() as b, progress_bar("rewrapping") as progress:
         report = b.keys.rewrap(KeyRef(provider, name), progress=progress)
     print_report({"key": f"{provider}:{name}"}, report, output)
@@ -83,5 +83,5 @@ def print_report(fields: dict[str, object], report: RewrapReport, output: Output
     if failed:
         raise VirtSseError(
             f"{len(failed)} of the disks could not be rewrapped",
-            hint="their DEKs are as they were; 'virt-sse key rewrap' goes on with what is left",
+            hint="their DEKs are unchanged; 'virt-sse key rewrap' rewraps them",
         )

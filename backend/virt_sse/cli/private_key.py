@@ -1,4 +1,4 @@
-"""Private keys that an administrator brings."""
+"""Reading private keys from files."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def read_private_key(file: Path) -> RSAPrivateKey:
-    """The RSA private key in *file*, PEM without a passphrase.
+    """Read the RSA private key in *file*, PEM without a passphrase.
 
-    :raise InvalidValueError: When it holds none.
+    :raise InvalidValueError: When the file cannot be read, or has no such key.
     """
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -24,7 +24,7 @@ def read_private_key(file: Path) -> RSAPrivateKey:
     except OSError as exc:
         raise InvalidValueError(f"cannot read {file}: {exc.strerror}") from exc
     except (ValueError, TypeError) as exc:
-        raise InvalidValueError(f"{file} is no private key in PEM without a passphrase") from exc
+        raise InvalidValueError(f"{file} has no private key in PEM without a passphrase") from exc
     if not isinstance(key, RSAPrivateKey):
-        raise InvalidValueError(f"{file} is no RSA key")
+        raise InvalidValueError(f"{file} has no RSA key")
     return key

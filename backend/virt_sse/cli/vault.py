@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="The embedded key vault.", no_args_is_help=True, rich_markup_mode=None)
 access = typer.Typer(
-    help="Who may do what with the vault's keys.", no_args_is_help=True, rich_markup_mode=None
+    help="Permissions of principals on the vault's keys.", no_args_is_help=True, rich_markup_mode=None
 )
-principal = typer.Typer(help="Whom the vault knows.", no_args_is_help=True, rich_markup_mode=None)
+principal = typer.Typer(help="The vault's principals.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(access, name="access")
-hsm = typer.Typer(help="The token of a premium vault.", no_args_is_help=True, rich_markup_mode=None)
+hsm = typer.Typer(help="The HSM of a premium vault.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(principal, name="principal")
 app.add_typer(hsm, name="hsm")
 
@@ -44,7 +44,10 @@ Credential = Annotated[
     ),
 ]
 PrincipalName = Annotated[
-    str, typer.Argument(metavar="PRINCIPAL", help="Its name, client id or object id.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="PRINCIPAL", help="The principal's name, client id or object id.", show_default=False
+    ),
 ]
 
 
@@ -52,17 +55,19 @@ HsmUri = Annotated[
     str | None,
     typer.Option(
         "--hsm-uri",
-        help="The PKCS#11 token for RSA-HSM keys, as RFC 7512 has it, e.g. pkcs11:token=LABEL.",
-        show_default="a SoftHSM token of the vault's own",
+        help="URI (RFC 7512) of the PKCS#11 token for RSA-HSM keys, e.g. pkcs11:token=LABEL.",
+        show_default="a SoftHSM token in the vault's folder",
     ),
 ]
 HsmModule = Annotated[
     str | None,
-    typer.Option("--hsm-module", help="That token's PKCS#11 module, by path or name.", show_default=False),
+    typer.Option("--hsm-module", help="The token's PKCS#11 module, by path or name.", show_default=False),
 ]
 HsmPinFile = Annotated[
     Path | None,
-    typer.Option("--hsm-pin-file", help="A file, 0600, with its user's PIN; it is kept.", show_default=False),
+    typer.Option(
+        "--hsm-pin-file", help="A file, 0600, with the user's PIN; its path is stored.", show_default=False
+    ),
 ]
 
 
@@ -74,33 +79,37 @@ def init(
         list[str] | None,
         typer.Option(
             "--host",
-            help="A name or address that clients reach it by; the first is in its URL. Can be repeated.",
+            help="A name or address of the server; the first is part of the vault's URL. Can be repeated.",
             show_default=", ".join(_HOSTS),
         ),
     ] = None,
-    port: Annotated[int, typer.Option("--port", help="The port in its URL.", min=1, max=65535)] = _PORT,
-    tier: Annotated[str, typer.Option("--tier", help="standard, or premium: with an HSM.")] = "standard",
+    port: Annotated[
+        int, typer.Option("--port", help="The port in the vault's URL.", min=1, max=65535)
+    ] = _PORT,
+    tier: Annotated[
+        str, typer.Option("--tier", help="standard or premium; premium has an HSM.")
+    ] = "standard",
     tenant: Annotated[
-        str | None, typer.Option("--tenant", help="Its tenant, a UUID.", show_default="a new one")
+        str | None, typer.Option("--tenant", help="The vault's tenant, a UUID.", show_default="a new UUID")
     ] = None,
     hsm_uri: HsmUri = None,
     hsm_module: HsmModule = None,
     hsm_pin_file: HsmPinFile = None,
     retention_days: Annotated[
-        int, typer.Option("--retention-days", help="How long deleted keys are kept: 7 to 90.")
+        int, typer.Option("--retention-days", help="Retention of deleted keys: 7 to 90 days.")
     ] = 90,
     purge_protection: Annotated[
-        bool, typer.Option("--purge-protection", help="Nobody may purge a key before that. For good.")
+        bool, typer.Option("--purge-protection", help="Forbid purging before that. Irrevocable.")
     ] = False,
 ) -> None:
-    """Make a vault: its root key, certificates and database, and an administrator's credential file."""
+    """Create a vault: root key, certificates, database, and an administrator's credential file."""
     from virt_sse.vault.home.settings import Tier
     from virt_sse.vault.initialise import initialise
 
     try:
         chosen = Tier(tier)
     except ValueError as exc:
-        raise InvalidValueError(f"a vault's tier is standard or premium, not {tier!r}") from exc
+        raise InvalidValueError(f"invalid tier {tier!r}: choose standard or premium") from exc
     made = initialise(
         _directory(directory),
         name=name,
@@ -110,14 +119,15 @@ def init(
         tenant=tenant,
         retention_days=retention_days,
         purge_protection=purge_protection,
-        token=_token_options(hsm_uri, hsm_module, hsm_pin_file),
+        hsm=_hsm_options(hsm_uri, hsm_module, hsm_pin_file),
     )
     typer.echo(f"made vault {made.settings().url} in {made.path}")
-    typer.echo(f"made {made.administrator_path}: whoever has it administers the vault")
+    typer.echo(f"made {made.administrator_path}: keep it secret, it administers the vault")
     typer.echo(
-        f"back up {made.root_key_path} and {made.database_path}, apart: without both its keys are lost"
+        f"back up {made.root_key_path} and {made.database_path} separately: "
+        "the vault's keys are lost without either file"
     )
-    _tell_token(made)
+    _print_hsm(made)
 
 
 @app.command()
@@ -127,34 +137,42 @@ def serve(
     port: Annotated[
         int | None,
         typer.Option(
-            "--port", help="The port to listen on.", show_default="the one in its URL", min=0, max=65535
+            "--port",
+            help="The port to listen on.",
+            show_default="the port in the vault's URL",
+            min=0,
+            max=65535,
         ),
     ] = None,
     concurrency: Annotated[
-        int, typer.Option("--concurrency", help="Requests at once; more are answered 429.", min=1)
+        int,
+        typer.Option("--concurrency", help="Maximum of concurrent requests; excess requests get 429.", min=1),
     ] = 512,
     rate: Annotated[
-        float, typer.Option("--rate", help="Requests a second; more are answered 429. 0: no limit.", min=0)
+        float,
+        typer.Option(
+            "--rate", help="Maximum of requests a second; excess requests get 429. 0: no limit.", min=0
+        ),
     ] = 0,
     token_seconds: Annotated[
-        int, typer.Option("--token-seconds", help="How long access tokens are good for.", min=1, max=900)
+        int, typer.Option("--token-seconds", help="Lifetime of access tokens.", min=1, max=900)
     ] = 900,
     shortest_rotation: Annotated[
         int | None,
         typer.Option(
             "--shortest-rotation",
-            help="The shortest interval, in seconds, that a rotation policy may have.",
+            help="The shortest interval in a rotation policy, in seconds.",
             show_default="7 days, as in Azure",
             min=1,
         ),
     ] = None,
     upkeep_seconds: Annotated[
-        float, typer.Option("--upkeep-seconds", help="How often due rotations are looked for.", min=0.05)
+        float, typer.Option("--upkeep-seconds", help="Interval of checks for due rotations.", min=0.05)
     ] = 30.0,
 ) -> None:
     """Serve the vault until SIGTERM."""
     from virt_sse.vault.http.limits import Limits
-    from virt_sse.vault.server import serve as serve_vault
+    from virt_sse.vault.http.server import serve as serve_vault
 
     serve_vault(
         _directory(directory),
@@ -171,20 +189,20 @@ def serve(
 @app.command()
 def rescue(
     name: Annotated[str, typer.Argument(help="The new administrator's name.", show_default=False)],
-    file: Annotated[Path, typer.Option("--file", help="The credential file to make.", show_default=False)],
+    file: Annotated[Path, typer.Option("--file", help="The credential file to create.", show_default=False)],
     directory: Directory = None,
 ) -> None:
-    """Make another administrator, on the vault's own machine while it is not served: when none is left."""
+    """Create an administrator without a login, on the vault's machine, while the vault is not served."""
     from virt_sse.vault.home.layout import VaultDirectory
     from virt_sse.vault.initialise import add_administrator
 
     add_administrator(VaultDirectory(_directory(directory)), name, file)
-    typer.echo(f"made {file}: whoever has it administers the vault")
+    typer.echo(f"made {file}: keep it secret, it administers the vault")
 
 
 @app.command()
 def status(credential: Credential = None, output: Output = OutputFormat.TABLE) -> None:
-    """Ask the vault what it is and holds."""
+    """Show the vault's settings and numbers of keys and principals."""
     with _client(credential) as client:
         fields = {name.replace("_", "-"): value for name, value in client.status().items()}
     print_fields(fields, output)
@@ -192,7 +210,7 @@ def status(credential: Credential = None, output: Output = OutputFormat.TABLE) -
 
 @access.command(name="list")
 def list_access(credential: Credential = None, output: Output = OutputFormat.TABLE) -> None:
-    """List what each principal may do with keys."""
+    """List the permissions of all principals."""
     with _client(credential) as client:
         rows = [
             {"principal": name, "permissions": _names(granted, output)}
@@ -207,15 +225,15 @@ def set_access(
     permissions: Annotated[
         list[str],
         typer.Argument(
-            help=f"All that it may do from now on, out of: {', '.join(p.value for p in Permission)}; "
-            "'use' and 'administer' stand for those that use keys, and for the others.",
+            help=f"All permissions from now on, out of: {', '.join(p.value for p in Permission)}; "
+            "'use' stands for all permissions to use keys, 'administer' for all remaining permissions.",
             show_default=False,
         ),
     ],
     credential: Credential = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Let a principal do exactly this with keys."""
+    """Set the permissions of a principal, replacing earlier permissions."""
     granted = _permissions(permissions)
     with _client(credential) as client:
         granted = client.set_permissions(name, granted)
@@ -227,12 +245,12 @@ def remove_access(
     name: PrincipalName,
     permissions: Annotated[
         list[str] | None,
-        typer.Argument(help="What it may do no longer.", show_default="all of it"),
+        typer.Argument(help="The permissions to remove.", show_default="all"),
     ] = None,
     credential: Credential = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Let a principal do something with keys no longer. This holds at once."""
+    """Remove permissions of a principal, with immediate effect."""
     with _client(credential) as client:
         left = client.revoke(name, _permissions(permissions) if permissions else None)
     print_fields({"principal": name, "permissions": _names(left, output)}, output)
@@ -249,20 +267,24 @@ def list_principals(credential: Credential = None, output: Output = OutputFormat
 @principal.command(name="create")
 def create_principal(
     name: Annotated[str, typer.Argument(help="The new principal's name.", show_default=False)],
-    file: Annotated[Path, typer.Option("--file", help="The credential file to make.", show_default=False)],
+    file: Annotated[Path, typer.Option("--file", help="The credential file to create.", show_default=False)],
     role: Annotated[str, typer.Option("--role", help=f"One of {', '.join(r.value for r in Role)}.")] = "none",
     days: Annotated[
         int | None,
-        typer.Option("--days", help="How long it is let in.", show_default="for good", min=1, max=36500),
+        typer.Option(
+            "--days", help="Days until the principal expires.", show_default="never", min=1, max=36500
+        ),
     ] = None,
     credential: Credential = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Make a principal and its credential file. It may do nothing with keys until that is granted."""
+    """Create a principal, without permissions on keys, and its credential file."""
     try:
         chosen = Role(role)
     except ValueError as exc:
-        raise InvalidValueError(f"a role is one of {', '.join(r.value for r in Role)}, not {role!r}") from exc
+        raise InvalidValueError(
+            f"invalid role {role!r}: choose one of {', '.join(r.value for r in Role)}"
+        ) from exc
     expires = None if days is None else int(datetime.now(UTC).timestamp()) + days * 86400
     with _client(credential) as client:
         made = client.new_credential_file(file, name, role=chosen, expires=expires)
@@ -272,7 +294,7 @@ def create_principal(
 
 @principal.command(name="disable")
 def disable_principal(name: PrincipalName, credential: Credential = None) -> None:
-    """Let a principal in no longer, until it is enabled again. This holds at once."""
+    """Disable a principal, with immediate effect, until it is enabled again."""
     with _client(credential) as client:
         client.change_principal(name, enabled=False, expires=client.get_principal(name).expires)
     typer.echo(f"disabled principal {name}")
@@ -280,7 +302,7 @@ def disable_principal(name: PrincipalName, credential: Credential = None) -> Non
 
 @principal.command(name="enable")
 def enable_principal(name: PrincipalName, credential: Credential = None) -> None:
-    """Let a principal in again."""
+    """Enable a disabled principal."""
     with _client(credential) as client:
         client.change_principal(name, enabled=True, expires=client.get_principal(name).expires)
     typer.echo(f"enabled principal {name}")
@@ -288,7 +310,7 @@ def enable_principal(name: PrincipalName, credential: Credential = None) -> None
 
 @principal.command(name="delete")
 def delete_principal(name: PrincipalName, credential: Credential = None) -> None:
-    """Forget a principal and what it may do. This holds at once."""
+    """Delete a principal and its permissions, with immediate effect."""
     with _client(credential) as client:
         client.delete_principal(name)
     typer.echo(f"deleted principal {name}")
@@ -301,29 +323,29 @@ def add_hsm(
     hsm_module: HsmModule = None,
     hsm_pin_file: HsmPinFile = None,
 ) -> None:
-    """Give a vault that has no token one, while it is not served. It is a premium vault from then on."""
+    """Add an HSM to a vault, while the vault is not served. The vault's tier becomes premium."""
     from virt_sse.vault.home.layout import VaultDirectory
-    from virt_sse.vault.hsm.access import add_token
+    from virt_sse.vault.hsm.access import add_hsm
 
     vault = VaultDirectory(_directory(directory))
-    add_token(vault, _token_options(hsm_uri, hsm_module, hsm_pin_file))
-    _tell_token(vault)
+    add_hsm(vault, _hsm_options(hsm_uri, hsm_module, hsm_pin_file))
+    _print_hsm(vault)
 
 
 @hsm.command(name="unlock")
 def unlock_hsm(directory: Directory = None) -> None:
-    """Forget wrong PINs, after which the token is not asked any more, and try the one that there is now."""
+    """Reset the count of wrong PINs, which blocks logins after too many, and try the current PIN."""
     from virt_sse.vault.home.layout import VaultDirectory
-    from virt_sse.vault.hsm.access import unlock_token
+    from virt_sse.vault.hsm.access import unlock_hsm
 
-    unlock_token(VaultDirectory(_directory(directory)))
+    unlock_hsm(VaultDirectory(_directory(directory)))
     typer.echo("the token takes the PIN")
 
 
-def _token_options(uri: str | None, module: str | None, pin_file: Path | None) -> dict[str, str]:
+def _hsm_options(uri: str | None, module: str | None, pin_file: Path | None) -> dict[str, str]:
     if uri is None:
         if module is not None or pin_file is not None:
-            raise InvalidValueError("--hsm-module and --hsm-pin-file are of the token that --hsm-uri names")
+            raise InvalidValueError("--hsm-module and --hsm-pin-file need --hsm-uri")
         return {}
     options = {"uri": uri}
     if module is not None:
@@ -333,14 +355,16 @@ def _token_options(uri: str | None, module: str | None, pin_file: Path | None) -
     return options
 
 
-def _tell_token(vault: VaultDirectory) -> None:
-    token = vault.settings().token
-    if token is None:
+def _print_hsm(vault: VaultDirectory) -> None:
+    hsm = vault.settings().hsm
+    if hsm is None:
         return
-    if token.options:
-        typer.echo(f"keeps RSA-HSM keys in {token.options['uri']}")
+    if hsm.options:
+        typer.echo(f"keeps RSA-HSM keys in {hsm.options['uri']}")
     else:
-        typer.echo(f"back up {vault.hsm_path} too: it is a token with the vault's RSA-HSM keys, and its PIN")
+        typer.echo(
+            f"back up {vault.hsm_path} too: the SoftHSM token with the vault's RSA-HSM keys, and its PIN"
+        )
 
 
 def _directory(given: Path | None) -> Path:
@@ -354,7 +378,7 @@ def _client(credential: Path | None) -> VaultClient:
 
 
 def credential_path(given: Path | None) -> Path:
-    """The credential file *given*, or that of the administrator of this host's vault."""
+    """Choose the credential file: *given*, or the administrator's file of this host's vault."""
     return given or _directory(None) / "administrator.json"
 
 
@@ -365,7 +389,7 @@ def _permissions(names: list[str]) -> frozenset[Permission]:
     for name in names:
         if name.lower() not in by_name:
             raise InvalidValueError(
-                f"no permission {name!r}", hint=f"there are {', '.join(p.value for p in Permission)}"
+                f"invalid permission {name!r}", hint=f"choose from {', '.join(p.value for p in Permission)}"
             )
         chosen |= by_name[name.lower()]
     return chosen

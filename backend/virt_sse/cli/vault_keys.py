@@ -1,6 +1,6 @@
-"""``virt-sse key``, for the keys in a key vault: what their administrator does.
+"""``virt-sse key``: administration of the keys in a key vault.
 
-By the official client library, so it works on Azure Key Vault's own as well as on the embedded vault.
+Uses Azure's client library, and so works with Azure Key Vault and the embedded vault.
 """
 
 from __future__ import annotations
@@ -29,15 +29,18 @@ KeyName = Annotated[
 Version = Annotated[str | None, typer.Option("--version", help="Default: the newest.", show_default=False)]
 Size = Annotated[int, typer.Option("--size", help="2048, 3072 or 4096 bits.")]
 Protection = Annotated[
-    str, typer.Option("--protection", help="software, or hsm: kept in the HSM of a premium vault.")
+    str, typer.Option("--protection", help="software, or hsm: in the HSM of a premium vault.")
 ]
 Hardware = Annotated[bool, typer.Option("--hsm", help="The same as --protection hsm.")]
 NotBefore = Annotated[
-    datetime | None, typer.Option("--not-before", help="When it begins to wrap; UTC.", show_default=False)
+    datetime | None,
+    typer.Option("--not-before", help="Start of the period for wrapping; UTC.", show_default=False),
 ]
 Expires = Annotated[
     datetime | None,
-    typer.Option("--expires", help="When it ceases to wrap; it still unwraps. UTC.", show_default=False),
+    typer.Option(
+        "--expires", help="End of the period for wrapping; unwrapping still works. UTC.", show_default=False
+    ),
 ]
 
 
@@ -52,7 +55,7 @@ def create(
     credential: Credential = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Make an RSA key in a vault, or a new version of one."""
+    """Create an RSA key in a vault, or a new version of an existing key."""
     in_hsm = _in_hsm(protection, hsm=hsm)
     with _client(credential) as client:
         made = client.create_rsa_key(
@@ -70,7 +73,7 @@ def import_(
     credential: Credential = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Bring an RSA key of your own into a vault. It cannot be taken out again."""
+    """Import an RSA key into a vault. The vault does not export keys."""
     key, in_hsm = _web_key(file), _in_hsm(protection, hsm=hsm)
     with _client(credential) as client:
         print_fields(_fields(client.import_key(name, key, hardware_protected=in_hsm)), output)
@@ -107,19 +110,19 @@ def versions(name: KeyName, credential: Credential = None, output: Output = Outp
 
 @app.command()
 def disable(name: KeyName, version: Version = None, credential: Credential = None) -> None:
-    """Refuse every use of a key's version; what is wrapped with it cannot be opened."""
+    """Disable a key's version: every use is refused, unwrapping included."""
     _enable(name, version, credential, enabled=False)
 
 
 @app.command()
 def enable(name: KeyName, version: Version = None, credential: Credential = None) -> None:
-    """Allow the use of a key's version again."""
+    """Enable a disabled version of a key."""
     _enable(name, version, credential, enabled=True)
 
 
 @app.command()
 def delete(name: KeyName, credential: Credential = None) -> None:
-    """Delete a key with all its versions; it can be recovered until it is purged."""
+    """Delete a key with all versions; recoverable until the key is purged."""
     with _client(credential) as client:
         deleted = client.begin_delete_key(name).result()
     typer.echo(f"deleted key {name}; it will be purged on {deleted.scheduled_purge_date:%Y-%m-%d}")
@@ -127,7 +130,7 @@ def delete(name: KeyName, credential: Credential = None) -> None:
 
 @app.command()
 def recover(name: KeyName, credential: Credential = None) -> None:
-    """Bring a deleted key back."""
+    """Recover a deleted key."""
     with _client(credential) as client:
         client.begin_recover_deleted_key(name).wait()
     typer.echo(f"recovered key {name}")
@@ -138,10 +141,10 @@ def purge(
     name: KeyName,
     credential: Credential = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be lost, and do nothing.")
+        bool, typer.Option("--dry-run", help="Show the key to be purged, and do nothing.")
     ] = False,
 ) -> None:
-    """Destroy a deleted key for good, and with it all that is wrapped with it."""
+    """Destroy a deleted key irrecoverably, and so all data wrapped with the key."""
     with _client(credential) as client:
         deleted = client.get_deleted_key(name)
         if not dry_run:
@@ -154,12 +157,12 @@ def rotation_policy(
     name: KeyName,
     every: Annotated[
         str | None,
-        typer.Option("--every", help="Rotate so long after a version was made, ISO 8601, e.g. P90D."),
+        typer.Option("--every", help="Rotate a version at this age; ISO 8601, e.g. P90D."),
     ] = None,
     credential: Credential = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Show when a key in a vault rotates by itself, or set it."""
+    """Show or set a key's policy for automatic rotation."""
     with _client(credential) as client:
         if every is not None:
             from azure.keyvault.keys import (
@@ -183,7 +186,7 @@ def rotation_policy(
 
 
 def rotate(name: str, credential: Path | None) -> str:
-    """Make a new version of a key in a vault; its URL."""
+    """Make a new version of a key in a vault, and return its URL."""
     with _client(credential) as client:
         return str(client.rotate_key(name).id)
 
@@ -196,7 +199,7 @@ def _enable(name: str, version: str | None, credential: Path | None, *, enabled:
 
 @contextlib.contextmanager
 def _client(credential: Path | None) -> Iterator[KeyClient]:
-    """A client of the vault that the credential file is for; its refusals as ours."""
+    """Open a client of the credential file's vault; Azure's exceptions become virt-sse's exceptions."""
     try:
         from azure.core.exceptions import AzureError, HttpResponseError
         from azure.keyvault.keys import KeyClient
@@ -230,23 +233,23 @@ def _client(credential: Path | None) -> Iterator[KeyClient]:
 
 
 def _in_hsm(protection: str, *, hsm: bool) -> bool:
-    """Whether that asks for a key in an HSM.
+    """Check whether the options ask for a key in an HSM.
 
-    :raise InvalidValueError: When it is no protection that there is.
+    :raise InvalidValueError: When *protection* is unknown.
     """
     if protection not in ("software", "hsm"):
-        raise InvalidValueError(f"a key's protection is software or hsm, not {protection!r}")
+        raise InvalidValueError(f"invalid protection {protection!r}: choose software or hsm")
     return hsm or protection == "hsm"
 
 
 def _type(client: KeyClient, name: str) -> str | None:
-    """The type of a key, which a vault's listing does not tell; ``None`` for who may only list."""
+    """Fetch a key's type, which listings lack; ``None`` if the caller may not get the key."""
     from azure.core.exceptions import HttpResponseError
 
     try:
         return _key_type(client.get_key(name))
     except HttpResponseError as exc:
-        if exc.status_code in (403, 404):  # the latter when it was deleted this moment
+        if exc.status_code in (403, 404):  # 404: deleted meanwhile
             return None
         raise
 
@@ -256,14 +259,14 @@ def _key_type(key: KeyVaultKey) -> str:
 
 
 def _reason(exc: Any) -> str:
-    """The vault's own sentence."""
+    """Return the vault's own message."""
     return str(exc.error.message if exc.error else exc.message).splitlines()[0]
 
 
 def _web_key(file: Path) -> Any:
-    """The private key in *file* in the client library's form.
+    """Read the private key in *file* into the client library's type.
 
-    :raise InvalidValueError: When it is no RSA private key, or encrypted.
+    :raise InvalidValueError: When the file has no RSA private key, or an encrypted key.
     """
     from azure.keyvault.keys import JsonWebKey, KeyType
 

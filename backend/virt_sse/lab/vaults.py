@@ -125,7 +125,7 @@ class LabVault:
             initialise(
                 self.directory,
                 tier=Tier.PREMIUM if self._premium else Tier.STANDARD,
-                token={} if self._token is None else {k: str(v) for k, v in self._token.options.items()},
+                hsm={} if self._token is None else {k: str(v) for k, v in self._token.options.items()},
                 name="lab-vault",
                 hosts=(_HOST, "localhost"),
                 port=self._port,

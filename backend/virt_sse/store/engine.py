@@ -13,10 +13,14 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 
 from virt_sse.errors import StoreError
 from virt_sse.system.files import PRIVATE_FILE, private_folder
+from virt_sse.system.migrations import UnknownRevisionError, revision_of, upgrade
 from virt_sse.system.sqlite import READ_ONLY, reason, sqlite_engine
 
 SCHEMA = "0003"
-"""The newest migration; spelt out so that Alembic need not be imported to see that nothing is to be done."""
+"""The newest migration. A constant, so that up-to-date stores are recognised without importing Alembic."""
+
+_DEVELOPMENT_SCHEMAS = ("0001", "0002")
+_MIGRATIONS = Path(__file__).parent / "migrations"
 
 _BUSY_TIMEOUT_SECONDS = 30
 
@@ -70,25 +74,18 @@ def _first_use(path: Path) -> Iterator[None]:
 
 
 def _migrate(connection: Connection) -> None:
-    current = None
-    if sa.inspect(connection).has_table("alembic_version"):
-        current = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
-    if current == SCHEMA:
-        return
-    import alembic.command
-    import alembic.config
-    import alembic.util.exc
-
-    config = alembic.config.Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
-    config.set_main_option("path_separator", "os")
-    config.attributes["connection"] = connection
     try:
-        alembic.command.upgrade(config, "head")
-    except alembic.util.exc.CommandError as exc:
+        upgrade(connection, _MIGRATIONS, SCHEMA)
+    except UnknownRevisionError as exc:
+        current = revision_of(connection)
+        if current in _DEVELOPMENT_SCHEMAS:
+            raise StoreError(
+                f"the store has schema {current}, of a development version before 0.1.0",
+                hint=f"upgrade the store to schema {SCHEMA} with a later development version first",
+            ) from exc
         raise StoreError(
-            f"the store has schema {current}, which this virt-sse does not know",
-            hint="it was written by a newer version",
+            f"the store has schema {current}, unknown to this virt-sse",
+            hint="a newer version has written the store",
         ) from exc
 
 

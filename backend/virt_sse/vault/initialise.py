@@ -1,22 +1,23 @@
-"""Making a vault."""
+"""Creating a vault."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import secrets
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
+
 from virt_sse.errors import InvalidValueError, VaultError
 from virt_sse.system.files import private_folder, write_private
+from virt_sse.vault.home.certificates import new_authority, new_server_certificate
 from virt_sse.vault.home.database import Database
 from virt_sse.vault.home.layout import VaultDirectory
 from virt_sse.vault.home.sealing import ROOT_KEY_BYTES, TOKENS
 from virt_sse.vault.home.settings import DEFAULT_PORT, RETENTION_DAYS, Tier, VaultSettings, url_of
-from virt_sse.vault.hsm.access import prepare_token
-from virt_sse.vault.http.certificates import new_authority, new_server_certificate
+from virt_sse.vault.hsm.access import prepare_hsm
 from virt_sse.vault.identity.principals import Principals
 from virt_sse.vault.identity.tokens import signing_key
 from virt_sse.vault.refusals import Refusal
@@ -37,23 +38,23 @@ def initialise(
     tenant: str | None = None,
     retention_days: int = RETENTION_DAYS[-1],
     purge_protection: bool = False,
-    token: Mapping[str, str] | None = None,
+    hsm: Mapping[str, str] | None = None,
 ) -> VaultDirectory:
-    """Make a vault in the folder *path*, with its first administrator's credential file.
+    """Create a vault in the folder *path*, with the credential file of its first administrator.
 
-    The administrator may do all there is but use keys; that is to be granted.
+    The administrator has all permissions except the use of keys, which needs a grant.
 
-    :param hosts: the names and addresses that clients reach it by, the first one in its URL.
-    :param tenant: a UUID; default a new one.
-    :param token: where a premium vault keeps its RSA-HSM keys, as in
-        :class:`~virt_sse.pkcs11.options.TokenOptions`; default a new SoftHSM token in its folder.
-    :raise VaultError: When there is one already, or the folder cannot be written.
-    :raise InvalidValueError: When a value makes no sense.
-    :raise ConfigError: When what the token needs is not installed, or its PIN cannot be read.
-    :raise KeyProviderUnavailableError: When the token does not answer, or takes no such PIN.
+    :param hosts: names and addresses of the server; the first is part of the vault's URL.
+    :param tenant: a UUID; by default a new UUID.
+    :param hsm: the HSM token of a premium vault, as in :class:`~virt_sse.pkcs11.options.TokenOptions`; by
+        default a new SoftHSM token in the vault's folder.
+    :raise VaultError: When the folder has a vault already, or cannot be written.
+    :raise InvalidValueError: When a value is invalid.
+    :raise ConfigError: When software for the HSM token is not installed, or the PIN cannot be read.
+    :raise KeyProviderUnavailableError: When the HSM token does not answer or rejects the PIN.
     """
-    if token and tier is Tier.STANDARD:
-        raise InvalidValueError("a standard vault has no token", hint="make a premium one")
+    if hsm and tier is Tier.STANDARD:
+        raise InvalidValueError("a standard vault has no HSM", hint="pass --tier premium")
     settings = VaultSettings(
         name=name,
         tenant=tenant or str(uuid.uuid4()),
@@ -69,22 +70,22 @@ def initialise(
         private_folder(path)
         with directory.lock():
             if directory.settings_path.exists():
-                raise VaultError(f"there is a vault in {path} already")
+                raise VaultError(f"{path} has a vault already")
             _clear(directory)
             if tier is Tier.PREMIUM:
-                prepared = prepare_token(directory, token or {})
-                settings = dataclasses.replace(settings, token=prepared)
+                prepared = prepare_hsm(directory, hsm or {})
+                settings = msgspec.structs.replace(settings, hsm=prepared)
             _fill(directory, settings)
             write_private(directory.settings_path, settings.to_json())
     except OSError as exc:
-        raise VaultError(f"cannot make a vault in {path}: {exc.strerror}") from exc
+        raise VaultError(f"cannot create a vault in {path}: {exc.strerror}") from exc
     return directory
 
 
 def _clear(directory: VaultDirectory) -> None:
-    """Forget what a killed run of this left; a whole vault has settings and is never touched.
+    """Remove the database of a killed ``vault init``; a complete vault has settings and never gets here.
 
-    A token is never forgotten: it is finished and taken.
+    A SoftHSM token is kept: its initialisation is completed instead.
     """
     for suffix in ("", "-wal", "-shm"):
         path = directory.database_path
@@ -100,15 +101,15 @@ def _fill(directory: VaultDirectory, settings: VaultSettings) -> None:
     with contextlib.closing(Database(directory.database_path)) as database:
         signing_key(
             database, directory.root_key(settings).sealer(TOKENS)
-        )  # from now on no other root key will do
+        )  # binds the database to this root key
     _add_administrator(directory, settings, FIRST_ADMINISTRATOR, directory.administrator_path)
 
 
 def add_administrator(directory: VaultDirectory, name: str, file: Path) -> None:
-    """Make another administrator and its credential file, without asking one: when none is left.
+    """Create an administrator and its credential file without a login, for a vault without administrators.
 
-    :param file: where nothing may be yet.
-    :raise VaultError: When there is no vault, another process serves it, or the name or the file is taken.
+    :param file: path of the credential file; must not exist.
+    :raise VaultError: When there is no vault, a process serves the vault, or the name or the file exists.
     """
     settings = directory.settings()
     if file.exists():
@@ -117,7 +118,7 @@ def add_administrator(directory: VaultDirectory, name: str, file: Path) -> None:
         try:
             _add_administrator(directory, settings, name, file)
         except Refusal as refusal:
-            raise VaultError(f"cannot make an administrator: {refusal.message.rstrip('.')}") from refusal
+            raise VaultError(f"cannot create an administrator: {refusal.message.rstrip('.')}") from refusal
 
 
 def _add_administrator(directory: VaultDirectory, settings: VaultSettings, name: str, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Audit records of requests."""
+"""Audit records of requests to the vault."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from uuid import UUID
 
 from virt_sse.audit.record import AuditRecord, Component, Result
 from virt_sse.errors import VirtSseError
-from virt_sse.vault.http.limits import TokenBucket
 from virt_sse.vault.identity.principals import Principal
+from virt_sse.vault.rate_limit import RateLimit
 from virt_sse.vault.refusals import Refusal, unavailable
 from virt_sse.vault.vault import AuditSink
 
 _log = logging.getLogger(__name__)
 
-_NOBODY = "unknown"
+_UNAUTHENTICATED = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What was asked of the vault, and by whom.
+class AuditedRequest:
+    """A request, as recorded in the audit log.
 
-    :ivar actor: ``None`` when that is not known.
-    :ivar key: the URL of the key, or of what else it is about, without a version.
+    :ivar actor: the caller; ``None`` before authentication.
+    :ivar key: the URL of the key, or of another object of the request, without a version.
     """
 
     action: str
@@ -38,67 +38,72 @@ class Asked:
     correlation: UUID
 
     def by(self, principal: Principal) -> Self:
-        """The same, asked by *principal*."""
+        """Return a copy with *principal* as the caller."""
         return dataclasses.replace(self, actor=f"{principal.name} ({principal.client_id})")
 
 
 class Trail:
-    """Writes the records.
+    """Writes audit records.
 
-    :param sink: where to.
-    :param strangers: records a second about callers whom nobody knows: they must not fill the disk.
+    :param sink: the audit log.
+    :param unauthenticated_rate: maximum of records a second about unauthenticated callers, who could fill
+        the disk otherwise.
     """
 
-    def __init__(self, sink: AuditSink, *, strangers: float = 10.0) -> None:
+    def __init__(self, sink: AuditSink, *, unauthenticated_rate: float = 10.0) -> None:
         self._sink = sink
-        self._strangers = TokenBucket(strangers, strangers)
+        self._unauthenticated = RateLimit(unauthenticated_rate, unauthenticated_rate)
         self._lock = threading.Lock()
 
-    def requested(self, asked: Asked) -> None:
-        """Record what is about to be done and cannot be taken back.
+    def requested(self, request: AuditedRequest) -> None:
+        """Record an irreversible operation before its start.
 
-        :raise Refusal: When it cannot be recorded; it must not be done then.
+        :raise Refusal: When the record cannot be written; the operation must not be started then.
         """
-        self._append(asked, asked.version, Result.REQUESTED, None)
+        self._append(request, request.version, Result.REQUESTED, None)
 
-    def allowed(self, asked: Asked, version: str | None) -> None:
-        """Record what was done.
+    def allowed(self, request: AuditedRequest, version: str | None) -> None:
+        """Record a completed operation.
 
-        :param version: the one that was used, if the caller did not say which.
-        :raise Refusal: When it cannot be recorded; it must not be answered then.
+        :param version: the key version used, when the request did not name a version.
+        :raise Refusal: When the record cannot be written; the result must not be sent then.
         """
-        self._append(asked, version or asked.version, Result.ALLOWED, None)
+        self._append(request, version or request.version, Result.ALLOWED, None)
 
-    def refused(self, asked: Asked, refusal: Refusal) -> None:
-        """Record what was not done.
+    def refused(self, request: AuditedRequest, refusal: Refusal) -> None:
+        """Record a refused request.
 
-        :raise Refusal: When it cannot be recorded.
+        :raise Refusal: When the record cannot be written.
         """
-        if asked.actor is None:
+        if request.actor is None:
             with self._lock:
-                if self._strangers.take():
-                    _log.warning("more refused strangers than are recorded, from %s", asked.source)
+                if self._unauthenticated.take():
+                    _log.warning(
+                        "too many refused unauthenticated requests to record, from %s", request.source
+                    )
                     return
-        self._append(asked, asked.version, Result.REFUSED, refusal.reason)
+        self._append(request, request.version, Result.REFUSED, refusal.reason)
 
-    def _append(self, asked: Asked, version: str | None, result: Result, reason: str | None) -> None:
+    def _append(
+        self, request: AuditedRequest, version: str | None, result: Result, reason: str | None
+    ) -> None:
         try:
             self._sink.append(
                 AuditRecord(
                     component=Component.VAULT,
-                    actor=asked.actor or _NOBODY,
-                    action=asked.action,
-                    key=asked.key,
+                    actor=request.actor or _UNAUTHENTICATED,
+                    action=request.action,
+                    key=request.key,
                     key_version=version,
-                    disk=asked.disk,
-                    source=asked.source,
+                    disk=request.disk,
+                    source=request.source,
                     result=result,
                     reason=reason,
-                    correlation=asked.correlation,
+                    correlation=request.correlation,
                 )
             )
         except VirtSseError as exc:
             _log.error("%s", exc)
             raise unavailable(
-                "The vault cannot record what is asked of it now, and so does not do it."
+                "The vault cannot record requests in its audit log now, and therefore refuses them."
             ) from exc

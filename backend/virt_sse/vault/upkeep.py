@@ -1,4 +1,4 @@
-"""What a vault does by itself: rotations and purges that are due, recorded like those that are asked for."""
+"""A vault's background work: due rotations and purges, recorded like requests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from virt_sse.vault.keys.records import KeyVersion
 from virt_sse.vault.refusals import Refusal
-from virt_sse.vault.trail import Asked, Trail
+from virt_sse.vault.trail import AuditedRequest, Trail
 from virt_sse.vault.vault import Vault
 
 _log = logging.getLogger(__name__)
@@ -17,7 +17,7 @@ _ACTOR = "vault"
 
 
 def upkeep(vault: Vault, trail: Trail) -> None:
-    """Rotate and purge what is due, and clear up. What fails is logged, and tried again next time."""
+    """Rotate and purge due keys, and destroy leftover key material. Failures are logged and retried later."""
     for name in vault.rotation.due():
         _attempt(vault, trail, "rotate", name, vault.rotation.rotate)
     for name in vault.keys.due_for_purge():
@@ -28,7 +28,7 @@ def upkeep(vault: Vault, trail: Trail) -> None:
 def _attempt(
     vault: Vault, trail: Trail, action: str, name: str, do: Callable[[str], KeyVersion | None]
 ) -> None:
-    asked = Asked(
+    request = AuditedRequest(
         action=action,
         actor=_ACTOR,
         key=f"{vault.settings.url}/keys/{name}",
@@ -38,8 +38,8 @@ def _attempt(
         correlation=uuid.uuid4(),
     )
     try:
-        trail.requested(asked)
+        trail.requested(request)
         made = do(name)
-        trail.allowed(asked, made.version if made else None)
+        trail.allowed(request, made.version if made else None)
     except Refusal as refusal:
         _log.warning("cannot %s key %s: %s", action, name, refusal.message)

@@ -1,4 +1,4 @@
-"""A vault, opened: everything that answers requests, put together."""
+"""An opened vault: all parts of the service put together."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from virt_sse.audit.record import AuditRecord
 from virt_sse.vault.home.database import Database
 from virt_sse.vault.home.layout import VaultDirectory
 from virt_sse.vault.home.sealing import BACKUPS, KEYS, TOKENS, Sealer
-from virt_sse.vault.home.settings import TokenSettings, VaultSettings
-from virt_sse.vault.hsm.access import open_token
-from virt_sse.vault.hsm.protection import TokenProtection
-from virt_sse.vault.http.wire import Bundles
+from virt_sse.vault.home.settings import HsmSettings, VaultSettings
+from virt_sse.vault.hsm.access import open_hsm
+from virt_sse.vault.hsm.protection import HsmProtection
 from virt_sse.vault.identity.principals import Principals
 from virt_sse.vault.identity.tokens import TOKEN_SECONDS, TokenIssuer
 from virt_sse.vault.keys.backups import Backups
 from virt_sse.vault.keys.material import Protection, SoftwareProtection
-from virt_sse.vault.keys.rotation import Rotation
+from virt_sse.vault.keys.rotation import RotationPolicies
 from virt_sse.vault.keys.service import KeyService
 from virt_sse.vault.keys.store import KeyStore
 
@@ -29,30 +28,31 @@ _log = logging.getLogger(__name__)
 
 
 class AuditSink(Protocol):
-    """Where records of key use go: :class:`virt_sse.audit.log.AuditLog`."""
+    """The audit log for key use: :class:`virt_sse.audit.log.AuditLog`."""
 
     def append(self, record: AuditRecord) -> object:
-        """Keep *record*, durably.
+        """Write *record* durably.
 
-        :raise VirtSseError: When that cannot be done.
+        :raise VirtSseError: When the record cannot be written.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Vault:
-    """:ivar audit: what is not recorded there is not answered.
-    :ivar token: what keeps RSA-HSM keys, of a vault that has such.
+    """The parts of an opened vault.
+
+    :ivar audit: the audit log; requests that cannot be recorded are refused.
+    :ivar hsm: the protection backend of RSA-HSM keys, if the vault has an HSM.
     """
 
     settings: VaultSettings
     keys: KeyService
-    rotation: Rotation
+    rotation: RotationPolicies
     backups: Backups
     principals: Principals
     tokens: TokenIssuer
-    bundles: Bundles
     audit: AuditSink
-    token: TokenProtection | None
+    hsm: HsmProtection | None
 
 
 @contextlib.contextmanager
@@ -64,12 +64,12 @@ def open_vault(
     shortest_rotation: int | None = None,
     clock: Callable[[], float] = time.time,
 ) -> Iterator[Vault]:
-    """Open the vault in *directory*; nobody else can while it is open.
+    """Open the vault in *directory*, exclusively.
 
-    :param token_seconds: how long access tokens are good for.
+    :param token_seconds: lifetime of access tokens.
     :param shortest_rotation: the shortest interval in a rotation policy, in seconds; default Azure's 7 days.
     :param clock: seconds since 1970.
-    :raise VaultError: When there is none, it is damaged, or another process has it.
+    :raise VaultError: When there is no vault, the vault is damaged, or another process holds its lock.
     """
     settings = directory.settings()
     with contextlib.ExitStack() as stack:
@@ -79,34 +79,31 @@ def open_vault(
         store = KeyStore(database)
         sealer = root.sealer(KEYS)
         protections: list[Protection] = [SoftwareProtection(sealer)]
-        token = _token(directory, settings.token, sealer)
-        if token is not None:
-            stack.callback(token.close)
-            protections.append(token)
+        hsm = _hsm(directory, settings.hsm, sealer)
+        if hsm is not None:
+            stack.callback(hsm.close)
+            protections.append(hsm)
         keys = KeyService(store, settings, protections, clock=clock)
         keys.sweep()
-        failure = token.failure() if token is not None else None
+        failure = hsm.failure() if hsm is not None else None
         if failure is not None:
             _log.warning("%s", failure)
         principals = Principals(database, clock=clock)
         yield Vault(
             settings=settings,
             keys=keys,
-            rotation=Rotation(store, keys, shortest=shortest_rotation, clock=clock),
+            rotation=RotationPolicies(store, keys, shortest=shortest_rotation, clock=clock),
             backups=Backups(store, keys, root.sealer(BACKUPS)),
             principals=principals,
             tokens=TokenIssuer(
                 settings, database, principals, root.sealer(TOKENS), seconds=token_seconds, clock=clock
             ),
-            bundles=Bundles(settings),
             audit=audit,
-            token=token,
+            hsm=hsm,
         )
 
 
-def _token(
-    directory: VaultDirectory, settings: TokenSettings | None, sealer: Sealer
-) -> TokenProtection | None:
+def _hsm(directory: VaultDirectory, settings: HsmSettings | None, sealer: Sealer) -> HsmProtection | None:
     if settings is None:
         return None
-    return TokenProtection(lambda: open_token(directory, settings), settings.tag, sealer)
+    return HsmProtection(lambda: open_hsm(directory, settings), settings.tag, sealer)

@@ -1,4 +1,4 @@
-"""Administering a vault from anywhere, with a credential file."""
+"""Remote administration of a vault, with a credential file."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 from urllib.parse import quote
 
+import msgspec
+
 from virt_sse.errors import CredentialError, VaultError
+from virt_sse.system.documents import DocumentError, convert
 from virt_sse.vault_client.credential import VaultCredential
 from virt_sse.vault_client.credential_file import CredentialFile, new_assertion_key
 from virt_sse.vault_client.https import checked
 from virt_sse.vault_client.permissions import Permission, Role
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class PrincipalInfo:
-    """A principal, as the vault shows it. Times are in seconds since 1970."""
+    """A principal of the vault. Times are in seconds since 1970."""
 
     client_id: str
     object_id: str
@@ -31,16 +36,29 @@ class PrincipalInfo:
     created_by: str | None
 
 
+class _PrincipalList(msgspec.Struct):
+    value: list[PrincipalInfo]
+
+
+class _AccessPolicy(msgspec.Struct):
+    name: str
+    permissions: frozenset[Permission]
+
+
+class _PolicyList(msgspec.Struct):
+    value: list[_AccessPolicy]
+
+
 class VaultClient:
-    """The management interface of the vault that a credential file is for.
+    """A client of a vault's management interface, for the vault of a credential file.
 
-    Every method may raise, besides what it says:
+    Every method may raise, besides its documented exceptions:
 
-    :raise KeyDeniedError: When the credential is not let in, or may not do this.
+    :raise KeyDeniedError: When the vault rejects the credential or denies the operation.
     :raise KeyProviderUnavailableError: When the vault does not answer.
-    :raise InvalidValueError: When a value makes no sense to the vault.
+    :raise InvalidValueError: When the vault rejects a value.
 
-    :param timeout: in seconds, for connecting and for each answer.
+    :param timeout: in seconds, for connecting and for each response.
     """
 
     def __init__(self, credential: CredentialFile | Path, *, timeout: float = 5.0) -> None:
@@ -53,90 +71,92 @@ class VaultClient:
         self.close()
 
     def close(self) -> None:
-        """Forget the token."""
+        """Drop the access token and close the credential."""
         self._credential.close()
 
     @property
     def url(self) -> str:
-        """The vault's."""
+        """The vault's URL."""
         return self._credential.file.vault_url
 
     def status(self) -> Mapping[str, object]:
-        """What the vault is and holds."""
+        """Return the vault's description and numbers of keys and principals."""
         return self._ask("GET", "/status")
 
     def principals(self) -> list[PrincipalInfo]:
-        """All principals; for an identity operator those that it made."""
-        return [_principal(each) for each in _values(self._ask("GET", "/identity/principals"))]
+        """List all principals; an identity operator sees only its own creations."""
+        return _decoded(self._ask("GET", "/identity/principals"), _PrincipalList).value
 
     def get_principal(self, principal: str) -> PrincipalInfo:
-        """A principal, by client id, object id or name.
+        """Return a principal by client id, object id or name.
 
-        :raise PrincipalNotFoundError: When there is none.
+        :raise PrincipalNotFoundError: When there is no such principal.
         """
-        return _principal(self._ask("GET", _path("identity/principals", principal)))
+        return _decoded(self._ask("GET", _path("identity/principals", principal)), PrincipalInfo)
 
     def create_principal(
         self, name: str, public_key_pem: str, *, role: Role = Role.NONE, expires: int | None = None
     ) -> PrincipalInfo:
-        """Make a principal that may do nothing yet; its private key stays with the caller.
+        """Create a principal without permissions; its private key stays with the caller.
 
         :param expires: seconds since 1970.
         :raise PrincipalExistsError: When the name is taken.
         """
         document = {"name": name, "public_key": public_key_pem, "role": role.value, "expires": expires}
-        return _principal(self._ask("POST", "/identity/principals", document))
+        return _decoded(self._ask("POST", "/identity/principals", document), PrincipalInfo)
 
     def change_principal(self, principal: str, *, enabled: bool, expires: int | None) -> PrincipalInfo:
-        """Let a principal in, or not, or until when.
+        """Enable or disable a principal, and set its expiry.
 
-        :raise PrincipalNotFoundError: When there is none.
+        :raise PrincipalNotFoundError: When there is no such principal.
         """
         document = {"enabled": enabled, "expires": expires}
-        return _principal(self._ask("PATCH", _path("identity/principals", principal), document))
+        answer = self._ask("PATCH", _path("identity/principals", principal), document)
+        return _decoded(answer, PrincipalInfo)
 
     def delete_principal(self, principal: str) -> None:
-        """Forget a principal and its rights; its tokens are refused from now on.
+        """Delete a principal with its permissions; its access tokens are refused from now on.
 
-        :raise PrincipalNotFoundError: When there is none.
+        :raise PrincipalNotFoundError: When there is no such principal.
         """
         self._ask("DELETE", _path("identity/principals", principal))
 
     def access(self) -> dict[str, frozenset[Permission]]:
-        """What each principal may do with keys, by the principals' names."""
-        policies = _values(self._ask("GET", "/access/policies"))
-        return {str(policy["name"]): _permissions(policy) for policy in policies}
+        """Return each principal's permissions on keys, by the principals' names."""
+        policies = _decoded(self._ask("GET", "/access/policies"), _PolicyList).value
+        return {policy.name: policy.permissions for policy in policies}
 
     def permissions(self, principal: str) -> frozenset[Permission]:
-        """What a principal may do with keys.
+        """Return a principal's permissions on keys.
 
-        :raise PrincipalNotFoundError: When there is none.
+        :raise PrincipalNotFoundError: When there is no such principal.
         """
-        return _permissions(self._ask("GET", _path("access/policies", principal)))
+        return _decoded(self._ask("GET", _path("access/policies", principal)), _AccessPolicy).permissions
 
     def set_permissions(self, principal: str, permissions: Iterable[Permission]) -> frozenset[Permission]:
-        """Let a principal do exactly this with keys.
+        """Set a principal's permissions on keys.
 
-        :raise PrincipalNotFoundError: When there is none.
+        :raise PrincipalNotFoundError: When there is no such principal.
         """
         names = sorted(permission.value for permission in permissions)
-        return _permissions(self._ask("PUT", _path("access/policies", principal), {"permissions": names}))
+        answer = self._ask("PUT", _path("access/policies", principal), {"permissions": names})
+        return _decoded(answer, _AccessPolicy).permissions
 
     def grant(self, principal: str, permissions: Iterable[Permission]) -> frozenset[Permission]:
-        """Let a principal do this too.
+        """Add permissions on keys to a principal.
 
-        :return: all that it may do.
-        :raise PrincipalNotFoundError: When there is none.
+        :return: all permissions of the principal.
+        :raise PrincipalNotFoundError: When there is no such principal.
         """
         return self.set_permissions(principal, self.permissions(principal) | frozenset(permissions))
 
     def revoke(
         self, principal: str, permissions: Iterable[Permission] | None = None
     ) -> frozenset[Permission]:
-        """Let a principal do this no longer, by default nothing.
+        """Remove permissions on keys from a principal, by default all.
 
-        :return: all that it still may do.
-        :raise PrincipalNotFoundError: When there is none.
+        :return: the remaining permissions of the principal.
+        :raise PrincipalNotFoundError: When there is no such principal.
         """
         taken = frozenset(Permission) if permissions is None else frozenset(permissions)
         return self.set_permissions(principal, self.permissions(principal) - taken)
@@ -144,12 +164,12 @@ class VaultClient:
     def new_credential_file(
         self, path: Path, name: str, *, role: Role = Role.NONE, expires: int | None = None
     ) -> CredentialFile:
-        """Make a principal with a new key, and its credential file at *path*, where nothing may be yet.
+        """Create a principal with a new key, and its credential file at *path*, which must not exist.
 
-        When the file cannot be written, the principal is deleted again.
+        If the file cannot be written, the principal is deleted again.
 
         :raise PrincipalExistsError: When the name is taken.
-        :raise CredentialError: When there is a file, or it cannot be written.
+        :raise CredentialError: When the file exists already or cannot be written.
         """
         if path.exists():
             raise CredentialError(f"{path} exists already")
@@ -180,9 +200,7 @@ class VaultClient:
     ) -> Mapping[str, object]:
         connection = self._credential.connection
         response = connection.json(method, path, document, token=self._credential.token())
-        if (
-            response.status == 401
-        ):  # the vault was made anew, or its clock was set: once more with a new token
+        if response.status == 401:  # a vault created anew, or a changed clock: retry with a new access token
             self._credential.forget()
             response = connection.json(method, path, document, token=self._credential.token())
         return checked(response)
@@ -192,23 +210,8 @@ def _path(collection: str, principal: str) -> str:
     return f"/{collection}/{quote(principal, safe='')}"
 
 
-def _values(document: Mapping[str, object]) -> list[Mapping[str, object]]:
-    value = document.get("value")
-    if not isinstance(value, list):
-        raise VaultError("the key vault's answer makes no sense")
-    return value
-
-
-def _principal(document: Mapping[str, object]) -> PrincipalInfo:
+def _decoded(document: Mapping[str, object], kind: type[T]) -> T:
     try:
-        names = PrincipalInfo.__dataclass_fields__
-        return PrincipalInfo(**{name: document[name] for name in names} | {"role": Role(document["role"])})  # type: ignore[arg-type] # JSON
-    except (KeyError, ValueError) as exc:
-        raise VaultError("the key vault's answer makes no sense") from exc
-
-
-def _permissions(document: Mapping[str, object]) -> frozenset[Permission]:
-    given = document.get("permissions")
-    if not isinstance(given, list):
-        raise VaultError("the key vault's answer makes no sense")
-    return frozenset(Permission(name) for name in given)
+        return convert(document, kind)
+    except DocumentError as exc:
+        raise VaultError(f"unexpected answer of the key vault: {exc}") from exc

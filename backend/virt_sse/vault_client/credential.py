@@ -15,27 +15,28 @@ from typing import TYPE_CHECKING, Self
 
 from virt_sse.errors import KeyDeniedError, KeyProviderUnavailableError
 from virt_sse.vault_client.credential_file import CredentialFile
-from virt_sse.vault_client.https import VaultConnection, told
+from virt_sse.vault_client.https import VaultConnection, describe
 
 if TYPE_CHECKING:
     from azure.core.credentials import AccessToken
 
 _GRANT = "client_credentials"
 _ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
-_VERDICTS = ("invalid_client", "unauthorized_client", "access_denied")
-"""RFC 6749 §5.2's words for "not you". Nothing else says so: a proxy's page and a wrong clock do not."""
+_DENIALS = ("invalid_client", "unauthorized_client", "access_denied")
+"""Codes of RFC 6749 §5.2 for a denial. A proxy's error page or a wrong clock is no denial."""
 _RENEW_BEFORE = 0.2
-"""Of a token's life: a new one is asked for when that much is left."""
+"""Fraction of an access token's lifetime; with less than this left, a new token is requested."""
 
 
 class VaultCredential:
-    """Gets tokens with a credential file's key, and keeps one until shortly before it ends.
+    """Requests access tokens with a credential file's key, and caches a token until shortly before it
+    expires.
 
-    Threads may share one. It speaks to the file's own token endpoint alone, and gives out tokens for the
-    file's own audience alone. Still, who hands it to a client must see to it that it :meth:`covers` the
-    client's URL: a token goes wherever the client goes.
+    Thread-safe. Talks only to the file's token endpoint, and issues tokens only for the file's audience. A
+    client sends the token to its own URL, so check with :meth:`covers` before passing the credential to a
+    client.
 
-    :param timeout: in seconds, for connecting and for each answer.
+    :param timeout: in seconds, for connecting and for each response.
     """
 
     def __init__(self, file: CredentialFile | Path, *, timeout: float = 5.0) -> None:
@@ -51,20 +52,20 @@ class VaultCredential:
 
     @property
     def file(self) -> CredentialFile:
-        """What it was made from."""
+        """The credential file."""
         return self._file
 
     @property
     def connection(self) -> VaultConnection:
-        """How it reaches its vault."""
+        """The connection to the vault."""
         return self._connection
 
     def covers(self, url: str) -> bool:
-        """Whether *url* is of the vault that this is for."""
+        """Check that *url* belongs to the credential's vault."""
         return self._file.covers(url)
 
     def ca_file(self) -> str:
-        """A path of the vault's CA certificate, for ``connection_verify``; good until :meth:`close`."""
+        """Return a path of the CA certificate, for ``connection_verify``; valid until :meth:`close`."""
         with self._lock:
             if self._ca is None:
                 self._ca = os.memfd_create("vault-ca")
@@ -78,9 +79,9 @@ class VaultCredential:
         tenant_id: str | None = None,
         **_others: object,
     ) -> AccessToken:
-        """A token for the vault, as :mod:`azure.core` asks for it.
+        """Return an access token; the interface is defined by :mod:`azure.core`.
 
-        :raise KeyDeniedError: When the vault gives none, or another one than the file's is meant.
+        :raise KeyDeniedError: When the vault denies a token, or *scopes* or *tenant_id* are not the file's.
         :raise KeyProviderUnavailableError: When the vault does not answer.
         """
         from azure.core.credentials import AccessToken
@@ -88,24 +89,24 @@ class VaultCredential:
         if scopes != (f"{self._file.audience}/.default",):
             raise KeyDeniedError(f"the credential is for the vault {self._file.vault_url} alone")
         if tenant_id is not None and tenant_id != self._file.tenant:
-            raise KeyDeniedError("the credential is of another tenant than the vault")
+            raise KeyDeniedError("the tenant of the credential is not the requested tenant")
         return AccessToken(*self._current())
 
     def token(self) -> str:
-        """A token for the vault.
+        """Return an access token for the vault.
 
-        :raise KeyDeniedError: When the vault gives none.
+        :raise KeyDeniedError: When the vault denies a token.
         :raise KeyProviderUnavailableError: When the vault does not answer.
         """
         return self._current()[0]
 
     def forget(self) -> None:
-        """Ask for a new token next time."""
+        """Drop the cached token."""
         with self._lock:
             self._token = None
 
     def close(self) -> None:
-        """Let go of the certificate's file and the token."""
+        """Drop the cached token and close the CA certificate's file."""
         with self._lock:
             self._token = None
             if self._ca is not None:
@@ -139,11 +140,11 @@ class VaultCredential:
             "scope": f"{self._file.audience}/.default",
         }
         answer = self._connection.form(self._file.token_endpoint, form)
-        if answer.status in (400, 401) and answer.body.get("error") in _VERDICTS:
-            raise KeyDeniedError(f"the key vault {self._file.vault_url} gave no token ({told(answer)})")
+        if answer.status in (400, 401) and answer.body.get("error") in _DENIALS:
+            raise KeyDeniedError(f"the key vault {self._file.vault_url} gave no token ({describe(answer)})")
         if answer.status != 200:
             raise KeyProviderUnavailableError(
-                f"the key vault {self._file.vault_url} gave no token ({told(answer)})"
+                f"the key vault {self._file.vault_url} gave no token ({describe(answer)})"
             )
         body = answer.body
         token, seconds = body.get("access_token"), body.get("expires_in")
@@ -154,7 +155,7 @@ class VaultCredential:
 
 
 class AsyncVaultCredential:
-    """The same for the SDK's asynchronous clients; it asks in a thread."""
+    """A :class:`VaultCredential` for the SDK's asynchronous clients; requests run in a thread."""
 
     def __init__(self, credential: VaultCredential) -> None:
         self._credential = credential
@@ -168,7 +169,7 @@ class AsyncVaultCredential:
         )
 
     async def close(self) -> None:
-        """The credential that it was made from goes on."""
+        """Do nothing: the owner of the :class:`VaultCredential` closes it."""
 
     async def __aenter__(self) -> Self:
         return self

@@ -1,18 +1,16 @@
-"""A credential file: all that is needed to speak to one vault as one principal. JSON, 0600."""
+"""A credential file: address, trust anchor and private key for one principal of one vault. JSON, 0600."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import secrets
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
 import jwt
+import msgspec
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -23,42 +21,55 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from virt_sse.errors import CredentialError
+from virt_sse.system.documents import DocumentError, from_json
 from virt_sse.system.files import write_private
 
 _FORMAT = "virt-sse-vault-credential-1"
 _ASSERTION_SECONDS = 300
 
 
-@dataclass(frozen=True, slots=True)
-class CredentialFile:
-    """:ivar vault_url: the one vault that it is for.
-    :ivar ca_certificate: in PEM; no other authority is trusted for that vault.
-    :ivar audience: what tokens are asked for.
-    :ivar token_endpoint: the one place where assertions go.
-    :ivar private_key: in PEM; signs assertions.
-    :ivar expires: when the principal does; seconds since 1970.
+class CredentialFile(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="format", tag=_FORMAT
+):
+    """A principal's credential for one vault.
+
+    :ivar vault_url: the vault's URL.
+    :ivar ca_certificate: the only trusted authority for the vault; PEM.
+    :ivar audience: the audience of access tokens.
+    :ivar token_endpoint: the only recipient of assertions.
+    :ivar private_key: signs assertions; PEM.
+    :ivar expires: when the principal expires; seconds since 1970.
     """
 
     vault_url: str
-    ca_certificate: str = field(repr=False)
+    ca_certificate: str
     audience: str
     tenant: str
     client_id: str
     object_id: str
     token_endpoint: str
-    private_key: str = field(repr=False)
+    private_key: str
     expires: int | None
+
+    def __repr__(self) -> str:
+        return f"CredentialFile({self.client_id!r} at {self.vault_url!r})"  # without the private key
+
+    def __rich_repr__(self) -> list[tuple[str, object]]:
+        return [("client_id", self.client_id), ("vault_url", self.vault_url)]
 
     def __post_init__(self) -> None:
         for url in (self.vault_url, self.token_endpoint):
             if not url.startswith("https://"):
                 raise CredentialError("a credential file's URLs must be https")
         if origin(self.vault_url) != origin(self.token_endpoint):
-            raise CredentialError("a credential file's token endpoint must be its vault's own")
+            raise CredentialError("a credential file's token endpoint must belong to its vault")
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """:raise CredentialError: When it cannot be read, is open to others, or is none."""
+        """Read the credential file *path*.
+
+        :raise CredentialError: When the file cannot be read, is open to others, or is malformed.
+        """
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             with os.fdopen(descriptor, "rb") as file:
@@ -66,39 +77,26 @@ class CredentialFile:
                     raise CredentialError(
                         f"the credential file {path} is open to others", hint=f"chmod go= {path}"
                     )
-                document = json.loads(file.read())
+                return from_json(file.read(), cls)
         except OSError as exc:
             raise CredentialError(f"cannot read the credential file {path}: {exc.strerror}") from exc
-        except (ValueError, RecursionError):
-            raise CredentialError(f"{path} is no credential file") from None  # its content is secret
-        names = {each.name for each in dataclasses.fields(cls)}
-        if (
-            not isinstance(document, dict)
-            or document.pop("format", None) != _FORMAT
-            or set(document) != names
-        ):
-            raise CredentialError(f"{path} is no credential file that this version reads")
-        expires = document["expires"]
-        texts = all(isinstance(document[name], str) for name in names - {"expires"})
-        if not texts or not (expires is None or isinstance(expires, int)):
-            raise CredentialError(f"{path} is no credential file that this version reads")
-        return cls(**document)
+        except DocumentError as exc:
+            raise CredentialError(f"{path} is no credential file of a known version: {exc}") from None
 
     def write(self, path: Path) -> None:
-        """Replace *path*.
+        """Write the credential to *path*, replacing the file.
 
-        :raise CredentialError: When it cannot be written.
+        :raise CredentialError: When the file cannot be written.
         """
-        document = {"format": _FORMAT} | dataclasses.asdict(self)
         try:
-            write_private(path, json.dumps(document, indent=2).encode() + b"\n")
+            write_private(path, msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
         except OSError as exc:
             raise CredentialError(f"cannot write the credential file {path}: {exc.strerror}") from exc
 
     def assertion(self) -> str:
-        """A new client assertion (RFC 7523 §3), for the token endpoint of this file, good for one use.
+        """Sign a new client assertion (RFC 7523 §3), for the file's token endpoint and for one use.
 
-        :raise CredentialError: When the private key is none that it could be signed with.
+        :raise CredentialError: When the private key is malformed or of an unsupported type.
         """
         try:
             key = load_pem_private_key(self.private_key.encode(), None)
@@ -118,7 +116,7 @@ class CredentialFile:
         return jwt.encode(claims, key, "ES256" if isinstance(key, ec.EllipticCurvePrivateKey) else "PS256")
 
     def covers(self, url: str) -> bool:
-        """Whether *url* is of this file's vault. To no other goes anything that comes from this file."""
+        """Check that *url* belongs to the file's vault; tokens and assertions must not go to another URL."""
         try:
             return origin(url) == origin(self.vault_url)
         except ValueError:
@@ -126,18 +124,18 @@ class CredentialFile:
 
 
 def origin(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port.
+    """Split a URL into scheme, host and port.
 
-    :raise ValueError: When *url* is none with a host.
+    :raise ValueError: When *url* has no host, or has user information.
     """
     parts = urlsplit(url)
     if not parts.hostname or parts.username is not None or parts.password is not None:
-        raise ValueError("a URL with a host and nothing before it is needed")
+        raise ValueError("the URL must have a host, and no user information")
     return parts.scheme.lower(), parts.hostname.lower(), parts.port or 443
 
 
 def new_assertion_key() -> tuple[str, str]:
-    """A new key for assertions: the private one, and the public one that the vault is told; in PEM."""
+    """Make a key pair for assertions; returns the private and the public key in PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)

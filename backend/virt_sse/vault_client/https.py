@@ -1,4 +1,4 @@
-"""HTTPS to one vault, with the standard library: no proxy, no redirect, no authority but the vault's own."""
+"""HTTPS to one vault, with the standard library: no proxy, no redirects, and trust in the vault's CA only."""
 
 from __future__ import annotations
 
@@ -27,16 +27,19 @@ _LONGEST_ANSWER = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """:ivar body: may hold a token, so it does not print."""
+    """A response of the vault.
+
+    :ivar body: may contain an access token, therefore not in the repr.
+    """
 
     status: int
     body: Mapping[str, object] = field(repr=False)
 
 
 class VaultConnection:
-    """Requests to the vault of a credential file. Threads may share one; each request has its own connection.
+    """Sends requests to the vault of a credential file, each over a new connection. Thread-safe.
 
-    :param timeout: in seconds, for connecting and for each answer.
+    :param timeout: in seconds, for connecting and for each response.
     """
 
     def __init__(self, credential: CredentialFile, *, timeout: float = _TIMEOUT_SECONDS) -> None:
@@ -50,19 +53,19 @@ class VaultConnection:
     ) -> Response:
         """Send *document* to *path*.
 
-        :raise KeyProviderUnavailableError: When the vault does not answer, or has too much to do.
+        :raise KeyProviderUnavailableError: When the vault does not answer, or is overloaded.
         """
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         body = None if document is None else json.dumps(document).encode()
         return self._send(method, path, body, headers)
 
     def form(self, url: str, fields: Mapping[str, str]) -> Response:
-        """Post a form to *url*, which is one of the vault's own.
+        """Post a form to *url*, a URL of the vault.
 
-        :raise KeyProviderUnavailableError: When the vault does not answer, or has too much to do.
+        :raise KeyProviderUnavailableError: When the vault does not answer, or is overloaded.
         """
         if not self._credential.covers(url):
-            raise VaultError("a credential is sent to its own vault alone")
+            raise VaultError("a credential must only be sent to its own vault")
         path = url.split("/", 3)[3]
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
         return self._send("POST", f"/{path}", urlencode(fields).encode(), headers)
@@ -85,7 +88,7 @@ class VaultConnection:
             document = {}
         response = Response(answer.status, document if isinstance(document, dict) else {})
         if response.status == 429 or response.status >= 500:
-            raise KeyProviderUnavailableError(f"the key vault {url} cannot answer now ({told(response)})")
+            raise KeyProviderUnavailableError(f"the key vault {url} cannot answer now ({describe(response)})")
         return response
 
     def _trust(self) -> ssl.SSLContext:
@@ -101,9 +104,9 @@ class VaultConnection:
 
 
 def checked(response: Response) -> Mapping[str, object]:
-    """The body of an answer that is what was asked for.
+    """Return the body of a successful response.
 
-    :raise VirtSseError: By meaning, when the vault refused.
+    :raise VirtSseError: With the meaning of the status, when the vault refused.
     """
     if response.status < 300:
         return response.body
@@ -114,11 +117,11 @@ def checked(response: Response) -> Mapping[str, object]:
         404: PrincipalNotFoundError,
         409: PrincipalExistsError,
     }
-    raise kinds.get(response.status, VaultError)(f"the key vault refused ({told(response)})")
+    raise kinds.get(response.status, VaultError)(f"the key vault refused ({describe(response)})")
 
 
-def told(response: Response) -> str:
-    """The status of an answer and what the vault said, on one line."""
+def describe(response: Response) -> str:
+    """Describe the status and error of a response in one line."""
     error = response.body.get("error")
     said = response.body.get("error_description") if isinstance(error, str) else None
     if isinstance(error, dict):

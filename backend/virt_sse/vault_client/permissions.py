@@ -1,4 +1,4 @@
-"""What can be granted, and to whom managing is entrusted."""
+"""Permissions on keys, and roles in administration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import enum
 
 
 class Permission(enum.Enum):
-    """What a principal may do with the vault's keys: Azure's names for key permissions."""
+    """A permission on the vault's keys, with Azure's name."""
 
     GET = "get"
     LIST = "list"
@@ -28,18 +28,18 @@ class Permission(enum.Enum):
 
 
 USE = frozenset({Permission.WRAP_KEY, Permission.UNWRAP_KEY, Permission.ENCRYPT, Permission.DECRYPT})
-"""Using keys. The others administer them."""
+"""The permissions to use keys; all other permissions are for administration."""
 
 ADMINISTRATION = frozenset(Permission) - USE
-"""What the first administrator has from the start: everything but using keys."""
+"""The first administrator's permissions: all except the use of keys."""
 
 
 class Role(enum.Enum):
-    """What a principal may do about principals."""
+    """A role in the administration of principals."""
 
     NONE = "none"
     IDENTITY_OPERATOR = "identity-operator"
-    """May make identities that have no rights, and delete those which it made."""
+    """May create principals without permissions, and delete its own creations."""
 
     ADMINISTRATOR = "administrator"
-    """May make and delete any principal, and grant."""
+    """May create and delete any principal, and grant permissions."""

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Self
 
-from virt_sse.vault.http.certificates import new_authority, new_server_certificate
+from virt_sse.vault.home.certificates import new_authority, new_server_certificate
 from virt_sse.vault_client.credential_file import CredentialFile, new_assertion_key
 
 TENANT = "00000000-0000-4000-8000-00000000000f"

@@ -21,7 +21,7 @@ from virt_sse.errors import (
     KeyProviderUnavailableError,
 )
 from virt_sse.model.keys import KeyState, ProviderConfig
-from virt_sse.vault.http.certificates import new_authority
+from virt_sse.vault.home.certificates import new_authority
 from virt_sse_plugins.key_providers.customer_managed import CustomerManagedKeyProvider
 from virt_sse_plugins.key_providers.key_vault_access import AzureAccess
 

@@ -12,8 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import alembic.autogenerate
-import alembic.command
-import alembic.config
 import alembic.migration
 import alembic.script
 import pytest
@@ -30,6 +28,7 @@ from virt_sse.model.layers import EncryptionType
 from virt_sse.store import Store
 from virt_sse.store.engine import SCHEMA
 from virt_sse.store.tables import metadata
+from virt_sse.system.migrations import alembic_config
 
 
 def entry(version: str = "1", slot: str = "service") -> DekEntry:
@@ -215,29 +214,68 @@ def test_eight_processes_write_at_the_same_time(store: Store, path: Path) -> Non
     assert [found.size for found in store.all()] == [512] * 80 + [64 << 40]
 
 
-def test_an_older_store_is_migrated_with_every_wrapped_dek(path: Path) -> None:
+DEVELOPMENT_STORE = """
+CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL,
+    CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num));
+CREATE TABLE disks (id CHAR(32) NOT NULL, name VARCHAR(80) NOT NULL, path TEXT NOT NULL,
+    format VARCHAR(16) NOT NULL, size BIGINT NOT NULL, state VARCHAR(16) NOT NULL,
+    encryption_type VARCHAR(64) NOT NULL, created VARCHAR(40) NOT NULL, generation INTEGER NOT NULL,
+    sku VARCHAR(32) DEFAULT 'Premium_LRS' NOT NULL,
+    encryption_set_id CHAR(32) REFERENCES encryption_sets (id), caching VARCHAR(16) DEFAULT 'None' NOT NULL,
+    PRIMARY KEY (id), UNIQUE (name), UNIQUE (path));
+CREATE TABLE wrapped_deks (disk_id CHAR(32) NOT NULL, position INTEGER NOT NULL, slot VARCHAR(32) NOT NULL,
+    cipher VARCHAR(64) NOT NULL, algorithm VARCHAR(32) NOT NULL, ciphertext BLOB NOT NULL,
+    key_provider VARCHAR(64) NOT NULL, key_name TEXT NOT NULL, key_version VARCHAR(64) NOT NULL,
+    PRIMARY KEY (disk_id, position), FOREIGN KEY(disk_id) REFERENCES disks (id) ON DELETE CASCADE);
+CREATE INDEX wrapped_deks_by_key ON wrapped_deks (key_provider, key_name, key_version);
+CREATE TABLE encryption_sets (id CHAR(32) NOT NULL, name VARCHAR(80) NOT NULL,
+    key_provider VARCHAR(64) NOT NULL, key_name TEXT NOT NULL, key_version VARCHAR(64),
+    encryption_type VARCHAR(64) NOT NULL, automatic_rotation BOOLEAN NOT NULL,
+    subscription VARCHAR(64) NOT NULL, region VARCHAR(64) NOT NULL, tenant VARCHAR(64), identity VARCHAR(64),
+    revocation VARCHAR(16) NOT NULL, grace_seconds INTEGER NOT NULL, created VARCHAR(40) NOT NULL,
+    PRIMARY KEY (id), UNIQUE (name));
+CREATE TABLE vms (id CHAR(32) NOT NULL, name TEXT NOT NULL, host CHAR(32) NOT NULL,
+    encryption_at_host BOOLEAN NOT NULL, size VARCHAR(64), temp_disk_size BIGINT, generation INTEGER NOT NULL,
+    pending TEXT, tpm_algorithm VARCHAR(32), tpm_ciphertext BLOB, tpm_key_provider VARCHAR(64),
+    tpm_key_name TEXT, tpm_key_version VARCHAR(64), PRIMARY KEY (id));
+INSERT INTO disks VALUES ('00000000000000000000000000000000', 'old', '/images/old', 'qcow2', 512, 'ready',
+    'EncryptionAtRestWithPlatformKey', '2026-01-31T12:00:00+00:00', 3, 'Premium_LRS', NULL, 'None');
+INSERT INTO wrapped_deks VALUES ('00000000000000000000000000000000', 0, 'service', 'aes-256-xts', 'A256KW',
+    x'00ff', 'provider', 'default', '1');
+INSERT INTO alembic_version VALUES ('0003');
+"""
+"""As the three migrations of the development versions made a store."""
+
+
+def test_an_older_store_is_opened_with_every_wrapped_dek(path: Path) -> None:
     path.parent.mkdir()
-    engine = sa.create_engine(f"sqlite:///{path}")
-    config = alembic.config.Config()
-    config.set_main_option("script_location", str(Path(virt_sse.store.__file__).parent / "migrations"))
-    config.set_main_option("path_separator", "os")
-    with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        alembic.command.upgrade(config, "0001")
-        connection.exec_driver_sql(
-            "INSERT INTO disks VALUES ('00000000000000000000000000000000', 'old', '/images/old', 'qcow2',"
-            " 512, 'ready', 'EncryptionAtRestWithPlatformKey', '2026-01-31T12:00:00+00:00', 3)"
-        )
-        connection.exec_driver_sql(
-            "INSERT INTO wrapped_deks VALUES ('00000000000000000000000000000000', 0, 'service',"
-            " 'aes-256-xts', 'A256KW', x'00ff', 'provider', 'default', '1')"
-        )
-    engine.dispose()
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript(DEVELOPMENT_STORE)
     store = Store(f"sqlite:///{path}")
     old = store.get("old")
-    store.close()
     assert old.deks[0].wrapped == WrappedDek(b"\0\xff", "A256KW", KeyId("provider", "default", "1"))
     assert (old.generation, old.sku, old.set_id) == (3, DiskSku.PREMIUM_SSD, None)
+    store.add(disk("new"))
+    store.close()
+    engine = sa.create_engine(f"sqlite:///{path}")
+    with engine.connect() as connection:
+        context = alembic.migration.MigrationContext.configure(connection, opts={"compare_type": True})
+        assert alembic.autogenerate.compare_metadata(context, metadata) == []
+    engine.dispose()
+
+
+@pytest.mark.parametrize("schema", ["0001", "0002"])
+def test_a_store_of_an_unfinished_schema_is_refused_and_kept(path: Path, schema: str) -> None:
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript(DEVELOPMENT_STORE)
+        database.execute("UPDATE alembic_version SET version_num = ?", (schema,))
+        database.commit()
+    with pytest.raises(StoreError, match=f"schema {schema}, of a development version") as caught:
+        Store(f"sqlite:///{path}")
+    assert caught.value.hint
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("SELECT ciphertext FROM wrapped_deks").fetchall() == [(b"\0\xff",)]
 
 
 def test_a_newer_schema_is_refused(store: Store, path: Path) -> None:
@@ -283,7 +321,5 @@ def test_migrations_make_the_tables(store: Store, path: Path) -> None:
 
 
 def test_the_newest_migration_is_the_one_that_is_spelt_out() -> None:
-    config = alembic.config.Config()
-    config.set_main_option("script_location", str(Path(virt_sse.store.__file__).parent / "migrations"))
-    config.set_main_option("path_separator", "os")
+    config = alembic_config(Path(virt_sse.store.__file__).parent / "migrations")
     assert alembic.script.ScriptDirectory.from_config(config).get_heads() == [SCHEMA]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sqlite3
 import ssl
@@ -14,10 +15,10 @@ from faults import no_file_beyond
 from vault_doubles import Records
 
 from virt_sse.errors import InvalidValueError, VaultError
+from virt_sse.vault.home.certificates import needs_renewal
 from virt_sse.vault.home.layout import VaultDirectory
-from virt_sse.vault.home.sealing import RootKey
-from virt_sse.vault.home.settings import VaultSettings
-from virt_sse.vault.http.certificates import needs_renewal
+from virt_sse.vault.home.sealing import VaultRootKey
+from virt_sse.vault.home.settings import HsmSettings, VaultSettings
 from virt_sse.vault.initialise import add_administrator, initialise
 from virt_sse.vault.keys.records import NewKey
 from virt_sse.vault.refusals import Refusal
@@ -68,6 +69,49 @@ def test_damaged_settings_are_said_so(directory: VaultDirectory, content: bytes)
 
 
 @pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"x": 1}, "`x`"),
+        ({"hosts": "localhost"}, "`$.hosts`"),
+        ({"retention_days": "90"}, "`$.retention_days`"),
+        ({"tier": "gold"}, "`$.tier`"),
+        ({"tier": "premium", "token": {"tag": "t", "pin": "1"}}, "`pin`"),
+        ({"tier": "premium", "token": {"tag": "t", "options": {"uri": 1}}}, "`$.token.options"),
+        ({"format": 2, "new": 1}, "newer version"),
+    ],
+)
+def test_damaged_settings_name_the_field(
+    directory: VaultDirectory, wrong: dict[str, object], field: str
+) -> None:
+    fields = json.loads(directory.settings_path.read_text())
+    directory.settings_path.write_text(json.dumps(fields | wrong))
+    with pytest.raises(VaultError) as caught:
+        directory.settings()
+    assert field in str(caught.value)
+
+
+def test_settings_of_earlier_versions_are_read(directory: VaultDirectory) -> None:
+    """The bytes that the first version wrote, and those with an HSM."""
+    fields = {
+        "name": "vault",
+        "tenant": "6f9619ff-8b86-d011-b42d-00cf4fc964ff",
+        "tier": "standard",
+        "url": "https://localhost:8443",
+        "audience": "https://localhost:8443",
+        "hosts": ["localhost"],
+        "retention_days": 90,
+        "purge_protection": False,
+        "format": 1,
+    }
+    directory.settings_path.write_text(json.dumps(fields, indent=2))
+    assert directory.settings().hsm is None
+    hsm = {"tag": "virt-sse-vault-0", "options": {"uri": "pkcs11:token=a"}}
+    directory.settings_path.write_text(json.dumps(fields | {"tier": "premium", "token": hsm}, indent=2))
+    assert directory.settings().hsm == HsmSettings("virt-sse-vault-0", {"uri": "pkcs11:token=a"})
+    assert json.loads(directory.settings().to_json()) == fields | {"tier": "premium", "token": hsm}
+
+
+@pytest.mark.parametrize(
     "wrong",
     [
         {"name": "a"},
@@ -112,7 +156,7 @@ def test_an_address_is_a_url(tmp_path: Path) -> None:
 
 def test_another_root_key_opens_nothing(directory: VaultDirectory, records: Records) -> None:
     directory.root_key_path.write_bytes(bytes(32))
-    with pytest.raises(VaultError, match="not the one"), open_vault(directory, records):
+    with pytest.raises(VaultError, match="not the original root key"), open_vault(directory, records):
         pass
     directory.root_key_path.write_bytes(b"short")
     with pytest.raises(VaultError, match="32 bytes"), open_vault(directory, records):
@@ -120,14 +164,14 @@ def test_another_root_key_opens_nothing(directory: VaultDirectory, records: Reco
 
 
 def test_what_is_sealed_for_one_purpose_opens_for_no_other() -> None:
-    root = RootKey(bytes(32), "tenant/vault")
+    root = VaultRootKey(bytes(32), "tenant/vault")
     sealed = root.sealer("keys").seal(b"secret", b"context")
     assert root.sealer("keys").open(sealed, b"context") == b"secret"
     assert sealed != root.sealer("keys").seal(b"secret", b"context")
     wrong = [
         (root.sealer("backups"), sealed, b"context"),
-        (RootKey(bytes(32), "tenant/other").sealer("keys"), sealed, b"context"),
-        (RootKey(bytes(31) + b"\1", "tenant/vault").sealer("keys"), sealed, b"context"),
+        (VaultRootKey(bytes(32), "tenant/other").sealer("keys"), sealed, b"context"),
+        (VaultRootKey(bytes(31) + b"\1", "tenant/vault").sealer("keys"), sealed, b"context"),
         (root.sealer("keys"), sealed, b"another"),
         (root.sealer("keys"), sealed[:-1], b"context"),
         (root.sealer("keys"), sealed[:-1] + bytes([sealed[-1] ^ 1]), b"context"),
@@ -140,7 +184,7 @@ def test_what_is_sealed_for_one_purpose_opens_for_no_other() -> None:
 
 
 def test_a_root_key_does_not_print() -> None:
-    root = RootKey(b"ROOTROOTROOTROOTROOTROOTROOTROOT", "v")
+    root = VaultRootKey(b"ROOTROOTROOTROOTROOTROOTROOTROOT", "v")
     assert "ROOT" not in repr(root) + repr(root.sealer("keys"))
 
 
@@ -175,7 +219,12 @@ def test_a_backup_is_worth_nothing_to_another_vault(vault: Vault, tmp_path: Path
 
 def test_a_newer_version_s_database_is_left_alone(directory: VaultDirectory, records: Records) -> None:
     with closing(sqlite3.connect(directory.database_path)) as database:
-        database.execute("PRAGMA user_version = 99")
+        database.execute("UPDATE alembic_version SET version_num = '99'")
+        database.commit()
+    with pytest.raises(VaultError, match="schema 99"), open_vault(directory, records):
+        pass
+    with closing(sqlite3.connect(directory.database_path)) as database:
+        database.executescript("DROP TABLE alembic_version; PRAGMA user_version = 99")
     with pytest.raises(VaultError, match="schema 99"), open_vault(directory, records):
         pass
 

@@ -173,7 +173,7 @@ def test_more_than_a_key_can_take_is_refused(vault: Vault) -> None:
 @pytest.mark.parametrize("bits", [2048, 3072])
 def test_a_key_that_was_made_elsewhere_is_taken_in(vault: Vault, bits: int) -> None:
     private = rsa.generate_private_key(65537, bits)
-    record = vault.keys.bring("mine", "RSA", private.private_numbers(), NewKey())
+    record = vault.keys.import_key("mine", "RSA", private.private_numbers(), NewKey())
     assert record.public.n == private.public_key().public_numbers().n
     assert use(vault, "unwrapKey", "mine") == "ok"
 
@@ -188,14 +188,14 @@ def test_numbers_that_do_not_fit_together_are_no_key(vault: Vault) -> None:
     odd = rsa.generate_private_key(3, 2048).private_numbers()
     for wrong in (mixed, weak, odd):
         with pytest.raises(Refusal) as refused:
-            vault.keys.bring("mine", "RSA", wrong, NewKey())
+            vault.keys.import_key("mine", "RSA", wrong, NewKey())
         assert refused.value.status == 400
 
 
 def test_no_private_key_lies_in_the_database(vault: Vault, directory: VaultDirectory) -> None:
     private = rsa.generate_private_key(65537, 2048)
     numbers = private.private_numbers()
-    vault.keys.bring("mine", "RSA", numbers, NewKey())
+    vault.keys.import_key("mine", "RSA", numbers, NewKey())
     stored = b"".join(path.read_bytes() for path in directory.path.iterdir())
     for secret in (numbers.d, numbers.p, numbers.q):
         assert secret.to_bytes((secret.bit_length() + 7) // 8, "big") not in stored

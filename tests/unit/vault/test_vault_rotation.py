@@ -4,9 +4,10 @@ import pytest
 from vault_doubles import DAY, Clock, Records
 
 from virt_sse.errors import InvalidValueError
-from virt_sse.vault.http.limits import Limits, TokenBucket
+from virt_sse.vault.http.limits import Limits
 from virt_sse.vault.keys.durations import seconds_of
 from virt_sse.vault.keys.records import Attributes, NewKey
+from virt_sse.vault.rate_limit import RateLimit
 from virt_sse.vault.refusals import Refusal
 from virt_sse.vault.trail import Trail
 from virt_sse.vault.upkeep import upkeep
@@ -150,7 +151,7 @@ def test_what_is_no_duration(text: str) -> None:
 
 def test_a_bucket_gives_a_burst_then_its_rate() -> None:
     clock = Clock()
-    bucket = TokenBucket(10, 5, clock)
+    bucket = RateLimit(10, 5, clock)
     assert [bucket.take() for _ in range(5)] == [0.0] * 5
     assert bucket.take() == pytest.approx(0.1)
     clock.now += 0.125

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from vault_doubles import DAY, Clock, Records
@@ -20,8 +21,8 @@ from virt_sse.errors import ConfigError, InvalidValueError, KeyProviderUnavailab
 from virt_sse.lab.tokens import LabHsm, LabToken
 from virt_sse.pkcs11.objects import TokenKey
 from virt_sse.vault.home.layout import VaultDirectory
-from virt_sse.vault.home.settings import Tier, TokenSettings, VaultSettings
-from virt_sse.vault.hsm.access import add_token, unlock_token
+from virt_sse.vault.home.settings import HsmSettings, Tier, VaultSettings
+from virt_sse.vault.hsm.access import add_hsm, unlock_hsm
 from virt_sse.vault.hsm.protection import ANCHOR
 from virt_sse.vault.initialise import initialise
 from virt_sse.vault.keys.records import KeyVersion, Leftover, NewKey
@@ -36,7 +37,7 @@ def options_of(token: LabToken) -> dict[str, str]:
 
 
 def premium(path: Path, token: LabToken) -> VaultDirectory:
-    return initialise(path, tier=Tier.PREMIUM, token=options_of(token))
+    return initialise(path, tier=Tier.PREMIUM, hsm=options_of(token))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def refusal_of(vault: Vault, record: KeyVersion) -> tuple[int, str]:
 
 def in_token(token: LabToken, directory: VaultDirectory) -> list[TokenKey]:
     """The vault's keys there, as another process sees them."""
-    settings = directory.settings().token
+    settings = directory.settings().hsm
     assert settings
     with closing(token.open()) as opened:
         return [key for key in opened.find() if key.label.startswith(settings.tag) and key.id != ANCHOR]
@@ -119,7 +120,7 @@ def test_an_imported_key_is_in_the_token_and_nowhere_else(
     vault: Vault, directory: VaultDirectory, token: LabToken
 ) -> None:
     numbers = rsa.generate_private_key(65537, 2048).private_numbers()
-    record = vault.keys.bring("mine", "RSA-HSM", numbers, NewKey())
+    record = vault.keys.import_key("mine", "RSA-HSM", numbers, NewKey())
     assert record.public.n == numbers.public_numbers.n
     use(vault, record)
     (key,) = in_token(token, directory)
@@ -210,23 +211,23 @@ def test_what_is_done_to_a_key_in_the_token_is_the_token_s_word(
         use(vault, record)
         administrator.destroy(key)
         assert refusal_of(vault, record) == (404, "KeyNotFound")
-        assert vault.token
-        assert vault.token.failure() is None
+        assert vault.hsm
+        assert vault.hsm.failure() is None
 
 
 def test_a_token_that_was_emptied_says_nothing_of_a_key(
     vault: Vault, directory: VaultDirectory, token: LabToken
 ) -> None:
     record = create(vault)
-    settings = directory.settings().token
+    settings = directory.settings().hsm
     assert settings
     with closing(token.open()) as administrator:
         for key in administrator.find():
             if key.label.startswith(settings.tag):
                 administrator.destroy(key)
     assert refusal_of(vault, record) == (503, "ServiceUnavailable")
-    assert vault.token
-    assert "anchor" in str(vault.token.failure())
+    assert vault.hsm
+    assert "anchor" in str(vault.hsm.failure())
 
 
 def test_a_token_that_is_away_says_nothing_of_a_key_either(
@@ -241,8 +242,8 @@ def test_a_token_that_is_away_says_nothing_of_a_key_either(
             with pytest.raises(FailureRefusal, match="cannot use its HSM now"):
                 change()
         use(vault, software)
-        assert vault.token
-        assert "HSM failed" in str(vault.token.failure())
+        assert vault.hsm
+        assert "HSM failed" in str(vault.hsm.failure())
     use(vault, record)
     assert vault.keys.get_deleted("gone")
     assert [each.version for each in vault.keys.versions("kek")] == [record.version]
@@ -270,10 +271,10 @@ def test_what_a_kill_left_goes_and_what_a_row_names_stays(
     with open_vault(directory, records) as vault:
         live, deleted = create(vault), create(vault, "deleted")
         vault.keys.delete("deleted")
-        assert vault.token
+        assert vault.hsm
         orphan = Leftover("kek", os.urandom(16).hex(), "RSA-HSM")
-        vault.token.generate(2048, orphan.name, orphan.version)
-    settings = directory.settings().token
+        vault.hsm.generate(2048, orphan.name, orphan.version)
+    settings = directory.settings().hsm
     assert settings
     with closing(token.open()) as administrator:
         stranger = administrator.generate_rsa(f"{settings.tag}/older", os.urandom(16), 2048)
@@ -349,13 +350,13 @@ def test_a_wrong_pin_locks_until_it_is_unlocked(
         with open_vault(directory, records) as vault:
             for _ in range(4):
                 assert refusal_of(vault, record) == (503, "ServiceUnavailable")
-            assert vault.token
-            assert "locked after 3 wrong PINs" in str(vault.token.failure())
+            assert vault.hsm
+            assert "locked after 3 wrong PINs" in str(vault.hsm.failure())
             use(vault, vault.keys.create("soft", "RSA", 2048, NewKey()))
             with pytest.raises(KeyProviderUnavailableError, match="PIN is wrong"):
-                unlock_token(directory)
+                unlock_hsm(directory)
             token.folder.pin.write_bytes(right)
-            unlock_token(directory)
+            unlock_hsm(directory)
             use(vault, record)
     finally:
         token.folder.pin.write_bytes(right)
@@ -367,14 +368,14 @@ def test_a_dead_module_says_nothing_of_a_key(
     with open_vault(directory, records) as vault:
         record = create(vault)
     settings = directory.settings()
-    assert settings.token
-    broken = {**settings.token.options, "module": str(directory.ca_path)}
-    changed = dataclasses.replace(settings, token=TokenSettings(settings.token.tag, broken))
+    assert settings.hsm
+    broken = {**settings.hsm.options, "module": str(directory.ca_path)}
+    changed = msgspec.structs.replace(settings, hsm=HsmSettings(settings.hsm.tag, broken))
     directory.settings_path.write_bytes(changed.to_json())
     with open_vault(directory, records) as vault:
         assert refusal_of(vault, record) == (503, "ServiceUnavailable")
-        assert vault.token
-        assert "cannot load PKCS#11 module" in str(vault.token.failure())
+        assert vault.hsm
+        assert "cannot load PKCS#11 module" in str(vault.hsm.failure())
 
 
 def test_a_vault_that_has_lost_its_token_s_settings_says_nothing_of_a_key(
@@ -383,7 +384,7 @@ def test_a_vault_that_has_lost_its_token_s_settings_says_nothing_of_a_key(
     with open_vault(directory, records) as vault:
         record = create(vault)
     for tier in (Tier.PREMIUM, Tier.STANDARD):
-        changed = dataclasses.replace(directory.settings(), tier=tier, token=None)
+        changed = msgspec.structs.replace(directory.settings(), tier=tier, hsm=None)
         directory.settings_path.write_bytes(changed.to_json())
         with open_vault(directory, records) as vault:
             assert refusal_of(vault, record) == (503, "ServiceUnavailable")
@@ -397,25 +398,25 @@ def test_an_older_premium_vault_is_given_a_token(
     assert "token" not in fields
     directory.settings_path.write_text(json.dumps(fields | {"tier": "premium"}))
     with closing(sqlite3.connect(directory.database_path)) as database:
-        database.executescript("DROP TABLE leftovers; PRAGMA user_version = 1;")
+        database.executescript("DROP TABLE leftovers; DROP TABLE alembic_version; PRAGMA user_version = 1;")
     with open_vault(directory, records) as vault:
         with pytest.raises(Refusal, match="vault hsm add") as refused:
             create(vault)
         assert refused.value.status == 403
         with pytest.raises(VaultError, match="another process"):
-            add_token(directory, options_of(token))
-    add_token(directory, options_of(token))
+            add_hsm(directory, options_of(token))
+    add_hsm(directory, options_of(token))
     with open_vault(directory, records) as vault:
         use(vault, create(vault))
-    with pytest.raises(VaultError, match="has a token already"):
-        add_token(directory, options_of(token))
+    with pytest.raises(VaultError, match="has an HSM already"):
+        add_hsm(directory, options_of(token))
 
 
 def test_settings_there_and_back(directory: VaultDirectory, token: LabToken) -> None:
     settings = directory.settings()
     assert VaultSettings.from_json(settings.to_json()) == settings
-    assert settings.token
-    assert f"serial={token.uri.serial}" in settings.token.options["uri"]
+    assert settings.hsm
+    assert f"serial={token.uri.serial}" in settings.hsm.options["uri"]
     assert token.pin not in directory.settings_path.read_text()
 
 
@@ -431,14 +432,14 @@ def test_settings_there_and_back(directory: VaultDirectory, token: LabToken) -> 
 )
 def test_a_token_must_make_sense(tmp_path: Path, options: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        initialise(tmp_path / "vault", tier=Tier.PREMIUM, token=options)
+        initialise(tmp_path / "vault", tier=Tier.PREMIUM, hsm=options)
     assert not (tmp_path / "vault/vault.json").exists()
 
 
 def test_no_vault_is_made_over_a_token_that_is_not_there(tmp_path: Path, token: LabToken) -> None:
     wrong = options_of(token) | {"uri": "pkcs11:token=elsewhere"}
     with pytest.raises(KeyProviderUnavailableError, match="no token matches"):
-        initialise(tmp_path / "vault", tier=Tier.PREMIUM, token=wrong)
-    with pytest.raises(InvalidValueError, match="standard vault has no token"):
-        initialise(tmp_path / "vault", token=options_of(token))
+        initialise(tmp_path / "vault", tier=Tier.PREMIUM, hsm=wrong)
+    with pytest.raises(InvalidValueError, match="standard vault has no HSM"):
+        initialise(tmp_path / "vault", hsm=options_of(token))
     assert premium(tmp_path / "vault", token).settings().tier is Tier.PREMIUM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from rich.pretty import pretty_repr
 from vault_doubles import Clock, Records
 
 from virt_sse.errors import CredentialError, VaultError
@@ -217,7 +219,7 @@ def test_a_principal_that_is_not_let_in_any_more_has_worthless_tokens(
     private, public = new_assertion_key()
     principal = vault.principals.create("web", public)
     mine = CredentialFile(
-        **{name: getattr(file, name) for name in CredentialFile.__dataclass_fields__}
+        **{name: getattr(file, name) for name in CredentialFile.__struct_fields__}
         | {"client_id": principal.client_id, "private_key": private}
     )
     given = token(vault, mine)
@@ -310,7 +312,7 @@ def test_a_token_lives_for_as_long_as_the_vault_says(directory: VaultDirectory, 
 def test_a_credential_file_keeps_its_secrets(directory: VaultDirectory, file: CredentialFile) -> None:
     credential = VaultCredential(directory.administrator_path)
     for secret in file.private_key.splitlines()[1:-1]:
-        assert secret not in repr(file) + repr(credential)
+        assert secret not in repr(file) + repr(credential) + pretty_repr(file)
     assert directory.administrator_path.stat().st_mode & 0o777 == 0o600
     directory.administrator_path.chmod(0o640)
     with pytest.raises(CredentialError, match="open to others"):
@@ -328,8 +330,40 @@ def test_what_is_no_credential_file(tmp_path: Path, content: bytes) -> None:
         CredentialFile.read(path)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"format": "virt-sse-vault-credential-2"}, "`$.format`"),
+        ({"expires": "never"}, "`$.expires`"),
+        ({"private_key": None}, "`$.private_key`"),
+        ({"pin": "hunter2"}, "`pin`"),
+        ({"vault_url": "https://[::1"}, "Invalid IPv6 URL"),
+    ],
+)
+def test_a_damaged_credential_file_names_the_field_and_no_secret(
+    directory: VaultDirectory, wrong: dict[str, object], field: str
+) -> None:
+    path = directory.administrator_path
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | wrong))
+    with pytest.raises(CredentialError) as caught:
+        CredentialFile.read(path)
+    assert field.lower() in str(caught.value).lower()
+    for secret in ("hunter2", *fields["private_key"].splitlines()):
+        assert secret not in str(caught.value)
+
+
+def test_a_credential_file_of_the_first_version_is_read(
+    directory: VaultDirectory, file: CredentialFile
+) -> None:
+    fields = {name: getattr(file, name) for name in CredentialFile.__struct_fields__}
+    document = {"format": "virt-sse-vault-credential-1"} | fields
+    assert directory.administrator_path.read_text() == json.dumps(document, indent=2) + "\n"
+    assert CredentialFile.read(directory.administrator_path) == file
+
+
 def test_a_credential_file_s_assertions_go_to_its_own_vault_alone(file: CredentialFile) -> None:
-    fields = {name: getattr(file, name) for name in CredentialFile.__dataclass_fields__}
+    fields = {name: getattr(file, name) for name in CredentialFile.__struct_fields__}
     for changed in (
         {"token_endpoint": "https://elsewhere.test/tenant/oauth2/v2.0/token"},
         {"token_endpoint": file.token_endpoint.replace("https", "http")},

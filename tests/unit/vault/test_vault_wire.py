@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from virt_sse.vault import properties
 from virt_sse.vault.http import wire
 from virt_sse.vault.refusals import Refusal
 
@@ -87,7 +88,7 @@ def test_key_types(kty: object) -> None:
 
 @pytest.mark.parametrize("size", ["2048", 2048.0, True, [2048]])
 def test_numbers(size: object) -> None:
-    refused(lambda: wire.integer({"key_size": size}, "key_size", 2048))
+    refused(lambda: properties.integer({"key_size": size}, "key_size", 2048))
 
 
 def test_a_refusal_has_azure_s_form() -> None:

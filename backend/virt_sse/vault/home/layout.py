@@ -1,4 +1,4 @@
-"""The folder that a vault lives in, and the lock that makes one process its server."""
+"""The folder of a vault, and the lock that limits a vault to one serving process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from virt_sse.errors import VaultError
 from virt_sse.system.files import PRIVATE_FILE
-from virt_sse.vault.home.sealing import RootKey
+from virt_sse.vault.home.sealing import VaultRootKey
 from virt_sse.vault.home.settings import VaultSettings
 
 
@@ -23,42 +23,42 @@ class VaultDirectory:
 
     @property
     def settings_path(self) -> Path:
-        """Written last when the vault is made: where it is, the vault is whole."""
+        """The vault's settings, written last by ``vault init``: the file marks a complete vault."""
         return self.path / "vault.json"
 
     @property
     def root_key_path(self) -> Path:
-        """The key that all keys lie under. Without it they are lost."""
+        """The root key. Without this file all keys are lost."""
         return self.path / "root.key"
 
     @property
     def ca_path(self) -> Path:
-        """The certificate that clients trust."""
+        """The CA certificate, which clients trust."""
         return self.path / "ca.pem"
 
     @property
     def ca_key_path(self) -> Path:
-        """What signs the server's certificates."""
+        """The private key of the CA, which signs the server's certificates."""
         return self.path / "ca.key"
 
     @property
     def server_path(self) -> Path:
-        """The server's certificate and its key."""
+        """The server's certificate and private key."""
         return self.path / "server.pem"
 
     @property
     def database_path(self) -> Path:
-        """Keys, principals and access."""
+        """The database of keys, principals and access."""
         return self.path / "vault.sqlite"
 
     @property
     def hsm_path(self) -> Path:
-        """A premium vault's RSA-HSM keys, in a SoftHSM token with its PIN, if not in another one."""
+        """The SoftHSM token of a premium vault, with its PIN, unless the vault uses an external HSM token."""
         return self.path / "hsm"
 
     @property
     def audit_path(self) -> Path:
-        """Every use of a key."""
+        """The audit log."""
         return self.path / "audit.jsonl"
 
     @property
@@ -67,19 +67,25 @@ class VaultDirectory:
         return self.path / "administrator.json"
 
     def settings(self) -> VaultSettings:
-        """:raise VaultError: When there is no vault here, or its files are open to others."""
+        """Read the vault's settings.
+
+        :raise VaultError: When there is no vault here, or other users can read its files.
+        """
         self._check_private()
         return VaultSettings.from_json(self._read(self.settings_path))
 
-    def root_key(self, settings: VaultSettings) -> RootKey:
-        """:raise VaultError: When it is missing or of a wrong length."""
-        return RootKey(self._read(self.root_key_path), f"{settings.tenant}/{settings.name}")
+    def root_key(self, settings: VaultSettings) -> VaultRootKey:
+        """Read the root key.
+
+        :raise VaultError: When the file is missing or has the wrong length.
+        """
+        return VaultRootKey(self._read(self.root_key_path), f"{settings.tenant}/{settings.name}")
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Be the one process that serves this vault: what it caches, nobody else changes.
+        """Hold the lock of the serving process, which may therefore cache the database's content.
 
-        :raise VaultError: When another one does.
+        :raise VaultError: When another process holds the lock.
         """
         descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
         try:
@@ -97,14 +103,14 @@ class VaultDirectory:
         except FileNotFoundError as exc:
             raise VaultError(
                 f"no vault in {self.path}" if path == self.settings_path else f"the vault lacks {path}",
-                hint="'virt-sse vault init' makes one" if path == self.settings_path else None,
+                hint="'virt-sse vault init' creates a vault" if path == self.settings_path else None,
             ) from exc
         except OSError as exc:
             raise VaultError(f"cannot read {path}: {exc.strerror}") from exc
 
     def _check_private(self) -> None:
         if not self.settings_path.exists():
-            return  # reading it says so better
+            return  # reading the settings raises the better error
         for path in (self.path, *sorted(self.path.iterdir())):
             status = path.stat()
             if status.st_uid != os.geteuid():

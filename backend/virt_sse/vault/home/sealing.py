@@ -1,4 +1,4 @@
-"""The vault's root key, and what lies under it."""
+"""The vault's root key, and encryption with keys derived from the root key."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from virt_sse.errors import VaultError
 
 ROOT_KEY_BYTES = 32
 KEYS, BACKUPS, TOKENS = "keys", "backups", "tokens"
-"""For what purposes the vault seals."""
+"""The purposes of sealing; TOKENS is for the signing key of access tokens."""
 
 _NONCE_BYTES = 12
 _FORMAT = b"\x01"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RootKey:
-    """32 random bytes. Everything secret that the vault stores is sealed under keys derived from them.
+class VaultRootKey:
+    """32 random bytes. Every secret in the vault's database is sealed under keys derived from them.
 
-    :ivar vault: the vault's tenant and name; keys derived for one vault open nothing of another.
+    :ivar vault: the vault's tenant and name, part of the key derivation: each vault has other derived keys.
     """
 
     material: bytes = field(repr=False)
@@ -35,7 +35,7 @@ class RootKey:
             raise VaultError(f"a vault's root key has {ROOT_KEY_BYTES} bytes, not {len(self.material)}")
 
     def sealer(self, purpose: str) -> Sealer:
-        """What seals for one *purpose*; what it has sealed does not open for another."""
+        """Derive the sealer for a *purpose*; sealers of different purposes cannot open each other's data."""
         derived = HKDF(
             hashes.SHA256(),
             ROOT_KEY_BYTES,
@@ -47,24 +47,24 @@ class RootKey:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sealer:
-    """AES-256-GCM with random nonces. A form byte, the nonce, then ciphertext and tag."""
+    """AES-256-GCM with random nonces. Format: version byte, nonce, ciphertext, authentication tag."""
 
     _cipher: AESGCM = field(repr=False)
 
     def seal(self, plaintext: bytes, context: bytes) -> bytes:
-        """*plaintext*, encrypted and bound to *context*."""
+        """Encrypt *plaintext* and bind the result to *context*."""
         nonce = secrets.token_bytes(_NONCE_BYTES)
         return _FORMAT + nonce + self._cipher.encrypt(nonce, plaintext, context)
 
     def open(self, sealed: bytes, context: bytes) -> bytes:
-        """What was sealed for *context*.
+        """Decrypt data sealed for *context*.
 
-        :raise VaultError: When it was altered, or sealed for another context or under another root key.
+        :raise VaultError: When the data was altered, or sealed for another context or under another root key.
         """
         nonce, ciphertext = sealed[1 : 1 + _NONCE_BYTES], sealed[1 + _NONCE_BYTES :]
         if sealed[:1] != _FORMAT or len(ciphertext) < 16:
-            raise VaultError("not something that this vault has sealed")
+            raise VaultError("not sealed by this vault")
         try:
             return self._cipher.decrypt(nonce, ciphertext, context)
         except InvalidTag as exc:
-            raise VaultError("not something that this vault has sealed for this purpose") from exc
+            raise VaultError("not sealed by this vault, or not sealed for this purpose") from exc

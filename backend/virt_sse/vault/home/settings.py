@@ -1,19 +1,19 @@
-"""What a vault is: its names and rules, fixed when it is made."""
+"""The settings of a vault, fixed when the vault is created."""
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import ipaddress
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Self
 from urllib.parse import urlsplit
 from uuid import UUID
 
+import msgspec
+
 from virt_sse.errors import InvalidValueError, VaultError
+from virt_sse.system.documents import DocumentError, from_json
 
 _FORMAT = 1
 _NAME = re.compile(r"[a-zA-Z](?:-?[0-9a-zA-Z]){2,23}\Z")
@@ -23,40 +23,46 @@ DEFAULT_PORT = 8443
 
 
 class Tier(enum.Enum):
-    """What a vault is sold as: a premium one may also have keys in an HSM."""
+    """The vault's tier, as in Azure: a premium vault may also have keys in an HSM."""
 
     STANDARD = "standard"
     PREMIUM = "premium"
 
 
-@dataclass(frozen=True, slots=True)
-class TokenSettings:
+class HsmSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where a premium vault keeps its RSA-HSM keys.
 
-    :ivar tag: how the labels of this vault's objects begin: other vaults may have theirs in the same token.
-    :ivar options: which token, as in :class:`~virt_sse.pkcs11.options.TokenOptions`; none: a SoftHSM token of
-        the vault's own, in its folder.
+    :ivar tag: prefix of the labels of this vault's objects; several vaults may share an HSM token.
+    :ivar options: the HSM token, as in :class:`~virt_sse.pkcs11.options.TokenOptions`; empty for a SoftHSM
+        token in the vault's folder.
     """
 
     tag: str
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str] = {}
 
     def __post_init__(self) -> None:
-        texts = (self.tag, *self.options.keys(), *self.options.values())
-        if not self.tag or not all(isinstance(text, str) for text in texts):
-            raise InvalidValueError("a vault's token has a tag, and options that are strings")
+        if not self.tag:
+            raise InvalidValueError("the tag of the vault's HSM is empty")
 
 
-@dataclass(frozen=True, slots=True)
-class VaultSettings:
-    """:ivar name: 3 to 24 letters, digits and single hyphens, as Azure has it.
-    :ivar tenant: a UUID; identities and tokens are of this tenant.
-    :ivar url: where clients reach the vault; in all its key identifiers, so it never changes.
-    :ivar audience: whom tokens are for; in Azure's words, the resource.
-    :ivar hosts: the names and addresses in the server's certificate.
+class _Header(msgspec.Struct):
+    format: int
+
+
+class VaultSettings(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="format", tag=_FORMAT
+):
+    """The settings of a vault, stored as ``vault.json``.
+
+    :ivar name: 3 to 24 letters, digits and single hyphens, as in Azure.
+    :ivar tenant: a UUID, common to the vault's identities and access tokens.
+    :ivar url: the address for clients; part of every key identifier, so never changed.
+    :ivar audience: the ``aud`` claim of access tokens; Azure calls it the resource.
+    :ivar hosts: names and addresses in the server's certificate.
     :ivar retention_days: how long a deleted key can be recovered.
-    :ivar purge_protection: a deleted key cannot be purged before that. Once on, never off again.
-    :ivar token: ``None``: the vault has no RSA-HSM keys, as premium ones had none before there were tokens.
+    :ivar purge_protection: refuse to purge a deleted key earlier. Cannot be switched off again.
+    :ivar hsm: ``None`` for a vault without RSA-HSM keys: standard vaults and premium vaults of older
+        versions.
     """
 
     name: str
@@ -67,7 +73,7 @@ class VaultSettings:
     hosts: tuple[str, ...]
     retention_days: int = RETENTION_DAYS[-1]
     purge_protection: bool = False
-    token: TokenSettings | None = None
+    hsm: HsmSettings | None = msgspec.field(default=None, name="token")
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
@@ -79,14 +85,14 @@ class VaultSettings:
         try:
             UUID(self.tenant)
         except ValueError:
-            raise InvalidValueError(f"tenant {self.tenant[:80]!r} is no UUID") from None
-        if self.token is not None and self.tier is Tier.STANDARD:
-            raise InvalidValueError("a standard vault has no token; a premium one has")
+            raise InvalidValueError(f"invalid tenant {self.tenant[:80]!r}: not a UUID") from None
+        if self.hsm is not None and self.tier is Tier.STANDARD:
+            raise InvalidValueError("a standard vault has no HSM; choose the premium tier")
         for host in self.hosts:
             if not _HOST.match(host) and not _is_address(host):
-                raise InvalidValueError(f"{host[:80]!r} is no host name or address")
+                raise InvalidValueError(f"invalid host name or address {host[:80]!r}")
         if self.retention_days not in RETENTION_DAYS:
-            raise InvalidValueError(f"deleted keys are kept for 7 to 90 days, not {self.retention_days}")
+            raise InvalidValueError(f"retention must be 7 to 90 days, not {self.retention_days}")
 
     @property
     def port(self) -> int:
@@ -95,39 +101,39 @@ class VaultSettings:
 
     @property
     def issuer(self) -> str:
-        """Who issues the vault's tokens."""
+        """The issuer (``iss``) of the vault's access tokens."""
         return f"{self.url}/{self.tenant}/v2.0"
 
     @property
     def token_endpoint(self) -> str:
-        """Where tokens are to be had, and whom client assertions are for."""
+        """The URL of the token endpoint, which is also the audience of client assertions."""
         return f"{self.url}/{self.tenant}/oauth2/v2.0/token"
 
     @property
     def recovery_level(self) -> str:
-        """Azure's name for what can be done about a deleted key."""
+        """Azure's name for the ways to recover a deleted key."""
         level = "Recoverable" if self.purge_protection else "Recoverable+Purgeable"
         return level if self.retention_days == RETENTION_DAYS[-1] else f"Customized{level}"
 
     def to_json(self) -> bytes:
-        """The form in which it lies in a vault's folder."""
-        fields = dataclasses.asdict(self) | {"tier": self.tier.value, "format": _FORMAT}
-        if self.token is None:  # so that older versions read it
+        """Encode the settings as ``vault.json``."""
+        fields = msgspec.to_builtins(self)
+        if self.hsm is None:  # versions without HSM support refuse the field
             del fields["token"]
-        return json.dumps(fields, indent=2).encode() + b"\n"
+        return msgspec.json.format(msgspec.json.encode(fields), indent=2) + b"\n"
 
     @classmethod
     def from_json(cls, document: bytes) -> Self:
-        """:raise VaultError: When *document* is none of ours, or a newer version's."""
+        """Decode ``vault.json``.
+
+        :raise VaultError: When *document* is malformed or of a newer version.
+        """
         try:
-            fields = json.loads(document)
-            if fields.pop("format") != _FORMAT:
+            if from_json(document, _Header).format != _FORMAT:
                 raise VaultError("the vault was made by a newer version")
-            if "token" in fields:
-                fields["token"] = TokenSettings(**fields["token"])
-            return cls(**fields | {"tier": Tier(fields["tier"]), "hosts": tuple(fields["hosts"])})
-        except (ValueError, TypeError, KeyError, AttributeError) as exc:
-            raise VaultError(f"the vault's settings cannot be read: {type(exc).__name__}") from exc
+            return from_json(document, cls)
+        except DocumentError as exc:
+            raise VaultError(f"cannot read the vault's settings: {exc}") from exc
 
 
 def _is_address(host: str) -> bool:
@@ -139,5 +145,5 @@ def _is_address(host: str) -> bool:
 
 
 def url_of(host: str, port: int) -> str:
-    """The URL of a vault on *host*, which may be an IPv6 address."""
+    """Build the URL of a vault on *host*, a name, an IPv4 or an IPv6 address."""
     return f"https://{f'[{host}]' if ':' in host else host}:{port}"

@@ -1,4 +1,4 @@
-"""The vault's tables. Nothing in them is secret that is not sealed."""
+"""The vault's tables. Secrets in them are sealed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
 )
-
-SCHEMA = 2
-"""Kept in SQLite's ``user_version``."""
 
 metadata = MetaData()
 
@@ -58,8 +55,8 @@ leftovers = Table(
     Column("version", String(32), primary_key=True),
     Column("key_type", String(16), nullable=False),
 )
-"""Versions whose material may lie outside the database, in a token, though no row of ``versions`` names it:
-written before the material is made, and in the transaction that forgets a version."""
+"""Versions without a row in ``versions`` whose material may exist outside the database, in an HSM token. A
+row is written before the material is made, and in the transaction that deletes a version."""
 
 principals = Table(
     "principals",

@@ -1,1 +1,1 @@
-"""RSA-HSM keys of a vault: their PKCS#11 token."""
+"""RSA-HSM keys of a vault, in a PKCS#11 token."""

@@ -1,8 +1,9 @@
-"""RSA-HSM keys: in a PKCS#11 token, out of which nothing brings them. The database has no more than where.
+"""RSA-HSM keys: unextractable in a PKCS#11 token. The database stores only their location.
 
-What the token says of a key is an answer: it is disabled there, or destroyed. That the token does not answer,
-or takes the PIN for wrong, says nothing about any key and is answered 503. So is a key's loss if the vault's
-*anchor* is lost too, an object that is there for this alone: the token was emptied, or cannot read its store.
+An answer of the token about a key (disabled, destroyed) is passed on to the client. A token that does not
+answer or rejects the PIN says nothing about any key: 503. A missing key is also answered 503 if the vault's
+*anchor*, an object that exists only for this check, is missing too: the token was emptied, or cannot read its
+object store.
 """
 
 from __future__ import annotations
@@ -37,25 +38,25 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ANCHOR = b"anchor"
-"""The anchor's id; its label is the vault's tag."""
+"""The object id of the anchor; its label is the vault's tag."""
 
 _HASHES = {"RSA-OAEP": "sha1", "RSA-OAEP-256": "sha256"}
 _LONGEST_LABEL = 64
 
 
-class TokenRefusal(FailureRefusal):
-    """503: the token does not answer, or does not let the vault in."""
+class HsmRefusal(FailureRefusal):
+    """503: the HSM token does not answer or rejects the login."""
 
     def __init__(self, reason: str) -> None:
         super().__init__("The vault cannot use its HSM now.", f"the vault's HSM failed: {reason}")
 
 
-class TokenProtection(Protection):
-    """Keeps keys in a token. Their names in it: the label says of which vault and key, the id is the version.
+class HsmProtection(Protection):
+    """Keeps keys in an HSM token. An object's label names vault and key; its id is the key's version.
 
-    :param connect: opens the token; asked when it is needed first, and again as long as that fails.
-    :param tag: this vault's, in labels.
-    :param sealer: binds the handles that the vault stores.
+    :param connect: opens the token; called at first use, and again until a call succeeds.
+    :param tag: the vault's prefix of labels.
+    :param sealer: seals the handles (label, id, fingerprint) stored in the database.
     """
 
     key_type = "RSA-HSM"
@@ -73,7 +74,7 @@ class TokenProtection(Protection):
             name, version, lambda token: token.generate_rsa(self._label(name), _id(version), bits)
         )
 
-    def bring(self, private: rsa.RSAPrivateKey, name: str, version: str) -> tuple[PublicKey, bytes]:
+    def import_key(self, private: rsa.RSAPrivateKey, name: str, version: str) -> tuple[PublicKey, bytes]:
         return self._make(
             name, version, lambda token: token.import_rsa(private, self._label(name), _id(version))
         )
@@ -82,20 +83,20 @@ class TokenProtection(Protection):
         handle = json.loads(self._sealer.open(stored, binding(name, version)))
         label, identifier = handle["label"], bytes.fromhex(handle["id"])
 
-        def look(token: Token) -> list[TokenKey]:
+        def find(token: Token) -> list[TokenKey]:
             found = token.find(label=label, id=identifier)
             if not found:
-                raise KeyNotFoundError("the token holds no such key")
+                raise KeyNotFoundError("the token has no such key")
             return found
 
         try:
-            found = self.ask(look)
+            found = self.ask(find)
         except KeyNotFoundError as exc:
             raise key_not_found(name, version) from exc
         for key in found:
             if _fingerprint(_public(key)) == handle["n"]:
-                return _KeyInToken(self, key, name, version)
-        raise TokenRefusal(f"key {name}/{version} in the token is not the one that was made there")
+                return _HsmKey(self, key, name, version)
+        raise HsmRefusal(f"key {name}/{version} in the token differs from the key that the vault made there")
 
     def destroy(self, name: str, version: str) -> None:
         def all_of_them(token: Token) -> None:
@@ -103,62 +104,62 @@ class TokenProtection(Protection):
             if not found:
                 self._require_anchor(token)
             for key in found:
-                with contextlib.suppress(KeyNotFoundError):  # another process was faster
+                with contextlib.suppress(KeyNotFoundError):  # destroyed by another process meanwhile
                     token.destroy(key)
 
         try:
             self.ask(all_of_them)
         except KeyOperationUnsupportedError as exc:
-            raise TokenRefusal(str(exc)) from exc
+            raise HsmRefusal(str(exc)) from exc
 
     def require(self) -> None:
         self.ask(self._require_anchor)
 
     def failure(self) -> str | None:
-        """Why the token cannot be used now; ``None`` when it can."""
+        """Return the reason why the token cannot be used now, or ``None``."""
         try:
             self.require()
-        except TokenRefusal as refusal:
+        except HsmRefusal as refusal:
             return refusal.detail
         return None
 
-    def ask(self, what: Callable[[Token], T]) -> T:
-        """Have the token do *what*.
+    def ask(self, operation: Callable[[Token], T]) -> T:
+        """Run *operation* with the logged-in token.
 
-        :raise KeyNotFoundError: When the token answers that it does not have the key.
-        :raise KeyDisabledError: When it answers that the key is disabled.
-        :raise UnwrapError: When it says of a ciphertext that it is none of the key's.
-        :raise KeyOperationUnsupportedError: When it does not do that.
-        :raise TokenRefusal: When it does not answer.
+        :raise KeyNotFoundError: When the token has no such key.
+        :raise KeyDisabledError: When the key is disabled in the token.
+        :raise UnwrapError: When a ciphertext was not made with the key.
+        :raise KeyOperationUnsupportedError: When the token does not support the operation.
+        :raise HsmRefusal: When the token does not answer or rejects the login.
         """
         try:
             token = self._opened()
             try:
-                return what(token)
+                return operation(token)
             except KeyNotFoundError:
                 self._require_anchor(token)
                 raise
         except (KeyNotFoundError, KeyDisabledError, KeyOperationUnsupportedError, UnwrapError):
             raise
         except VirtSseError as exc:
-            raise TokenRefusal(str(exc)) from exc
+            raise HsmRefusal(str(exc)) from exc
 
     def close(self) -> None:
-        """Let go of the token."""
+        """Log out of the token."""
         with self._lock:
             token, self._token = self._token, None
         if token is not None:
             token.close()
 
     def _opened(self) -> Token:
-        with self._lock:  # one try at a time, so that a wrong PIN is not tried by each request at once
+        with self._lock:  # one login at a time: concurrent requests must not each try a wrong PIN
             if self._token is None:
                 self._token = self._connect()
             return self._token
 
     def _require_anchor(self, token: Token) -> None:
         if not token.find(label=self._tag, id=ANCHOR):
-            raise KeyProviderUnavailableError(f"it has lost the vault's anchor, {self._tag}")
+            raise KeyProviderUnavailableError(f"the token has lost the vault's anchor, {self._tag}")
 
     def _label(self, name: str) -> str:
         return f"{self._tag}/{name}"[:_LONGEST_LABEL]
@@ -167,14 +168,14 @@ class TokenProtection(Protection):
         try:
             public = _public(self.ask(make))
         except KeyOperationUnsupportedError as exc:
-            raise bad_parameter("The vault's HSM does not take such a key.") from exc
+            raise bad_parameter("The vault's HSM does not support such a key.") from exc
         handle = {"label": self._label(name), "id": version, "n": _fingerprint(public)}
         return public, self._sealer.seal(json.dumps(handle).encode(), binding(name, version))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _KeyInToken(KeyMaterial):
-    protection: TokenProtection
+class _HsmKey(KeyMaterial):
+    protection: HsmProtection
     key: TokenKey
     name: str
     version: str
@@ -186,9 +187,9 @@ class _KeyInToken(KeyMaterial):
         if not self._ask(lambda token: token.is_enabled(self.key)):
             raise self._disabled()
 
-    def _ask(self, what: Callable[[Token], T]) -> T:
+    def _ask(self, operation: Callable[[Token], T]) -> T:
         try:
-            return self.protection.ask(what)
+            return self.protection.ask(operation)
         except UnwrapError:
             raise bad_parameter("The parameter is incorrect.") from None
         except KeyNotFoundError as exc:
@@ -196,7 +197,7 @@ class _KeyInToken(KeyMaterial):
         except KeyDisabledError as exc:
             raise self._disabled() from exc
         except KeyOperationUnsupportedError as exc:
-            raise TokenRefusal(str(exc)) from exc
+            raise HsmRefusal(str(exc)) from exc
 
     def _disabled(self) -> Refusal:
         return forbidden("The key is disabled in the HSM.", "KeyDisabled")
@@ -208,7 +209,7 @@ def _id(version: str) -> bytes:
 
 def _public(key: TokenKey) -> PublicKey:
     if key.n is None or key.e is None:
-        raise VaultError("a key of the vault in the token is no RSA key")
+        raise VaultError("a key of the vault in the HSM token is not an RSA key")
     return PublicKey(key.n, key.e)
 
 

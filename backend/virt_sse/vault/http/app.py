@@ -1,7 +1,7 @@
-"""The HTTPS service: what happens to each request before and after its handler.
+"""The HTTPS service: the steps around each request's handler.
 
-In this order: the token, the permission, the body, the operation, the audit record, the answer. A body is not
-read for a caller that may not do what it asks for.
+In this order: access token, permission, body, operation, audit record, response. The body of an unauthorized
+request is not read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from virt_sse.vault.http.calls import Answer, Call
+from virt_sse.vault.http.calls import Call, Reply
 from virt_sse.vault.http.limits import Limiter, Limits
 from virt_sse.vault.http.requests import (
     ClientGoneError,
@@ -40,7 +40,7 @@ from virt_sse.vault.http.routes import OPERATIONS, Operation
 from virt_sse.vault.identity.principals import Principal
 from virt_sse.vault.identity.tokens import OAuthError, bearer
 from virt_sse.vault.refusals import FailureRefusal, Refusal, bad_parameter, forbidden, internal, unauthorized
-from virt_sse.vault.trail import Asked, Trail
+from virt_sse.vault.trail import AuditedRequest, Trail
 from virt_sse.vault.vault import Vault
 
 _log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ T = TypeVar("T")
 
 
 class _Segment(Convertor[str]):
-    """A part of a path that may be empty: the SDK asks for the newest version as ``/keys/NAME/``."""
+    """A segment of a path, possibly empty: the SDK requests the newest version as ``/keys/NAME/``."""
 
     regex = "[^/]*"
 
@@ -65,24 +65,24 @@ class _Segment(Convertor[str]):
 register_url_convertor("segment", _Segment())
 
 
-class Service:
-    """The ASGI application over *vault*, and the threads in which it works."""
+class VaultApplication:
+    """The ASGI application over *vault*, and its thread pools."""
 
     def __init__(self, vault: Vault, limits: Limits) -> None:
         self.vault = vault
         self.trail = Trail(vault.audit)
-        # Each waits for the audit log's disk now and then; RSA lets the interpreter go.
+        # Threads: RSA releases the interpreter lock, and each operation waits for the audit log's disk.
         self.quick = ThreadPoolExecutor(max(8, 4 * (os.cpu_count() or 1)), "vault-quick")
         self.slow = ThreadPoolExecutor(2, "vault-slow")
         self.limiter = Limiter(_guarded(self._starlette()), limits)
 
     def close(self) -> None:
-        """Wait for what is under way, and end the threads."""
+        """Wait for running operations, and end the threads."""
         self.quick.shutdown()
         self.slow.shutdown()
 
     def challenge(self) -> str:
-        """Where tokens are to be had, and for what: as Azure says it."""
+        """Build the ``WWW-Authenticate`` challenge, in Azure's form: token endpoint and audience."""
         settings = self.vault.settings
         return f'Bearer authorization="{settings.url}/{settings.tenant}", resource="{settings.audience}"'
 
@@ -95,7 +95,7 @@ class Service:
             Route(f"/{tenant}/discovery/v2.0/keys", _constant(tokens.jwks())),
             Route("/healthz", _constant({"status": "ok"})),
         ]
-        app = Starlette(routes=routes, exception_handlers={HTTPException: _no_such_path})
+        app = Starlette(routes=routes, exception_handlers={HTTPException: _unroutable})
         app.router.redirect_slashes = False
         return app
 
@@ -103,16 +103,16 @@ class Service:
 class _Endpoint:
     """One operation of the vault."""
 
-    def __init__(self, service: Service, operation: Operation) -> None:
-        self._service = service
-        self._vault = service.vault
+    def __init__(self, application: VaultApplication, operation: Operation) -> None:
+        self._application = application
+        self._vault = application.vault
         self._operation = operation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         operation, path = self._operation, scope["path_params"]
         headers = headers_of(scope)
         about = f"{self._vault.settings.url}{operation.subject.format(name=path.get('name', '')[:128])}"
-        asked = Asked(
+        request = AuditedRequest(
             action=operation.action,
             key=about,
             actor=None,
@@ -122,27 +122,27 @@ class _Endpoint:
             correlation=correlation_of(headers),
         )
         try:
-            answer = await self._answer(asked, scope, receive, headers)
+            answer = await self._answer(request, scope, receive, headers)
         except ClientGoneError:
             return
         except Refusal as refusal:
-            await refuse(scope, send, refusal, challenge=self._service.challenge())
+            await refuse(scope, send, refusal, challenge=self._application.challenge())
         else:
             await respond(scope, send, answer.status, answer.body)
 
     async def _answer(
-        self, asked: Asked, scope: Scope, receive: Receive, headers: Mapping[str, str]
-    ) -> Answer:
+        self, request: AuditedRequest, scope: Scope, receive: Receive, headers: Mapping[str, str]
+    ) -> Reply:
         token = headers.get("authorization")
         if token is None:
-            raise unauthorized("A token is needed.")
+            raise unauthorized("An access token is required.")
         try:
             principal = self._principal(token)
-            asked = asked.by(principal)
+            request = request.by(principal)
             self._permit(principal)
             body = await read_body(receive, headers, self._operation.body_limit)
         except Refusal as refusal:
-            await _run(self._service.quick, partial(self._service.trail.refused, asked, refusal))
+            await _run(self._application.quick, partial(self._application.trail.refused, request, refusal))
             raise
         call = Call(
             vault=self._vault,
@@ -151,8 +151,8 @@ class _Endpoint:
             query=dict(parse_qsl(scope["query_string"].decode("latin-1"))),
             body=body,
         )
-        pool = self._service.slow if self._operation.slow else self._service.quick
-        return await _run(pool, partial(self._perform, asked, call))
+        pool = self._application.slow if self._operation.slow else self._application.quick
+        return await _run(pool, partial(self._perform, request, call))
 
     def _principal(self, authorization: str) -> Principal:
         token = bearer(authorization)
@@ -169,39 +169,39 @@ class _Endpoint:
                 "ForbiddenByPolicy",
             )
 
-    def _perform(self, asked: Asked, call: Call) -> Answer:
-        """Do it and record it; in a thread."""
+    def _perform(self, request: AuditedRequest, call: Call) -> Reply:
+        """Run the operation and record it; in a thread."""
         try:
             if self._operation.announced:
-                self._service.trail.requested(asked)
+                self._application.trail.requested(request)
             answer = self._operation.handler(call)
         except Refusal as refusal:
             if isinstance(refusal, FailureRefusal):
                 _log.error("%s", refusal.detail)
-            self._service.trail.refused(asked, refusal)
+            self._application.trail.refused(request, refusal)
             raise
         except Exception as exc:
             _log.exception("%s failed", self._operation.action)
-            self._service.trail.refused(asked, internal())
+            self._application.trail.refused(request, internal())
             raise internal() from exc
         if self._operation.recorded:
             if answer.subject is not None:
-                asked = dataclasses.replace(asked, key=f"{self._vault.settings.url}{answer.subject}")
-            self._service.trail.allowed(asked, answer.version)
+                request = dataclasses.replace(request, key=f"{self._vault.settings.url}{answer.subject}")
+            self._application.trail.allowed(request, answer.version)
         return answer
 
 
 class _TokenEndpoint:
     """``POST /TENANT/oauth2/v2.0/token``."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, application: VaultApplication) -> None:
+        self._application = application
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = headers_of(scope)
-        asked = Asked(
+        request = AuditedRequest(
             action="token",
-            key=self._service.vault.settings.token_endpoint,
+            key=self._application.vault.settings.token_endpoint,
             actor=None,
             version=None,
             disk=None,
@@ -210,7 +210,7 @@ class _TokenEndpoint:
         )
         try:
             body = await read_body(receive, headers, _TOKEN_REQUEST_LIMIT)
-            answer = await _run(self._service.quick, partial(self._issue, asked, body))
+            answer = await _run(self._application.quick, partial(self._issue, request, body))
         except ClientGoneError:
             return
         except OAuthError as error:
@@ -220,17 +220,17 @@ class _TokenEndpoint:
         else:
             await respond(scope, send, 200, answer)
 
-    def _issue(self, asked: Asked, body: bytes) -> dict[str, object]:
-        trail = self._service.trail
+    def _issue(self, request: AuditedRequest, body: bytes) -> dict[str, object]:
+        trail = self._application.trail
         try:
             fields = parse_qs(body.decode("ascii"), max_num_fields=32)
         except ValueError:
-            raise OAuthError(400, "invalid_request", "the request is no form") from None
+            raise OAuthError(400, "invalid_request", "the request is not a form") from None
         form = {name: values[0] for name, values in fields.items() if len(values) == 1}
         try:
-            principal, answer = self._service.vault.tokens.issue(form)
+            principal, answer = self._application.vault.tokens.issue(form)
         except OAuthError as error:
-            trail.refused(asked, Refusal(error.status, error.error, error.description))
+            trail.refused(request, Refusal(error.status, error.error, error.description))
             raise
         except FailureRefusal as refusal:
             _log.error("%s", refusal.detail)
@@ -238,23 +238,23 @@ class _TokenEndpoint:
         except Exception as exc:
             _log.exception("issuing a token failed")
             raise internal() from exc
-        trail.allowed(asked.by(principal), None)
+        trail.allowed(request.by(principal), None)
         return answer
 
 
 def _guarded(app: ASGIApp) -> ASGIApp:
-    """*app*, spared the paths that nobody could mean, and answering for what goes wrong unforeseen."""
+    """Wrap *app* with a filter for malformed paths."""
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not _could_be_meant(scope):
-            await refuse(scope, send, bad_parameter("The path is too long, or holds what no name may hold."))
+        if scope["type"] == "http" and not _is_well_formed(scope):
+            await refuse(scope, send, bad_parameter("The path is too long or has invalid characters."))
             return
         await app(scope, receive, send)
 
     return guarded
 
 
-def _could_be_meant(scope: Scope) -> bool:
+def _is_well_formed(scope: Scope) -> bool:
     path: str = scope["path"]
     return len(path) <= _LONGEST_PATH and path.isprintable() and b"%2f" not in scope["raw_path"].lower()
 
@@ -266,10 +266,10 @@ def _constant(document: Mapping[str, object]) -> Callable[[Request], Response]:
     return endpoint
 
 
-def _no_such_path(_request: Request, exc: Exception) -> Response:
+def _unroutable(_request: Request, exc: Exception) -> Response:
     status = exc.status_code if isinstance(exc, HTTPException) else 404
     code, message = (
-        ("MethodNotAllowed", "Not this way.") if status == 405 else ("NotFound", "There is nothing here.")
+        ("MethodNotAllowed", "Method not allowed.") if status == 405 else ("NotFound", "No such path.")
     )
     return JSONResponse(Refusal(status, code, message).body(), status)
 

@@ -1,4 +1,4 @@
-"""A request, once it is known who sent it, and what is answered."""
+"""The parameters and results of handlers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from virt_sse.vault.vault import Vault
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """:ivar path: the path's variable parts, e.g. ``name`` and ``version``.
-    :ivar body: may hold what is to be wrapped, so it does not print.
+    """An authenticated request.
+
+    :ivar path: the path's variable parts, e.g. ``name`` and ``version``.
+    :ivar body: may contain a key to wrap, therefore not in the repr.
     """
 
     vault: Vault
@@ -24,27 +26,34 @@ class Call:
 
     @property
     def name(self) -> str:
-        """The key's name, or the principal's, in the path."""
+        """The name of the key or principal in the path."""
         return self.path.get("name", "")
 
     @property
     def version(self) -> str:
-        """The key's version in the path; empty means the newest."""
+        """The key's version in the path; empty for the newest version."""
         return self.path.get("version", "")
 
-    def document(self) -> dict[str, object]:
-        """The body.
+    @property
+    def bundles(self) -> wire.Bundles:
+        """The encoder of keys as Azure's JSON."""
+        return wire.Bundles(self.vault.settings)
 
-        :raise Refusal: When it is not a JSON object.
+    def document(self) -> dict[str, object]:
+        """Decode the body.
+
+        :raise Refusal: When the body is not a JSON object.
         """
         return wire.parse(self.body)
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """:ivar body: may hold what was unwrapped, so it does not print.
-    :ivar version: the key's version that was used, for the audit log.
-    :ivar subject: what it was about, for the audit log, if the path does not say.
+class Reply:
+    """The result of a handler.
+
+    :ivar body: may contain an unwrapped key, therefore not in the repr.
+    :ivar version: the key version used, for the audit log.
+    :ivar subject: the object of the request, for the audit log, unless the path names the object.
     """
 
     body: Mapping[str, object] | None = field(repr=False)
@@ -53,5 +62,5 @@ class Answer:
     subject: str | None = None
 
 
-Handler = Callable[[Call], Answer]
+Handler = Callable[[Call], Reply]
 """Synchronous; may raise :class:`~virt_sse.vault.refusals.Refusal`."""

@@ -1,30 +1,31 @@
-"""The vault's management interface: principals and what they may do.
+"""The vault's management interface: principals and permissions.
 
-``/identity/principals`` and ``/access/policies``; JSON, with Azure's error bodies. Administrators may do all
-of it. An identity operator may make principals without any rights, and see and delete those it made.
+``/identity/principals`` and ``/access/policies``; JSON, with Azure's error bodies. Administrators may use all
+operations. An identity operator may create principals without permissions, and see and delete its own
+creations.
 """
 
 from __future__ import annotations
 
+from virt_sse.vault import properties
 from virt_sse.vault.home.settings import Tier
-from virt_sse.vault.http import wire
-from virt_sse.vault.http.calls import Answer, Call
+from virt_sse.vault.http.calls import Call, Reply
 from virt_sse.vault.identity.principals import Principal
 from virt_sse.vault.refusals import Refusal, bad_parameter, forbidden
 from virt_sse.vault_client.permissions import Permission, Role
 
 
-def list_principals(call: Call) -> Answer:
+def list_principals(call: Call) -> Reply:
     _require_operator(call)
     shown = [
         p
         for p in call.vault.principals.all()
         if _administers(call) or p.created_by == call.principal.client_id
     ]
-    return Answer({"value": [principal_document(p, call.vault.settings.tenant) for p in shown]})
+    return Reply({"value": [principal_document(p, call.vault.settings.tenant) for p in shown]})
 
 
-def create_principal(call: Call) -> Answer:
+def create_principal(call: Call) -> Reply:
     _require_operator(call)
     document = call.document()
     try:
@@ -34,48 +35,48 @@ def create_principal(call: Call) -> Answer:
     if role is not Role.NONE:
         _require_administrator(call)
     principal = call.vault.principals.create(
-        wire.string(document, "name"),
-        wire.string(document, "public_key"),
+        properties.string(document, "name"),
+        properties.string(document, "public_key"),
         role=role,
-        expires=wire.moment(document, "expires"),
+        expires=properties.moment(document, "expires"),
         created_by=call.principal.client_id,
     )
     document = principal_document(principal, call.vault.settings.tenant)
-    return Answer(document, 201, subject=f"/identity/principals/{principal.name}")
+    return Reply(document, 201, subject=f"/identity/principals/{principal.name}")
 
 
-def get_principal(call: Call) -> Answer:
-    return Answer(principal_document(_managed(call), call.vault.settings.tenant))
+def get_principal(call: Call) -> Reply:
+    return Reply(principal_document(_managed(call), call.vault.settings.tenant))
 
 
-def change_principal(call: Call) -> Answer:
+def change_principal(call: Call) -> Reply:
     _require_administrator(call)
     principal = _managed(call)
     document = call.document()
     enabled = document.get("enabled", principal.enabled)
     if not isinstance(enabled, bool):
         raise bad_parameter("Property enabled must be true or false.")
-    expires = wire.moment(document, "expires") if "expires" in document else principal.expires
+    expires = properties.moment(document, "expires") if "expires" in document else principal.expires
     changed = call.vault.principals.change(principal, enabled=enabled, expires=expires)
-    return Answer(principal_document(changed, call.vault.settings.tenant))
+    return Reply(principal_document(changed, call.vault.settings.tenant))
 
 
-def delete_principal(call: Call) -> Answer:
+def delete_principal(call: Call) -> Reply:
     call.vault.principals.delete(_managed(call))
-    return Answer(None, 204)
+    return Reply(None, 204)
 
 
-def list_policies(call: Call) -> Answer:
+def list_policies(call: Call) -> Reply:
     _require_administrator(call)
-    return Answer({"value": [_policy(p) for p in call.vault.principals.all()]})
+    return Reply({"value": [_policy(p) for p in call.vault.principals.all()]})
 
 
-def get_policy(call: Call) -> Answer:
+def get_policy(call: Call) -> Reply:
     _require_administrator(call)
-    return Answer(_policy(_managed(call)))
+    return Reply(_policy(_managed(call)))
 
 
-def set_policy(call: Call) -> Answer:
+def set_policy(call: Call) -> Reply:
     _require_administrator(call)
     given = call.document().get("permissions")
     try:
@@ -88,20 +89,20 @@ def set_policy(call: Call) -> Answer:
         raise bad_parameter(
             f"Property permissions must be a list out of {', '.join(p.value for p in Permission)}."
         )
-    return Answer(_policy(call.vault.principals.grant(_managed(call), permissions)))
+    return Reply(_policy(call.vault.principals.grant(_managed(call), permissions)))
 
 
-def remove_policy(call: Call) -> Answer:
+def remove_policy(call: Call) -> Reply:
     _require_administrator(call)
     call.vault.principals.grant(_managed(call), ())
-    return Answer(None, 204)
+    return Reply(None, 204)
 
 
-def status(call: Call) -> Answer:
-    """What the vault is, for anyone it knows."""
+def status(call: Call) -> Reply:
+    """Describe the vault, to any principal."""
     settings = call.vault.settings
     live, deleted = call.vault.keys.count()
-    return Answer(
+    return Reply(
         {
             "name": settings.name,
             "tenant": settings.tenant,
@@ -118,18 +119,18 @@ def status(call: Call) -> Answer:
 
 
 def _hsm(call: Call) -> str | None:
-    """How the vault's token is; why it cannot be used, for administrators alone."""
-    token = call.vault.token
-    if token is None:
+    """Describe the state of the vault's HSM; the reason of a failure is for administrators only."""
+    hsm = call.vault.hsm
+    if hsm is None:
         return "none" if call.vault.settings.tier is Tier.PREMIUM else None
-    failure = token.failure()
+    failure = hsm.failure()
     if failure is None:
         return "available"
     return f"unavailable: {failure}" if _administers(call) else "unavailable"
 
 
 def principal_document(principal: Principal, tenant: str) -> dict[str, object]:
-    """A principal, as answers have it."""
+    """Encode a principal as JSON."""
     return {
         "client_id": principal.client_id,
         "object_id": principal.object_id,
@@ -157,18 +158,18 @@ def _administers(call: Call) -> bool:
 
 def _require_administrator(call: Call) -> None:
     if not _administers(call):
-        raise forbidden("This takes an administrator of the vault.", "AdministratorRequired")
+        raise forbidden("The caller must be an administrator of the vault.", "AdministratorRequired")
 
 
 def _require_operator(call: Call) -> None:
     if call.principal.role is Role.NONE:
         raise forbidden(
-            "This takes an administrator or an identity operator of the vault.", "OperatorRequired"
+            "The caller must be an administrator or an identity operator of the vault.", "OperatorRequired"
         )
 
 
 def _managed(call: Call) -> Principal:
-    """The principal in the path, if the caller may manage it; to others it is not there."""
+    """Find the principal in the path; not found, too, if the caller may not manage this principal."""
     _require_operator(call)
     if _administers(call):
         return call.vault.principals.get(call.name)

@@ -1,17 +1,16 @@
-"""How much the vault takes on at once; beyond that it answers 429 at once instead of everything late."""
+"""Load limits: excess requests get 429 at once, so that accepted requests stay fast."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from virt_sse.errors import InvalidValueError
 from virt_sse.vault.http.requests import refuse
+from virt_sse.vault.rate_limit import RateLimit
 from virt_sse.vault.refusals import throttled, unavailable
 
 _HEALTH = "/healthz"
@@ -19,8 +18,10 @@ _HEALTH = "/healthz"
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """:ivar concurrency: requests under way.
-    :ivar rate: requests a second, on average; 0 for no such limit. One second's worth may come at once.
+    """Load limits of a vault.
+
+    :ivar concurrency: maximum of concurrent requests.
+    :ivar rate: maximum of requests a second on average; 0 for no limit. Bursts of one second are allowed.
     """
 
     concurrency: int = 512
@@ -28,29 +29,13 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.concurrency < 1 or not 0 <= self.rate < math.inf:
-            raise InvalidValueError("a vault takes at least one request at once, and no negative rate")
-
-
-class TokenBucket:
-    """At most *rate* a second, *burst* of them at once."""
-
-    def __init__(self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._rate, self._burst, self._clock = rate, burst, clock
-        self._level, self._then = burst, clock()
-
-    def take(self) -> float:
-        """Take one; 0 if there was one, else the seconds until there will be."""
-        now = self._clock()
-        self._level = min(self._burst, self._level + (now - self._then) * self._rate)
-        self._then = now
-        if self._level < 1:
-            return (1 - self._level) / self._rate
-        self._level -= 1
-        return 0.0
+            raise InvalidValueError(
+                "the concurrency limit must be at least 1, and the rate limit not negative"
+            )
 
 
 class Limiter:
-    """Keeps *app* within *limits*. Runs in the event loop alone."""
+    """Keeps *app* within *limits*. For the event loop's thread only."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self._app = app
@@ -59,14 +44,14 @@ class Limiter:
         self._closing = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self._bucket = TokenBucket(limits.rate, max(1.0, limits.rate)) if limits.rate else None
+        self._rate_limit = RateLimit(limits.rate, max(1.0, limits.rate)) if limits.rate else None
 
     def close(self) -> None:
-        """Take no more requests."""
+        """Refuse new requests."""
         self._closing = True
 
     async def idle(self) -> None:
-        """Wait until no request is under way."""
+        """Wait until no request is running."""
         await self._idle.wait()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,8 +62,8 @@ class Limiter:
             await refuse(scope, send, unavailable("The vault is stopping."))
             return
         wait = 1.0 if self._under_way >= self._limits.concurrency else 0.0
-        if not wait and self._bucket is not None:
-            wait = self._bucket.take()
+        if not wait and self._rate_limit is not None:
+            wait = self._rate_limit.take()
         if wait:
             await refuse(scope, send, throttled(math.ceil(wait)))
             return

@@ -1,4 +1,4 @@
-"""Requests and answers as ASGI has them."""
+"""ASGI requests and responses."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ _PRINTABLE = re.compile(r"[!-~]{1,128}\Z")
 
 
 class ClientGoneError(Exception):
-    """The client closed the connection before it had said all."""
+    """The client closed the connection before sending its whole request."""
 
 
 def headers_of(scope: Scope) -> Mapping[str, str]:
-    """The request's headers, by their names in lower case."""
+    """Decode the request headers, with lower-case names."""
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
 
 def correlation_of(headers: Mapping[str, str]) -> UUID:
-    """The caller's own id of the request, if it is a UUID; else a new one."""
+    """Read the caller's request id, if it is a UUID; otherwise make a new id."""
     return _uuid(headers.get(CLIENT_REQUEST_ID)) or uuid.uuid4()
 
 
 def disk_of(headers: Mapping[str, str]) -> UUID | None:
-    """For which disk the caller says that it is asking."""
+    """Read the id of the disk that the caller uses the key for."""
     return _uuid(headers.get(DISK))
 
 
 def source_of(scope: Scope) -> str:
-    """The client's address."""
+    """Read the client's address."""
     client = scope.get("client")
     return str(client[0]) if client else "unknown"
 
 
 async def read_body(receive: Receive, headers: Mapping[str, str], limit: int) -> bytes:
-    """The request's body.
+    """Read the request's body.
 
-    :raise Refusal: When it is longer than *limit* bytes, or takes too long to arrive.
-    :raise ClientGoneError: When it never arrives.
+    :raise Refusal: When the body is longer than *limit* bytes, or takes too long to arrive.
+    :raise ClientGoneError: When the client closes the connection.
     """
     length = headers.get("content-length", "0")
     if length.isascii() and length.isdigit() and (len(length) > 15 or int(length) > limit):
@@ -82,7 +82,7 @@ async def respond(
     *,
     extra: Mapping[str, str] | None = None,
 ) -> None:
-    """Send an answer, with the headers that every answer has."""
+    """Send a response, with the headers common to all responses."""
     content = b"" if body is None else json.dumps(body, separators=(",", ":")).encode()
     headers = [*_HEADERS, (b"x-ms-request-id", str(uuid.uuid4()).encode())]
     given = dict(scope["headers"]).get(CLIENT_REQUEST_ID.encode(), b"").decode("latin-1")
@@ -97,9 +97,9 @@ async def respond(
 
 
 async def refuse(scope: Scope, send: Send, refusal: Refusal, *, challenge: str | None = None) -> None:
-    """Answer with *refusal*.
+    """Send *refusal* as an error response.
 
-    :param challenge: what a 401 says about where tokens are to be had.
+    :param challenge: the ``WWW-Authenticate`` header of a 401.
     """
     extra = {}
     if refusal.retry_after is not None:

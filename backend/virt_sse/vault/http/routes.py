@@ -1,4 +1,4 @@
-"""Every operation of the vault: its path, the permission it takes, and who does it."""
+"""The vault's operations: paths, required permissions and handlers."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from virt_sse.vault_client.permissions import Permission
 
 _BODY_LIMIT = 64 << 10
 _BACKUP_LIMIT = 4 << 20
-"""A key's backup grows with its versions."""
+"""A key's backup grows with the number of its versions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """:ivar action: its name in the audit log.
-    :ivar permission: what the caller must have been granted; ``None`` when the handler looks at its role.
-    :ivar subject: what it is about, in the audit log.
-    :ivar announced: it is recorded before, too, because it cannot be taken back when it cannot be recorded.
-    :ivar slow: it may take seconds, and must not keep others waiting.
-    :ivar recorded: also when it was allowed. Reading is not: whoever watches a key does so every second.
+    """An operation of the vault.
+
+    :ivar action: the operation's name in the audit log.
+    :ivar permission: the permission required; ``None`` for operations whose handler checks the caller's role.
+    :ivar subject: the object of the request, for the audit log.
+    :ivar announced: record the request before it runs, too: an irreversible operation must not go unrecorded.
+    :ivar slow: may take seconds, and runs in a pool of its own so that quick operations need not wait.
+    :ivar recorded: record allowed requests, too. Not so for reading: key watches read every second.
     """
 
     method: str
@@ -65,7 +67,7 @@ _PRINCIPAL, _PRINCIPALS = "/identity/principals/{name}", "/identity/principals"
 _POLICY, _POLICIES = "/access/policies/{name}", "/access/policies"
 
 OPERATIONS = (
-    # Azure Key Vault's. What is fixed in a path goes before what varies.
+    # Azure Key Vault's operations. Paths with fixed segments precede paths with variable segments.
     _read("/keys", "list", key_api.list_keys, Permission.LIST, _KEYS),
     _read("/deletedkeys", "list-deleted", key_api.list_deleted, Permission.LIST, _KEYS),
     _change(
@@ -83,7 +85,7 @@ OPERATIONS = (
     _change(
         "PUT", f"{_KEY}/rotationpolicy", "set-policy", key_api.set_policy, Permission.SET_ROTATION_POLICY
     ),
-    _change("PUT", _KEY, "import", key_api.bring, Permission.IMPORT, slow=True),
+    _change("PUT", _KEY, "import", key_api.import_key, Permission.IMPORT, slow=True),
     _change("DELETE", _KEY, "delete", key_api.delete, Permission.DELETE),
     _read(_KEY, "get", key_api.get, Permission.GET, _KEY),
     _read(_VERSION, "get", key_api.get, Permission.GET, _KEY),
@@ -98,7 +100,7 @@ OPERATIONS = (
     _read(_DELETED, "get-deleted", key_api.get_deleted, Permission.GET, _KEY),
     _change("DELETE", _DELETED, "purge", key_api.purge, Permission.PURGE),
     _change("POST", f"{_DELETED}/recover", "recover", key_api.recover, Permission.RECOVER),
-    # Ours.
+    # Operations of this vault only.
     _read("/status", "status", identity_api.status, None, "/status"),
     _read(_PRINCIPALS, "list-principals", identity_api.list_principals, None, _PRINCIPALS),
     _change(

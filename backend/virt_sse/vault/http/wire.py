@@ -15,20 +15,20 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from virt_sse.vault.home.settings import VaultSettings
 from virt_sse.vault.keys.records import KEY_OPERATIONS, Attributes, Deletion, KeyVersion, NewKey
+from virt_sse.vault.properties import moment, string, table
 from virt_sse.vault.refusals import bad_parameter
 
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]*={0,2}\Z")
 _MOST_TAGS = 15
 _LONGEST_TAG = 256
-_TIMES = range(253402300800)  # until the year 9999
 _RSA_NUMBERS = ("n", "e", "d", "p", "q", "dp", "dq", "qi")
 _KEY_TYPES = ("RSA", "RSA-HSM", "EC", "EC-HSM", "oct", "oct-HSM")
 
 
 def parse(body: bytes) -> dict[str, object]:
-    """A request's body; the empty one is an empty object.
+    """Decode a request's body; an empty body is an empty object.
 
-    :raise Refusal: When it is not one JSON object.
+    :raise Refusal: When *body* is not one JSON object.
     """
     if not body:
         return {}
@@ -42,14 +42,14 @@ def parse(body: bytes) -> dict[str, object]:
 
 
 def encode(value: bytes) -> str:
-    """Base64url without padding (RFC 7515 §2)."""
+    """Encode as base64url without padding (RFC 7515 §2)."""
     return base64.urlsafe_b64encode(value).rstrip(b"=").decode()
 
 
 def decode(document: Mapping[str, object], field: str) -> bytes:
-    """The bytes of a base64url field.
+    """Decode a base64url field.
 
-    :raise Refusal: When it is missing or no base64url.
+    :raise Refusal: When the field is missing or not base64url.
     """
     text = string(document, field)
     try:
@@ -61,54 +61,10 @@ def decode(document: Mapping[str, object], field: str) -> bytes:
     raise bad_parameter(f"Property {field} is not base64url.")
 
 
-def string(document: Mapping[str, object], field: str) -> str:
-    """:raise Refusal: When the field is missing or no string."""
-    value = document.get(field)
-    if not isinstance(value, str):
-        raise bad_parameter(f"Property {field} must be a string.")
-    return value
-
-
-def integer(document: Mapping[str, object], field: str, default: int) -> int:
-    """:raise Refusal: When the field is there and no whole number."""
-    value = document.get(field)
-    if value is None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise bad_parameter(f"Property {field} must be a whole number.")
-    return value
-
-
-def moment(document: Mapping[str, object], field: str) -> int | None:
-    """A time in seconds since 1970, if given.
-
-    :raise Refusal: When it is none, or after the year 9999.
-    """
-    value = document.get(field)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value not in _TIMES:
-        raise bad_parameter(f"Property {field} must be a time in seconds since 1970.")
-    return value
-
-
-def table(document: Mapping[str, object], field: str) -> Mapping[str, object]:
-    """An object in *document*; the empty one when it is not there.
-
-    :raise Refusal: When it is something else.
-    """
-    value = document.get(field)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise bad_parameter(f"Property {field} must be an object.")
-    return value
-
-
 def key_type(document: Mapping[str, object]) -> str:
-    """``kty``.
+    """Read ``kty``.
 
-    :raise Refusal: When it is no type that there is at all.
+    :raise Refusal: When the value is not one of Azure's key types.
     """
     kty = string(document, "kty")
     if kty not in _KEY_TYPES:
@@ -117,22 +73,22 @@ def key_type(document: Mapping[str, object]) -> str:
 
 
 def operations(document: Mapping[str, object]) -> tuple[str, ...] | None:
-    """``key_ops``, if given.
+    """Read ``key_ops``, if given.
 
-    :raise Refusal: When it is no list of operations of an RSA key.
+    :raise Refusal: When the value is no list of operations of an RSA key.
     """
     value = document.get("key_ops")
     if value is None:
         return None
     if not isinstance(value, list) or not all(item in KEY_OPERATIONS for item in value):
-        raise bad_parameter(f"Property key_ops must be a list out of {', '.join(KEY_OPERATIONS)}.")
+        raise bad_parameter(f"Property key_ops must be a list of values out of {', '.join(KEY_OPERATIONS)}.")
     return tuple(operation for operation in KEY_OPERATIONS if operation in value)
 
 
 def tags(document: Mapping[str, object]) -> Mapping[str, str] | None:
-    """``tags``, if given.
+    """Read ``tags``, if given.
 
-    :raise Refusal: When they are no strings, too many or too long.
+    :raise Refusal: When tags are not strings, too many or too long.
     """
     if document.get("tags") is None:
         return None
@@ -147,9 +103,9 @@ def tags(document: Mapping[str, object]) -> Mapping[str, str] | None:
 
 
 def attributes(document: Mapping[str, object]) -> dict[str, bool | int | None]:
-    """What ``attributes`` gives, by the fields of :class:`~virt_sse.vault.keys.records.Attributes`.
+    """Read ``attributes`` into fields of :class:`~virt_sse.vault.keys.records.Attributes`.
 
-    :raise Refusal: When one makes no sense.
+    :raise Refusal: When an attribute is invalid.
     """
     given: dict[str, bool | int | None] = {}
     source = table(document, "attributes")
@@ -166,9 +122,9 @@ def attributes(document: Mapping[str, object]) -> dict[str, bool | int | None]:
 
 
 def new_key(document: Mapping[str, object], key: Mapping[str, object]) -> NewKey:
-    """What is asked for in a create or import request.
+    """Read the properties of a create or import request.
 
-    :param key: where ``key_ops`` stands: the request itself, or its ``key``.
+    :param key: the object with ``key_ops``: the request itself, or its ``key``.
     """
     given = attributes(document)
     return NewKey(
@@ -183,18 +139,18 @@ def new_key(document: Mapping[str, object], key: Mapping[str, object]) -> NewKey
 
 
 def private_numbers(key: Mapping[str, object]) -> rsa.RSAPrivateNumbers:
-    """The numbers of a JSON Web Key (RFC 7518 §6.3.2).
+    """Read the numbers of a JSON Web Key (RFC 7518 §6.3.2).
 
-    :raise Refusal: When one is missing.
+    :raise Refusal: When a number is missing.
     """
     n, e, d, p, q, dp, dq, qi = (int.from_bytes(decode(key, name), "big") for name in _RSA_NUMBERS)
     return rsa.RSAPrivateNumbers(p, q, d, dp, dq, qi, rsa.RSAPublicNumbers(e, n))
 
 
 class Bundles:
-    """A vault's answers.
+    """Encodes keys as Azure's JSON.
 
-    :param settings: whose URL is in every key identifier.
+    :param settings: for the vault's URL in key identifiers.
     """
 
     def __init__(self, settings: VaultSettings) -> None:
@@ -205,7 +161,7 @@ class Bundles:
         return f"{self._settings.url}/keys/{record.name}/{record.version}"
 
     def key(self, record: KeyVersion) -> dict[str, object]:
-        """A KeyBundle."""
+        """Encode a KeyBundle."""
         public = record.public
         return {
             "key": {
@@ -220,7 +176,7 @@ class Bundles:
         }
 
     def item(self, record: KeyVersion, *, with_version: bool) -> dict[str, object]:
-        """A KeyItem."""
+        """Encode a KeyItem."""
         versionless = f"{self._settings.url}/keys/{record.name}"
         return {
             "kid": self.identifier(record) if with_version else versionless,
@@ -229,7 +185,7 @@ class Bundles:
         }
 
     def deleted(self, deletion: Deletion, name: str) -> dict[str, object]:
-        """What makes a bundle or an item one of a deleted key."""
+        """Encode the additional fields of a deleted key's bundle or item."""
         return {
             "recoveryId": f"{self._settings.url}/deletedkeys/{name}",
             "deletedDate": deletion.deleted,

@@ -1,1 +1,1 @@
-"""Principals of a vault, and the access tokens they are issued."""
+"""A vault's principals and their access tokens."""

@@ -1,4 +1,4 @@
-"""Principals: who there is, and what they may do."""
+"""Principals: identities and their permissions."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ AssertionKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """:ivar client_id: what it calls itself when it asks for a token.
-    :ivar object_id: what it is called in tokens and policies.
-    :ivar public_key: in PEM; who holds the private one is this principal.
-    :ivar expires: from then on it is refused; seconds since 1970.
-    :ivar created_by: the principal that made it, if that was not ``vault init``.
+    """An identity known to the vault.
+
+    :ivar client_id: identifies the principal in token requests.
+    :ivar object_id: identifies the principal in access tokens and policies.
+    :ivar public_key: verifies the principal's client assertions; PEM.
+    :ivar expires: when the principal expires; seconds since 1970.
+    :ivar created_by: the creating principal; ``None`` for principals made by ``vault init``.
     """
 
     client_id: str
@@ -50,14 +52,14 @@ class Principal:
     permissions: frozenset[Permission]
 
     def active(self, now: float) -> bool:
-        """Whether it is let in at all."""
+        """Check that the principal is enabled and not expired."""
         return self.enabled and (self.expires is None or now < self.expires)
 
 
 class Principals:
-    """All principals, in memory as they are in the database. Threads may share one.
+    """All principals, cached in memory. Thread-safe.
 
-    Methods that change something raise :class:`~virt_sse.vault.refusals.Refusal`.
+    Methods that change principals raise :class:`~virt_sse.vault.refusals.Refusal`.
     """
 
     def __init__(self, database: Database, *, clock: Callable[[], float] = time.time) -> None:
@@ -68,17 +70,17 @@ class Principals:
         self._load()
 
     def all(self) -> list[Principal]:
-        """By name."""
+        """List the principals, by name."""
         return sorted({p.client_id: p for p in self._by_id.values()}.values(), key=lambda p: p.name)
 
     def find(self, identifier: str) -> Principal | None:
-        """By client id or object id."""
+        """Find a principal by client id or object id."""
         return self._by_id.get(identifier)
 
     def get(self, identifier: str) -> Principal:
-        """By client id, object id or name.
+        """Return a principal by client id, object id or name.
 
-        :raise Refusal: When there is none.
+        :raise Refusal: When there is no such principal.
         """
         found = self.find(identifier) or next((p for p in self.all() if p.name == identifier), None)
         if found is None:
@@ -95,7 +97,7 @@ class Principals:
         created_by: str | None = None,
         permissions: Iterable[Permission] = (),
     ) -> Principal:
-        """Add a principal; it may do nothing that is not said here."""
+        """Add a principal with the given role and permissions only."""
         if not _NAME.match(name):
             raise bad_parameter(
                 "A principal's name is 1 to 128 letters, digits, dots, hyphens and underscores."
@@ -125,7 +127,7 @@ class Principals:
         return principal
 
     def change(self, principal: Principal, *, enabled: bool, expires: int | None) -> Principal:
-        """Let a principal in, or not, or until when."""
+        """Enable or disable a principal, and set its expiry."""
         with self._lock:
             changed = dataclasses.replace(self._present(principal), enabled=enabled, expires=expires)
             self._keep_an_administrator(changed)
@@ -138,7 +140,7 @@ class Principals:
         return changed
 
     def grant(self, principal: Principal, permissions: Iterable[Permission]) -> Principal:
-        """Let a principal do exactly this with keys."""
+        """Set a principal's permissions on keys."""
         with self._lock:
             changed = dataclasses.replace(self._present(principal), permissions=frozenset(permissions))
             with self._changing() as connection:
@@ -146,7 +148,7 @@ class Principals:
         return changed
 
     def delete(self, principal: Principal) -> None:
-        """Forget a principal and what it may do; its tokens are worth nothing from now on."""
+        """Delete a principal with its permissions; its access tokens are invalid from now on."""
         with self._lock:
             self._present(principal)
             self._keep_an_administrator(dataclasses.replace(principal, enabled=False))
@@ -159,7 +161,7 @@ class Principals:
         return self.get(principal.client_id)
 
     def _keep_an_administrator(self, changed: Principal) -> None:
-        """Nobody could ever put it right again."""
+        """Refuse to remove the last administrator: nobody could administer the vault any more."""
         others = [p for p in self.all() if p.client_id != changed.client_id]
         if changed.role is Role.ADMINISTRATOR and not any(
             p.role is Role.ADMINISTRATOR and p.enabled and p.expires is None for p in [*others, changed]
@@ -187,9 +189,9 @@ class Principals:
 
 
 def load_assertion_key(pem: str) -> AssertionKey:
-    """The public key that a principal's assertions are checked with.
+    """Load the public key for a principal's client assertions.
 
-    :raise Refusal: When *pem* is none, or a weak one.
+    :raise Refusal: When *pem* is no public key, or a weak key.
     """
     try:
         key = load_pem_public_key(pem.encode())

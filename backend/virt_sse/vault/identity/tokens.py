@@ -28,7 +28,7 @@ from virt_sse.vault.identity.principals import Principal, Principals, load_asser
 from virt_sse.vault.refusals import unauthorized
 
 TOKEN_SECONDS = 900
-"""How long an access token is good for, at most and unless the vault is told otherwise."""
+"""The default and longest lifetime of an access token."""
 
 _ASSERTION_SECONDS = 600
 _SKEW_SECONDS = 60
@@ -43,7 +43,7 @@ ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 
 
 class OAuthError(Exception):
-    """What the token endpoint answers when it gives no token (RFC 6749 §5.2)."""
+    """An error response of the token endpoint (RFC 6749 §5.2)."""
 
     def __init__(self, status: int, error: str, description: str) -> None:
         super().__init__(description)
@@ -52,14 +52,14 @@ class OAuthError(Exception):
         self.description = description
 
     def body(self) -> dict[str, object]:
-        """The answer's body."""
+        """Build the response's body."""
         return {"error": self.error, "error_description": self.description}
 
 
 class TokenIssuer:
-    """Issues access tokens, and says whose one is. Threads may share one.
+    """Issues and verifies access tokens. Thread-safe.
 
-    :param seconds: how long a token is good for.
+    :param seconds: lifetime of a token.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class TokenIssuer:
         clock: Callable[[], float] = time.time,
     ) -> None:
         if not 1 <= seconds <= TOKEN_SECONDS:
-            raise VaultError(f"tokens are good for 1 to {TOKEN_SECONDS} seconds, not {seconds}")
+            raise VaultError(f"access tokens are good for 1 to {TOKEN_SECONDS} seconds, not {seconds}")
         self._settings = settings
         self._database = database
         self._principals = principals
@@ -85,12 +85,12 @@ class TokenIssuer:
         self._key_id = hashlib.sha256(point).hexdigest()[:32]
 
     def jwks(self) -> dict[str, object]:
-        """The key that tokens are signed with, as a JSON Web Key Set (RFC 7517 §5)."""
+        """Return the public key of token signatures, as a JSON Web Key Set (RFC 7517 §5)."""
         key: dict[str, object] = jwt.algorithms.ECAlgorithm.to_jwk(self._public, as_dict=True)
         return {"keys": [key | {"kid": self._key_id, "use": "sig", "alg": _ALGORITHM}]}
 
     def metadata(self) -> dict[str, object]:
-        """OpenID Connect Discovery's document, as far as clients of a token endpoint look."""
+        """Return the OpenID Connect Discovery document, with the fields for token requests."""
         base = f"{self._settings.url}/{self._settings.tenant}"
         return {
             "issuer": self._settings.issuer,
@@ -108,8 +108,8 @@ class TokenIssuer:
     def issue(self, form: Mapping[str, str]) -> tuple[Principal, dict[str, object]]:
         """Answer a token request.
 
-        :return: whom the token is for, and the answer's body.
-        :raise OAuthError: When it is refused.
+        :return: the principal, and the response's body.
+        :raise OAuthError: When the request is refused.
         :raise Refusal: When the database fails.
         """
         if form.get("grant_type") != GRANT:
@@ -127,9 +127,9 @@ class TokenIssuer:
         }
 
     def principal_of(self, token: str) -> Principal:
-        """Whose access token this is.
+        """Verify an access token, and return its principal.
 
-        :raise Refusal: 401, when it is not one of ours that holds, or its principal is not let in any more.
+        :raise Refusal: 401, when the token is invalid, or its principal is disabled, expired or deleted.
         """
         try:
             claims = jwt.decode(
@@ -143,7 +143,7 @@ class TokenIssuer:
         except jwt.ExpiredSignatureError:
             raise unauthorized("The token has expired.") from None
         except (jwt.InvalidTokenError, ValueError, RecursionError):
-            raise unauthorized("The token is not one of this vault's.") from None
+            raise unauthorized("The token is not a token of this vault.") from None
         principal = self._principals.find(str(claims["oid"]))
         if (
             claims["tid"] != self._settings.tenant
@@ -203,7 +203,7 @@ class TokenIssuer:
         return principal
 
     def _first_time(self, client_id: str, jti: str, expires: int) -> bool:
-        """Note that an assertion was used; false if it was before. Kept for as long as it would be taken."""
+        """Record the use of an assertion for as long as it is valid; return whether this is its first use."""
         digest = hashlib.sha256(f"{client_id}\0{jti}".encode()).digest()
         with self._database.writing() as connection:
             old = int(self._clock()) - 2 * _SKEW_SECONDS
@@ -218,21 +218,21 @@ class TokenIssuer:
 
 
 def _other_clock() -> OAuthError:
-    """For an assertion that its principal has signed, at another time than the vault's clock shows.
+    """An error for a correctly signed assertion whose times disagree with the vault's clock.
 
-    No verdict on the principal: a host whose clock is wrong must not have its guests shut down for that.
+    The response denies nothing: a host with a wrong clock must not have its guests shut down.
     """
-    return OAuthError(400, "invalid_grant", "the client assertion's times do not fit the vault's clock")
+    return OAuthError(400, "invalid_grant", "the client assertion's times disagree with the vault's clock")
 
 
 def bearer(header: str) -> str | None:
-    """The token of an Authorization header, if it is of that kind."""
+    """Return the bearer token of an Authorization header; ``None`` for other schemes."""
     match = re.fullmatch(r"[Bb]earer +([A-Za-z0-9._~+/=-]+)", header)
     return match[1] if match else None
 
 
 def signing_key(database: Database, sealer: Sealer) -> ec.EllipticCurvePrivateKey:
-    """The key in the database, made at first use."""
+    """Load the signing key of access tokens from the database; create it at first use."""
     context = _SIGNING_KEY.encode()
     with database.writing() as connection:
         sealed = connection.scalar(
@@ -248,7 +248,7 @@ def signing_key(database: Database, sealer: Sealer) -> ec.EllipticCurvePrivateKe
     try:
         loaded = load_der_private_key(sealer.open(sealed, context), None)
     except VaultError as exc:
-        raise VaultError("the vault's root key is not the one that it was made with") from exc
+        raise VaultError("the vault's root key is not the original root key of this vault") from exc
     if not isinstance(loaded, ec.EllipticCurvePrivateKey):
-        raise VaultError("the vault's token signing key is not one that it made")
+        raise VaultError("the vault's token signing key is not an EC key")
     return loaded

@@ -1,4 +1,4 @@
-"""Backups of keys: one blob per key, which only the vault that made it can read."""
+"""Backups of keys: one encrypted blob per key, readable only by the vault that made the backup."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _FORMAT = 1
 
 
 class Backups:
-    """Makes and reads backups: private keys sealed as they are in the database, and all of it once more.
+    """Makes and reads backups: the database's records, with sealed private keys, sealed once more.
 
-    Of a key in an HSM a backup holds no more than where it lies: it brings it back as long as it is there.
+    The backup of an HSM key has only the key's location: restoring works while the HSM still has the key.
     """
 
     def __init__(self, store: KeyStore, keys: KeyService, sealer: Sealer) -> None:
@@ -30,7 +30,7 @@ class Backups:
         self._sealer = sealer
 
     def backup(self, name: str) -> bytes:
-        """All versions of a key, and its rotation policy.
+        """Back up all versions of a key, and its rotation policy.
 
         :raise Refusal: When there is no such key.
         """
@@ -42,15 +42,15 @@ class Backups:
         return self._sealer.seal(json.dumps(document).encode(), _CONTEXT)
 
     def restore(self, blob: bytes) -> KeyVersion:
-        """Bring a key back as it was, with its name and versions.
+        """Restore a key with its name and versions.
 
-        :return: its newest version.
-        :raise Refusal: When *blob* is no backup of this vault, its name is taken, or the HSM lost the key.
+        :return: the newest version.
+        :raise Refusal: When *blob* is no backup of this vault, the name is taken, or the HSM lost the key.
         """
         try:
             document = json.loads(self._sealer.open(blob, _CONTEXT))
         except VaultError:
-            raise bad_parameter("This is not a backup that this vault has made.") from None
+            raise bad_parameter("This is not a backup of this vault.") from None
         if document["format"] != _FORMAT:
             raise bad_parameter("This backup was made by a newer version.")
         records = [_record(fields) for fields in document["versions"]]

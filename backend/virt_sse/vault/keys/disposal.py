@@ -1,8 +1,8 @@
-"""Key material outside the vault's database: nothing of it is forgotten there, and nothing in use destroyed.
+"""Destroying key material outside the vault's database: none is forgotten, none in use is destroyed.
 
-It is written down before it is made, and in the transaction that forgets a key: what a kill leaves, the next
-start finds. Only what is written down so is ever destroyed. What else lies in a token, also with this vault's
-label, is left alone: the database may be an older copy, put back.
+A row in ``leftovers`` is written before material is made, and in the transaction that deletes a version, so
+the next start finds material left by a kill. Only material listed there is ever destroyed. Other objects in
+an HSM token are left alone, even with this vault's label: the database may be an older copy, put back.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _log = logging.getLogger(__name__)
 
 
 class Disposal:
-    """Destroys the material that no version names. Threads may share one, processes not.
+    """Destroys material without a version. Thread-safe, for one process only.
 
-    :param protections: by ``kty``, who keeps material outside.
+    :param protections: the protection backends outside the database, by ``kty``.
     """
 
     def __init__(self, store: KeyStore, protections: Mapping[str, Protection]) -> None:
@@ -34,9 +34,9 @@ class Disposal:
 
     @contextlib.contextmanager
     def making(self, leftover: Leftover) -> Iterator[None]:
-        """While its material is made and its version is added; destroyed when that fails.
+        """Protect material from :meth:`sweep` while it is made and its version added; destroy it on failure.
 
-        :raise Refusal: When it cannot be written down.
+        :raise Refusal: When the database cannot be written.
         """
         with self._lock:
             self._being_made.add(leftover)
@@ -51,16 +51,16 @@ class Disposal:
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """While nothing is destroyed."""
+        """Suspend the destruction of material."""
         with self._lock:
             yield
 
     def sweep(self) -> None:
-        """Destroy what is left over. What fails is logged, and tried again next time."""
+        """Destroy leftover material. Failures are logged and retried by the next sweep."""
         try:
             found = self._store.leftovers()
         except Refusal as refusal:
-            _log.warning("cannot look for what is left of keys: %s", _why(refusal))
+            _log.warning("cannot list leftover key material: %s", _why(refusal))
             return
         for leftover in found:
             self._attempt(leftover)
@@ -82,7 +82,7 @@ class Disposal:
                     self._store.forget(leftover)
         except Refusal as refusal:
             _log.warning(
-                "what is left of key %s/%s is not destroyed yet: %s",
+                "leftover material of key %s/%s is not destroyed yet: %s",
                 *(leftover.name, leftover.version, _why(refusal)),
             )
 

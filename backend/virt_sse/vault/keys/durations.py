@@ -1,4 +1,4 @@
-"""ISO 8601 durations, as rotation policies have them: ``P90D``, ``P1Y``, ``PT12H``."""
+"""ISO 8601 durations in rotation policies: ``P90D``, ``P1Y``, ``PT12H``."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _SECONDS = (365 * 86400, 30 * 86400, 7 * 86400, 86400, 3600, 60, 1)
 
 
 def seconds_of(duration: str) -> int:
-    """Its length; a year is 365 days here and a month 30.
+    """Convert a duration to seconds; a year counts 365 days, a month 30.
 
-    :raise Refusal: When it is no duration.
+    :raise Refusal: When *duration* is malformed.
     """
     match = _DURATION.match(duration)
     if not match:

@@ -1,7 +1,7 @@
-"""Key material: who performs the operations that need a private key.
+"""Key material: the backends for operations with private keys.
 
-A :class:`Protection` makes and keeps keys of one type, as Azure names the types: ``RSA`` in software here; an
-``RSA-HSM`` one keeps them in a token. What it hands the vault to store is sealed, or no more than a handle.
+A :class:`Protection` makes and keeps keys of one Azure key type: ``RSA`` in software, here; ``RSA-HSM`` in an
+HSM token. The bytes stored in the vault's database are sealed key material, or merely a handle.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PADDINGS = {
 }
 _HASH_BYTES = {"RSA-OAEP": 20, "RSA-OAEP-256": 32}
 ALGORITHMS = frozenset(_PADDINGS)
-"""RFC 7518 §4.1's names. RSA1_5 is not among them: its padding oracle (RFC 8017 §7.2) has no place here."""
+"""Names of RFC 7518 §4.1, without RSA1_5, because of its padding oracle (RFC 8017 §7.2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,14 @@ class PublicKey:
 
     @property
     def bits(self) -> int:
-        """The modulus's length."""
+        """The length of the modulus."""
         return self.n.bit_length()
 
     def encrypt(self, plaintext: bytes, algorithm: str) -> bytes:
-        """:raise Refusal: When *plaintext* is longer than the key can take."""
+        """Encrypt with RSA-OAEP.
+
+        :raise Refusal: When *plaintext* is too long for the key.
+        """
         longest = (self.bits + 7) // 8 - 2 * _HASH_BYTES[algorithm] - 2  # RFC 8017 §7.1.1
         if len(plaintext) > longest:
             raise bad_parameter(f"With this key {algorithm} takes at most {longest} bytes.")
@@ -61,30 +64,30 @@ class PublicKey:
 
 
 class KeyMaterial(ABC):
-    """One version of a key, open for use. Safe to use from several threads at once."""
+    """One version of a key, open for use. Thread-safe."""
 
     @abstractmethod
     def decrypt(self, ciphertext: bytes, algorithm: str) -> bytes:
-        """What *ciphertext* holds.
+        """Decrypt *ciphertext*.
 
         :param algorithm: one of :data:`ALGORITHMS`.
-        :raise Refusal: When it was not made with this key and algorithm. One answer for every cause.
+        :raise Refusal: When decryption fails: the same response for every cause.
         """
 
-    def require(self) -> None:  # noqa: B027 -- most have nothing to say
-        """Make sure that what the public key encrypts now can be decrypted.
+    def require(self) -> None:  # noqa: B027 -- most kinds of material can always decrypt
+        """Check that data encrypted with the public key now can be decrypted.
 
-        :raise Refusal: When it cannot.
+        :raise Refusal: When decryption is impossible.
         """
 
 
 class Protection(ABC):
-    """Makes and keeps key material.
+    """A protection backend: makes and keeps key material.
 
-    Every method may raise :class:`~virt_sse.vault.refusals.Refusal` where the material lies outside.
+    Every method of a backend outside the database may raise :class:`~virt_sse.vault.refusals.Refusal`.
 
-    :ivar key_type: Azure's ``kty`` of its keys.
-    :ivar outside: whether material lies outside the vault's database, and outlives a row that is deleted.
+    :ivar key_type: Azure's ``kty`` of the backend's keys.
+    :ivar outside: whether material is kept outside the vault's database, and so outlives a deleted row.
     """
 
     key_type: str
@@ -92,38 +95,38 @@ class Protection(ABC):
 
     @abstractmethod
     def generate(self, bits: int, name: str, version: str) -> tuple[PublicKey, bytes]:
-        """A new key, bound to its name and version.
+        """Make a key, bound to its name and version.
 
-        :return: its public key, and what the vault stores in order to open it again.
+        :return: the public key, and the bytes to store, for :meth:`open`.
         """
 
     @abstractmethod
-    def bring(self, private: rsa.RSAPrivateKey, name: str, version: str) -> tuple[PublicKey, bytes]:
-        """A key that was made elsewhere."""
+    def import_key(self, private: rsa.RSAPrivateKey, name: str, version: str) -> tuple[PublicKey, bytes]:
+        """Import a key; returns as :meth:`generate`."""
 
     @abstractmethod
     def open(self, stored: bytes, name: str, version: str) -> KeyMaterial:
-        """The key that was stored so.
+        """Open a stored key.
 
-        :raise VaultError: When *stored* is damaged or was bound to something else.
+        :raise VaultError: When *stored* is damaged or bound to another name or version.
         """
 
-    def destroy(self, name: str, version: str) -> None:  # noqa: B027 -- what lies in the database goes with it
-        """Destroy what lies outside of that version; nothing when there is none."""
+    def destroy(self, name: str, version: str) -> None:  # noqa: B027 -- material in the database goes with its row
+        """Destroy a version's material outside the database, if there is any."""
 
-    def require(self) -> None:  # noqa: B027 -- memory is always there
-        """Make sure that what lies outside can be reached."""
+    def require(self) -> None:  # noqa: B027 -- memory is always reachable
+        """Check that material outside the database is reachable."""
 
 
 def binding(name: str, version: str) -> bytes:
-    """What stored material is bound to: it opens as this version of this key only."""
+    """Build the authenticated context that binds stored material to a key's version."""
     return f"key\0{name}\0{version}".encode()
 
 
 def private_key(numbers: rsa.RSAPrivateNumbers) -> rsa.RSAPrivateKey:
-    """The key that *numbers* are of.
+    """Build a private key from its numbers.
 
-    :raise Refusal: When they do not fit together, or it is not one of :data:`KEY_SIZES`.
+    :raise Refusal: When *numbers* are inconsistent, or the key is not of one of :data:`KEY_SIZES`.
     """
     if numbers.public_numbers.n.bit_length() not in KEY_SIZES:
         raise bad_parameter("An RSA key has 2048, 3072 or 4096 bits.")
@@ -132,7 +135,7 @@ def private_key(numbers: rsa.RSAPrivateNumbers) -> rsa.RSAPrivateKey:
     try:
         return numbers.private_key()
     except (ValueError, UnsupportedAlgorithm):
-        raise bad_parameter("The numbers of the RSA key do not fit together.") from None
+        raise bad_parameter("The numbers of the RSA key are inconsistent.") from None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,7 +150,7 @@ class _SoftwareKey(KeyMaterial):
 
 
 class SoftwareProtection(Protection):
-    """RSA keys in this process's memory, sealed under the root key at rest."""
+    """RSA keys in this process's memory; at rest, sealed under the root key."""
 
     key_type = "RSA"
 
@@ -155,18 +158,18 @@ class SoftwareProtection(Protection):
         self._sealer = sealer
 
     def generate(self, bits: int, name: str, version: str) -> tuple[PublicKey, bytes]:
-        return self.bring(rsa.generate_private_key(PUBLIC_EXPONENT, bits), name, version)
+        return self.import_key(rsa.generate_private_key(PUBLIC_EXPONENT, bits), name, version)
 
-    def bring(self, private: rsa.RSAPrivateKey, name: str, version: str) -> tuple[PublicKey, bytes]:
+    def import_key(self, private: rsa.RSAPrivateKey, name: str, version: str) -> tuple[PublicKey, bytes]:
         numbers = private.public_key().public_numbers()
         der = private.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
         return PublicKey(numbers.n, numbers.e), self._sealer.seal(der, binding(name, version))
 
     def open(self, stored: bytes, name: str, version: str) -> KeyMaterial:
-        # Its numbers were checked when it came, which takes up to 0.4 s; the seal says that it is the same.
+        # Validating the numbers takes up to 0.4 s; they were validated at import, and the seal protects them.
         private = load_der_private_key(
             self._sealer.open(stored, binding(name, version)), None, unsafe_skip_rsa_key_validation=True
         )
         if not isinstance(private, rsa.RSAPrivateKey):
-            raise VaultError("a key of the vault is no RSA key")
+            raise VaultError("a key of the vault is not an RSA key")
         return _SoftwareKey(private)

@@ -1,4 +1,4 @@
-"""The versions that are in use, opened once and kept."""
+"""A cache of opened key versions."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from virt_sse.vault.keys.records import KeyVersion
 
 @dataclass(frozen=True, slots=True)
 class OpenedKey:
-    """A version and the means to use it."""
+    """A key version with its opened material."""
 
     record: KeyVersion
     material: KeyMaterial
 
 
 class OpenedKeys:
-    """At most *bound* opened versions, the least recently used one dropped first.
+    """At most *bound* opened versions; the least recently used version is dropped first.
 
-    What was read before a change is never kept after it: a disabled key is disabled at once.
+    Entries read before a change are not kept after the change: disabling takes effect at once.
     """
 
     def __init__(self, bound: int) -> None:
@@ -35,9 +35,9 @@ class OpenedKeys:
         return len(self._entries)
 
     def get(self, name: str, version: str, opened: Callable[[], OpenedKey]) -> OpenedKey:
-        """The version, by *opened* if it is not here; *opened* may fail, and is then asked again next time.
+        """Return a version, opened by *opened* if necessary; failures of *opened* are not cached.
 
-        :param version: the empty one stands for the newest.
+        :param version: empty for the newest version.
         """
         slot = (name, version)
         with self._lock:
@@ -55,7 +55,7 @@ class OpenedKeys:
         return entry
 
     def forget(self, name: str) -> None:
-        """Drop all versions of a key, because it has changed."""
+        """Drop all versions of a key, after a change."""
         with self._lock:
             self._changes += 1
             for slot in [slot for slot in self._entries if slot[0] == name]:

@@ -1,4 +1,4 @@
-"""Keys and their versions, as the vault keeps them."""
+"""The records of keys and their versions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from virt_sse.vault.keys.material import PublicKey
 from virt_sse.vault.refusals import bad_parameter
 
 KEY_OPERATIONS = ("encrypt", "decrypt", "sign", "verify", "wrapKey", "unwrapKey")
-"""What Azure gives an RSA key unless the caller chooses. Signing is not built in here."""
+"""Azure's default operations of an RSA key. This vault does not implement signing."""
 
 _NAME = re.compile(r"[0-9a-zA-Z-]{1,127}\Z")
 _VERSION = re.compile(r"[0-9a-f]{32}\Z")
@@ -19,10 +19,10 @@ _VERSION = re.compile(r"[0-9a-f]{32}\Z")
 
 @dataclass(frozen=True, slots=True)
 class Attributes:
-    """What an owner sets on a version. Times are whole seconds since 1970.
+    """Attributes of a version, set by its owner. Times are whole seconds since 1970.
 
-    :ivar not_before: before this it does not wrap.
-    :ivar expires: from this on it does not wrap.
+    :ivar not_before: wrapping is refused before this time.
+    :ivar expires: wrapping is refused from this time on.
     """
 
     enabled: bool = True
@@ -32,10 +32,10 @@ class Attributes:
 
 @dataclass(frozen=True, slots=True)
 class KeyVersion:
-    """One version of a key, with what is needed to open it.
+    """One version of a key.
 
-    :ivar stored: what its :class:`~virt_sse.vault.keys.material.Protection` opens it from.
-    :ivar tags: the owner's own notes.
+    :ivar stored: sealed material or handle, for :meth:`~virt_sse.vault.keys.material.Protection.open`.
+    :ivar tags: the owner's notes.
     """
 
     name: str
@@ -52,8 +52,10 @@ class KeyVersion:
 
 @dataclass(frozen=True, slots=True)
 class Deletion:
-    """:ivar deleted: when the key was deleted.
-    :ivar purge: when it will be purged.
+    """The times of a key's deletion, in seconds since 1970.
+
+    :ivar deleted: when the key was deleted.
+    :ivar purge: when the key will be purged.
     """
 
     deleted: int
@@ -62,7 +64,7 @@ class Deletion:
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """A version that is not in use, whose material may still lie outside the database."""
+    """An unused version whose material may still exist outside the database."""
 
     name: str
     version: str
@@ -71,9 +73,9 @@ class Leftover:
 
 @dataclass(frozen=True, slots=True)
 class NewKey:
-    """What a caller asks for when a version is made.
+    """A caller's choices for a new version.
 
-    :ivar operations: empty: all.
+    :ivar operations: empty for all operations.
     """
 
     operations: tuple[str, ...] = ()
@@ -82,19 +84,25 @@ class NewKey:
 
 
 def new_version() -> str:
-    """A version that nobody can guess: 32 hexadecimal digits."""
+    """Make a random version: 32 hexadecimal digits."""
     return secrets.token_hex(16)
 
 
 def check_name(name: str) -> str:
-    """:raise Refusal: When *name* is no name for a key."""
+    """Validate a key's name, and return *name*.
+
+    :raise Refusal: When *name* is malformed.
+    """
     if not _NAME.match(name):
         raise bad_parameter("A key's name is 1 to 127 letters, digits and hyphens.")
     return name
 
 
 def check_version(version: str) -> str:
-    """:raise Refusal: When *version* can be none; the empty one means the newest."""
+    """Validate a key's version, and return *version*; an empty string means the newest version.
+
+    :raise Refusal: When *version* is malformed.
+    """
     if version and not _VERSION.match(version):
         raise bad_parameter("A key's version is 32 hexadecimal digits.")
     return version

@@ -1,7 +1,7 @@
-"""Rotation policies: kept, and acted upon.
+"""Rotation policies: storage and execution.
 
 https://learn.microsoft.com/azure/key-vault/keys/how-to-configure-key-rotation: ``Rotate`` is due a time after
-the newest version was made, or a time before it expires; ``expiryTime`` is the life of each version so made.
+the newest version was made, or a time before it expires; ``expiryTime`` is the lifetime of a rotated version.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from virt_sse.vault.http import wire
 from virt_sse.vault.keys.durations import seconds_of
 from virt_sse.vault.keys.records import KeyVersion, check_name
 from virt_sse.vault.keys.service import KeyService
 from virt_sse.vault.keys.store import KeyStore
+from virt_sse.vault.properties import integer, string, table
 from virt_sse.vault.refusals import bad_parameter
 
 _DAY = 86400
@@ -25,13 +25,13 @@ _NOTIFY = {"trigger": {"timeBeforeExpiry": "P30D"}, "action": {"type": "Notify"}
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class RotationPolicy:
     """A rotation policy. Times are in seconds.
 
-    :ivar expiry: the life of a new version.
-    :ivar after_create: rotate when the newest version is that old.
-    :ivar before_expiry: rotate when it has that long to live.
-    :ivar document: the policy as it was given, with its own times.
+    :ivar expiry: the lifetime of a new version.
+    :ivar after_create: rotate at this age of the newest version.
+    :ivar before_expiry: rotate this long before the newest version expires.
+    :ivar document: the policy as given, with its ISO 8601 durations.
     """
 
     expiry: int | None
@@ -40,7 +40,7 @@ class Policy:
     document: Mapping[str, object]
 
     def due(self, newest: KeyVersion, now: float) -> bool:
-        """Whether the key is to be rotated; a disabled one never is: that would give it a usable version."""
+        """Check whether rotation is due; never for a disabled key, whose new version would be usable."""
         if not newest.attributes.enabled:
             return False
         if self.after_create is not None and newest.created + self.after_create <= now:
@@ -49,10 +49,10 @@ class Policy:
         return self.before_expiry is not None and expires is not None and expires - self.before_expiry <= now
 
 
-class Rotation:
-    """Rotates keys: when asked, and when their policy says so.
+class RotationPolicies:
+    """Rotates keys, on request and when their policies demand.
 
-    :param shortest: the shortest interval that a policy may have, in seconds; default Azure's 7 days.
+    :param shortest: the shortest interval in a policy, in seconds; default Azure's 7 days.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Rotation:
         return self._keys.rotate(name, expires_after=policy.expiry if policy else None)
 
     def policy(self, name: str) -> dict[str, object]:
-        """The policy of a key; Azure's default one when it was given none.
+        """Return the policy of a key, by default Azure's default policy.
 
         :raise Refusal: When there is no such key.
         """
@@ -86,19 +86,17 @@ class Rotation:
         return json.loads(stored) if stored else {"lifetimeActions": [_NOTIFY], "attributes": {}}
 
     def set_policy(self, name: str, document: Mapping[str, object]) -> dict[str, object]:
-        """Give a key a policy.
+        """Set the policy of a key.
 
-        :raise Refusal: When it makes no sense, or there is no such key.
+        :raise Refusal: When the policy is invalid, or there is no such key.
         """
         policy = self._parse(document)
         self._refuse_short(policy)
         now = int(self._clock())
         before = self._store.policy(check_name(name))
-        created = (
-            wire.integer(wire.table(json.loads(before), "attributes"), "created", now) if before else now
-        )
+        created = integer(table(json.loads(before), "attributes"), "created", now) if before else now
         attributes: dict[str, object] = {"created": created, "updated": now}
-        expiry = wire.table(document, "attributes").get("expiryTime")
+        expiry = table(document, "attributes").get("expiryTime")
         if expiry is not None:
             attributes["expiryTime"] = expiry
         kept = {"lifetimeActions": policy.document["lifetimeActions"], "attributes": attributes}
@@ -106,21 +104,21 @@ class Rotation:
         return kept
 
     def due(self) -> list[str]:
-        """The names of the keys whose policy says that they are to be rotated now."""
+        """List the names of the keys due for rotation."""
         now = self._clock()
         policies = {name: self._parse(json.loads(stored)) for name, stored in self._store.policies().items()}
         return [name for name, policy in policies.items() if policy.due(self._store.get(name), now)]
 
-    def _parse(self, document: Mapping[str, object]) -> Policy:
-        expiry = _seconds(wire.table(document, "attributes"), "expiryTime")
+    def _parse(self, document: Mapping[str, object]) -> RotationPolicy:
+        expiry = _seconds(table(document, "attributes"), "expiryTime")
         actions = document.get("lifetimeActions") or []
         if not isinstance(actions, list) or not all(isinstance(action, dict) for action in actions):
             raise bad_parameter("Property lifetimeActions must be a list of objects.")
         found: dict[str, tuple[int | None, int | None]] = {}
         kept = []
         for action in actions:
-            kind = wire.string(wire.table(action, "action"), "type").lower()
-            trigger = wire.table(action, "trigger")
+            kind = string(table(action, "action"), "type").lower()
+            trigger = table(action, "trigger")
             after, before = _seconds(trigger, "timeAfterCreate"), _seconds(trigger, "timeBeforeExpiry")
             if kind not in ("rotate", "notify") or kind in found:
                 raise bad_parameter("A policy has at most one action Rotate and one action Notify.")
@@ -132,10 +130,10 @@ class Rotation:
         after, before = found.get("rotate", (None, None))
         if before is not None and expiry is None:
             raise bad_parameter("Rotating before expiry needs an expiryTime.")
-        return Policy(expiry, after, before, {"lifetimeActions": kept or [_NOTIFY]})
+        return RotationPolicy(expiry, after, before, {"lifetimeActions": kept or [_NOTIFY]})
 
-    def _refuse_short(self, policy: Policy) -> None:
-        """A policy must leave those who use the key the time to follow."""
+    def _refuse_short(self, policy: RotationPolicy) -> None:
+        """Refuse intervals too short for the key's users to follow."""
         life = min(_SHORTEST_LIFE, 4 * self._shortest)
         if policy.expiry is not None and policy.expiry < life:
             raise bad_parameter(f"Property expiryTime must be at least {life} seconds.")
@@ -147,10 +145,8 @@ class Rotation:
                 policy.after_create if policy.before_expiry is None else policy.expiry - policy.before_expiry
             )
             if last is not None and not self._shortest <= last <= policy.expiry:
-                raise bad_parameter(
-                    "The key would expire before it is rotated, or too soon be rotated again."
-                )
+                raise bad_parameter("The key would expire before its rotation, or be rotated again too soon.")
 
 
 def _seconds(document: Mapping[str, object], field: str) -> int | None:
-    return None if document.get(field) is None else seconds_of(wire.string(document, field))
+    return None if document.get(field) is None else seconds_of(string(document, field))

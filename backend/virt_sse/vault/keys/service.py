@@ -1,4 +1,4 @@
-"""The rules of the key vault: what may be done with a key, and when."""
+"""The key vault's rules: which operations are allowed on a key, and when."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _WITHIN_THE_WINDOW = frozenset({"wrapKey", "encrypt"})
 
 
 class KeyService:
-    """Keys, by name and version. Synchronous, and safe to call from several threads at once.
+    """Keys, by name and version. Synchronous and thread-safe.
 
     Every method may raise :class:`~virt_sse.vault.refusals.Refusal`.
 
-    :param protections: by ``kty``, who keeps keys of that type.
+    :param protections: the protection backends, each for its key type.
     :param clock: seconds since 1970.
     """
 
@@ -58,21 +58,21 @@ class KeyService:
         self._opened = OpenedKeys(_OPENED_KEYS)
 
     def create(self, name: str, key_type: str, bits: int, new: NewKey) -> KeyVersion:
-        """Make a key, or a new version of one."""
-        protection = self._protection(key_type)
+        """Make a key, or a new version of an existing key."""
+        protection = self._backend_for_new(key_type)
         if bits not in KEY_SIZES:
             raise bad_parameter("An RSA key has 2048, 3072 or 4096 bits.")
         return self._add(name, protection, new, lambda version: protection.generate(bits, name, version))
 
-    def bring(self, name: str, key_type: str, numbers: rsa.RSAPrivateNumbers, new: NewKey) -> KeyVersion:
-        """Take in a key that was made elsewhere, as a new key or a new version of one."""
-        protection, private = self._protection(key_type), private_key(numbers)
-        return self._add(name, protection, new, lambda version: protection.bring(private, name, version))
+    def import_key(self, name: str, key_type: str, numbers: rsa.RSAPrivateNumbers, new: NewKey) -> KeyVersion:
+        """Import a private key, as a new key or a new version of an existing key."""
+        protection, private = self._backend_for_new(key_type), private_key(numbers)
+        return self._add(name, protection, new, lambda version: protection.import_key(private, name, version))
 
     def rotate(self, name: str, *, expires_after: int | None = None) -> KeyVersion:
-        """Make a new version like the newest one; the older ones stay usable.
+        """Make a new version with the newest version's properties; older versions stay usable.
 
-        :param expires_after: seconds from now to the new version's expiry, as the rotation policy has it.
+        :param expires_after: seconds from now to the new version's expiry, from the rotation policy.
         """
         like = self._store.get(check_name(name))
         expires = None if expires_after is None else int(self._clock()) + expires_after
@@ -80,15 +80,15 @@ class KeyService:
         return self.create(name, like.key_type, like.public.bits, new)
 
     def get(self, name: str, version: str = "") -> KeyVersion:
-        """A version, by default the newest; also a disabled or expired one."""
+        """Return a version, by default the newest; disabled and expired versions included."""
         return self._store.get(check_name(name), check_version(version))
 
     def versions(self, name: str) -> list[KeyVersion]:
-        """All versions, the oldest first."""
+        """List all versions, oldest first."""
         return self._store.versions(check_name(name))
 
     def newest(self, *, after: str, limit: int) -> list[KeyVersion]:
-        """Keys by name, in their newest versions, from the one after *after*."""
+        """List the newest versions of the keys with names after *after*, by name."""
         return self._store.newest(after=after, limit=limit)
 
     def update(
@@ -100,7 +100,7 @@ class KeyService:
         operations: tuple[str, ...] | None,
         tags: Mapping[str, str] | None,
     ) -> KeyVersion:
-        """Change what is given and keep the rest.
+        """Change the given properties, keep all others.
 
         :param attributes: fields of :class:`~virt_sse.vault.keys.records.Attributes`.
         """
@@ -115,12 +115,12 @@ class KeyService:
         _check_window(record.attributes)
         try:
             self._store.change(record)
-        finally:  # also when the answer of a commit is lost
+        finally:  # a commit may succeed although its answer is lost
             self._opened.forget(name)
         return record
 
     def delete(self, name: str) -> tuple[KeyVersion, Deletion]:
-        """Take a key out of use, with all its versions."""
+        """Delete a key with all its versions, recoverably."""
         now = int(self._clock())
         deletion = Deletion(now, now + self._settings.retention_days * _DAY)
         try:
@@ -130,20 +130,20 @@ class KeyService:
         return self._store.get_deleted(name)
 
     def deleted(self, *, after: str, limit: int) -> list[tuple[KeyVersion, Deletion]]:
-        """Deleted keys by name, from the one after *after*."""
+        """List the deleted keys with names after *after*, by name."""
         return self._store.deleted(after=after, limit=limit)
 
     def get_deleted(self, name: str) -> tuple[KeyVersion, Deletion]:
-        """A deleted key."""
+        """Return a deleted key."""
         return self._store.get_deleted(check_name(name))
 
     def recover(self, name: str) -> KeyVersion:
-        """Bring a deleted key back into use."""
+        """Recover a deleted key."""
         self._store.recover(check_name(name))
         return self._store.get(name)
 
     def purge(self, name: str) -> None:
-        """Forget a deleted key and what is under it, for good."""
+        """Purge a deleted key irrecoverably; data wrapped with the key is lost."""
         if self._settings.purge_protection:
             raise forbidden(
                 'Operation "purge" is not allowed because purge protection is enabled for this vault.',
@@ -151,39 +151,39 @@ class KeyService:
             )
         self._store.get_deleted(check_name(name))
         for key_type in self._store.key_types(name):
-            self._keeper(key_type).require()
+            self._backend_of(key_type).require()
         self.purge_due(name)
 
     def due_for_purge(self) -> list[str]:
-        """The names of the deleted keys that have been kept for the retention period."""
+        """List the names of the deleted keys whose retention period has ended."""
         return self._store.due_for_purge(int(self._clock()))
 
     def purge_due(self, name: str) -> None:
-        """Forget such a key; purge protection has done its part.
+        """Purge a key due for purging, whatever the purge protection.
 
-        What of it lies outside and cannot be reached is destroyed by a later :meth:`sweep`.
+        Unreachable material outside the database is destroyed by a later :meth:`sweep`.
         """
         outside = [each.key_type for each in self._protections.values() if each.outside]
         self._store.purge(name, kept_outside=outside)
         self.sweep()
 
     def sweep(self) -> None:
-        """Destroy the material outside that no key names."""
+        """Destroy material outside the database that no key refers to."""
         self._disposal.sweep()
 
     def restore(self, records: Sequence[KeyVersion], policy: str | None) -> None:
-        """Bring a key back from its backup, its oldest version first.
+        """Restore a key from the records of its backup, oldest version first.
 
-        What of it lies outside must still be there.
+        Material outside the database must still exist.
         """
         with self._disposal.suspended():
             for record in records:
-                if self._keeper(record.key_type).outside:
+                if self._backend_of(record.key_type).outside:
                     self._require(record)
             self._store.restore(records, policy)
 
     def count(self) -> tuple[int, int]:
-        """How many live keys there are, and how many deleted ones."""
+        """Count the live keys and the deleted keys."""
         return self._store.count()
 
     def encrypt(
@@ -192,7 +192,7 @@ class KeyService:
         """Encrypt or wrap.
 
         :param operation: ``encrypt`` or ``wrapKey``.
-        :return: which version did it, and the ciphertext.
+        :return: the version used, and the ciphertext.
         """
         key = self._usable(operation, name, version, algorithm)
         key.material.require()
@@ -204,7 +204,7 @@ class KeyService:
         """Decrypt or unwrap.
 
         :param operation: ``decrypt`` or ``unwrapKey``.
-        :return: which version did it, and the plaintext.
+        :return: the version used, and the plaintext.
         """
         key = self._usable(operation, name, version, algorithm)
         return key.record, key.material.decrypt(ciphertext, algorithm)
@@ -212,17 +212,17 @@ class KeyService:
     def _usable(self, operation: str, name: str, version: str, algorithm: str) -> OpenedKey:
         if algorithm not in ALGORITHMS:
             raise bad_parameter(
-                f"Property alg: {algorithm[:32]!r} is not supported; RSA-OAEP-256 and RSA-OAEP are."
+                f"Property alg: {algorithm[:32]!r} is not supported; use RSA-OAEP-256 or RSA-OAEP."
             )
         check_name(name)
         check_version(version)
         key = self._opened.get(name, version, lambda: self._open(self._store.get(name, version)))
-        refusal = self._unfit(operation, key.record)
+        refusal = self._refusal_of(operation, key.record)
         if refusal is not None:
             raise refusal
         return key
 
-    def _unfit(self, operation: str, record: KeyVersion) -> Refusal | None:
+    def _refusal_of(self, operation: str, record: KeyVersion) -> Refusal | None:
         attributes = record.attributes
         if not attributes.enabled:
             return forbidden(f"Operation {operation} is not allowed on a disabled key.", "KeyDisabled")
@@ -239,23 +239,23 @@ class KeyService:
         return None
 
     def _open(self, record: KeyVersion) -> OpenedKey:
-        keeper = self._keeper(record.key_type)
-        return OpenedKey(record, keeper.open(record.stored, record.name, record.version))
+        backend = self._backend_of(record.key_type)
+        return OpenedKey(record, backend.open(record.stored, record.name, record.version))
 
     def _require(self, record: KeyVersion) -> None:
-        """Make sure that a version from a backup can be used."""
+        """Check that a version from a backup can be used."""
         try:
             self._open(record).material.require()
         except Refusal as refusal:
             if isinstance(refusal, FailureRefusal):
                 raise
             raise conflict(
-                f"Version {record.version} of key {record.name} is no longer in the HSM, out of which no "
-                "backup can bring it."
+                f"Version {record.version} of key {record.name} is no longer in the HSM, and a backup does "
+                "not contain the private key of an HSM key."
             ) from refusal
 
-    def _protection(self, key_type: str) -> Protection:
-        """Who keeps a new key of that type."""
+    def _backend_for_new(self, key_type: str) -> Protection:
+        """Choose the protection backend for a new key of that type."""
         protection = self._protections.get(key_type)
         if protection is not None:
             return protection
@@ -265,18 +265,18 @@ class KeyService:
             raise Refusal(
                 403,
                 "Forbidden",
-                "This vault has no token for hardware-protected keys; 'virt-sse vault hsm add' gives it one.",
+                "This vault has no HSM for hardware-protected keys; 'virt-sse vault hsm add' adds an HSM.",
             )
         raise bad_parameter(f"Property kty: {key_type[:32]!r} is not supported by this vault.")
 
-    def _keeper(self, key_type: str) -> Protection:
-        """Who keeps the keys of that type which there are. That it is not there says nothing about them."""
+    def _backend_of(self, key_type: str) -> Protection:
+        """Choose the protection backend of existing keys of that type; refuse with 503 if it is missing."""
         try:
             return self._protections[key_type]
         except KeyError:
             raise FailureRefusal(
-                "The vault cannot reach what keeps this key.",
-                f"the vault's settings name nothing that keeps its keys of type {key_type}",
+                "The vault cannot reach the protection backend of this key.",
+                f"the vault's settings name no protection backend for keys of type {key_type}",
             ) from None
 
     def _add(
@@ -288,7 +288,7 @@ class KeyService:
     ) -> KeyVersion:
         """Add a version.
 
-        :param make: its material, given the version.
+        :param make: makes the material of a given version.
         """
         version = new_version()
         _check_window(new.attributes)

@@ -1,4 +1,4 @@
-"""Keys in the database."""
+"""Keys in the vault's database."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _NEWEST = versions.c.sequence.desc()
 
 
 class KeyStore:
-    """Queries and changes, each one transaction."""
+    """Queries and changes of keys, each in one transaction."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def add(self, record: KeyVersion) -> None:
-        """Add a version; the key too, if it is the first.
+        """Add a version, and the key with its first version.
 
         :raise Refusal: When a deleted key has the name.
         """
@@ -38,9 +38,9 @@ class KeyStore:
             _take_up(connection, [record])
 
     def restore(self, records: Sequence[KeyVersion], policy: str | None) -> None:
-        """Add a whole key, its oldest version first.
+        """Add a key with all versions, oldest first.
 
-        :raise Refusal: When its name is taken.
+        :raise Refusal: When the name is taken.
         """
         name = records[0].name
         with self._database.writing() as connection:
@@ -51,9 +51,9 @@ class KeyStore:
             _take_up(connection, records)
 
     def get(self, name: str, version: str = "") -> KeyVersion:
-        """A version, or the newest one.
+        """Return a version, by default the newest.
 
-        :raise Refusal: When it is not there, or the key is deleted.
+        :raise Refusal: When the version does not exist, or the key is deleted.
         """
         query = sa.select(versions).join(keys).where(_LIVE, keys.c.name == name)
         query = query.where(versions.c.version == version) if version else query.order_by(_NEWEST).limit(1)
@@ -64,7 +64,7 @@ class KeyStore:
         return _record(row)
 
     def versions(self, name: str) -> list[KeyVersion]:
-        """All versions of a live key, the oldest first.
+        """List all versions of a live key, oldest first.
 
         :raise Refusal: When there is no such key.
         """
@@ -76,19 +76,19 @@ class KeyStore:
         return found
 
     def newest(self, *, after: str, limit: int) -> list[KeyVersion]:
-        """The newest version of each live key whose name comes after *after*, by name; at most *limit*."""
+        """List the newest version of each live key with a name after *after*, by name; at most *limit*."""
         with self._database.reading() as connection:
             rows = connection.execute(_newest_of_each(_LIVE, after).limit(limit))
             return [_record(row) for row in rows]
 
     def deleted(self, *, after: str, limit: int) -> list[tuple[KeyVersion, Deletion]]:
-        """The same of deleted keys."""
+        """List the newest version of each deleted key with a name after *after*, by name; at most *limit*."""
         query = _newest_of_each(keys.c.deleted.is_not(None), after).limit(limit)
         with self._database.reading() as connection:
             return [(_record(row), Deletion(row.deleted, row.purge)) for row in connection.execute(query)]
 
     def get_deleted(self, name: str) -> tuple[KeyVersion, Deletion]:
-        """A deleted key, in its newest version.
+        """Return the newest version of a deleted key.
 
         :raise Refusal: When no deleted key has that name.
         """
@@ -106,9 +106,9 @@ class KeyStore:
         return _record(row), Deletion(row.deleted, row.purge)
 
     def change(self, record: KeyVersion) -> None:
-        """Keep *record*'s attributes, operations and tags.
+        """Store the attributes, operations and tags of *record*.
 
-        :raise Refusal: When it is gone.
+        :raise Refusal: When the version does not exist, or the key is deleted.
         """
         changed = (
             versions.update()
@@ -128,23 +128,23 @@ class KeyStore:
                 raise key_not_found(record.name, record.version)
 
     def delete(self, name: str, deletion: Deletion) -> None:
-        """Take a key out of use, to be recovered or purged.
+        """Mark a live key as deleted, to be recovered or purged.
 
         :raise Refusal: When there is no live key of that name.
         """
         self._mark(name, _LIVE, deleted=deletion.deleted, purge=deletion.purge)
 
     def recover(self, name: str) -> None:
-        """Bring a deleted key back.
+        """Mark a deleted key as live again.
 
         :raise Refusal: When no deleted key has that name.
         """
         self._mark(name, keys.c.deleted.is_not(None), deleted=None, purge=None)
 
     def purge(self, name: str, *, kept_outside: Collection[str]) -> None:
-        """Forget a deleted key, for good.
+        """Purge a deleted key irrecoverably.
 
-        :param kept_outside: the types of keys whose material does not go with the row: it is left over.
+        :param kept_outside: types of keys with material outside the database, to be listed as leftover.
         :raise Refusal: When no deleted key has that name.
         """
         columns = ("name", "version", "key_type")
@@ -160,18 +160,18 @@ class KeyStore:
                 raise key_not_found(name)
 
     def announce(self, leftover: Leftover) -> None:
-        """Remember material that is about to be made outside: it is left over until its version is added."""
+        """List material as leftover before it is made outside the database, until its version is added."""
         with self._database.writing() as connection:
             connection.execute(leftovers.insert().values(_named(leftover)))
 
     def leftovers(self) -> list[Leftover]:
-        """Material outside that no version names, or that is being made."""
+        """List material outside the database without a version, or whose version is being made."""
         columns = (leftovers.c.name, leftovers.c.version, leftovers.c.key_type)
         with self._database.reading() as connection:
             return [Leftover(*row) for row in connection.execute(sa.select(*columns))]
 
     def is_left_over(self, leftover: Leftover) -> bool:
-        """Whether it still is, and no version names it: neither a live key's nor a deleted one's."""
+        """Check that *leftover* is still listed, and neither a live nor a deleted key has the version."""
         found = sa.select(leftovers.c.version).where(
             *(leftovers.c[column] == value for column, value in _named(leftover).items()),
             ~sa.exists().where(versions.c.name == leftover.name, versions.c.version == leftover.version),
@@ -180,23 +180,23 @@ class KeyStore:
             return connection.scalar(found) is not None
 
     def forget(self, leftover: Leftover) -> None:
-        """It is destroyed."""
+        """Remove destroyed material from the list."""
         with self._database.writing() as connection:
             connection.execute(_leftover_of(leftover))
 
     def key_types(self, name: str) -> frozenset[str]:
-        """The types of a key's versions, whether it is deleted or not; none when there is no such key."""
+        """Return the types of a key's versions, live or deleted; empty if there is no such key."""
         with self._database.reading() as connection:
             found = sa.select(versions.c.key_type).where(versions.c.name == name).distinct()
             return frozenset(connection.scalars(found))
 
     def due_for_purge(self, now: int) -> list[str]:
-        """The names of the deleted keys whose time is up."""
+        """List the names of the deleted keys whose retention period has ended."""
         with self._database.reading() as connection:
             return list(connection.scalars(sa.select(keys.c.name).where(keys.c.purge <= now)))
 
     def policy(self, name: str) -> str | None:
-        """A key's rotation policy, as it was given.
+        """Return a key's rotation policy as given, or ``None``.
 
         :raise Refusal: When there is no such key.
         """
@@ -207,20 +207,20 @@ class KeyStore:
         return None if row.policy is None else str(row.policy)
 
     def set_policy(self, name: str, policy: str) -> None:
-        """Keep a key's rotation policy.
+        """Store a key's rotation policy.
 
         :raise Refusal: When there is no such key.
         """
         self._mark(name, _LIVE, policy=policy)
 
     def policies(self) -> dict[str, str]:
-        """The rotation policies of all live keys that have one."""
+        """Return the rotation policies of all live keys that have a policy, by name."""
         query = sa.select(keys.c.name, keys.c.policy).where(_LIVE, keys.c.policy.is_not(None))
         with self._database.reading() as connection:
             return {row.name: row.policy for row in connection.execute(query)}
 
     def count(self) -> tuple[int, int]:
-        """How many live keys there are, and how many deleted ones."""
+        """Count the live keys and the deleted keys."""
         query = sa.select(sa.func.count(), sa.func.count(keys.c.deleted)).select_from(keys)
         with self._database.reading() as connection:
             every, deleted = connection.execute(query).one()
@@ -257,7 +257,7 @@ def _refuse_deleted(connection: Connection, name: str) -> None:
 
 
 def _take_up(connection: Connection, records: Sequence[KeyVersion]) -> None:
-    """Add versions, whose material is no longer left over."""
+    """Add versions, and remove their material from the leftovers."""
     for record in records:
         connection.execute(_leftover_of(record))
     connection.execute(versions.insert(), [_values(record) for record in records])

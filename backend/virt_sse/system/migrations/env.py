@@ -1,4 +1,4 @@
-"""Runs the migrations on the connection that the store hands over."""
+"""Alembic's environment: runs migrations on the connection of :func:`virt_sse.system.migrations.upgrade`."""
 
 from __future__ import annotations
 

@@ -16,10 +16,10 @@ import uvicorn
 from virt_sse.audit.log import AuditLog
 from virt_sse.errors import VaultError
 from virt_sse.system.files import write_private
+from virt_sse.vault.home.certificates import needs_renewal, new_server_certificate
 from virt_sse.vault.home.layout import VaultDirectory
 from virt_sse.vault.home.settings import VaultSettings, url_of
-from virt_sse.vault.http.app import Service
-from virt_sse.vault.http.certificates import needs_renewal, new_server_certificate
+from virt_sse.vault.http.app import VaultApplication
 from virt_sse.vault.http.limits import Limits
 from virt_sse.vault.identity.tokens import TOKEN_SECONDS
 from virt_sse.vault.upkeep import upkeep
@@ -48,13 +48,13 @@ def serve(
 ) -> None:
     """Serve the vault in *path* until SIGTERM or SIGINT.
 
-    :param port: default the one in the vault's URL.
-    :param token_seconds: how long access tokens are good for.
+    :param port: by default the port in the vault's URL.
+    :param token_seconds: lifetime of access tokens.
     :param shortest_rotation: the shortest interval in a rotation policy, in seconds; default Azure's 7 days.
-    :param upkeep_seconds: how often due rotations and purges are looked for.
-    :param listening: told the URL once requests are answered.
-    :raise VaultError: When there is no vault, its files are open to others, another process serves it, or
-        nobody may listen there.
+    :param upkeep_seconds: interval of checks for due rotations and purges.
+    :param listening: called with the URL once the server accepts requests.
+    :raise VaultError: When there is no vault, its files are open to others, another process serves the vault,
+        or the address cannot be used.
     """
     directory = VaultDirectory(path)
     with open_vault(
@@ -65,24 +65,24 @@ def serve(
     ) as vault:
         _renew_certificate(directory, vault.settings)
         listener = _listen(host, vault.settings.port if port is None else port)
-        with listener, contextlib.closing(Service(vault, limits)) as service:
-            server = _Server(_configuration(directory, service), service, listening, listener)
+        with listener, contextlib.closing(VaultApplication(vault, limits)) as application:
+            server = _Server(_configuration(directory, application), application, listening, listener)
             _allow_many_connections()
             asyncio.run(_run(server, listener, directory, vault, upkeep_seconds))
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, telling when it listens, and ending rather than dying of a signal."""
+    """uvicorn, with a callback once it listens, and a clean exit after a signal."""
 
     def __init__(
         self,
         config: uvicorn.Config,
-        service: Service,
+        application: VaultApplication,
         listening: Callable[[str], None],
         listener: socket.socket,
     ) -> None:
         super().__init__(config)
-        self.service = service
+        self.application = application
         self._listening = listening
         self._listener = listener
 
@@ -92,13 +92,13 @@ class _Server(uvicorn.Server):
         self._listening(url_of(host, port))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End what is under way, refuse what comes, and close connections without waiting for clients."""
-        self.service.limiter.close()
+        """Finish running requests, refuse new requests, and close connections without waiting for clients."""
+        self.application.limiter.close()
         for server in self.servers:
             server.close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_GRACE_SECONDS):
-                await self.service.limiter.idle()
+                await self.application.limiter.idle()
         for connection in list(self.server_state.connections):
             connection.shutdown()
         await asyncio.sleep(_FLUSH_SECONDS)
@@ -134,10 +134,10 @@ async def _keep_up(server: _Server, directory: VaultDirectory, vault: Vault, sec
     while True:
         await asyncio.sleep(seconds)
         try:
-            await asyncio.to_thread(upkeep, vault, server.service.trail)
+            await asyncio.to_thread(upkeep, vault, server.application.trail)
             if _renew_certificate(directory, vault.settings) and server.config.ssl:
                 server.config.ssl.load_cert_chain(directory.server_path)
-        except Exception:  # noqa: BLE001 -- it is tried again, and requests are answered meanwhile
+        except Exception:  # noqa: BLE001 -- retried later; requests must go on meanwhile
             _log.exception("the vault's upkeep failed")
 
 
@@ -149,9 +149,9 @@ def _renew_certificate(directory: VaultDirectory, settings: VaultSettings) -> bo
     return True
 
 
-def _configuration(directory: VaultDirectory, service: Service) -> uvicorn.Config:
+def _configuration(directory: VaultDirectory, application: VaultApplication) -> uvicorn.Config:
     return uvicorn.Config(
-        service.limiter,
+        application.limiter,
         http="auto",
         ws="none",
         lifespan="off",

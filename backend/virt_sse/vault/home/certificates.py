@@ -1,4 +1,4 @@
-"""The vault's own certificate authority, and the server certificate that it signs."""
+"""The vault's own certificate authority, and the server certificates signed by this CA."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _SKEW = datetime.timedelta(minutes=10)
 
 
 def new_authority(vault: str) -> tuple[bytes, bytes]:
-    """A new CA for the vault of that name.
+    """Create a CA for the vault of that name.
 
-    :return: its certificate and its private key, in PEM.
+    :return: the certificate and the private key, in PEM.
     """
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"virt-sse vault {vault}")])
@@ -60,10 +60,10 @@ def new_authority(vault: str) -> tuple[bytes, bytes]:
 
 
 def new_server_certificate(ca_pem: bytes, ca_key_pem: bytes, hosts: tuple[str, ...]) -> bytes:
-    """A certificate for *hosts* and its private key, in PEM, one after the other."""
+    """Create a certificate for *hosts*; returns the certificate and its private key, concatenated, in PEM."""
     ca, ca_key = x509.load_pem_x509_certificate(ca_pem), load_pem_private_key(ca_key_pem, None)
     if not isinstance(ca_key, ec.EllipticCurvePrivateKey):
-        raise VaultError("the vault's CA key is not one that it made")
+        raise VaultError("the vault's CA key is not an EC key")
     key = ec.generate_private_key(ec.SECP256R1())
     now = datetime.datetime.now(datetime.UTC)
     certificate = (
@@ -87,7 +87,7 @@ def new_server_certificate(ca_pem: bytes, ca_key_pem: bytes, hosts: tuple[str, .
 
 
 def needs_renewal(server_pem: bytes) -> bool:
-    """Whether the server's certificate ends within two months."""
+    """Check whether the server's certificate expires within 60 days."""
     certificate = x509.load_pem_x509_certificate(server_pem)
     return certificate.not_valid_after_utc - _RENEW_BEFORE < datetime.datetime.now(datetime.UTC)
 
