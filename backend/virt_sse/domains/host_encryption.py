@@ -11,7 +11,7 @@ from uuid import UUID
 import libvirt
 
 from virt_sse.domains import temp_disks, tpm_envelope
-from virt_sse.domains.data_on_host import AtRest, LibvirtFiles, has_tpm_state, survey
+from virt_sse.domains.data_on_host import HostData, LibvirtFiles, has_tpm_state, survey
 from virt_sse.errors import (
     DiskInUseError,
     InvalidValueError,
@@ -316,7 +316,7 @@ def refuse_unencrypted(
         )
 
 
-def refuse_at_rest(found: list[AtRest], name: str) -> None:
+def refuse_at_rest(found: list[HostData], name: str) -> None:
     """Refuse a VM with encryption at host what would lie on the host in the clear because it is configured
     so.
 
@@ -324,8 +324,8 @@ def refuse_at_rest(found: list[AtRest], name: str) -> None:
     """
     for each in found:
         if each.is_refused:
-            thing = f"{each.what} at {each.where}" if each.where else each.what
+            data = f"{each.name} at {each.place}" if each.place else each.name
             raise PolicyError(
-                f"domain {name!r} has encryption at host, and its {thing} is not encrypted: {each.reason}",
+                f"domain {name!r} has encryption at host, and its {data} is not encrypted: {each.reason}",
                 hint=each.hint.replace("DOMAIN", name) if each.hint else None,
             )

@@ -19,7 +19,7 @@ import libvirt
 
 from virt_sse.disks.inspector import Inspector
 from virt_sse.domains import temp_disks
-from virt_sse.domains.data_on_host import AtRest, has_tpm_state, memory_snapshot, survey
+from virt_sse.domains.data_on_host import HostData, has_tpm_state, memory_snapshot, survey
 from virt_sse.domains.host_encryption import (
     HostEncryption,
     agreed,
@@ -85,7 +85,7 @@ class VmView:
     problem: VirtSseError | None
     disks: Mapping[str, Disk]
     tpm_key: KeyId | None
-    at_rest: tuple[AtRest, ...] = ()
+    at_rest: tuple[HostData, ...] = ()
 
 
 class VmSettings:
@@ -227,7 +227,7 @@ class VmSettings:
         problem: VirtSseError | None = None
         properties = VmProperties()
         disks: dict[str, Disk] = {}
-        rest: list[AtRest] = []
+        rest: list[HostData] = []
         try:
             rest = self._at_rest(domain, definition) if with_rest else []
             disks = self._by_target(definition)
@@ -244,7 +244,7 @@ class VmSettings:
         tpm_key = vm.tpm.key if vm and vm.tpm else None
         return VmView(vm_id, name, is_active, properties, problem, disks, tpm_key, tuple(rest))
 
-    def _at_rest(self, domain: libvirt.virDomain, definition: DomainDefinition) -> list[AtRest]:
+    def _at_rest(self, domain: libvirt.virDomain, definition: DomainDefinition) -> list[HostData]:
         snapshots = [SnapshotFiles.parse(each.getXMLDesc()) for each in domain.listAllSnapshots()]
         memory = [found for snapshot in snapshots if (found := memory_snapshot(snapshot))]
         return [*survey(definition, self._host_encryption.files), *memory]

@@ -10,7 +10,7 @@ from uuid import UUID
 import libvirt
 
 from virt_sse.domains import temp_disks
-from virt_sse.domains.data_on_host import AtRest
+from virt_sse.domains.data_on_host import HostData
 from virt_sse.domains.settings import VmSettings
 from virt_sse.domains.start import DomainStart
 from virt_sse.errors import VirtSseError
@@ -92,9 +92,9 @@ class Verification:
             subject = _Subject(view.id, name, definition, at_host, strict or at_host, self._store.all())
             disks = list(self._running(subject, domain) if runs else self._defined(subject))
         problems = [str(view.problem)] if view.problem else []
-        rest = [each for each in view.at_rest if not each.what.startswith("disk ")]  # seen better here
+        rest = [each for each in view.at_rest if not each.name.startswith("disk ")]  # seen better here
         problems += [
-            f"{each.what} is in plaintext: {each.reason}" for each in rest if at_host and each.is_refused
+            f"{each.name} is in plaintext: {each.reason}" for each in rest if at_host and each.is_refused
         ]
         return Verdict(
             domain=name,
@@ -256,5 +256,5 @@ def _backing_files(path: Path) -> Iterator[Path]:
                 yield found
 
 
-def _found(rest: AtRest) -> AtRestFinding:
-    return AtRestFinding(rest.what, rest.where, rest.state.value, rest.reason)
+def _found(rest: HostData) -> AtRestFinding:
+    return AtRestFinding(rest.name, rest.place, rest.state.value, rest.reason)
