@@ -242,7 +242,7 @@ def test_a_tpm_carries_its_wrapped_dek(tmp_path: Path) -> None:
     assert tpm_envelope.read(folder, ID) == wrapped("2")
     (file,) = folder.iterdir()
     assert file.stat().st_mode & 0o777 == 0o600
-    with pytest.raises(EnvelopeError, match="not that of the TPM"):
+    with pytest.raises(EnvelopeError, match="does not belong to the TPM"):
         tpm_envelope.read(folder, uuid.uuid4())
     file.write_bytes(b"nonsense")
     with pytest.raises(EnvelopeError):
