@@ -1,4 +1,4 @@
-"""What runs below a guest's QEMU: the storage daemon's block graph, both processes' files and sockets."""
+"""Evidence from the processes below QEMU: block graph of the storage daemon, open files and sockets."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ _NAMES = {"cache": HOST_CACHE, "storage": STORAGE_DAEMON}
 
 
 class StageEvidence:
-    """Looks at the stages of running domains' disks."""
+    """Checks the stages of running domains' disks."""
 
     def __init__(self, config: Config, stages: Stages) -> None:
         self._config = config
         self._stages = stages
 
     def check(self, verdict: DiskVerdict, disk: Disk, plan: LayerPlan, vm_id: UUID) -> None:
-        """Whether just those run that *plan* asks for, and do what they should."""
+        """Check that exactly the stages requested by *plan* run, and work as requested."""
         caching = next((s.caching for s in plan.stages if isinstance(s, HostCache)), HostCaching.NONE)
         slot = next((stage.slot for stage in plan.stages if isinstance(stage, StorageNode)), None)
         record = self._stages.record(disk.id)
         if record is None:
             is_none = caching is HostCaching.NONE and slot is None
-            verdict.expect(is_none, "nothing runs between the guest's QEMU and the image")
+            verdict.expect(is_none, "no stage runs between the guest's QEMU and the image")
             return
-        verdict.expect(record.domain_id == vm_id, f"what is below QEMU belongs to domain {record.domain!r}")
+        verdict.expect(record.domain_id == vm_id, f"the stages below QEMU belong to domain {record.domain!r}")
         verdict.expect(
             record.caching is caching,
-            f"the host's caching is {record.caching.value}, {caching.value} was asked for",
+            f"host caching is {record.caching.value} instead of {caching.value}",
         )
         verdict.expect(
             record.storage_slot == slot,
-            "there is a storage daemon, and none was asked for"
+            "a storage daemon runs without being requested"
             if record.storage_slot
-            else "there is no storage daemon",
+            else "the storage daemon is missing",
         )
         dead = self._stages.dead(record)
         for name in dead:
-            verdict.expect(False, f"its {_NAMES[name]} does not run")
+            verdict.expect(False, f"the {_NAMES[name]} does not run")
         guest = self._stages.guest_socket(disk.id)
         inner = guest.parent.parent / "stages/nbd"
         if record.has_cache and "cache" not in dead:
@@ -68,7 +68,7 @@ class StageEvidence:
         try:
             nodes = {str(node["node-name"]): node for node in self._stages.storage_daemon(disk.id).nodes()}
         except VirtSseError as exc:
-            verdict.expect(False, f"the storage daemon does not say what it does: {exc}")
+            verdict.expect(False, f"the storage daemon does not answer: {exc}")
             return
         cipher = cipher_of(nodes[VOLUME_NODE]) if VOLUME_NODE in nodes else None
         verdict.layers.append(Layer(STORAGE_DAEMON, cipher, slot, str(entry.wrapped.key), _process(pid)))
@@ -76,16 +76,20 @@ class StageEvidence:
             cipher == str(entry.cipher), f"the storage daemon encrypts with {cipher}, not {entry.cipher}"
         )
         more = sorted(nodes.keys() - {FILE_NODE, VOLUME_NODE})
-        verdict.expect(not more, f"the storage daemon has other block nodes, too: {', '.join(more)}")
+        verdict.expect(not more, f"the storage daemon has unexpected block nodes: {', '.join(more)}")
         if FILE_NODE in nodes:
             place = place_of(str(nodes[FILE_NODE]["file"])).path
-            verdict.expect(place == disk.path, f"the storage daemon has its data in {place}")
+            verdict.expect(
+                place == disk.path, f"the storage daemon has the data in {place} instead of {disk.path}"
+            )
         if pid:
             verdict.expect(
                 has_open(pid, disk.path),
                 f"the storage daemon has another file open than {disk.path}: it was replaced",
             )
-            verdict.expect(listens_at(pid, socket), f"another process than it listens at {socket}")
+            verdict.expect(
+                listens_at(pid, socket), f"a different process, not the storage daemon, listens at {socket}"
+            )
         verdict.places.append(
             DataPlace("the storage daemon's memory: ciphertext of the guest's layer", False)
         )
@@ -96,12 +100,12 @@ class StageEvidence:
         pid = self._pid(verdict, disk, "cache")
         if not pid:
             return
-        verdict.expect(listens_at(pid, guest), f"another process than its host cache listens at {guest}")
+        verdict.expect(listens_at(pid, guest), f"a different process, not the host cache, listens at {guest}")
         arguments = command_line(pid)
         if record.storage_slot is not None:
             verdict.expect(
                 f"socket={inner}" in arguments and not has_open(pid, disk.path),
-                "the host cache is not on the storage daemon",
+                "the host cache is not connected to the storage daemon",
             )
         else:
             verdict.expect(
@@ -109,35 +113,37 @@ class StageEvidence:
                 f"the host cache has another file open than {disk.path}: it was replaced",
             )
         mode = "cache=writeback" if record.caching is HostCaching.READ_WRITE else "cache=writethrough"
-        verdict.expect(mode in arguments, f"the host cache does not work as {record.caching.value}")
+        verdict.expect(mode in arguments, f"the host cache does not run in mode {record.caching.value}")
         cached = [file for file in open_files(pid) if Path(file.name).parent == self._config.cache_directory]
         verdict.expect(bool(cached), f"the host cache has no file in {self._config.cache_directory}")
         for file in cached:
             verdict.expect(file.is_unnamed, f"the host cache's file {file.name} has a name")
-            self._look_at(verdict, disk, pid, file)
+            self._sample(verdict, disk, pid, file)
         verdict.places.append(DataPlace(f"the host cache, in {self._config.cache_directory}", False))
 
-    def _look_at(self, verdict: DiskVerdict, disk: Disk, pid: int, file: OpenFile) -> None:
+    def _sample(self, verdict: DiskVerdict, disk: Disk, pid: int, file: OpenFile) -> None:
         try:
             descriptor = os.open(f"/proc/{pid}/fd/{file.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
             try:
                 is_qcow2 = disk.format is DiskFormat.QCOW2
                 headers = {0, _luks_offset(descriptor) if is_qcow2 else 0}
-                seen = sample.look_at(descriptor, headers, has_tables=is_qcow2)
+                found = sample.look_at(descriptor, headers, has_tables=is_qcow2)
             finally:
                 os.close(descriptor)
         except OSError as exc:
             verdict.expect(False, f"the host cache's file cannot be read: {exc.strerror}")
             return
-        detail = f"{_process(pid)}; sectors looked at: {seen.ciphertext} ciphertext, {seen.format} metadata"
+        detail = f"{_process(pid)}; sectors sampled: {found.ciphertext} ciphertext, {found.format} metadata"
         verdict.layers.append(
-            Layer(HOST_CACHE, "holds ciphertext" if not seen.other else None, detail=detail)
+            Layer(HOST_CACHE, "holds ciphertext" if not found.other else None, detail=detail)
         )
-        verdict.expect(not seen.other, f"the host cache holds what is no ciphertext, in {seen.other} sectors")
+        verdict.expect(
+            not found.other, f"the host cache holds data other than ciphertext in {found.other} sectors"
+        )
 
     def _pid(self, verdict: DiskVerdict, disk: Disk, name: str) -> int | None:
         pid = Process(self._config.stage_directory / str(disk.id) / name).pid()
-        verdict.expect(bool(pid), f"its {_NAMES[name]} cannot be seen from here")
+        verdict.expect(bool(pid), f"the process of the {_NAMES[name]} is not visible")
         return pid or None
 
 
@@ -146,7 +152,7 @@ def _process(pid: int | None) -> str:
 
 
 def _luks_offset(descriptor: int) -> int:
-    """Where a qcow2 image's LUKS header lies, as far as the cache knows."""
+    """Offset of a qcow2 image's LUKS header in bytes; 0 if the cached data does not show the offset."""
     try:
         area = Qcow2Header.read(descriptor).luks
     except ImageFormatError:
