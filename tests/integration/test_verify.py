@@ -98,9 +98,9 @@ def test_what_was_asked_for_is_told_and_seen(site: StageSite) -> None:
     assert layers(verify(site, two)) == [GUEST, STORAGE, ("image", CBC, "infrastructure")]
     seen = verify(site, cached)
     assert layers(seen) == [GUEST, CACHE, STORAGE, ("image", CBC, "infrastructure")]
-    looked_at = re.search(r"looked at: (\d+) ciphertext", seen["disks"][0]["layers"][1]["detail"])
-    assert looked_at
-    assert int(looked_at[1]) > 200
+    sampled = re.search(r"sectors sampled: (\d+) ciphertext", seen["disks"][0]["layers"][1]["detail"])
+    assert sampled
+    assert int(sampled[1]) > 200
     assert layers(seen, 1) == [("guest's QEMU", XTS, "temp"), ("image", XTS, "temp")]
     assert not any(place["is-plaintext"] for disk in seen["disks"] for place in disk["places"])
     table = site.virt_sse("vm", "verify", cached.name)
@@ -116,7 +116,7 @@ def test_an_encrypted_overlay_is_to_be_as_the_disk(site: StageSite) -> None:
     for disk, is_ours, problem in (
         (site.single_disk(), True, None),
         (site.single_disk(), False, "is not encrypted under the disk's key"),
-        (site.disk(size=8 * M), True, "has one layer alone"),
+        (site.disk(size=8 * M), True, "has only one layer of encryption"),
     ):
         guest, overlay = site.guest(disk), site.host.images / f"{disk.name}.overlay"
         dek = site.dek(disk, "service") if is_ours else another_dek
@@ -149,7 +149,7 @@ def test_a_backup_under_the_disks_key_is_no_leak(site: StageSite) -> None:
     with backup(site, guest, f"<scratch file='{scratch}'>{inner}</scratch>", flags=reuse):
         seen = verify(site, guest, status=1)
         (problem,) = seen["problems"]
-        assert "its plaintext leaves QEMU through the NBD export" in problem
+        assert "plaintext leaves QEMU through the NBD export" in problem
         assert {"where": f"backup {scratch}", "is-plaintext": False} in seen["disks"][0]["places"]
 
 
@@ -175,7 +175,7 @@ def test_plaintext_beside_a_disk_is_found(site: StageSite) -> None:
     with backup(site, guest, f"<scratch file='{image}.scratch'/>"):
         scratch, export = problems()
         assert scratch == f"vda: backup {image}.scratch is not encrypted"
-        assert "its plaintext leaves QEMU" in export
+        assert "plaintext leaves QEMU" in export
     assert problems(0) == []
 
     site.virsh(*overlay[:-1], f"vda,file={image}.off")
@@ -223,13 +223,13 @@ def test_what_is_dead_or_another_is_found(site: StageSite) -> None:
     site.virsh("attach-disk", beside.name, plain, "vdb", "--live")
     assert verify(site, beside)["disks"][1]["disk"] is None
     assert verify(site, beside, "--strict", status=1)["problems"] == [
-        "vdb: it is not virt-sse's, and in plaintext"
+        "vdb: not a disk of virt-sse, and in plaintext"
     ]
 
     third = site.single_disk("raw")
     site.virsh("attach-disk", beside.name, third.path, "vdc", "--live")
     assert verify(site, beside, status=1)["problems"] == [
-        f"-: its QEMU has disk {third.name!r} open, which is none of the domain's"
+        f"-: the guest's QEMU has disk {third.name!r} open, which does not belong to the domain"
     ]
     site.virsh("destroy", beside.name)
     site.start_paused(beside)
@@ -252,7 +252,7 @@ def test_what_is_dead_or_another_is_found(site: StageSite) -> None:
     moved.rename(disk.path)
     (daemon,) = site.stage_processes()
     os.kill(daemon.pid, signal.SIGKILL)
-    assert verify(site, guest, status=1)["problems"] == ["vda: its storage daemon does not run"]
+    assert verify(site, guest, status=1)["problems"] == ["vda: the storage daemon does not run"]
     assert "no domain" in site.virt_sse("vm", "verify", "nowhere", status=1)
 
 
@@ -268,7 +268,7 @@ def test_a_copy_that_took_the_place_of_a_disk_is_found(site: StageSite) -> None:
         wait_until(lambda: running.events("plaintext-link", domain=guest.name, **kind))
     site.virsh("destroy", guest.name)
     assert (
-        f"vda: its definition has {copy}, which is not encrypted by us"
+        f"vda: the definition has {copy}, which is not encrypted by virt-sse"
         in (verify(site, guest, status=1)["problems"])
     )
 

@@ -78,7 +78,7 @@ class VmOperator(Operator):
             release(backend.host.config, definition)
 
     def at_rest(self, name: str) -> dict[str, str]:
-        return {each.what: each.state.value for each in self.show(name).at_rest}
+        return {each.name: each.state.value for each in self.show(name).at_rest}
 
     def define(self, guest: Guest, *edits: tuple[str, str]) -> str:
         """Define *guest*, with replacements in its XML; the XML."""

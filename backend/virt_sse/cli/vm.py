@@ -145,7 +145,7 @@ def _print(view: VmView, output: OutputFormat) -> None:
         for target, disk in view.disks.items()
     ]
     fields["at-rest"] = [
-        {"what": each.what, "state": each.state.value, "where": each.where, "reason": each.reason}
+        {"what": each.name, "state": each.state.value, "where": each.place, "reason": each.reason}
         for each in view.at_rest
     ]
     if output is OutputFormat.JSON:
@@ -154,8 +154,8 @@ def _print(view: VmView, output: OutputFormat) -> None:
         print_fields(fields | {"at-rest": _lines(fields["at-rest"])}, output)
     for each in view.at_rest if view.properties.encryption_at_host else ():
         if each.state is State.PLAINTEXT:
-            where = f" at {each.where}" if each.where else ""
-            typer.echo(f"virt-sse: warning: {each.what}{where} is not encrypted: {each.reason}", err=True)
+            where = f" at {each.place}" if each.place else ""
+            typer.echo(f"virt-sse: warning: {each.name}{where} is not encrypted: {each.reason}", err=True)
 
 
 def _lines(items: object) -> list[str]:

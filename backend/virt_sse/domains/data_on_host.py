@@ -1,8 +1,9 @@
-"""What of a guest lies on its host at rest, beside its disks' images, and in what state.
+"""Survey of a guest's data at rest on the host, beside the disks' images, and the encryption of the data.
 
-Encryption at host is a promise about all of it. libvirt encrypts a TPM's state, and we the temporary disk
-and, by where it stands, the host cache. What nobody can encrypt is refused where a configuration would make
-it, and told where the host or the guest's firmware does.
+Encryption at host covers all of this data. libvirt encrypts a TPM's state; virt-sse encrypts the temporary
+disk. A host cache holds ciphertext because the cache runs below the encryption in QEMU. Data that cannot be
+encrypted is rejected if the domain's configuration causes it, and reported if the host or the guest's
+firmware does.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _FLAGS = slice(4, 6)
 
 
 class State(enum.Enum):
-    """How it lies there."""
+    """Encryption state of data at rest."""
 
     ENCRYPTED = "encrypted"
     ABSENT = "absent"
@@ -33,16 +34,17 @@ class State(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class AtRest:
-    """One thing of a guest on its host.
+class HostData:
+    """One kind of a guest's data at rest on the host.
 
-    :ivar where: the file or folder; ``None`` where there is no single one.
-    :ivar reason: why it is in that state.
-    :ivar hint: how it would not be there; with it, encryption at host refuses the VM until it is so.
+    :ivar name: the kind, e.g. ``tpm`` or ``disk vda``.
+    :ivar place: the file or folder; ``None`` without a single file or folder.
+    :ivar reason: why the data is in this state.
+    :ivar hint: how to avoid plaintext. Encryption at host refuses a VM with plaintext data and a hint.
     """
 
-    what: str
-    where: str | None
+    name: str
+    place: str | None
     state: State
     reason: str
     hint: str | None = None
@@ -54,9 +56,9 @@ class AtRest:
 
 @dataclass(frozen=True, slots=True)
 class LibvirtFiles:
-    """Where libvirt, built as distributions build it, keeps what is at rest.
+    """Paths of libvirt's files with guests' data, as distributions build libvirt.
 
-    :ivar root: the folder that stands for ``/``.
+    :ivar root: the folder used in place of ``/``.
     """
 
     root: Path
@@ -72,8 +74,8 @@ class LibvirtFiles:
         return self.root / "etc/libvirt/qemu.conf"
 
 
-def survey(definition: DomainDefinition, files: LibvirtFiles) -> list[AtRest]:
-    """All data of a domain at rest on the host.
+def survey(definition: DomainDefinition, files: LibvirtFiles) -> list[HostData]:
+    """List all data of a domain at rest on the host.
 
     :raise InvalidValueError: When the definition is invalid.
     :raise ConfigError: When the host's settings cannot be read.
@@ -93,66 +95,70 @@ def survey(definition: DomainDefinition, files: LibvirtFiles) -> list[AtRest]:
     ]
 
 
-def _disks(data: GuestData) -> Iterator[AtRest]:
-    """Disks that are not ours are told, and not refused: installation media have nothing of the guest on
-    them, and a disk that its operator encrypts in some other way is his.
+def _disks(data: GuestData) -> Iterator[HostData]:
+    """List the disks. Foreign disks are reported, not refused.
+
+    Installation media hold no data of the guest, and the operator is responsible for disks encrypted by
+    other means.
     """
     for disk in data.disks():
-        name, where = f"disk {disk.target}" if disk.target is not None else "disk", disk.where
+        name, place = f"disk {disk.target}" if disk.target is not None else "disk", disk.where
         if disk.encryption is DiskEncryption.OURS:
-            yield AtRest(name, where, State.ENCRYPTED, "by virt-sse, and so is what the host caches of it")
+            yield HostData(name, place, State.ENCRYPTED, "by virt-sse, including the host cache")
         elif disk.encryption is DiskEncryption.OTHER:
-            yield AtRest(name, where, State.ENCRYPTED, "not by virt-sse")
+            yield HostData(name, place, State.ENCRYPTED, "not by virt-sse")
         elif disk.is_read_only:
-            yield AtRest(name, where, State.ABSENT, "the guest writes nothing to it")
+            yield HostData(name, place, State.ABSENT, "the disk is read-only")
         else:
-            yield AtRest(name, where, State.PLAINTEXT, "not a disk of virt-sse")
+            yield HostData(name, place, State.PLAINTEXT, "not a disk of virt-sse")
 
 
-def tpm_state(definition: DomainDefinition, files: LibvirtFiles) -> AtRest:
-    """An emulated TPM holds what the guest has sealed, e.g. the keys to its own disks. swtpm encrypts its
-    state when libvirt's ``<encryption>`` asks for it, from the TPM's first start on: it does not take a key
-    for state that is in plaintext.
+def tpm_state(definition: DomainDefinition, files: LibvirtFiles) -> HostData:
+    """Describe the state of an emulated TPM.
+
+    The state holds secrets sealed by the guest, e.g. the keys of in-guest encryption. swtpm encrypts the
+    state if libvirt's ``<encryption>`` requests encryption at the TPM's first start; swtpm accepts no key for
+    existing state in plaintext.
     """
     folder = files.tpm(definition.uuid)
-    where = str(folder)
+    place = str(folder)
     if definition.has_tpm_state_elsewhere:
-        return AtRest(
+        return HostData(
             "tpm",
             None,
             State.PLAINTEXT,
-            "its state is at a place of its own, where nobody looks how it lies",
-            hint="take <source> out of the TPM's <backend>, with 'virsh edit'",
+            "<source> sets a custom location of the state, which virt-sse does not inspect",
+            hint="remove <source> from the TPM's <backend>, with 'virsh edit'",
         )
     present = _tpm_files(folder)
     encrypted = all(_is_encrypted_tpm(path) for path in present)
     if not definition.has_emulated_tpm and not present:
-        return AtRest("tpm", None, State.ABSENT, "the VM has no emulated TPM")
+        return HostData("tpm", None, State.ABSENT, "the VM has no emulated TPM")
     if present and not encrypted:
-        return AtRest(
+        return HostData(
             "tpm",
-            where,
+            place,
             State.PLAINTEXT,
-            "its state was made without encryption, which cannot be added to it",
-            hint=f"if the guest can do without what its TPM holds, move {folder} away: "
+            "the state was made without encryption, and cannot be encrypted later",
+            hint=f"if the guest does not need the secrets in the TPM, move {folder} away: "
             "the VM then gets a new TPM, with encryption",
         )
     if definition.tpm_secret is None:
         if present:
-            return AtRest("tpm", where, State.ENCRYPTED, "but the definition does not say so")
-        return AtRest(
+            return HostData("tpm", place, State.ENCRYPTED, "but the definition does not request encryption")
+        return HostData(
             "tpm",
-            where,
+            place,
             State.PLAINTEXT,
-            "the definition asks for no encryption",
+            "the definition does not request encryption",
             hint="'virt-sse vm update DOMAIN --encryption-at-host on' adds it to the definition",
         )
     by = "with our DEK" if definition.has_our_tpm_secret else "not by virt-sse"
-    return AtRest("tpm", where, State.ENCRYPTED, f"by swtpm, {by}")
+    return HostData("tpm", place, State.ENCRYPTED, f"by swtpm, {by}")
 
 
 def has_tpm_state(vm: UUID, files: LibvirtFiles) -> bool:
-    """Whether there is a TPM's state of that domain, which needs the DEK that it was encrypted with."""
+    """Whether state of the domain's TPM exists. Existing state needs the DEK used to encrypt the state."""
     return bool(_tpm_files(files.tpm(vm)))
 
 
@@ -169,56 +175,63 @@ def _is_encrypted_tpm(path: Path) -> bool:
     return bool(int.from_bytes(flags, "big") & _ENCRYPTED_BLOB)
 
 
-def _nvram(data: GuestData) -> AtRest:
-    """UEFI's variables. libvirt has no encryption for them. They hold the boot order and the public keys of
-    Secure Boot, nothing that was on the guest's disks or in its memory: told, and not refused.
+def _nvram(data: GuestData) -> HostData:
+    """Describe the UEFI variables, which libvirt cannot encrypt.
+
+    Reported, not refused: the variables hold the boot order and the public keys of Secure Boot, but no data
+    from the guest's disks or memory.
     """
     if not data.has_uefi:
-        return AtRest("nvram", None, State.ABSENT, "the VM has no UEFI")
-    return AtRest("nvram", data.uefi_variables, State.PLAINTEXT, "libvirt cannot encrypt UEFI variables")
+        return HostData("nvram", None, State.ABSENT, "the VM has no UEFI")
+    return HostData("nvram", data.uefi_variables, State.PLAINTEXT, "libvirt cannot encrypt UEFI variables")
 
 
-def _managed_save(name: str, files: LibvirtFiles) -> AtRest:
-    """``virsh managedsave`` writes the guest's memory into a file. libvirt has no encryption for it, and no
-    way to forbid it: what is there is refused, and must not be started from.
+def _managed_save(name: str, files: LibvirtFiles) -> HostData:
+    """Describe the file with the guest's memory written by ``virsh managedsave``.
+
+    libvirt can neither encrypt nor forbid a saved state. A VM with an existing saved state is refused, so the
+    state cannot be started from.
     """
     path = files.managed_save(name)
     if not path.exists():
-        return AtRest("managed-save", None, State.ABSENT, "there is no saved state")
-    return AtRest(
+        return HostData("managed-save", None, State.ABSENT, "no saved state exists")
+    return HostData(
         "managed-save",
         str(path),
         State.PLAINTEXT,
         "libvirt cannot encrypt a guest's saved memory",
-        hint=f"'virsh managedsave-remove {name}' discards it, as pulling the plug would have",
+        hint=f"'virsh managedsave-remove {name}' discards the state, as a power failure would",
     )
 
 
-def _crash_dumps(data: GuestData) -> AtRest:
-    """``<on_crash>coredump-…`` makes libvirt write the guest's memory into a file when the guest's kernel
+def _crash_dumps(data: GuestData) -> HostData:
+    """Describe crash dumps of the guest.
+
+    With ``<on_crash>coredump-…``, libvirt writes the guest's memory into a file when the guest's kernel
     panics.
     """
     action = data.on_crash
     if action not in _DUMPS:
-        return AtRest("crash-dump", None, State.ABSENT, f"on_crash is {action or 'destroy'}")
-    return AtRest(
+        return HostData("crash-dump", None, State.ABSENT, f"on_crash is {action or 'destroy'}")
+    return HostData(
         "crash-dump",
         None,
         State.PLAINTEXT,
-        f"on_crash is {action}, and libvirt cannot encrypt what it dumps",
+        f"on_crash is {action}, and libvirt cannot encrypt the dump",
         hint="set <on_crash> to destroy or restart, with 'virsh edit'",
     )
 
 
-def _core_dumps(data: GuestData, settings: QemuSettings) -> AtRest:
-    """A core dump of QEMU holds the guest's memory, if libvirt lets it. With ``dumpCore='off'`` it does not.
+def _core_dumps(data: GuestData, settings: QemuSettings) -> HostData:
+    """Describe core dumps of QEMU. A dump excludes the guest's memory with ``dumpCore='off'``.
 
-    It does hold the volume keys of disks. Whether QEMU may dump core is the host's to say (``max_core``).
+    Each dump contains the volume keys of disks. The host's ``max_core`` setting decides whether QEMU may dump
+    core.
     """
     if data.dump_core == "off" or (data.dump_core is None and not settings.dump_guest_core):
-        return AtRest("core-dump", None, State.ABSENT, "QEMU's core dumps are without the guest's memory")
+        return HostData("core-dump", None, State.ABSENT, "QEMU's core dumps exclude the guest's memory")
     by = "dumpCore is on" if data.dump_core == "on" else "dump_guest_core is set in qemu.conf"
-    return AtRest(
+    return HostData(
         "core-dump",
         None,
         State.PLAINTEXT,
@@ -227,10 +240,13 @@ def _core_dumps(data: GuestData, settings: QemuSettings) -> AtRest:
     )
 
 
-def _memory_files(data: GuestData, settings: QemuSettings) -> Iterator[AtRest]:
-    """Memory in a file of a file system is on a disk as the kernel sees fit. Huge pages and memfd are not."""
+def _memory_files(data: GuestData, settings: QemuSettings) -> Iterator[HostData]:
+    """List guest memory backed by files.
+
+    The kernel may write memory in a file of a file system to disk. Huge pages and memfd have no file on disk.
+    """
     if data.has_memory_in_file:
-        yield AtRest(
+        yield HostData(
             "memory",
             settings.memory_directory,
             State.PLAINTEXT,
@@ -238,43 +254,45 @@ def _memory_files(data: GuestData, settings: QemuSettings) -> Iterator[AtRest]:
             hint="set <memoryBacking><source type='memfd'/>, with 'virsh edit'",
         )
     for device in data.persistent_memory():
-        yield AtRest(
+        yield HostData(
             "memory",
             device.path,
             State.PLAINTEXT,
-            f"the content of its {device.model} device is in a file that nobody encrypts",
-            hint=f"take the {device.model} device out, with 'virsh edit'",
+            f"the content of the {device.model} device is in an unencrypted file",
+            hint=f"remove the {device.model} device, with 'virsh edit'",
         )
 
 
-def _swap(data: GuestData) -> AtRest:
-    """What the kernel swaps out of a guest's memory is the host's to encrypt; with ``<locked/>`` there is
-    none. Told, and not refused: it says nothing of this VM, and a host may swap only what is not a guest.
+def _swap(data: GuestData) -> HostData:
+    """Describe swapping of the guest's memory, which ``<locked/>`` prevents.
+
+    Plaintext swap is reported, not refused. Encrypting swap is the host's task. Plaintext swap proves nothing
+    about this VM: the host may swap only memory of other processes.
     """
     if data.has_locked_memory:
-        return AtRest("swap", None, State.ABSENT, "the guest's memory is locked")
+        return HostData("swap", None, State.ABSENT, "the guest's memory is locked")
     plain = plain_swaps()
     if plain:
-        return AtRest(
+        return HostData(
             "swap",
             " ".join(plain),
             State.PLAINTEXT,
             "the host swaps without encryption, and memoryBacking is not locked",
         )
-    return AtRest("swap", None, State.ABSENT, "the host does not swap to where it would lie in plaintext")
+    return HostData("swap", None, State.ABSENT, "the host has no swap in plaintext")
 
 
-def _files_beside(data: GuestData) -> Iterator[AtRest]:
-    """What the guest says on a serial port, and folders of the host that it uses: an operator wants it so."""
+def _files_beside(data: GuestData) -> Iterator[HostData]:
+    """List files with serial console output, and shared folders. The operator configures both on purpose."""
     for path in data.console_files():
-        yield AtRest("console", path, State.PLAINTEXT, "what the guest says there is in a file")
+        yield HostData("console", path, State.PLAINTEXT, "the console output is written to a file")
     for folder in data.shared_folders():
-        yield AtRest("filesystem", folder, State.PLAINTEXT, "the guest shares it with the host")
+        yield HostData("filesystem", folder, State.PLAINTEXT, "the guest shares the folder with the host")
 
 
-def memory_snapshot(snapshot: SnapshotFiles) -> AtRest | None:
-    """The guest's memory in a snapshot; ``None`` for a snapshot of disks alone."""
+def memory_snapshot(snapshot: SnapshotFiles) -> HostData | None:
+    """Describe the guest's memory in a snapshot; ``None`` for a snapshot without memory."""
     if not snapshot.memory:
         return None
     reason = "libvirt cannot encrypt the memory in a snapshot"
-    return AtRest("memory-snapshot", snapshot.memory, State.PLAINTEXT, reason)
+    return HostData("memory-snapshot", snapshot.memory, State.PLAINTEXT, reason)

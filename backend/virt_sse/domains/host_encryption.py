@@ -1,4 +1,4 @@
-"""Serving VMs: what a domain is given at its start beside its disks, and what it is refused for."""
+"""Encryption at host when a domain starts: temporary disk, TPM DEK and checks for plaintext on the host."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from uuid import UUID
 import libvirt
 
 from virt_sse.domains import temp_disks, tpm_envelope
-from virt_sse.domains.data_on_host import AtRest, LibvirtFiles, has_tpm_state, survey
+from virt_sse.domains.data_on_host import HostData, LibvirtFiles, has_tpm_state, survey
 from virt_sse.errors import (
     DiskInUseError,
     InvalidValueError,
@@ -41,7 +41,7 @@ _LOCK_TRIES, _LOCK_PAUSE = 20, 0.05
 
 
 class HostEncryption:
-    """Provides domains with their temporary disk and the DEK of their TPM, all or nothing."""
+    """Provides domains with the temporary disk and the DEK of the TPM, all or nothing."""
 
     def __init__(self, host: Host) -> None:
         self._config = host.config
@@ -53,28 +53,27 @@ class HostEncryption:
 
     @contextlib.contextmanager
     def prepared(self, definition: DomainDefinition) -> Iterator[None]:
-        """A domain that libvirt is about to start has all that its VM is to have; taken back if the rest
-        fails.
+        """Prepare the VM of a domain about to be started by libvirt; undo the preparation if the body fails.
 
-        :raise VirtSseError: When it cannot, or must not start as it is.
+        :raise VirtSseError: When the VM cannot be prepared, or must not start with this definition.
         """
         vm_id, name = definition.uuid, definition.name
         with contextlib.ExitStack() as undo:
             with self.locked(vm_id, name):
-                said = definition.stated
-                vm = self.settled(self._store.vms.find(vm_id), said)
-                properties = agreed(name, vm, said)
+                metadata = definition.stated
+                vm = self.finish_or_undo_update(self._store.vms.find(vm_id), metadata)
+                properties = agreed_properties(name, vm, metadata)
                 disks = self.disks(definition)
                 refuse_unencrypted(name, properties, disks, has_temp_disk=bool(definition.temp_disks))
-                if said:
+                if metadata:
                     self._plugins.validate(StartVm(name, properties, disks))
                 if properties.encryption_at_host:
-                    refuse_at_rest(survey(definition, self.files), name)
-                self._refuse_tpm_of_another(definition)
-                if said or definition.has_our_tpm_secret:
+                    refuse_plaintext_data(survey(definition, self.files), name)
+                self._refuse_foreign_tpm_secret(definition)
+                if metadata or definition.has_our_tpm_secret:
                     with connected(self._config.libvirt_uri) as connection:
                         host_id = HostCapabilities.of(connection).host_id
-                        vm = self._seen(vm or new(vm_id, said), name, host_id)
+                        vm = self._record_host(vm or new_vm(vm_id, metadata), name, host_id)
                         self._serve(connection, vm, definition, undo)
             yield
             undo.pop_all()
@@ -82,7 +81,7 @@ class HostEncryption:
     def restore(self, definition: DomainDefinition) -> None:
         """Give libvirt the secrets of a running VM again.
 
-        :raise VirtSseError: When one cannot be had.
+        :raise VirtSseError: When a DEK cannot be unwrapped or a secret cannot be set.
         """
         wanted = definition.vm_secrets
         if not wanted:
@@ -100,10 +99,10 @@ class HostEncryption:
 
     @contextlib.contextmanager
     def locked(self, vm_id: UUID, name: str) -> Iterator[None]:
-        """Keep every other command away from the VM.
+        """Lock the VM against other commands.
 
-        :raise VmStateError: When another is at work on it, and stays so. It may be waiting for libvirt, and
-            libvirt for the hook that this runs in: it is not waited for.
+        :raise VmStateError: When a different command still holds the lock after one second. Longer waits
+            might deadlock: the command may wait for libvirt, and libvirt for the hook running this code.
         """
         with contextlib.ExitStack() as held:
             for left in reversed(range(_LOCK_TRIES)):
@@ -116,26 +115,30 @@ class HostEncryption:
                     time.sleep(_LOCK_PAUSE)
             yield
 
-    def settled(self, vm: Vm | None, said: Stated | None) -> Vm | None:
-        """The VM once an update that was cut off is finished, or undone, by what the definition says."""
+    def finish_or_undo_update(self, vm: Vm | None, metadata: Stated | None) -> Vm | None:
+        """Finish or undo an interrupted update of the VM, and return the VM.
+
+        The update is finished if libvirt took the new definition, as *metadata* shows, and otherwise undone.
+        """
         if vm is None or vm.pending is None:
             return vm
-        if said and said.generation == vm.generation + 1 and said.properties == vm.pending.properties:
+        number = vm.generation + 1
+        if metadata and metadata.generation == number and metadata.properties == vm.pending.properties:
             return self._store.vms.commit(vm)
         undone = dataclasses.replace(vm, pending=None)
         self._store.vms.put(undone)
         return undone
 
     def disks(self, definition: DomainDefinition) -> tuple[Disk, ...]:
-        """The disks of ours that the domain has, if the store knows the disks."""
+        """List the domain's disks of virt-sse. Disks unknown to the store are left out."""
         ids = {use.disk_id for use in definition.our_disks}
         return tuple(self._store.with_ids(ids))
 
     def tpm_dek(self, vm: Vm | None, name: str) -> Dek:
-        """The DEK of a VM's TPM.
+        """Unwrap the DEK of a VM's TPM.
 
-        :raise KeyNotFoundError: When the store has none.
-        :raise KeyProviderError: When it cannot be unwrapped.
+        :raise KeyNotFoundError: When the store has no DEK for the TPM.
+        :raise KeyProviderError: When the DEK cannot be unwrapped.
         """
         if vm is None or vm.tpm is None:
             raise _lost(name)
@@ -143,13 +146,13 @@ class HostEncryption:
             return self._keys.unwrap(vm.tpm, context=tpm_context(vm.id))
 
     def with_tpm_dek(self, vm: Vm) -> Vm:
-        """The VM with a DEK for its TPM, in the store before anything is encrypted with it.
+        """Add a DEK for the TPM to the VM, and store the wrapped DEK before any encryption with the DEK.
 
-        For state that there is, one that the store has lost is that which lies beside it.
+        If TPM state exists but the store has no DEK for the TPM, use the wrapped DEK stored beside the state.
 
-        :raise KeyProviderError: When it cannot be wrapped.
-        :raise KeyNotFoundError: When there is state, and its DEK is lost.
-        :raise EnvelopeError: When what lies beside the state cannot be read.
+        :raise KeyProviderError: When the DEK cannot be wrapped.
+        :raise KeyNotFoundError: When state exists and the DEK of the state is lost.
+        :raise EnvelopeError: When the wrapped DEK beside the state cannot be read.
         """
         if vm.tpm is not None:
             return vm
@@ -167,9 +170,9 @@ class HostEncryption:
         return vm
 
     def carry_tpm_dek(self, vm: Vm) -> None:
-        """Let the state of a VM's TPM carry its wrapped DEK.
+        """Write the wrapped DEK of a VM's TPM beside the TPM's state.
 
-        :raise EnvelopeError: When it cannot be written.
+        :raise EnvelopeError: When the wrapped DEK cannot be written.
         """
         if vm.tpm is not None:
             tpm_envelope.write(self.files.tpm(vm.id), vm.id, vm.tpm)
@@ -182,12 +185,12 @@ class HostEncryption:
         if has_tpm_state(vm.id, self.files):
             self.carry_tpm_dek(vm)
 
-    def _seen(self, vm: Vm, name: str, host: UUID) -> Vm:
-        """The VM, noted to be here."""
-        seen = dataclasses.replace(vm, name=name, host=host)
-        if seen != vm:
-            self._store.vms.put(seen)
-        return seen
+    def _record_host(self, vm: Vm, name: str, host: UUID) -> Vm:
+        """Record the VM's name and this host in the store."""
+        located = dataclasses.replace(vm, name=name, host=host)
+        if located != vm:
+            self._store.vms.put(located)
+        return located
 
     def _serve(
         self,
@@ -215,22 +218,22 @@ class HostEncryption:
         if deks:
             undo.callback(drop_secrets, self._config.libvirt_uri, list(deks))
 
-    def _refuse_tpm_of_another(self, definition: DomainDefinition) -> None:
-        """Refuse a copied definition with the TPM secret of the original VM; that secret may be set."""
+    def _refuse_foreign_tpm_secret(self, definition: DomainDefinition) -> None:
+        """Refuse a copied definition with the TPM secret of the original VM; libvirt may hold this secret."""
         secret, name = definition.tpm_secret, definition.name
         if secret is None:
             return
         for other in self._store.vms.all():
             if other.id != definition.uuid and secret == SecretName(other.id, TPM_SLOT).uuid:
                 raise InvalidValueError(
-                    f"the TPM of domain {name!r} has the key of that of domain {other.name!r}",
-                    hint="take <encryption> out of its <backend>, with 'virsh edit'; "
-                    f"'virt-sse vm update {name} --encryption-at-host on' puts its own there",
+                    f"the TPM of domain {name!r} has the key of the TPM of domain {other.name!r}",
+                    hint="remove <encryption> from the TPM's <backend>, with 'virsh edit'; "
+                    f"'virt-sse vm update {name} --encryption-at-host on' adds a key for this TPM",
                 )
 
     def _check_temp_disk(self, vm: Vm, uses: Sequence[DomainDisk]) -> None:
         wanted = vm.properties.temp_disk_size is not None
-        hint = f"'virt-sse vm update {vm.name} --temp-disk-size SIZE|none' brings its definition in order"
+        hint = f"'virt-sse vm update {vm.name} --temp-disk-size SIZE|none' corrects the definition"
         if len(uses) != wanted:
             raise InvalidValueError(
                 f"domain {vm.name!r} has {len(uses)} temporary disks instead of {wanted:d}", hint=hint
@@ -239,7 +242,7 @@ class HostEncryption:
         for use in uses:
             if use.disk_id != temp_disk_id(vm.id):
                 raise InvalidValueError(
-                    f"{use.target} is the temporary disk of another domain than {vm.name!r}", hint=hint
+                    f"{use.target} is the temporary disk of a different domain, not of {vm.name!r}", hint=hint
                 )
             if use.source is None or canonical(use.source) != place:
                 raise InvalidValueError(f"the temporary disk {use.target} is not at {place}", hint=hint)
@@ -248,42 +251,43 @@ class HostEncryption:
 def _lost(name: str) -> KeyNotFoundError:
     return KeyNotFoundError(
         f"the store does not have the key of the TPM of domain {name!r}",
-        hint="restore the store from a backup; without it what the TPM holds is lost",
+        hint="restore the store from a backup; without the key, the secrets in the TPM are lost",
     )
 
 
-def new(vm_id: UUID, said: Stated | None) -> Vm:
-    """A VM that the store does not know, as its definition says; not on any host yet."""
-    if said is None:
+def new_vm(vm_id: UUID, metadata: Stated | None) -> Vm:
+    """Make a VM unknown to the store from the definition's metadata; not on any host yet."""
+    if metadata is None:
         return Vm(vm_id, "", NOWHERE)
-    return Vm(vm_id, "", NOWHERE, said.properties, said.generation)
+    return Vm(vm_id, "", NOWHERE, metadata.properties, metadata.generation)
 
 
-def agreed(name: str, vm: Vm | None, said: Stated | None) -> VmProperties:
-    """What a VM is to have, by its definition and the store.
+def agreed_properties(name: str, vm: Vm | None, metadata: Stated | None) -> VmProperties:
+    """Compare the VM's properties in definition and store, and return the properties.
 
-    A store that does not know the domain does not contradict its definition: it may have come from another
-    host, or have been undefined and defined again.
+    A store without the domain does not contradict the definition: the domain may have been moved here from
+    a different host, or undefined and defined again.
 
-    :raise PolicyError: When they disagree: nobody knows which of them is right.
+    :raise PolicyError: When definition and store disagree. Either may be right, so the operator decides.
     """
     if vm is None:
-        return said.properties if said else VmProperties()
-    here = said.properties if said else VmProperties()
-    for field, (in_definition, in_store) in differences(here, vm.properties).items():
+        return metadata.properties if metadata else VmProperties()
+    properties = metadata.properties if metadata else VmProperties()
+    for field, (in_definition, in_store) in differences(properties, vm.properties).items():
         raise PolicyError(
             f"the definition of domain {name!r} says {field} is {in_definition}, the store says {in_store}",
-            hint=f"'virt-sse vm update {name} --{field} {in_definition}' or '… {in_store}' settles it",
+            hint=f"'virt-sse vm update {name} --{field} {in_definition}' or '… {in_store}' "
+            "resolves the conflict",
         )
-    return here
+    return properties
 
 
-def differences(one: VmProperties, other: VmProperties) -> Mapping[str, tuple[str, str]]:
-    """In what they differ, by the name of the command line's option, and what either says in its words."""
+def differences(first: VmProperties, second: VmProperties) -> Mapping[str, tuple[str, str]]:
+    """List the differing properties: option name on the command line → the two values as text."""
     pairs = {
-        "encryption-at-host": (_switch(one.encryption_at_host), _switch(other.encryption_at_host)),
-        "size": (one.size or "none", other.size or "none"),
-        "temp-disk-size": (str(one.temp_disk_size or "none"), str(other.temp_disk_size or "none")),
+        "encryption-at-host": (_switch(first.encryption_at_host), _switch(second.encryption_at_host)),
+        "size": (first.size or "none", second.size or "none"),
+        "temp-disk-size": (str(first.temp_disk_size or "none"), str(second.temp_disk_size or "none")),
     }
     return {field: values for field, values in pairs.items() if values[0] != values[1]}
 
@@ -295,37 +299,36 @@ def _switch(value: bool) -> str:
 def refuse_unencrypted(
     name: str, properties: VmProperties, disks: tuple[Disk, ...], *, has_temp_disk: bool
 ) -> None:
-    """Refuse a VM without encryption at host what only that keeps from lying on the host in the clear.
+    """Refuse data at rest that needs encryption at host in a VM without encryption at host.
 
-    :raise PolicyError: When it has a host cache or a temporary disk.
+    :raise PolicyError: When the VM has a host cache or a temporary disk.
     """
     if properties.encryption_at_host:
         return
-    allows = f"'virt-sse vm update {name} --encryption-at-host on' allows it"
+    allows = f"'virt-sse vm update {name} --encryption-at-host on' allows this"
     for disk in disks:
         if disk.caching is not HostCaching.NONE:
             raise PolicyError(
                 f"disk {disk.name!r} has host caching {disk.caching.value}, "
-                f"and domain {name!r} no encryption at host",
-                hint=f"{allows}, '--disk-caching TARGET=None' does without",
+                f"but domain {name!r} has no encryption at host",
+                hint=f"{allows}; '--disk-caching TARGET=None' removes the host cache",
             )
     if has_temp_disk or properties.temp_disk_size is not None:
         raise PolicyError(
-            f"domain {name!r} has a temporary disk, and no encryption at host",
-            hint=f"{allows}, '--temp-disk-size none' does without",
+            f"domain {name!r} has a temporary disk, but no encryption at host",
+            hint=f"{allows}; '--temp-disk-size none' removes the temporary disk",
         )
 
 
-def refuse_at_rest(found: list[AtRest], name: str) -> None:
-    """Refuse a VM with encryption at host what would lie on the host in the clear because it is configured
-    so.
+def refuse_plaintext_data(found: list[HostData], name: str) -> None:
+    """Refuse a VM with encryption at host and plaintext data at rest caused by the configuration.
 
-    :raise PolicyError: When there is something of the kind.
+    :raise PolicyError: When *found* has such data.
     """
     for each in found:
         if each.is_refused:
-            thing = f"{each.what} at {each.where}" if each.where else each.what
+            data = f"{each.name} at {each.place}" if each.place else each.name
             raise PolicyError(
-                f"domain {name!r} has encryption at host, and its {thing} is not encrypted: {each.reason}",
+                f"domain {name!r} has encryption at host, and its {data} is not encrypted: {each.reason}",
                 hint=each.hint.replace("DOMAIN", name) if each.hint else None,
             )

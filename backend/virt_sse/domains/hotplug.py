@@ -1,4 +1,4 @@
-"""Hot-plug: attaches disks to domains and detaches disks, running or not."""
+"""Hot-plug: attaches disks to running or stopped domains, and detaches disks."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from virt_sse.model.operations import AttachDisk
 from virt_sse.model.vms import VmProperties
 
 _UNPLUG_SECONDS = 20.0
-"""How long a guest may take to let go of a disk."""
+"""Maximum time for a guest to release a disk."""
 
 _RECONNECT_SECONDS = 10.0
 _ENDING_SECONDS = 2.0
-"""How long libvirt may take to note that a domain has ended."""
+"""Maximum time for libvirt to notice the end of a domain."""
 
 
 class Hotplug:
     """Attaches disks to domains, detaches and resizes disks in domains.
 
-    Methods that take a disk's name accept its id as well.
+    Methods with a disk's name as parameter accept the id as well.
     """
 
     def __init__(self, host: Host, start: DomainStart, inspector: Inspector) -> None:
@@ -54,9 +54,9 @@ class Hotplug:
         self._inspector = inspector
 
     def users(self, disk: Disk) -> list[str]:
-        """The names of the domains, running or just defined, that have the disk.
+        """List the names of the domains with the disk, running or only defined.
 
-        :raise LibvirtUnavailableError: When libvirt cannot be asked.
+        :raise LibvirtUnavailableError: When libvirt does not answer.
         """
         with connected(self._uri) as connection:
             return sorted(domain.name() for domain in _using(connection, disk))
@@ -126,27 +126,28 @@ class Hotplug:
         self._store.vms.set_caching(disk.id, HostCaching.NONE)
 
     def _forget(self, domain: libvirt.virDomain, disk: Disk) -> None:
-        """Take away what a domain was given of the disk."""
+        """Remove the secrets and stages provided to a domain for the disk."""
         for entry in disk.deks:
             drop_secret(domain.connect(), SecretName(disk.id, entry.slot))
         self._stages.stop(disk.id, domain_id=UUID(domain.UUIDString()))
 
     def _await_unplug(self, domain: libvirt.virDomain, disk: Disk) -> None:
-        """The guest itself must let go of a disk of a running domain."""
+        """Wait until the guest releases the disk: unplugging needs the cooperation of a running guest."""
         deadline = time.monotonic() + _UNPLUG_SECONDS
         while domains.is_active(domain) and _uses(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE, disk):
             if time.monotonic() > deadline:
                 raise LibvirtError(
-                    f"the guest in domain {domain.name()!r} did not let go of disk {disk.name!r} "
+                    f"the guest in domain {domain.name()!r} did not release disk {disk.name!r} "
                     f"within {_UNPLUG_SECONDS:g} s",
-                    hint="the disk goes away as soon as the guest lets go, or stops",
+                    hint="libvirt removes the disk as soon as the guest releases the disk or stops",
                 )
             time.sleep(0.1)
 
     def resize_live(self, disk: Disk, size: int) -> bool:
-        """Resize the disk in the running domain that has it, if one does; whether one did.
+        """Resize the disk in the running domain with the disk.
 
-        :raise StageError: When what is below the domain's QEMU cannot grow under it.
+        :return: whether a running domain has the disk.
+        :raise StageError: When a stage below the domain's QEMU cannot grow while in use.
         :raise LibvirtError: When libvirt refuses.
         """
         try:
@@ -158,12 +159,12 @@ class Hotplug:
                         _block_resize(domain, use.target, size)
                         return True
         except LibvirtUnavailableError:
-            pass  # then QEMU's lock on the image tells whether a domain has it
+            pass  # QEMU's lock on the image shows whether a domain uses the disk
         return False
 
 
 def _block_resize(domain: libvirt.virDomain, target: str, size: int) -> None:
-    """Resize a disk in a running domain, whose QEMU may have to connect again to what is below it."""
+    """Resize a disk in a running domain. Retries while QEMU reconnects to the stage below."""
     deadline = time.monotonic() + _RECONNECT_SECONDS
     while True:
         try:
@@ -177,11 +178,11 @@ def _block_resize(domain: libvirt.virDomain, target: str, size: int) -> None:
 
 @contextlib.contextmanager
 def _ending_is_fine(domain: libvirt.virDomain, definition: int) -> Iterator[None]:
-    """A domain that ends while a disk is taken out of its live definition has none any more."""
+    """Ignore errors of a live detach if the domain ends meanwhile: an ended domain has no disk."""
     try:
         yield
     except libvirt.libvirtError:
-        # libvirt tells the caller that QEMU's monitor is gone before it notes that the domain is.
+        # libvirt reports the loss of QEMU's monitor to the caller before noticing the end of the domain.
         deadline = time.monotonic() + _ENDING_SECONDS
         while definition == libvirt.VIR_DOMAIN_AFFECT_LIVE and time.monotonic() < deadline:
             if not domains.is_active(domain):
@@ -191,7 +192,7 @@ def _ending_is_fine(domain: libvirt.virDomain, definition: int) -> Iterator[None
 
 
 def _definitions(domain: libvirt.virDomain) -> list[int]:
-    """Which of its two definitions a domain has: the persistent one, the live one, or both."""
+    """List the definitions of a domain as libvirt flags: persistent, live, or both."""
     flags = []
     if domain.isPersistent():
         flags.append(libvirt.VIR_DOMAIN_AFFECT_CONFIG)
@@ -201,7 +202,7 @@ def _definitions(domain: libvirt.virDomain) -> list[int]:
 
 
 def _uses(domain: libvirt.virDomain, flag: int, disk: Disk) -> list[DomainDisk]:
-    """The uses of the disk by a definition of the domain.
+    """List the uses of the disk in a definition of the domain.
 
     :param flag: selects the definition, as in :func:`_definitions`.
     """
@@ -210,7 +211,7 @@ def _uses(domain: libvirt.virDomain, flag: int, disk: Disk) -> list[DomainDisk]:
 
 
 def _using(connection: libvirt.virConnect, disk: Disk) -> list[libvirt.virDomain]:
-    """The domains that have the disk in any definition."""
+    """List the domains with the disk in any definition."""
     found = []
     for domain in connection.listAllDomains():
         with domains.gone_is_fine():

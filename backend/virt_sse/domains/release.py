@@ -19,14 +19,14 @@ from virt_sse.stages import Stages
 
 
 def release(config: Config, definition: DomainDefinition) -> None:
-    """Remove everything that a domain was given for its start.
+    """Remove everything provided to a domain at the start.
 
-    :param definition: of the domain, which has ended.
+    :param definition: of the ended domain.
     :raise VirtSseError: When a part cannot be removed; the other parts are removed.
     """
     domain_id, stages = definition.uuid, Stages(config)
     given = {use.secret for use in definition.our_disks}
-    for record in stages.records():  # includes disks that were unplugged from the running domain
+    for record in stages.records():  # includes disks unplugged from the running domain
         if record.domain_id == domain_id:
             given.add(SecretName(record.disk_id, record.guest_slot))
     with contextlib.ExitStack() as all_parts:

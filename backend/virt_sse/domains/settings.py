@@ -1,9 +1,12 @@
-"""Virtual machines: what domains are asked to be beside what their disks are.
+"""Settings of virtual machines: encryption at host, size, temporary disk and host caching.
 
-The order of an update's writes is the point. What is to be is noted first, as pending; then libvirt takes the
-new definition, in one piece, with the number of the update in it; then what was pending is. Whatever comes
-next, an update or a start, sees by that number whether one that was cut off came to pass, and finishes or
-undoes it.
+The order of an update's writes makes updates atomic:
+
+1. The store records the new settings as pending.
+2. libvirt takes the new definition, in a single define, with the update's number in the metadata.
+3. The store makes the pending settings current.
+
+The next update or start compares the number with the store, and so finishes or undoes an interrupted update.
 """
 
 from __future__ import annotations
@@ -19,13 +22,13 @@ import libvirt
 
 from virt_sse.disks.inspector import Inspector
 from virt_sse.domains import temp_disks
-from virt_sse.domains.data_on_host import AtRest, has_tpm_state, memory_snapshot, survey
+from virt_sse.domains.data_on_host import HostData, has_tpm_state, memory_snapshot, survey
 from virt_sse.domains.host_encryption import (
     HostEncryption,
-    agreed,
+    agreed_properties,
     differences,
-    new,
-    refuse_at_rest,
+    new_vm,
+    refuse_plaintext_data,
     refuse_unencrypted,
 )
 from virt_sse.domains.start import DomainStart
@@ -47,7 +50,7 @@ from virt_sse.model.vms import PendingUpdate, Vm, VmProperties, check_size_name
 
 
 class Keep(enum.Enum):
-    """For a property that an update leaves as it is."""
+    """Marks a property left unchanged by an update."""
 
     KEEP = enum.auto()
 
@@ -57,9 +60,9 @@ KEEP = Keep.KEEP
 
 @dataclass(frozen=True, slots=True)
 class VmChanges:
-    """What an update is to change.
+    """Changes by an update.
 
-    :ivar caching: by a disk's name in the guest, what the host is to cache of it.
+    :ivar caching: new host caching by the disk's name in the guest.
     """
 
     encryption_at_host: bool | Keep = KEEP
@@ -70,12 +73,13 @@ class VmChanges:
 
 @dataclass(frozen=True, slots=True)
 class VmView:
-    """A domain as it is.
+    """Present settings of a domain.
 
-    :ivar properties: what its definition says.
-    :ivar problem: why it would not start as it is, as far as that is known without trying.
-    :ivar disks: of ours, by their names in the guest.
-    :ivar tpm_key: the KEK that the DEK of its TPM is under, if that is of ours.
+    :ivar properties: by the definition.
+    :ivar problem: a reason for the domain not to start, found without trying.
+    :ivar disks: virt-sse's disks by the name in the guest.
+    :ivar tpm_key: the KEK over the DEK of the TPM, if virt-sse encrypts the TPM's state.
+    :ivar at_rest: data of the guest at host_data on this host; empty in the list of all domains.
     """
 
     id: UUID
@@ -85,11 +89,11 @@ class VmView:
     problem: VirtSseError | None
     disks: Mapping[str, Disk]
     tpm_key: KeyId | None
-    at_rest: tuple[AtRest, ...] = ()
+    at_rest: tuple[HostData, ...] = ()
 
 
 class VmSettings:
-    """The settings of all domains of this host's libvirt: shown and updated."""
+    """Shows and updates the settings of the domains of this host's libvirt."""
 
     def __init__(
         self, host: Host, start: DomainStart, host_encryption: HostEncryption, inspector: Inspector
@@ -102,9 +106,9 @@ class VmSettings:
         self._inspector = inspector
 
     def all(self) -> list[VmView]:
-        """All domains, by name, without what of them is at rest.
+        """List all domains by name, without data at rest.
 
-        :raise LibvirtUnavailableError: When libvirt cannot be asked.
+        :raise LibvirtUnavailableError: When libvirt does not answer.
         """
         views = []
         with connected(self._config.libvirt_uri) as connection:
@@ -112,53 +116,53 @@ class VmSettings:
             self._tidy(connection, listed)
             for domain in listed:
                 with domains.gone_is_fine():
-                    views.append(self._view(domain, with_rest=False))
+                    views.append(self._view(domain, with_host_data=False))
         return sorted(views, key=lambda view: view.name)
 
     def show(self, name: str) -> VmView:
-        """One domain, with all of it that is at rest on this host.
+        """Show a domain, with all data at host_data on this host.
 
-        :raise LibvirtError: When there is no such domain.
+        :raise LibvirtError: When the domain does not exist.
         """
         with connected(self._config.libvirt_uri) as connection:
             self._tidy(connection, connection.listAllDomains())
-            return self._view(domains.lookup(connection, name), with_rest=True)
+            return self._view(domains.lookup(connection, name), with_host_data=True)
 
     def update(self, name: str, changes: VmChanges) -> VmView:
-        """Change what a domain is to be, from its next start on.
+        """Change the settings of a domain, effective from the next start.
 
-        :raise VmStateError: When it runs, has a saved state, or has no definition.
-        :raise PolicyError: When a rule refuses it, or something of it would lie on the host in plaintext; or
-            when its definition and the store disagree in what is not to be changed.
-        :raise InvalidValueError: When it makes no sense.
-        :raise LibvirtError: When there is no such domain, or libvirt refuses its new definition.
+        :raise VmStateError: When the domain runs, has a saved state, or is transient.
+        :raise PolicyError: When a rule refuses the update; when data would lie on the host in plaintext; or
+            when definition and store disagree about a property not changed by the update.
+        :raise InvalidValueError: When a change is invalid.
+        :raise LibvirtError: When the domain does not exist, or libvirt refuses the new definition.
         """
         with connected(self._config.libvirt_uri) as connection:
             domain = domains.lookup(connection, name)
-            _refuse_if_it_runs(domain)
+            _refuse_unless_updatable(domain)
             vm_id = UUID(bytes=domain.UUID())
             with self._host_encryption.locked(vm_id, name):
-                _refuse_if_it_runs(domain)
+                _refuse_unless_updatable(domain)
                 self._update(domain, vm_id, changes, HostCapabilities.of(connection).host_id)
-            return self._view(domain, with_rest=True)
+            return self._view(domain, with_host_data=True)
 
     def _update(self, domain: libvirt.virDomain, vm_id: UUID, changes: VmChanges, host: UUID) -> None:
         name = domain.name()
         before_update = domains.definition(domain, inactive=True, secure=True)
-        said = before_update.stated
-        known = self._host_encryption.settled(self._store.vms.find(vm_id), said)
-        before = _before(name, known, said, changes)
+        metadata = before_update.stated
+        known = self._host_encryption.finish_or_undo_update(self._store.vms.find(vm_id), metadata)
+        before = _before(name, known, metadata, changes)
         after = _after(before, changes)
         disks, caching = self._with_caching(before_update, changes.caching)
         content = Content(lambda: self._in_guest_encryption(name))
         self._plugins.validate(UpdateVm(name, before, after, tuple(disks.values()), content))
         refuse_unencrypted(name, after, tuple(disks.values()), has_temp_disk=False)
 
-        vm = known or new(vm_id, said)
-        generation = max(vm.generation, said.generation if said else 0)
+        vm = known or new_vm(vm_id, metadata)
+        generation = max(vm.generation, metadata.generation if metadata else 0)
         edit = self._edited(before_update, Stated(after, generation + 1))
         if after.encryption_at_host:
-            refuse_at_rest(survey(edit.result(), self._host_encryption.files), name)
+            refuse_plaintext_data(survey(edit.result(), self._host_encryption.files), name)
         edit.set_sources({disk.id: self._start.source(disk) for disk in disks.values() if disk.id in caching})
         definition = edit.result()
 
@@ -176,11 +180,11 @@ class VmSettings:
         if vm.tpm and not definition.has_our_tpm_secret and not self._has_tpm_state(vm_id):
             self._store.vms.put(dataclasses.replace(vm, tpm=None))
 
-    def _edited(self, definition: DomainDefinition, stated: Stated) -> DomainEdit:
-        """An edit of *definition* that gives the VM the properties in *stated*."""
-        vm_id, properties = definition.uuid, stated.properties
+    def _edited(self, definition: DomainDefinition, metadata: Stated) -> DomainEdit:
+        """Make an edit of *definition* for the properties in *metadata*."""
+        vm_id, properties = definition.uuid, metadata.properties
         edit = DomainEdit(definition)
-        edit.state(stated)
+        edit.state(metadata)
         has_temp_disk = properties.temp_disk_size is not None
         edit.set_temp_disk(temp_disks.image(self._config, vm_id) if has_temp_disk else None)
         if properties.encryption_at_host:
@@ -198,8 +202,9 @@ class VmSettings:
     def _with_caching(
         self, definition: DomainDefinition, wanted: Mapping[str, HostCaching]
     ) -> tuple[dict[str, Disk], dict[UUID, HostCaching]]:
-        """The disks of ours that the domain is to have, by their names in the guest, and what of them
-        changes.
+        """Apply the wanted host caching to the domain's disks.
+
+        :return: the disks by the name in the guest, and the changed caching by disk id.
         """
         disks = self._by_target(definition)
         caching = {}
@@ -207,7 +212,8 @@ class VmSettings:
             if target not in disks:
                 known = ", ".join(sorted(disks)) or "none"
                 raise InvalidValueError(
-                    f"{target[:20]!r} is no disk of virt-sse in the domain", hint=f"there are: {known}"
+                    f"{target[:20]!r} is no disk of virt-sse in the domain",
+                    hint=f"disks of virt-sse: {known}",
                 )
             disks[target] = dataclasses.replace(disks[target], caching=mode)
             caching[disks[target].id] = mode
@@ -220,39 +226,39 @@ class VmSettings:
     def _in_guest_encryption(self, name: str) -> list[Finding]:
         return [finding for each in self._inspector.in_use(name) for finding in each.findings]
 
-    def _view(self, domain: libvirt.virDomain, *, with_rest: bool) -> VmView:
+    def _view(self, domain: libvirt.virDomain, *, with_host_data: bool) -> VmView:
         vm_id, name, is_active = UUID(bytes=domain.UUID()), domain.name(), bool(domain.isActive())
         definition = domains.definition(domain, inactive=not is_active)
         vm = self._store.vms.find(vm_id)
         problem: VirtSseError | None = None
         properties = VmProperties()
         disks: dict[str, Disk] = {}
-        rest: list[AtRest] = []
+        host_data: list[HostData] = []
         try:
-            rest = self._at_rest(domain, definition) if with_rest else []
+            host_data = self._host_data(domain, definition) if with_host_data else []
             disks = self._by_target(definition)
-            said = definition.stated
-            properties = said.properties if said else VmProperties()
-            if vm is None or vm.pending is None:  # what was cut off, the next start or update puts in order
-                agreed(name, vm, said)
+            metadata = definition.stated
+            properties = metadata.properties if metadata else VmProperties()
+            if vm is None or vm.pending is None:  # the next start or update resolves an interrupted update
+                agreed_properties(name, vm, metadata)
             temp = bool(definition.temp_disks)
             refuse_unencrypted(name, properties, tuple(disks.values()), has_temp_disk=temp)
             if properties.encryption_at_host and not is_active:
-                refuse_at_rest(rest, name)
+                refuse_plaintext_data(host_data, name)
         except (PolicyError, InvalidValueError) as exc:
             problem = exc
         tpm_key = vm.tpm.key if vm and vm.tpm else None
-        return VmView(vm_id, name, is_active, properties, problem, disks, tpm_key, tuple(rest))
+        return VmView(vm_id, name, is_active, properties, problem, disks, tpm_key, tuple(host_data))
 
-    def _at_rest(self, domain: libvirt.virDomain, definition: DomainDefinition) -> list[AtRest]:
+    def _host_data(self, domain: libvirt.virDomain, definition: DomainDefinition) -> list[HostData]:
         snapshots = [SnapshotFiles.parse(each.getXMLDesc()) for each in domain.listAllSnapshots()]
         memory = [found for snapshot in snapshots if (found := memory_snapshot(snapshot))]
         return [*survey(definition, self._host_encryption.files), *memory]
 
     def _tidy(self, connection: libvirt.virConnect, listed: Collection[libvirt.virDomain]) -> None:
-        """Erase temporary disks that no domain uses, and forget the VMs of this host whose domain is gone.
+        """Erase unused temporary disks, and remove this host's VMs without a domain from the store.
 
-        Not one with a TPM whose state is still there: its key is in the store alone.
+        A VM with existing TPM state stays: the store may hold the only copy of the key.
         """
         before = time.time() - temp_disks.SETTLED_SECONDS
         running = set()
@@ -272,18 +278,23 @@ class VmSettings:
                 self._store.vms.remove(vm.id)
 
 
-def _before(name: str, vm: Vm | None, said: Stated | None, changes: VmChanges) -> VmProperties:
-    """What the VM is now. Where definition and store disagree, what the update says is what settles it."""
+def _before(name: str, vm: Vm | None, metadata: Stated | None, changes: VmChanges) -> VmProperties:
+    """Return the VM's present properties.
+
+    The update's own values resolve a conflict between definition and store.
+
+    :raise PolicyError: When definition and store disagree about a property not changed by the update.
+    """
     if vm is None:
-        return said.properties if said else VmProperties()
-    here = said.properties if said else VmProperties()
+        return metadata.properties if metadata else VmProperties()
+    in_definition = metadata.properties if metadata else VmProperties()
     given = {
         "encryption-at-host": changes.encryption_at_host is not KEEP,
         "size": changes.size is not KEEP,
         "temp-disk-size": changes.temp_disk_size is not KEEP,
     }
-    if any(not given[field] for field in differences(here, vm.properties)):
-        agreed(name, vm, said)
+    if any(not given[field] for field in differences(in_definition, vm.properties)):
+        agreed_properties(name, vm, metadata)
     return vm.properties
 
 
@@ -296,20 +307,21 @@ def _after(before: VmProperties, changes: VmChanges) -> VmProperties:
     )
 
 
-def _refuse_if_it_runs(domain: libvirt.virDomain) -> None:
+def _refuse_unless_updatable(domain: libvirt.virDomain) -> None:
     name = domain.name()
     if not domain.isPersistent():
         raise VmStateError(
-            f"domain {name!r} has no definition that could be changed: it is transient",
-            hint="'virsh define' gives it one",
+            f"domain {name!r} is transient: there is no persistent definition to change",
+            hint="'virsh define' makes the domain persistent",
         )
     if domain.isActive():
         raise VmStateError(
             f"domain {name!r} runs",
-            hint=f"stop it, e.g. by 'virsh shutdown {name}', and start it again afterwards",
+            hint=f"stop the domain, e.g. with 'virsh shutdown {name}', and start the domain again afterwards",
         )
     if domain.hasManagedSaveImage():
         raise VmStateError(
-            f"domain {name!r} has a saved state, from which it would go on as it was",
-            hint=f"start it and shut it down, or discard the state with 'virsh managedsave-remove {name}'",
+            f"domain {name!r} has a saved state, which would resume with the old settings",
+            hint="start the domain and shut the guest down, or discard the state with "
+            f"'virsh managedsave-remove {name}'",
         )

@@ -1,4 +1,4 @@
-"""Serving domains: the DEKs of their disks for libvirt, and the stages below their QEMU."""
+"""The start of a domain: provides libvirt with the disks' DEKs, and starts the stages below QEMU."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ from virt_sse.system.files import canonical
 _log = logging.getLogger(__name__)
 
 _AT_ONCE = 8
-"""Disks that are served at the same time: most of it is waiting, for key providers and for processes."""
+"""Number of disks served in parallel. Most of the time is spent waiting for key providers and processes."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Served:
-    """A disk that a domain is to be given, and how the domain names its DEKs."""
+    """A disk to serve to a domain, with the uses of the disk in the domain's definition."""
 
     disk: Disk
     plan: LayerPlan
@@ -56,7 +56,7 @@ class _Served:
 
 
 class DomainStart:
-    """Provides domains with the DEKs and stages of their disks, and removes both."""
+    """Provides domains with the DEKs and stages of the domains' disks."""
 
     def __init__(self, host: Host, host_encryption: HostEncryption) -> None:
         self._config = host.config
@@ -67,9 +67,9 @@ class DomainStart:
         self._host_encryption = host_encryption
 
     def prepare(self, definition: DomainDefinition) -> None:
-        """Serve all that a domain that libvirt is about to start needs of ours, or nothing.
+        """Serve all disks, the temporary disk and the TPM's DEK to a domain about to be started, or nothing.
 
-        :raise VirtSseError: When something of it cannot be served; the domain must not start then.
+        :raise VirtSseError: When any part cannot be served; the domain must not start then.
         """
         with self._host_encryption.prepared(definition):
             if uses := definition.our_disks:
@@ -100,7 +100,7 @@ class DomainStart:
         with contextlib.ExitStack() as undo:
             for each in served:
                 undo.callback(self._stages.stop, each.disk.id, domain_id=domain_id)
-            with ThreadPoolExecutor(_AT_ONCE, "serve") as pool:  # all have ended before one is undone
+            with ThreadPoolExecutor(_AT_ONCE, "serve") as pool:  # every start ends before the undo
                 starting = [
                     pool.submit(self._start, each, name, domain_id, qemu, before.get(each.disk.id))
                     for each in served
@@ -109,9 +109,9 @@ class DomainStart:
             undo.pop_all()
 
     def restore(self, definition: DomainDefinition) -> None:
-        """Give libvirt the DEKs of a running domain, and of its disks, again. Its stages are left alone.
+        """Give libvirt the DEKs of a running domain and of the domain's disks again. Stages stay untouched.
 
-        :raise VirtSseError: When one cannot be had; then none of the disks'.
+        :raise VirtSseError: When a DEK cannot be unwrapped; libvirt then gets no DEK of the disks.
         """
         self._host_encryption.restore(definition)
         deks: dict[SecretName, Dek] = {}
@@ -131,10 +131,10 @@ class DomainStart:
             _log.warning("cannot restore the secrets of domain %s: %s", definition.name, exc)
 
     def restart_stages(self, record: StageRecord) -> None:
-        """Start what has died of a disk's stages again, below a guest that runs on.
+        """Restart the dead stage processes of a disk below a running guest.
 
-        :raise StageError: When that might give the guest older data than it was told is written.
-        :raise VirtSseError: By meaning, when it does not start.
+        :raise StageError: When the guest might read older data than data reported as written.
+        :raise VirtSseError: When a process does not start; the class tells the cause.
         """
         deks = {}
         if slots := self._stages.dek_slots(record):
@@ -144,11 +144,11 @@ class DomainStart:
         self._stages.restart(record.disk_id, deks)
 
     def source(self, disk: Disk) -> DiskSource:
-        """How a domain finds the disk."""
+        """Describe the disk's source for a domain definition."""
         return self._source(disk, self.plan(disk))
 
     def disk_element(self, name: str, *, target: str = "vda", read_only: bool = False) -> str:
-        """The ``<disk>`` element for using the disk of that name or id in a domain (libvirt formatdomain).
+        """Make the ``<disk>`` element for a disk, given by name or id (libvirt formatdomain).
 
         :raise DiskNotFoundError: When the store has no such disk.
         :raise InvalidValueError: When *target* is not a valid name of a disk in a guest.
@@ -174,13 +174,16 @@ class DomainStart:
         )
 
     def plan(self, disk: Disk) -> LayerPlan:
-        """What the disk's data is to pass between a guest and the storage."""
+        """Plan the layers and stages between guest and storage for the disk."""
         layer = self._plugins.encryption_layer(disk.encryption_type)
         plan = layer.plan(LayerChoice(disk.key, disk.deks[-1].cipher))
         return self._plugins.host_layer().cache(plan, disk.caching)
 
     def _look_up(self, uses: Sequence[DomainDisk], domain: str) -> list[_Served]:
-        """The disks that a domain names, if they are what lies where it says."""
+        """Find the disks used by a domain, and check source, slot and image of each disk.
+
+        :raise VirtSseError: When a disk is unknown or not ready, or a check fails.
+        """
         by_disk: dict[UUID, list[DomainDisk]] = {}
         for use in uses:
             by_disk.setdefault(use.disk_id, []).append(use)
@@ -200,7 +203,7 @@ class DomainStart:
         except DiskNotFoundError as exc:
             raise DiskNotFoundError(
                 f"{use.target} names disk {use.disk_id}, which the store does not have",
-                hint="if its image is whole, 'virt-sse disk adopt PATH' brings it back",
+                hint="if the image is intact, 'virt-sse disk adopt PATH' adds the disk to the store",
             ) from exc
         if disk.state is not DiskState.READY:
             raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
@@ -208,7 +211,7 @@ class DomainStart:
             try:
                 carried = envelope_slots.read(descriptor, disk.format).disk_id
             except EnvelopeError:
-                carried = disk.id  # damaged; the store's wrapped DEKs are whole, and QEMU needs no envelope
+                carried = disk.id  # damaged; the store has the wrapped DEKs, and QEMU needs no envelope
         if carried != disk.id:
             raise ImageError(f"{disk.path} is the image of another disk than {disk.name!r}")
         return disk
@@ -223,18 +226,19 @@ class DomainStart:
             return
         if source.behind:
             raise InvalidValueError(
-                f"{use.target} has the key of disk {disk.name!r} and is at {use.source}",
-                hint=f"it is served at {source.place}; 'virt-sse disk xml {disk.name}' says how it is used",
+                f"{use.target} has the key of disk {disk.name!r} but the source {use.source}",
+                hint=f"the disk is served at {source.place}; see 'virt-sse disk xml {disk.name}'",
             )
         raise InvalidValueError(
             f"{use.target} has the key of disk {disk.name!r} but the image {use.source}",
-            hint=f"the disk's image is {disk.path}; one that was moved is found by 'virt-sse disk adopt'",
+            hint=f"the disk's image is {disk.path}; register a moved image with 'virt-sse disk adopt'",
         )
 
     def _ended_user(self, connection: libvirt.virConnect, disk: Disk, domain_id: UUID) -> UUID | None:
-        """Another domain that stages of the disk were started for, and that has ended since.
+        """Find an ended domain with stages of the disk, other than the domain *domain_id*.
 
-        :raise DiskInUseError: When it runs.
+        :return: the id of the ended domain; ``None`` without such stages.
+        :raise DiskInUseError: When the domain with the stages runs.
         """
         record = self._stages.record(disk.id)
         if record is None or record.domain_id == domain_id:
@@ -247,7 +251,10 @@ class DomainStart:
     def _start(
         self, served: _Served, domain: str, domain_id: UUID, qemu: User | None, replacing: UUID | None
     ) -> dict[SecretName, Dek]:
-        """Start the disk's stages; the DEKs that libvirt is to have."""
+        """Start the disk's stages.
+
+        :return: the DEKs for libvirt, by secret name.
+        """
         deks = self._unlock(served, domain)
         if qemu:
             self._stages.start(
@@ -262,12 +269,12 @@ class DomainStart:
         return _for_libvirt(served, deks)
 
     def _unlock(self, served: _Served, domain: str) -> dict[str, Dek]:
-        """The disk's DEKs by slot."""
+        """Unwrap the disk's DEKs; by slot."""
         with audit_context(domain=domain):
             unwrapped = self._keys.unwrap_all(served.disk)
         return {entry.slot: dek for entry, dek in zip(served.disk.deks, unwrapped, strict=True)}
 
 
 def _for_libvirt(served: _Served, deks: Mapping[str, Dek]) -> dict[SecretName, Dek]:
-    """The DEKs of a disk that the domain definition names."""
+    """Select the disk's DEKs used by the domain definition."""
     return {use.secret: deks[use.slot] for use in served.uses}

@@ -1,8 +1,8 @@
-"""VMs' temporary disks: raw LUKS images that are made when a domain starts and erased when it has ended.
+"""VMs' temporary disks: raw LUKS images, made at a domain's start and erased after the domain's end.
 
-Their DEK is under the platform's key, in the image's envelope and nowhere else: libvirt has it while the
-domain runs, and from the envelope is given it again when it has lost it. They are in no store: none outlives
-its run.
+The DEK is wrapped by the platform key, and stored only in the image's envelope. libvirt has the DEK while the
+domain runs; after a loss by libvirt, the DEK is unwrapped from the envelope again. Temporary disks are not in
+the store, because no temporary disk outlives a run of the domain.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from virt_sse.system.files import private_folder, write_private
 _log = logging.getLogger(__name__)
 
 SETTLED_SECONDS = 60.0
-"""How old a temporary disk is at least that may be of no use: one is made a little before its domain runs."""
+"""Minimum age of a temporary disk to count as unused: the disk is made shortly before the domain runs."""
 
 _IMAGE, _BOOT = "disk.raw", "boot"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def image(config: Config, vm_id: UUID) -> Path:
-    """Where the image of a VM's temporary disk lies while the VM runs."""
+    """Path of the image of a VM's temporary disk. The image exists while the VM runs."""
     return config.temp_disk_directory / str(vm_id) / _IMAGE
 
 
 def create(
     config: Config, layer: HostLayer, keys: KeyAccess, vm_id: UUID, domain: str, size: int, qemu: User
 ) -> Dek:
-    """Make a VM's temporary disk, of *size* usable bytes; what is left of an earlier one is erased.
+    """Make a VM's temporary disk of *size* usable bytes, after erasing any earlier temporary disk.
 
-    :param qemu: whom the domain's QEMU runs as; nobody else but root comes near the image.
-    :return: the DEK that opens it.
-    :raise DiskInUseError: When a QEMU process has the earlier one open.
-    :raise ImageError: When it cannot be made.
-    :raise KeyProviderError: When its DEK cannot be wrapped.
+    :param qemu: user and group of the domain's QEMU; only QEMU and root can access the image.
+    :return: the DEK of the image.
+    :raise DiskInUseError: When a QEMU process has the earlier temporary disk open.
+    :raise ImageError: When the image cannot be made.
+    :raise KeyProviderError: When the DEK cannot be wrapped.
     """
     (spec,) = layer.temporary_disk().deks
     disk_id, dek = temp_disk_id(vm_id), Dek.generate()
@@ -78,7 +78,8 @@ def create(
         )
         with img.opened(path, os.O_RDWR) as descriptor:
             envelope_slots.write(descriptor, DiskFormat.RAW, carried)
-        # Not QEMU's own: one that a guest has taken over could put a link where root is about to erase.
+        # The folder does not belong to QEMU's user: a QEMU taken over by the guest could replace the image
+        # with a link, and root would erase the link's target.
         os.chown(path.parent, 0, qemu.gid)
         path.parent.chmod(0o710)
     except OSError as exc:
@@ -87,10 +88,10 @@ def create(
 
 
 def unlock(config: Config, keys: KeyAccess, vm_id: UUID, domain: str) -> Dek:
-    """The DEK of the temporary disk of a VM that runs.
+    """Unwrap the DEK of a running VM's temporary disk.
 
-    :raise ImageError: When there is none, or what lies there is another's.
-    :raise KeyProviderError: When it cannot be unwrapped.
+    :raise ImageError: When the image is missing, or belongs to a different VM.
+    :raise KeyProviderError: When the DEK cannot be unwrapped.
     """
     path, disk_id = image(config, vm_id), temp_disk_id(vm_id)
     with img.opened(path) as descriptor:
@@ -103,10 +104,10 @@ def unlock(config: Config, keys: KeyAccess, vm_id: UUID, domain: str) -> Dek:
 
 
 def erase(config: Config, vm_id: UUID) -> None:
-    """Crypto-erase a VM's temporary disk and remove it. Nothing when there is none.
+    """Crypto-erase and remove a VM's temporary disk. Does nothing without a temporary disk.
 
-    :raise DiskInUseError: When a QEMU process has it open.
-    :raise ImageError: When it cannot be erased or removed.
+    :raise DiskInUseError: When a QEMU process has the image open.
+    :raise ImageError: When the image cannot be erased or removed.
     """
     path = image(config, vm_id)
     try:
@@ -123,7 +124,10 @@ def erase(config: Config, vm_id: UUID) -> None:
 
 
 def erase_of_other_boots(config: Config) -> None:
-    """Erase what a host that was killed has left. Asks nobody: no domain outlives its host."""
+    """Erase temporary disks left by a crash of the host.
+
+    No check for running domains is needed: no domain survives a restart of the host.
+    """
     present = _BOOT_ID.read_bytes()
     for vm_id in _all(config):
         boot = image(config, vm_id).with_name(_BOOT)
@@ -133,10 +137,10 @@ def erase_of_other_boots(config: Config) -> None:
 
 
 def erase_unused(config: Config, running: Collection[UUID], *, before: float) -> None:
-    """Erase the temporary disks of domains that do not run.
+    """Erase the temporary disks of domains not running.
 
-    :param running: those that did at a moment after *before*, in ``time.time()``: what was made later may be
-        that of a domain that was just being started.
+    :param running: the domains running at some moment after *before*.
+    :param before: in seconds of ``time.time()``. Disks made later are kept: the domain may be starting.
     """
     for vm_id in _all(config):
         with contextlib.suppress(FileNotFoundError):
@@ -150,11 +154,11 @@ def _try_erase(config: Config, vm_id: UUID) -> None:
     except DiskInUseError:
         return
     except VirtSseError as exc:
-        _log.warning("a temporary disk stays: %s", exc)
+        _log.warning("cannot erase an unused temporary disk: %s", exc)
 
 
 def _all(config: Config) -> list[UUID]:
-    """The VMs of which there is a temporary disk, or something left of one."""
+    """List the VMs with a temporary disk, or with remains of a temporary disk."""
     found = []
     try:
         names = sorted(os.listdir(config.temp_disk_directory))  # noqa: PTH208 -- names are wanted

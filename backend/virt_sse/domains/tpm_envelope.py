@@ -1,7 +1,7 @@
-"""The wrapped DEK of an emulated TPM, beside its state: as a disk's image does, it carries what a lost store
-had.
+"""The wrapped DEK of an emulated TPM, in an envelope file beside the TPM's state.
 
-libvirt removes it with the state, when the domain is undefined.
+Like the envelope in a disk's image, the file restores the wrapped DEK after a loss of the store. libvirt
+removes the file along with the state when the domain is undefined.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from virt_sse.system.files import write_private
 
 _FILE = "virt-sse.envelope"
 _FOLDER_MODE = 0o711
-"""As libvirt makes it: swtpm, which is not root, passes through."""
+"""The same mode as libvirt's: swtpm, which does not run as root, must traverse the folder."""
 
 
 def read(folder: Path, vm_id: UUID) -> WrappedDek | None:
-    """The wrapped DEK in *folder*; ``None`` when there is none.
+    """Read the wrapped DEK in *folder*; ``None`` without an envelope file.
 
-    :raise EnvelopeError: When what is there cannot be read, or is another VM's.
+    :raise EnvelopeError: When the file cannot be read, or belongs to a different VM.
     """
     try:
         content = (folder / _FILE).read_bytes()
@@ -36,20 +36,20 @@ def read(folder: Path, vm_id: UUID) -> WrappedDek | None:
         raise EnvelopeError(f"cannot read {folder / _FILE}: {exc.strerror}") from exc
     envelope = Envelope.decode(content)
     if envelope.disk_id != vm_id or [entry.slot for entry in envelope.deks] != [TPM_SLOT]:
-        raise EnvelopeError(f"{folder / _FILE} is not that of the TPM of domain {vm_id}")
+        raise EnvelopeError(f"{folder / _FILE} does not belong to the TPM of domain {vm_id}")
     return envelope.deks[0].wrapped
 
 
 def write(folder: Path, vm_id: UUID, wrapped: WrappedDek) -> None:
-    """Make *folder* carry *wrapped*, durably, unless it does.
+    """Write *wrapped* to *folder*, durably. Does nothing if the file holds *wrapped* already.
 
-    :raise EnvelopeError: When it cannot be written.
+    :raise EnvelopeError: When the file cannot be written.
     """
     try:
         if read(folder, vm_id) == wrapped:
             return
     except EnvelopeError:
-        pass  # damaged: that is mended here
+        pass  # a damaged file is replaced
     envelope = Envelope(
         disk_id=vm_id,
         name="tpm",

@@ -1,3 +1,1 @@
-"""What really runs, beside what was asked for: evidence from QEMU, from the processes below it and from the
-images themselves.
-"""
+"""Verification of domains: compares requested encryption with evidence from QEMU, stages and images."""

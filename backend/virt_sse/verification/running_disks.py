@@ -1,4 +1,4 @@
-"""The disks of a running domain, as its QEMU has them."""
+"""Checks of a running domain's disks against the block graph of QEMU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ GUEST_QEMU = "guest's QEMU"
 
 
 class RunningDisks:
-    """:param pid: the QEMU's process; ``None`` where it is not seen from here."""
+    """Checks the disks in the block graph of a running domain's QEMU.
+
+    :param pid: the QEMU process; ``None`` if the process is not visible, e.g. in a different PID namespace.
+    """
 
     def __init__(self, graph: BlockGraph, pid: int | None) -> None:
         self._graph = graph
@@ -32,22 +35,23 @@ class RunningDisks:
         *,
         is_all: bool = True,
     ) -> None:
-        """Whether QEMU has one volume, of *cipher*, over what is at *place*, and what else has its data is
-        encrypted alike.
+        """Check a disk of virt-sse: QEMU must have exactly 1 volume, of *cipher*, over *place*.
+
+        All other nodes with the disk's data, e.g. overlays and mirrors, must have the same encryption.
 
         :param place: the image, or the NBD server's socket.
-        :param layer: what is known of the volume beside its cipher.
-        :param is_all: whether that volume is all that the disk is encrypted by.
+        :param layer: facts about the volume, apart from the cipher.
+        :param is_all: whether the volume is the disk's only layer of encryption.
         """
         stacks = [stack for vertex in self.stored_at(place) for stack in self._graph.volumes_over(vertex)]
         volumes = list(dict.fromkeys(stack[-1] for stack in stacks if stack))
         self._check_device(verdict, chain, volumes)
         verdict.expect(bool(stacks), f"the guest's QEMU does not have {place} open")
         for stack in stacks:
-            if not verdict.expect(bool(stack), f"the guest's QEMU has {place} open without its layer"):
-                verdict.places.append(DataPlace(f"QEMU's node over {place}, without a layer", True))
+            if not verdict.expect(bool(stack), f"the guest's QEMU has {place} open without encryption"):
+                verdict.places.append(DataPlace(f"QEMU's node over {place}, without encryption", True))
             count = len(stack)
-            verdict.expect(count < 2, f"the guest's QEMU has {count} layers over {place}, not one")
+            verdict.expect(count < 2, f"the guest's QEMU has {count} layers over {place} instead of 1")
         for volume in volumes:
             verdict.layers.append(Layer(layer.where, volume.cipher, layer.slot, layer.key, layer.detail))
             verdict.expect(
@@ -56,20 +60,23 @@ class RunningDisks:
             self._expose(verdict, chain, volume, is_all=is_all)
 
     def check_open(self, verdict: DiskVerdict, image: Path) -> None:
-        """Whether QEMU has the very file open that is at *image* now."""
-        if verdict.expect(self._pid is not None, "the guest's QEMU cannot be seen from here"):
-            assert self._pid is not None  # noqa: S101 -- seen above
+        """Check that QEMU's open file is the file at the path *image*."""
+        if verdict.expect(self._pid is not None, "the process of the guest's QEMU is not visible"):
+            assert self._pid is not None  # noqa: S101 -- checked above
             verdict.expect(
                 has_open(self._pid, image),
                 f"the guest's QEMU has another file open than {image}: it was replaced",
             )
 
-    def check_others(self, verdict: DiskVerdict, chain: DiskChain) -> bool:
-        """Tell what a disk that is not ours is like; whether it is in plaintext, or may be."""
+    def check_foreign(self, verdict: DiskVerdict, chain: DiskChain) -> bool:
+        """Record the layers of a foreign disk.
+
+        :return: whether the disk is or may be in plaintext.
+        """
         below = self._below(chain)
         plain = not below
         if plain:
-            verdict.layers.append(Layer(GUEST_QEMU, None, detail="no block node of QEMU's: not seen"))
+            verdict.layers.append(Layer(GUEST_QEMU, None, detail="no block node in QEMU: unknown"))
         for vertex in below:
             for stack in self._graph.volumes_over(vertex):
                 name = vertex.where
@@ -80,32 +87,32 @@ class RunningDisks:
         return plain
 
     def stored_at(self, place: Path) -> list[Vertex]:
-        """QEMU's nodes with their data at *place*."""
+        """List QEMU's nodes with data at *place*."""
         wanted = canonical(place)
         return [
             vertex
             for vertex in self._graph.stored()
-            if vertex.place and vertex.place.path and _same(vertex.place.path, wanted)
+            if vertex.place and vertex.place.path and _is_same_file(vertex.place.path, wanted)
         ]
 
     def places(self) -> list[Path]:
-        """The files and sockets that QEMU's nodes have their data at."""
+        """List the files and sockets with data of QEMU's nodes."""
         return [vertex.place.path for vertex in self._graph.stored() if vertex.place and vertex.place.path]
 
     def _expose(self, verdict: DiskVerdict, chain: DiskChain, volume: Vertex, *, is_all: bool) -> None:
         links = (*chain.links, *chain.mirror, *chain.backup)
-        under_its_key = {link.place for link in links if link.disk_id == chain.disk_id}
+        under_disk_key = {link.place for link in links if link.disk_id == chain.disk_id}
         for exposure in self._graph.exposures(volume):
             place = f"{exposure.kind.value if exposure.kind else 'node'} {exposure.place}"
             verdict.places.append(DataPlace(place, exposure.cipher is None))
             if not verdict.expect(exposure.cipher is not None, f"{place} is not encrypted"):
                 continue
-            verdict.expect(is_all, f"{place} has one layer alone")
+            verdict.expect(is_all, f"{place} has only one layer of encryption")
             verdict.expect(exposure.cipher == volume.cipher, f"{place} is encrypted with {exposure.cipher}")
-            verdict.expect(exposure.place in under_its_key, f"{place} is not encrypted under the disk's key")
+            verdict.expect(exposure.place in under_disk_key, f"{place} is not encrypted under the disk's key")
         for export in self._graph.exports(volume):
             verdict.places.append(DataPlace(f"NBD export {export}", True))
-            verdict.expect(False, f"its plaintext leaves QEMU through the NBD export {export!r}")
+            verdict.expect(False, f"plaintext leaves QEMU through the NBD export {export!r}")
 
     def _check_device(self, verdict: DiskVerdict, chain: DiskChain, volumes: Sequence[Vertex]) -> None:
         if any(chain.alias in self._graph.devices_over(volume) for volume in volumes):
@@ -115,7 +122,7 @@ class RunningDisks:
                 name = vertex.where
                 verdict.places.append(DataPlace(name, True))
                 verdict.expect(False, f"the guest's device is on {name}, which is not encrypted")
-        verdict.expect(False, "the guest's device does not read it")
+        verdict.expect(False, "the guest's device is not connected to the encrypted volume")
 
     def _below(self, chain: DiskChain) -> list[Vertex]:
         stored = {vertex.id for vertex in self._graph.stored()}
@@ -123,5 +130,5 @@ class RunningDisks:
         return [vertex for root in roots for vertex in self._graph.below(root) if vertex.id in stored]
 
 
-def _same(path: Path, wanted: Path) -> bool:
+def _is_same_file(path: Path, wanted: Path) -> bool:
     return canonical(path) == wanted or (path.exists() and wanted.exists() and path.samefile(wanted))

@@ -1,4 +1,4 @@
-"""Verifies domains: what runs, or is defined, against what was asked for."""
+"""Verifies the running or defined state of domains against the requested encryption."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from uuid import UUID
 import libvirt
 
 from virt_sse.domains import temp_disks
-from virt_sse.domains.data_on_host import AtRest
+from virt_sse.domains.data_on_host import HostData
 from virt_sse.domains.settings import VmSettings
 from virt_sse.domains.start import DomainStart
 from virt_sse.errors import VirtSseError
@@ -41,10 +41,10 @@ TEMPORARY = "(temporary)"
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """A domain that is looked at.
+    """The domain to verify.
 
-    :ivar disks: all of ours on this host.
-    :ivar refuses_plaintext: whether disks that are not ours must be encrypted, too.
+    :ivar disks: all disks of virt-sse on this host.
+    :ivar refuses_plaintext: whether foreign disks must be encrypted, too.
     """
 
     id: UUID
@@ -55,14 +55,14 @@ class _Subject:
     disks: Sequence[Disk]
 
     def disk_of(self, chain: DiskChain) -> Disk | None:
-        """The disk of ours that a domain has or, as the guest still knows it by its serial, had."""
+        """Find the disk of virt-sse in a chain: by disk id or, if the image was replaced, by serial."""
         if chain.disk_id is not None:
             return next((disk for disk in self.disks if disk.id == chain.disk_id), None)
         return next((disk for disk in self.disks if serial(disk.id) == chain.serial), None)
 
 
 class Verification:
-    """Looks, and changes nothing."""
+    """Verifies domains; read-only."""
 
     def __init__(self, host: Host, start: DomainStart, vms: VmSettings) -> None:
         self._config = host.config
@@ -75,12 +75,11 @@ class Verification:
         self._vms = vms
 
     def verify(self, name: str, *, strict: bool = False) -> DomainVerdict:
-        """Look at a domain: at what runs or, when it does not, at its definition and its images.
+        """Verify a domain: the running state or, for a stopped domain, definition and images.
 
-        :param strict: whether a disk in plaintext that is not ours is a problem also without encryption at
-            host.
-        :raise LibvirtError: When there is no such domain.
-        :raise MonitorError: When its QEMU does not say what it does.
+        :param strict: whether foreign disks in plaintext are a problem also without encryption at host.
+        :raise LibvirtError: When the domain does not exist.
+        :raise MonitorError: When QEMU does not report the block graph.
         """
         view = self._vms.show(name)
         vm = self._store.vms.find(view.id)
@@ -92,9 +91,10 @@ class Verification:
             subject = _Subject(view.id, name, definition, at_host, strict or at_host, self._store.all())
             disks = list(self._running(subject, domain) if runs else self._defined(subject))
         problems = [str(view.problem)] if view.problem else []
-        rest = [each for each in view.at_rest if not each.what.startswith("disk ")]  # seen better here
+        # The survey's disks are left out: their verdicts are more precise.
+        host_data = [each for each in view.at_rest if not each.name.startswith("disk ")]
         problems += [
-            f"{each.what} is in plaintext: {each.reason}" for each in rest if at_host and each.is_refused
+            f"{each.name} is in plaintext: {each.reason}" for each in host_data if at_host and each.is_refused
         ]
         return DomainVerdict(
             domain=name,
@@ -102,40 +102,43 @@ class Verification:
             encryption_at_host=at_host,
             disks=tuple(disks),
             places=(DataPlace("the guest's memory, and its QEMU's", True),) if runs else (),
-            at_rest=tuple(_found(each) for each in rest),
+            at_rest=tuple(_finding(each) for each in host_data),
             problems=tuple(dict.fromkeys(problems)),
         )
 
     def _running(self, subject: _Subject, domain: libvirt.virDomain) -> Iterator[DiskVerdict]:
         pid = qemu_process(self._config, subject.name, subject.id)
         running = RunningDisks(block_graph(domain), pid)
-        seen = set()
+        listed = set()
         for chain in subject.definition.disk_chains(domains.running_backup(domain)):
             disk = subject.disk_of(chain)
             verdict = DiskVerdict(chain.target or "-")
             if _is_temporary(chain):
                 self._check_temporary(verdict, subject, chain, running)
             elif disk:
-                seen.add(disk.id)
+                listed.add(disk.id)
                 self._check_running(verdict, subject, chain, disk, running)
             elif not _expect_known(verdict, chain):
                 pass
-            elif running.check_others(verdict, chain):
+            elif running.check_foreign(verdict, chain):
                 _refuse_plaintext(verdict, subject, chain)
             yield verdict
         places = {canonical(place) for place in running.places()}
         for disk in subject.disks:
             known = {disk.path, canonical(self._stages.guest_socket(disk.id))}
-            if disk.id not in seen and places & known:
+            if disk.id not in listed and places & known:
                 verdict = DiskVerdict("-", disk.name)
-                verdict.expect(False, f"its QEMU has disk {disk.name!r} open, which is none of the domain's")
+                verdict.expect(
+                    False,
+                    f"the guest's QEMU has disk {disk.name!r} open, which does not belong to the domain",
+                )
                 yield verdict
 
     def _check_running(
         self, verdict: DiskVerdict, subject: _Subject, chain: DiskChain, disk: Disk, running: RunningDisks
     ) -> None:
         plan = self._start.plan(disk)
-        self._asked(verdict, subject, disk)
+        self._check_request(verdict, subject, disk)
         guest, *below = plan.stages
         assert isinstance(guest, GuestNode)  # noqa: S101 -- the contract of layers
         entry = disk.dek(guest.slot)
@@ -145,7 +148,7 @@ class Verification:
         if below:
             verdict.places.append(DataPlace(f"the socket {place}", False))
             direct = running.stored_at(disk.path)
-            verdict.expect(not direct, "the guest's QEMU has the image itself open, past what is below it")
+            verdict.expect(not direct, "the guest's QEMU has the image open directly, bypassing the stages")
         else:
             running.check_open(verdict, disk.path)
         self._evidence.check(verdict, disk, plan, subject.id)
@@ -169,11 +172,11 @@ class Verification:
             disk = subject.disk_of(chain)
             verdict = DiskVerdict(chain.target or "-")
             if _is_temporary(chain):
-                verdict.disk = TEMPORARY  # it is made when the domain starts
+                verdict.disk = TEMPORARY  # made when the domain starts
             elif disk:
                 self._check_defined(verdict, subject, chain, disk)
             elif _expect_known(verdict, chain):
-                self._check_other_definition(verdict, subject, chain)
+                self._check_foreign_definition(verdict, subject, chain)
             for link in links:
                 if link.target == chain.target:
                     verdict.places.append(DataPlace(f"{link.kind.value} {link.place}", True))
@@ -181,21 +184,26 @@ class Verification:
             yield verdict
 
     def _check_defined(self, verdict: DiskVerdict, subject: _Subject, chain: DiskChain, disk: Disk) -> None:
-        self._asked(verdict, subject, disk)
+        self._check_request(verdict, subject, disk)
         source, position = self._start.source(disk), chain.ours
         link = chain.links[position if position is not None else 0]
-        verdict.expect(position is not None, f"its definition has {link.place}, which is not encrypted by us")
+        verdict.expect(
+            position is not None, f"the definition has {link.place}, which is not encrypted by virt-sse"
+        )
         if position is not None:
-            is_there = link.path is not None and canonical(link.path) == canonical(source.place)
-            verdict.expect(is_there, f"its definition has it at {link.place}, not at {source.place}")
-            verdict.expect(link.slot == source.slot, f"its definition has the DEK in slot {link.slot!r}")
+            is_in_place = link.path is not None and canonical(link.path) == canonical(source.place)
+            verdict.expect(is_in_place, f"the definition has the disk at {link.place}, not at {source.place}")
+            verdict.expect(
+                link.slot == source.slot,
+                f"the definition has the DEK in slot {link.slot!r}, not {source.slot!r}",
+            )
         is_used = self._evidence.check_ended(verdict, disk, subject.id)
         check_image(verdict, disk)
         if not is_used:
             check_within(verdict, disk, self._keys, subject.name)
 
-    def _check_other_definition(self, verdict: DiskVerdict, subject: _Subject, chain: DiskChain) -> None:
-        """One that is not ours, as far as libvirt says; its image may have one of ours as backing file."""
+    def _check_foreign_definition(self, verdict: DiskVerdict, subject: _Subject, chain: DiskChain) -> None:
+        """Check a foreign disk in a definition, and disks of virt-sse among the image's backing files."""
         top = chain.links[0]
         verdict.layers.append(
             Layer("definition", "not known" if top.is_encrypted else None, detail=top.place)
@@ -208,17 +216,19 @@ class Verification:
         for path in _backing_files(top.path) if top.is_file and top.path else ():
             if disk := ours.get(canonical(path)):
                 verdict.expect(
-                    False, f"{top.place} is an overlay of disk {disk.name!r}, and is not encrypted"
+                    False, f"{top.place} is an overlay of disk {disk.name!r}, but is not encrypted"
                 )
 
-    def _asked(self, verdict: DiskVerdict, subject: _Subject, disk: Disk) -> None:
+    def _check_request(self, verdict: DiskVerdict, subject: _Subject, disk: Disk) -> None:
         verdict.disk, verdict.asked = disk.name, disk.encryption_type.value
         verdict.caching = disk.caching.value
         is_covered = disk.caching is HostCaching.NONE or subject.encryption_at_host
-        verdict.expect(is_covered, "it is to be cached by the host, which has no encryption at host for it")
+        verdict.expect(is_covered, "host caching is requested, but the VM has no encryption at host")
         planned = [(spec.slot, spec.cipher, spec.key) for spec in self._start.plan(disk).deks]
         kept = [(e.slot, e.cipher, KeyRef(e.wrapped.key.provider, e.wrapped.key.name)) for e in disk.deks]
-        verdict.expect(planned == kept, "the store has other layers for it than its encryption type asks for")
+        verdict.expect(
+            planned == kept, "the layers in the store differ from the layers of the encryption type"
+        )
 
 
 def _is_temporary(chain: DiskChain) -> bool:
@@ -226,33 +236,35 @@ def _is_temporary(chain: DiskChain) -> bool:
 
 
 def _expect_known(verdict: DiskVerdict, chain: DiskChain) -> bool:
-    """Whether a disk that is none of the store's does not claim to be."""
+    """Check that a disk unknown to the store does not have a disk id of virt-sse."""
     if chain.disk_id is None:
         return True
     verdict.disk = str(chain.disk_id)
-    return verdict.expect(False, "the store does not have it")
+    return verdict.expect(False, "the store does not have the disk")
 
 
 def _refuse_plaintext(verdict: DiskVerdict, subject: _Subject, chain: DiskChain) -> None:
-    """What the guest cannot write to, e.g. a CD, has nothing of the guest."""
-    verdict.expect(chain.read_only or not subject.refuses_plaintext, "it is not virt-sse's, and in plaintext")
+    """Report a foreign disk in plaintext. Read-only disks, e.g. CDs, hold no data of the guest."""
+    verdict.expect(
+        chain.read_only or not subject.refuses_plaintext, "not a disk of virt-sse, and in plaintext"
+    )
 
 
 def _backing_files(path: Path) -> Iterator[Path]:
-    """The files, or sockets, that the image at *path* draws on, as far as they can be read without a key."""
-    seen = {path}
+    """List files and sockets in the backing chain of the image at *path*, if readable without a key."""
+    found = {path}
     pending = [path]
-    while pending and len(seen) < _LONGEST_CHAIN:
+    while pending and len(found) < _LONGEST_CHAIN:
         try:
-            others = img.info(pending.pop(), shared=True).other_files
+            references = img.info(pending.pop(), shared=True).other_files
         except VirtSseError:
             continue
-        for found in (place_of(other).path for other in others):
-            if found and found not in seen:
-                seen.add(found)
-                pending.append(found)
-                yield found
+        for backing in (place_of(reference).path for reference in references):
+            if backing and backing not in found:
+                found.add(backing)
+                pending.append(backing)
+                yield backing
 
 
-def _found(rest: AtRest) -> AtRestFinding:
-    return AtRestFinding(rest.what, rest.where, rest.state.value, rest.reason)
+def _finding(data: HostData) -> AtRestFinding:
+    return AtRestFinding(data.name, data.place, data.state.value, data.reason)

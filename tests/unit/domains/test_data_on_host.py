@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from virt_sse.domains.data_on_host import AtRest, LibvirtFiles, State, memory_snapshot, survey
+from virt_sse.domains.data_on_host import HostData, LibvirtFiles, State, memory_snapshot, survey
 from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.snapshots import SnapshotFiles
@@ -20,28 +20,28 @@ SECRET = SecretName(ID, TPM_SLOT).uuid
 OURS = f"<tpm><backend type='emulator'><encryption secret='{SECRET}'/></backend></tpm>"
 
 
-def look(
+def survey_of(
     root: Path, *, devices: str = "", beside: str = "", system: str = "", memory: str = ""
-) -> dict[str, AtRest]:
+) -> dict[str, HostData]:
     xml = (
         f"<domain><name>web</name><uuid>{ID}</uuid><memory {memory}>1</memory>{beside}"
         f"<os>{system}</os><devices>{devices}</devices></domain>"
     )
-    return {each.what: each for each in survey(DomainDefinition.parse(xml), LibvirtFiles(root))}
+    return {each.name: each for each in survey(DomainDefinition.parse(xml), LibvirtFiles(root))}
 
 
-def states(found: dict[str, AtRest]) -> dict[str, str]:
-    return {what: each.state.value for what, each in found.items() if what != "swap"}
+def states(found: dict[str, HostData]) -> dict[str, str]:
+    return {name: each.state.value for name, each in found.items() if name != "swap"}
 
 
 def test_a_bare_vm_has_nothing_at_rest(tmp_path: Path) -> None:
-    assert set(states(look(tmp_path)).values()) == {"absent"}
+    assert set(states(survey_of(tmp_path)).values()) == {"absent"}
 
 
-def test_disks_are_told_and_not_refused(tmp_path: Path) -> None:
+def test_disks_are_reported_and_not_refused(tmp_path: Path) -> None:
     usage = SecretName(ID, "service").usage
     secret = f"<encryption format='luks'><secret type='passphrase' usage='{usage}'/></encryption>"
-    found = look(
+    found = survey_of(
         tmp_path,
         devices=f"<disk><source file='/a'>{secret}</source><target dev='vda'/></disk>"
         "<disk><source file='/b'><encryption><secret uuid='x'/></encryption></source>"
@@ -55,7 +55,7 @@ def test_disks_are_told_and_not_refused(tmp_path: Path) -> None:
         State.ABSENT,
         State.PLAINTEXT,
     ]
-    assert found["disk vdc"].where == "/d"
+    assert found["disk vdc"].place == "/d"
     assert not any(each.is_refused for each in found.values())
 
 
@@ -84,46 +84,48 @@ def test_tpm_state(
         path = tmp_path / "var/lib/libvirt/swtpm" / str(ID) / "tpm2/tpm2-00.permall"
         path.parent.mkdir(parents=True)
         path.write_bytes(state_file)
-    tpm = look(tmp_path, devices=devices)["tpm"]
+    tpm = survey_of(tmp_path, devices=devices)["tpm"]
     assert (tpm.state, tpm.is_refused) == (expected, refused)
 
 
-def test_what_is_refused_by_configuration(tmp_path: Path) -> None:
+def test_plaintext_by_configuration_is_refused(tmp_path: Path) -> None:
     for beside, what in (
         ("<on_crash>coredump-destroy</on_crash>", "crash-dump"),
         ("<on_crash>coredump-restart</on_crash>", "crash-dump"),
         ("<memoryBacking><source type='file'/></memoryBacking>", "memory"),
     ):
-        found = look(tmp_path, beside=beside)
-        assert [each.what for each in found.values() if each.is_refused] == [what]
-    assert not any(each.is_refused for each in look(tmp_path, beside="<on_crash>destroy</on_crash>").values())
+        found = survey_of(tmp_path, beside=beside)
+        assert [each.name for each in found.values() if each.is_refused] == [what]
+    assert not any(
+        each.is_refused for each in survey_of(tmp_path, beside="<on_crash>destroy</on_crash>").values()
+    )
     nvdimm = "<memory model='nvdimm'><source><path>/x</path></source></memory>"
-    assert look(tmp_path, devices=nvdimm)["memory"].is_refused
-    assert look(tmp_path, memory="dumpCore='on'")["core-dump"].is_refused
+    assert survey_of(tmp_path, devices=nvdimm)["memory"].is_refused
+    assert survey_of(tmp_path, memory="dumpCore='on'")["core-dump"].is_refused
 
     conf = tmp_path / "etc/libvirt/qemu.conf"
     conf.parent.mkdir(parents=True)
     conf.write_text('#dump_guest_core = 0\n  dump_guest_core=1 # x\nmemory_backing_dir = "/srv/memory"\n')
-    assert look(tmp_path)["core-dump"].is_refused
-    assert not look(tmp_path, memory="dumpCore='off'")["core-dump"].is_refused
-    found = look(tmp_path, beside="<memoryBacking><source type='file'/></memoryBacking>")
-    assert found["memory"].where == "/srv/memory"
+    assert survey_of(tmp_path)["core-dump"].is_refused
+    assert not survey_of(tmp_path, memory="dumpCore='off'")["core-dump"].is_refused
+    found = survey_of(tmp_path, beside="<memoryBacking><source type='file'/></memoryBacking>")
+    assert found["memory"].place == "/srv/memory"
 
     saved = LibvirtFiles(tmp_path).managed_save("web")
     saved.parent.mkdir(parents=True)
     saved.touch()
-    assert look(tmp_path)["managed-save"].is_refused
+    assert survey_of(tmp_path)["managed-save"].is_refused
 
 
-def test_what_is_told_and_not_refused(tmp_path: Path) -> None:
-    found = look(
+def test_plaintext_by_host_or_firmware_is_reported_and_not_refused(tmp_path: Path) -> None:
+    found = survey_of(
         tmp_path,
         system="<loader type='pflash'>/ovmf</loader><nvram>/vars.fd</nvram>",
         devices="<serial type='file'><source path='/log'/></serial><console type='file'><source path='/log'/>"
         "</console><filesystem><source dir='/srv'/></filesystem>",
     )
     told = {
-        what: each.where for what, each in found.items() if each.state is State.PLAINTEXT and what != "swap"
+        name: each.place for name, each in found.items() if each.state is State.PLAINTEXT and name != "swap"
     }
     assert told == {"nvram": "/vars.fd", "console": "/log", "filesystem": "/srv"}
     assert not any(each.is_refused for each in found.values())
@@ -151,16 +153,16 @@ def test_swap(tmp_path: Path) -> None:
     )
     assert plain_swaps(swaps, devices) == ["/dev/dm-1", "/dev/zram1", "/dev/sda2", "/swap file"]
     assert plain_swaps(tmp_path / "no swaps", devices) == []
-    locked = look(tmp_path, beside="<memoryBacking><locked/></memoryBacking>")["swap"]
+    locked = survey_of(tmp_path, beside="<memoryBacking><locked/></memoryBacking>")["swap"]
     assert locked.state is State.ABSENT
 
 
 def test_a_snapshot_with_memory() -> None:
-    def found_in(memory: str) -> AtRest | None:
+    def found_in(memory: str) -> HostData | None:
         return memory_snapshot(SnapshotFiles.parse(f"<domainsnapshot>{memory}</domainsnapshot>"))
 
     found = found_in("<memory snapshot='external' file='/m'/>")
     assert found
-    assert (found.where, found.state, found.is_refused) == ("/m", State.PLAINTEXT, False)
+    assert (found.place, found.state, found.is_refused) == ("/m", State.PLAINTEXT, False)
     assert found_in("<memory snapshot='internal'/>") is None
     assert found_in("<memory snapshot='no'/>") is None

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from virt_sse.domains import tpm_envelope
-from virt_sse.domains.host_encryption import agreed
+from virt_sse.domains.host_encryption import agreed_properties
 from virt_sse.errors import EnvelopeError, InvalidValueError, PolicyError, StoreError
 from virt_sse.libvirt.disk_element import Behind, DiskSource, disk_element
 from virt_sse.libvirt.domain_definition import DomainDefinition
@@ -229,10 +229,10 @@ def test_a_tpm_in_a_definition() -> None:
 
 def test_definition_and_store_must_agree() -> None:
     known, nobody = Vm(ID, "web", uuid.uuid4(), ALL), None
-    assert agreed("web", known, Stated(ALL, 9)) == ALL
-    assert agreed("web", nobody, Stated(ALL, 9)) == ALL
-    assert agreed("web", nobody, None) == VmProperties()
-    assert agreed("web", Vm(ID, "web", known.host), None) == VmProperties()
+    assert agreed_properties("web", known, Stated(ALL, 9)) == ALL
+    assert agreed_properties("web", nobody, Stated(ALL, 9)) == ALL
+    assert agreed_properties("web", nobody, None) == VmProperties()
+    assert agreed_properties("web", Vm(ID, "web", known.host), None) == VmProperties()
     for said, field in (
         (None, "encryption-at-host is off, the store says on"),
         (Stated(dataclasses.replace(ALL, size=None), 1), "size is none, the store says Standard_D2s_v3"),
@@ -242,7 +242,7 @@ def test_definition_and_store_must_agree() -> None:
         ),
     ):
         with pytest.raises(PolicyError, match=field):
-            agreed("web", known, said)
+            agreed_properties("web", known, said)
 
 
 def test_a_tpm_carries_its_wrapped_dek(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_a_tpm_carries_its_wrapped_dek(tmp_path: Path) -> None:
     assert tpm_envelope.read(folder, ID) == wrapped("2")
     (file,) = folder.iterdir()
     assert file.stat().st_mode & 0o777 == 0o600
-    with pytest.raises(EnvelopeError, match="not that of the TPM"):
+    with pytest.raises(EnvelopeError, match="does not belong to the TPM"):
         tpm_envelope.read(folder, uuid.uuid4())
     file.write_bytes(b"nonsense")
     with pytest.raises(EnvelopeError):
