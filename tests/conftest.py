@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import CommandLine, no_libvirt
+from support.command_line import CommandLine, no_libvirt
 from virt_sse.backend import Backend
 
 

@@ -48,7 +48,7 @@ class Bench:
 
 @contextmanager
 def _customer_managed(directory: Path, fixture: Fixture) -> Iterator[Bench]:
-    from customer_keys import CustomerKeys
+    from support.customer_keys import CustomerKeys
 
     with CustomerKeys(fixture("lab_vault"), directory) as keys:
         identity = keys.new_identity(*USE, Permission.GET, Permission.ROTATE)

@@ -4,9 +4,9 @@ import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
-from agent_site import CONFIG, CustomerSite, customer_site
-from lab_operator import Operator
 
+from support.agent_site import CONFIG, CustomerSite, customer_site
+from support.lab_operator import Operator
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.host import LabHost
 from virt_sse.lab.vaults import LabVault

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from agent_site import CONFIG, Site, prepared, wait_until
 
-from command_line import PROGRAM
+from support.agent_site import CONFIG, Site, prepared
+from support.command_line import PROGRAM
+from support.waiting import wait_until
 from virt_sse.agent_client import ask
 from virt_sse.errors import AgentUnavailableError
 from virt_sse.lab.acceleration import Acceleration
@@ -177,7 +178,7 @@ def test_another_user_is_not_let_in(site: Site) -> None:
     finally:
         path.chmod(0o600)
         path.parent.chmod(0o700)
-    wait_until(lambda: site.events("client-refused", user=65534))
+    site.wait_for_event("client-refused", user=65534)
 
 
 def test_libvirtd_restarts(site: Site) -> None:
@@ -194,19 +195,19 @@ def test_libvirtd_restarts(site: Site) -> None:
     hook.write_text("#!/bin/sh\nexit 0\n")
     try:
         site.host.restart_libvirtd()
-        wait_until(lambda: site.secrets() == before)
-        wait_until(lambda: site.events("secrets-restored", domain=guest.name))
+        wait_until(lambda: site.secrets() == before, "libvirt has the same secrets as before")
+        site.wait_for_event("secrets-restored", domain=guest.name)
         for each in (guest, other):
             logs = [f"qemu/{each.name}.log", "libvirtd.log"]
             assert each.is_active(), [
                 (site.host.root / f"var/log/libvirt/{log}").read_text()[-2000:] for log in logs
             ]
         other.destroy()
-        wait_until(lambda: len(site.secrets()) == 1)
+        wait_until(lambda: len(site.secrets()) == 1, "libvirt has one secret of ours")
     finally:
         hook.write_text(script)
     site.wait_until_watched(guest)
-    wait_until(lambda: site.events("secret-dropped", usage=f"virt-sse:{disk.id}:service"))
+    site.wait_for_event("secret-dropped", usage=f"virt-sse:{disk.id}:service")
 
 
 def test_secrets_of_nobody_are_dropped(site: Site) -> None:
@@ -216,7 +217,7 @@ def test_secrets_of_nobody_are_dropped(site: Site) -> None:
     finally:
         connection.close()
     assert len(site.secrets()) == 1
-    wait_until(lambda: site.secrets() == [])
+    wait_until(lambda: site.secrets() == [], "libvirt has no secret of ours")
 
 
 def test_what_is_no_event_is_refused(site: Site) -> None:
@@ -275,7 +276,7 @@ def test_systemd_starts_it_when_somebody_asks(site: Site) -> None:
         stderr=subprocess.DEVNULL,
     ) as process:
         try:
-            wait_until(path.exists)
+            wait_until(path.exists, "systemd listens at the agent's socket")
             guest, _ = site.guest()
             guest.start()
             assert json.loads(ask(path, "GET", "/status", timeout=10))["pid"] == process.pid

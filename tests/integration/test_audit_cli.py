@@ -13,8 +13,8 @@ from uuid import UUID
 
 import pytest
 
-import images
-from command_line import PROGRAM, CommandLine
+from support import images
+from support.command_line import PROGRAM, CommandLine
 from virt_sse.audit.log import AuditLog
 from virt_sse.audit.record import AuditRecord, Component, Result
 from virt_sse.backend import Backend

@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from customer_keys import RIGHTS, CustomerKeys
+from support.customer_keys import RIGHTS, CustomerKeys
 from virt_sse.errors import KeyDeniedError, KeyProviderUnavailableError
 from virt_sse.lab.vaults import LabVault
 from virt_sse.model.keys import Dek, DekContext, KeyId, KeyState, WrappedDek

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCH = Path(__file__).parents[1] / "bench"
+from support.folders import TESTS
+
+BENCH = TESTS / "bench"
 
 
 def test_bench_writes_rows_of_ours_against_a_peer(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-import images
-from command_line import PROGRAM, CommandLine
+from support import images
+from support.command_line import PROGRAM, CommandLine
 
 M = 1 << 20
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import images
-from command_line import PROGRAM
-from crashes import crash_points, dies_at
-from images import KeyedImage
+from support import images
+from support.command_line import PROGRAM
+from support.faults import crash_points, dies_at
+from support.images import KeyedImage
 from virt_sse.backend import Backend
 from virt_sse.disks import lifecycle, transfer
 from virt_sse.keys import rewrap

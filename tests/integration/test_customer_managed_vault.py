@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -16,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from customer_keys import RIGHTS, CustomerKeys
+from support.customer_keys import RIGHTS, CustomerKeys
+from support.forking import fork
 from virt_sse.errors import (
     KeyDeniedError,
     KeyDisabledError,
@@ -57,6 +57,10 @@ class Disk:
 
     def opens(self) -> bool:
         return self.provider.unwrap(self.wrapped, context=CONTEXT) == self.dek
+
+    def assert_opens(self, *, times: int) -> None:
+        for _ in range(times):
+            assert self.opens()
 
     def assert_refused(self, state: KeyState, error: type[KeyProviderError], message: str) -> None:
         """At once, in every way, and again."""
@@ -230,15 +234,9 @@ def test_a_fork_uses_connections_of_its_own(disk: Disk) -> None:
     children = []
     for _ in range(3):
         assert disk.opens()
-        child = os.fork()
-        if not child:
-            with contextlib.suppress(BaseException):
-                if all(disk.opens() for _ in range(10)):
-                    os._exit(0)
-            os._exit(1)
-        children.append(child)
+        children.append(fork(lambda _report: disk.assert_opens(times=10)))
     assert all(disk.opens() for _ in range(20))
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    assert [child.wait() for child in children] == [0, 0, 0]
     disk.assert_usable()
 
 

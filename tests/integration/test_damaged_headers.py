@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-import images
+from support import images
 from virt_sse.backend import Backend
 from virt_sse.errors import ImageError
 from virt_sse.model.disk_format import DiskFormat

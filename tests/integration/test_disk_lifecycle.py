@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import images
-from command_line import CommandLine
-from images import FORMATS, KeyedImage
+from support import images
+from support.command_line import CommandLine
+from support.images import FORMATS, KeyedImage
 from virt_sse.backend import Backend
 from virt_sse.errors import DiskExistsError, DiskInUseError, DiskNotFoundError, ImageError, InvalidValueError
 from virt_sse.model.disk_format import DiskFormat

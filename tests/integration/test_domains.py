@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lab_operator import Operator
 
+from support.lab_operator import Operator
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.recipes import BOOT_SECTOR_TEXT, LinuxMicro

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from agent_site import wait_until
-from stage_site import STORAGE_USER, StageSite, eventually, owner, stage_site
 
-from images import FORMATS, contains
+from support.images import FORMATS, contains
+from support.stage_site import STORAGE_USER, StageSite, owner, stage_site
+from support.waiting import wait_until
 from virt_sse.errors import DiskNotFoundError, ImageFormatError, StageError
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
@@ -148,7 +148,7 @@ def test_discard_and_zeroes(site: StageSite, image_format: str) -> None:
     site.qemu_io(guest, "discard 0 4M")
     assert "wrote 4194304" in site.qemu_io(guest, "write -z -u 4M 4M")
     if image_format == "qcow2":
-        assert eventually(lambda: allocated() <= full - 8 * M + M // 2, seconds=5)
+        wait_until(lambda: allocated() <= full - 8 * M + M // 2, "the image has given space back", seconds=5)
         assert "failed" not in site.qemu_io(guest, "read -P 0 0 8M")
     else:
         assert allocated() == full
@@ -281,7 +281,9 @@ def test_hot_plug_and_unplug_discard_and_growth_in_a_linux(
     site.virt_sse("disk", "resize", disk.name, "24M")
     guest.wait_for("grown")
     guest.wait_for("written")
-    assert eventually(lambda: disk.path.stat().st_blocks * 512 < before - 7 * M, seconds=5)
+    wait_until(
+        lambda: disk.path.stat().st_blocks * 512 < before - 7 * M, "the image has given space back", seconds=5
+    )
     site.virt_sse("disk", "detach", disk.name, guest.name)
     assert site.left() == {}
     assert owner(disk) == 0
@@ -293,6 +295,6 @@ def test_hot_plug_and_unplug_discard_and_growth_in_a_linux(
     guest.wait_for("end")
     assert len(site.stage_processes()) == 1
     with LabAgent(site.host):
-        wait_until(lambda: not site.left())
+        wait_until(lambda: not site.left(), "nothing is left of guests and stages")
     assert owner(disk) == 0
     site.backend.check_disk(disk.name)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from customer_keys import RIGHTS, CustomerKeys
-from images import FORMATS, contains, require
+from support.customer_keys import RIGHTS, CustomerKeys
+from support.images import FORMATS, contains, require
 from virt_sse.backend import Backend
 from virt_sse.errors import (
     EncryptionSetNotFoundError,

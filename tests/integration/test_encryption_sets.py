@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from customer_keys import CustomerKeys
+from support.customer_keys import CustomerKeys
 from virt_sse.backend import Backend
 from virt_sse.errors import (
     ConfigError,

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from lab_operator import Operator
 
-import images
-from command_line import CommandLine
-from customer_keys import RIGHTS, CustomerKeys
-from guest_disks import GuestDisk, K, M, bitlocker, gpt, luks_format
+from support import images
+from support.command_line import CommandLine
+from support.customer_keys import RIGHTS, CustomerKeys
+from support.guest_disks import GuestDisk, K, M, bitlocker, gpt, luks_format
+from support.lab_operator import Operator
 from virt_sse.backend import Backend
 from virt_sse.config import Config
 from virt_sse.domains.settings import VmChanges

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-import images
-from images import FORMATS, KeyedImage
+from support import images
+from support.images import FORMATS, KeyedImage
 from virt_sse.backend import Backend
 from virt_sse.errors import ToolError
 from virt_sse.model.ciphers import Cipher

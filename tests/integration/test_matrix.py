@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from agent_site import prepared, wait_until
-from stage_site import CONFIG, StageSite
 
-from customer_keys import RIGHTS, CustomerKeys
-from images import contains, require
+from support.agent_site import prepared
+from support.customer_keys import RIGHTS, CustomerKeys
+from support.images import contains, require
+from support.stage_site import CONFIG, StageSite
+from support.waiting import wait_until
 from virt_sse.config import Config
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
@@ -166,7 +167,7 @@ def _run(site: MatrixSite, case: Case) -> None:
     assert len(others) == case.at_host  # the temporary disk
     _check_layers(found, case, disk)
     guest.destroy()
-    wait_until(lambda: site.backend.stages.record(disk.id) is None)
+    wait_until(lambda: site.backend.stages.record(disk.id) is None, "the stages' record is gone")
     assert disk.path.stat().st_uid == 0
     assert not contains([disk.path], BOOT_SECTOR_TEXT)
     site.backend.check_disk(disk.name)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import images
-from command_line import PROGRAM, no_libvirt
+from support import images
+from support.command_line import PROGRAM, no_libvirt
 from virt_sse.backend import Backend
 from virt_sse.errors import VirtSseError
 from virt_sse.model.disk_format import DiskFormat

@@ -14,8 +14,8 @@ from typing import Any
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from vault_tools import OAEP, Raw, new_name
 
+from support.vault_tools import OAEP, Raw, new_name
 from virt_sse.lab.vaults import LabVault
 from virt_sse.vault_client.administration import VaultClient
 from virt_sse.vault_client.credential import VaultCredential

@@ -17,7 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from command_line import PROGRAM, CommandLine
+from support.command_line import PROGRAM, CommandLine
 from virt_sse.lab.tokens import LabToken
 from virt_sse.lab.vaults import LabVault
 

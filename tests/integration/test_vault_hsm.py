@@ -13,7 +13,6 @@ from http.client import HTTPException
 from pathlib import Path
 
 import pytest
-from agent_site import CONFIG, CustomerSite, customer_site, wait_until
 from azure.core.exceptions import HttpResponseError, ResourceExistsError, ResourceNotFoundError
 from azure.keyvault.keys import (
     JsonWebKey,
@@ -25,10 +24,12 @@ from azure.keyvault.keys import (
 from azure.keyvault.keys.crypto import CryptographyClient, EncryptionAlgorithm, KeyWrapAlgorithm
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from vault_tools import Raw, key_client, new_name, sdk_options
 
-import images
-from customer_keys import RIGHTS, CustomerKeys
+from support import images
+from support.agent_site import CONFIG, CustomerSite, customer_site
+from support.customer_keys import RIGHTS, CustomerKeys
+from support.vault_tools import Raw, key_client, new_name, sdk_options
+from support.waiting import wait_until
 from virt_sse.errors import KeyDisabledError, KeyNotFoundError, KeyProviderUnavailableError
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.host import LabHost
@@ -268,10 +269,12 @@ def kill_once_a_key_is_in_the_token(
 
     before, maker = ids(token), threading.Thread(target=create)
     maker.start()
-    wait_until(lambda: database.execute("SELECT * FROM leftovers").fetchall())
+    wait_until(
+        lambda: database.execute("SELECT * FROM leftovers").fetchall(), "the vault has recorded a leftover"
+    )
     database.execute("BEGIN IMMEDIATE")
     try:
-        wait_until(lambda: ids(token) != before)
+        wait_until(lambda: ids(token) != before, "the leftover key is gone from the HSM token")
         vault.kill()
     finally:
         database.execute("ROLLBACK")
@@ -307,7 +310,7 @@ def test_a_guest_boots_from_a_disk_under_such_a_key_and_ends_when_it_is_disabled
     guest.start()
     site.wait_until_watched(guest)
     site.disable(disk)
-    assert wait_until(lambda: not guest.is_active()) < 5
+    assert wait_until(lambda: not guest.is_active(), "the guest has ended") < 5
     assert "KeyDisabled" in site.refusal(guest)
     site.enable(disk)
     guest.start()
@@ -326,7 +329,7 @@ def test_a_key_destroyed_in_the_token_ends_its_guest_and_a_token_away_ends_none(
     hidden = tokens.with_name("hidden")
     tokens.rename(hidden)
     try:
-        wait_until(lambda: site.events("key-state", state="unreachable"))
+        site.wait_for_event("key-state", state="unreachable")
         time.sleep(1.5)
         assert guest.is_active()
         assert other.is_active()
@@ -338,6 +341,6 @@ def test_a_key_destroyed_in_the_token_ends_its_guest_and_a_token_away_ends_none(
     with closing(token.open()) as administrator:
         (inside,) = in_token(token, taken.key.name.rsplit("/", 1)[1])
         administrator.destroy(inside)
-    assert wait_until(lambda: not guest.is_active()) < 8  # it takes a probe
+    assert wait_until(lambda: not guest.is_active(), "the guest has ended") < 8  # it takes a probe
     assert "KeyNotFound" in site.refusal(guest)
     assert other.is_active()

@@ -10,8 +10,8 @@ from uuid import UUID, uuid4
 
 import pytest
 from azure.core.exceptions import ClientAuthenticationError, HttpResponseError
-from vault_tools import OAEP, Raw, key_client, new_name
 
+from support.vault_tools import OAEP, Raw, key_client, new_name
 from virt_sse.audit.log import AuditLog
 from virt_sse.audit.record import AuditRecord
 from virt_sse.errors import (

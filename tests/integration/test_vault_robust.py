@@ -18,8 +18,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from vault_tools import OAEP, Raw, new_name
 
+from support.vault_tools import OAEP, Raw, new_name
+from support.waiting import is_gone, wait_until
 from virt_sse.audit.log import AuditLog
 from virt_sse.errors import KeyProviderUnavailableError, LabError, VaultError
 from virt_sse.lab.vaults import LabVault
@@ -206,10 +207,9 @@ def test_keys_are_rotated_by_their_policy() -> None:
                 "lifetimeActions": [{"trigger": {"timeAfterCreate": "PT1S"}, "action": {"type": "Rotate"}}]
             }
             assert raw("PUT", f"{key}/rotationpolicy", policy).status == 200
-            deadline = time.monotonic() + 15
-            while len(raw("GET", f"{key}/versions").body["value"]) < 3:
-                assert time.monotonic() < deadline, "the key was not rotated twice"
-                time.sleep(0.1)
+            wait_until(
+                lambda: len(raw("GET", f"{key}/versions").body["value"]) >= 3, "the key is rotated twice"
+            )
         log = AuditLog(vault.directory / "audit.jsonl")
         rotations = [entry.record for entry in log.records() if entry.record.action == "rotate"]
         assert {record.actor for record in rotations} == {"vault"}
@@ -243,10 +243,7 @@ def test_a_vault_ends_with_its_owner() -> None:
         pid = int(owner.stdout.readline())
         owner.send_signal(signal.SIGKILL)
         owner.wait(10)
-        deadline = time.monotonic() + 10
-        while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
-            assert time.monotonic() < deadline, "the vault goes on without its owner"
-            time.sleep(0.05)
+        wait_until(lambda: is_gone(pid), "the vault has ended with its owner", seconds=10)
 
 
 def test_a_lab_vault_that_cannot_start_says_why() -> None:

@@ -27,8 +27,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import NameOID
-from vault_tools import OAEP, key_client, new_name, sdk_options
 
+from support.vault_tools import OAEP, key_client, new_name, sdk_options
 from virt_sse.lab.vaults import LabVault
 from virt_sse.vault_client.administration import VaultClient
 from virt_sse.vault_client.credential import AsyncVaultCredential, VaultCredential

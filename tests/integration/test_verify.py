@@ -20,13 +20,14 @@ from typing import Any
 
 import libvirt
 import pytest
-from agent_site import wait_until
-from stage_site import STORAGE_USER, StageSite, stage_site
 
 import virt_sse.agent.fold
 import virt_sse.agent.fold_record
 import virt_sse.agent.wiping
-from crashes import crash_points, dies_at
+from support.agent_site import wait_for_event
+from support.faults import crash_points, dies_at
+from support.stage_site import STORAGE_USER, StageSite, stage_site
+from support.waiting import wait_until
 from virt_sse.agent.fold import Fold
 from virt_sse.agent.fold_record import FoldRecord
 from virt_sse.lab.acceleration import Acceleration
@@ -207,9 +208,9 @@ def test_the_target_of_a_backup_is_found(site: StageSite) -> None:
     with backup(site, guest, f"<target file='{target}'/>"):
         assert verify(site, guest, status=1)["problems"] == [f"vda: backup {target} is not encrypted"]
         with agent(site, "warn") as running:
-            wait_until(lambda: running.events("plaintext-link", kind="backup", place=str(target)))
+            wait_for_event(running, "plaintext-link", kind="backup", place=str(target))
             os.kill(cache.pid, signal.SIGCONT)
-            wait_until(lambda: running.events("plaintext-link-gone", kind="backup", place=str(target)))
+            wait_for_event(running, "plaintext-link-gone", kind="backup", place=str(target))
     assert verify(site, guest)["problems"] == []
 
 
@@ -265,7 +266,7 @@ def test_a_copy_that_took_the_place_of_a_disk_is_found(site: StageSite) -> None:
     assert f"vda: the guest's device is on {copy}, which is not encrypted" in problems
     with agent(site, "warn") as running:
         kind = {"kind": "image in its place", "place": str(copy)}
-        wait_until(lambda: running.events("plaintext-link", domain=guest.name, **kind))
+        wait_for_event(running, "plaintext-link", domain=guest.name, **kind)
     site.virsh("destroy", guest.name)
     assert (
         f"vda: its definition has {copy}, which is not encrypted by us"
@@ -291,7 +292,7 @@ def test_the_agent_tells_of_a_link_once_and_pauses_the_guest_while_it_is_there(s
     site.virsh("start", guest.name)
     with agent(site, "warn") as running:
         site.virsh("snapshot-create-as", guest.name, "--disk-only", "--diskspec", f"vda,file={overlay}")
-        waited = wait_until(lambda: running.events("plaintext-link", domain=guest.name))
+        waited = wait_for_event(running, "plaintext-link", domain=guest.name)
         assert waited < 3
         time.sleep(1)
         (event,) = running.events("plaintext-link", domain=guest.name)
@@ -302,13 +303,13 @@ def test_the_agent_tells_of_a_link_once_and_pauses_the_guest_while_it_is_there(s
         assert guest.is_active()
         assert site.state(guest)[0] == libvirt.VIR_DOMAIN_RUNNING
     with agent(site, "pause") as running:
-        wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_PAUSED)
+        wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_PAUSED, "the guest is paused")
         site.virsh("blockcommit", guest.name, "vda", "--active", "--pivot")
-        wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_RUNNING)
+        wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_RUNNING, "the guest runs")
         with backup(site, guest, f"<scratch file='{overlay}.scratch'/>"):
-            wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_PAUSED)
+            wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_PAUSED, "the guest is paused")
             assert running.events("plaintext-link", domain=guest.name, kind="backup")
-        wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_RUNNING)
+        wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_RUNNING, "the guest runs")
 
 
 def snapshot(site: StageSite, guest: Guest, name: str) -> Path:
@@ -335,10 +336,13 @@ def test_the_agent_folds_overlays_back_and_wipes_them(site: StageSite) -> None:
     kept.hardlink_to(second)
     assert bytes([3]) * 4096 in kept.read_bytes()
     with agent(site, "fold") as running:
-        wait_until(lambda: running.events("folded", domain=guest.name))
+        wait_for_event(running, "folded", domain=guest.name)
         folds = 'virt_sse_agent_domain_actions_total{action="fold"}'
-        wait_until(lambda: running.metrics().get(folds) == 1)
-        wait_until(lambda: running.metrics()["virt_sse_agent_plaintext_links"] == 0)
+        wait_until(lambda: running.metrics().get(folds) == 1, "the metrics count one commit")
+        wait_until(
+            lambda: running.metrics()["virt_sse_agent_plaintext_links"] == 0,
+            "the metrics count no plaintext link",
+        )
     assert not first.exists()
     assert not second.exists()
     assert bytes([3]) * 4096 not in kept.read_bytes(), "its content was overwritten"
@@ -397,7 +401,7 @@ def test_what_may_not_have_been_folded_is_not_wiped(site: StageSite) -> None:
     record.write(folder)
     guest.define()  # without the overlay
     with agent(site, "fold") as running:
-        wait_until(lambda: running.events("fold-unclear"))
+        wait_for_event(running, "fold-unclear")
         site.start_paused(guest)
         time.sleep(1)
         assert overlay.exists()
@@ -405,4 +409,4 @@ def test_what_may_not_have_been_folded_is_not_wiped(site: StageSite) -> None:
         site.virsh("destroy", guest.name)
         running.stop()
         running.start()
-        wait_until(lambda: not FoldRecord.read_all(folder))
+        wait_until(lambda: not FoldRecord.read_all(folder), "no record of a commit is left")

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from lab_operator import Operator
 
 import virt_sse.domains.settings
 import virt_sse.store.vms
-from crashes import crash_points, dies_at
+from support.faults import crash_points, dies_at
+from support.lab_operator import Operator
 from virt_sse.backend import Backend
 from virt_sse.config import Config
 from virt_sse.domains.host_encryption import release

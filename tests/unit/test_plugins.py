@@ -12,6 +12,7 @@ from uuid import UUID, uuid4
 import pytest
 import typer
 
+from support.folders import REPOSITORY
 from virt_sse import hookspecs
 from virt_sse.config import Config
 from virt_sse.errors import ConfigError, KeyringError, PluginError, PolicyError
@@ -22,7 +23,6 @@ from virt_sse.model.layers import EncryptionType
 from virt_sse.model.operations import CreateDisk
 from virt_sse.plugins import ENTRY_POINT_GROUP, PluginHost
 
-REPOSITORY = Path(__file__).parents[2]
 HOOKS = sorted(name for name in vars(hookspecs) if name.startswith("virt_sse_"))
 
 KEY_PROVIDER = """

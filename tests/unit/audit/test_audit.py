@@ -10,8 +10,8 @@ from pathlib import Path
 from uuid import UUID, uuid4
 
 import pytest
-from audit_logs import MOMENT, fill, is_whole, make, open_log, read
 
+from support.audit_logs import MOMENT, fill, is_whole, make, open_log, read
 from virt_sse.audit.log import AuditLog
 from virt_sse.audit.record import GENESIS, AuditRecord, Component, Position, Result, process_actor
 

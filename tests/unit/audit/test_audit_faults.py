@@ -12,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from audit_logs import fill, is_whole, make, open_log, read
-from faults import killed_at_line, no_file_beyond
 
 import virt_sse.audit.log
 import virt_sse.audit.record
 import virt_sse.system.files
+from support.audit_logs import fill, is_whole, make, open_log, read
+from support.faults import dies_at, no_file_beyond
 from virt_sse.audit.log import AuditLog
 from virt_sse.audit.record import GENESIS, TORN_RECORD, seal
 from virt_sse.errors import AuditError
@@ -52,7 +52,7 @@ def test_a_kill_anywhere_in_an_append_leaves_the_log_whole(
         for name in ("log", "state"):
             shutil.rmtree(tmp_path / name)
             shutil.copytree(tmp_path / "before" / name, tmp_path / name)
-        killed = killed_at_line(line, WRITERS, lambda: open_log(tmp_path).append(make(100)))
+        killed = dies_at(line, WRITERS, lambda: open_log(tmp_path).append(make(100)))
         there = len(read(log)) - before
         outcomes.add((killed, there))
         assert is_whole(log)
@@ -107,7 +107,7 @@ def test_a_kill_anywhere_in_a_recovery_loses_no_evidence(log: AuditLog, tmp_path
         line += 1
         shutil.rmtree(tmp_path / "log")
         shutil.copytree(tmp_path / "before", tmp_path / "log")
-        killed = killed_at_line(line, WRITERS, lambda: open_log(tmp_path).append(make(100)))
+        killed = dies_at(line, WRITERS, lambda: open_log(tmp_path).append(make(100)))
         log.append(make(200))
         assert is_whole(log)
         assert [

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from audit_logs import broken, fill, is_whole, make, open_log, read
 
+from support.audit_logs import broken, fill, is_whole, make, open_log, read
 from virt_sse.audit.log import AuditLog
 from virt_sse.audit.record import GENESIS, LOST_HEAD, Position, record_mac, seal
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from support.waiting import wait_until
 from virt_sse.backend import Backend
 from virt_sse.config import Config
 from virt_sse.domains import temp_disks
@@ -78,9 +79,7 @@ def test_one_that_qemu_has_open_stays(backend: Backend, config: Config) -> None:
         "sleep 1000",
     ]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as reader:
-        deadline = time.monotonic() + 10
-        while not _is_open(path) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_until(lambda: _is_open(path), "the reader has opened the image", seconds=10)
         with pytest.raises(DiskInUseError):
             temp_disks.erase(config, ID)
         temp_disks.erase_unused(config, [], before=time.time())

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import images
-from command_line import CommandLine, no_libvirt
+from support import images
+from support.command_line import CommandLine, no_libvirt
 from virt_sse.config import Config
 from virt_sse.host import capabilities
 from virt_sse.host.setup import APPARMOR_ABSTRACTION, APPARMOR_LOCAL, apparmor_rule

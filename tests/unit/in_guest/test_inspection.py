@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import guest_disks
-from guest_disks import LUKS1, LUKS2, LVM, GuestDisk, K, M, gpt, gpt_header, mbr
+from support import guest_disks
+from support.guest_disks import LUKS1, LUKS2, LVM, GuestDisk, K, M, gpt, gpt_header, mbr
 from virt_sse.errors import ImageFormatError, KeyDeniedError, PolicyError
 from virt_sse.in_guest.containers import volumes
 from virt_sse.in_guest.inspection import _MOST_READS, inspect

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from guest_disks import GuestDisk, M, gpt, gpt_header, mbr
-from images import require
+from support.guest_disks import GuestDisk, M, gpt, gpt_header, mbr
+from support.images import require
 from virt_sse.errors import ImageFormatError
 from virt_sse.in_guest.partitions import MOST, Partition, partitions
 

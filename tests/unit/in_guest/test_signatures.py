@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-import guest_disks
-from guest_disks import GuestDisk, K, M, luks_format
-from images import require
+from support import guest_disks
+from support.guest_disks import GuestDisk, K, M, luks_format
+from support.images import require
 from virt_sse.in_guest.signatures import _crc32c, kinds
 from virt_sse.model.content import EncryptionKind
 

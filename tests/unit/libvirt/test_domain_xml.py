@@ -7,11 +7,11 @@ from uuid import UUID
 
 import pytest
 
+from support.folders import GOLDEN
 from virt_sse.errors import InvalidValueError
 from virt_sse.libvirt.domain_xml import Behind, DiskSource, DomainDisk, disk_element, free_target, our_disks
 from virt_sse.libvirt.references import usage
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 DISK = UUID("6e2a0c0e-8d1f-4c58-9c63-0a1c62d7a9b1")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import no_libvirt
+from support.command_line import no_libvirt
 from virt_sse.libvirt import hook_script
 from virt_sse.libvirt.references import VM_NAMESPACE, usage
 

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pytest
 
-import inside_token
-from inside_token import home_of, inside
+from support import inside_token
+from support.forking import Report, fork, run_forked
+from support.inside_token import home_of, inside
+from support.waiting import is_gone, wait_until
 from virt_sse.errors import ConfigError, KeyNotFoundError, KeyProviderUnavailableError
 from virt_sse.lab.tokens import LabHsm, LabToken
 from virt_sse.pkcs11.module import find_module
@@ -59,32 +61,6 @@ def guard_is_held(token: LabToken) -> bool:
     return False
 
 
-def is_gone(pid: int) -> bool:
-    """A zombie is."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text("ascii").rsplit(") ", 1)[1][0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-
-
-def until(what: Callable[[], bool]) -> None:
-    began = time.monotonic()
-    while not what():
-        assert time.monotonic() - began < 20, "it does not come to pass"
-        time.sleep(0.02)
-
-
-def in_another_process(work: object) -> int:
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            status = 0 if work() else 2  # type: ignore[operator]
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 @pytest.mark.parametrize(
     "what", [inside_token.close_sessions, inside_token.log_out, inside_token.restart, inside_token.finalise]
 )
@@ -101,7 +77,7 @@ def test_its_process_is_killed(token: Token, key: TokenKey) -> None:
     before = token.pid
     assert before is not None
     os.kill(before, signal.SIGKILL)
-    until(lambda: is_gone(before))
+    wait_until(lambda: is_gone(before), "the module's process has ended")
     assert works(token, key)
     assert token.pid != before
 
@@ -149,7 +125,7 @@ def test_a_login_that_hangs_is_no_wrong_pin(
     inside(token, inside_token.hang_at_login)
     with ThreadPoolExecutor(1) as pool:
         hanging = pool.submit(works, token, key)
-        until(lambda: guard_is_held(lab_token))
+        wait_until(lambda: guard_is_held(lab_token), "the login is under way")
         assert token.pid is not None
         os.kill(token.pid, ended_by)
         with pytest.raises(KeyProviderUnavailableError):
@@ -161,27 +137,18 @@ def test_a_login_that_hangs_is_no_wrong_pin(
 
 def test_it_ends_with_its_user_even_as_it_hangs(lab_token: LabToken, monkeypatch: pytest.MonkeyPatch) -> None:
     inside_token.allow(monkeypatch)
-    told, tell = os.pipe()
 
-    def child() -> None:
+    def use(report: Report) -> None:
         token = lab_token.open()
         token._seconds = 1
-        os.write(tell, str(token.pid).encode())
+        report(token.pid)
         inside(token, inside_token.hang)
 
-    user = os.fork()
-    if not user:
-        try:
-            child()
-        finally:
-            os._exit(1)
-    worker = int(os.read(told, 16))
-    os.close(told)
-    os.close(tell)
+    user = fork(use)
+    worker = int(user.line())
     time.sleep(0.2)
-    os.kill(user, signal.SIGKILL)
-    os.waitpid(user, 0)
-    until(lambda: is_gone(worker))
+    user.kill()
+    wait_until(lambda: is_gone(worker), "the module's process has ended")
 
 
 def test_its_memory_is_its_own(token: Token) -> None:
@@ -200,10 +167,15 @@ def test_closed_it_opens_again(token: Token, key: TokenKey) -> None:
 def test_a_fork(token: Token, key: TokenKey) -> None:
     """Child and grandchild work on, and the parent too."""
 
-    def child() -> bool:
-        return works(token, key) and in_another_process(lambda: works(token, key)) == 0 and works(token, key)
+    def child() -> None:
+        assert works(token, key)
+        assert run_forked(work) == 0
+        assert works(token, key)
 
-    assert in_another_process(child) == 0
+    def work() -> None:
+        assert works(token, key)
+
+    assert run_forked(child) == 0
     assert works(token, key)
 
 
@@ -216,9 +188,12 @@ def test_forks_while_threads_are_at_work(token: Token, key: TokenKey) -> None:
                 return False
         return True
 
+    def work_once() -> None:
+        assert works(token, key)
+
     with ThreadPoolExecutor(4) as pool:
         busy = [pool.submit(work) for _ in range(4)]
-        codes = [in_another_process(lambda: works(token, key)) for _ in range(10)]
+        codes = [run_forked(work_once) for _ in range(10)]
         stop.set()
         assert all(each.result() for each in busy)
     assert codes == [0] * 10
@@ -322,7 +297,9 @@ def test_wrong_pins_lock_us_out(token: Token, key: TokenKey, lab_token: LabToken
         options.open()
     with pytest.raises(KeyProviderUnavailableError, match="locked"):
         lab_token.open()  # with the right one
-    assert in_another_process(lambda: PinGuard(lab_token.folder.wrong_pins).failures() == 3) == 0
+    child = fork(lambda report: report(PinGuard(lab_token.folder.wrong_pins).failures()))
+    assert child.lines() == ["3"]
+    assert child.wait() == 0
 
     PinGuard(lab_token.folder.wrong_pins).reset()
     assert works(token, key), "it goes on with its own PIN"

@@ -3,11 +3,11 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from support.forking import Report, fork, run_forked
 from virt_sse.errors import ConfigError, KeyProviderUnavailableError
 from virt_sse.pkcs11.pins import Pin, PinGuard, PinSource
 
@@ -20,18 +20,6 @@ def guard(tmp_path: Path) -> PinGuard:
 def fail(guard: PinGuard) -> None:
     with guard.attempt():
         pass
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """The exit code of a forked process that does *work*."""
-    child = os.fork()
-    if not child:
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def write(path: Path, content: bytes, mode: int = 0o600) -> Path:
@@ -126,7 +114,7 @@ def test_a_right_one_begins_anew_and_a_dead_token_counts_nothing(guard: PinGuard
 
 
 def test_it_is_counted_over_processes_and_restarts(guard: PinGuard, tmp_path: Path) -> None:
-    assert in_child(lambda: fail(guard)) == 0
+    assert run_forked(lambda: fail(guard)) == 0
     assert PinGuard(tmp_path / "folder/wrong-pins").failures() == 1
     assert (tmp_path / "folder/wrong-pins").stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o700
@@ -138,33 +126,21 @@ def test_a_killed_try_is_a_wrong_one(guard: PinGuard) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     for failures in (1, 2, 3):
-        assert in_child(die) == -signal.SIGKILL
+        assert run_forked(die) == -signal.SIGKILL
         assert guard.failures() == failures
-    assert in_child(die) == 1, "it was let in"
+    assert run_forked(die) == 1, "it was let in"
 
 
 def test_one_tries_at_a_time(guard: PinGuard) -> None:
     """Ten guessers at once have three tries between them."""
 
-    def guess(writing: int) -> None:
+    def guess(report: Report) -> None:
         with guard.attempt():
-            os.write(writing, b".")
+            report("tried")
 
-    reading, writing = os.pipe()
-    children = []
-    for _ in range(10):
-        child = os.fork()
-        if not child:
-            try:
-                guess(writing)
-            finally:
-                os._exit(0)
-        children.append(child)
-    os.close(writing)
-    for child in children:
-        os.waitpid(child, 0)
-    with os.fdopen(reading, "rb") as file:
-        assert file.read() == b"..."
+    children = [fork(guess) for _ in range(10)]
+    assert [line for child in children for line in child.lines()] == ["tried"] * 3
+    assert sorted(child.wait() for child in children) == [0] * 3 + [1] * 7
 
 
 def test_a_count_that_makes_no_sense_is_a_lock(guard: PinGuard, tmp_path: Path) -> None:

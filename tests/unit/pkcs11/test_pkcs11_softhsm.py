@@ -7,8 +7,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from faults import killed_at_line
 
+from support.faults import dies_at
 from virt_sse.errors import ConfigError, InvalidValueError, KeyProviderUnavailableError
 from virt_sse.lab.tokens import LabHsm
 from virt_sse.pkcs11 import softhsm
@@ -42,7 +42,7 @@ def test_killed_at_every_third_line(folder: TokenFolder) -> None:
     """Making a token is killed, and done by the next command, or was done."""
     for number in range(1, 1000, 3):
         here = TokenFolder(folder.path / str(number))
-        if not killed_at_line(number, (softhsm,), lambda here=here: here.initialise("it")):  # type: ignore[misc]
+        if not dies_at(number, (softhsm,), lambda here=here: here.initialise("it")):  # type: ignore[misc]
             assert number > 40, "too few lines were tried"
             return
         here.initialise("it")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
-import inside_token
-from inside_token import inside
+from support import inside_token
+from support.forking import run_forked
+from support.inside_token import inside
 from virt_sse.errors import (
     InvalidValueError,
     KeyDisabledError,
@@ -61,18 +61,6 @@ def use(token: Token, key: TokenKey) -> bytes:
     if key.kind is KeyKind.AES:
         return token.aes_unwrap(key, token.aes_wrap(key, MESSAGE))
     return token.oaep_decrypt(key, token.oaep_encrypt(key, MESSAGE, "sha256"), "sha256")
-
-
-def in_another_process(work: Callable[[], object]) -> None:
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_key_is_made_inside_and_stays_there(token: Token, rsa_key: TokenKey, aes_key: TokenKey) -> None:
@@ -174,7 +162,7 @@ def test_a_key_does_what_it_is_for_alone(token: Token, rsa_key: TokenKey, aes_ke
 def test_disabled_in_another_process(token: Token, rsa_key: TokenKey, aes_key: TokenKey) -> None:
     for key in (rsa_key, aes_key):
         assert use(token, key) == MESSAGE
-        in_another_process(lambda key=key: token.set_enabled(key, False))  # type: ignore[misc]
+        assert run_forked(lambda key=key: token.set_enabled(key, False)) == 0  # type: ignore[misc]
         assert not token.is_enabled(key)
         with pytest.raises(KeyDisabledError):
             use(token, key)
@@ -192,7 +180,7 @@ def test_disabled_it_does_not_decrypt_either(token: Token, rsa_key: TokenKey) ->
 def test_destroyed_in_another_process(token: Token, rsa_key: TokenKey, aes_key: TokenKey) -> None:
     for key in (rsa_key, aes_key):
         assert use(token, key) == MESSAGE
-        in_another_process(lambda key=key: token.destroy(key))  # type: ignore[misc]
+        assert run_forked(lambda key=key: token.destroy(key)) == 0  # type: ignore[misc]
         for work in (use, Token.is_enabled, Token.destroy):
             with pytest.raises(KeyNotFoundError):
                 work(token, key)
@@ -206,7 +194,7 @@ def test_another_key_of_its_name_is_not_it(token: Token, rsa_key: TokenKey) -> N
         token.destroy(rsa_key)
         token.generate_rsa(rsa_key.label, rsa_key.id, 2048)
 
-    in_another_process(replace)
+    assert run_forked(replace) == 0
     with pytest.raises(KeyNotFoundError):
         use(token, rsa_key)
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from customer_managed_uses import SHORT, Open
-from keyrings import open_provider
-from strange_vaults import Listener, StrangeVault
 
+from support.customer_managed_uses import SHORT, Open
+from support.keyrings import open_provider
+from support.strange_vaults import Listener, StrangeVault
 from virt_sse.model.keys import ProviderConfig
 from virt_sse_plugins.key_providers.customer_managed import CustomerManagedKeyProvider
 from virt_sse_plugins.key_providers.platform_managed import PlatformManagedKeyProvider

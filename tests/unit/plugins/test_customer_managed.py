@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from customer_managed_uses import CONTEXT, SHORT, VERSION, Open, bundle, key_at, uses, wrapped_at
-from strange_vaults import Answer, Listener, StrangeVault
 
+from support.customer_managed_uses import CONTEXT, SHORT, VERSION, Open, bundle, key_at, uses, wrapped_at
+from support.strange_vaults import Answer, Listener, StrangeVault
 from virt_sse.errors import (
     ConfigError,
     InvalidValueError,

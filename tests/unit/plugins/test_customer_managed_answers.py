@@ -12,7 +12,8 @@ from types import ModuleType, TracebackType
 from uuid import UUID
 
 import pytest
-from customer_managed_uses import (
+
+from support.customer_managed_uses import (
     CIPHERTEXT,
     CONTEXT,
     DEK,
@@ -26,8 +27,7 @@ from customer_managed_uses import (
     uses,
     wrapped_at,
 )
-from strange_vaults import TOKEN, Answer, StrangeVault, document, refusal
-
+from support.strange_vaults import TOKEN, Answer, StrangeVault, document, refusal
 from virt_sse.errors import (
     KeyDeniedError,
     KeyDisabledError,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import secrets
 import uuid
 from collections.abc import Callable, Iterator
@@ -11,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import inside_token
-from inside_token import inside
+from support import inside_token
+from support.forking import Report, fork
+from support.inside_token import inside
 from virt_sse.errors import (
     ConfigError,
     InvalidValueError,
@@ -189,23 +189,14 @@ def test_processes_that_rotate_at_once_agree(
     provider: HsmSimulatedKeyProvider, open_provider: Open, keys: VersionedKeys
 ) -> None:
     keys.create("key", KeyKind.AES, 0)
-    reading, writing = os.pipe()
-    children = []
-    for _ in range(4):
-        child = os.fork()
-        if not child:
-            status = 1
-            try:
-                for _ in range(3):
-                    os.write(writing, f"{provider.rotate('key').version}\n".encode())
-                status = 0
-            finally:
-                os._exit(status)
-        children.append(child)
-    os.close(writing)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
-    with os.fdopen(reading) as file:
-        made = file.read().split()
+
+    def rotate(report: Report) -> None:
+        for _ in range(3):
+            report(provider.rotate("key").version)
+
+    children = [fork(rotate) for _ in range(4)]
+    made = [line for child in children for line in child.lines()]
+    assert [child.wait() for child in children] == [0] * 4
     versions = [key.id.hex() for key in keys.versions("key")]
     assert sorted(made) == versions[1:]
     assert len(set(made)) == 12

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from keyrings import CONTEXT, files, open_provider, wrap
 
+from support.keyrings import CONTEXT, files, open_provider, wrap
 from virt_sse.errors import ConfigError, KeyringError
 from virt_sse.model.keys import Dek, KeyId, KeyState, ProviderConfig, WrappedDek
 from virt_sse_plugins.key_providers.platform_keyring_folder import KeyringFolder

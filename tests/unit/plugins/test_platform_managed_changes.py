@@ -11,17 +11,18 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
-from faults import killed_at_line, no_file_beyond
-from keyrings import CONTEXT, files, open_provider, wrap
 
 import virt_sse.system.files
+from support import folders
+from support.faults import dies_at, no_file_beyond
+from support.keyrings import CONTEXT, files, open_provider, wrap
 from virt_sse import errors
 from virt_sse.errors import KeyNotFoundError, KeyringError, VirtSseError
 from virt_sse.model.keys import Dek, DekContext, KeyId, KeyState, WrappedDek
 from virt_sse_plugins.key_providers import platform_keyring, platform_keyring_folder
 from virt_sse_plugins.key_providers.platform_managed import PlatformManagedKeyProvider
 
-VECTORS = json.loads((Path(__file__).parents[2] / "vectors/platform_managed.json").read_text("utf-8"))
+VECTORS = json.loads((folders.VECTORS / "platform_managed.json").read_text("utf-8"))
 WRITERS = (platform_keyring, platform_keyring_folder, virt_sse.system.files)
 
 
@@ -95,7 +96,7 @@ def test_a_kill_anywhere_in_a_rotation_leaves_the_keyring_whole(
         line += 1
         shutil.rmtree(directory)
         shutil.copytree(tmp_path / "before", directory)
-        killed = killed_at_line(line, WRITERS, lambda: open_provider(directory).rotate("default"))
+        killed = dies_at(line, WRITERS, lambda: open_provider(directory).rotate("default"))
         rotated = provider.current_key("default") != first.key
         outcomes.add((killed, rotated))
         assert provider.unwrap(first, context=CONTEXT) == dek
@@ -112,7 +113,7 @@ def test_a_kill_anywhere_in_provisioning_is_mended_by_the_next(directory: Path) 
     while killed:
         line += 1
         shutil.rmtree(directory, ignore_errors=True)
-        killed = killed_at_line(line, WRITERS, lambda: open_provider(directory).provision())
+        killed = dies_at(line, WRITERS, lambda: open_provider(directory).provision())
         provider = open_provider(directory)
         there = frozenset(name for name in files(directory) if name[0] != ".") if directory.exists() else None
         left.add(there)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from crashes import crash_points, dies_at
+from support import folders
+from support.faults import crash_points, dies_at
 from virt_sse.errors import EnvelopeError, ImageFormatError
 from virt_sse.model import envelope
 from virt_sse.model.disk_format import DiskFormat
@@ -17,7 +18,7 @@ from virt_sse.qemu import envelope_slots
 from virt_sse.qemu.luks import FIRST_KEYSLOT, HEADER_END
 from virt_sse.system import files
 
-VECTORS = json.loads((Path(__file__).parents[1] / "vectors/envelope.json").read_text())
+VECTORS = json.loads((folders.VECTORS / "envelope.json").read_text())
 CASES = {case["name"]: case for case in VECTORS["cases"]}
 
 

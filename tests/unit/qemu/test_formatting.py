@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import images
+from support import images
 from virt_sse.model.ciphers import AES_256_CBC, AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek

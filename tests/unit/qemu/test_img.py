@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-import images
-from images import FORMATS, KeyedImage
+from support import images
+from support.images import FORMATS, KeyedImage
 from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError, ToolError
 from virt_sse.model.ciphers import AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat

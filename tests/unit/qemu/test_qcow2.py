@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import images
+from support import images
 from virt_sse.errors import ImageFormatError
 from virt_sse.model.ciphers import AES_256_XTS
 from virt_sse.model.keys import Dek

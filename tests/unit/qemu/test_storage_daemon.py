@@ -16,8 +16,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-import images
-from images import FORMATS, KeyedImage
+from support import images
+from support.images import FORMATS, KeyedImage
 from virt_sse.errors import DiskInUseError, MonitorError
 from virt_sse.model.ciphers import AES_256_CBC, AES_256_XTS
 from virt_sse.model.disk_format import DiskFormat

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stage_programs import SLEEP, say, status, wait_end, wait_until
 
-import images
+from support import images
+from support.stage_programs import SLEEP, say, status, wait_end
+from support.waiting import wait_until
 from virt_sse.errors import DiskInUseError, StageError
 from virt_sse.libvirt.users import User
 from virt_sse.model.ciphers import AES_256_XTS
@@ -34,7 +35,7 @@ def test_it_has_given_up_root(process: Process, user: User) -> None:
     process.start(SLEEP, user)
     pid = process.pid()
     assert pid
-    wait_until(lambda: status(pid)["Name"] == "sleep")
+    wait_until(lambda: status(pid)["Name"] == "sleep", "the program runs")
     is_now = status(pid)
     assert is_now["Uid"].split() == [str(user.uid)] * 4
     assert is_now["Gid"].split() == [str(user.gid)] * 4
@@ -59,7 +60,7 @@ def test_it_inherits_nothing_but_what_it_is_given(
         os.close(other)
     pid = process.pid()
     assert pid
-    wait_until(lambda: status(pid)["Name"] == "sleep")
+    wait_until(lambda: status(pid)["Name"] == "sleep", "the program runs")
     environment = dict(
         entry.split("=", 1) for entry in Path(f"/proc/{pid}/environ").read_text().split("\0")[:-1]
     )
@@ -76,7 +77,7 @@ def test_its_parent_does_not_end(process: Process, user: User) -> None:
     process.start(say("echo $PPID; exec sleep 60"), user)
     pid = process.pid()
     assert pid
-    wait_until(lambda: status(pid)["Name"] == "sleep")
+    wait_until(lambda: status(pid)["Name"] == "sleep", "the program runs")
     assert status(pid)["PPid"] == process.log
 
 
@@ -120,7 +121,7 @@ def test_what_was_descriptor_3_is_kept(process: Process, folder: Path, user: Use
     subprocess.run([sys.executable, "-c", script], check=True)
     pid = process.pid()
     assert pid
-    wait_until(lambda: status(pid)["Name"] == "sleep")
+    wait_until(lambda: status(pid)["Name"] == "sleep", "the program runs")
     found = {int(entry.name): entry.readlink() for entry in Path(f"/proc/{pid}/fd").iterdir()}
     assert found[3].name.startswith("socket:")
     assert folder / "cache.lock" in found.values()

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stage_programs import SLEEP, command_line, say, status, wait_end, wait_until
 
-from images import mode
+from support.images import mode
+from support.stage_programs import SLEEP, command_line, say, status, wait_end
+from support.waiting import wait_until
 from virt_sse.errors import StageError, ToolError
 from virt_sse.libvirt.users import User
 from virt_sse.stages.process import Command, Process
@@ -46,7 +47,7 @@ def test_it_is_known_by_its_lock(process: Process, folder: Path, user: User) -> 
     process.start(SLEEP, user)
     pid = process.pid()
     assert pid
-    wait_until(lambda: command_line(pid) == [shutil.which("sleep"), "60"])
+    wait_until(lambda: command_line(pid) == [shutil.which("sleep"), "60"], "the program runs")
     assert Process(folder / "storage").pid() == pid
     assert Process(folder / "cache").pid() is None
     assert {path.name: mode(path) for path in folder.iterdir()} == {
@@ -81,7 +82,7 @@ def test_one_that_was_killed_can_be_started_again(process: Process, user: User) 
     first = process.pid()
     assert first
     os.kill(first, signal.SIGKILL)
-    wait_until(lambda: process.pid() is None)
+    wait_until(lambda: process.pid() is None, "the process has ended")
     process.start(SLEEP, user)
     assert process.pid() not in (None, first)
 
@@ -96,7 +97,7 @@ def test_it_is_not_started_twice(process: Process, user: User) -> None:
 
 def test_one_that_does_not_end_by_itself_is_killed(process: Process, user: User) -> None:
     process.start(say("trap '' TERM; echo ready; while :; do sleep 0.05; done"), user)
-    wait_until(lambda: process.log == "ready")
+    wait_until(lambda: process.log == "ready", "the program is ready")
     began = time.monotonic()
     process.stop(patience=0.2)
     assert 0.2 <= time.monotonic() - began < 3

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from images import mode
+from support.images import mode
 from virt_sse.libvirt.users import User
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.layers import HostCaching

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from stage_disks import DOMAIN, QEMU, M, StagedDisk
-from stage_programs import command_line, status, wait_until
 
-import images
 import virt_sse.stages.running
-from crashes import crash_points, dies_at
+from support import images
+from support.faults import crash_points, dies_at
+from support.stage_disks import DOMAIN, QEMU, M, StagedDisk
+from support.stage_programs import command_line, status
+from support.waiting import wait_until
 from virt_sse.config import Config
 from virt_sse.errors import DiskInUseError, StageError, ToolError
 from virt_sse.libvirt.users import User
@@ -300,7 +301,7 @@ def kill(disk: StagedDisk, name: str) -> None:
     pid = disk.process(name).pid()
     assert pid
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: disk.process(name).pid() is None)
+    wait_until(lambda: disk.process(name).pid() is None, f"the {name} process has ended")
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import no_file_beyond
 
+from support.faults import no_file_beyond
 from virt_sse.system.files import (
     canonical,
     private_folder,

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import uuid
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from support.forking import Report, fork
 from virt_sse.errors import DiskInUseError, StoreError
 from virt_sse.system.locks import DiskLocks, is_locked
 
@@ -51,20 +51,18 @@ def test_threads_exclude_each_other(path: Path) -> None:
 
 
 def test_a_lock_dies_with_its_process(path: Path) -> None:
-    reading, writing = os.pipe()
-    if not (child := os.fork()):
+    def hold(report: Report) -> None:
         with DiskLocks(path).hold(DISK):
-            os.write(writing, b"!")
+            report("held")
             signal.pause()
-    os.read(reading, 1)
+
+    child = fork(hold)
+    assert child.line() == "held"
     with pytest.raises(DiskInUseError), DiskLocks(path).hold(DISK):
         pass
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    child.kill()
     with DiskLocks(path).hold(DISK):
         pass
-    os.close(reading)
-    os.close(writing)
 
 
 def test_the_file_is_ours_alone_and_stays_empty(path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from support.waiting import is_gone, wait_until
 from virt_sse.errors import ImageError, ToolError
 from virt_sse.system.tools import failure, passphrase_descriptor, run, run_with_progress
 
@@ -96,11 +97,6 @@ def test_a_tool_dies_with_us(tmp_path: Path) -> None:
     )
     pid = tmp_path / "pid"
     with subprocess.Popen([sys.executable, "-c", script]) as parent:
-        while not pid.exists() or not pid.read_text():
-            time.sleep(0.02)
+        wait_until(lambda: pid.exists() and pid.read_text(), "the tool runs")
         parent.send_signal(signal.SIGKILL)
-    child = Path("/proc", pid.read_text().strip(), "stat")
-    deadline = time.monotonic() + 5
-    while child.exists() and child.read_text().split()[2] != "Z":
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: is_gone(int(pid.read_text())), "the tool has ended", seconds=5)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vault_doubles import Clock, Records
 
+from support.vault_doubles import Clock, Records
 from virt_sse.vault.home.layout import VaultDirectory
 from virt_sse.vault.initialise import initialise
 from virt_sse.vault.vault import Vault, open_vault

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from faults import no_file_beyond
-from vault_doubles import Records
 
+from support.faults import no_file_beyond
+from support.vault_doubles import Records
 from virt_sse.errors import InvalidValueError, VaultError
 from virt_sse.vault.home.layout import VaultDirectory
 from virt_sse.vault.home.sealing import RootKey

@@ -7,8 +7,8 @@ from contextlib import closing
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
-from vault_doubles import Clock
 
+from support.vault_doubles import Clock
 from virt_sse.errors import VaultError
 from virt_sse.vault.home.layout import VaultDirectory
 from virt_sse.vault.keys.records import Attributes, KeyVersion, NewKey

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from vault_doubles import DAY, Clock, Records
 
+from support.vault_doubles import DAY, Clock, Records
 from virt_sse.errors import InvalidValueError
 from virt_sse.vault.http.limits import Limits, TokenBucket
 from virt_sse.vault.keys.durations import seconds_of

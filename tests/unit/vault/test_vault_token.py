@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
-from vault_doubles import DAY, Clock, Records
 
+from support.vault_doubles import DAY, Clock, Records
 from virt_sse.errors import ConfigError, InvalidValueError, KeyProviderUnavailableError, VaultError
 from virt_sse.lab.tokens import LabHsm, LabToken
 from virt_sse.pkcs11.objects import TokenKey

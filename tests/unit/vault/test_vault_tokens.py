@@ -12,8 +12,8 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
-from vault_doubles import Clock, Records
 
+from support.vault_doubles import Clock, Records
 from virt_sse.errors import CredentialError, VaultError
 from virt_sse.vault.home.layout import VaultDirectory
 from virt_sse.vault.identity.tokens import OAuthError, bearer

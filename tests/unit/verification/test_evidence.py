@@ -11,7 +11,7 @@ from tempfile import TemporaryFile
 
 import pytest
 
-from images import require
+from support.images import require
 from virt_sse.model.ciphers import AES_256_CBC, AES_256_XTS
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from uuid import UUID
 
+from support.folders import VECTORS
 from virt_sse.in_guest.signatures import _crc32c
 
 K, M, G = 1 << 10, 1 << 20, 1 << 30
-VECTORS = Path(__file__).parent / "vectors"
 LVM = json.loads((VECTORS / "lvm.json").read_text())
 
 FVE = UUID("4967d63b-2e29-4ad8-8399-f6a339e3d001")

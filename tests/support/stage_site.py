@@ -7,15 +7,15 @@ import json
 import os
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import libvirt_qemu
-from agent_site import forget_domains, prepared, wait_until
 
+from support.agent_site import forget_domains, prepared, secret_usages
+from support.waiting import wait_until
 from virt_sse.backend import Backend
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.guests import Guest
@@ -162,10 +162,7 @@ class StageSite:
         return Process(self.backend.config.stage_directory / str(disk.id) / "storage")
 
     def secrets(self) -> list[str]:
-        """The usage ids of libvirt's secrets that are ours."""
-        with contextlib.closing(self.host.connect()) as connection:
-            usages = [secret.usageID() for secret in connection.listAllSecrets()]
-        return sorted(usage for usage in usages if usage.startswith("virt-sse:"))
+        return secret_usages(self.host)
 
     def qemu_io(self, guest: Guest, command: str, *, disk: int = 0) -> str:
         """What qemu-io says, run within a guest's QEMU on the disk with that number: all below the guest is
@@ -187,7 +184,7 @@ class StageSite:
             return log.read_bytes()[before:].decode(errors="replace")
 
         # QEMU's standard output comes to the log by way of virtlogd, in its own time, but in order.
-        wait_until(lambda: f"command {end} not found" in said())
+        wait_until(lambda: f"command {end} not found" in said(), "QEMU has written its answer to the log")
         return said() + answers[0]
 
     def state(self, guest: Guest) -> tuple[int, int]:
@@ -222,16 +219,6 @@ def stage_site(host: LabHost, acceleration: Acceleration, config: str = CONFIG) 
 def show(site: StageSite, disk: Disk) -> dict[str, object]:
     document: dict[str, object] = json.loads(site.virt_sse("disk", "show", disk.name, "-o", "json"))
     return document
-
-
-def eventually(what: Callable[[], object], *, seconds: float) -> bool:
-    """Whether that comes to hold in that time."""
-    deadline = time.monotonic() + seconds
-    while not what():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def owner(disk: Disk) -> int:

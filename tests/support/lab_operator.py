@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.agent_site import forget_domains
 from virt_sse.lab.host import LabHost
 from virt_sse.lab.recipes import boot_sector_image
 
@@ -56,9 +57,4 @@ class Operator:
         return sorted(word for word in self.virsh("secret-list").split() if word.startswith("virt-sse:"))
 
     def forget_domains(self) -> None:
-        with self.host.connect() as connection:
-            for domain in connection.listAllDomains():
-                if domain.isActive():
-                    domain.destroy()
-                if domain.isPersistent():
-                    domain.undefine()
+        forget_domains(self.host)

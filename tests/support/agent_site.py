@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import libvirt
 
-from customer_keys import CustomerKeys
+from support.customer_keys import CustomerKeys
+from support.waiting import wait_until
 from virt_sse.backend import Backend
 from virt_sse.config import Config
 from virt_sse.lab.acceleration import Acceleration
@@ -49,13 +49,9 @@ def prepared(host: LabHost, config: str = CONFIG) -> Iterator[Backend]:
         path.unlink()
 
 
-def wait_until(what: Callable[[], object], *, seconds: float = 20) -> float:
-    """Wait until that holds; for how many seconds."""
-    began = time.monotonic()
-    while not what():
-        assert time.monotonic() - began < seconds, "it does not come to pass"
-        time.sleep(0.02)
-    return time.monotonic() - began
+def wait_for_event(agent: LabAgent, name: str, **values: object) -> float:
+    """Wait until the agent's log has such an event: how many seconds that took."""
+    return wait_until(lambda: agent.events(name, **values), f"the agent logs {name} {values}")
 
 
 def forget_domains(host: LabHost) -> None:
@@ -66,6 +62,13 @@ def forget_domains(host: LabHost) -> None:
                 domain.destroy()
             if domain.isPersistent():
                 domain.undefine()
+
+
+def secret_usages(host: LabHost) -> list[str]:
+    """The usage IDs of our secrets in libvirt, sorted: libvirt lists them in any order."""
+    with contextlib.closing(host.connect()) as connection:
+        usages = [secret.usageID() for secret in connection.listAllSecrets()]
+    return sorted(usage for usage in usages if usage.startswith("virt-sse:"))
 
 
 class Site:
@@ -100,14 +103,15 @@ class Site:
         raise AssertionError(f"{guest.name} has started")
 
     def secrets(self) -> list[str]:
-        """The usage ids of libvirt's secrets that are ours, sorted: libvirt lists them in any order."""
-        with contextlib.closing(self.host.connect()) as connection:
-            usages = [secret.usageID() for secret in connection.listAllSecrets()]
-        return sorted(usage for usage in usages if usage.startswith("virt-sse:"))
+        return secret_usages(self.host)
 
     def events(self, name: str, **values: object) -> list[dict[str, object]]:
         """The events of that name in the agent's log that have these values."""
         return self.agent.events(name, **values)
+
+    def wait_for_event(self, name: str, **values: object) -> float:
+        """Wait until the agent's log has such an event: how many seconds that took."""
+        return wait_for_event(self.agent, name, **values)
 
     def wait_until_watched(self, guest: Guest) -> None:
         """Until the agent has seen that the guest runs, and that its keys are good."""
@@ -118,7 +122,7 @@ class Site:
             states = {key["state"] for key in status["keys"]}  # type: ignore[attr-defined]
             return guest.name in seen and states == {"enabled"}
 
-        wait_until(is_watched)
+        wait_until(is_watched, f"the agent watches {guest.name} with good keys")
 
     def forget_domains(self) -> None:
         forget_domains(self.host)

@@ -17,6 +17,7 @@ from PyKCS11 import (
     Mechanism,
 )
 
+from support.folders import TESTS
 from virt_sse.lab.tokens import LabToken
 from virt_sse.pkcs11 import objects
 from virt_sse.pkcs11.operations import TokenOperations
@@ -27,8 +28,8 @@ T = TypeVar("T")
 
 
 def allow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the processes that are started from now on find this module."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    """Let processes that start from now on import this module."""
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
 
 
 def inside(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 
+from support.waiting import wait_until
 from virt_sse.stages.process import Command, Process
 
 SLEEP = Command(["sleep", "60"])
@@ -16,16 +15,9 @@ def say(script: str) -> Command:
     return Command(["sh", "-c", script])
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it does not come to pass"
-        time.sleep(0.01)
-
-
 def wait_end(process: Process) -> str:
     """What the process has said when it has ended."""
-    wait_until(lambda: process.pid() is None)
+    wait_until(lambda: process.pid() is None, "the process has ended")
     return process.log
 
 
