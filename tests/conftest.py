@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from support.command_line import CommandLine, no_libvirt
+from support.command_line import CommandLine
+from support.hosts import host_folder
 from virt_sse.backend import Backend
 
 
@@ -15,12 +16,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A host's files under a folder of its own, where no libvirt answers: this machine's is never asked."""
-    root = tmp_path / "root"
-    (root / "var/lib/libvirt/images").mkdir(parents=True)
-    monkeypatch.setenv("VIRT_SSE_ROOT", str(root))
-    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", no_libvirt(root))
-    return root
+    """A host's files under the test's own folder; no libvirt answers there, not even this machine's."""
+    return host_folder(tmp_path / "root", monkeypatch)
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def test_a_disks_life_is_in_the_log(virt_sse: CommandLine, root: Path) -> None:
         assert images.mode(root / folder / name) == 0o600
 
 
-def test_a_domain_that_starts_is_named(virt_sse: CommandLine, backend: Backend) -> None:
+def test_a_starting_domain_is_named_in_the_log(virt_sse: CommandLine, backend: Backend) -> None:
     images.require("qemu-img")
     backend.create_disk("web", 1 << 20)
     xml = f"<domain><uuid>{uuid.uuid4()}</uuid><devices>{backend.disk_xml('web')}</devices></domain>"
@@ -94,7 +94,7 @@ def test_a_domain_that_starts_is_named(virt_sse: CommandLine, backend: Backend) 
     ]
 
 
-def test_listing(virt_sse: CommandLine, log: AuditLog) -> None:
+def test_the_listing_is_filtered_by_its_options(virt_sse: CommandLine, log: AuditLog) -> None:
     def seqs(*arguments: str) -> list[int]:
         return [entry["seq"] for entry in entries(virt_sse, "--log", log.path, *arguments)]
 
@@ -121,16 +121,16 @@ def test_listing(virt_sse: CommandLine, log: AuditLog) -> None:
     "arguments",
     [("--since", "yesterday"), ("--since", "1y"), ("--correlation", "x"), ("--limit", "0")],
 )
-def test_what_makes_no_sense_is_wrong_usage(virt_sse: CommandLine, arguments: tuple[str, str]) -> None:
+def test_invalid_options_are_wrong_usage(virt_sse: CommandLine, arguments: tuple[str, str]) -> None:
     virt_sse("audit", "list", *arguments, status=2)
 
 
-def test_a_log_that_is_not_there(virt_sse: CommandLine, root: Path) -> None:
+def test_a_missing_log_is_reported(virt_sse: CommandLine, root: Path) -> None:
     for command in ("list", "tail", "verify"):
         assert "there is no audit log" in virt_sse.refuses("audit", command, "--log", root / "none.jsonl")
 
 
-def test_verify_says_what_is_wrong_and_where(virt_sse: CommandLine, log: AuditLog) -> None:
+def test_verify_names_the_fault_and_its_place(virt_sse: CommandLine, log: AuditLog) -> None:
     whole = virt_sse("audit", "verify", "--log", log.path)
     position = next(line.split()[1] for line in whole.splitlines() if line.startswith("position"))
     assert "authentic    True\n" in whole

@@ -83,7 +83,7 @@ BAD_INPUT = {
 }  # fmt: skip
 
 
-def test_bad_input_is_a_line_and_leaves_nothing(host: CommandLine) -> None:
+def test_bad_input_is_one_error_line_and_leaves_nothing(host: CommandLine) -> None:
     before = images.files_below(host.root)
 
     def attempt(case: str) -> None:
@@ -102,7 +102,7 @@ def test_wrong_usage_is_status_2(host: CommandLine, arguments: list[str]) -> Non
     host(*arguments, status=2)
 
 
-def test_what_an_import_does_not_take(host: CommandLine, tmp_path: Path) -> None:
+def test_an_import_refuses_unsuitable_sources(host: CommandLine, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     os.mkfifo(tmp_path / "pipe")
     assert "neither a file" in host.refuses("disk", "import", "new", tmp_path / "pipe")
@@ -145,7 +145,7 @@ def test_an_image_that_draws_on_other_files_is_read_only_when_asked(
     assert out.read_bytes() == secret.read_bytes()
 
 
-def test_a_damaged_envelope_and_a_damaged_header(host: CommandLine, tmp_path: Path) -> None:
+def test_a_damaged_envelope_or_header_is_reported(host: CommandLine, tmp_path: Path) -> None:
     whole = (host.root / "var/lib/libvirt/images/disk.qcow2").read_bytes()
     start = whole.index(b"LUKS\xba\xbe")
     damaged = tmp_path / "damaged.qcow2"
@@ -162,7 +162,9 @@ def test_a_damaged_envelope_and_a_damaged_header(host: CommandLine, tmp_path: Pa
         assert reason in host.refuses("disk", "adopt", damaged)
 
 
-def test_another_hosts_keyring(root: Path, virt_sse: CommandLine, host: CommandLine) -> None:
+def test_the_keyring_of_another_host_opens_no_disk(
+    root: Path, virt_sse: CommandLine, host: CommandLine
+) -> None:
     virt_sse("host", "init")
     virt_sse("disk", "create", "disk", "-s", "1M")
     keyring = root / "var/lib/virt-sse/platform-managed"
@@ -182,7 +184,7 @@ def test_another_hosts_keyring(root: Path, virt_sse: CommandLine, host: CommandL
     assert virt_sse("disk", "check", "disk") == "disk disk: ok\n"
 
 
-def test_a_broken_store(root: Path, virt_sse: CommandLine) -> None:
+def test_a_broken_store_is_reported_with_its_reason(root: Path, virt_sse: CommandLine) -> None:
     virt_sse("host", "init")
     store = root / "var/lib/virt-sse/store.sqlite"
     store.write_text("no database, just text that is longer than nothing")

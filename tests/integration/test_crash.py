@@ -216,7 +216,7 @@ def test_a_command_killed_at_any_moment_leaves_no_process_and_no_file(root: Path
         scene.reset()
 
 
-def test_of_two_creations_at_once_one_wins(root: Path) -> None:
+def test_one_of_two_simultaneous_creations_wins(root: Path) -> None:
     scene = Scene(root, lambda _: None)
     script = (
         "import sys; from virt_sse.backend import Backend; from virt_sse.errors import DiskExistsError\n"

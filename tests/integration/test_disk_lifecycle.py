@@ -49,7 +49,9 @@ def test_the_guest_sees_exactly_the_size_that_was_asked_for(backend: Backend, im
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_the_tools_know_it_for_ordinary_luks(backend: Backend, image_format: str, tmp_path: Path) -> None:
+def test_cryptsetup_and_qemu_img_see_ordinary_luks(
+    backend: Backend, image_format: str, tmp_path: Path
+) -> None:
     disk = create(backend, "disk", M, image_format)
     key = images.passphrase(backend, disk)
     found = images.info(disk.path)
@@ -89,7 +91,7 @@ def test_qemu_img_check_is_clean(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_what_is_written_through_the_key_is_not_in_the_file(backend: Backend, image_format: str) -> None:
+def test_data_written_through_the_key_is_encrypted_in_the_file(backend: Backend, image_format: str) -> None:
     disk = create(backend, "disk", 4 * M, image_format)
     image = KeyedImage.of(backend, disk)
     image.write(M, 2 * M, 0xA7)
@@ -99,7 +101,7 @@ def test_what_is_written_through_the_key_is_not_in_the_file(backend: Backend, im
     backend.check_disk("disk")
 
 
-def test_two_disks_have_nothing_in_common(backend: Backend) -> None:
+def test_two_disks_share_no_key_and_no_ciphertext(backend: Backend) -> None:
     disks = [create(backend, name, M, "raw") for name in ("one", "two")]
     first, second = (KeyedImage.of(backend, disk) for disk in disks)
     assert first.passphrase != second.passphrase
@@ -222,7 +224,7 @@ def test_a_moved_disk_is_found_and_a_copied_one_is_not_taken(backend: Backend, r
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_a_disk_in_use_is_adopted(root: Path, image_format: str) -> None:
+def test_a_disk_in_use_can_be_adopted(root: Path, image_format: str) -> None:
     with Backend.open(root) as backend:
         backend.init_host()
         disk = create(backend, "disk", M, image_format)
@@ -232,7 +234,7 @@ def test_a_disk_in_use_is_adopted(root: Path, image_format: str) -> None:
         assert backend.adopt_disk(disk.path) == disk
 
 
-def test_another_host_cannot_adopt(backend: Backend, virt_sse: CommandLine, tmp_path: Path) -> None:
+def test_another_host_cannot_adopt_a_disk(backend: Backend, virt_sse: CommandLine, tmp_path: Path) -> None:
     disk = create(backend, "disk")
     with Backend.open(tmp_path / "other") as other:
         other.init_host()
@@ -243,7 +245,7 @@ def test_another_host_cannot_adopt(backend: Backend, virt_sse: CommandLine, tmp_
     assert virt_sse("disk", "check", "disk") == "disk disk: ok\n"
 
 
-def test_growing_and_shrinking_keep_what_is_there(backend: Backend) -> None:
+def test_growing_and_shrinking_keep_the_data(backend: Backend) -> None:
     for image_format in FORMATS:
         disk = create(backend, image_format, 2 * M, image_format)
         image = KeyedImage.of(backend, disk)
@@ -258,7 +260,7 @@ def test_growing_and_shrinking_keep_what_is_there(backend: Backend) -> None:
         backend.check_disk(image_format)
 
 
-def test_a_resize_by_others_is_seen(backend: Backend) -> None:
+def test_a_resize_by_another_program_is_seen(backend: Backend) -> None:
     for image_format in FORMATS:
         disk = create(backend, image_format, M, image_format)
         image = KeyedImage.of(backend, disk)
@@ -322,7 +324,7 @@ def test_a_deleted_disk_cannot_be_opened_by_anyone(
     assert not images.contains([path for path in state if path.exists()], ciphertext)
 
 
-def test_what_is_not_the_disks_image_is_not_deleted(backend: Backend) -> None:
+def test_a_file_that_is_not_the_disks_image_is_not_deleted(backend: Backend) -> None:
     disk = create(backend, "disk")
     whole = disk.path.read_bytes()
     other = create(backend, "other")

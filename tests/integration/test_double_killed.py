@@ -80,7 +80,7 @@ class TestAStorageDaemonThatIsKilled:
         for disk in disks:
             site.backend.check_disk(disk.name)
 
-    def test_the_guest_gets_the_error_where_a_site_wants_it_so(self, site: StageSite) -> None:
+    def test_the_guest_gets_the_error_if_the_domain_is_so_defined(self, site: StageSite) -> None:
         disk = site.disk("raw", size=M)
         with configured(site, f'{CONFIG}[disks]\nio-errors = "report"\n'):
             element = site.virt_sse("disk", "xml", disk.name)
@@ -127,7 +127,7 @@ def assert_serves_and_ends(site: StageSite, guest: Guest, disk: Disk) -> None:
 
 class TestKilledOnTheWay:
     @pytest.mark.parametrize("when", ["hook", "storage", "secret"])
-    def test_the_hook_of_a_start(self, site: StageSite, when: str) -> None:
+    def test_a_killed_hook_of_a_start_leaves_nothing(self, site: StageSite, when: str) -> None:
         disk = site.disk("qcow2", size=M)
         guest = site.guest(disk)
         reached: dict[str, Callable[[], object]] = {
@@ -143,7 +143,7 @@ class TestKilledOnTheWay:
             site.start_paused(guest)
         assert_serves_and_ends(site, guest, disk)
 
-    def test_the_hook_of_an_end(self, site: StageSite) -> None:
+    def test_a_killed_hook_of_an_end_leaves_nothing(self, site: StageSite) -> None:
         disk = site.disk("qcow2", size=M)
         guest = site.guest(disk)
         for _ in range(10):
@@ -158,7 +158,7 @@ class TestKilledOnTheWay:
         site.start_paused(guest)
         assert_serves_and_ends(site, guest, disk)
 
-    def test_qemu(self, site: StageSite) -> None:
+    def test_a_killed_qemu_leaves_nothing(self, site: StageSite) -> None:
         disk = site.disk("raw", size=M)
         guest = site.guest(disk)
         site.start_paused(guest)
@@ -171,7 +171,7 @@ class TestKilledOnTheWay:
         site.start_paused(guest)
         assert "failed" not in site.qemu_io(guest, "read -P 0x5a 0 4096")
 
-    def test_the_agent(self, site: StageSite) -> None:
+    def test_a_killed_agent_neither_hinders_a_start_nor_ends_a_guest(self, site: StageSite) -> None:
         """While it serves a start, and under a guest."""
         disk = site.disk("qcow2", size=M)
         guest = site.guest(disk)

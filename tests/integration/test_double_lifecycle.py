@@ -92,7 +92,7 @@ def unwrapped(backend: Backend, disk: Disk) -> list[Dek]:
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_import_check_export_and_adopt(
+def test_a_double_disk_is_imported_checked_exported_and_adopted(
     backend: Backend, keys: CustomerKeys, web: EncryptionSet, plain: Path, root: Path, image_format: str
 ) -> None:
     disk = imported(backend, plain, image_format)
@@ -121,7 +121,7 @@ def test_import_check_export_and_adopt(
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_one_that_was_moved_is_adopted(
+def test_a_moved_double_disk_is_adopted(
     backend: Backend, web: EncryptionSet, plain: Path, root: Path, image_format: str
 ) -> None:
     disk = imported(backend, plain, image_format)
@@ -189,7 +189,9 @@ def test_without_either_key_nothing_opens(
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_resize(backend: Backend, web: EncryptionSet, plain: Path, root: Path, image_format: str) -> None:
+def test_a_double_disk_is_resized_to_the_exact_size(
+    backend: Backend, web: EncryptionSet, plain: Path, root: Path, image_format: str
+) -> None:
     disk = imported(backend, plain, image_format)
     for size in (3 * M, 200 * M, M + 512):
         backend.resize_disk("disk", size, shrink=True)

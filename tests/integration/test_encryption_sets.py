@@ -209,7 +209,7 @@ def test_another_tenant_has_no_identity(
         ),
     ],
 )
-def test_what_is_taken_away_can_be_given_back(
+def test_rights_taken_away_can_be_granted_again(
     host: Backend,
     keys: CustomerKeys,
     disk: Disk,
@@ -241,7 +241,7 @@ def test_a_lost_store_is_rebuilt_with_a_set_that_may_use_the_key(
         assert rebuilt.sets.rotate("again").current == 1
 
 
-def test_what_makes_no_sense_is_refused(host: Backend, keys: CustomerKeys, root: Path) -> None:
+def test_an_invalid_set_is_refused(host: Backend, keys: CustomerKeys, root: Path) -> None:
     key = keys.new_key()
     for wrong in ("web", "http://vault/keys/web", f"{key}/xyz", "https://vault/secrets/web"):
         with pytest.raises(InvalidValueError):

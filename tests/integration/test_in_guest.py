@@ -65,7 +65,7 @@ def plain(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_a_disk_is_looked_at(
+def test_inspection_finds_encryption_on_a_disk(
     backend: Backend, virt_sse: CommandLine, encrypted: Path, image_format: DiskFormat
 ) -> None:
     backend.import_disk("one", encrypted, image_format=image_format)
@@ -80,7 +80,7 @@ def test_a_disk_is_looked_at(
         pass
 
 
-def test_in_a_table(backend: Backend, virt_sse: CommandLine, encrypted: Path) -> None:
+def test_inspection_prints_a_table(backend: Backend, virt_sse: CommandLine, encrypted: Path) -> None:
     backend.import_disk("one", encrypted)
     lines = virt_sse("disk", "inspect", "one").splitlines()
     assert [line.split() for line in lines[1:]] == [
@@ -91,7 +91,7 @@ def test_in_a_table(backend: Backend, virt_sse: CommandLine, encrypted: Path) ->
     assert virt_sse("disk", "inspect", "two").split()[-5:] == ["-", "-", "-", "none", "found"]
 
 
-def test_reading(backend: Backend, tmp_path: Path) -> None:
+def test_the_plaintext_is_read_at_any_offset(backend: Backend, tmp_path: Path) -> None:
     content = bytes(range(256)) * 4096
     source = tmp_path / "source.raw"
     source.write_bytes(content)
@@ -113,7 +113,7 @@ def test_reading(backend: Backend, tmp_path: Path) -> None:
         pass
 
 
-def test_an_image_that_is_written_to_is_looked_at(backend: Backend, encrypted: Path) -> None:
+def test_an_image_in_use_is_inspected(backend: Backend, encrypted: Path) -> None:
     disk = backend.import_disk("one", encrypted)
     with images.KeyedImage.of(backend, disk).held():
         assert [finding.partition for finding in backend.inspect_disk("one")] == ["gpt-2", "gpt-3"]
@@ -149,7 +149,7 @@ def sets(backend: Backend, keys: CustomerKeys) -> Sets:
 
 
 @pytest.mark.parametrize("kind", [EncryptionType.CUSTOMER_KEY, EncryptionType.PLATFORM_AND_CUSTOMER_KEYS])
-def test_none_comes_in_under_a_customers_key(
+def test_an_encrypted_image_is_not_imported_under_a_customers_key(
     backend: Backend, sets: Sets, encrypted: Path, plain: Path, tmp_path: Path, kind: EncryptionType
 ) -> None:
     sets.new("web", kind)
@@ -163,7 +163,9 @@ def test_none_comes_in_under_a_customers_key(
         assert backend.inspect_disk(name) == []
 
 
-def test_none_moves_under_a_customers_key(backend: Backend, sets: Sets, encrypted: Path, plain: Path) -> None:
+def test_an_encrypted_disk_does_not_move_under_a_customers_key(
+    backend: Backend, sets: Sets, encrypted: Path, plain: Path
+) -> None:
     web = sets.new("web")
     backend.import_disk("one", encrypted)
     before = backend.get_disk("one")
@@ -190,7 +192,7 @@ def _write(backend: Backend, name: str, content: Path) -> None:
     assert image.io(f"write -s {start} 0 {8 * M}").returncode == 0
 
 
-def test_none_is_adopted_under_a_customers_key(
+def test_an_encrypted_disk_is_not_adopted_under_a_customers_key(
     backend: Backend, sets: Sets, encrypted: Path, plain: Path, root: Path
 ) -> None:
     sets.new("web")
@@ -242,7 +244,7 @@ def imported(operator: Operator, name: str, source: Path, image_format: str) -> 
     return operator.virt_sse("disk", "xml", name)
 
 
-def test_a_running_guest_is_looked_at(
+def test_the_disk_of_a_running_guest_is_inspected(
     operator: Operator, acceleration: Accelerate, name: str, tmp_path: Path
 ) -> None:
     """Its boot sector and what is behind it leave no room for a GPT: that is at the end of its disk."""
@@ -284,7 +286,7 @@ def test_a_running_guest_is_looked_at(
             backend.attach_disk(name, guest_without.name)
 
 
-def test_what_a_guest_encrypts_while_it_runs_is_seen(
+def test_encryption_made_by_a_running_guest_is_found(
     operator: Operator, acceleration: Accelerate, name: str, linux_micro: LinuxMicro
 ) -> None:
     element = operator.create(name, "--size", "8M")
@@ -300,7 +302,7 @@ def test_what_a_guest_encrypts_while_it_runs_is_seen(
     guest.destroy()
 
 
-def test_disks_that_are_not_ours(
+def test_a_disk_that_is_not_ours_is_inspected_if_readable(
     operator: Operator, acceleration: Accelerate, name: str, encrypted: Path
 ) -> None:
     folder = operator.host.images

@@ -140,7 +140,7 @@ def test_an_acceleration_is_remembered_for_its_machine(
     assert probe("boot-sector") == found
 
 
-def test_two_hosts_side_by_side(lab_host: LabHost, second_lab_host: LabHost) -> None:
+def test_two_hosts_run_side_by_side(lab_host: LabHost, second_lab_host: LabHost) -> None:
     hosts = (lab_host, second_lab_host)
     names = {host.virsh("hostname").stdout.strip() for host in hosts}
     assert names == {f"{host.name}.test" for host in hosts}

@@ -133,7 +133,7 @@ def site(
         site.forget_domains()
 
 
-def test_every_guest_writes_verifies_and_is_what_was_asked_for(site: MatrixSite) -> None:
+def test_every_kind_of_disk_keeps_a_guests_data_encrypted_as_asked(site: MatrixSite) -> None:
     """All in one, because they run at the same time."""
     cases = list(_cases())
     assert len({(case.provider, case.encryption_type, case.at_host) for case in cases}) == 12

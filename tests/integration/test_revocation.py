@@ -93,7 +93,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_a_guest_ends_soon_and_starts_again_when_it_may(site: CustomerSite, case: Case) -> None:
+def test_a_guest_ends_soon_after_its_key_and_starts_again_with_it(site: CustomerSite, case: Case) -> None:
     encryption_set = site.new_set()
     guest, disk = site.guest(encryption_set.name)
     guest.start()
@@ -117,7 +117,7 @@ def test_a_guest_ends_soon_and_starts_again_when_it_may(site: CustomerSite, case
         assert guest.is_active()
 
 
-def test_it_takes_five_seconds_at_most_with_the_default_configuration(site: CustomerSite) -> None:
+def test_a_revocation_takes_five_seconds_at_most_by_default(site: CustomerSite) -> None:
     config = site.host.root / "etc/virt-sse/config.toml"
     chosen = config.read_text()
     config.write_text("")
@@ -138,7 +138,7 @@ def test_it_takes_five_seconds_at_most_with_the_default_configuration(site: Cust
         site.agent.start()
 
 
-def test_only_the_guests_of_that_key_end(site: CustomerSite) -> None:
+def test_only_guests_of_the_disabled_key_end(site: CustomerSite) -> None:
     (taken, disk), (other, _), (platform, _) = (
         site.guest(name) for name in (site.new_set().name, site.new_set().name, None)
     )

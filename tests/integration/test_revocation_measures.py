@@ -155,7 +155,7 @@ def test_a_start_that_waits_for_a_frozen_vault_delays_no_revocation(site: Custom
         os.kill(vault.pid, signal.SIGCONT)
 
 
-def test_disks_follow_their_key_by_themselves(site: CustomerSite) -> None:
+def test_disks_follow_a_rotated_key_automatically(site: CustomerSite) -> None:
     encryption_set = site.new_set(automatic_rotation=True)
     guest, disk = site.guest(encryption_set.name)
     guest.start()

@@ -89,7 +89,9 @@ def test_many_rotations_leave_one_generation_in_the_header(backend: Backend, dis
         backend.check_disk(disk.name)
 
 
-def test_a_key_without_disks_and_an_unknown_one(backend: Backend, virt_sse: CommandLine) -> None:
+def test_a_key_without_disks_rotates_and_an_unknown_key_does_not(
+    backend: Backend, virt_sse: CommandLine
+) -> None:
     _, report = backend.rotate_key(PLATFORM_KEY)
     assert (report.rewrapped, report.current) == (0, 0)
     for verb in ("rotate", "rewrap"):
@@ -156,7 +158,9 @@ def test_a_disk_in_use_is_rewrapped_under_its_user(
     backend.check_disk(image_format)
 
 
-def test_the_listing_of_keys(backend: Backend, disks: list[Disk], virt_sse: CommandLine) -> None:
+def test_the_listing_shows_each_key_with_its_disks(
+    backend: Backend, disks: list[Disk], virt_sse: CommandLine
+) -> None:
     key = backend.keys_in_use()[0].key
     (row,) = json.loads(virt_sse("key", "used", "-o", "json"))
     assert row == {

@@ -66,7 +66,7 @@ def daemon_of(site: Site, disk_id: uuid.UUID) -> Process:
     return Process(site.backend.config.stage_directory / str(disk_id) / "storage")
 
 
-def test_one_that_dies_is_told_of_and_the_guest_gets_no_wrong_data(site: Site, double: str) -> None:
+def test_a_dead_stage_is_reported_and_the_guest_gets_no_wrong_data(site: Site, double: str) -> None:
     guest, disk = site.guest(double)
     guest.start()
     guest.wait_for("verified")
@@ -83,7 +83,7 @@ def test_one_that_dies_is_told_of_and_the_guest_gets_no_wrong_data(site: Site, d
     guest.wait_for("verified")
 
 
-def test_one_that_lost_nothing_is_started_again_under_a_writing_guest(
+def test_a_stage_that_lost_nothing_is_restarted_under_a_writing_guest(
     site: Site, double: str, acceleration: Callable[[str], Acceleration], linux_micro: LinuxMicro
 ) -> None:
     """A raw volume: all that it has acknowledged is in the kernel's page cache."""
@@ -103,7 +103,7 @@ def test_one_that_lost_nothing_is_started_again_under_a_writing_guest(
     guest.destroy()
 
 
-def test_a_write_back_cache_loses_nothing_that_the_guest_was_told_is_stable(
+def test_a_write_back_cache_loses_no_flushed_data(
     site: Site, acceleration: Callable[[str], Acceleration], linux_micro: LinuxMicro
 ) -> None:
     name = f"cached-{uuid.uuid4().hex[:8]}"
@@ -133,7 +133,7 @@ def test_a_write_back_cache_loses_nothing_that_the_guest_was_told_is_stable(
     guest.destroy()
 
 
-def test_one_of_no_domain_is_ended(site: Site, double: str) -> None:
+def test_a_stage_without_a_domain_is_ended(site: Site, double: str) -> None:
     """The release hook did not run, or could not."""
     guest, disk = site.guest(double)
     guest.start()

@@ -106,7 +106,7 @@ def web_key(private: rsa.RSAPrivateKey) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("size", [2048, 3072])
-def test_keys_wrap_and_unwrap(
+def test_hsm_keys_wrap_and_unwrap(
     client: KeyClient, credential: VaultCredential, token: LabToken, size: int
 ) -> None:
     key = client.create_rsa_key(new_name(), size=size, hardware_protected=True)
@@ -126,7 +126,9 @@ def test_keys_wrap_and_unwrap(
     assert key.key.n == encoded(inside.n or 0)
 
 
-def test_the_life_of_a_key(client: KeyClient, credential: VaultCredential, token: LabToken) -> None:
+def test_an_hsm_key_is_rotated_disabled_deleted_and_purged(
+    client: KeyClient, credential: VaultCredential, token: LabToken
+) -> None:
     name = new_name()
     first = client.create_rsa_key(name, hardware_protected=True)
     with CryptographyClient(str(first.id), credential, **sdk_options(credential)) as remote:
@@ -157,7 +159,7 @@ def test_the_life_of_a_key(client: KeyClient, credential: VaultCredential, token
 
 
 @pytest.mark.parametrize("as_hsm_type", [False, True], ids=["hsm-true", "kty-rsa-hsm"])
-def test_an_imported_key_s_numbers_lie_nowhere(
+def test_the_numbers_of_an_imported_key_are_in_no_file(
     client: KeyClient,
     credential: VaultCredential,
     vault: LabVault,
@@ -190,7 +192,7 @@ def test_an_imported_key_s_numbers_lie_nowhere(
 # --- As a key provider sees it
 
 
-def test_the_provider_takes_such_keys_and_tells_a_verdict_from_silence(
+def test_the_provider_uses_hsm_keys_and_tells_a_verdict_from_silence(
     keys: CustomerKeys, vault: LabVault, token: LabToken
 ) -> None:
     provider, dek = keys.open_provider(keys.new_identity(*RIGHTS)), Dek.generate()
@@ -233,7 +235,7 @@ def test_the_provider_takes_such_keys_and_tells_a_verdict_from_silence(
 # --- Killed
 
 
-def test_a_key_whose_maker_was_killed_is_destroyed(lab_hsm: LabHsm) -> None:
+def test_a_key_of_a_killed_creation_is_destroyed(lab_hsm: LabHsm) -> None:
     with lab_hsm.token() as token, LabVault(premium=True, token=token) as vault:
         bearer = VaultCredential(vault.administrator_path).token()
         with Raw(vault, bearer) as raw:
@@ -305,7 +307,7 @@ def new_set(site: CustomerSite) -> EncryptionSet:
     return made
 
 
-def test_a_guest_boots_from_a_disk_under_such_a_key_and_ends_when_it_is_disabled(site: CustomerSite) -> None:
+def test_a_guest_boots_from_a_disk_under_an_hsm_key_and_ends_with_the_key(site: CustomerSite) -> None:
     guest, disk = site.guest(new_set(site).name)
     guest.start()
     site.wait_until_watched(guest)
@@ -317,7 +319,7 @@ def test_a_guest_boots_from_a_disk_under_such_a_key_and_ends_when_it_is_disabled
     site.wait_until_watched(guest)
 
 
-def test_a_key_destroyed_in_the_token_ends_its_guest_and_a_token_away_ends_none(
+def test_a_destroyed_key_ends_its_guest_and_a_missing_hsm_token_ends_none(
     site: CustomerSite, token: LabToken
 ) -> None:
     taken = new_set(site)

@@ -222,7 +222,7 @@ def test_an_identity_operator_has_its_own_identities_and_grants_nothing(
     assert administrator.get_principal(other.name) == other
 
 
-def test_principals_are_managed(administrator: VaultClient, tmp_path: Path) -> None:
+def test_principals_are_created_changed_and_deleted(administrator: VaultClient, tmp_path: Path) -> None:
     name = new_name("web")
     made = administrator.create_principal(name, new_assertion_key()[1])
     assert administrator.get_principal(made.client_id) == made == administrator.get_principal(name)

@@ -174,7 +174,7 @@ def test_beyond_its_concurrency_a_vault_answers_429_and_goes_on() -> None:
         assert client(0) == [200] * 10
 
 
-def test_how_many_unwraps_a_core_sustains() -> None:
+def test_a_core_sustains_the_least_rate_of_unwraps() -> None:
     """By the processor time that the server takes, so that a busy machine is no slow vault."""
     with served() as vault:
         token = token_of(vault)
@@ -259,7 +259,7 @@ def test_a_lab_vault_that_cannot_start_says_why() -> None:
         _ = vault.directory
 
 
-def test_a_dead_vault_says_nothing_about_keys() -> None:
+def test_a_dead_vault_gives_no_verdict_about_keys() -> None:
     with served() as vault:
         credential = VaultCredential(vault.administrator_path, timeout=2)
         vault.kill()

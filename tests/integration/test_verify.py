@@ -82,7 +82,7 @@ STORAGE = ("storage daemon", CBC, "infrastructure")
 CACHE = ("host cache", "holds ciphertext", None)
 
 
-def test_what_was_asked_for_is_told_and_seen(site: StageSite) -> None:
+def test_verify_reports_the_layers_that_were_asked_for(site: StageSite) -> None:
     one, two = site.guest(site.single_disk("raw")), site.guest(site.disk("qcow2"))
     cached = site.guest(site.disk("raw"))
     at_host = ("--encryption-at-host", "on", "--temp-disk-size", "1M", "--disk-caching", "vda=ReadWrite")
@@ -109,7 +109,7 @@ def test_what_was_asked_for_is_told_and_seen(site: StageSite) -> None:
     assert "plaintext   the guest's memory, and its QEMU's" in table
 
 
-def test_an_encrypted_overlay_is_to_be_as_the_disk(site: StageSite) -> None:
+def test_an_overlay_must_be_encrypted_as_its_disk(site: StageSite) -> None:
     other, another_dek = uuid.uuid4(), Dek.generate()
     with contextlib.closing(site.host.connect()) as connection:
         xml = f"<secret ephemeral='yes' private='yes'><uuid>{other}</uuid></secret>"
@@ -214,7 +214,7 @@ def test_the_target_of_a_backup_is_found(site: StageSite) -> None:
     assert verify(site, guest)["problems"] == []
 
 
-def test_what_is_dead_or_another_is_found(site: StageSite) -> None:
+def test_foreign_replaced_and_unserved_disks_are_found(site: StageSite) -> None:
     disk, other = site.disk("qcow2"), site.single_disk()
     guest, beside = site.guest(disk), site.guest(other)
     plain = site.host.images / f"{disk.name}.plain"
@@ -285,7 +285,7 @@ def agent(site: StageSite, policy: str) -> Iterator[LabAgent]:
         path.write_text(CONFIG)
 
 
-def test_the_agent_tells_of_a_link_once_and_pauses_the_guest_while_it_is_there(site: StageSite) -> None:
+def test_the_agent_reports_a_link_once_and_pauses_the_guest_while_the_link_exists(site: StageSite) -> None:
     disk = site.single_disk()
     guest, overlay = site.guest(disk), site.host.images / f"{disk.name}.overlay"
     guest.define()
@@ -324,7 +324,7 @@ def has(site: StageSite, guest: Guest, pattern: int, offset: str) -> bool:
     return "verification failed" not in site.qemu_io(guest, f"read -P {pattern:#x} {offset} 64k")
 
 
-def test_the_agent_folds_overlays_back_and_wipes_them(site: StageSite) -> None:
+def test_the_agent_commits_overlays_and_wipes_them(site: StageSite) -> None:
     guest = site.guest(site.disk("raw", size=8 * M))
     site.start_paused(guest)
     site.qemu_io(guest, "write -P 1 0 64k")
@@ -354,7 +354,7 @@ def test_the_agent_folds_overlays_back_and_wipes_them(site: StageSite) -> None:
     assert all(has(site, guest, number + 1, f"{64 * number}k") for number in range(3))
 
 
-def test_a_fold_that_was_killed_is_gone_on_with(site: StageSite) -> None:
+def test_a_killed_commit_is_continued(site: StageSite) -> None:
     guest = site.guest(site.single_disk())
     folder = site.backend.config.state_directory / "folds"
     with contextlib.closing(site.host.connect()) as connection:
@@ -380,7 +380,7 @@ def test_a_fold_that_was_killed_is_gone_on_with(site: StageSite) -> None:
     assert verify(site, guest)["problems"] == []
 
 
-def test_what_may_not_have_been_folded_is_not_wiped(site: StageSite) -> None:
+def test_an_overlay_whose_commit_is_unclear_is_not_wiped(site: StageSite) -> None:
     guest = site.guest(disk := site.single_disk())
     site.start_paused(guest)
     overlay = snapshot(site, guest, "s")

@@ -25,7 +25,7 @@ def known(path: Path) -> tuple[int, int]:
     return found
 
 
-def test_what_is_wiped_is_overwritten_and_gone(tmp_path: Path) -> None:
+def test_a_wiped_file_is_overwritten_and_removed(tmp_path: Path) -> None:
     path, other = tmp_path / "overlay", tmp_path / "other-name"
     with path.open("wb") as file:
         file.write(SECRET)
@@ -42,7 +42,7 @@ def test_what_is_wiped_is_overwritten_and_gone(tmp_path: Path) -> None:
     wipe(path, (0, 0))
 
 
-def test_what_is_another_file_is_left_alone(tmp_path: Path) -> None:
+def test_another_file_at_the_path_is_left_alone(tmp_path: Path) -> None:
     path, link, folder = tmp_path / "overlay", tmp_path / "link", tmp_path / "folder"
     path.write_bytes(SECRET)
     link.symlink_to(path)
@@ -73,7 +73,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert FoldRecord.read_all(folder) == []
 
 
-def test_what_can_be_folded() -> None:
+def test_only_plain_overlays_can_be_committed() -> None:
     ours = ChainLink("/ours", Path("/ours"), is_file=True, is_encrypted=True, disk_id=uuid.uuid4())
     one, two = (ChainLink(name, Path(name), is_file=True) for name in ("/one", "/two"))
     device = ChainLink("/dev/sdb")
@@ -95,7 +95,7 @@ def test_what_can_be_folded() -> None:
         assert foldable(not_foldable) == ()
 
 
-def test_the_sites_choice(tmp_path: Path) -> None:
+def test_the_plaintext_policy_is_configured(tmp_path: Path) -> None:
     assert Config.load(tmp_path).agent.plaintext is PlaintextPolicy.WARN
     path = tmp_path / "etc/virt-sse/config.toml"
     path.parent.mkdir(parents=True)

@@ -98,16 +98,14 @@ def watched(backend: Backend, script: Callable[..., None]) -> Iterator[Watched]:
     watched.watch.stop()
 
 
-def test_a_look_is_enough_while_all_is_well(watched: Watched) -> None:
+def test_a_poll_is_enough_while_the_key_is_enabled(watched: Watched) -> None:
     assert watched.watch.verdict(watched.key) is None
     assert watched.after() == Verdict(KeyState.ENABLED)
     assert ScriptedProvider.unwraps == 0
     assert watched.changes == 1
 
 
-def test_what_a_look_shows_is_tried_once_before_it_is_believed(
-    watched: Watched, script: Callable[..., None]
-) -> None:
+def test_a_polled_refusal_is_confirmed_by_one_probe(watched: Watched, script: Callable[..., None]) -> None:
     watched.after()
     script(KeyState.DISABLED, KeyDisabledError("vault says no"))
     assert watched.after(looks=8) == Verdict(KeyState.DISABLED, "vault says no")
@@ -124,7 +122,7 @@ def test_a_key_that_still_unwraps_is_not_revoked(watched: Watched, script: Calla
 
 
 @pytest.mark.parametrize("error", [KeyProviderUnavailableError("timeout"), UnwrapError("damaged")])
-def test_a_trial_that_shows_nothing_leaves_the_look(
+def test_a_probe_without_a_verdict_leaves_the_polled_state(
     watched: Watched, script: Callable[..., None], error: Exception
 ) -> None:
     script(KeyState.DELETED, error)
@@ -147,7 +145,7 @@ def test_silence_neither_begins_nor_ends_a_revocation(watched: Watched, script: 
     assert watched.after() == Verdict(KeyState.ENABLED)
 
 
-def test_a_trial_now_and_then_finds_what_a_look_does_not(
+def test_a_periodic_probe_finds_a_refusal_that_polls_do_not(
     backend: Backend, script: Callable[..., None]
 ) -> None:
     watched = Watched(backend, probe_seconds=0.1)
@@ -161,7 +159,7 @@ def test_a_trial_now_and_then_finds_what_a_look_does_not(
         watched.watch.stop()
 
 
-def test_one_slow_key_delays_no_other(backend: Backend, script: Callable[..., None]) -> None:
+def test_a_slow_key_delays_no_other_key(backend: Backend, script: Callable[..., None]) -> None:
     watched = Watched(backend)
     platform = backend.create_disk("other", 1 << 20)
     other = WatchedKey(platform.deks[0].wrapped.key, None)
@@ -175,7 +173,7 @@ def test_one_slow_key_delays_no_other(backend: Backend, script: Callable[..., No
     watched.watch.stop()
 
 
-def test_a_key_that_nobody_uses_any_more_is_forgotten(watched: Watched) -> None:
+def test_a_key_no_longer_in_use_is_forgotten(watched: Watched) -> None:
     watched.after()
     watched.watch.watch({})
     assert watched.watch.states() == []

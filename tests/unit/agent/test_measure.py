@@ -75,6 +75,6 @@ def revoked(
         ([revoked(DESTROY, sku=DiskSku.ULTRA), revoked(PAUSE)], Measure(PAUSE)),
     ],
 )
-def test_the_hardest_measure_is_taken(disks: list[RevokedDisk], expected: Measure) -> None:
+def test_the_strongest_enforcement_action_is_taken(disks: list[RevokedDisk], expected: Measure) -> None:
     assert measure(disks) == expected
     assert measure(disks[::-1]) == expected

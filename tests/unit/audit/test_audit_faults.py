@@ -163,7 +163,7 @@ def test_a_log_that_cannot_be_written_or_read_is_an_error(log: AuditLog, tmp_pat
             use()
 
 
-def test_processes_and_threads_at_once(tmp_path: Path) -> None:
+def test_processes_and_threads_append_at_once_to_one_chain(tmp_path: Path) -> None:
     script = (
         "import sys, uuid, pathlib; from virt_sse.audit.log import AuditLog\n"
         "from virt_sse.audit.record import AuditRecord, Component, Result\n"
@@ -200,7 +200,7 @@ def test_processes_and_threads_at_once(tmp_path: Path) -> None:
     assert all(path.stat().st_size < 42_000 for path in log.files())
 
 
-def test_memory_is_flat(tmp_path: Path) -> None:
+def test_reading_takes_memory_independent_of_the_length(tmp_path: Path) -> None:
     log = AuditLog(tmp_path / "audit.jsonl")
     log.append(make())
     key = (tmp_path / "audit.key").read_bytes()

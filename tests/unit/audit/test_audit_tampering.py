@@ -196,7 +196,9 @@ def test_a_lost_key_is_found_and_keys_go_on_being_used(filled: AuditLog, tmp_pat
     ids=lambda line: f"{line[:12]!r}-{len(line)}",
 )
 @pytest.mark.parametrize("sealed", [False, True])
-def test_what_is_no_record_is_found(filled: AuditLog, tmp_path: Path, line: bytes, *, sealed: bool) -> None:
+def test_a_line_that_is_no_record_is_found(
+    filled: AuditLog, tmp_path: Path, line: bytes, *, sealed: bool
+) -> None:
     if sealed:
         position = Position(1, hashlib.sha256(line).hexdigest())
         mac = record_mac((tmp_path / "state/audit.key").read_bytes(), position)

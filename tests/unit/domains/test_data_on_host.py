@@ -36,7 +36,7 @@ def test_a_bare_vm_has_nothing_at_rest(tmp_path: Path) -> None:
     assert set(states(look(tmp_path)).values()) == {"absent"}
 
 
-def test_disks_are_told_and_not_refused(tmp_path: Path) -> None:
+def test_plaintext_disks_are_reported_and_not_refused(tmp_path: Path) -> None:
     secret = (
         f"<encryption format='luks'><secret type='passphrase' usage='{usage(ID, 'service')}'/></encryption>"
     )
@@ -76,7 +76,7 @@ def test_disks_are_told_and_not_refused(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_tpm_state(
+def test_the_state_of_a_tpm_is_found_and_refused_if_plaintext(
     tmp_path: Path, devices: str, state_file: bytes | None, expected: State, refused: bool
 ) -> None:
     if state_file is not None:
@@ -87,7 +87,7 @@ def test_tpm_state(
     assert (tpm.state, tpm.is_refused) == (expected, refused)
 
 
-def test_what_is_refused_by_configuration(tmp_path: Path) -> None:
+def test_plaintext_caused_by_configuration_is_refused(tmp_path: Path) -> None:
     for beside, what in (
         ("<on_crash>coredump-destroy</on_crash>", "crash-dump"),
         ("<on_crash>coredump-restart</on_crash>", "crash-dump"),
@@ -114,7 +114,7 @@ def test_what_is_refused_by_configuration(tmp_path: Path) -> None:
     assert look(tmp_path)["managed-save"].is_refused
 
 
-def test_what_is_told_and_not_refused(tmp_path: Path) -> None:
+def test_plaintext_outside_the_configuration_is_reported_only(tmp_path: Path) -> None:
     found = look(
         tmp_path,
         system="<loader type='pflash'>/ovmf</loader><nvram>/vars.fd</nvram>",
@@ -128,11 +128,11 @@ def test_what_is_told_and_not_refused(tmp_path: Path) -> None:
     assert not any(each.is_refused for each in found.values())
 
 
-def test_qemu_conf_that_is_not_there_says_libvirts_defaults(tmp_path: Path) -> None:
+def test_a_missing_qemu_conf_means_libvirts_defaults(tmp_path: Path) -> None:
     assert QemuSettings.read(tmp_path / "none") == QemuSettings()
 
 
-def test_swap(tmp_path: Path) -> None:
+def test_plaintext_swap_is_found(tmp_path: Path) -> None:
     devices = tmp_path / "block"
     for name, file, content in (
         ("dm-0", "dm/uuid", "CRYPT-PLAIN-swap\n"),
@@ -154,7 +154,7 @@ def test_swap(tmp_path: Path) -> None:
     assert locked.state is State.ABSENT
 
 
-def test_a_snapshot_with_memory() -> None:
+def test_an_external_memory_snapshot_is_reported_as_plaintext() -> None:
     found = memory_snapshot("<domainsnapshot><memory snapshot='external' file='/m'/></domainsnapshot>")
     assert found
     assert (found.where, found.state, found.is_refused) == ("/m", State.PLAINTEXT, False)

@@ -36,9 +36,7 @@ def make(backend: Backend, vm_id: uuid.UUID = ID) -> Dek:
     return temp_disks.create(backend.config, layer, wrapping, vm_id, "web", 1 << 20, QEMU)
 
 
-def test_it_is_a_luks_image_that_its_envelope_opens_and_only_qemu_comes_near(
-    backend: Backend, config: Config
-) -> None:
+def test_a_temporary_disk_is_a_luks_image_for_qemu_alone(backend: Backend, config: Config) -> None:
     dek = make(backend)
     path = temp_disks.image(config, ID)
     img.check_unlocks(path, DiskFormat.RAW, [dek])
@@ -67,7 +65,7 @@ def test_erasing_leaves_nothing_to_open(backend: Backend, config: Config) -> Non
     kept.unlink()
 
 
-def test_one_that_qemu_has_open_stays(backend: Backend, config: Config) -> None:
+def test_a_temporary_disk_that_qemu_has_open_is_not_erased(backend: Backend, config: Config) -> None:
     make(backend)
     path = temp_disks.image(config, ID)
     os.utime(path.parent, (1, 1))
@@ -97,7 +95,7 @@ def _is_open(path: Path) -> bool:
     return False
 
 
-def test_leftovers(backend: Backend, config: Config) -> None:
+def test_only_unused_temporary_disks_are_erased(backend: Backend, config: Config) -> None:
     other = uuid.uuid4()
     make(backend)
     make(backend, other)

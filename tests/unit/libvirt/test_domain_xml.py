@@ -33,7 +33,7 @@ ELEMENTS = {
 
 
 @pytest.mark.parametrize("name", ELEMENTS)
-def test_golden(name: str, request: pytest.FixtureRequest) -> None:
+def test_disk_elements_are_those_of_the_golden_files(name: str, request: pytest.FixtureRequest) -> None:
     path = GOLDEN / f"{name}.xml"
     if request.config.getoption("--regenerate-golden"):
         path.write_text(ELEMENTS[name])
@@ -41,7 +41,7 @@ def test_golden(name: str, request: pytest.FixtureRequest) -> None:
 
 
 @pytest.mark.parametrize("name", ELEMENTS)
-def test_what_we_write_we_find(name: str) -> None:
+def test_written_disk_elements_are_found_again(name: str) -> None:
     (use,) = our_disks(domain(ELEMENTS[name]))
     place = ET.fromstring(ELEMENTS[name]).find("source")  # noqa: S314 -- our own
     target = ET.fromstring(ELEMENTS[name]).find("target")  # noqa: S314 -- our own
@@ -60,7 +60,7 @@ def secret(slot: str = "service") -> str:
     return f"<encryption format='luks'><secret type='passphrase' usage='{usage(DISK, slot)}'/></encryption>"
 
 
-def test_a_domain_without_disks_of_ours() -> None:
+def test_a_domain_without_our_disks_has_no_reference() -> None:
     theirs = "<disk type='file'><source file='/x'><encryption format='luks'><secret type='passphrase' {}/>"
     theirs += "</encryption></source><target dev='vda'/></disk>"
     for reference in ("usage='other'", "uuid='6e2a0c0e-8d1f-4c58-9c63-0a1c62d7a9b1'"):
@@ -70,7 +70,7 @@ def test_a_domain_without_disks_of_ours() -> None:
     assert our_disks(f"<domain><metadata>{ELEMENTS['disk-qcow2']}</metadata></domain>") == []
 
 
-def test_where_libvirt_puts_the_secret() -> None:
+def test_our_secret_is_found_wherever_libvirt_puts_secrets() -> None:
     """Within the source or, as older domains have it, beside it; and in backing files and mirrors."""
     found = our_disks(
         domain(
@@ -93,20 +93,20 @@ def test_where_libvirt_puts_the_secret() -> None:
 
 
 @pytest.mark.parametrize("reference", ["virt-sse:", "virt-sse:nonsense:service", f"virt-sse:{DISK}"])
-def test_a_secret_like_ours_that_makes_no_sense(reference: str) -> None:
+def test_an_invalid_secret_of_ours_is_refused(reference: str) -> None:
     disk = ELEMENTS["disk-qcow2"].replace(usage(DISK, "service"), reference)
     with pytest.raises(InvalidValueError, match="names an unknown secret"):
         our_disks(domain(disk))
 
 
 @pytest.mark.parametrize("text", ["", "<domain>", "no XML", "<a/><b/>", "\0"])
-def test_what_is_no_xml(text: str) -> None:
+def test_invalid_xml_is_refused(text: str) -> None:
     with pytest.raises(InvalidValueError, match="not a domain's XML"):
         our_disks(text)
 
 
 @pytest.mark.parametrize("target", ["", "vd", "vdA", "vda1", "xvda", "vd a", "vdaaa", "vda\n", "x" * 1000])
-def test_what_is_no_target(target: str) -> None:
+def test_an_invalid_target_is_refused(target: str) -> None:
     with pytest.raises(InvalidValueError, match="is no target"):
         disk_element(source("/x"), target=target)
 
@@ -117,7 +117,7 @@ def test_the_bus_follows_the_target() -> None:
         assert f'dev="{target}" bus="{bus}"' in element
 
 
-def test_the_first_free_target() -> None:
+def test_the_first_free_target_is_chosen() -> None:
     def used(*names: str) -> str:
         return domain(*(f"<disk><target dev='{name}'/></disk>" for name in names))
 

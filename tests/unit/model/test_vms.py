@@ -72,7 +72,7 @@ def test_a_vm_comes_back_from_the_store_as_it_was(store: Store) -> None:
     assert store.vms.all() == []
 
 
-def test_a_commit_makes_what_is_pending_what_is(store: Store) -> None:
+def test_a_commit_makes_pending_settings_current(store: Store) -> None:
     vm = Vm(ID, "web", uuid.uuid4(), VmProperties(), 3, PendingUpdate(ALL), wrapped("1"))
     store.vms.put(vm)
     after = store.vms.commit(vm)
@@ -91,7 +91,7 @@ def test_the_key_of_a_tpm_is_in_use_and_rewrapped_by_compare_and_swap(store: Sto
     assert store.vms.keys_in_use() == {wrapped("2").key: 1}
 
 
-def test_a_definition_says_what_it_was_told(tmp_path: Path) -> None:
+def test_a_definition_carries_its_settings(tmp_path: Path) -> None:
     root = vm_metadata.parse(PLAIN)
     assert vm_metadata.stated(root) is None
     for said in (Stated(ALL, 7), Stated(VmProperties(), 8)):
@@ -115,7 +115,7 @@ def test_a_definition_says_what_it_was_told(tmp_path: Path) -> None:
         "encryption-at-host='on' generation='1' size='a b'",
     ],
 )
-def test_metadata_that_makes_no_sense_is_refused(attributes: str) -> None:
+def test_invalid_metadata_is_refused(attributes: str) -> None:
     element = f"<v:vm xmlns:v='https://virt-sse.invalid/vm/1' {attributes}/>"
     with pytest.raises(InvalidValueError, match="makes no sense"):
         vm_metadata.stated(vm_metadata.parse(PLAIN.replace("<metadata>", f"<metadata>{element}")))
@@ -124,7 +124,7 @@ def test_metadata_that_makes_no_sense_is_refused(attributes: str) -> None:
         vm_metadata.stated(vm_metadata.parse(PLAIN.replace("<metadata>", f"<metadata>{whole}{whole}")))
 
 
-def test_a_temporary_disk_in_a_definition() -> None:
+def test_a_temporary_disk_is_found_in_a_definition() -> None:
     root = vm_metadata.parse(PLAIN)
     vm_metadata.set_temp_disk(root, ID, Path("/temp/disk.raw"))
     text = ET.tostring(root, encoding="unicode")
@@ -153,7 +153,7 @@ def test_a_temporary_disk_in_a_definition() -> None:
     assert domain_xml.temp_disks(ET.tostring(root, encoding="unicode")) == []
 
 
-def test_a_tpm_in_a_definition() -> None:
+def test_a_tpm_is_found_in_a_definition() -> None:
     root = vm_metadata.parse(PLAIN)
     assert vm_metadata.tpm_secret(root) is None
     vm_metadata.set_tpm_encryption(root, ID, encrypted=True)
@@ -203,7 +203,7 @@ def test_a_tpm_carries_its_wrapped_dek(tmp_path: Path) -> None:
     assert tpm_envelope.read(folder, ID) == wrapped("2")
 
 
-def test_names_of_sizes() -> None:
+def test_a_size_name_is_checked() -> None:
     assert check_size_name("Standard_E4-2s_v3") == "Standard_E4-2s_v3"
     for name in ("", "a b", "-x", "x" * 65, "é"):
         with pytest.raises(InvalidValueError):

@@ -64,7 +64,7 @@ def guard_is_held(token: LabToken) -> bool:
 @pytest.mark.parametrize(
     "what", [inside_token.close_sessions, inside_token.log_out, inside_token.restart, inside_token.finalise]
 )
-def test_somebody_is_at_work_in_the_module(
+def test_sessions_lost_in_the_module_are_reopened(
     token: Token, key: TokenKey, what: Callable[[TokenOperations], None]
 ) -> None:
     inside(token, what)
@@ -73,7 +73,7 @@ def test_somebody_is_at_work_in_the_module(
     assert token.find(label="key") == [key]
 
 
-def test_its_process_is_killed(token: Token, key: TokenKey) -> None:
+def test_a_killed_module_process_is_replaced(token: Token, key: TokenKey) -> None:
     before = token.pid
     assert before is not None
     os.kill(before, signal.SIGKILL)
@@ -82,13 +82,13 @@ def test_its_process_is_killed(token: Token, key: TokenKey) -> None:
     assert token.pid != before
 
 
-def test_a_module_crashes(token: Token, key: TokenKey) -> None:
+def test_a_crashed_module_is_reported_and_started_again(token: Token, key: TokenKey) -> None:
     with pytest.raises(KeyProviderUnavailableError, match=r"brought its process down \(SIGSEGV\)"):
         inside(token, inside_token.crash)
     assert works(token, key)
 
 
-def test_a_module_hangs(lab_token: LabToken, key: TokenKey) -> None:
+def test_a_hanging_module_delays_only_its_callers_and_only_once(lab_token: LabToken, key: TokenKey) -> None:
     """Those wait who ask it, and no longer than that; nobody else does."""
     options = lab_token.options
     with (
@@ -135,7 +135,9 @@ def test_a_login_that_hangs_is_no_wrong_pin(
     assert guard.failures() == 0
 
 
-def test_it_ends_with_its_user_even_as_it_hangs(lab_token: LabToken, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_module_process_ends_with_its_user(
+    lab_token: LabToken, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inside_token.allow(monkeypatch)
 
     def use(report: Report) -> None:
@@ -151,7 +153,7 @@ def test_it_ends_with_its_user_even_as_it_hangs(lab_token: LabToken, monkeypatch
     wait_until(lambda: is_gone(worker), "the module's process has ended")
 
 
-def test_its_memory_is_its_own(token: Token) -> None:
+def test_the_module_lies_in_the_memory_of_its_own_process(token: Token) -> None:
     """It leaves no core, and we know nothing of what the module has in it."""
     limits = Path(f"/proc/{token.pid}/limits").read_text("ascii")
     assert re.search(r"Max core file size +0 +0 ", limits)
@@ -159,12 +161,12 @@ def test_its_memory_is_its_own(token: Token) -> None:
     assert "libsofthsm2" not in Path("/proc/self/maps").read_text("utf-8")
 
 
-def test_closed_it_opens_again(token: Token, key: TokenKey) -> None:
+def test_a_closed_token_opens_again(token: Token, key: TokenKey) -> None:
     token.close()
     assert works(token, key)
 
 
-def test_a_fork(token: Token, key: TokenKey) -> None:
+def test_child_and_grandchild_and_parent_use_the_token(token: Token, key: TokenKey) -> None:
     """Child and grandchild work on, and the parent too."""
 
     def child() -> None:
@@ -179,7 +181,7 @@ def test_a_fork(token: Token, key: TokenKey) -> None:
     assert works(token, key)
 
 
-def test_forks_while_threads_are_at_work(token: Token, key: TokenKey) -> None:
+def test_forks_use_the_token_while_threads_do(token: Token, key: TokenKey) -> None:
     stop = threading.Event()
 
     def work() -> bool:
@@ -242,7 +244,7 @@ def test_the_whole_hsm_goes_away_and_comes_back(token: Token, key: TokenKey, lab
     assert works(token, key)
 
 
-def test_another_token_in_its_place_is_not_it(lab_hsm: LabHsm, lab_token: LabToken) -> None:
+def test_another_token_in_the_place_of_a_token_is_refused(lab_hsm: LabHsm, lab_token: LabToken) -> None:
     """Its keys would be gone, and that is no verdict."""
     by_label = TokenUri(token=lab_token.uri.token)
     guard, pin = PinGuard(lab_token.folder.wrong_pins), PinSource.file(lab_token.folder.pin)
@@ -342,7 +344,7 @@ def test_no_pin_is_shown(lab_token: LabToken, lab_hsm: LabHsm, tmp_path: Path) -
 # --- Which token, which module
 
 
-def test_no_token_and_several(lab_hsm: LabHsm, lab_token: LabToken) -> None:
+def test_a_missing_or_ambiguous_token_is_refused(lab_hsm: LabHsm, lab_token: LabToken) -> None:
     guard, pin = PinGuard(lab_token.folder.wrong_pins), PinSource.file(lab_token.folder.pin)
 
     def open_any(uri: str) -> None:
@@ -357,7 +359,7 @@ def test_no_token_and_several(lab_hsm: LabHsm, lab_token: LabToken) -> None:
 
 
 @pytest.mark.parametrize("path", ["/no/such/module.so", "/etc/passwd", "/lib/x86_64-linux-gnu/libc.so.6"])
-def test_what_is_no_module(path: str, lab_token: LabToken) -> None:
+def test_an_invalid_module_is_refused(path: str, lab_token: LabToken) -> None:
     guard, pin = PinGuard(lab_token.folder.wrong_pins), PinSource.file(lab_token.folder.pin)
     with pytest.raises(KeyProviderUnavailableError, match="cannot load PKCS#11 module"):
         Token.open(lab_token.uri, Path(path), pin, guard=guard)
@@ -365,7 +367,7 @@ def test_what_is_no_module(path: str, lab_token: LabToken) -> None:
         find_module("none")
 
 
-def test_each_has_a_configuration_of_its_own(
+def test_each_token_has_its_own_configuration(
     token: Token, key: TokenKey, lab_nss_token: LabToken, tmp_path: Path
 ) -> None:
     folder = TokenFolder(tmp_path / "hsm")
@@ -376,7 +378,7 @@ def test_each_has_a_configuration_of_its_own(
         assert works(token, key)
 
 
-def test_pins_are_asked_for_here_and_at_their_time(lab_token: LabToken) -> None:
+def test_a_pin_is_prompted_for_in_this_process_when_needed(lab_token: LabToken) -> None:
     """A prompt is this process's, and whoever types is not hurried."""
     options = TokenOptions.parse("it", lab_token.folder.path, lab_token.options)
     asked = []
@@ -398,7 +400,7 @@ def test_pins_are_asked_for_here_and_at_their_time(lab_token: LabToken) -> None:
         options.open(PinSource.prompt(give_up))
 
 
-def test_a_key_that_is_gone_is_gone(token: Token, key: TokenKey) -> None:
+def test_a_destroyed_key_is_not_found(token: Token, key: TokenKey) -> None:
     token.destroy(key)
     with pytest.raises(KeyNotFoundError):
         works(token, key)

@@ -26,7 +26,7 @@ VECTORS = json.loads((folders.VECTORS / "platform_managed.json").read_text("utf-
 WRITERS = (platform_keyring, platform_keyring_folder, virt_sse.system.files)
 
 
-def test_a_version_of_another_host(provider: PlatformManagedKeyProvider, tmp_path: Path) -> None:
+def test_a_version_of_another_host_is_unknown(provider: PlatformManagedKeyProvider, tmp_path: Path) -> None:
     other = open_provider(tmp_path / "other")
     other.provision()
     wrapped = wrap(other, Dek.generate())
@@ -141,7 +141,9 @@ def vector_provider(directory: Path) -> PlatformManagedKeyProvider:
 
 
 @pytest.mark.parametrize("case", VECTORS["cases"], ids=lambda case: case["name"])
-def test_known_answers(vector_provider: PlatformManagedKeyProvider, case: dict[str, str]) -> None:
+def test_the_vectors_unwrap_as_recorded(
+    vector_provider: PlatformManagedKeyProvider, case: dict[str, str]
+) -> None:
     wrapped = WrappedDek(bytes.fromhex(case["ciphertext"]), case["algorithm"], KeyId(*case["key"]))
     context = DekContext(UUID(case["disk-id"]), case["slot"])
     if case["outcome"] == "ok":
@@ -152,7 +154,7 @@ def test_known_answers(vector_provider: PlatformManagedKeyProvider, case: dict[s
         assert type(caught.value) is getattr(errors, case["outcome"])
 
 
-def test_a_known_keyring_goes_on(vector_provider: PlatformManagedKeyProvider) -> None:
+def test_a_recorded_keyring_is_read_and_rotated(vector_provider: PlatformManagedKeyProvider) -> None:
     assert vector_provider.current_key("default").version == VECTORS["current"]
     assert not vector_provider.provision()
     rotated = vector_provider.rotate("default")

@@ -41,7 +41,7 @@ def script(folder: Path, user: User, body: str) -> list[str]:
     ]
 
 
-def test_it_is_known_by_its_lock(process: Process, folder: Path, user: User) -> None:
+def test_a_process_is_known_by_its_lock(process: Process, folder: Path, user: User) -> None:
     assert process.pid() is None
     process.stop()
     process.start(SLEEP, user)
@@ -59,7 +59,7 @@ def test_it_is_known_by_its_lock(process: Process, folder: Path, user: User) -> 
     assert not Path(f"/proc/{pid}/exe").exists()
 
 
-def test_a_file_that_nobody_locks_is_no_process(process: Process, folder: Path, user: User) -> None:
+def test_an_unlocked_file_is_no_process(process: Process, folder: Path, user: User) -> None:
     process.start(say("exit 0"), user)
     wait_end(process)
     (folder / "storage.lock").write_text(str(os.getpid()))
@@ -68,7 +68,7 @@ def test_a_file_that_nobody_locks_is_no_process(process: Process, folder: Path, 
         process.stop()
 
 
-def test_it_outlives_who_started_it(process: Process, folder: Path, user: User) -> None:
+def test_a_process_outlives_its_starter(process: Process, folder: Path, user: User) -> None:
     body = "process.start(Command(['sleep', '60']), user)\nimport os; os.kill(os.getpid(), 9)"
     assert subprocess.run(script(folder, user, body), check=False).returncode == -signal.SIGKILL
     pid = process.pid()
@@ -77,7 +77,7 @@ def test_it_outlives_who_started_it(process: Process, folder: Path, user: User) 
     assert os.getsid(pid) == pid
 
 
-def test_one_that_was_killed_can_be_started_again(process: Process, user: User) -> None:
+def test_a_killed_process_can_be_started_again(process: Process, user: User) -> None:
     process.start(SLEEP, user)
     first = process.pid()
     assert first
@@ -87,7 +87,7 @@ def test_one_that_was_killed_can_be_started_again(process: Process, user: User) 
     assert process.pid() not in (None, first)
 
 
-def test_it_is_not_started_twice(process: Process, user: User) -> None:
+def test_a_running_process_is_not_started_again(process: Process, user: User) -> None:
     process.start(SLEEP, user)
     pid = process.pid()
     with pytest.raises(StageError, match="cannot start sleep: Resource temporarily unavailable"):
@@ -95,7 +95,7 @@ def test_it_is_not_started_twice(process: Process, user: User) -> None:
     assert process.pid() == pid
 
 
-def test_one_that_does_not_end_by_itself_is_killed(process: Process, user: User) -> None:
+def test_a_process_that_ignores_its_end_is_killed(process: Process, user: User) -> None:
     process.start(say("trap '' TERM; echo ready; while :; do sleep 0.05; done"), user)
     wait_until(lambda: process.log == "ready", "the program is ready")
     began = time.monotonic()
@@ -104,7 +104,7 @@ def test_one_that_does_not_end_by_itself_is_killed(process: Process, user: User)
     assert process.pid() is None
 
 
-def test_programs_that_do_not_start(process: Process, folder: Path, user: User) -> None:
+def test_a_program_that_does_not_start_is_reported(process: Process, folder: Path, user: User) -> None:
     with pytest.raises(ToolError, match=r"^no-such-program is not installed$"):
         process.start(Command(["no-such-program"]), user)
     nonsense = folder / "nonsense"
@@ -121,7 +121,9 @@ def test_programs_that_do_not_start(process: Process, folder: Path, user: User) 
     (folder / "storage.log").rmdir()
 
 
-def test_one_in_another_pid_namespace_is_not_stopped(process: Process, folder: Path, user: User) -> None:
+def test_a_process_in_another_pid_namespace_is_not_stopped(
+    process: Process, folder: Path, user: User
+) -> None:
     process.start(SLEEP, user)
     body = (
         "from virt_sse.errors import StageError\n"
@@ -138,7 +140,7 @@ def test_one_in_another_pid_namespace_is_not_stopped(process: Process, folder: P
     assert process.pid()
 
 
-def test_one_of_a_pid_namespace_below_is_stopped_by_its_number_here(
+def test_a_process_in_a_nested_pid_namespace_is_stopped_by_its_number_here(
     process: Process, folder: Path, user: User
 ) -> None:
     body = (

@@ -29,7 +29,7 @@ RECORD = StageRecord(
 
 
 @pytest.mark.parametrize("slot", ["infrastructure", None])
-def test_it_is_read_as_it_was_written(tmp_path: Path, slot: str | None) -> None:
+def test_a_record_is_read_as_written(tmp_path: Path, slot: str | None) -> None:
     record = dataclasses.replace(RECORD, storage_slot=slot)
     folder = tmp_path / "stages" / str(record.disk_id)
     record.write(folder)
@@ -38,7 +38,7 @@ def test_it_is_read_as_it_was_written(tmp_path: Path, slot: str | None) -> None:
     assert mode(folder) == mode(folder.parent) == 0o700
 
 
-def test_what_makes_no_sense_is_no_record(tmp_path: Path) -> None:
+def test_an_invalid_record_is_refused(tmp_path: Path) -> None:
     assert StageRecord.read(tmp_path) is None
     RECORD.write(tmp_path)
     path = tmp_path / "stages.json"
@@ -73,7 +73,7 @@ def test_what_makes_no_sense_is_no_record(tmp_path: Path) -> None:
         ("qcow2", None, "ReadWrite", False),
     ],
 )
-def test_what_keeps_all_that_it_has_acknowledged(
+def test_only_durable_stages_keep_acknowledged_writes(
     image_format: str, slot: str | None, caching: str, kept: bool
 ) -> None:
     record = dataclasses.replace(

@@ -100,7 +100,7 @@ def in_processes(count: int, path: Path, body: str) -> list[str]:
     return answers
 
 
-def test_what_is_added_is_found(store: Store) -> None:
+def test_an_added_disk_is_found(store: Store) -> None:
     one, two = disk("one"), disk("two", entry("1", "service"), entry("9", "host"))
     for added in (two, one):
         store.add(added)
@@ -126,7 +126,7 @@ def test_name_path_and_id_are_taken_once(store: Store) -> None:
     assert store.all() == [one, other]
 
 
-def test_changes(store: Store) -> None:
+def test_changes_of_a_disk_are_stored(store: Store) -> None:
     store.add(one := disk("one", state=DiskState.CREATING))
     assert store.unfinished() == [one]
     store.set_state(one.id, DiskState.READY)
@@ -153,7 +153,7 @@ def test_deks_are_swapped_only_for_the_generation_that_was_seen(store: Store) ->
     assert not store.replace(after, rewrapped(after, entry("3")))
 
 
-def test_disks_by_their_key(store: Store) -> None:
+def test_disks_are_found_by_their_key(store: Store) -> None:
     store.add(disk("one", entry("1")))
     store.add(disk("two", entry("2"), entry("2", "host")))
     assert [found.name for found in store.under_key(KeyRef("provider", "default"))] == ["one", "two"]
@@ -164,7 +164,7 @@ def test_disks_by_their_key(store: Store) -> None:
     }
 
 
-def test_what_is_forgotten_is_not_in_the_file(store: Store, path: Path) -> None:
+def test_deleted_rows_leave_no_bytes_in_the_file(store: Store, path: Path) -> None:
     store.add(one := disk("one", entry("a-version-to-be-forgotten")))
     store.remove(one.id)
     store.close()
@@ -251,7 +251,7 @@ def test_a_newer_schema_is_refused(store: Store, path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"text that is no database at all, but long" * 100, b"\0" * 5000])
-def test_what_is_no_database_is_refused_and_kept(path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_database_is_refused_and_kept(path: Path, content: bytes) -> None:
     path.parent.mkdir()
     path.write_bytes(content)
     with pytest.raises(StoreError, match="cannot open the store"):
@@ -260,7 +260,7 @@ def test_what_is_no_database_is_refused_and_kept(path: Path, content: bytes) -> 
 
 
 @pytest.mark.parametrize("url", ["sqlite:///relative", "sqlite://", "nonsense", "nosuch://host/db", ""])
-def test_what_is_no_store(url: str) -> None:
+def test_a_database_that_is_no_store_is_refused(url: str) -> None:
     with pytest.raises(StoreError):
         Store(url)
 
@@ -282,7 +282,7 @@ def test_migrations_make_the_tables(store: Store, path: Path) -> None:
     engine.dispose()
 
 
-def test_the_newest_migration_is_the_one_that_is_spelt_out() -> None:
+def test_the_newest_migration_is_the_one_in_the_code() -> None:
     config = alembic.config.Config()
     config.set_main_option("script_location", str(Path(virt_sse.store.__file__).parent / "migrations"))
     config.set_main_option("path_separator", "os")

@@ -19,7 +19,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "state/locks"
 
 
-def test_one_disk_is_held_by_one_at_a_time(path: Path) -> None:
+def test_a_disk_is_held_by_one_holder_at_a_time(path: Path) -> None:
     locks, others = DiskLocks(path), DiskLocks(path)
     with locks.hold(DISK):
         with pytest.raises(DiskInUseError), others.hold(DISK):
@@ -72,14 +72,14 @@ def test_the_file_is_ours_alone_and_stays_empty(path: Path) -> None:
     assert path.stat().st_size == 0
 
 
-def test_where_no_file_can_be_made(tmp_path: Path) -> None:
+def test_a_lock_file_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file/locks", tmp_path):
         with pytest.raises(StoreError, match="cannot open"), DiskLocks(path).hold(DISK):
             pass
 
 
-def test_a_lock_of_others_is_seen(path: Path) -> None:
+def test_a_lock_of_another_holder_is_seen(path: Path) -> None:
     with DiskLocks(path).hold(DISK), path.open("rb") as file:
         assert is_locked(file.fileno(), 0, 1 << 62)
     with path.open("rb") as file:
