@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -32,3 +34,39 @@ def backend(root: Path) -> Iterator[Backend]:
 def virt_sse(root: Path) -> CommandLine:
     """The command line on that host; initialise it with ``backend`` or ``host init``."""
     return CommandLine(root)
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder with a path short enough for sockets, which other users may pass through."""
+    with TemporaryDirectory(prefix="virt-sse-") as name:
+        Path(name).chmod(0o711)
+        yield Path(name)
+
+
+@pytest.fixture
+def as_root() -> None:
+    """Skip the test unless root runs it; the test is marked ``root``."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+
+
+_MARKS = {
+    "as_root": {"root"},
+    "lab_host": {"root", "libvirt"},
+    "second_lab_host": {"root", "libvirt"},
+    "acceleration": {"kvm"},
+    "linux_micro": {"tcg"},
+}
+"""The marks of a test that uses a fixture, directly or through another fixture."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by what its fixtures need."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        marks = {mark for name in fixtures for mark in _MARKS.get(name, ())}
+        if "tcg" in marks:
+            marks.discard("kvm")  # the accelerator of linux-micro is probed, too
+        for mark in sorted(marks):
+            item.add_marker(mark)

@@ -78,6 +78,7 @@ def test_a_dek_moved_to_another_slot_does_not_unwrap(
         provider.unwrap(wrapped, context=dataclasses.replace(context, slot=slot))
 
 
+@pytest.mark.slow
 def test_a_wrapped_dek_with_any_flipped_byte_is_refused(
     provider: KeyProvider, wrapped: WrappedDek, context: DekContext
 ) -> None:
@@ -88,6 +89,7 @@ def test_a_wrapped_dek_with_any_flipped_byte_is_refused(
             provider.unwrap(dataclasses.replace(wrapped, ciphertext=bytes(flipped)), context=context)
 
 
+@pytest.mark.slow
 def test_a_wrapped_dek_of_any_wrong_length_is_refused(
     provider: KeyProvider, wrapped: WrappedDek, context: DekContext
 ) -> None:
@@ -270,6 +272,7 @@ def test_two_instances_unwrap_each_others_deks(
     assert other.unwrap(other.wrap(dek, key, context=context), context=context) == dek
 
 
+@pytest.mark.slow
 def test_two_processes_unwrap_each_others_deks(
     provider: KeyProvider,
     bench: Bench,

@@ -48,6 +48,7 @@ def entries(virt_sse: CommandLine, *arguments: str | Path) -> list[dict[str, Any
     return found
 
 
+@pytest.mark.slow
 def test_a_disks_life_is_in_the_log(virt_sse: CommandLine, root: Path) -> None:
     images.require("qemu-img")
     headings = ["TIME", "RESULT", "ACTION", "KEY", "DISK", "DOMAIN", "ACTOR", "CORRELATION", "REASON"]
@@ -94,6 +95,7 @@ def test_a_starting_domain_is_named_in_the_log(virt_sse: CommandLine, backend: B
     ]
 
 
+@pytest.mark.slow
 def test_the_listing_is_filtered_by_its_options(virt_sse: CommandLine, log: AuditLog) -> None:
     def seqs(*arguments: str) -> list[int]:
         return [entry["seq"] for entry in entries(virt_sse, "--log", log.path, *arguments)]
@@ -130,6 +132,7 @@ def test_a_missing_log_is_reported(virt_sse: CommandLine, root: Path) -> None:
         assert "there is no audit log" in virt_sse.refuses("audit", command, "--log", root / "none.jsonl")
 
 
+@pytest.mark.slow
 def test_verify_names_the_fault_and_its_place(virt_sse: CommandLine, log: AuditLog) -> None:
     whole = virt_sse("audit", "verify", "--log", log.path)
     position = next(line.split()[1] for line in whole.splitlines() if line.startswith("position"))
@@ -160,6 +163,7 @@ def test_verify_names_the_fault_and_its_place(virt_sse: CommandLine, log: AuditL
     )
 
 
+@pytest.mark.slow
 def test_a_copy_is_verified_with_its_key_or_without(virt_sse: CommandLine, log: AuditLog, root: Path) -> None:
     key = log.path.with_suffix(".key").rename(root / "key")
     assert "authentic    False\n" in virt_sse("audit", "verify", "--log", log.path)
@@ -169,6 +173,7 @@ def test_a_copy_is_verified_with_its_key_or_without(virt_sse: CommandLine, log: 
     assert "line 1: the record was not written with this log's key" in message
 
 
+@pytest.mark.slow
 def test_tail_follows_until_it_is_interrupted(virt_sse: CommandLine, log: AuditLog) -> None:
     lines = virt_sse("audit", "tail", "--log", log.path, "-n", "2").splitlines()
     assert [line.split()[1] for line in lines] == ["refused", "allowed"]
@@ -195,6 +200,7 @@ def test_tail_follows_until_it_is_interrupted(virt_sse: CommandLine, log: AuditL
             process.kill()
 
 
+@pytest.mark.slow
 def test_a_command_whose_key_use_cannot_be_recorded_is_refused(
     virt_sse: CommandLine, backend: Backend, root: Path
 ) -> None:

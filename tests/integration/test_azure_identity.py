@@ -137,6 +137,7 @@ def test_a_managed_identity_that_does_not_trust_the_vault_is_refused(
         provider.current_key(name)
 
 
+@pytest.mark.slow
 def test_a_token_is_requested_for_the_vault_alone(keys: CustomerKeys, endpoint: IdentityEndpoint) -> None:
     with LabVault() as vault:
         vault.stop()

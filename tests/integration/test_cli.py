@@ -83,7 +83,11 @@ BAD_INPUT = {
 }  # fmt: skip
 
 
-def test_bad_input_is_one_error_line_and_leaves_nothing(host: CommandLine) -> None:
+@pytest.mark.slow
+def test_bad_input_is_one_error_line_and_leaves_nothing(
+    host: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(host.root)
     before = images.files_below(host.root)
 
     def attempt(case: str) -> None:
@@ -102,6 +106,7 @@ def test_wrong_usage_is_status_2(host: CommandLine, arguments: list[str]) -> Non
     host(*arguments, status=2)
 
 
+@pytest.mark.slow
 def test_an_import_refuses_unsuitable_sources(host: CommandLine, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     os.mkfifo(tmp_path / "pipe")
@@ -119,6 +124,7 @@ def test_an_import_refuses_unsuitable_sources(host: CommandLine, tmp_path: Path)
     assert [row["name"] for row in json.loads(host("disk", "list", "-o", "json"))] == ["disk"]
 
 
+@pytest.mark.slow
 def test_an_image_that_draws_on_other_files_is_read_only_when_asked(
     host: CommandLine, tmp_path: Path
 ) -> None:
@@ -145,6 +151,7 @@ def test_an_image_that_draws_on_other_files_is_read_only_when_asked(
     assert out.read_bytes() == secret.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_damaged_envelope_or_header_is_reported(host: CommandLine, tmp_path: Path) -> None:
     whole = (host.root / "var/lib/libvirt/images/disk.qcow2").read_bytes()
     start = whole.index(b"LUKS\xba\xbe")
@@ -162,6 +169,7 @@ def test_a_damaged_envelope_or_header_is_reported(host: CommandLine, tmp_path: P
         assert reason in host.refuses("disk", "adopt", damaged)
 
 
+@pytest.mark.slow
 def test_the_keyring_of_another_host_opens_no_disk(
     root: Path, virt_sse: CommandLine, host: CommandLine
 ) -> None:
@@ -184,6 +192,7 @@ def test_the_keyring_of_another_host_opens_no_disk(
     assert virt_sse("disk", "check", "disk") == "disk disk: ok\n"
 
 
+@pytest.mark.slow
 def test_a_broken_store_is_reported_with_its_reason(root: Path, virt_sse: CommandLine) -> None:
     virt_sse("host", "init")
     store = root / "var/lib/virt-sse/store.sqlite"
@@ -194,6 +203,7 @@ def test_a_broken_store_is_reported_with_its_reason(root: Path, virt_sse: Comman
     assert "cannot open the store" in virt_sse.refuses("disk", "list")
 
 
+@pytest.mark.slow
 def test_the_output_is_fit_for_people_and_programs(host: CommandLine) -> None:
     shown = json.loads(host("disk", "show", "disk", "--output", "json"))
     assert shown["size"] == M
@@ -212,6 +222,7 @@ def test_the_output_is_fit_for_people_and_programs(host: CommandLine) -> None:
     assert host("host", "init") == "nothing to do\n"
 
 
+@pytest.mark.slow
 def test_an_unfinished_disk_does_not_stop_the_others(root: Path, virt_sse: CommandLine) -> None:
     """Neither the listing nor the hook may depend on one disk's storage."""
     virt_sse("host", "init")

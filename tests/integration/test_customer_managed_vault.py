@@ -206,6 +206,7 @@ def test_the_vault_records_who_used_which_key_for_which_disk(
 # --- Many at once
 
 
+@pytest.mark.slow
 def test_threads_see_only_verdicts_while_the_identity_is_disabled_and_enabled(
     keys: CustomerKeys, disk: Disk
 ) -> None:
@@ -247,6 +248,7 @@ def test_a_fork_uses_connections_of_its_own(disk: Disk) -> None:
 # --- The vault goes away
 
 
+@pytest.mark.slow
 def test_a_stopped_killed_or_frozen_vault_is_unreachable_and_no_verdict(tmp_path: Path) -> None:
     with LabVault() as vault, CustomerKeys(vault, tmp_path / "identities") as keys:
         disk = Disk(keys)
@@ -267,6 +269,7 @@ def test_a_stopped_killed_or_frozen_vault_is_unreachable_and_no_verdict(tmp_path
         disk.assert_usable()
 
 
+@pytest.mark.slow
 def test_a_throttling_vault_is_retried_for_a_short_time(tmp_path: Path) -> None:
     with LabVault(arguments=("--rate", "40")) as vault, CustomerKeys(vault, tmp_path / "identities") as keys:
         disk = Disk(keys)

@@ -14,6 +14,7 @@ from virt_sse.model.disk_format import DiskFormat
 M = 1 << 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_format", images.FORMATS)
 def test_a_header_with_any_byte_flipped_never_opens_wrongly(backend: Backend, image_format: str) -> None:
     """Either there is an error, or the byte meant nothing and the content is what it was."""

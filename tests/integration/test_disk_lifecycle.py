@@ -31,6 +31,7 @@ def create(backend: Backend, name: str, size: int = M, image_format: str = "qcow
     return backend.create_disk(name, size, image_format=DiskFormat(image_format))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_the_guest_sees_exactly_the_size_that_was_asked_for(backend: Backend, image_format: str) -> None:
     for size in SIZES if image_format == "qcow2" else SIZES[:-1]:  # no file can be larger than 16 TiB
@@ -234,6 +235,7 @@ def test_a_disk_in_use_can_be_adopted(root: Path, image_format: str) -> None:
         assert backend.adopt_disk(disk.path) == disk
 
 
+@pytest.mark.slow
 def test_another_host_cannot_adopt_a_disk(backend: Backend, virt_sse: CommandLine, tmp_path: Path) -> None:
     disk = create(backend, "disk")
     with Backend.open(tmp_path / "other") as other:

@@ -91,6 +91,7 @@ def unwrapped(backend: Backend, disk: Disk) -> list[Dek]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_a_double_disk_is_imported_checked_exported_and_adopted(
     backend: Backend, keys: CustomerKeys, web: EncryptionSet, plain: Path, root: Path, image_format: str
@@ -120,6 +121,7 @@ def test_a_double_disk_is_imported_checked_exported_and_adopted(
         assert exported(again, root) == CONTENT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_a_moved_double_disk_is_adopted(
     backend: Backend, web: EncryptionSet, plain: Path, root: Path, image_format: str
@@ -132,6 +134,7 @@ def test_a_moved_double_disk_is_adopted(
     assert exported(backend, root) == CONTENT
 
 
+@pytest.mark.slow
 def test_each_layer_has_the_version_of_its_own_key(
     backend: Backend, keys: CustomerKeys, web: EncryptionSet, plain: Path, root: Path
 ) -> None:
@@ -154,6 +157,7 @@ def test_each_layer_has_the_version_of_its_own_key(
     assert exported(backend, root) == CONTENT
 
 
+@pytest.mark.slow
 def test_a_move_between_sets_changes_the_customers_layer_alone(
     backend: Backend, keys: CustomerKeys, web: EncryptionSet, plain: Path, root: Path
 ) -> None:
@@ -188,6 +192,7 @@ def test_without_either_key_nothing_opens(
     backend.check_disk("disk")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_a_double_disk_is_resized_to_the_exact_size(
     backend: Backend, web: EncryptionSet, plain: Path, root: Path, image_format: str

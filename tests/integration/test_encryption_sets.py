@@ -277,6 +277,7 @@ def test_a_host_without_a_credential_says_who_makes_one(backend: Backend, keys: 
     assert "identity-operator" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 def test_a_dead_vault_is_no_verdict(host: Backend, tmp_path: Path) -> None:
     with LabVault() as vault, CustomerKeys(vault, tmp_path / "others") as keys:
         host.config.operator_credential.unlink()

@@ -54,6 +54,7 @@ def with_pin(cli: CommandLine, pin: bytes, *arguments: str) -> subprocess.Comple
         os.close(reading)
 
 
+@pytest.mark.slow
 def test_one_command_makes_an_hsm_token(virt_sse: CommandLine, lab_hsm: LabHsm) -> None:
     assert lab_hsm.module
     assert "host hsm init" in virt_sse.refuses("host", "hsm", "list")
@@ -75,6 +76,7 @@ def test_a_second_hsm_token_is_not_made(virt_sse: CommandLine) -> None:
     assert "cannot" in said or "PIN" in said
 
 
+@pytest.mark.slow
 def test_a_key_is_created_rotated_disabled_and_destroyed(hsm: CommandLine) -> None:
     images.require("qemu-img", "cryptsetup")
     hsm("host", "init")
@@ -107,6 +109,7 @@ def test_a_key_is_created_rotated_disabled_and_destroyed(hsm: CommandLine) -> No
         assert re.search(rf"allowed +{action} +hsm-simulated:disks:{version}", log), action
 
 
+@pytest.mark.slow
 def test_a_key_of_the_customer_is_imported(hsm: CommandLine, tmp_path: Path) -> None:
     private = rsa.generate_private_key(65537, 3072)
     pem = tmp_path / "key.pem"
@@ -121,6 +124,7 @@ def test_a_key_of_the_customer_is_imported(hsm: CommandLine, tmp_path: Path) -> 
     assert "no private key in PEM" in hsm.refuses("host", "hsm", "import", "other", pem, status=2)
 
 
+@pytest.mark.slow
 def test_wrong_pins_lock_the_token_until_unlocked(hsm: CommandLine) -> None:
     right = (folder(hsm) / "pin").read_bytes()
     assert with_pin(hsm, right, "host", "hsm", "list").returncode == 0
@@ -136,6 +140,7 @@ def test_wrong_pins_lock_the_token_until_unlocked(hsm: CommandLine) -> None:
     assert keys(hsm) == []
 
 
+@pytest.mark.slow
 def test_a_pin_typed_at_a_prompt_is_not_shown(hsm: CommandLine) -> None:
     pin = (folder(hsm) / "pin").read_text().strip()
     (folder(hsm) / "pin").unlink()

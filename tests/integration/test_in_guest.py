@@ -64,6 +64,7 @@ def plain(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_inspection_finds_encryption_on_a_disk(
     backend: Backend, virt_sse: CommandLine, encrypted: Path, image_format: DiskFormat
@@ -80,6 +81,7 @@ def test_inspection_finds_encryption_on_a_disk(
         pass
 
 
+@pytest.mark.slow
 def test_inspection_prints_a_table(backend: Backend, virt_sse: CommandLine, encrypted: Path) -> None:
     backend.import_disk("one", encrypted)
     lines = virt_sse("disk", "inspect", "one").splitlines()

@@ -29,6 +29,8 @@ from virt_sse.lab.recipes import BOOT_SECTOR_TEXT, LinuxMicro, boot_sector_image
 BACKEND = REPOSITORY / "backend"
 Probe = Callable[[GuestName], Acceleration]
 
+pytestmark = [pytest.mark.usefixtures("as_root"), pytest.mark.libvirt]
+
 MACHINES_OWN = (
     *("/etc/libvirt", "/var/lib/libvirt", "/var/log/libvirt", "/var/cache/libvirt"),
     *("/run/libvirt", "/run/lock", "/dev/hugepages"),

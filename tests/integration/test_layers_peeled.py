@@ -25,6 +25,8 @@ from virt_sse.model.disks import Disk
 from virt_sse.model.layers import EncryptionType
 from virt_sse.qemu import formatting
 
+pytestmark = pytest.mark.slow
+
 M = 1 << 20
 MARKER = b"the plaintext, which nobody is to read without both keys. "
 CONTENT = (MARKER * (2 * M // len(MARKER) + 1))[: 2 * M]

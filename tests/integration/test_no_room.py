@@ -11,6 +11,8 @@ import pytest
 from support import images
 from support.command_line import PROGRAM, CommandLine
 
+pytestmark = pytest.mark.usefixtures("as_root")  # mounts a small file system
+
 M = 1 << 20
 
 

@@ -41,6 +41,7 @@ def base64s(disks: list[Disk]) -> list[bytes]:
     return [base64.b64encode(ciphertext) for ciphertext in ciphertexts(disks)]
 
 
+@pytest.mark.slow
 def test_every_disk_comes_under_the_new_version(backend: Backend, disks: list[Disk], root: Path) -> None:
     before = {disk.path: disk.path.read_bytes() for disk in disks}
     keys = [images.passphrase(backend, disk) for disk in disks]
@@ -89,6 +90,7 @@ def test_many_rotations_leave_one_generation_in_the_header(backend: Backend, dis
         backend.check_disk(disk.name)
 
 
+@pytest.mark.slow
 def test_a_key_without_disks_rotates_and_an_unknown_key_does_not(
     backend: Backend, virt_sse: CommandLine
 ) -> None:

@@ -33,6 +33,7 @@ def below(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_no_process_has_a_secret_in_its_arguments_or_environment(root: Path, tmp_path: Path) -> None:
     images.require("strace", "qemu-img", "qemu-io", "cryptsetup")
     (tmp_path / "source").write_bytes(os.urandom(M))

@@ -225,6 +225,7 @@ def test_forged_tokens_are_refused(vault: LabVault, token: str, key: str, forger
     )
 
 
+@pytest.mark.slow
 def test_another_vault_s_token_is_refused(vault: LabVault, key: str) -> None:
     with LabVault() as other:
         foreign = VaultCredential(other.administrator_path).token()
@@ -285,6 +286,7 @@ def test_a_request_that_is_not_http_is_refused(vault: LabVault) -> None:
         assert not plain.recv(4096).startswith(b"HTTP")
 
 
+@pytest.mark.slow
 def test_two_hundred_clients_are_served_at_once(vault: LabVault, token: str, key: str) -> None:
     with Raw(vault, token) as raw:
         wrapped = wrap(raw, key)
@@ -300,6 +302,7 @@ def test_two_hundred_clients_are_served_at_once(vault: LabVault, token: str, key
     assert len(statuses) == 600
 
 
+@pytest.mark.slow
 def test_requests_are_answered_while_keys_are_generated(vault: LabVault, token: str, key: str) -> None:
     def create(_number: int) -> int:
         with Raw(vault, token) as raw:

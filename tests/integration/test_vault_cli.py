@@ -56,6 +56,7 @@ def serving(root: Path, *arguments: str) -> Iterator[str]:
             assert said == ""
 
 
+@pytest.mark.slow
 def test_a_vault_is_made_and_served(root: Path, virt_sse: CommandLine) -> None:
     port = str(free_port())
     made = virt_sse("vault", "init", "--name", "ours", "--port", port)
@@ -75,6 +76,7 @@ def test_a_vault_is_made_and_served(root: Path, virt_sse: CommandLine) -> None:
         assert "second" in virt_sse("vault", "principal", "list", "-c", root / "second.json")
 
 
+@pytest.mark.slow
 def test_a_vault_that_cannot_be_served_is_refused_with_the_reason(
     root: Path, virt_sse: CommandLine, tmp_path: Path
 ) -> None:
@@ -100,6 +102,7 @@ def test_an_invalid_vault_is_refused(root: Path, virt_sse: CommandLine, options:
     assert not (root / "var/lib/virt-sse/vault").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("credential")
 def test_principals_and_their_access_are_managed_from_the_command_line(
     virt_sse: CommandLine, tmp_path: Path
@@ -127,6 +130,7 @@ def test_principals_and_their_access_are_managed_from_the_command_line(
     assert "cli-web" not in virt_sse("vault", "principal", "list")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("credential")
 def test_an_administrators_typing_errors_are_refused_with_the_reason(
     virt_sse: CommandLine, tmp_path: Path
@@ -143,6 +147,7 @@ def test_an_administrators_typing_errors_are_refused_with_the_reason(
     assert "cannot read" in virt_sse.refuses("vault", "status", "-c", tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_a_vault_is_made_with_its_own_hsm_token(virt_sse: CommandLine, tmp_path: Path) -> None:
     with LabVault(premium=True) as vault:
         arguments = ("--credential", vault.administrator_path)
@@ -183,6 +188,7 @@ def test_a_vault_is_made_with_its_own_hsm_token(virt_sse: CommandLine, tmp_path:
         assert done.stdout == "b'dek'\n", done.stderr
 
 
+@pytest.mark.slow
 def test_a_vault_is_given_an_existing_hsm_token(
     root: Path, virt_sse: CommandLine, lab_token: LabToken
 ) -> None:

@@ -105,6 +105,7 @@ def web_key(private: rsa.RSAPrivateKey) -> dict[str, bytes]:
 # --- Through the SDK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2048, 3072])
 def test_hsm_keys_wrap_and_unwrap(
     client: KeyClient, credential: VaultCredential, token: LabToken, size: int
@@ -126,6 +127,7 @@ def test_hsm_keys_wrap_and_unwrap(
     assert key.key.n == encoded(inside.n or 0)
 
 
+@pytest.mark.slow
 def test_an_hsm_key_is_rotated_disabled_deleted_and_purged(
     client: KeyClient, credential: VaultCredential, token: LabToken
 ) -> None:
@@ -158,6 +160,7 @@ def test_an_hsm_key_is_rotated_disabled_deleted_and_purged(
             client.restore_key_backup(blob)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_hsm_type", [False, True], ids=["hsm-true", "kty-rsa-hsm"])
 def test_the_numbers_of_an_imported_key_are_in_no_file(
     client: KeyClient,
@@ -235,6 +238,7 @@ def test_the_provider_uses_hsm_keys_and_tells_a_verdict_from_silence(
 # --- Killed
 
 
+@pytest.mark.slow
 def test_a_key_of_a_killed_creation_is_destroyed(lab_hsm: LabHsm) -> None:
     with lab_hsm.token() as token, LabVault(premium=True, token=token) as vault:
         bearer = VaultCredential(vault.administrator_path).token()

@@ -150,6 +150,7 @@ def test_the_sdk_says_that_a_token_is_refused(
         assert refused.value.status_code == 401
 
 
+@pytest.mark.slow
 def test_an_expired_token_is_refused_and_replaced() -> None:
     # Their times are in whole seconds: one is good for two to three.
     with LabVault(arguments=("--token-seconds", "3")) as vault:
@@ -264,6 +265,7 @@ def test_a_credential_file_that_cannot_be_written_leaves_no_principal(
         administrator.get_principal(name)
 
 
+@pytest.mark.slow
 def test_purge_protection_keeps_deleted_keys() -> None:
     with (
         LabVault(purge_protection=True, retention_days=7) as vault,

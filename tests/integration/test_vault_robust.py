@@ -51,6 +51,7 @@ def new_key(raw: Raw, vault: LabVault) -> str:
     return str(answer.body["key"]["kid"]).removeprefix(vault.url)
 
 
+@pytest.mark.slow
 def test_killed_under_load_a_vault_has_kept_what_it_promised() -> None:
     with served() as vault:
         token = token_of(vault)
@@ -103,6 +104,7 @@ def promises_until_killed(vault: LabVault, token: str) -> dict[str, int]:
     return promised
 
 
+@pytest.mark.slow
 def test_a_full_disk_refuses_and_loses_nothing() -> None:
     with served() as vault:
         token = token_of(vault)
@@ -128,6 +130,7 @@ def test_a_full_disk_refuses_and_loses_nothing() -> None:
         assert "Traceback" not in vault.log_path.read_text()
 
 
+@pytest.mark.slow
 def test_beyond_its_rate_a_vault_answers_429_at_once() -> None:
     with served("--rate", "10") as vault:
         token = token_of(vault)
@@ -156,6 +159,7 @@ def test_beyond_its_rate_a_vault_answers_429_at_once() -> None:
             assert [raw("GET", "/healthz").status for _ in range(20)] == [200] * 20
 
 
+@pytest.mark.slow
 def test_beyond_its_concurrency_a_vault_answers_429_and_goes_on() -> None:
     with served("--concurrency", "4") as vault:
         token = token_of(vault)
@@ -174,6 +178,7 @@ def test_beyond_its_concurrency_a_vault_answers_429_and_goes_on() -> None:
         assert client(0) == [200] * 10
 
 
+@pytest.mark.slow
 def test_a_core_sustains_the_least_rate_of_unwraps() -> None:
     """By the processor time that the server takes, so that a busy machine is no slow vault."""
     with served() as vault:
@@ -199,6 +204,7 @@ def processor_seconds(pid: int) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
+@pytest.mark.slow
 def test_keys_are_rotated_by_their_policy() -> None:
     with served("--shortest-rotation", "1", "--upkeep-seconds", "0.1") as vault:
         with Raw(vault, token_of(vault)) as raw:
@@ -215,6 +221,7 @@ def test_keys_are_rotated_by_their_policy() -> None:
         assert {record.actor for record in rotations} == {"vault"}
 
 
+@pytest.mark.slow
 def test_a_stop_is_clean_and_quick_with_clients_connected() -> None:
     with served() as vault:
         pid, token = vault.pid, token_of(vault)
@@ -246,6 +253,7 @@ def test_a_vault_ends_with_its_owner() -> None:
         wait_until(lambda: is_gone(pid), "the vault has ended with its owner", seconds=10)
 
 
+@pytest.mark.slow
 def test_a_lab_vault_that_cannot_start_says_why() -> None:
     with served() as vault:
         with pytest.raises(LabError, match="runs already"):

@@ -258,6 +258,7 @@ def test_a_key_is_deleted_recovered_and_purged(client: KeyClient) -> None:
         client.begin_recover_deleted_key(name)
 
 
+@pytest.mark.slow
 def test_a_backup_restores_all_versions_of_a_key(client: KeyClient) -> None:
     name = new_name()
     key = client.create_rsa_key(name)
@@ -277,6 +278,7 @@ def test_a_backup_restores_all_versions_of_a_key(client: KeyClient) -> None:
     assert refusal(refused) == (400, "BadParameter")
 
 
+@pytest.mark.slow
 def test_listings_go_on_over_pages(client: KeyClient) -> None:
     names = {new_name("page") for _ in range(30)}
     for name in names:

@@ -27,8 +27,8 @@ Hook = Callable[[str, str, str], None]
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path
+def root(short_folder: Path) -> Path:
+    return short_folder
 
 
 @pytest.fixture

@@ -129,6 +129,7 @@ def test_a_probe_without_a_verdict_leaves_the_polled_state(
     assert watched.after() == Verdict(KeyState.DELETED, f"key {watched.key.key} is deleted")
 
 
+@pytest.mark.slow
 def test_silence_neither_begins_nor_ends_a_revocation(watched: Watched, script: Callable[..., None]) -> None:
     script(KeyState.UNREACHABLE)
     assert watched.after() == Verdict(KeyState.UNREACHABLE)
@@ -145,6 +146,7 @@ def test_silence_neither_begins_nor_ends_a_revocation(watched: Watched, script: 
     assert watched.after() == Verdict(KeyState.ENABLED)
 
 
+@pytest.mark.slow
 def test_a_periodic_probe_finds_a_refusal_that_polls_do_not(
     backend: Backend, script: Callable[..., None]
 ) -> None:

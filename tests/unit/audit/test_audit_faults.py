@@ -34,6 +34,7 @@ def actions(log: AuditLog) -> list[str | None]:
     return [entry.document["action"] for entry in log.records()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [0, 1, 3, 7])
 def test_a_kill_anywhere_in_an_append_leaves_the_log_whole(
     log: AuditLog, tmp_path: Path, before: int
@@ -75,6 +76,7 @@ def torn(log: AuditLog, size: int) -> bytes:
     return line[:size]
 
 
+@pytest.mark.slow
 def test_a_torn_record_is_recovered_wherever_it_ends(tmp_path: Path) -> None:
     before = fill(open_log(tmp_path / "before"))
     *_, newest = before.tail(1)
@@ -98,6 +100,7 @@ def test_a_torn_record_is_recovered_wherever_it_ends(tmp_path: Path) -> None:
         assert all(line.startswith(b"{") and line.endswith(b"}\n") for line in read(log))
 
 
+@pytest.mark.slow
 def test_a_kill_anywhere_in_a_recovery_loses_no_evidence(log: AuditLog, tmp_path: Path) -> None:
     fill(log)
     fragment = torn(log, 300)
@@ -163,6 +166,7 @@ def test_a_log_that_cannot_be_written_or_read_is_an_error(log: AuditLog, tmp_pat
             use()
 
 
+@pytest.mark.slow
 def test_processes_and_threads_append_at_once_to_one_chain(tmp_path: Path) -> None:
     script = (
         "import sys, uuid, pathlib; from virt_sse.audit.log import AuditLog\n"

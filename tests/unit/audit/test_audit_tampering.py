@@ -45,6 +45,7 @@ def test_a_removed_line_is_found(filled: AuditLog) -> None:
     assert is_whole(filled)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_found_wherever_it_is(filled: AuditLog) -> None:
     for seq, (path, lines, index) in enumerate(list(places(filled)), start=1):
         content = path.read_bytes()

@@ -21,6 +21,8 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.qemu import img
 
+pytestmark = pytest.mark.usefixtures("as_root")  # the disks are given to QEMU's user
+
 ID = uuid.UUID("b6a1c5f2-3f4d-4a0b-9c57-0f0f5f0e7c11")
 QEMU = User(64055, 108)
 

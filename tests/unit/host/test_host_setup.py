@@ -24,6 +24,7 @@ CAPABILITIES = """\
 """
 
 
+@pytest.mark.slow
 def test_apparmor_is_told_where_guests_find_their_disks(tmp_path: Path) -> None:
     cli = CommandLine(tmp_path)
     assert "AppArmor" not in cli("host", "init")

@@ -188,6 +188,7 @@ def seeds() -> Iterator[int]:
     yield from range(400)
 
 
+@pytest.mark.slow
 def test_no_random_disk_crashes_or_stalls_the_inspection() -> None:
     found = refused = 0
     for seed in seeds():

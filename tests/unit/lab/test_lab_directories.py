@@ -60,9 +60,8 @@ def test_a_directory_of_no_lab_is_not_swept(base: Path) -> None:
     assert len(list(base.iterdir())) == 4
 
 
+@pytest.mark.usefixtures("as_root")
 def test_the_directory_of_another_user_is_not_swept(base: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to make another user's directory")
     foreign = base / f"{directories.PREFIX}foreign"
     foreign.mkdir()
     os.chown(foreign, 65534, 65534)

@@ -38,6 +38,7 @@ def use_again(folder: TokenFolder) -> None:
         assert token.aes_unwrap(key, token.aes_wrap(key, MESSAGE)) == MESSAGE
 
 
+@pytest.mark.slow
 def test_a_creation_killed_at_every_third_line_is_continued(folder: TokenFolder) -> None:
     """Making a token is killed, and done by the next command, or was done."""
     for number in range(1, 1000, 3):

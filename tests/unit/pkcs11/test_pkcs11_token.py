@@ -181,6 +181,7 @@ def test_a_disabled_key_does_not_decrypt(token: Token, rsa_key: TokenKey) -> Non
         token.oaep_decrypt(rsa_key, ciphertext, "sha256")
 
 
+@pytest.mark.slow
 def test_a_key_destroyed_in_another_process_is_not_found(
     token: Token, rsa_key: TokenKey, aes_key: TokenKey
 ) -> None:

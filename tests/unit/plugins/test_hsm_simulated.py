@@ -148,6 +148,7 @@ def test_every_state_of_a_key_is_seen(provider: HsmSimulatedKeyProvider, keys: V
             use()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -185,6 +186,7 @@ def test_an_unreachable_token_is_no_verdict(
     assert open_provider().key_state(key) in (KeyState.ENABLED, KeyState.UNREACHABLE)
 
 
+@pytest.mark.slow
 def test_processes_that_rotate_at_once_agree(
     provider: HsmSimulatedKeyProvider, open_provider: Open, keys: VersionedKeys
 ) -> None:

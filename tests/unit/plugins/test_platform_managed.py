@@ -260,8 +260,7 @@ def test_files_open_to_other_users_are_refused(
     assert provider.unwrap(wrapped, context=CONTEXT) == dek
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
-@pytest.mark.usefixtures("provider")
+@pytest.mark.usefixtures("as_root", "provider")
 @pytest.mark.parametrize("name", ["", "root.key", "keyring.json"])
 def test_files_of_another_user_are_refused(directory: Path, name: str) -> None:
     os.chown(directory / name, 65534, -1)

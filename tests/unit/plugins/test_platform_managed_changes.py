@@ -84,6 +84,7 @@ def test_rotations_of_threads_and_processes_at_once_lose_nothing(
     assert provider.current_key("default").version in made
 
 
+@pytest.mark.slow
 def test_a_kill_anywhere_in_a_rotation_leaves_the_keyring_whole(
     provider: PlatformManagedKeyProvider, directory: Path, tmp_path: Path
 ) -> None:
@@ -106,6 +107,7 @@ def test_a_kill_anywhere_in_a_rotation_leaves_the_keyring_whole(
     assert outcomes == {(True, False), (True, True), (False, True)}
 
 
+@pytest.mark.slow
 def test_a_kill_anywhere_in_provisioning_is_mended_by_the_next(directory: Path) -> None:
     dek = Dek.generate()
     line, left = 0, set()

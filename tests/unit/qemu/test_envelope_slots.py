@@ -84,6 +84,7 @@ def test_a_written_envelope_is_read_back(descriptor: int) -> None:
     assert old[20:] not in after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["first slot newer", "second slot newer, the first not replaced yet", "empty"]
 )

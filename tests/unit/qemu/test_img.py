@@ -28,6 +28,7 @@ def make(path: Path, image_format: str, size: int = M, cipher: Cipher = AES_256_
     return KeyedImage(path, image_format, DEK.passphrase)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("image_format", "cipher"),
     [

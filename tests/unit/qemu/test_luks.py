@@ -56,6 +56,7 @@ def test_cbc_has_a_volume_key_of_256_bits() -> None:
     assert (parsed.cipher_mode, parsed.volume_key_bytes) == ("cbc-essiv:sha256", 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cipher", ["aes-256-xts", "serpent-256-cbc"])
 def test_headers_of_qemus_formatter_are_read(cipher: str, tmp_path: Path) -> None:
     """cryptsetup makes those of aes; the others need QEMU's formatter where the kernel lacks the cipher."""

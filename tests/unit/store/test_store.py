@@ -190,6 +190,7 @@ def test_a_reader_does_not_wait_for_a_writer(store: Store, path: Path) -> None:
         other.execute("ROLLBACK")
 
 
+@pytest.mark.slow
 def test_processes_migrate_once_at_first_use(path: Path) -> None:
     path.parent.mkdir()
     in_processes(4, path, "store.add(disk(f'disk-{number}'))")
@@ -198,6 +199,7 @@ def test_processes_migrate_once_at_first_use(path: Path) -> None:
     store.close()
 
 
+@pytest.mark.slow
 def test_eight_processes_write_at_the_same_time(store: Store, path: Path) -> None:
     store.add(disk("shared"))
     body = (

@@ -170,6 +170,7 @@ def test_a_payload_too_long_for_the_key_is_refused(vault: Vault) -> None:
         vault.keys.encrypt("wrapKey", "kek", "", OAEP, bytes(191))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2048, 3072])
 def test_a_key_made_elsewhere_is_imported(vault: Vault, bits: int) -> None:
     private = rsa.generate_private_key(65537, bits)
@@ -178,6 +179,7 @@ def test_a_key_made_elsewhere_is_imported(vault: Vault, bits: int) -> None:
     assert use(vault, "unwrapKey", "mine") == "ok"
 
 
+@pytest.mark.slow
 def test_numbers_that_do_not_fit_together_are_no_key(vault: Vault) -> None:
     numbers = rsa.generate_private_key(65537, 2048).private_numbers()
     other = rsa.generate_private_key(65537, 2048).private_numbers()

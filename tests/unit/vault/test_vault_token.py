@@ -115,6 +115,7 @@ def test_a_key_is_made_and_used_in_the_token(
     assert key.label.endswith("/kek")
 
 
+@pytest.mark.slow
 def test_an_imported_key_is_in_the_token_and_nowhere_else(
     vault: Vault, directory: VaultDirectory, token: LabToken
 ) -> None:
@@ -338,6 +339,7 @@ def test_stored_handles_open_as_their_own_version_only(vault: Vault, directory: 
         use(vault, record)
 
 
+@pytest.mark.slow
 def test_a_wrong_pin_locks_until_it_is_unlocked(
     directory: VaultDirectory, token: LabToken, records: Records
 ) -> None:
