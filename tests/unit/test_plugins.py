@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import ast
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -418,11 +417,3 @@ def test_the_built_in_plugins_come_in_through_the_entry_points(tmp_path: Path) -
     assert "single" in host.encryption_layer_names()
     assert host.key_provider("platform-managed").name == "platform-managed"
     assert host.encryption_layer(EncryptionType.PLATFORM_KEY).name == "single"
-
-
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "backend").rglob("*.py")), ids=lambda path: path.stem)
-def test_the_host_never_imports_its_plugins(path: Path) -> None:
-    tree = ast.parse(path.read_text("utf-8"))
-    imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-    imported += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert not [name for name in imported if name.split(".")[0] == "virt_sse_plugins"]
