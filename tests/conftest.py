@@ -24,7 +24,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def backend(root: Path) -> Iterator[Backend]:
-    """The backend of that host, initialised."""
+    """The backend of the host, initialised."""
     with Backend.open(root) as backend:
         backend.init_host()
         yield backend
@@ -32,7 +32,7 @@ def backend(root: Path) -> Iterator[Backend]:
 
 @pytest.fixture
 def virt_sse(root: Path) -> CommandLine:
-    """The command line on that host; initialise it with ``backend`` or ``host init``."""
+    """The command line on the host; initialise the host with ``backend`` or ``host init``."""
     return CommandLine(root)
 
 

@@ -88,7 +88,7 @@ def provider(open_provider: Callable[..., KeyProvider]) -> KeyProvider:
 def in_other_process(
     provider_name: str, bench: Bench, tmp_path: Path, entry_points: list[EntryPoint]
 ) -> Callable[[WrappedDek, DekContext], WrappedDek]:
-    """Has another process unwrap a DEK and wrap it anew with the current key."""
+    """Let another process unwrap a DEK and wrap the DEK again with the current key."""
 
     def run(wrapped: WrappedDek, context: DekContext) -> WrappedDek:
         request = {

@@ -35,7 +35,7 @@ rotation-seconds = 1
 
 @contextlib.contextmanager
 def prepared(host: LabHost, config: str = CONFIG) -> Iterator[Backend]:
-    """The backend of a lab host that is initialised, whose libvirtd runs our hook; *config* holds in here."""
+    """The backend of an initialised lab host whose libvirtd runs our hook; *config* is in force meanwhile."""
     path = host.root / "etc/virt-sse/config.toml"
     path.parent.mkdir(exist_ok=True)
     path.write_text(config)
@@ -50,12 +50,12 @@ def prepared(host: LabHost, config: str = CONFIG) -> Iterator[Backend]:
 
 
 def wait_for_event(agent: LabAgent, name: str, **values: object) -> float:
-    """Wait until the agent's log has such an event: how many seconds that took."""
+    """Wait for an event in the agent's log: how many seconds the wait took."""
     return wait_until(lambda: agent.events(name, **values), f"the agent logs {name} {values}")
 
 
 def forget_domains(host: LabHost) -> None:
-    """End and undefine all."""
+    """End and undefine all domains."""
     with contextlib.closing(host.connect()) as connection:
         for domain in connection.listAllDomains():
             if domain.isActive():
@@ -72,7 +72,10 @@ def secret_usages(host: LabHost) -> list[str]:
 
 
 class Site:
-    """:ivar agent: runs, unless a test stops it."""
+    """An initialised lab host with guests.
+
+    :ivar agent: runs, unless a test stops the agent.
+    """
 
     def __init__(self, host: LabHost, backend: Backend, agent: LabAgent, acceleration: Acceleration) -> None:
         self.host = host
@@ -83,7 +86,7 @@ class Site:
     def guest(
         self, encryption_set: str | None = None, *, sku: DiskSku = DiskSku.PREMIUM_SSD
     ) -> tuple[Guest, Disk]:
-        """A guest that stays, defined, on a new disk."""
+        """A defined guest that runs until stopped, on a new disk."""
         name = f"t{uuid.uuid4().hex[:8]}"
         source = boot_sector_image(stays=True)
         disk = self.backend.import_disk(
@@ -95,7 +98,7 @@ class Site:
         return guest, disk
 
     def refusal(self, guest: Guest) -> str:
-        """What libvirt says to a start that is refused."""
+        """The error of libvirt at a refused start."""
         try:
             guest.start()
         except libvirt.libvirtError as exc:
@@ -106,15 +109,15 @@ class Site:
         return secret_usages(self.host)
 
     def events(self, name: str, **values: object) -> list[dict[str, object]]:
-        """The events of that name in the agent's log that have these values."""
+        """The events in the agent's log with this name and these values."""
         return self.agent.events(name, **values)
 
     def wait_for_event(self, name: str, **values: object) -> float:
-        """Wait until the agent's log has such an event: how many seconds that took."""
+        """Wait for an event in the agent's log: how many seconds the wait took."""
         return wait_for_event(self.agent, name, **values)
 
     def wait_until_watched(self, guest: Guest) -> None:
-        """Until the agent has seen that the guest runs, and that its keys are good."""
+        """Wait until the agent knows the guest as running and its keys as enabled."""
 
         def is_watched() -> bool:
             status = self.agent.status()
@@ -129,7 +132,10 @@ class Site:
 
 
 class CustomerSite(Site):
-    """:ivar keys: the administrator of the vault whose keys the sets have."""
+    """A lab host whose encryption sets have keys in a vault.
+
+    :ivar keys: the administrator of the vault.
+    """
 
     keys: CustomerKeys
 
@@ -149,7 +155,7 @@ class CustomerSite(Site):
         grace_seconds: int = 0,
         automatic_rotation: bool = False,
     ) -> EncryptionSet:
-        """A set under a new key that its identity may use."""
+        """A set with a new key, and with an identity that may use the key."""
         made = self.backend.sets.create(
             f"s{uuid.uuid4().hex[:8]}",
             provider="customer-managed",
@@ -174,7 +180,7 @@ class CustomerSite(Site):
 
     @contextlib.contextmanager
     def using(self, vault: LabVault) -> Iterator[CustomerKeys]:
-        """Make sets, their keys and identities in that vault."""
+        """Make sets, their keys and identities in *vault*."""
         before = getattr(self, "keys", None)
         with CustomerKeys(vault, self.host.directory / f"identities-{uuid.uuid4().hex[:8]}") as keys:
             self.use(keys)
@@ -197,5 +203,5 @@ def customer_site(
 
 
 def key_of(disk: Disk) -> KeyId:
-    """The version of the key that the disk is under."""
+    """The key version that wraps the disk's DEK."""
     return disk.deks[0].wrapped.key

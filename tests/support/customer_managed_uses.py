@@ -1,4 +1,4 @@
-"""Every use of a customer-managed key, and what a key vault answers to it."""
+"""Every use of a customer-managed key, and answers of a key vault."""
 
 from __future__ import annotations
 

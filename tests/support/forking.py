@@ -28,7 +28,7 @@ class Child:
         return self._reports.readline().rstrip("\n")
 
     def lines(self) -> list[str]:
-        """Wait for the child's end: all lines that are reported until then."""
+        """Wait for the child's end: all lines reported until then."""
         return self._reports.read().splitlines()
 
     def kill(self) -> None:
@@ -39,7 +39,7 @@ class Child:
     def wait(self) -> int:
         """Wait for the child's end.
 
-        :return: 0 if the function returned, 1 if it raised, or the negative number of the signal.
+        :return: 0 if the function returned, 1 after an exception, or the negative number of the signal.
         """
         _, status = os.waitpid(self.pid, 0)
         self._reports.close()

@@ -53,7 +53,7 @@ class Operator:
         return self.virt_sse("disk", "xml", name)
 
     def secrets(self) -> list[str]:
-        """The usage ids of libvirt's secrets that are ours, sorted: libvirt lists them in any order."""
+        """The usage IDs of our secrets in libvirt, sorted: libvirt lists them in any order."""
         return sorted(word for word in self.virsh("secret-list").split() if word.startswith("virt-sse:"))
 
     def forget_domains(self) -> None:

@@ -100,7 +100,7 @@ class StagedDisk:
         return Process(self.config.stage_directory / str(self.disk.id) / name)
 
     def pids(self) -> list[int]:
-        """Of the processes that run."""
+        """The process IDs of the running stages."""
         return [pid for name in ("storage", "cache") if (pid := self.process(name).pid())]
 
     @property
@@ -117,13 +117,13 @@ class StagedDisk:
         img.refuse_if_open(self.disk.path)
 
     def guest_io(self, *commands: str) -> str:
-        """What qemu-io says, with the service DEK and at the socket that a guest's QEMU is given."""
+        """The output of qemu-io with the service DEK, at the socket for a guest's QEMU."""
         socket = self.stages.guest_socket(self.disk.id)
         node = f"file.driver=nbd,file.server.type=unix,file.server.path={socket},file.export={self.disk.id}"
         return self._io(commands, [self.deks["service"]], f"{self._driver('')},{node}")
 
     def image_io(self, *commands: str) -> str:
-        """What it says with all DEKs, and the image."""
+        """The output of qemu-io with all DEKs, on the image."""
         deks = list(self.deks.values())
         return self._io(commands, deks, img.image_options(self.disk.path, self.disk.format, len(deks)))
 

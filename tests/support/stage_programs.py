@@ -1,4 +1,4 @@
-"""Programs for stages' processes, and what they are seen to be from outside."""
+"""Programs for the processes of stages, and how the kernel shows these processes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ SLEEP = Command(["sleep", "60"])
 
 
 def say(script: str) -> Command:
-    """A shell that runs *script* and ends; what it says is in its log."""
+    """A shell that runs *script* and ends; its output is in the process's log."""
     return Command(["sh", "-c", script])
 
 
 def wait_end(process: Process) -> str:
-    """What the process has said when it has ended."""
+    """Wait for the end of the process: its log."""
     wait_until(lambda: process.pid() is None, "the process has ended")
     return process.log
 

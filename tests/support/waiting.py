@@ -1,4 +1,4 @@
-"""Waits for a condition that another process or thread brings about."""
+"""Waiting for the effects of other processes and threads."""
 
 from __future__ import annotations
 

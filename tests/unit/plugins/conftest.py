@@ -53,5 +53,5 @@ def open_customer_managed(tmp_path: Path) -> Iterator[Open]:
 
 @pytest.fixture
 def customer_managed(strange_vault: StrangeVault, open_customer_managed: Open) -> CustomerManagedKeyProvider:
-    """Acts as an identity for that vault, with time limits that suit a test."""
+    """A provider with an identity for the strange vault, and with time limits short enough for tests."""
     return open_customer_managed(strange_vault.credential_file(), **SHORT)
