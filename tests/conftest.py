@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
-from command_line import CommandLine, no_libvirt
+from support.command_line import CommandLine
+from support.hosts import host_folder
 from virt_sse.backend import Backend
 from virt_sse.host.setup import initialise
 
@@ -16,17 +19,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A host's files under a folder of its own, where no libvirt answers: this machine's is never asked."""
-    root = tmp_path / "root"
-    (root / "var/lib/libvirt/images").mkdir(parents=True)
-    monkeypatch.setenv("VIRT_SSE_ROOT", str(root))
-    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", no_libvirt(root))
-    return root
+    """A host's files under the test's own folder; no libvirt answers there, not even this machine's."""
+    return host_folder(tmp_path / "root", monkeypatch)
 
 
 @pytest.fixture
 def backend(root: Path) -> Iterator[Backend]:
-    """The backend of that host, initialised."""
+    """The backend of the host, initialised."""
     with Backend.open(root) as backend:
         initialise(backend.host)
         yield backend
@@ -34,5 +33,41 @@ def backend(root: Path) -> Iterator[Backend]:
 
 @pytest.fixture
 def virt_sse(root: Path) -> CommandLine:
-    """The command line on that host; initialise it with ``backend`` or ``host init``."""
+    """The command line on the host; initialise the host with ``backend`` or ``host init``."""
     return CommandLine(root)
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder with a path short enough for sockets, which other users may pass through."""
+    with TemporaryDirectory(prefix="virt-sse-") as name:
+        Path(name).chmod(0o711)
+        yield Path(name)
+
+
+@pytest.fixture
+def as_root() -> None:
+    """Skip the test unless root runs it; the test is marked ``root``."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+
+
+_MARKS = {
+    "as_root": {"root"},
+    "lab_host": {"root", "libvirt"},
+    "second_lab_host": {"root", "libvirt"},
+    "acceleration": {"kvm"},
+    "linux_micro": {"tcg"},
+}
+"""The marks of a test that uses a fixture, directly or through another fixture."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by what its fixtures need."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        marks = {mark for name in fixtures for mark in _MARKS.get(name, ())}
+        if "tcg" in marks:
+            marks.discard("kvm")  # the accelerator of linux-micro is probed, too
+        for mark in sorted(marks):
+            item.add_marker(mark)

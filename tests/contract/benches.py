@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from virt_sse.lab.tokens import LabToken
 from virt_sse.model.keys import KeyId, ProviderConfig
 from virt_sse.pkcs11.token import KeyKind
+from virt_sse.pkcs11.versions import VersionedKeys
 from virt_sse.vault_client.permissions import USE, Permission
 from virt_sse_plugins.key_providers.platform_keyring import DEFAULT_KEY
 from virt_sse_plugins.key_providers.platform_managed import PlatformManagedKeyProvider
@@ -48,7 +49,7 @@ class Bench:
 
 @contextmanager
 def _customer_managed(directory: Path, fixture: Fixture) -> Iterator[Bench]:
-    from customer_keys import CustomerKeys
+    from support.customer_keys import CustomerKeys
 
     with CustomerKeys(fixture("lab_vault"), directory) as keys:
         identity = keys.new_identity(*USE, Permission.GET, Permission.ROTATE)
@@ -63,12 +64,24 @@ def _customer_managed(directory: Path, fixture: Fixture) -> Iterator[Bench]:
         )
 
 
-@contextmanager
-def _hsm_simulated(lab_token: LabToken, kind: KeyKind) -> Iterator[Bench]:
-    """With a key of its own name in the token, and an administrator who has a session of his own."""
-    from virt_sse.pkcs11.versions import VersionedKeys
+@dataclass(frozen=True)
+class AdministeredToken:
+    """A token that many tests share, and its administrator with a separate session."""
 
-    administrator = VersionedKeys(lab_token.open())
+    token: LabToken
+    keys: VersionedKeys
+
+    @classmethod
+    @contextmanager
+    def open(cls, token: LabToken) -> Iterator[AdministeredToken]:
+        with closing(token.open()) as opened:
+            yield cls(token, VersionedKeys(opened))
+
+
+@contextmanager
+def _hsm_simulated(administered: AdministeredToken, kind: KeyKind) -> Iterator[Bench]:
+    """Make a key with a name of its own in the token."""
+    administrator = administered.keys
     name = f"contract-{secrets.token_hex(8)}"
     administrator.create(name, kind, 2048)
 
@@ -80,10 +93,9 @@ def _hsm_simulated(lab_token: LabToken, kind: KeyKind) -> Iterator[Bench]:
         rotate=lambda: administrator.rotate(name),
         disable=lambda key: set_enabled(key, False),
         enable=lambda key: set_enabled(key, True),
-        options=lab_token.options,
-        secrets=(lab_token.pin.encode(),),
+        options=administered.token.options,
+        secrets=(administered.token.pin.encode(),),
     )
-    administrator.token.close()
 
 
 @contextmanager
@@ -118,9 +130,9 @@ def _kek_file(directory: Path, _fixture: Fixture) -> Iterator[Bench]:
 
 BENCHES: Mapping[str, Callable[[Path, Fixture], AbstractContextManager[Bench]]] = {
     "customer-managed": _customer_managed,
-    "hsm-simulated": lambda _folder, fixture: _hsm_simulated(fixture("lab_token"), KeyKind.RSA),
-    "hsm-simulated, AES": lambda _folder, fixture: _hsm_simulated(fixture("lab_token"), KeyKind.AES),
-    "hsm-simulated, NSS": lambda _folder, fixture: _hsm_simulated(fixture("lab_nss_token"), KeyKind.RSA),
+    "hsm-simulated": lambda _folder, fixture: _hsm_simulated(fixture("softhsm"), KeyKind.RSA),
+    "hsm-simulated, AES": lambda _folder, fixture: _hsm_simulated(fixture("softhsm"), KeyKind.AES),
+    "hsm-simulated, NSS": lambda _folder, fixture: _hsm_simulated(fixture("nss"), KeyKind.RSA),
     "kek-file": _kek_file,
     "platform-managed": _platform_managed,
 }

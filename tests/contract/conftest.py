@@ -15,9 +15,10 @@ from uuid import UUID
 
 import pytest
 import readme_plugin
-from benches import BENCHES, Bench
+from benches import BENCHES, AdministeredToken, Bench
 
 from virt_sse.config import Config
+from virt_sse.lab.tokens import LabHsm, LabToken
 from virt_sse.model.keys import DekContext, KeyId, KeyProvider, WrappedDek
 from virt_sse.plugins import ENTRY_POINT_GROUP, PluginHost
 
@@ -32,6 +33,18 @@ def entry_points(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Entr
         monkeypatch.syspath_prepend(folder)
         installed = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
         yield [*installed, *readme_plugin.install(folder)]
+
+
+@pytest.fixture(scope="session")
+def softhsm(lab_hsm: LabHsm) -> Iterator[AdministeredToken]:
+    with lab_hsm.token() as token, AdministeredToken.open(token) as administered:
+        yield administered
+
+
+@pytest.fixture(scope="session")
+def nss(lab_nss_token: LabToken) -> Iterator[AdministeredToken]:
+    with AdministeredToken.open(lab_nss_token) as administered:
+        yield administered
 
 
 @pytest.fixture(params=sorted({*_REGISTERED, *BENCHES}))
@@ -88,7 +101,7 @@ def provider(open_provider: Callable[..., KeyProvider]) -> KeyProvider:
 def in_other_process(
     provider_name: str, bench: Bench, tmp_path: Path, entry_points: list[EntryPoint]
 ) -> Callable[[WrappedDek, DekContext], WrappedDek]:
-    """Has another process unwrap a DEK and wrap it anew with the current key."""
+    """Let another process unwrap a DEK and wrap the DEK again with the current key."""
 
     def run(wrapped: WrappedDek, context: DekContext) -> WrappedDek:
         request = {

@@ -7,7 +7,9 @@ import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
-_README = Path(__file__).parents[2] / "plugins/README.md"
+from support.folders import REPOSITORY
+
+_README = REPOSITORY / "plugins/README.md"
 
 
 def install(folder: Path) -> list[EntryPoint]:

@@ -43,11 +43,13 @@ def wrapped(provider: KeyProvider, bench: Bench, dek: Dek, context: DekContext) 
     return provider.wrap(dek, provider.current_key(bench.key), context=context)
 
 
-def test_calls_itself_what_it_is_registered_as(provider_name: str, provider: KeyProvider) -> None:
+def test_a_provider_has_the_name_it_is_registered_under(provider_name: str, provider: KeyProvider) -> None:
     assert provider.name == provider_name
 
 
-def test_round_trip(provider: KeyProvider, bench: Bench, dek: Dek, context: DekContext) -> None:
+def test_a_wrapped_dek_unwraps_to_the_same_dek(
+    provider: KeyProvider, bench: Bench, dek: Dek, context: DekContext
+) -> None:
     key = provider.current_key(bench.key)
     assert (key.provider, key.name) == (provider.name, bench.key)
     assert key.version
@@ -61,20 +63,23 @@ def test_round_trip(provider: KeyProvider, bench: Bench, dek: Dek, context: DekC
     assert provider.unwrap(wrapped, context=context) == dek
 
 
-def test_another_disk_cannot_unwrap(provider: KeyProvider, wrapped: WrappedDek, context: DekContext) -> None:
+def test_a_dek_moved_to_another_disk_does_not_unwrap(
+    provider: KeyProvider, wrapped: WrappedDek, context: DekContext
+) -> None:
     with pytest.raises(UnwrapError):
         provider.unwrap(wrapped, context=dataclasses.replace(context, disk_id=uuid.uuid4()))
 
 
 @pytest.mark.parametrize("slot", ["platform", "Service", "service ", ""])
-def test_another_slot_cannot_unwrap(
+def test_a_dek_moved_to_another_slot_does_not_unwrap(
     provider: KeyProvider, wrapped: WrappedDek, context: DekContext, slot: str
 ) -> None:
     with pytest.raises(UnwrapError):
         provider.unwrap(wrapped, context=dataclasses.replace(context, slot=slot))
 
 
-def test_every_flipped_byte_is_noticed(
+@pytest.mark.slow
+def test_a_wrapped_dek_with_any_flipped_byte_is_refused(
     provider: KeyProvider, wrapped: WrappedDek, context: DekContext
 ) -> None:
     for position in range(len(wrapped.ciphertext)):
@@ -84,7 +89,8 @@ def test_every_flipped_byte_is_noticed(
             provider.unwrap(dataclasses.replace(wrapped, ciphertext=bytes(flipped)), context=context)
 
 
-def test_every_wrong_length_is_noticed(
+@pytest.mark.slow
+def test_a_wrapped_dek_of_any_wrong_length_is_refused(
     provider: KeyProvider, wrapped: WrappedDek, context: DekContext
 ) -> None:
     whole = wrapped.ciphertext
@@ -95,7 +101,7 @@ def test_every_wrong_length_is_noticed(
 
 
 @pytest.mark.parametrize("algorithm", ["", "none", "dir", "A128KW", "RSA1_5", "a256kw", "rsa-oaep-256"])
-def test_another_algorithm_is_refused(
+def test_a_wrapped_dek_of_another_algorithm_is_refused(
     provider: KeyProvider, wrapped: WrappedDek, context: DekContext, algorithm: str
 ) -> None:
     with pytest.raises(UnwrapError):
@@ -116,7 +122,7 @@ def test_rotation_is_seen_at_once_and_older_versions_still_work(
         assert provider.unwrap(again, context=context) == dek
 
 
-def test_its_own_rotation_does_the_same_or_is_unsupported(
+def test_rotation_by_the_provider_does_the_same_or_is_unsupported(
     provider: KeyProvider, bench: Bench, dek: Dek, wrapped: WrappedDek, context: DekContext
 ) -> None:
     try:
@@ -131,7 +137,7 @@ def test_its_own_rotation_does_the_same_or_is_unsupported(
     assert provider.unwrap(wrapped, context=context) == dek
 
 
-def test_another_version_cannot_unwrap(
+def test_another_version_of_the_key_does_not_unwrap(
     provider: KeyProvider, bench: Bench, wrapped: WrappedDek, context: DekContext
 ) -> None:
     bench.rotate()
@@ -140,7 +146,7 @@ def test_another_version_cannot_unwrap(
 
 
 @pytest.mark.parametrize("version", ["no-such-version", "f" * 32, "0", "../1", "\u0661", ""])
-def test_unknown_version(
+def test_an_unknown_version_is_deleted_and_not_found(
     provider: KeyProvider, dek: Dek, wrapped: WrappedDek, context: DekContext, version: str
 ) -> None:
     key = dataclasses.replace(wrapped.key, version=version)
@@ -152,7 +158,7 @@ def test_unknown_version(
 
 
 @pytest.mark.parametrize("name", ["no-such-key", "*", "../default", ""])
-def test_unknown_name(
+def test_an_unknown_key_name_is_deleted_and_not_found(
     provider: KeyProvider, dek: Dek, wrapped: WrappedDek, context: DekContext, name: str
 ) -> None:
     key = dataclasses.replace(wrapped.key, name=name)
@@ -165,7 +171,7 @@ def test_unknown_name(
         provider.unwrap(dataclasses.replace(wrapped, key=key), context=context)
 
 
-def test_disabled_version(
+def test_a_disabled_version_neither_wraps_nor_unwraps(
     provider: KeyProvider, bench: Bench, dek: Dek, wrapped: WrappedDek, context: DekContext
 ) -> None:
     if bench.disable is None or bench.enable is None:
@@ -187,7 +193,7 @@ def test_disabled_version(
     assert provider.unwrap(wrapped, context=context) == dek
 
 
-def test_nothing_shows_key_material(
+def test_no_repr_and_no_error_shows_key_material(
     provider: KeyProvider, bench: Bench, dek: Dek, wrapped: WrappedDek, context: DekContext
 ) -> None:
     texts = [repr(provider), str(provider), repr(vars(provider)), repr(wrapped), str(wrapped)]
@@ -226,7 +232,7 @@ def _error_texts(
             error = error.__cause__ or error.__context__
 
 
-def test_ten_threads_at_once(provider: KeyProvider, bench: Bench) -> None:
+def test_ten_threads_wrap_and_unwrap_at_once(provider: KeyProvider, bench: Bench) -> None:
     key = provider.current_key(bench.key)
     start = threading.Barrier(10)
 
@@ -242,7 +248,7 @@ def test_ten_threads_at_once(provider: KeyProvider, bench: Bench) -> None:
         assert all(pool.map(work, range(10)))
 
 
-def test_closed_and_reopened_it_still_unwraps(
+def test_a_provider_closed_and_reopened_still_unwraps(
     open_provider: OpenProvider, bench: Bench, dek: Dek, context: DekContext
 ) -> None:
     first = open_provider()
@@ -253,7 +259,7 @@ def test_closed_and_reopened_it_still_unwraps(
     assert again.current_key(bench.key) == wrapped.key
 
 
-def test_two_instances_at_once(
+def test_two_instances_unwrap_each_others_deks(
     open_provider: OpenProvider, bench: Bench, dek: Dek, context: DekContext
 ) -> None:
     one, other = open_provider(), open_provider()
@@ -266,7 +272,8 @@ def test_two_instances_at_once(
     assert other.unwrap(other.wrap(dek, key, context=context), context=context) == dek
 
 
-def test_two_processes_at_once(
+@pytest.mark.slow
+def test_two_processes_unwrap_each_others_deks(
     provider: KeyProvider,
     bench: Bench,
     dek: Dek,
@@ -285,7 +292,7 @@ def test_an_unknown_option_is_refused(open_provider: OpenProvider) -> None:
         open_provider(**{"no-such-option": 1})
 
 
-def test_provisioned_again_it_changes_nothing(
+def test_provisioning_again_changes_nothing(
     provider: KeyProvider, dek: Dek, wrapped: WrappedDek, context: DekContext
 ) -> None:
     assert not provider.provision()

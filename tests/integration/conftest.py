@@ -4,9 +4,9 @@ import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
-from agent_site import CONFIG, CustomerSite, customer_site
-from lab_operator import Operator
 
+from support.agent_site import CONFIG, CustomerSite, customer_site
+from support.lab_operator import Operator
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.host import LabHost
 from virt_sse.lab.vaults import LabVault
@@ -29,7 +29,7 @@ def site(running_site: CustomerSite) -> Iterator[CustomerSite]:
 
 @pytest.fixture(scope="module")
 def prepared_host(lab_host: LabHost) -> Operator:
-    """An operator at a lab host that is initialised."""
+    """An operator at an initialised lab host."""
     operator = Operator(lab_host)
     operator.virt_sse("host", "init")
     lab_host.restart_libvirtd()
@@ -38,12 +38,12 @@ def prepared_host(lab_host: LabHost) -> Operator:
 
 @pytest.fixture
 def operator(prepared_host: Operator) -> Iterator[Operator]:
-    """The same; a test's domains end with it."""
+    """An operator at an initialised lab host; the test's domains end with the test."""
     yield prepared_host
     prepared_host.forget_domains()
 
 
 @pytest.fixture
 def name() -> str:
-    """One that no other test uses."""
+    """A name unique to the test."""
     return f"t{uuid.uuid4().hex[:8]}"

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from agent_site import CONFIG, Site, prepared, wait_until
 
-from command_line import PROGRAM
+from support.agent_site import CONFIG, Site, prepared
+from support.command_line import PROGRAM
+from support.waiting import wait_until
 from virt_sse.agent_client import ask
 from virt_sse.errors import AgentUnavailableError
 from virt_sse.lab.acceleration import Acceleration
@@ -54,7 +55,7 @@ def virt_sse(site: Site, *arguments: str, status: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def test_it_serves_the_hook(site: Site) -> None:
+def test_the_agent_serves_the_hook(site: Site) -> None:
     before = site.agent.metrics().get(SERVED, 0)
     guest, disk = site.guest()
     guest.start()
@@ -81,7 +82,7 @@ def test_it_serves_the_hook(site: Site) -> None:
     assert site.secrets() == []
 
 
-def test_what_it_refuses_is_said_as_the_hook_says_it(site: Site) -> None:
+def test_a_refusal_by_the_agent_reads_as_one_by_the_hook(site: Site) -> None:
     guest, _ = site.guest()
     keyring = site.backend.host.config.state_directory / "platform-managed"
     keyring.rename(keyring.with_name("elsewhere"))
@@ -98,7 +99,7 @@ def test_what_it_refuses_is_said_as_the_hook_says_it(site: Site) -> None:
     site.agent.start()
 
 
-def test_without_it_the_hook_serves_by_itself(site: Site) -> None:
+def test_without_an_agent_the_hook_serves_in_its_own_process(site: Site) -> None:
     guest, _ = site.guest()
     site.agent.kill()
     assert site.agent.socket.exists(), "a killed agent leaves its socket"
@@ -111,7 +112,7 @@ def test_without_it_the_hook_serves_by_itself(site: Site) -> None:
     site.wait_until_watched(guest)
 
 
-def test_one_that_hangs_is_waited_for_and_then_done_without(site: Site) -> None:
+def test_the_hook_waits_for_a_hanging_agent_and_then_serves_by_itself(site: Site) -> None:
     guest, _ = site.guest()
     site.agent.suspend()
     try:
@@ -124,7 +125,7 @@ def test_one_that_hangs_is_waited_for_and_then_done_without(site: Site) -> None:
     site.wait_until_watched(guest)
 
 
-def test_it_ends_at_once_and_takes_its_socket_along(site: Site) -> None:
+def test_the_agent_ends_at_once_and_removes_its_socket(site: Site) -> None:
     guest, _ = site.guest()
     guest.start()
     site.wait_until_watched(guest)
@@ -141,13 +142,13 @@ def test_it_ends_at_once_and_takes_its_socket_along(site: Site) -> None:
         ask(site.agent.socket.with_name("none"), "GET", "/status", timeout=1)
 
 
-def test_there_is_one(site: Site) -> None:
+def test_a_second_agent_is_refused(site: Site) -> None:
     said = virt_sse(site, "agent", "run", status=1)
     assert "another agent serves" in said
     assert site.agent.status()["pid"] == site.agent.own_pid
 
 
-def test_another_user_is_not_let_in(site: Site) -> None:
+def test_another_user_is_refused_by_the_agent(site: Site) -> None:
     """Nor would be if the modes of folder and socket let him."""
     client = (
         "import socket, sys; s = socket.socket(socket.AF_UNIX); s.settimeout(5); s.connect(sys.argv[1]);"
@@ -178,10 +179,10 @@ def test_another_user_is_not_let_in(site: Site) -> None:
     finally:
         path.chmod(0o600)
         path.parent.chmod(0o700)
-    wait_until(lambda: site.events("client-refused", user=65534))
+    site.wait_for_event("client-refused", user=65534)
 
 
-def test_libvirtd_restarts(site: Site) -> None:
+def test_a_restart_of_libvirtd_restores_secrets_in_use_and_drops_the_rest(site: Site) -> None:
     """The agent restores what the hook could not, and drops what nobody has any more."""
     (guest, _), (other, disk) = site.guest(), site.guest()
     guest.start()
@@ -195,32 +196,32 @@ def test_libvirtd_restarts(site: Site) -> None:
     hook.write_text("#!/bin/sh\nexit 0\n")
     try:
         site.host.restart_libvirtd()
-        wait_until(lambda: site.secrets() == before)
-        wait_until(lambda: site.events("secrets-restored", domain=guest.name))
+        wait_until(lambda: site.secrets() == before, "libvirt has the same secrets as before")
+        site.wait_for_event("secrets-restored", domain=guest.name)
         for each in (guest, other):
             logs = [f"qemu/{each.name}.log", "libvirtd.log"]
             assert each.is_active(), [
                 (site.host.root / f"var/log/libvirt/{log}").read_text()[-2000:] for log in logs
             ]
         other.destroy()
-        wait_until(lambda: len(site.secrets()) == 1)
+        wait_until(lambda: len(site.secrets()) == 1, "libvirt has one secret of ours")
     finally:
         hook.write_text(script)
     site.wait_until_watched(guest)
-    wait_until(lambda: site.events("secret-dropped", usage=f"virt-sse:{disk.id}:service"))
+    site.wait_for_event("secret-dropped", usage=f"virt-sse:{disk.id}:service")
 
 
-def test_secrets_of_nobody_are_dropped(site: Site) -> None:
+def test_secrets_of_no_domain_are_dropped(site: Site) -> None:
     connection = site.host.connect()
     try:
         set_secret(connection, SecretName(uuid.uuid4(), "service"), Dek.generate())
     finally:
         connection.close()
     assert len(site.secrets()) == 1
-    wait_until(lambda: site.secrets() == [])
+    wait_until(lambda: site.secrets() == [], "libvirt has no secret of ours")
 
 
-def test_what_is_no_event_is_refused(site: Site) -> None:
+def test_a_request_that_is_no_event_is_refused(site: Site) -> None:
     def post(body: str, *extra: str) -> tuple[int, str]:
         done = subprocess.run(
             ["curl", "-s", "-w", "\n%{http_code}", "--unix-socket", site.agent.socket, *extra]
@@ -247,7 +248,7 @@ def test_what_is_no_event_is_refused(site: Site) -> None:
     assert site.agent.status()["pid"] == site.agent.own_pid
 
 
-def test_it_starts_before_libvirtd_does(site: Site) -> None:
+def test_the_agent_may_start_before_libvirtd(site: Site) -> None:
     site.agent.stop()
     pid = int((site.host.directory / "run/libvirt/libvirtd.pid").read_text())
     guest, _ = site.guest()
@@ -263,7 +264,7 @@ def test_it_starts_before_libvirtd_does(site: Site) -> None:
     site.wait_until_watched(guest)
 
 
-def test_systemd_starts_it_when_somebody_asks(site: Site) -> None:
+def test_systemd_starts_the_agent_at_the_first_request(site: Site) -> None:
     activate = shutil.which("systemd-socket-activate")
     if not activate:
         pytest.skip("systemd-socket-activate is not installed")
@@ -276,7 +277,7 @@ def test_systemd_starts_it_when_somebody_asks(site: Site) -> None:
         stderr=subprocess.DEVNULL,
     ) as process:
         try:
-            wait_until(path.exists)
+            wait_until(path.exists, "systemd listens at the agent's socket")
             guest, _ = site.guest()
             guest.start()
             assert json.loads(ask(path, "GET", "/status", timeout=10))["pid"] == process.pid
@@ -288,7 +289,7 @@ def test_systemd_starts_it_when_somebody_asks(site: Site) -> None:
     site.agent.start()
 
 
-def test_the_units_are_whole(site: Site, tmp_path: Path) -> None:
+def test_the_systemd_units_are_valid(site: Site, tmp_path: Path) -> None:
     said = virt_sse(site, "agent", "units", str(tmp_path / "units"))
     units = sorted((tmp_path / "units").iterdir())
     assert all(f"made {unit}" in said for unit in units)

@@ -13,8 +13,8 @@ from uuid import UUID
 
 import pytest
 
-import images
-from command_line import PROGRAM, CommandLine
+from support import images
+from support.command_line import PROGRAM, CommandLine
 from virt_sse.audit.log import AuditLog
 from virt_sse.audit.record import AuditRecord, Component, Result
 from virt_sse.backend import Backend
@@ -50,6 +50,7 @@ def entries(virt_sse: CommandLine, *arguments: str | Path) -> list[dict[str, Any
     return found
 
 
+@pytest.mark.slow
 def test_a_disks_life_is_in_the_log(virt_sse: CommandLine, root: Path) -> None:
     images.require("qemu-img")
     headings = ["TIME", "RESULT", "ACTION", "KEY", "DISK", "DOMAIN", "ACTOR", "CORRELATION", "REASON"]
@@ -84,7 +85,7 @@ def test_a_disks_life_is_in_the_log(virt_sse: CommandLine, root: Path) -> None:
         assert images.mode(root / folder / name) == 0o600
 
 
-def test_a_domain_that_starts_is_named(virt_sse: CommandLine, backend: Backend) -> None:
+def test_a_starting_domain_is_named_in_the_log(virt_sse: CommandLine, backend: Backend) -> None:
     images.require("qemu-img")
     backend.disks.create(NewDisk(name="web", size=1 << 20))
     element = backend.domains.disk_element("web")
@@ -98,7 +99,8 @@ def test_a_domain_that_starts_is_named(virt_sse: CommandLine, backend: Backend) 
     ]
 
 
-def test_listing(virt_sse: CommandLine, log: AuditLog) -> None:
+@pytest.mark.slow
+def test_the_listing_is_filtered_by_its_options(virt_sse: CommandLine, log: AuditLog) -> None:
     def seqs(*arguments: str) -> list[int]:
         return [entry["seq"] for entry in entries(virt_sse, "--log", log.path, *arguments)]
 
@@ -125,16 +127,17 @@ def test_listing(virt_sse: CommandLine, log: AuditLog) -> None:
     "arguments",
     [("--since", "yesterday"), ("--since", "1y"), ("--correlation", "x"), ("--limit", "0")],
 )
-def test_what_makes_no_sense_is_wrong_usage(virt_sse: CommandLine, arguments: tuple[str, str]) -> None:
+def test_invalid_options_are_wrong_usage(virt_sse: CommandLine, arguments: tuple[str, str]) -> None:
     virt_sse("audit", "list", *arguments, status=2)
 
 
-def test_a_log_that_is_not_there(virt_sse: CommandLine, root: Path) -> None:
+def test_a_missing_log_is_reported(virt_sse: CommandLine, root: Path) -> None:
     for command in ("list", "tail", "verify"):
         assert "no audit log" in virt_sse.refuses("audit", command, "--log", root / "none.jsonl")
 
 
-def test_verify_says_what_is_wrong_and_where(virt_sse: CommandLine, log: AuditLog) -> None:
+@pytest.mark.slow
+def test_verify_names_the_fault_and_its_place(virt_sse: CommandLine, log: AuditLog) -> None:
     whole = virt_sse("audit", "verify", "--log", log.path)
     position = next(line.split()[1] for line in whole.splitlines() if line.startswith("position"))
     assert "authentic    True\n" in whole
@@ -164,6 +167,7 @@ def test_verify_says_what_is_wrong_and_where(virt_sse: CommandLine, log: AuditLo
     )
 
 
+@pytest.mark.slow
 def test_a_copy_is_verified_with_its_key_or_without(virt_sse: CommandLine, log: AuditLog, root: Path) -> None:
     key = log.path.with_suffix(".key").rename(root / "key")
     assert "authentic    False\n" in virt_sse("audit", "verify", "--log", log.path)
@@ -173,6 +177,7 @@ def test_a_copy_is_verified_with_its_key_or_without(virt_sse: CommandLine, log: 
     assert "line 1: the record was not written with this log's key" in message
 
 
+@pytest.mark.slow
 def test_tail_follows_until_it_is_interrupted(virt_sse: CommandLine, log: AuditLog) -> None:
     lines = virt_sse("audit", "tail", "--log", log.path, "-n", "2").splitlines()
     assert [line.split()[1] for line in lines] == ["refused", "allowed"]
@@ -199,6 +204,7 @@ def test_tail_follows_until_it_is_interrupted(virt_sse: CommandLine, log: AuditL
             process.kill()
 
 
+@pytest.mark.slow
 def test_a_command_whose_key_use_cannot_be_recorded_is_refused(
     virt_sse: CommandLine, backend: Backend, root: Path
 ) -> None:

@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from customer_keys import RIGHTS, CustomerKeys
+from support.customer_keys import RIGHTS, CustomerKeys
 from virt_sse.errors import KeyDeniedError, KeyProviderUnavailableError
 from virt_sse.lab.vaults import LabVault
 from virt_sse.model.keys import Dek, DekContext, KeyId, KeyState, WrappedDek
@@ -92,7 +92,7 @@ def of_azure(vault: LabVault, credential: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("credential", ["managed-identity", "default"])
-def test_an_identity_that_azure_manages(
+def test_an_identity_managed_by_azure_uses_keys(
     keys: CustomerKeys, lab_vault: LabVault, endpoint: IdentityEndpoint, credential: str
 ) -> None:
     provider = keys.open_provider(**of_azure(lab_vault, credential))
@@ -112,7 +112,7 @@ def test_an_identity_that_azure_manages(
     assert "this host's" in str(caught.value.hint)
 
 
-def test_no_managed_identity_is_no_verdict(
+def test_a_missing_managed_identity_is_no_verdict(
     keys: CustomerKeys, lab_vault: LabVault, endpoint: IdentityEndpoint
 ) -> None:
     key = KeyId("customer-managed", keys.new_key(), "0" * 32)
@@ -126,7 +126,7 @@ def test_no_managed_identity_is_no_verdict(
 
 
 @pytest.mark.usefixtures("endpoint")
-def test_a_managed_identity_that_does_not_trust_the_vault(
+def test_a_managed_identity_that_does_not_trust_the_vault_is_refused(
     keys: CustomerKeys, lab_vault: LabVault, tmp_path: Path
 ) -> None:
     (tmp_path / "ca.pem").write_bytes(new_authority("other")[0])
@@ -137,7 +137,8 @@ def test_a_managed_identity_that_does_not_trust_the_vault(
         provider.current_key(name)
 
 
-def test_no_token_for_another_resource_than_the_vault(keys: CustomerKeys, endpoint: IdentityEndpoint) -> None:
+@pytest.mark.slow
+def test_a_token_is_requested_for_the_vault_alone(keys: CustomerKeys, endpoint: IdentityEndpoint) -> None:
     with LabVault() as vault:
         vault.stop()
         path = VaultDirectory(vault.directory).settings_path
@@ -151,7 +152,7 @@ def test_no_token_for_another_resource_than_the_vault(keys: CustomerKeys, endpoi
     assert endpoint.resources == []
 
 
-def test_a_vault_that_is_no_longer_named_gets_nothing(
+def test_a_vault_removed_from_the_configuration_gets_no_token(
     keys: CustomerKeys, lab_vault: LabVault, endpoint: IdentityEndpoint
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:

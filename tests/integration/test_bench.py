@@ -7,9 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCH = Path(__file__).parents[1] / "bench"
+import pytest
+
+from support.folders import TESTS
+
+BENCH = TESTS / "bench"
 
 
+@pytest.mark.slow
 def test_bench_writes_rows_of_ours_against_a_peer(tmp_path: Path) -> None:
     results = tmp_path / "results.json"
     done = subprocess.run(

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-import images
-from command_line import PROGRAM, CommandLine
+from support import images
+from support.command_line import PROGRAM, CommandLine
 
 M = 1 << 20
 
@@ -83,7 +83,11 @@ BAD_INPUT = {
 }  # fmt: skip
 
 
-def test_bad_input_is_a_line_and_leaves_nothing(host: CommandLine) -> None:
+@pytest.mark.slow
+def test_bad_input_is_one_error_line_and_leaves_nothing(
+    host: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(host.root)
     before = images.files_below(host.root)
 
     def attempt(case: str) -> None:
@@ -102,7 +106,8 @@ def test_wrong_usage_is_status_2(host: CommandLine, arguments: list[str]) -> Non
     host(*arguments, status=2)
 
 
-def test_what_an_import_does_not_take(host: CommandLine, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_an_import_refuses_unsuitable_sources(host: CommandLine, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     os.mkfifo(tmp_path / "pipe")
     assert "neither a file" in host.refuses("disk", "import", "new", tmp_path / "pipe")
@@ -119,6 +124,7 @@ def test_what_an_import_does_not_take(host: CommandLine, tmp_path: Path) -> None
     assert [row["name"] for row in json.loads(host("disk", "list", "-o", "json"))] == ["disk"]
 
 
+@pytest.mark.slow
 def test_an_image_that_draws_on_other_files_is_read_only_when_asked(
     host: CommandLine, tmp_path: Path
 ) -> None:
@@ -145,7 +151,8 @@ def test_an_image_that_draws_on_other_files_is_read_only_when_asked(
     assert out.read_bytes() == secret.read_bytes()
 
 
-def test_a_damaged_envelope_and_a_damaged_header(host: CommandLine, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_damaged_envelope_or_header_is_reported(host: CommandLine, tmp_path: Path) -> None:
     whole = (host.root / "var/lib/libvirt/images/disk.qcow2").read_bytes()
     start = whole.index(b"LUKS\xba\xbe")
     damaged = tmp_path / "damaged.qcow2"
@@ -162,7 +169,10 @@ def test_a_damaged_envelope_and_a_damaged_header(host: CommandLine, tmp_path: Pa
         assert reason in host.refuses("disk", "adopt", damaged)
 
 
-def test_another_hosts_keyring(root: Path, virt_sse: CommandLine, host: CommandLine) -> None:
+@pytest.mark.slow
+def test_the_keyring_of_another_host_opens_no_disk(
+    root: Path, virt_sse: CommandLine, host: CommandLine
+) -> None:
     virt_sse("host", "init")
     virt_sse("disk", "create", "disk", "-s", "1M")
     keyring = root / "var/lib/virt-sse/platform-managed"
@@ -182,7 +192,8 @@ def test_another_hosts_keyring(root: Path, virt_sse: CommandLine, host: CommandL
     assert virt_sse("disk", "check", "disk") == "disk disk: ok\n"
 
 
-def test_a_broken_store(root: Path, virt_sse: CommandLine) -> None:
+@pytest.mark.slow
+def test_a_broken_store_is_reported_with_its_reason(root: Path, virt_sse: CommandLine) -> None:
     virt_sse("host", "init")
     store = root / "var/lib/virt-sse/store.sqlite"
     store.write_text("no database, just text that is longer than nothing")
@@ -192,6 +203,7 @@ def test_a_broken_store(root: Path, virt_sse: CommandLine) -> None:
     assert "cannot open the store" in virt_sse.refuses("disk", "list")
 
 
+@pytest.mark.slow
 def test_the_output_is_fit_for_people_and_programs(host: CommandLine) -> None:
     shown = json.loads(host("disk", "show", "disk", "--output", "json"))
     assert shown["size"] == M
@@ -210,6 +222,7 @@ def test_the_output_is_fit_for_people_and_programs(host: CommandLine) -> None:
     assert host("host", "init") == "nothing to do\n"
 
 
+@pytest.mark.slow
 def test_an_unfinished_disk_does_not_stop_the_others(root: Path, virt_sse: CommandLine) -> None:
     """Neither the listing nor the hook may depend on one disk's storage."""
     virt_sse("host", "init")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import images
-from command_line import PROGRAM
-from crashes import crash_points, dies_at
-from images import KeyedImage
+from support import images
+from support.command_line import PROGRAM
+from support.faults import crash_points, dies_at
+from support.images import KeyedImage
 from virt_sse.backend import Backend
 from virt_sse.disks import lifecycle, transfer
 from virt_sse.host.setup import initialise
@@ -95,6 +95,7 @@ def filled(backend: Backend, image_format: str = "qcow2") -> None:
     KeyedImage.of(backend, disk).write(0, M, 0x66)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_format", images.FORMATS)
 def test_a_killed_creation_leaves_a_whole_disk_or_nothing(root: Path, image_format: str) -> None:
     scene = Scene(root, lambda _: None)
@@ -116,6 +117,7 @@ def test_a_killed_creation_leaves_a_whole_disk_or_nothing(root: Path, image_form
     assert outcomes == {True, False}
 
 
+@pytest.mark.slow
 def test_a_killed_import_leaves_a_whole_disk_or_nothing(root: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(b"\x66" * M)
@@ -130,6 +132,7 @@ def test_a_killed_import_leaves_a_whole_disk_or_nothing(root: Path, tmp_path: Pa
     scene.kills(lambda b: b.transfer.import_image(NewDisk(name="disk"), source, source_format="raw"), check)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_format", images.FORMATS)
 def test_a_killed_deletion_leaves_a_whole_disk_or_nothing(root: Path, image_format: str) -> None:
     scene = Scene(root, lambda backend: filled(backend, image_format))
@@ -148,6 +151,7 @@ def test_a_killed_deletion_leaves_a_whole_disk_or_nothing(root: Path, image_form
     assert outcomes == {True, False}
 
 
+@pytest.mark.slow
 def test_after_a_killed_deletion_a_new_file_at_the_path_is_not_touched(root: Path) -> None:
     scene = Scene(root, filled)
     path = scene.images / "disk.qcow2"
@@ -166,6 +170,7 @@ def test_after_a_killed_deletion_a_new_file_at_the_path_is_not_touched(root: Pat
             assert path.read_text() == "theirs"
 
 
+@pytest.mark.slow
 def test_a_killed_rotation_is_finished_by_the_next(root: Path) -> None:
     scene = Scene(root, filled)
 
@@ -185,6 +190,7 @@ def test_a_killed_rotation_is_finished_by_the_next(root: Path) -> None:
     scene.kills(lambda b: b.keys.rotate(PLATFORM_KEY), check)
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_no_plaintext(root: Path, tmp_path: Path) -> None:
     scene = Scene(root, filled)
     folder = tmp_path / "exports"
@@ -204,6 +210,7 @@ def test_a_killed_export_leaves_no_plaintext(root: Path, tmp_path: Path) -> None
     scene.kills(export, check)
 
 
+@pytest.mark.slow
 def test_a_command_killed_at_any_moment_leaves_no_process_and_no_file(root: Path) -> None:
     scene = Scene(root, lambda _: None)
     for tenths in range(0, 10, 1):
@@ -219,7 +226,8 @@ def test_a_command_killed_at_any_moment_leaves_no_process_and_no_file(root: Path
         scene.reset()
 
 
-def test_of_two_creations_at_once_one_wins(root: Path) -> None:
+@pytest.mark.slow
+def test_one_of_two_simultaneous_creations_wins(root: Path) -> None:
     scene = Scene(root, lambda _: None)
     script = (
         "import sys; from virt_sse.backend import Backend; from virt_sse.errors import DiskExistsError\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -16,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from customer_keys import RIGHTS, CustomerKeys
+from support.customer_keys import RIGHTS, CustomerKeys
+from support.forking import fork
 from virt_sse.errors import (
     KeyDeniedError,
     KeyDisabledError,
@@ -58,6 +58,10 @@ class Disk:
     def opens(self) -> bool:
         return self.provider.unwrap(self.wrapped, context=CONTEXT) == self.dek
 
+    def assert_opens(self, *, times: int) -> None:
+        for _ in range(times):
+            assert self.opens()
+
     def assert_refused(self, state: KeyState, error: type[KeyProviderError], message: str) -> None:
         """At once, in every way, and again."""
         began = time.monotonic()
@@ -87,7 +91,7 @@ def disk(keys: CustomerKeys) -> Disk:
 
 
 @pytest.mark.parametrize("size", [2048, 3072, 4096])
-def test_every_size_of_key(keys: CustomerKeys, size: int) -> None:
+def test_keys_of_every_size_wrap_and_unwrap(keys: CustomerKeys, size: int) -> None:
     provider = keys.open_provider(keys.new_identity(*RIGHTS))
     key = provider.current_key(keys.new_key(size=size))
     dek = Dek.generate()
@@ -96,14 +100,16 @@ def test_every_size_of_key(keys: CustomerKeys, size: int) -> None:
     assert provider.unwrap(wrapped, context=CONTEXT) == dek
 
 
-def test_disabled_and_enabled(keys: CustomerKeys, disk: Disk) -> None:
+def test_a_disabled_key_is_refused_until_enabled_again(keys: CustomerKeys, disk: Disk) -> None:
     keys.enable(disk.key, enabled=False)
     disk.assert_refused(KeyState.DISABLED, KeyDisabledError, r"vault refused the .*wrap \(403 KeyDisabled\)")
     keys.enable(disk.key, enabled=True)
     disk.assert_usable()
 
 
-def test_deleted_recovered_and_purged(keys: CustomerKeys, disk: Disk) -> None:
+def test_a_deleted_key_is_refused_until_recovered_and_a_purged_key_for_good(
+    keys: CustomerKeys, disk: Disk
+) -> None:
     missing = r"vault refused the .*wrap \(404 KeyNotFound\)"
     keys.delete(disk.name)
     disk.assert_refused(KeyState.DELETED, KeyNotFoundError, missing)
@@ -117,7 +123,7 @@ def test_deleted_recovered_and_purged(keys: CustomerKeys, disk: Disk) -> None:
     disk.assert_refused(KeyState.DELETED, KeyNotFoundError, missing)
 
 
-def test_access_removed_and_granted(keys: CustomerKeys, disk: Disk) -> None:
+def test_an_identity_without_access_is_denied_until_granted_again(keys: CustomerKeys, disk: Disk) -> None:
     keys.administration.revoke(disk.principal)
     disk.assert_refused(
         KeyState.DENIED, KeyDeniedError, r"vault refused the .*wrap \(403 ForbiddenByPolicy\)"
@@ -129,7 +135,7 @@ def test_access_removed_and_granted(keys: CustomerKeys, disk: Disk) -> None:
     disk.assert_usable()
 
 
-def test_only_unwrapping_is_granted(keys: CustomerKeys, disk: Disk) -> None:
+def test_an_identity_that_may_only_unwrap_cannot_wrap(keys: CustomerKeys, disk: Disk) -> None:
     keys.administration.set_permissions(disk.principal, [Permission.UNWRAP_KEY])
     assert disk.opens()
     with pytest.raises(KeyDeniedError, match="refused the wrap"):
@@ -138,7 +144,7 @@ def test_only_unwrapping_is_granted(keys: CustomerKeys, disk: Disk) -> None:
         disk.provider.current_key(disk.name)
 
 
-def test_a_disabled_identity(keys: CustomerKeys, disk: Disk) -> None:
+def test_a_disabled_identity_is_denied_until_enabled_again(keys: CustomerKeys, disk: Disk) -> None:
     keys.administration.change_principal(disk.principal, enabled=False, expires=None)
     no_token = f"vault refused the .*wrap: no token for principal {disk.principal}"
     disk.assert_refused(KeyState.DENIED, KeyDeniedError, no_token)
@@ -146,14 +152,14 @@ def test_a_disabled_identity(keys: CustomerKeys, disk: Disk) -> None:
     disk.assert_usable()
 
 
-def test_an_expired_identity(keys: CustomerKeys, disk: Disk) -> None:
+def test_an_expired_identity_is_denied_until_extended(keys: CustomerKeys, disk: Disk) -> None:
     keys.administration.change_principal(disk.principal, enabled=True, expires=int(time.time()) - 1)
     disk.assert_refused(KeyState.DENIED, KeyDeniedError, "no token for principal")
     keys.administration.change_principal(disk.principal, enabled=True, expires=int(time.time()) + 3600)
     disk.assert_usable()
 
 
-def test_a_deleted_identity(keys: CustomerKeys, disk: Disk) -> None:
+def test_a_deleted_identity_is_denied_for_good(keys: CustomerKeys, disk: Disk) -> None:
     keys.administration.delete_principal(disk.principal)
     disk.assert_refused(KeyState.DENIED, KeyDeniedError, "no token for principal")
     disk.provider = keys.open_provider(disk.identity)  # nor to one who never had a token
@@ -200,7 +206,10 @@ def test_the_vault_records_who_used_which_key_for_which_disk(
 # --- Many at once
 
 
-def test_threads_while_the_identity_comes_and_goes(keys: CustomerKeys, disk: Disk) -> None:
+@pytest.mark.slow
+def test_threads_see_only_verdicts_while_the_identity_is_disabled_and_enabled(
+    keys: CustomerKeys, disk: Disk
+) -> None:
     outcomes: set[str] = set()
     states: set[KeyState] = set()
     end = time.monotonic() + 2
@@ -230,22 +239,17 @@ def test_a_fork_uses_connections_of_its_own(disk: Disk) -> None:
     children = []
     for _ in range(3):
         assert disk.opens()
-        child = os.fork()
-        if not child:
-            with contextlib.suppress(BaseException):
-                if all(disk.opens() for _ in range(10)):
-                    os._exit(0)
-            os._exit(1)
-        children.append(child)
+        children.append(fork(lambda _report: disk.assert_opens(times=10)))
     assert all(disk.opens() for _ in range(20))
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    assert [child.wait() for child in children] == [0, 0, 0]
     disk.assert_usable()
 
 
 # --- The vault goes away
 
 
-def test_a_stopped_killed_or_frozen_vault_is_no_verdict(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_stopped_killed_or_frozen_vault_is_unreachable_and_no_verdict(tmp_path: Path) -> None:
     with LabVault() as vault, CustomerKeys(vault, tmp_path / "identities") as keys:
         disk = Disk(keys)
         for end in (vault.stop, vault.kill):
@@ -265,7 +269,8 @@ def test_a_stopped_killed_or_frozen_vault_is_no_verdict(tmp_path: Path) -> None:
         disk.assert_usable()
 
 
-def test_a_throttled_vault_is_waited_for_a_little(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_throttling_vault_is_retried_for_a_short_time(tmp_path: Path) -> None:
     with LabVault(arguments=("--rate", "40")) as vault, CustomerKeys(vault, tmp_path / "identities") as keys:
         disk = Disk(keys)
         outcomes = []

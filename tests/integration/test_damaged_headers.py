@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-import images
+from support import images
 from virt_sse.backend import Backend
 from virt_sse.errors import ImageError
 from virt_sse.model.disk_format import DiskFormat
@@ -15,6 +15,7 @@ from virt_sse.model.disks import NewDisk
 M = 1 << 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_format", images.FORMATS)
 def test_a_header_with_any_byte_flipped_never_opens_wrongly(backend: Backend, image_format: str) -> None:
     """Either there is an error, or the byte meant nothing and the content is what it was."""

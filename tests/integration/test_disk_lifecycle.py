@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import images
-from command_line import CommandLine
-from images import FORMATS, KeyedImage
+from support import images
+from support.command_line import CommandLine
+from support.images import FORMATS, KeyedImage
 from virt_sse.backend import Backend
 from virt_sse.errors import DiskExistsError, DiskInUseError, DiskNotFoundError, ImageError, InvalidValueError
 from virt_sse.host.setup import initialise
@@ -32,6 +32,7 @@ def create(backend: Backend, name: str, size: int = M, image_format: str = "qcow
     return backend.disks.create(NewDisk(name=name, size=size, format=DiskFormat(image_format)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_the_guest_sees_exactly_the_size_that_was_asked_for(backend: Backend, image_format: str) -> None:
     for size in SIZES if image_format == "qcow2" else SIZES[:-1]:  # no file can be larger than 16 TiB
@@ -50,7 +51,9 @@ def test_the_guest_sees_exactly_the_size_that_was_asked_for(backend: Backend, im
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_the_tools_know_it_for_ordinary_luks(backend: Backend, image_format: str, tmp_path: Path) -> None:
+def test_cryptsetup_and_qemu_img_see_ordinary_luks(
+    backend: Backend, image_format: str, tmp_path: Path
+) -> None:
     disk = create(backend, "disk", M, image_format)
     key = images.passphrase(backend, disk)
     found = images.info(disk.path)
@@ -90,7 +93,7 @@ def test_qemu_img_check_is_clean(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_what_is_written_through_the_key_is_not_in_the_file(backend: Backend, image_format: str) -> None:
+def test_data_written_through_the_key_is_encrypted_in_the_file(backend: Backend, image_format: str) -> None:
     disk = create(backend, "disk", 4 * M, image_format)
     image = KeyedImage.of(backend, disk)
     image.write(M, 2 * M, 0xA7)
@@ -100,7 +103,7 @@ def test_what_is_written_through_the_key_is_not_in_the_file(backend: Backend, im
     backend.disks.check("disk")
 
 
-def test_two_disks_have_nothing_in_common(backend: Backend) -> None:
+def test_two_disks_share_no_key_and_no_ciphertext(backend: Backend) -> None:
     disks = [create(backend, name, M, "raw") for name in ("one", "two")]
     first, second = (KeyedImage.of(backend, disk) for disk in disks)
     assert first.passphrase != second.passphrase
@@ -227,7 +230,7 @@ def test_a_moved_disk_is_found_and_a_copied_one_is_not_taken(backend: Backend, r
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_a_disk_in_use_is_adopted(root: Path, image_format: str) -> None:
+def test_a_disk_in_use_can_be_adopted(root: Path, image_format: str) -> None:
     with Backend.open(root) as backend:
         initialise(backend.host)
         disk = create(backend, "disk", M, image_format)
@@ -237,7 +240,8 @@ def test_a_disk_in_use_is_adopted(root: Path, image_format: str) -> None:
         assert backend.disks.adopt(disk.path) == disk
 
 
-def test_another_host_cannot_adopt(backend: Backend, virt_sse: CommandLine, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_another_host_cannot_adopt_a_disk(backend: Backend, virt_sse: CommandLine, tmp_path: Path) -> None:
     disk = create(backend, "disk")
     with Backend.open(tmp_path / "other") as other:
         initialise(other.host)
@@ -248,7 +252,7 @@ def test_another_host_cannot_adopt(backend: Backend, virt_sse: CommandLine, tmp_
     assert virt_sse("disk", "check", "disk") == "disk disk: ok\n"
 
 
-def test_growing_and_shrinking_keep_what_is_there(backend: Backend) -> None:
+def test_growing_and_shrinking_keep_the_data(backend: Backend) -> None:
     for image_format in FORMATS:
         disk = create(backend, image_format, 2 * M, image_format)
         image = KeyedImage.of(backend, disk)
@@ -263,7 +267,7 @@ def test_growing_and_shrinking_keep_what_is_there(backend: Backend) -> None:
         backend.disks.check(image_format)
 
 
-def test_a_resize_by_others_is_seen(backend: Backend) -> None:
+def test_a_resize_by_another_program_is_seen(backend: Backend) -> None:
     for image_format in FORMATS:
         disk = create(backend, image_format, M, image_format)
         image = KeyedImage.of(backend, disk)
@@ -327,7 +331,7 @@ def test_a_deleted_disk_cannot_be_opened_by_anyone(
     assert not images.contains([path for path in state if path.exists()], ciphertext)
 
 
-def test_what_is_not_the_disks_image_is_not_deleted(backend: Backend) -> None:
+def test_a_file_that_is_not_the_disks_image_is_not_deleted(backend: Backend) -> None:
     disk = create(backend, "disk")
     whole = disk.path.read_bytes()
     other = create(backend, "other")

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lab_operator import Operator
 
+from support.lab_operator import Operator
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.recipes import BOOT_SECTOR_TEXT, LinuxMicro
@@ -143,7 +143,7 @@ def test_a_domain_is_refused_with_the_reason(operator: Operator, acceleration: A
     assert "verified" in guest.wait_shutoff()
 
 
-def test_a_domain_without_our_disks_passes_even_if_all_of_ours_is_gone(
+def test_a_domain_without_our_disks_starts_even_if_our_state_is_gone(
     operator: Operator, acceleration: Accelerate, boot_sector: Path, name: str
 ) -> None:
     plain = operator.host.images / f"{name}.img"
@@ -192,7 +192,7 @@ def test_libvirtd_restarts_and_the_secret_comes_back(
         keyring.with_name("elsewhere").rename(keyring)
 
 
-def test_hot_plug_and_unplug(
+def test_a_disk_is_plugged_into_and_unplugged_from_a_running_guest(
     operator: Operator, acceleration: Accelerate, linux_micro: LinuxMicro, name: str
 ) -> None:
     operator.create(name, "--size", "8M")
@@ -219,7 +219,9 @@ def test_hot_plug_and_unplug(
     assert exported.read_bytes().startswith(b"plugged\n")
 
 
-def test_attach_and_detach_while_shut_off(operator: Operator, acceleration: Accelerate, name: str) -> None:
+def test_a_disk_is_attached_to_and_detached_from_a_guest_that_is_shut_off(
+    operator: Operator, acceleration: Accelerate, name: str
+) -> None:
     operator.create(name, "--size", "8M")
     boots = operator.import_boot_sector(f"{name}b")
     guest = Guest(operator.host, name, acceleration=acceleration("boot-sector"), disks=[boots])
@@ -285,7 +287,7 @@ def test_a_disk_moves_into_an_encryption_set_while_its_domain_runs(
     guest.destroy()
 
 
-def test_a_disk_in_a_storage_pool(operator: Operator, name: str) -> None:
+def test_a_disk_in_a_storage_pool_is_served(operator: Operator, name: str) -> None:
     folder = operator.host.directory / "pool"
     folder.mkdir(exist_ok=True)
     operator.virsh("pool-create-as", name, "dir", "--target", folder)

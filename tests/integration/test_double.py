@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from agent_site import wait_until
-from stage_site import STORAGE_USER, StageSite, eventually, owner, stage_site
 
-from images import FORMATS, contains
+from support.images import FORMATS, contains
+from support.stage_site import STORAGE_USER, StageSite, owner, stage_site
+from support.waiting import wait_until
 from virt_sse.errors import DiskNotFoundError, ImageFormatError, StageError
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
@@ -45,7 +45,7 @@ def site(running_site: StageSite) -> Iterator[StageSite]:
     assert running_site.left() == {}
 
 
-def test_a_guest_on_two_disks_from_start_to_end(site: StageSite) -> None:
+def test_a_guest_on_two_disks_has_its_stages_from_start_to_end(site: StageSite) -> None:
     disks = [site.disk("qcow2"), site.disk("raw", size=M)]
     assert [owner(disk) for disk in disks] == [0, 0]
     guest = site.guest(*disks)
@@ -134,7 +134,7 @@ def test_no_snapshot_is_made_by_accident(site: StageSite, image_format: str) -> 
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_discard_and_zeroes(site: StageSite, image_format: str) -> None:
+def test_discard_passes_both_layers_of_a_qcow2_disk_alone(site: StageSite, image_format: str) -> None:
     """A qcow2 disk's pass both layers. A raw one's do not: QEMU's driver for raw LUKS has no discard, and the
     zeroes that a guest writes are ciphertext below it.
     """
@@ -151,7 +151,7 @@ def test_discard_and_zeroes(site: StageSite, image_format: str) -> None:
     site.qemu_io(guest, "discard 0 4M")
     assert "wrote 4194304" in site.qemu_io(guest, "write -z -u 4M 4M")
     if image_format == "qcow2":
-        assert eventually(lambda: allocated() <= full - 8 * M + M // 2, seconds=5)
+        wait_until(lambda: allocated() <= full - 8 * M + M // 2, "the image has given space back", seconds=5)
         assert "failed" not in site.qemu_io(guest, "read -P 0 0 8M")
     else:
         assert allocated() == full
@@ -173,7 +173,7 @@ class TestSize:
         assert site.backend.disks.get(disk.name).size == 8 * M
         site.backend.disks.check(disk.name)
 
-    def test_one_beyond_the_room_that_was_made_for_it_grows_offline(self, site: StageSite) -> None:
+    def test_a_disk_beyond_its_prepared_room_grows_offline(self, site: StageSite) -> None:
         disk = site.disk("qcow2", size=M)
         guest = site.guest(disk)
         site.start_paused(guest)
@@ -187,7 +187,9 @@ class TestSize:
         assert f"Capacity:       {1 << 30}" in site.virsh("domblkinfo", guest.name, "vda")
         assert "wrote 4096" in site.qemu_io(guest, f"write -P 0x5a {(1 << 30) - 4096} 4096")
 
-    def test_a_raw_disk_under_a_guest(self, site: StageSite) -> None:
+    def test_a_raw_disk_grows_under_a_guest_that_reconnects_and_offline_otherwise(
+        self, site: StageSite
+    ) -> None:
         disk = site.disk("raw", size=M)
         guest = site.guest(disk)
         site.start_paused(guest)
@@ -257,7 +259,7 @@ def test_nothing_is_left_of_a_start_that_is_refused(site: StageSite) -> None:
     assert len(site.stage_processes()) == 3
 
 
-def test_hot_plug_and_unplug_discard_and_growth_in_a_linux(
+def test_linux_plugs_discards_on_and_grows_a_double_disk(
     site: StageSite, acceleration: Accelerate, linux_micro: LinuxMicro
 ) -> None:
     """By our command inside the host, and by plain virsh."""
@@ -284,7 +286,9 @@ def test_hot_plug_and_unplug_discard_and_growth_in_a_linux(
     site.virt_sse("disk", "resize", disk.name, "24M")
     guest.wait_for("grown")
     guest.wait_for("written")
-    assert eventually(lambda: disk.path.stat().st_blocks * 512 < before - 7 * M, seconds=5)
+    wait_until(
+        lambda: disk.path.stat().st_blocks * 512 < before - 7 * M, "the image has given space back", seconds=5
+    )
     site.virt_sse("disk", "detach", disk.name, guest.name)
     assert site.left() == {}
     assert owner(disk) == 0
@@ -296,6 +300,6 @@ def test_hot_plug_and_unplug_discard_and_growth_in_a_linux(
     guest.wait_for("end")
     assert len(site.stage_processes()) == 1
     with LabAgent(site.host):
-        wait_until(lambda: not site.left())
+        wait_until(lambda: not site.left(), "nothing is left of guests and stages")
     assert owner(disk) == 0
     site.backend.disks.check(disk.name)

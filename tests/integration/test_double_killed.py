@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 
 import libvirt
 import pytest
-from agent_site import wait_until
-from stage_site import CONFIG, StageSite, owner, stage_site
 
+from support.stage_site import CONFIG, StageSite, owner, stage_site
+from support.waiting import wait_until
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.guests import Guest
@@ -50,7 +50,7 @@ def kill_storage(site: StageSite, disk: Disk) -> None:
     pid = site.storage(disk).pid()
     assert pid
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: site.storage(disk).pid() is None)
+    wait_until(lambda: site.storage(disk).pid() is None, "the storage daemon has ended")
 
 
 class TestAStorageDaemonThatIsKilled:
@@ -69,7 +69,7 @@ class TestAStorageDaemonThatIsKilled:
             assert "Input/output error" in site.qemu_io(guest, "read 900K 4096", disk=number)
         for _ in range(2):  # to let it go on is to have it paused again
             site.virsh("resume", guest.name)
-            wait_until(lambda: site.state(guest) == self.PAUSED, seconds=60)
+            wait_until(lambda: site.state(guest) == self.PAUSED, "the guest is paused", seconds=60)
         guest.destroy()
         assert site.left() == {}
         assert [owner(disk) for disk in disks] == [0, 0]
@@ -80,7 +80,7 @@ class TestAStorageDaemonThatIsKilled:
         for disk in disks:
             site.backend.disks.check(disk.name)
 
-    def test_the_guest_gets_the_error_where_a_site_wants_it_so(self, site: StageSite) -> None:
+    def test_the_guest_gets_the_error_if_the_domain_is_so_defined(self, site: StageSite) -> None:
         disk = site.disk("raw", size=M)
         with configured(site, f'{CONFIG}[disks]\nio-errors = "report"\n'):
             element = site.virt_sse("disk", "xml", disk.name)
@@ -112,7 +112,7 @@ def kill_hook(
     while pid is None and command.poll() is None:
         pid = hook_of(site, event)
     if pid is not None:
-        wait_until(reached)
+        wait_until(reached, f"the hook's {event} has reached its point")
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
@@ -127,7 +127,7 @@ def assert_serves_and_ends(site: StageSite, guest: Guest, disk: Disk) -> None:
 
 class TestKilledOnTheWay:
     @pytest.mark.parametrize("when", ["hook", "storage", "secret"])
-    def test_the_hook_of_a_start(self, site: StageSite, when: str) -> None:
+    def test_a_killed_hook_of_a_start_leaves_nothing(self, site: StageSite, when: str) -> None:
         disk = site.disk("qcow2", size=M)
         guest = site.guest(disk)
         reached: dict[str, Callable[[], object]] = {
@@ -143,7 +143,7 @@ class TestKilledOnTheWay:
             site.start_paused(guest)
         assert_serves_and_ends(site, guest, disk)
 
-    def test_the_hook_of_an_end(self, site: StageSite) -> None:
+    def test_a_killed_hook_of_an_end_leaves_nothing(self, site: StageSite) -> None:
         disk = site.disk("qcow2", size=M)
         guest = site.guest(disk)
         for _ in range(10):
@@ -158,24 +158,26 @@ class TestKilledOnTheWay:
         site.start_paused(guest)
         assert_serves_and_ends(site, guest, disk)
 
-    def test_qemu(self, site: StageSite) -> None:
+    def test_a_killed_qemu_leaves_nothing(self, site: StageSite) -> None:
         disk = site.disk("raw", size=M)
         guest = site.guest(disk)
         site.start_paused(guest)
         assert "wrote 4096" in site.qemu_io(guest, "write -P 0x5a 0 4096")
         os.kill(site.qemu(guest).pid, signal.SIGKILL)
-        wait_until(lambda: not guest.is_active() and not site.left())
+        wait_until(
+            lambda: not guest.is_active() and not site.left(), "the guest has ended and nothing is left"
+        )
         assert owner(disk) == 0
         site.start_paused(guest)
         assert "failed" not in site.qemu_io(guest, "read -P 0x5a 0 4096")
 
-    def test_the_agent(self, site: StageSite) -> None:
+    def test_a_killed_agent_neither_hinders_a_start_nor_ends_a_guest(self, site: StageSite) -> None:
         """While it serves a start, and under a guest."""
         disk = site.disk("qcow2", size=M)
         guest = site.guest(disk)
         with LabAgent(site.host) as agent:
             start = site.popen("virsh", "start", guest.name, "--paused")
-            wait_until(lambda: site.backend.host.stages.record(disk.id))
+            wait_until(lambda: site.backend.host.stages.record(disk.id), "the stages have a record")
             agent.kill()
             start.communicate(timeout=60)
             agent.start()

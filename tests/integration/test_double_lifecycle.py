@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from customer_keys import RIGHTS, CustomerKeys
-from images import FORMATS, contains, require
+from support.customer_keys import RIGHTS, CustomerKeys
+from support.images import FORMATS, contains, require
 from virt_sse.backend import Backend
 from virt_sse.errors import (
     EncryptionSetNotFoundError,
@@ -93,8 +93,9 @@ def unwrapped(backend: Backend, disk: Disk) -> list[Dek]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_import_check_export_and_adopt(
+def test_a_double_disk_is_imported_checked_exported_and_adopted(
     backend: Backend, keys: CustomerKeys, web: EncryptionSet, plain: Path, root: Path, image_format: str
 ) -> None:
     disk = imported(backend, plain, image_format)
@@ -122,8 +123,9 @@ def test_import_check_export_and_adopt(
         assert exported(again, root) == CONTENT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_one_that_was_moved_is_adopted(
+def test_a_moved_double_disk_is_adopted(
     backend: Backend, web: EncryptionSet, plain: Path, root: Path, image_format: str
 ) -> None:
     disk = imported(backend, plain, image_format)
@@ -134,6 +136,7 @@ def test_one_that_was_moved_is_adopted(
     assert exported(backend, root) == CONTENT
 
 
+@pytest.mark.slow
 def test_each_layer_has_the_version_of_its_own_key(
     backend: Backend, keys: CustomerKeys, web: EncryptionSet, plain: Path, root: Path
 ) -> None:
@@ -156,6 +159,7 @@ def test_each_layer_has_the_version_of_its_own_key(
     assert exported(backend, root) == CONTENT
 
 
+@pytest.mark.slow
 def test_a_move_between_sets_changes_the_customers_layer_alone(
     backend: Backend, keys: CustomerKeys, web: EncryptionSet, plain: Path, root: Path
 ) -> None:
@@ -190,8 +194,11 @@ def test_without_either_key_nothing_opens(
     backend.disks.check("disk")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_resize(backend: Backend, web: EncryptionSet, plain: Path, root: Path, image_format: str) -> None:
+def test_a_double_disk_is_resized_to_the_exact_size(
+    backend: Backend, web: EncryptionSet, plain: Path, root: Path, image_format: str
+) -> None:
     disk = imported(backend, plain, image_format)
     for size in (3 * M, 200 * M, M + 512):
         backend.disks.resize("disk", size, shrink=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from customer_keys import CustomerKeys
+from support.customer_keys import CustomerKeys
 from virt_sse.backend import Backend
 from virt_sse.errors import (
     ConfigError,
@@ -209,7 +209,7 @@ def test_another_tenant_has_no_identity(
         ),
     ],
 )
-def test_what_is_taken_away_can_be_given_back(
+def test_rights_taken_away_can_be_granted_again(
     host: Backend,
     keys: CustomerKeys,
     disk: Disk,
@@ -241,7 +241,7 @@ def test_a_lost_store_is_rebuilt_with_a_set_that_may_use_the_key(
         assert rebuilt.sets.rotate("again").current == 1
 
 
-def test_what_makes_no_sense_is_refused(host: Backend, keys: CustomerKeys, root: Path) -> None:
+def test_an_invalid_set_is_refused(host: Backend, keys: CustomerKeys, root: Path) -> None:
     key = keys.new_key()
     for wrong in ("web", "http://vault/keys/web", f"{key}/xyz", "https://vault/secrets/web"):
         with pytest.raises(InvalidValueError):
@@ -277,6 +277,7 @@ def test_a_host_without_a_credential_says_who_makes_one(backend: Backend, keys: 
     assert "identity-operator" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 def test_a_dead_vault_is_no_verdict(host: Backend, tmp_path: Path) -> None:
     with LabVault() as vault, CustomerKeys(vault, tmp_path / "others") as keys:
         host.host.config.operator_credential.unlink()

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from agent_site import Site, key_of, prepared, wait_until
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from command_line import PROGRAM
-from inside_token import home_of
+from support.agent_site import Site, key_of, prepared
+from support.command_line import PROGRAM
+from support.inside_token import home_of
+from support.waiting import wait_until
 from virt_sse.backend import Backend
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
@@ -128,7 +129,7 @@ def test_a_token_that_is_away_revokes_nothing(site: HsmSite) -> None:
     elsewhere = home.parents[1] / "elsewhere"
     home.rename(elsewhere)
     try:
-        wait_until(lambda: states(site) == {"unreachable"})
+        wait_until(lambda: states(site) == {"unreachable"}, "all keys are known as unreachable")
         assert guest.is_active()
         assert "no token matches" in site.refusal(other)
     finally:
@@ -148,9 +149,12 @@ def test_a_token_that_hangs_holds_up_nobody_else(site: HsmSite) -> None:
         for path in home_of(site.token).iterdir():
             fcntl.lockf(locks.enter_context(path.open("r+b")), fcntl.LOCK_EX)
         worker = site.worker()
-        wait_until(lambda: re.search(f"-> POSIX .* {worker} ", Path("/proc/locks").read_text("ascii")))
+        wait_until(
+            lambda: re.search(f"-> POSIX .* {worker} ", Path("/proc/locks").read_text("ascii")),
+            "the module's process waits for the lock",
+        )
         other.start()
-        wait_until(lambda: "enabled" in states(site))
+        wait_until(lambda: "enabled" in states(site), "a key is known as enabled")
         assert guest.is_active()
         assert site.worker() == worker, "it does not hang any more"
     site.wait_until_watched(guest)
@@ -208,7 +212,7 @@ def test_an_imported_private_key_is_found_nowhere(site: HsmSite, tmp_path: Path)
 
 
 def assert_ends(site: HsmSite, guest: object, reason: str) -> None:
-    took = wait_until(lambda: not guest.is_active())  # type: ignore[attr-defined]
+    took = wait_until(lambda: not guest.is_active(), "the guest has ended")  # type: ignore[attr-defined]
     sys.stdout.write(f"shut off after {took:.2f} s\n")
     assert took < SOON_SECONDS
     assert reason in site.refusal(guest)  # type: ignore[arg-type]

@@ -14,8 +14,8 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-import images
-from command_line import PROGRAM, CommandLine
+from support import images
+from support.command_line import PROGRAM, CommandLine
 from virt_sse.lab.tokens import LabHsm
 
 
@@ -54,7 +54,8 @@ def with_pin(cli: CommandLine, pin: bytes, *arguments: str) -> subprocess.Comple
         os.close(reading)
 
 
-def test_one_command_makes_a_token(virt_sse: CommandLine, lab_hsm: LabHsm) -> None:
+@pytest.mark.slow
+def test_one_command_makes_an_hsm_token(virt_sse: CommandLine, lab_hsm: LabHsm) -> None:
     assert lab_hsm.module
     assert "host hsm init" in virt_sse.refuses("host", "hsm", "list")
     assert virt_sse("host", "hsm", "init").startswith("made token pkcs11:token=virt-sse;serial=")
@@ -66,7 +67,7 @@ def test_one_command_makes_a_token(virt_sse: CommandLine, lab_hsm: LabHsm) -> No
         assert not path.stat().st_mode & 0o077, path
 
 
-def test_another_token_is_not_made(virt_sse: CommandLine) -> None:
+def test_a_second_hsm_token_is_not_made(virt_sse: CommandLine) -> None:
     config = virt_sse.root / "etc/virt-sse/config.toml"
     config.parent.mkdir(parents=True)
     config.write_text('[key-providers.hsm-simulated]\nuri = "pkcs11:token=net-hsm"\nmodule = "/no/such.so"\n')
@@ -75,7 +76,8 @@ def test_another_token_is_not_made(virt_sse: CommandLine) -> None:
     assert "cannot" in said or "PIN" in said
 
 
-def test_the_life_of_a_key(hsm: CommandLine) -> None:
+@pytest.mark.slow
+def test_a_key_is_created_rotated_disabled_and_destroyed(hsm: CommandLine) -> None:
     images.require("qemu-img", "cryptsetup")
     hsm("host", "init")
     made = json.loads(hsm("host", "hsm", "create", "disks", "--size", "2048", "--output", "json"))
@@ -107,7 +109,8 @@ def test_the_life_of_a_key(hsm: CommandLine) -> None:
         assert re.search(rf"allowed +{action} +hsm-simulated:disks:{version}", log), action
 
 
-def test_a_key_of_ones_own(hsm: CommandLine, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_key_of_the_customer_is_imported(hsm: CommandLine, tmp_path: Path) -> None:
     private = rsa.generate_private_key(65537, 3072)
     pem = tmp_path / "key.pem"
     pem.write_bytes(
@@ -121,7 +124,8 @@ def test_a_key_of_ones_own(hsm: CommandLine, tmp_path: Path) -> None:
     assert "no private key in PEM" in hsm.refuses("host", "hsm", "import", "other", pem, status=2)
 
 
-def test_wrong_pins_lock_it_until_it_is_unlocked(hsm: CommandLine) -> None:
+@pytest.mark.slow
+def test_wrong_pins_lock_the_token_until_unlocked(hsm: CommandLine) -> None:
     right = (folder(hsm) / "pin").read_bytes()
     assert with_pin(hsm, right, "host", "hsm", "list").returncode == 0
     for _ in range(3):
@@ -136,7 +140,8 @@ def test_wrong_pins_lock_it_until_it_is_unlocked(hsm: CommandLine) -> None:
     assert keys(hsm) == []
 
 
-def test_a_pin_that_is_asked_for_is_not_shown(hsm: CommandLine) -> None:
+@pytest.mark.slow
+def test_a_pin_typed_at_a_prompt_is_not_shown(hsm: CommandLine) -> None:
     pin = (folder(hsm) / "pin").read_text().strip()
     (folder(hsm) / "pin").unlink()
     assert "cannot read the PIN" in hsm.refuses("host", "hsm", "list")

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from lab_operator import Operator
 
-import images
-from command_line import CommandLine
-from customer_keys import RIGHTS, CustomerKeys
-from guest_disks import GuestDisk, K, M, bitlocker, gpt, luks_format
+from support import images
+from support.command_line import CommandLine
+from support.customer_keys import RIGHTS, CustomerKeys
+from support.guest_disks import GuestDisk, K, M, bitlocker, gpt, luks_format
+from support.lab_operator import Operator
 from virt_sse.backend import Backend
 from virt_sse.config import Config
 from virt_sse.domains.settings import VmChanges
@@ -65,8 +65,9 @@ def plain(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_a_disk_is_looked_at(
+def test_inspection_finds_encryption_on_a_disk(
     backend: Backend, virt_sse: CommandLine, encrypted: Path, image_format: DiskFormat
 ) -> None:
     backend.transfer.import_image(NewDisk(name="one", format=image_format), encrypted)
@@ -81,7 +82,8 @@ def test_a_disk_is_looked_at(
         pass
 
 
-def test_in_a_table(backend: Backend, virt_sse: CommandLine, encrypted: Path) -> None:
+@pytest.mark.slow
+def test_inspection_prints_a_table(backend: Backend, virt_sse: CommandLine, encrypted: Path) -> None:
     backend.transfer.import_image(NewDisk(name="one"), encrypted)
     lines = virt_sse("disk", "inspect", "one").splitlines()
     assert [line.split() for line in lines[1:]] == [
@@ -92,7 +94,7 @@ def test_in_a_table(backend: Backend, virt_sse: CommandLine, encrypted: Path) ->
     assert virt_sse("disk", "inspect", "two").split()[-5:] == ["-", "-", "-", "none", "found"]
 
 
-def test_reading(backend: Backend, tmp_path: Path) -> None:
+def test_the_plaintext_is_read_at_any_offset(backend: Backend, tmp_path: Path) -> None:
     content = bytes(range(256)) * 4096
     source = tmp_path / "source.raw"
     source.write_bytes(content)
@@ -116,7 +118,7 @@ def test_reading(backend: Backend, tmp_path: Path) -> None:
         pass
 
 
-def test_an_image_that_is_written_to_is_looked_at(backend: Backend, encrypted: Path) -> None:
+def test_an_image_in_use_is_inspected(backend: Backend, encrypted: Path) -> None:
     disk = backend.transfer.import_image(NewDisk(name="one"), encrypted)
     with images.KeyedImage.of(backend, disk).held():
         assert [finding.partition for finding in backend.inspector.disk(backend.disks.get("one"))] == [
@@ -155,7 +157,7 @@ def sets(backend: Backend, keys: CustomerKeys) -> Sets:
 
 
 @pytest.mark.parametrize("kind", [EncryptionType.CUSTOMER_KEY, EncryptionType.PLATFORM_AND_CUSTOMER_KEYS])
-def test_none_comes_in_under_a_customers_key(
+def test_an_encrypted_image_is_not_imported_under_a_customers_key(
     backend: Backend, sets: Sets, encrypted: Path, plain: Path, tmp_path: Path, kind: EncryptionType
 ) -> None:
     sets.new("web", kind)
@@ -171,7 +173,9 @@ def test_none_comes_in_under_a_customers_key(
         assert backend.inspector.disk(backend.disks.get(name)) == []
 
 
-def test_none_moves_under_a_customers_key(backend: Backend, sets: Sets, encrypted: Path, plain: Path) -> None:
+def test_an_encrypted_disk_does_not_move_under_a_customers_key(
+    backend: Backend, sets: Sets, encrypted: Path, plain: Path
+) -> None:
     web = sets.new("web")
     backend.transfer.import_image(NewDisk(name="one"), encrypted)
     before = backend.disks.get("one")
@@ -198,7 +202,7 @@ def _write(backend: Backend, name: str, content: Path) -> None:
     assert image.io(f"write -s {start} 0 {8 * M}").returncode == 0
 
 
-def test_none_is_adopted_under_a_customers_key(
+def test_an_encrypted_disk_is_not_adopted_under_a_customers_key(
     backend: Backend, sets: Sets, encrypted: Path, plain: Path, root: Path
 ) -> None:
     sets.new("web")
@@ -252,7 +256,7 @@ def imported(operator: Operator, name: str, source: Path, image_format: str) -> 
     return operator.virt_sse("disk", "xml", name)
 
 
-def test_a_running_guest_is_looked_at(
+def test_the_disk_of_a_running_guest_is_inspected(
     operator: Operator, acceleration: Accelerate, name: str, tmp_path: Path
 ) -> None:
     """Its boot sector and what is behind it leave no room for a GPT: that is at the end of its disk."""
@@ -294,7 +298,7 @@ def test_a_running_guest_is_looked_at(
             backend.hotplug.attach(name, guest_without.name)
 
 
-def test_what_a_guest_encrypts_while_it_runs_is_seen(
+def test_encryption_made_by_a_running_guest_is_found(
     operator: Operator, acceleration: Accelerate, name: str, linux_micro: LinuxMicro
 ) -> None:
     element = operator.create(name, "--size", "8M")
@@ -310,7 +314,7 @@ def test_what_a_guest_encrypts_while_it_runs_is_seen(
     guest.destroy()
 
 
-def test_disks_that_are_not_ours(
+def test_a_disk_that_is_not_ours_is_inspected_if_readable(
     operator: Operator, acceleration: Accelerate, name: str, encrypted: Path
 ) -> None:
     folder = operator.host.images

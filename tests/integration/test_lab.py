@@ -12,12 +12,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from support.folders import REPOSITORY
+from support.waiting import wait_until
 from virt_sse.errors import LabError, LabUnavailableError
 from virt_sse.lab.acceleration import Acceleration, GuestName, probe
 from virt_sse.lab.cache import cache_directory
@@ -25,8 +26,10 @@ from virt_sse.lab.guests import Guest, disk_xml
 from virt_sse.lab.host import LabHost
 from virt_sse.lab.recipes import BOOT_SECTOR_TEXT, LinuxMicro, boot_sector_image
 
-BACKEND = Path(__file__).parents[2] / "backend"
+BACKEND = REPOSITORY / "backend"
 Probe = Callable[[GuestName], Acceleration]
+
+pytestmark = [pytest.mark.usefixtures("as_root"), pytest.mark.libvirt]
 
 MACHINES_OWN = (
     *("/etc/libvirt", "/var/lib/libvirt", "/var/log/libvirt", "/var/cache/libvirt"),
@@ -139,7 +142,7 @@ def test_an_acceleration_is_remembered_for_its_machine(
     assert probe("boot-sector") == found
 
 
-def test_two_hosts_side_by_side(lab_host: LabHost, second_lab_host: LabHost) -> None:
+def test_two_hosts_run_side_by_side(lab_host: LabHost, second_lab_host: LabHost) -> None:
     hosts = (lab_host, second_lab_host)
     names = {host.virsh("hostname").stdout.strip() for host in hosts}
     assert names == {f"{host.name}.test" for host in hosts}
@@ -241,10 +244,7 @@ def test_a_killed_run_leaves_no_process_and_the_next_one_sweeps(base: Path) -> N
         with LabHost(base=base):
             assert directory.exists(), "a living host is not swept"
         owner.send_signal(signal.SIGKILL)
-    end = time.monotonic() + 10
-    while processes_of(directory) and time.monotonic() < end:
-        time.sleep(0.02)
-    assert processes_of(directory) == []
+    wait_until(lambda: processes_of(directory) == [], "the host's processes have ended", seconds=10)
     assert directory.exists()
     with LabHost(base=base) as host:
         assert not directory.exists()

@@ -9,12 +9,14 @@ import contextlib
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-import images
-from images import FORMATS, KeyedImage
+from support import images
+from support.hosts import initialised_backend
+from support.images import FORMATS, KeyedImage
 from virt_sse.backend import Backend
 from virt_sse.errors import ToolError
 from virt_sse.model.ciphers import Cipher
@@ -23,14 +25,15 @@ from virt_sse.model.disks import Disk, NewDisk
 from virt_sse.model.layers import EncryptionType
 from virt_sse.qemu import formatting
 
+pytestmark = pytest.mark.slow
+
 M = 1 << 20
 MARKER = b"the plaintext, which nobody is to read without both keys. "
 CONTENT = (MARKER * (2 * M // len(MARKER) + 1))[: 2 * M]
 LUKS, QCOW2 = b"LUKS\xba\xbe", b"QFI\xfb"
 
 
-@pytest.fixture
-def double(backend: Backend) -> Backend:
+def add_double_set(backend: Backend) -> None:
     images.require("qemu-img", "qemu-io", "cryptsetup")
     backend.sets.create(
         "double",
@@ -38,6 +41,11 @@ def double(backend: Backend) -> Backend:
         key="default",
         encryption_type=EncryptionType.PLATFORM_AND_CUSTOMER_KEYS,
     )
+
+
+@pytest.fixture
+def double(backend: Backend) -> Backend:
+    add_double_set(backend)
     return backend
 
 
@@ -90,72 +98,102 @@ def passphrases(backend: Backend, disk: Disk) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize(
-    ("image_format", "cipher"),
-    [
-        ("qcow2", None),
-        ("raw", None),
-        ("qcow2", "serpent-256-xts"),
-        ("raw", "twofish-256-xts"),
-    ],
+@dataclass(frozen=True)
+class PeeledDisk:
+    """A double disk with :data:`CONTENT`, its two keys, and its image without the outer layer.
+
+    :ivar folder: for files that tests make; shared by all tests of this disk.
+    :ivar inner: the image after decryption with the key of slot ``infrastructure``.
+    """
+
+    disk: Disk
+    outer_cipher: str
+    service: bytes
+    infrastructure: bytes
+    folder: Path
+    inner: Path
+
+    @property
+    def image_format(self) -> str:
+        return self.disk.format.value
+
+    def peel(self, path: Path, target: str, *passphrases: bytes) -> str:
+        """Decrypt *path* into the file *target* of the folder: the complaint of qemu-img, or nothing."""
+        return peel(path, self.image_format, self.folder / target, *passphrases)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("qcow2", None), ("raw", None), ("qcow2", "serpent-256-xts"), ("raw", "twofish-256-xts")],
+    ids=lambda each: "-".join(filter(None, each)),
 )
-def test_either_key_alone_is_not_enough(
-    double: Backend, root: Path, image_format: str, cipher: str | None
-) -> None:
-    plain = root / "plain"
+def peeled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PeeledDisk:
+    image_format, cipher = request.param
+    folder = tmp_path_factory.mktemp("peeled")
+    plain = folder / "plain"
     plain.write_bytes(CONTENT)
-    try:
-        disk = double.transfer.import_image(
-            NewDisk(
-                name="disk",
-                format=DiskFormat(image_format),
-                encryption_set="double",
-                infrastructure_cipher=Cipher.parse(cipher) if cipher else None,
-            ),
-            plain,
-            source_format="raw",
-        )
-    except ToolError as exc:
-        pytest.skip(f"QEMU does not have it: {exc}")
-    keys = passphrases(double, disk)
+    with initialised_backend(folder / "root") as backend:
+        add_double_set(backend)
+        try:
+            disk = backend.transfer.import_image(
+                NewDisk(
+                    name="disk",
+                    format=DiskFormat(image_format),
+                    encryption_set="double",
+                    infrastructure_cipher=Cipher.parse(cipher) if cipher else None,
+                ),
+                plain,
+                source_format="raw",
+            )
+        except ToolError as exc:
+            pytest.skip(f"QEMU does not have it: {exc}")
+        keys = passphrases(backend, disk)
     service, infrastructure = keys.pop("service"), keys.pop("infrastructure")
     assert keys == {}
-    assert service != infrastructure
-    assert not images.contains([disk.path], MARKER)
+    inner = folder / "inner"
+    assert peel(disk.path, image_format, inner, infrastructure) == ""
+    return PeeledDisk(disk, cipher or "aes-256-cbc", service, infrastructure, folder, inner)
 
-    # What the file says of itself: one LUKS volume, of the outer layer's cipher.
-    content = disk.path.read_bytes()
-    assert content.count(LUKS) == 1
-    outer = images.info(disk.path)["format-specific"]["data"]
-    outer = outer.get("encrypt", outer)
-    assert f"{outer['cipher-alg']}-{outer['cipher-mode']}" == (cipher or "aes-256-cbc")
 
-    # The inner key opens nothing of it, nor do both the wrong way round.
-    peeled = root / "peeled"
+def cipher_of(image: Path) -> str:
+    """The cipher of the LUKS header that qemu-img finds without a key."""
+    data = images.info(image)["format-specific"]["data"]
+    data = data.get("encrypt", data)
+    return f"{data['cipher-alg']}-{data['cipher-mode']}"
+
+
+def test_the_file_shows_the_outer_layer_alone(peeled: PeeledDisk) -> None:
+    assert peeled.service != peeled.infrastructure
+    assert not images.contains([peeled.disk.path], MARKER)
+    assert peeled.disk.path.read_bytes().count(LUKS) == 1
+    assert cipher_of(peeled.disk.path) == peeled.outer_cipher
+
+
+def test_without_the_outer_key_nothing_opens(peeled: PeeledDisk) -> None:
+    service, infrastructure = peeled.service, peeled.infrastructure
     for wrong in ((service,), (service, infrastructure), (infrastructure, infrastructure)):
-        assert "Invalid password" in peel(disk.path, image_format, peeled, *wrong)
-        assert not peeled.exists() or not images.contains([peeled], MARKER)
+        assert "Invalid password" in peeled.peel(peeled.disk.path, "wrong", *wrong)
+        wrongly = peeled.folder / "wrong"
+        assert not wrongly.exists() or not images.contains([wrongly], MARKER)
 
-    # The outer key alone: another LUKS volume, of the other cipher, and ciphertext.
-    assert peel(disk.path, image_format, peeled, infrastructure) == ""
-    within = peeled.read_bytes()
+
+def test_the_outer_key_alone_gives_another_luks_volume(peeled: PeeledDisk) -> None:
+    within = peeled.inner.read_bytes()
     assert MARKER not in within
     assert within.count(LUKS) == 1
-    assert within.startswith(LUKS if image_format == "raw" else QCOW2)
-    inner = images.info(peeled)["format-specific"]["data"]
-    inner = inner.get("encrypt", inner)
-    assert f"{inner['cipher-alg']}-{inner['cipher-mode']}" == "aes-256-xts"
-    if image_format == "raw":
-        assert len(within) == formatting.header_length(disk.deks[0].cipher) + len(CONTENT)
-    assert "Invalid password" in peel(peeled, image_format, root / "nothing", infrastructure)
-    assert not KeyedImage(peeled, image_format, infrastructure).opens()
+    assert within.startswith(LUKS if peeled.image_format == "raw" else QCOW2)
+    assert cipher_of(peeled.inner) == "aes-256-xts"
+    if peeled.image_format == "raw":
+        assert len(within) == formatting.header_length(peeled.disk.deks[0].cipher) + len(CONTENT)
+    assert "Invalid password" in peeled.peel(peeled.inner, "nothing", peeled.infrastructure)
+    assert not KeyedImage(peeled.inner, peeled.image_format, peeled.infrastructure).opens()
 
-    # Then the inner key, on what the outer one has left: the plaintext.
-    assert peel(peeled, image_format, root / "twice", service) == ""
-    assert (root / "twice").read_bytes() == CONTENT
-    # And both at once, on the file.
-    assert peel(disk.path, image_format, root / "both", infrastructure, service) == ""
-    assert (root / "both").read_bytes() == CONTENT
+
+def test_both_keys_give_the_plaintext_at_once_or_one_after_the_other(peeled: PeeledDisk) -> None:
+    assert peeled.peel(peeled.inner, "twice", peeled.service) == ""
+    assert (peeled.folder / "twice").read_bytes() == CONTENT
+    assert peeled.peel(peeled.disk.path, "both", peeled.infrastructure, peeled.service) == ""
+    assert (peeled.folder / "both").read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("image_format", FORMATS)

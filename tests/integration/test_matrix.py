@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from agent_site import prepared, wait_until
-from stage_site import CONFIG, StageSite
 
-from customer_keys import RIGHTS, CustomerKeys
-from images import contains, require
+from support.agent_site import prepared
+from support.customer_keys import RIGHTS, CustomerKeys
+from support.images import contains, require
+from support.stage_site import CONFIG, StageSite
+from support.waiting import wait_until
 from virt_sse.config import Config
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
@@ -134,7 +135,7 @@ def site(
         site.forget_domains()
 
 
-def test_every_guest_writes_verifies_and_is_what_was_asked_for(site: MatrixSite) -> None:
+def test_every_kind_of_disk_keeps_a_guests_data_encrypted_as_asked(site: MatrixSite) -> None:
     """All in one, because they run at the same time."""
     cases = list(_cases())
     assert len({(case.provider, case.encryption_type, case.at_host) for case in cases}) == 12
@@ -168,7 +169,7 @@ def _run(site: MatrixSite, case: Case) -> None:
     assert len(others) == case.at_host  # the temporary disk
     _check_layers(found, case, disk)
     guest.destroy()
-    wait_until(lambda: site.backend.host.stages.record(disk.id) is None)
+    wait_until(lambda: site.backend.host.stages.record(disk.id) is None, "the stages' record is gone")
     assert disk.path.stat().st_uid == 0
     assert not contains([disk.path], BOOT_SECTOR_TEXT)
     site.backend.disks.check(disk.name)

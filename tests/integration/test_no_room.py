@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import images
-from command_line import PROGRAM, CommandLine
+from support import images
+from support.command_line import PROGRAM, CommandLine
+
+pytestmark = pytest.mark.usefixtures("as_root")  # mounts a small file system
 
 M = 1 << 20
 
@@ -27,7 +29,9 @@ def in_small_filesystem(folder: Path, size: str, *commands: str) -> str:
 
 
 @pytest.mark.parametrize("image_format", images.FORMATS)
-def test_a_folder_without_room(root: Path, virt_sse: CommandLine, tmp_path: Path, image_format: str) -> None:
+def test_a_creation_without_room_leaves_nothing(
+    root: Path, virt_sse: CommandLine, tmp_path: Path, image_format: str
+) -> None:
     virt_sse("host", "init")
     (tmp_path / "source").write_bytes(os.urandom(6 * M))
     folder = root / "var/lib/libvirt/images"
@@ -68,7 +72,7 @@ def test_an_export_without_room_leaves_nothing(root: Path, virt_sse: CommandLine
     assert said.endswith(f"cannot write {folder}/out: no space left on device\n"), said
 
 
-def test_a_store_without_room(root: Path, virt_sse: CommandLine) -> None:
+def test_a_store_without_room_loses_no_disk(root: Path, virt_sse: CommandLine) -> None:
     virt_sse("host", "init")
     virt_sse("disk", "create", "disk", "-s", "1M")
     state = root / "var/lib/virt-sse"

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from agent_site import CustomerSite, key_of, wait_until
 
+from support.agent_site import CustomerSite, key_of
+from support.waiting import wait_until
 from virt_sse.model.disks import Disk
 from virt_sse.model.encryption_sets import EncryptionSet
 from virt_sse.vault_client.permissions import Permission
@@ -92,17 +93,17 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_a_guest_ends_soon_and_starts_again_when_it_may(site: CustomerSite, case: Case) -> None:
+def test_a_guest_ends_soon_after_its_key_and_starts_again_with_it(site: CustomerSite, case: Case) -> None:
     encryption_set = site.new_set()
     guest, disk = site.guest(encryption_set.name)
     guest.start()
     site.wait_until_watched(guest)
 
     case.take(site, encryption_set, disk)
-    took = wait_until(lambda: not guest.is_active())
+    took = wait_until(lambda: not guest.is_active(), "the guest has ended")
     sys.stdout.write(f"shut off after {took:.2f} s\n")
     assert took < case.seconds
-    wait_until(lambda: site.events("domain-ended", domain=guest.name))
+    site.wait_for_event("domain-ended", domain=guest.name)
     assert site.secrets() == []
 
     said = site.refusal(guest)
@@ -116,7 +117,7 @@ def test_a_guest_ends_soon_and_starts_again_when_it_may(site: CustomerSite, case
         assert guest.is_active()
 
 
-def test_it_takes_five_seconds_at_most_with_the_default_configuration(site: CustomerSite) -> None:
+def test_a_revocation_takes_five_seconds_at_most_by_default(site: CustomerSite) -> None:
     config = site.host.root / "etc/virt-sse/config.toml"
     chosen = config.read_text()
     config.write_text("")
@@ -128,7 +129,7 @@ def test_it_takes_five_seconds_at_most_with_the_default_configuration(site: Cust
         site.wait_until_watched(guest)
         time.sleep(0.1)
         site.disable(disk)
-        took = wait_until(lambda: not guest.is_active())
+        took = wait_until(lambda: not guest.is_active(), "the guest has ended")
         sys.stdout.write(f"shut off after {took:.2f} s\n")
         assert took < SOON_SECONDS
     finally:
@@ -137,7 +138,7 @@ def test_it_takes_five_seconds_at_most_with_the_default_configuration(site: Cust
         site.agent.start()
 
 
-def test_only_the_guests_of_that_key_end(site: CustomerSite) -> None:
+def test_only_guests_of_the_disabled_key_end(site: CustomerSite) -> None:
     (taken, disk), (other, _), (platform, _) = (
         site.guest(name) for name in (site.new_set().name, site.new_set().name, None)
     )
@@ -146,7 +147,7 @@ def test_only_the_guests_of_that_key_end(site: CustomerSite) -> None:
     for guest in (taken, other, platform):
         site.wait_until_watched(guest)
     site.disable(disk)
-    wait_until(lambda: not taken.is_active())
+    wait_until(lambda: not taken.is_active(), "the guest of the disabled key has ended")
     time.sleep(1)
     assert other.is_active()
     assert platform.is_active()
@@ -160,7 +161,7 @@ def test_a_platform_key_is_watched_and_a_lost_keyring_is_no_revocation(site: Cus
     keyring = site.backend.host.config.state_directory / "platform-managed"
     keyring.rename(keyring.with_name("elsewhere"))
     try:
-        wait_until(lambda: site.events("key-state", state="unreachable", key=str(key_of(disk))))
+        site.wait_for_event("key-state", state="unreachable", key=str(key_of(disk)))
     finally:
         keyring.with_name("elsewhere").rename(keyring)
     provider = site.backend.host.plugins.key_provider("platform-managed")
@@ -168,7 +169,7 @@ def test_a_platform_key_is_watched_and_a_lost_keyring_is_no_revocation(site: Cus
     assert not site.events("domain-revoked", domain=guest.name)
     provider.disable(key_of(disk))  # type: ignore[attr-defined]
     try:
-        wait_until(lambda: site.events("domain-action", domain=guest.name, action="shutdown"))
+        site.wait_for_event("domain-action", domain=guest.name, action="shutdown")
         guest.destroy()
         assert "is disabled" in site.refusal(guest)
     finally:

@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import libvirt
 import pytest
-from agent_site import CustomerSite, key_of, wait_until
 
-from command_line import PROGRAM
+from support.agent_site import CustomerSite, key_of
+from support.command_line import PROGRAM
+from support.waiting import wait_until
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.vaults import LabVault
 from virt_sse.model.disks import Disk, DiskSku
@@ -24,13 +25,13 @@ def test_a_guest_that_ignores_the_power_button_is_ended_after_the_grace_time(sit
     guest.start()
     site.wait_until_watched(guest)
     site.disable(disk)
-    wait_until(lambda: site.events("domain-action", domain=guest.name, action="shutdown"))
+    site.wait_for_event("domain-action", domain=guest.name, action="shutdown")
     began = time.monotonic()
-    wait_until(lambda: site.secrets() == [])
+    wait_until(lambda: site.secrets() == [], "libvirt has no secret of ours")
     assert guest.is_active()
-    wait_until(lambda: not guest.is_active())
+    wait_until(lambda: not guest.is_active(), "the guest has ended")
     assert 2 < time.monotonic() - began < 8
-    wait_until(lambda: site.events("domain-action", domain=guest.name, action="destroy"))
+    site.wait_for_event("domain-action", domain=guest.name, action="destroy")
 
 
 def test_a_key_that_comes_back_within_the_grace_time_saves_the_guest(site: CustomerSite) -> None:
@@ -38,10 +39,10 @@ def test_a_key_that_comes_back_within_the_grace_time_saves_the_guest(site: Custo
     guest.start()
     site.wait_until_watched(guest)
     site.disable(disk)
-    wait_until(lambda: site.events("domain-action", domain=guest.name, action="shutdown"))
+    site.wait_for_event("domain-action", domain=guest.name, action="shutdown")
     site.enable(disk)
-    wait_until(lambda: site.events("domain-restored", domain=guest.name))
-    wait_until(lambda: len(site.secrets()) == 1)
+    site.wait_for_event("domain-restored", domain=guest.name)
+    wait_until(lambda: len(site.secrets()) == 1, "libvirt has one secret of ours")
     time.sleep(3)
     assert guest.is_active()
 
@@ -51,16 +52,16 @@ def test_a_paused_guest_goes_on_when_the_key_is_back(site: CustomerSite) -> None
     guest.start()
     site.wait_until_watched(guest)
     site.disable(disk)
-    wait_until(lambda: state_of(guest, site) == libvirt.VIR_DOMAIN_PAUSED)
-    wait_until(lambda: site.secrets() == [])
+    wait_until(lambda: state_of(guest, site) == libvirt.VIR_DOMAIN_PAUSED, "the guest is paused")
+    wait_until(lambda: site.secrets() == [], "libvirt has no secret of ours")
     with site.host.connect() as connection:
         connection.lookupByName(guest.name).resume()
-    wait_until(lambda: state_of(guest, site) == libvirt.VIR_DOMAIN_PAUSED)
+    wait_until(lambda: state_of(guest, site) == libvirt.VIR_DOMAIN_PAUSED, "the guest is paused")
     site.agent.kill()
     site.agent.start()  # which has only the domain to tell it who paused it
     site.enable(disk)
-    wait_until(lambda: state_of(guest, site) == libvirt.VIR_DOMAIN_RUNNING)
-    wait_until(lambda: len(site.secrets()) == 1)
+    wait_until(lambda: state_of(guest, site) == libvirt.VIR_DOMAIN_RUNNING, "the guest runs")
+    wait_until(lambda: len(site.secrets()) == 1, "libvirt has one secret of ours")
 
 
 def test_a_guest_that_others_paused_stays_paused(site: CustomerSite) -> None:
@@ -70,9 +71,9 @@ def test_a_guest_that_others_paused_stays_paused(site: CustomerSite) -> None:
     with site.host.connect() as connection:
         connection.lookupByName(guest.name).suspend()
     site.disable(disk)
-    wait_until(lambda: site.events("domain-revoked", domain=guest.name))
+    site.wait_for_event("domain-revoked", domain=guest.name)
     site.enable(disk)
-    wait_until(lambda: site.events("domain-restored", domain=guest.name))
+    site.wait_for_event("domain-restored", domain=guest.name)
     time.sleep(1)
     assert state_of(guest, site) == libvirt.VIR_DOMAIN_PAUSED
 
@@ -85,8 +86,11 @@ def test_a_guest_that_is_spared_runs_on_and_cannot_come_back(site: CustomerSite,
     guest.start()
     site.wait_until_watched(guest)
     site.disable(disk)
-    wait_until(lambda: site.events("domain-revoked", domain=guest.name, action="none"))
-    wait_until(lambda: site.agent.metrics()["virt_sse_agent_spared_domains"] == 1)
+    site.wait_for_event("domain-revoked", domain=guest.name, action="none")
+    wait_until(
+        lambda: site.agent.metrics()["virt_sse_agent_spared_domains"] == 1,
+        "the metrics count one spared domain",
+    )
     time.sleep(2)
     assert guest.is_active()
     assert site.secrets() == []
@@ -102,7 +106,7 @@ def test_a_silent_vault_ends_no_guest_and_starts_none(site: CustomerSite) -> Non
         site.wait_until_watched(guest)
         vault.kill()
         shown = f'key="{key_of(disk)}"'
-        wait_until(lambda: _states(site, shown) == ["unreachable"])
+        wait_until(lambda: _states(site, shown) == ["unreachable"], "the disk's key is known as unreachable")
         said = site.refusal(waiting)
         assert "does not answer" in said
         assert _show(site, disk).count("unreachable") == 1
@@ -112,7 +116,7 @@ def test_a_silent_vault_ends_no_guest_and_starts_none(site: CustomerSite) -> Non
         vault.start()
         waiting.start()
         site.disable(disk)
-        wait_until(lambda: not guest.is_active() and not waiting.is_active())
+        wait_until(lambda: not guest.is_active() and not waiting.is_active(), "both guests have ended")
 
 
 def test_a_vault_that_falls_silent_lifts_no_revocation(site: CustomerSite) -> None:
@@ -121,9 +125,12 @@ def test_a_vault_that_falls_silent_lifts_no_revocation(site: CustomerSite) -> No
         guest.start()
         site.wait_until_watched(guest)
         site.disable(disk)
-        wait_until(lambda: state_of(guest, site) == libvirt.VIR_DOMAIN_PAUSED)
+        wait_until(lambda: state_of(guest, site) == libvirt.VIR_DOMAIN_PAUSED, "the guest is paused")
         vault.kill()
-        wait_until(lambda: _states(site, f'key="{key_of(disk)}"') == ["unreachable"])
+        wait_until(
+            lambda: _states(site, f'key="{key_of(disk)}"') == ["unreachable"],
+            "the disk's key is known as unreachable",
+        )
         time.sleep(1)
         assert state_of(guest, site) == libvirt.VIR_DOMAIN_PAUSED
 
@@ -141,27 +148,30 @@ def test_a_start_that_waits_for_a_frozen_vault_delays_no_revocation(site: Custom
             refusal = pool.submit(site.refusal, waiting)
             time.sleep(1)
             first.enable(key_of(disk), enabled=False)
-            took = wait_until(lambda: site.events("domain-action", domain=guest.name, action="destroy"))
+            took = site.wait_for_event("domain-action", domain=guest.name, action="destroy")
             assert not refusal.done()
             assert took < 3
             assert "does not answer" in refusal.result()
         os.kill(vault.pid, signal.SIGCONT)
 
 
-def test_disks_follow_their_key_by_themselves(site: CustomerSite) -> None:
+def test_disks_follow_a_rotated_key_automatically(site: CustomerSite) -> None:
     encryption_set = site.new_set(automatic_rotation=True)
     guest, disk = site.guest(encryption_set.name)
     guest.start()
     site.wait_until_watched(guest)
     site.keys.rotate(encryption_set.key.name)
-    wait_until(lambda: key_of(site.backend.disks.get(disk.name)) != key_of(disk))
-    wait_until(lambda: site.events("rotated", **{"encryption-set": encryption_set.name}))
+    wait_until(
+        lambda: key_of(site.backend.disks.get(disk.name)) != key_of(disk),
+        "the disk is under the new version of its key",
+    )
+    site.wait_for_event("rotated", **{"encryption-set": encryption_set.name})
     site.disable(disk)  # the old version, which nothing needs any more
     time.sleep(3)
     assert guest.is_active()
     assert all(finding.problem is None for finding in site.backend.sets.prove(encryption_set.name)[:1])
     site.disable(site.backend.disks.get(disk.name))
-    wait_until(lambda: not guest.is_active())
+    wait_until(lambda: not guest.is_active(), "the guest has ended")
 
 
 def state_of(guest: Guest, site: CustomerSite) -> int:

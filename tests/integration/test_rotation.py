@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import images
-from command_line import CommandLine
-from images import FORMATS, KeyedImage
+from support import images
+from support.command_line import CommandLine
+from support.images import FORMATS, KeyedImage
 from virt_sse.backend import Backend
 from virt_sse.errors import EnvelopeError, ImageFormatError
 from virt_sse.model.disk_format import DiskFormat
@@ -41,6 +41,7 @@ def base64s(disks: list[Disk]) -> list[bytes]:
     return [base64.b64encode(ciphertext) for ciphertext in ciphertexts(disks)]
 
 
+@pytest.mark.slow
 def test_every_disk_comes_under_the_new_version(backend: Backend, disks: list[Disk], root: Path) -> None:
     before = {disk.path: disk.path.read_bytes() for disk in disks}
     keys = [images.passphrase(backend, disk) for disk in disks]
@@ -89,7 +90,10 @@ def test_many_rotations_leave_one_generation_in_the_header(backend: Backend, dis
         backend.disks.check(disk.name)
 
 
-def test_a_key_without_disks_and_an_unknown_one(backend: Backend, virt_sse: CommandLine) -> None:
+@pytest.mark.slow
+def test_a_key_without_disks_rotates_and_an_unknown_key_does_not(
+    backend: Backend, virt_sse: CommandLine
+) -> None:
     _, report = backend.keys.rotate(PLATFORM_KEY)
     assert (report.rewrapped, report.current) == (0, 0)
     for verb in ("rotate", "rewrap"):
@@ -156,7 +160,9 @@ def test_a_disk_in_use_is_rewrapped_under_its_user(
     backend.disks.check(image_format)
 
 
-def test_the_listing_of_keys(backend: Backend, disks: list[Disk], virt_sse: CommandLine) -> None:
+def test_the_listing_shows_each_key_with_its_disks(
+    backend: Backend, disks: list[Disk], virt_sse: CommandLine
+) -> None:
     key = backend.keys.in_use()[0].key
     (row,) = json.loads(virt_sse("key", "used", "-o", "json"))
     assert row == {

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import images
-from command_line import PROGRAM, no_libvirt
+from support import images
+from support.command_line import PROGRAM, no_libvirt
 from virt_sse.backend import Backend
 from virt_sse.errors import VirtSseError
 from virt_sse.host.setup import initialise
@@ -34,7 +34,8 @@ def below(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_no_process_has_it_in_its_arguments_or_environment(root: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_no_process_has_a_secret_in_its_arguments_or_environment(root: Path, tmp_path: Path) -> None:
     images.require("strace", "qemu-img", "qemu-io", "cryptsetup")
     (tmp_path / "source").write_bytes(os.urandom(M))
     with Backend.open(root) as backend:
@@ -74,7 +75,7 @@ def test_no_process_has_it_in_its_arguments_or_environment(root: Path, tmp_path:
                 assert not images.contains(below(root), spelling)
 
 
-def test_neither_the_store_nor_its_log_nor_an_image_holds_it(backend: Backend, root: Path) -> None:
+def test_no_store_log_or_image_holds_a_secret(backend: Backend, root: Path) -> None:
     keys = []
     for name in images.FORMATS:
         disk = backend.disks.create(NewDisk(name=name, size=M, format=DiskFormat(name)))
@@ -85,7 +86,7 @@ def test_neither_the_store_nor_its_log_nor_an_image_holds_it(backend: Backend, r
     assert not images.contains(files, *keys)
 
 
-def test_no_error_and_no_log_line_shows_it(
+def test_no_error_and_no_log_line_shows_a_secret(
     backend: Backend, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     caplog.set_level(logging.DEBUG)

@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import libvirt
 import pytest
-from agent_site import Site, wait_until
 
+from support.agent_site import Site
+from support.waiting import wait_until
 from virt_sse.domains.settings import VmChanges
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.guests import Guest
@@ -66,14 +67,14 @@ def daemon_of(site: Site, disk_id: uuid.UUID) -> LockedProcess:
     return LockedProcess(site.backend.host.config.stage_directory / str(disk_id) / "storage")
 
 
-def test_one_that_dies_is_told_of_and_the_guest_gets_no_wrong_data(site: Site, double: str) -> None:
+def test_a_dead_stage_is_reported_and_the_guest_gets_no_wrong_data(site: Site, double: str) -> None:
     guest, disk = site.guest(double)
     guest.start()
     guest.wait_for("verified")
     pid = daemon_of(site, disk.id).pid()
     assert pid
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: site.events("stage-lost", disk=str(disk.id)))
+    site.wait_for_event("stage-lost", disk=str(disk.id))
     (event,) = site.events("stage-lost", disk=str(disk.id))
     assert "must be stopped and started" in str(event["reason"])
     assert daemon_of(site, disk.id).pid() is None, "a new one would answer with older data"
@@ -83,7 +84,7 @@ def test_one_that_dies_is_told_of_and_the_guest_gets_no_wrong_data(site: Site, d
     guest.wait_for("verified")
 
 
-def test_one_that_lost_nothing_is_started_again_under_a_writing_guest(
+def test_a_stage_that_lost_nothing_is_restarted_under_a_writing_guest(
     site: Site, double: str, acceleration: Callable[[str], Acceleration], linux_micro: LinuxMicro
 ) -> None:
     """A raw volume: all that it has acknowledged is in the kernel's page cache."""
@@ -98,14 +99,14 @@ def test_one_that_lost_nothing_is_started_again_under_a_writing_guest(
     pid = daemon_of(site, disk.id).pid()
     assert pid
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: site.events("stage-restarted", disk=str(disk.id)))
+    site.wait_for_event("stage-restarted", disk=str(disk.id))
     guest.wait_for("all is whole")
     assert daemon_of(site, disk.id).pid() not in (pid, None)
     assert not site.events("stage-lost", disk=str(disk.id))
     guest.destroy()
 
 
-def test_a_write_back_cache_loses_nothing_that_the_guest_was_told_is_stable(
+def test_a_write_back_cache_loses_no_flushed_data(
     site: Site, acceleration: Callable[[str], Acceleration], linux_micro: LinuxMicro
 ) -> None:
     name = f"cached-{uuid.uuid4().hex[:8]}"
@@ -120,8 +121,8 @@ def test_a_write_back_cache_loses_nothing_that_the_guest_was_told_is_stable(
     pid = LockedProcess(site.backend.host.config.stage_directory / str(disk.id) / "cache").pid()
     assert pid
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: site.events("stage-lost", disk=str(disk.id)))
-    wait_until(lambda: "paused" in site.host.virsh("domstate", name).stdout)
+    site.wait_for_event("stage-lost", disk=str(disk.id))
+    wait_until(lambda: "paused" in site.host.virsh("domstate", name).stdout, "the guest is paused")
     stable = max(int(line.split()[1]) for line in guest.serial.splitlines() if line.startswith("wrote "))
     guest.destroy()
     xml = guest.xml(VERIFY.format(stable=stable))
@@ -135,7 +136,7 @@ def test_a_write_back_cache_loses_nothing_that_the_guest_was_told_is_stable(
     guest.destroy()
 
 
-def test_one_of_no_domain_is_ended(site: Site, double: str) -> None:
+def test_a_stage_without_a_domain_is_ended(site: Site, double: str) -> None:
     """The release hook did not run, or could not."""
     guest, disk = site.guest(double)
     guest.start()
@@ -156,7 +157,7 @@ def test_one_of_no_domain_is_ended(site: Site, double: str) -> None:
         held.stdout.read(1)
         assert daemon_of(site, disk.id).pid()
         assert held.wait(timeout=30) == -signal.SIGTERM
-        wait_until(lambda: not folder.exists())
+        wait_until(lambda: not folder.exists(), "the folder is gone")
     finally:
         held.kill()
         held.communicate()

@@ -14,8 +14,8 @@ from typing import Any
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from vault_tools import OAEP, Raw, new_name
 
+from support.vault_tools import OAEP, Raw, new_name
 from virt_sse.lab.vaults import LabVault
 from virt_sse.vault_client.administration import VaultClient
 from virt_sse.vault_client.credential import VaultCredential
@@ -77,13 +77,13 @@ def wrap(ask: Raw, key: str, value: bytes = b"dek") -> str:
         ({"alg": "x" * 10_000, "value": "AAAA"}, "BadParameter"),
     ],
 )
-def test_bad_bodies(ask: Raw, key: str, body: object, code: str) -> None:
+def test_a_bad_body_is_refused(ask: Raw, key: str, body: object, code: str) -> None:
     answer = ask("POST", f"{key}/unwrapkey", body)
     assert (answer.status, answer.code) == (400, code)
     assert len(answer.body["error"]["message"]) < 200
 
 
-def test_wrapped_keys_of_others_and_damaged_ones(ask: Raw, key: str) -> None:
+def test_a_foreign_or_damaged_wrapped_key_is_refused(ask: Raw, key: str) -> None:
     kid = ask("POST", f"/keys/{new_name()}/create", {"kty": "RSA"}).body["key"]["kid"]
     other = wrap(ask, kid[kid.index("/keys") :])
     good = wrap(ask, key)
@@ -138,7 +138,7 @@ def test_a_body_of_unknown_length_is_cut_off(vault: LabVault, token: str, key: s
         ("%F0%9F%94%91", 400),
     ],
 )
-def test_bad_names(ask: Raw, name: str, status: int) -> None:
+def test_a_bad_key_name_is_refused(ask: Raw, name: str, status: int) -> None:
     for method, path, body in (
         ("POST", f"/keys/{name}/create", {"kty": "RSA"}),
         ("GET", f"/keys/{name}/", None),
@@ -153,7 +153,7 @@ def test_bad_names(ask: Raw, name: str, status: int) -> None:
 
 
 @pytest.mark.parametrize("version", ["nonsense", "0" * 32, "A" * 32, "0" * 33, "%00", "a%2Fb", "x" * 5000])
-def test_bad_versions(ask: Raw, key: str, version: str) -> None:
+def test_a_bad_key_version_is_refused(ask: Raw, key: str, version: str) -> None:
     base = key.rsplit("/", 1)[0]
     answer = ask("POST", f"{base}/{version}/unwrapkey", {"alg": OAEP, "value": "AAAA"})
     assert answer.status in (400, 404)
@@ -163,7 +163,7 @@ def test_bad_versions(ask: Raw, key: str, version: str) -> None:
 @pytest.mark.parametrize(
     "path", ["/", "/nothing", "/keys", "/keys/", "/secrets/a", "//", "/keys/a/b/c/d", "/.git/config"]
 )
-def test_there_is_nothing_else_here(ask: Raw, path: str) -> None:
+def test_an_unknown_path_is_not_found(ask: Raw, path: str) -> None:
     answer = ask("POST", path, {})
     assert answer.status in (404, 405)
     assert answer.body["error"]["code"] in ("NotFound", "MethodNotAllowed")
@@ -172,11 +172,11 @@ def test_there_is_nothing_else_here(ask: Raw, path: str) -> None:
 @pytest.mark.parametrize(
     "query", ["maxresults=0", "maxresults=26", "maxresults=x", "maxresults=-1", "maxresults=" + "9" * 99]
 )
-def test_bad_pages(ask: Raw, query: str) -> None:
+def test_a_bad_page_is_refused(ask: Raw, query: str) -> None:
     assert ask("GET", f"/keys?{query}").status == 400
 
 
-def test_what_is_said_of_the_server_is_little(ask: Raw, key: str) -> None:
+def test_responses_tell_little_of_the_server(ask: Raw, key: str) -> None:
     answer = ask("GET", key, headers={"x-ms-client-request-id": "5a4b1b5e-8a2e-4f3e-9d52-6f3f0a6d1a11"})
     assert answer.headers["x-ms-client-request-id"] == "5a4b1b5e-8a2e-4f3e-9d52-6f3f0a6d1a11"
     assert answer.headers["cache-control"] == "no-store"
@@ -225,6 +225,7 @@ def test_forged_tokens_are_refused(vault: LabVault, token: str, key: str, forger
     )
 
 
+@pytest.mark.slow
 def test_another_vault_s_token_is_refused(vault: LabVault, key: str) -> None:
     with LabVault() as other:
         foreign = VaultCredential(other.administrator_path).token()
@@ -249,7 +250,7 @@ def test_a_token_request_of_another_tenant_finds_nothing(vault: LabVault) -> Non
 @pytest.mark.parametrize(
     "form", [b"", b"\xff", b"grant_type", b"&&&&", b"a=b&" * 100, b"grant_type=client_credentials"]
 )
-def test_token_requests_that_are_none(vault: LabVault, form: bytes) -> None:
+def test_a_malformed_token_request_is_refused(vault: LabVault, form: bytes) -> None:
     tenant = VaultCredential(vault.administrator_path).file.tenant
     with Raw(vault, None) as raw:
         answer = raw(
@@ -263,7 +264,7 @@ def test_token_requests_that_are_none(vault: LabVault, form: bytes) -> None:
         assert raw("POST", f"/{tenant}/oauth2/v2.0/token", b"a" * 20_000).status == 413
 
 
-def test_what_is_not_even_http(vault: LabVault) -> None:
+def test_a_request_that_is_not_http_is_refused(vault: LabVault) -> None:
     host, port = vault.url.removeprefix("https://").split(":")
     context = ssl.create_default_context(cafile=vault.ca_path)
     for said in (
@@ -285,7 +286,8 @@ def test_what_is_not_even_http(vault: LabVault) -> None:
         assert not plain.recv(4096).startswith(b"HTTP")
 
 
-def test_two_hundred_clients_at_once(vault: LabVault, token: str, key: str) -> None:
+@pytest.mark.slow
+def test_two_hundred_clients_are_served_at_once(vault: LabVault, token: str, key: str) -> None:
     with Raw(vault, token) as raw:
         wrapped = wrap(raw, key)
 
@@ -300,7 +302,8 @@ def test_two_hundred_clients_at_once(vault: LabVault, token: str, key: str) -> N
     assert len(statuses) == 600
 
 
-def test_others_are_answered_while_keys_are_made(vault: LabVault, token: str, key: str) -> None:
+@pytest.mark.slow
+def test_requests_are_answered_while_keys_are_generated(vault: LabVault, token: str, key: str) -> None:
     def create(_number: int) -> int:
         with Raw(vault, token) as raw:
             return raw("POST", f"/keys/{new_name()}/create", {"kty": "RSA", "key_size": 4096}).status

@@ -17,7 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from command_line import PROGRAM, CommandLine
+from support.command_line import PROGRAM, CommandLine
 from virt_sse.lab.tokens import LabToken
 from virt_sse.lab.vaults import LabVault
 
@@ -56,6 +56,7 @@ def serving(root: Path, *arguments: str) -> Iterator[str]:
             assert said == ""
 
 
+@pytest.mark.slow
 def test_a_vault_is_made_and_served(root: Path, virt_sse: CommandLine) -> None:
     port = str(free_port())
     made = virt_sse("vault", "init", "--name", "ours", "--port", port)
@@ -75,7 +76,10 @@ def test_a_vault_is_made_and_served(root: Path, virt_sse: CommandLine) -> None:
         assert "second" in virt_sse("vault", "principal", "list", "-c", root / "second.json")
 
 
-def test_why_a_vault_is_not_served(root: Path, virt_sse: CommandLine, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_vault_that_cannot_be_served_is_refused_with_the_reason(
+    root: Path, virt_sse: CommandLine, tmp_path: Path
+) -> None:
     said = virt_sse.refuses("vault", "serve")
     assert "no vault in" in said
     assert "'virt-sse vault init'" in said
@@ -93,13 +97,16 @@ def test_why_a_vault_is_not_served(root: Path, virt_sse: CommandLine, tmp_path: 
 
 
 @pytest.mark.parametrize("options", [("--tier", "gold"), ("--host", "a b")])
-def test_a_vault_must_make_sense(root: Path, virt_sse: CommandLine, options: tuple[str, str]) -> None:
+def test_an_invalid_vault_is_refused(root: Path, virt_sse: CommandLine, options: tuple[str, str]) -> None:
     virt_sse.refuses("vault", "init", *options, status=2)
     assert not (root / "var/lib/virt-sse/vault").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("credential")
-def test_access_and_principals(virt_sse: CommandLine, tmp_path: Path) -> None:
+def test_principals_and_their_access_are_managed_from_the_command_line(
+    virt_sse: CommandLine, tmp_path: Path
+) -> None:
     file = tmp_path / "web.json"
     made = json.loads(
         virt_sse("vault", "principal", "create", "cli-web", "--file", file, "--days", "3", "-o", "json")
@@ -123,8 +130,11 @@ def test_access_and_principals(virt_sse: CommandLine, tmp_path: Path) -> None:
     assert "cli-web" not in virt_sse("vault", "principal", "list")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("credential")
-def test_what_an_administrator_mistypes(virt_sse: CommandLine, tmp_path: Path) -> None:
+def test_an_administrators_typing_errors_are_refused_with_the_reason(
+    virt_sse: CommandLine, tmp_path: Path
+) -> None:
     assert "choose from get, list" in virt_sse.refuses(
         "vault", "access", "set", "administrator", "wrap", status=2
     )
@@ -137,7 +147,8 @@ def test_what_an_administrator_mistypes(virt_sse: CommandLine, tmp_path: Path) -
     assert "cannot read" in virt_sse.refuses("vault", "status", "-c", tmp_path / "none")
 
 
-def test_a_vault_with_a_token_of_its_own(virt_sse: CommandLine, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_vault_is_made_with_its_own_hsm_token(virt_sse: CommandLine, tmp_path: Path) -> None:
     with LabVault(premium=True) as vault:
         arguments = ("--credential", vault.administrator_path)
         made = json.loads(virt_sse("key", "create", "web", "--protection", "hsm", *arguments, "-o", "json"))
@@ -177,7 +188,8 @@ def test_a_vault_with_a_token_of_its_own(virt_sse: CommandLine, tmp_path: Path) 
         assert done.stdout == "b'dek'\n", done.stderr
 
 
-def test_a_vault_is_given_a_token_that_was_there(
+@pytest.mark.slow
+def test_a_vault_is_given_an_existing_hsm_token(
     root: Path, virt_sse: CommandLine, lab_token: LabToken
 ) -> None:
     uri = ("--hsm-uri", str(lab_token.uri))

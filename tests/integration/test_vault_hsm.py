@@ -13,7 +13,6 @@ from http.client import HTTPException
 from pathlib import Path
 
 import pytest
-from agent_site import CONFIG, CustomerSite, customer_site, wait_until
 from azure.core.exceptions import HttpResponseError, ResourceExistsError, ResourceNotFoundError
 from azure.keyvault.keys import (
     JsonWebKey,
@@ -25,10 +24,12 @@ from azure.keyvault.keys import (
 from azure.keyvault.keys.crypto import CryptographyClient, EncryptionAlgorithm, KeyWrapAlgorithm
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from vault_tools import Raw, key_client, new_name, sdk_options
 
-import images
-from customer_keys import RIGHTS, CustomerKeys
+from support import images
+from support.agent_site import CONFIG, CustomerSite, customer_site
+from support.customer_keys import RIGHTS, CustomerKeys
+from support.vault_tools import Raw, key_client, new_name, sdk_options
+from support.waiting import wait_until
 from virt_sse.errors import KeyDisabledError, KeyNotFoundError, KeyProviderUnavailableError
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.host import LabHost
@@ -104,8 +105,9 @@ def web_key(private: rsa.RSAPrivateKey) -> dict[str, bytes]:
 # --- Through the SDK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2048, 3072])
-def test_keys_wrap_and_unwrap(
+def test_hsm_keys_wrap_and_unwrap(
     client: KeyClient, credential: VaultCredential, token: LabToken, size: int
 ) -> None:
     key = client.create_rsa_key(new_name(), size=size, hardware_protected=True)
@@ -125,7 +127,10 @@ def test_keys_wrap_and_unwrap(
     assert key.key.n == encoded(inside.n or 0)
 
 
-def test_the_life_of_a_key(client: KeyClient, credential: VaultCredential, token: LabToken) -> None:
+@pytest.mark.slow
+def test_an_hsm_key_is_rotated_disabled_deleted_and_purged(
+    client: KeyClient, credential: VaultCredential, token: LabToken
+) -> None:
     name = new_name()
     first = client.create_rsa_key(name, hardware_protected=True)
     with CryptographyClient(str(first.id), credential, **sdk_options(credential)) as remote:
@@ -155,8 +160,9 @@ def test_the_life_of_a_key(client: KeyClient, credential: VaultCredential, token
             client.restore_key_backup(blob)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_hsm_type", [False, True], ids=["hsm-true", "kty-rsa-hsm"])
-def test_an_imported_key_s_numbers_lie_nowhere(
+def test_the_numbers_of_an_imported_key_are_in_no_file(
     client: KeyClient,
     credential: VaultCredential,
     vault: LabVault,
@@ -189,7 +195,7 @@ def test_an_imported_key_s_numbers_lie_nowhere(
 # --- As a key provider sees it
 
 
-def test_the_provider_takes_such_keys_and_tells_a_verdict_from_silence(
+def test_the_provider_uses_hsm_keys_and_tells_a_verdict_from_silence(
     keys: CustomerKeys, vault: LabVault, token: LabToken
 ) -> None:
     provider, dek = keys.open_provider(keys.new_identity(*RIGHTS)), Dek.generate()
@@ -232,7 +238,8 @@ def test_the_provider_takes_such_keys_and_tells_a_verdict_from_silence(
 # --- Killed
 
 
-def test_a_key_whose_maker_was_killed_is_destroyed(lab_hsm: LabHsm) -> None:
+@pytest.mark.slow
+def test_a_key_of_a_killed_creation_is_destroyed(lab_hsm: LabHsm) -> None:
     with lab_hsm.token() as token, LabVault(premium=True, token=token) as vault:
         bearer = VaultCredential(vault.administrator_path).token()
         with Raw(vault, bearer) as raw:
@@ -268,10 +275,12 @@ def kill_once_a_key_is_in_the_token(
 
     before, maker = ids(token), threading.Thread(target=create)
     maker.start()
-    wait_until(lambda: database.execute("SELECT * FROM leftovers").fetchall())
+    wait_until(
+        lambda: database.execute("SELECT * FROM leftovers").fetchall(), "the vault has recorded a leftover"
+    )
     database.execute("BEGIN IMMEDIATE")
     try:
-        wait_until(lambda: ids(token) != before)
+        wait_until(lambda: ids(token) != before, "the leftover key is gone from the HSM token")
         vault.kill()
     finally:
         database.execute("ROLLBACK")
@@ -302,19 +311,19 @@ def new_set(site: CustomerSite) -> EncryptionSet:
     return made
 
 
-def test_a_guest_boots_from_a_disk_under_such_a_key_and_ends_when_it_is_disabled(site: CustomerSite) -> None:
+def test_a_guest_boots_from_a_disk_under_an_hsm_key_and_ends_with_the_key(site: CustomerSite) -> None:
     guest, disk = site.guest(new_set(site).name)
     guest.start()
     site.wait_until_watched(guest)
     site.disable(disk)
-    assert wait_until(lambda: not guest.is_active()) < 5
+    assert wait_until(lambda: not guest.is_active(), "the guest has ended") < 5
     assert "KeyDisabled" in site.refusal(guest)
     site.enable(disk)
     guest.start()
     site.wait_until_watched(guest)
 
 
-def test_a_key_destroyed_in_the_token_ends_its_guest_and_a_token_away_ends_none(
+def test_a_destroyed_key_ends_its_guest_and_a_missing_hsm_token_ends_none(
     site: CustomerSite, token: LabToken
 ) -> None:
     taken = new_set(site)
@@ -326,7 +335,7 @@ def test_a_key_destroyed_in_the_token_ends_its_guest_and_a_token_away_ends_none(
     hidden = tokens.with_name("hidden")
     tokens.rename(hidden)
     try:
-        wait_until(lambda: site.events("key-state", state="unreachable"))
+        site.wait_for_event("key-state", state="unreachable")
         time.sleep(1.5)
         assert guest.is_active()
         assert other.is_active()
@@ -338,6 +347,6 @@ def test_a_key_destroyed_in_the_token_ends_its_guest_and_a_token_away_ends_none(
     with closing(token.open()) as administrator:
         (inside,) = in_token(token, taken.key.name.rsplit("/", 1)[1])
         administrator.destroy(inside)
-    assert wait_until(lambda: not guest.is_active()) < 8  # it takes a probe
+    assert wait_until(lambda: not guest.is_active(), "the guest has ended") < 8  # it takes a probe
     assert "KeyNotFound" in site.refusal(guest)
     assert other.is_active()

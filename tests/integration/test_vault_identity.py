@@ -10,8 +10,8 @@ from uuid import UUID, uuid4
 
 import pytest
 from azure.core.exceptions import ClientAuthenticationError, HttpResponseError
-from vault_tools import OAEP, Raw, key_client, new_name
 
+from support.vault_tools import OAEP, Raw, key_client, new_name
 from virt_sse.audit.log import AuditLog
 from virt_sse.audit.record import AuditRecord
 from virt_sse.errors import (
@@ -150,6 +150,7 @@ def test_the_sdk_says_that_a_token_is_refused(
         assert refused.value.status_code == 401
 
 
+@pytest.mark.slow
 def test_an_expired_token_is_refused_and_replaced() -> None:
     # Their times are in whole seconds: one is good for two to three.
     with LabVault(arguments=("--token-seconds", "3")) as vault:
@@ -222,7 +223,7 @@ def test_an_identity_operator_has_its_own_identities_and_grants_nothing(
     assert administrator.get_principal(other.name) == other
 
 
-def test_principals_are_managed(administrator: VaultClient, tmp_path: Path) -> None:
+def test_principals_are_created_changed_and_deleted(administrator: VaultClient, tmp_path: Path) -> None:
     name = new_name("web")
     made = administrator.create_principal(name, new_assertion_key()[1])
     assert administrator.get_principal(made.client_id) == made == administrator.get_principal(name)
@@ -264,6 +265,7 @@ def test_a_credential_file_that_cannot_be_written_leaves_no_principal(
         administrator.get_principal(name)
 
 
+@pytest.mark.slow
 def test_purge_protection_keeps_deleted_keys() -> None:
     with (
         LabVault(purge_protection=True, retention_days=7) as vault,

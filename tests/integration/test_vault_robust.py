@@ -18,8 +18,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from vault_tools import OAEP, Raw, new_name
 
+from support.vault_tools import OAEP, Raw, new_name
+from support.waiting import is_gone, wait_until
 from virt_sse.audit.log import AuditLog
 from virt_sse.errors import KeyProviderUnavailableError, LabError, VaultError
 from virt_sse.lab.vaults import LabVault
@@ -50,6 +51,7 @@ def new_key(raw: Raw, vault: LabVault) -> str:
     return str(answer.body["key"]["kid"]).removeprefix(vault.url)
 
 
+@pytest.mark.slow
 def test_killed_under_load_a_vault_has_kept_what_it_promised() -> None:
     with served() as vault:
         token = token_of(vault)
@@ -102,6 +104,7 @@ def promises_until_killed(vault: LabVault, token: str) -> dict[str, int]:
     return promised
 
 
+@pytest.mark.slow
 def test_a_full_disk_refuses_and_loses_nothing() -> None:
     with served() as vault:
         token = token_of(vault)
@@ -127,6 +130,7 @@ def test_a_full_disk_refuses_and_loses_nothing() -> None:
         assert "Traceback" not in vault.log_path.read_text()
 
 
+@pytest.mark.slow
 def test_beyond_its_rate_a_vault_answers_429_at_once() -> None:
     with served("--rate", "10") as vault:
         token = token_of(vault)
@@ -155,6 +159,7 @@ def test_beyond_its_rate_a_vault_answers_429_at_once() -> None:
             assert [raw("GET", "/healthz").status for _ in range(20)] == [200] * 20
 
 
+@pytest.mark.slow
 def test_beyond_its_concurrency_a_vault_answers_429_and_goes_on() -> None:
     with served("--concurrency", "4") as vault:
         token = token_of(vault)
@@ -173,7 +178,8 @@ def test_beyond_its_concurrency_a_vault_answers_429_and_goes_on() -> None:
         assert client(0) == [200] * 10
 
 
-def test_how_many_unwraps_a_core_sustains() -> None:
+@pytest.mark.slow
+def test_a_core_sustains_the_least_rate_of_unwraps() -> None:
     """By the processor time that the server takes, so that a busy machine is no slow vault."""
     with served() as vault:
         token = token_of(vault)
@@ -198,6 +204,7 @@ def processor_seconds(pid: int) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
+@pytest.mark.slow
 def test_keys_are_rotated_by_their_policy() -> None:
     with served("--shortest-rotation", "1", "--upkeep-seconds", "0.1") as vault:
         with Raw(vault, token_of(vault)) as raw:
@@ -206,15 +213,15 @@ def test_keys_are_rotated_by_their_policy() -> None:
                 "lifetimeActions": [{"trigger": {"timeAfterCreate": "PT1S"}, "action": {"type": "Rotate"}}]
             }
             assert raw("PUT", f"{key}/rotationpolicy", policy).status == 200
-            deadline = time.monotonic() + 15
-            while len(raw("GET", f"{key}/versions").body["value"]) < 3:
-                assert time.monotonic() < deadline, "the key was not rotated twice"
-                time.sleep(0.1)
+            wait_until(
+                lambda: len(raw("GET", f"{key}/versions").body["value"]) >= 3, "the key is rotated twice"
+            )
         log = AuditLog(vault.directory / "audit.jsonl")
         rotations = [entry.record for entry in log.records() if entry.record.action == "rotate"]
         assert {record.actor for record in rotations} == {"vault"}
 
 
+@pytest.mark.slow
 def test_a_stop_is_clean_and_quick_with_clients_connected() -> None:
     with served() as vault:
         pid, token = vault.pid, token_of(vault)
@@ -243,12 +250,10 @@ def test_a_vault_ends_with_its_owner() -> None:
         pid = int(owner.stdout.readline())
         owner.send_signal(signal.SIGKILL)
         owner.wait(10)
-        deadline = time.monotonic() + 10
-        while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
-            assert time.monotonic() < deadline, "the vault goes on without its owner"
-            time.sleep(0.05)
+        wait_until(lambda: is_gone(pid), "the vault has ended with its owner", seconds=10)
 
 
+@pytest.mark.slow
 def test_a_lab_vault_that_cannot_start_says_why() -> None:
     with served() as vault:
         with pytest.raises(LabError, match="already running"):
@@ -262,7 +267,7 @@ def test_a_lab_vault_that_cannot_start_says_why() -> None:
         _ = vault.directory
 
 
-def test_a_dead_vault_says_nothing_about_keys() -> None:
+def test_a_dead_vault_gives_no_verdict_about_keys() -> None:
     with served() as vault:
         credential = VaultCredential(vault.administrator_path, timeout=2)
         vault.kill()

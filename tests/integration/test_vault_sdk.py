@@ -27,8 +27,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import NameOID
-from vault_tools import OAEP, key_client, new_name, sdk_options
 
+from support.vault_tools import OAEP, key_client, new_name, sdk_options
 from virt_sse.lab.vaults import LabVault
 from virt_sse.vault_client.administration import VaultClient
 from virt_sse.vault_client.credential import AsyncVaultCredential, VaultCredential
@@ -80,7 +80,7 @@ def test_keys_of_every_size_wrap_and_unwrap(
     assert remote.decrypt(EncryptionAlgorithm.rsa_oaep_256, sealed.ciphertext).plaintext == DEK
 
 
-def test_the_audited_remote_wrap(client: KeyClient) -> None:
+def test_the_sdk_wraps_remotely_and_the_wrap_is_audited(client: KeyClient) -> None:
     key = client.create_rsa_key(new_name())
     path = f"/keys/{key.name}/{key.properties.version}"
     wrapped = client.send_request(
@@ -93,7 +93,7 @@ def test_the_audited_remote_wrap(client: KeyClient) -> None:
     assert answer.json() == {"kid": key.id, "value": "AAAA"}
 
 
-def test_what_azure_refuses_is_refused(client: KeyClient, credential: VaultCredential) -> None:
+def test_requests_that_azure_refuses_are_refused(client: KeyClient, credential: VaultCredential) -> None:
     name = new_name()
     for make in (
         lambda: client.create_ec_key(name),
@@ -124,7 +124,7 @@ def test_what_azure_refuses_is_refused(client: KeyClient, credential: VaultCrede
         assert refusal(refused) == (400, "BadParameter")
 
 
-def test_enabling_and_disabling(client: KeyClient, credential: VaultCredential) -> None:
+def test_a_key_is_disabled_and_enabled_again(client: KeyClient, credential: VaultCredential) -> None:
     key = client.create_rsa_key(new_name(), tags={"owner": "us"})
     remote = cryptography(client, credential, str(key.id))
     wrapped = remote.wrap_key(KeyWrapAlgorithm.rsa_oaep_256, DEK).encrypted_key
@@ -139,7 +139,7 @@ def test_enabling_and_disabling(client: KeyClient, credential: VaultCredential) 
     assert fresh.unwrap_key(KeyWrapAlgorithm.rsa_oaep_256, wrapped).key == DEK
 
 
-def test_attributes_are_kept(client: KeyClient) -> None:
+def test_a_new_key_keeps_its_attributes(client: KeyClient) -> None:
     start = datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC)
     end = datetime.datetime(2031, 1, 1, tzinfo=datetime.UTC)
     key = client.create_rsa_key(
@@ -163,7 +163,7 @@ def test_attributes_are_kept(client: KeyClient) -> None:
     assert changed.properties.not_before == start
 
 
-def test_import(client: KeyClient, credential: VaultCredential) -> None:
+def test_an_imported_key_wraps_and_unwraps(client: KeyClient, credential: VaultCredential) -> None:
     private = rsa.generate_private_key(65537, 2048)
     numbers = private.private_numbers()
 
@@ -196,7 +196,9 @@ def test_import(client: KeyClient, credential: VaultCredential) -> None:
     assert refusal(refused) == (400, "BadParameter")
 
 
-def test_versions_and_rotation(client: KeyClient, credential: VaultCredential) -> None:
+def test_rotation_makes_a_new_version_and_the_old_one_still_unwraps(
+    client: KeyClient, credential: VaultCredential
+) -> None:
     name = new_name()
     first = client.create_rsa_key(name)
     wrapped = cryptography(client, credential, str(first.id)).wrap_key(KeyWrapAlgorithm.rsa_oaep_256, DEK)
@@ -213,7 +215,7 @@ def test_versions_and_rotation(client: KeyClient, credential: VaultCredential) -
         )
 
 
-def test_a_rotation_policy_and_what_it_gives_new_versions(client: KeyClient) -> None:
+def test_a_rotation_policy_sets_the_expiry_of_new_versions(client: KeyClient) -> None:
     name = new_name()
     client.create_rsa_key(name)
     (default,) = client.get_key_rotation_policy(name).lifetime_actions
@@ -232,7 +234,7 @@ def test_a_rotation_policy_and_what_it_gives_new_versions(client: KeyClient) -> 
     )
 
 
-def test_delete_recover_purge(client: KeyClient) -> None:
+def test_a_key_is_deleted_recovered_and_purged(client: KeyClient) -> None:
     name = new_name()
     key = client.create_rsa_key(name)
     deleted = client.begin_delete_key(name).result()
@@ -256,7 +258,8 @@ def test_delete_recover_purge(client: KeyClient) -> None:
         client.begin_recover_deleted_key(name)
 
 
-def test_backup_and_restore(client: KeyClient) -> None:
+@pytest.mark.slow
+def test_a_backup_restores_all_versions_of_a_key(client: KeyClient) -> None:
     name = new_name()
     key = client.create_rsa_key(name)
     for _ in range(30):  # their backup is longer than any other request may be
@@ -275,6 +278,7 @@ def test_backup_and_restore(client: KeyClient) -> None:
     assert refusal(refused) == (400, "BadParameter")
 
 
+@pytest.mark.slow
 def test_listings_go_on_over_pages(client: KeyClient) -> None:
     names = {new_name("page") for _ in range(30)}
     for name in names:
@@ -288,7 +292,7 @@ def test_listings_go_on_over_pages(client: KeyClient) -> None:
     assert {each.name for each in small} == set(listed)
 
 
-def test_random_bytes(client: KeyClient) -> None:
+def test_random_bytes_differ_and_are_limited(client: KeyClient) -> None:
     assert len(client.get_random_bytes(32)) == 32
     assert client.get_random_bytes(32) != client.get_random_bytes(32)
     with pytest.raises(HttpResponseError):
@@ -304,7 +308,7 @@ async def asynchronous(credential: VaultCredential) -> AsyncIterator[keys_aio.Ke
         yield client
 
 
-def test_the_asynchronous_clients(credential: VaultCredential) -> None:
+def test_the_asynchronous_clients_work_as_the_synchronous_ones(credential: VaultCredential) -> None:
     async def life(client: keys_aio.KeyClient) -> None:
         name = new_name()
         key = await client.create_rsa_key(name, size=2048)
@@ -348,7 +352,7 @@ def test_the_asynchronous_clients(credential: VaultCredential) -> None:
     asyncio.run(main())
 
 
-def test_azure_identity_s_own_credentials(lab_vault: LabVault, credential: VaultCredential) -> None:
+def test_credentials_of_azure_identity_get_tokens(lab_vault: LabVault, credential: VaultCredential) -> None:
     file = credential.file
     options = {
         "authority": lab_vault.url,

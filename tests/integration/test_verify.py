@@ -20,13 +20,14 @@ from typing import Any
 
 import libvirt
 import pytest
-from agent_site import wait_until
-from stage_site import STORAGE_USER, StageSite, stage_site
 
 import virt_sse.agent.overlay_commit
 import virt_sse.agent.overlay_commit_record
 import virt_sse.agent.overwrite
-from crashes import crash_points, dies_at
+from support.agent_site import wait_for_event
+from support.faults import crash_points, dies_at
+from support.stage_site import STORAGE_USER, StageSite, stage_site
+from support.waiting import wait_until
 from virt_sse.agent.overlay_commit import OverlayCommit
 from virt_sse.agent.overlay_commit_record import OverlayCommitRecord
 from virt_sse.lab.acceleration import Acceleration
@@ -81,7 +82,7 @@ STORAGE = ("storage daemon", CBC, "infrastructure")
 CACHE = ("host cache", "holds ciphertext", None)
 
 
-def test_what_was_asked_for_is_told_and_seen(site: StageSite) -> None:
+def test_verify_reports_the_layers_that_were_asked_for(site: StageSite) -> None:
     one, two = site.guest(site.single_disk("raw")), site.guest(site.disk("qcow2"))
     cached = site.guest(site.disk("raw"))
     at_host = ("--encryption-at-host", "on", "--temp-disk-size", "1M", "--disk-caching", "vda=ReadWrite")
@@ -108,7 +109,7 @@ def test_what_was_asked_for_is_told_and_seen(site: StageSite) -> None:
     assert "plaintext   the guest's memory, and its QEMU's" in table
 
 
-def test_an_encrypted_overlay_is_to_be_as_the_disk(site: StageSite) -> None:
+def test_an_overlay_must_be_encrypted_as_its_disk(site: StageSite) -> None:
     other, another_dek = uuid.uuid4(), Dek.generate()
     with contextlib.closing(site.host.connect()) as connection:
         xml = f"<secret ephemeral='yes' private='yes'><uuid>{other}</uuid></secret>"
@@ -207,13 +208,13 @@ def test_the_target_of_a_backup_is_found(site: StageSite) -> None:
     with backup(site, guest, f"<target file='{target}'/>"):
         assert verify(site, guest, status=1)["problems"] == [f"vda: backup {target} is not encrypted"]
         with agent(site, "warn") as running:
-            wait_until(lambda: running.events("plaintext-link", kind="backup", place=str(target)))
+            wait_for_event(running, "plaintext-link", kind="backup", place=str(target))
             os.kill(cache.pid, signal.SIGCONT)
-            wait_until(lambda: running.events("plaintext-link-gone", kind="backup", place=str(target)))
+            wait_for_event(running, "plaintext-link-gone", kind="backup", place=str(target))
     assert verify(site, guest)["problems"] == []
 
 
-def test_what_is_dead_or_another_is_found(site: StageSite) -> None:
+def test_foreign_replaced_and_unserved_disks_are_found(site: StageSite) -> None:
     disk, other = site.disk("qcow2"), site.single_disk()
     guest, beside = site.guest(disk), site.guest(other)
     plain = site.host.images / f"{disk.name}.plain"
@@ -265,7 +266,7 @@ def test_a_copy_that_took_the_place_of_a_disk_is_found(site: StageSite) -> None:
     assert f"vda: the guest's device is on {copy}, which is not encrypted" in problems
     with agent(site, "warn") as running:
         kind = {"kind": "image in its place", "place": str(copy)}
-        wait_until(lambda: running.events("plaintext-link", domain=guest.name, **kind))
+        wait_for_event(running, "plaintext-link", domain=guest.name, **kind)
     site.virsh("destroy", guest.name)
     assert (
         f"vda: the definition has {copy}, which is not encrypted by virt-sse"
@@ -284,14 +285,14 @@ def agent(site: StageSite, policy: str) -> Iterator[LabAgent]:
         path.write_text(CONFIG)
 
 
-def test_the_agent_tells_of_a_link_once_and_pauses_the_guest_while_it_is_there(site: StageSite) -> None:
+def test_the_agent_reports_a_link_once_and_pauses_the_guest_while_the_link_exists(site: StageSite) -> None:
     disk = site.single_disk()
     guest, overlay = site.guest(disk), site.host.images / f"{disk.name}.overlay"
     guest.define()
     site.virsh("start", guest.name)
     with agent(site, "warn") as running:
         site.virsh("snapshot-create-as", guest.name, "--disk-only", "--diskspec", f"vda,file={overlay}")
-        waited = wait_until(lambda: running.events("plaintext-link", domain=guest.name))
+        waited = wait_for_event(running, "plaintext-link", domain=guest.name)
         assert waited < 3
         time.sleep(1)
         (event,) = running.events("plaintext-link", domain=guest.name)
@@ -302,13 +303,13 @@ def test_the_agent_tells_of_a_link_once_and_pauses_the_guest_while_it_is_there(s
         assert guest.is_active()
         assert site.state(guest)[0] == libvirt.VIR_DOMAIN_RUNNING
     with agent(site, "pause") as running:
-        wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_PAUSED)
+        wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_PAUSED, "the guest is paused")
         site.virsh("blockcommit", guest.name, "vda", "--active", "--pivot")
-        wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_RUNNING)
+        wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_RUNNING, "the guest runs")
         with backup(site, guest, f"<scratch file='{overlay}.scratch'/>"):
-            wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_PAUSED)
+            wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_PAUSED, "the guest is paused")
             assert running.events("plaintext-link", domain=guest.name, kind="backup")
-        wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_RUNNING)
+        wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_RUNNING, "the guest runs")
 
 
 def snapshot(site: StageSite, guest: Guest, name: str) -> Path:
@@ -335,10 +336,13 @@ def test_the_agent_commits_overlays_and_overwrites_them(site: StageSite) -> None
     kept.hardlink_to(second)
     assert bytes([3]) * 4096 in kept.read_bytes()
     with agent(site, "commit") as running:
-        wait_until(lambda: running.events("folded", domain=guest.name))
+        wait_for_event(running, "folded", domain=guest.name)
         commits = 'virt_sse_agent_domain_actions_total{action="fold"}'
-        wait_until(lambda: running.metrics().get(commits) == 1)
-        wait_until(lambda: running.metrics()["virt_sse_agent_plaintext_links"] == 0)
+        wait_until(lambda: running.metrics().get(commits) == 1, "the metrics count one commit")
+        wait_until(
+            lambda: running.metrics()["virt_sse_agent_plaintext_links"] == 0,
+            "the metrics count no plaintext link",
+        )
     assert not first.exists()
     assert not second.exists()
     assert bytes([3]) * 4096 not in kept.read_bytes(), "its content was overwritten"
@@ -397,7 +401,7 @@ def test_an_overlay_whose_commit_is_unproven_is_kept(site: StageSite) -> None:
     record.write(folder)
     guest.define()  # without the overlay
     with agent(site, "commit") as running:
-        wait_until(lambda: running.events("fold-unclear"))
+        wait_for_event(running, "fold-unclear")
         site.start_paused(guest)
         time.sleep(1)
         assert overlay.exists()
@@ -405,4 +409,4 @@ def test_an_overlay_whose_commit_is_unproven_is_kept(site: StageSite) -> None:
         site.virsh("destroy", guest.name)
         running.stop()
         running.start()
-        wait_until(lambda: not OverlayCommitRecord.read_all(folder))
+        wait_until(lambda: not OverlayCommitRecord.read_all(folder), "no record of a commit is left")

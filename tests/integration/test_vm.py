@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from lab_operator import Operator
 
 import virt_sse.domains.settings
 import virt_sse.store.vms
-from crashes import crash_points, dies_at
+from support.faults import crash_points, dies_at
+from support.lab_operator import Operator
 from virt_sse.backend import Backend
 from virt_sse.config import Config
 from virt_sse.domains.release import release
@@ -34,9 +34,11 @@ from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import LabHost
+from virt_sse.lab.recipes import boot_sector_image
 from virt_sse.lab.requirements import require
 from virt_sse.libvirt.domain_definition import DomainDefinition
-from virt_sse.model.disks import PLATFORM_KEY
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import PLATFORM_KEY, NewDisk
 from virt_sse.model.layers import HostCaching
 from virt_sse.store import Store
 
@@ -51,6 +53,19 @@ class VmOperator(Operator):
 
     def vm(self, *arguments: str, status: int = 0) -> str:
         return self.virt_sse("vm", *arguments, status=status)
+
+    def import_boot_sector(self, name: str, *, stays: bool = False, image_format: str = "qcow2") -> str:
+        """Import the guest's image as a disk: its ``<disk>`` element."""
+        with self.backend() as backend:
+            backend.transfer.import_image(
+                NewDisk(
+                    name=name,
+                    format=DiskFormat(image_format),
+                    place=self.host.images / f"{name}.{image_format}",
+                ),
+                boot_sector_image(stays=stays),
+            )
+            return backend.domains.disk_element(name)
 
     def backend(self) -> Backend:
         return Backend(dataclasses.replace(Config.load(self.host.root), libvirt_uri=self.host.uri))
@@ -131,103 +146,176 @@ def _guest(operator: VmOperator, accelerate: Accelerate, name: str) -> Guest:
     return Guest(operator.host, name, acceleration=accelerate("boot-sector"), disks=[element])
 
 
-def test_a_vm_with_all_of_it_encrypted(operator: VmOperator, acceleration: Accelerate, name: str) -> None:
-    guest = _guest(operator, acceleration, name)
-    operator.define(guest, ("</devices>", f"{TPM}</devices>"))
-    updated = operator.vm(
-        *("update", name, "--encryption-at-host", "on", "--size", "Standard_D2s_v3"),
+@dataclasses.dataclass(frozen=True)
+class EncryptedVm:
+    """A domain with a TPM, a cached disk and a temporary disk, and with encryption at host.
+
+    :ivar updated: the output of the command that made these settings.
+    :ivar listed: the output of ``vm list`` after it.
+    """
+
+    operator: VmOperator
+    guest: Guest
+    updated: str
+    listed: str
+
+    @property
+    def name(self) -> str:
+        return self.guest.name
+
+    @property
+    def temp_disk(self) -> Path:
+        return self.operator.temp_disks / self.operator.virsh("domuuid", self.name).strip() / "disk.raw"
+
+
+@pytest.fixture(scope="class")
+def vm(prepared: VmOperator, acceleration: Accelerate) -> Iterator[EncryptedVm]:
+    guest = _guest(prepared, acceleration, f"t{uuid.uuid4().hex[:8]}")
+    prepared.define(guest, ("</devices>", f"{TPM}</devices>"))
+    updated = prepared.vm(
+        *("update", guest.name, "--encryption-at-host", "on", "--size", "Standard_D2s_v3"),
         *("--temp-disk-size", "8M", "--disk-caching", "vda=ReadWrite"),
     )
-    assert re.search(r"encryption-at-host +on\n", updated)
-    assert re.search(rf"{name} +shut off +on +Standard_D2s_v3 +8M +1\n", operator.vm("list"))
-    # SeaBIOS shows the guest a disk only if it is in the boot order; what an operator edits stays.
-    xml = operator.definition(name)
-    assert "dumpCore='off'" in xml
+    listed = prepared.vm("list")
+    # SeaBIOS shows the guest a disk only if the disk is in the boot order; this edit must be kept.
     vdb = "<target dev='vdb' bus='virtio'/>"
-    operator.define_xml(xml.replace(vdb, f"{vdb}<boot order='2'/>"))
-
-    operator.virsh("start", name)
-    said = guest.wait_for("boot-sector: done")
-    assert said.count("verified 8 sectors, ok") == 2, said
-    temp = operator.temp_disks / operator.virsh("domuuid", name).strip() / "disk.raw"
-    assert temp.read_bytes().startswith(b"LUKS\xba\xbe")
-    assert temp.parent.stat().st_mode & 0o777 == 0o710
-    assert len(temp.read_bytes()) > 8 << 20
-    before = operator.secrets()
-    assert sorted(usage.rpartition(":")[2] for usage in before) == ["service", "temp", "tpm"]
-    (state,) = operator.tpm_files(name)
-    assert state.read_bytes()[5] & 1, "swtpm says that its file is encrypted"
-    document = json.loads(operator.vm("show", name, "-o", "json").partition("virt-sse: warning")[0])
-    assert document["problem"] is None
-    assert document["disks"] == [
-        {
-            "target": "vda",
-            "name": name,
-            "caching": "ReadWrite",
-            "encryption-type": "EncryptionAtRestWithPlatformKey",
-        }
-    ]
-    assert {
-        "disk vda": "encrypted",
-        "disk vdb": "encrypted",
-        "tpm": "encrypted",
-        "nvram": "absent",
-        "managed-save": "absent",
-        "crash-dump": "absent",
-        "core-dump": "absent",
-    }.items() <= {each["what"]: each["state"] for each in document["at-rest"]}.items()
-
-    refused = operator.vm("update", name, "--encryption-at-host", "off", status=1)
-    assert "runs" in refused
-    assert "virsh shutdown" in refused
-    operator.virsh("suspend", name)
-    assert "runs" in operator.refuses(name, OFF, VmStateError)
-    operator.virsh("resume", name)
-    operator.host.restart_libvirtd()
-    assert guest.is_active()
-    assert operator.secrets() == before
-    operator.virsh("reset", name)
-    # What the temporary disk was given at the first boot is there at the second.
-    (first,) = map(int, re.findall(r"disk 1: start (\d+)", said))
-    guest.wait_for(f"disk 1: start {(first + 1) % (1 << 16)}\n")
-    assert operator.secrets() == before
-
-    operator.virsh("destroy", name)
-    assert operator.secrets() == []
-    assert list(operator.temp_disks.iterdir()) == []
-    assert operator.tpm_files(name) == [state]
-    with operator.backend() as backend:
-        old = backend.vms.show(name).tpm_key
-        _, report = backend.keys.rotate(PLATFORM_KEY)
-        assert report.failed == {}
-        assert backend.vms.show(name).tpm_key != old
-        store = Store(backend.host.config.store_url)
-        store.vms.remove(uuid.UUID(operator.virsh("domuuid", name).strip()))
-        store.close()
-    operator.virsh("start", name)  # a TPM carries its wrapped DEK, as images do
-    operator.virsh("destroy", name)
-    assert operator.show(name).tpm_key
-
-    assert "host caching" in operator.refuses(name, OFF)
-    uncached = dataclasses.replace(OFF, caching={"vda": HostCaching.NONE})
-    assert "temporary disk" in operator.refuses(name, uncached)
-    operator.update(name, dataclasses.replace(uncached, temp_disk_size=None))
-    xml = operator.definition(name)
-    assert "vdb" not in xml
-    assert "<encryption secret=" in xml, "a TPM's state stays encrypted, or the guest would lose its keys"
-    operator.virsh("start", name)
-    assert {usage.rpartition(":")[2] for usage in operator.secrets()} == {"service", "tpm"}
-    guest.destroy()
+    prepared.define_xml(prepared.definition(guest.name).replace(vdb, f"{vdb}<boot order='2'/>"))
+    yield EncryptedVm(prepared, guest, updated, listed)
+    prepared.forget_domains()
 
 
-def test_what_would_lie_on_the_host_in_plaintext_is_refused(
+@pytest.fixture
+def running_vm(vm: EncryptedVm) -> EncryptedVm:
+    if not vm.guest.is_active():
+        vm.operator.virsh("start", vm.name)
+        vm.guest.wait_for("boot-sector: done")
+    return vm
+
+
+@pytest.fixture
+def stopped_vm(vm: EncryptedVm) -> EncryptedVm:
+    if vm.guest.is_active():
+        vm.operator.virsh("destroy", vm.name)
+    return vm
+
+
+class TestAnEncryptedVm:
+    """Most tests leave the VM as the fixture made it; the last turns encryption at host off."""
+
+    def test_its_settings_are_shown_and_in_the_definition(self, vm: EncryptedVm) -> None:
+        assert re.search(r"encryption-at-host +on\n", vm.updated)
+        assert re.search(rf"{vm.name} +shut off +on +Standard_D2s_v3 +8M +1\n", vm.listed)
+        assert "dumpCore='off'" in vm.operator.definition(vm.name)
+
+    def test_temporary_disk_and_tpm_are_encrypted_for_the_running_guest(
+        self, running_vm: EncryptedVm
+    ) -> None:
+        operator, name = running_vm.operator, running_vm.name
+        said = running_vm.guest.wait_for("boot-sector: done")
+        assert said.count("verified 8 sectors, ok") == 2, said
+        temp = running_vm.temp_disk
+        assert temp.read_bytes().startswith(b"LUKS\xba\xbe")
+        assert temp.parent.stat().st_mode & 0o777 == 0o710
+        assert len(temp.read_bytes()) > 8 << 20
+        assert sorted(usage.rpartition(":")[2] for usage in operator.secrets()) == ["service", "temp", "tpm"]
+        (state,) = operator.tpm_files(name)
+        assert state.read_bytes()[5] & 1, "swtpm says that its file is encrypted"
+
+    def test_all_its_data_is_shown_as_encrypted_or_absent(self, running_vm: EncryptedVm) -> None:
+        name = running_vm.name
+        shown = running_vm.operator.vm("show", name, "-o", "json")
+        document = json.loads(shown.partition("virt-sse: warning")[0])
+        assert document["problem"] is None
+        assert document["disks"] == [
+            {
+                "target": "vda",
+                "name": name,
+                "caching": "ReadWrite",
+                "encryption-type": "EncryptionAtRestWithPlatformKey",
+            }
+        ]
+        assert {
+            "disk vda": "encrypted",
+            "disk vdb": "encrypted",
+            "tpm": "encrypted",
+            "nvram": "absent",
+            "managed-save": "absent",
+            "crash-dump": "absent",
+            "core-dump": "absent",
+        }.items() <= {each["what"]: each["state"] for each in document["at-rest"]}.items()
+
+    def test_a_running_vm_keeps_encryption_at_host(self, running_vm: EncryptedVm) -> None:
+        operator, name = running_vm.operator, running_vm.name
+        refused = operator.vm("update", name, "--encryption-at-host", "off", status=1)
+        assert "runs" in refused
+        assert "virsh shutdown" in refused
+        operator.virsh("suspend", name)
+        assert "runs" in operator.refuses(name, OFF, VmStateError)
+        operator.virsh("resume", name)
+
+    def test_a_restart_of_libvirtd_and_a_reset_keep_secrets_and_temporary_disk(
+        self, running_vm: EncryptedVm
+    ) -> None:
+        operator, guest = running_vm.operator, running_vm.guest
+        before = operator.secrets()
+        operator.host.restart_libvirtd()
+        assert guest.is_active()
+        assert operator.secrets() == before
+        said = guest.wait_for("boot-sector: done")
+        operator.virsh("reset", guest.name)
+        # The guest counts its boots on the temporary disk.
+        (first,) = map(int, re.findall(r"disk 1: start (\d+)", said))
+        guest.wait_for(f"disk 1: start {(first + 1) % (1 << 16)}\n")
+        assert operator.secrets() == before
+
+    def test_its_end_erases_secrets_and_temporary_disk_and_keeps_the_tpm(
+        self, running_vm: EncryptedVm
+    ) -> None:
+        operator, name = running_vm.operator, running_vm.name
+        (state,) = operator.tpm_files(name)
+        operator.virsh("destroy", name)
+        assert operator.secrets() == []
+        assert list(operator.temp_disks.iterdir()) == []
+        assert operator.tpm_files(name) == [state]
+
+    def test_the_key_of_its_tpm_is_rotated_and_outlives_the_store(self, stopped_vm: EncryptedVm) -> None:
+        operator, name = stopped_vm.operator, stopped_vm.name
+        with operator.backend() as backend:
+            old = backend.vms.show(name).tpm_key
+            _, report = backend.keys.rotate(PLATFORM_KEY)
+            assert report.failed == {}
+            assert backend.vms.show(name).tpm_key != old
+            store = Store(backend.host.config.store_url)
+            store.vms.remove(uuid.UUID(operator.virsh("domuuid", name).strip()))
+            store.close()
+        operator.virsh("start", name)  # the wrapped DEK is also stored beside the TPM's state
+        operator.virsh("destroy", name)
+        assert operator.show(name).tpm_key
+
+    def test_without_encryption_at_host_the_tpm_stays_encrypted(self, stopped_vm: EncryptedVm) -> None:
+        operator, name = stopped_vm.operator, stopped_vm.name
+        assert "host caching" in operator.refuses(name, OFF)
+        uncached = dataclasses.replace(OFF, caching={"vda": HostCaching.NONE})
+        assert "temporary disk" in operator.refuses(name, uncached)
+        operator.update(name, dataclasses.replace(uncached, temp_disk_size=None))
+        xml = operator.definition(name)
+        assert "vdb" not in xml
+        assert "<encryption secret=" in xml, "without its key the guest would lose the TPM's state"
+        operator.virsh("start", name)
+        assert {usage.rpartition(":")[2] for usage in operator.secrets()} == {"service", "tpm"}
+        operator.virsh("destroy", name)
+
+
+DUMPS_ITS_CORE = ("<on_crash>destroy</on_crash>", "<on_crash>coredump-destroy</on_crash>")
+
+
+def test_a_definition_that_writes_memory_to_the_host_is_refused(
     operator: VmOperator, acceleration: Accelerate, name: str
 ) -> None:
     guest = _guest(operator, acceleration, name)
     assert f"no domain {name!r}" in operator.refuses(name, ON, LibvirtError)
-    crash = ("<on_crash>destroy</on_crash>", "<on_crash>coredump-destroy</on_crash>")
     for edit, said in (
-        (crash, "crash-dump"),
+        (DUMPS_ITS_CORE, "crash-dump"),
         (("<memory unit", "<memory dumpCore='on' unit"), "core-dump"),
         (("<vcpu>", "<memoryBacking><source type='file'/></memoryBacking><vcpu>"), "memory at /var/lib"),
     ):
@@ -235,7 +323,12 @@ def test_what_would_lie_on_the_host_in_plaintext_is_refused(
         refused = operator.refuses(name, ON)
         assert said in refused
         assert "virsh edit" in refused
-    operator.define(guest)
+
+
+def test_host_caching_and_temporary_disks_need_encryption_at_host(
+    operator: VmOperator, acceleration: Accelerate, name: str
+) -> None:
+    operator.define(_guest(operator, acceleration, name))
     cached = VmChanges(caching={"vda": HostCaching.READ_ONLY})
     nowhere = dataclasses.replace(ON, caching={"vdx": HostCaching.READ_ONLY})
     assert "no disk of virt-sse" in operator.refuses(name, nowhere, InvalidValueError)
@@ -253,13 +346,24 @@ def test_what_would_lie_on_the_host_in_plaintext_is_refused(
         backend.hotplug.detach(other, name)
         assert backend.disks.get(other).caching is HostCaching.NONE
 
+
+def test_an_encrypted_vm_edited_into_plaintext_does_not_start(
+    operator: VmOperator, acceleration: Accelerate, name: str
+) -> None:
+    operator.define(_guest(operator, acceleration, name))
+    operator.update(name, ON)
     xml = operator.definition(name)
-    operator.define_xml(xml.replace(*crash))
+    operator.define_xml(xml.replace(*DUMPS_ITS_CORE))
     assert "crash-dump" in operator.virsh("start", name, status=1)
     operator.define_xml(xml.replace("</devices>", f"{TPM}</devices>"))
     assert "its tpm" in operator.virsh("start", name, status=1)
 
-    operator.define_xml(xml)
+
+def test_a_saved_state_is_reported_and_blocks_start_and_update(
+    operator: VmOperator, acceleration: Accelerate, name: str
+) -> None:
+    operator.define(_guest(operator, acceleration, name))
+    operator.update(name, ON)
     operator.virsh("start", name)
     operator.virsh("managedsave", name)
     assert operator.secrets() == []
@@ -268,14 +372,15 @@ def test_what_would_lie_on_the_host_in_plaintext_is_refused(
     assert "managedsave-remove" in operator.virsh("start", name, status=1)
     operator.virsh("managedsave-remove", name)
 
+
+def test_a_transient_domain_gets_no_encryption_at_host(
+    operator: VmOperator, acceleration: Accelerate, name: str
+) -> None:
     connection = operator.host.connect()
-    transient = f"{name}t"
-    operator.update(name, OFF)
-    guest.undefine()
-    connection.createXML(guest.xml().replace(f"<name>{name}<", f"<name>{transient}<"))
+    connection.createXML(_guest(operator, acceleration, name).xml())
     connection.close()
-    assert "transient" in operator.refuses(transient, ON, VmStateError)
-    operator.virsh("destroy", transient)
+    assert "transient" in operator.refuses(name, ON, VmStateError)
+    operator.virsh("destroy", name)
 
 
 def test_a_tpm_that_was_made_without_encryption_is_not_silently_replaced(
@@ -362,7 +467,7 @@ def temp_disk_is_there(operator: VmOperator) -> bool:
     return operator.temp_disks.exists() and any(operator.temp_disks.iterdir())
 
 
-def test_the_agent_keeps_what_runs_and_erases_what_is_left(
+def test_the_agent_keeps_temporary_disks_in_use_and_erases_leftovers(
     operator: VmOperator, acceleration: Accelerate, name: str
 ) -> None:
     guest = _guest(operator, acceleration, name)

@@ -5,6 +5,6 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the caller's shell says of a root or of libvirt is not for unit tests."""
+    """Ignore the root and the libvirt that the caller's environment names."""
     monkeypatch.delenv("VIRT_SSE_ROOT", raising=False)
     monkeypatch.delenv("LIBVIRT_DEFAULT_URI", raising=False)

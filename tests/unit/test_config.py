@@ -41,7 +41,7 @@ def test_the_environment_moves_the_root(tmp_path: Path, monkeypatch: pytest.Monk
     assert Config.load().root == Path("/")
 
 
-def test_what_the_file_says_holds(tmp_path: Path) -> None:
+def test_settings_of_the_file_are_used(tmp_path: Path) -> None:
     write(
         tmp_path,
         """
@@ -107,7 +107,7 @@ def test_libvirts_own_variable_comes_before_the_file(tmp_path: Path, monkeypatch
         (b"[store]\nurl = '\xed\xa0\x80'\n", "cannot read"),
     ],
 )
-def test_what_makes_no_sense_is_refused(tmp_path: Path, content: str | bytes, message: str) -> None:
+def test_an_invalid_setting_is_refused(tmp_path: Path, content: str | bytes, message: str) -> None:
     path = write(tmp_path, content)
     with pytest.raises(ConfigError, match=message) as caught:
         Config.load(tmp_path)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import ast
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from uuid import UUID, uuid4
 import pytest
 import typer
 
+from support.folders import REPOSITORY
 from virt_sse import hookspecs
 from virt_sse.config import Config
 from virt_sse.errors import ConfigError, KeyringError, PluginError, PolicyError
@@ -22,7 +22,6 @@ from virt_sse.model.layers import EncryptionType
 from virt_sse.model.operations import CreateDisk
 from virt_sse.plugins import ENTRY_POINT_GROUP, PluginHost
 
-REPOSITORY = Path(__file__).parents[2]
 HOOKS = sorted(name for name in vars(hookspecs) if name.startswith("virt_sse_"))
 
 KEY_PROVIDER = """
@@ -106,7 +105,7 @@ def operation(tmp_path: Path) -> CreateDisk:
     )
 
 
-def test_virt_sse_register_key_providers(tmp_path: Path, install: InstallPlugin) -> None:
+def test_virt_sse_register_key_providers_adds_a_provider(tmp_path: Path, install: InstallPlugin) -> None:
     host = make_host(
         tmp_path,
         install("ours", KEY_PROVIDER.format(name="our-hsm")),
@@ -123,7 +122,7 @@ def test_virt_sse_register_key_providers(tmp_path: Path, install: InstallPlugin)
     assert vars(provider)["config"] is None
 
 
-def test_virt_sse_register_encryption_layers(tmp_path: Path, install: InstallPlugin) -> None:
+def test_virt_sse_register_encryption_layers_adds_a_layer(tmp_path: Path, install: InstallPlugin) -> None:
     host = make_host(tmp_path, install("ours", LAYER.format(name="ours")))
     assert host.broken == []
     assert host.encryption_layer_names() == ["ours"]
@@ -132,7 +131,7 @@ def test_virt_sse_register_encryption_layers(tmp_path: Path, install: InstallPlu
         host.encryption_layer(EncryptionType.PLATFORM_KEY)
 
 
-def test_virt_sse_add_commands(tmp_path: Path, install: InstallPlugin) -> None:
+def test_virt_sse_add_commands_adds_a_command(tmp_path: Path, install: InstallPlugin) -> None:
     commands = """
         from virt_sse.api import hookimpl
 
@@ -159,7 +158,7 @@ def test_virt_sse_add_commands(tmp_path: Path, install: InstallPlugin) -> None:
     ]
 
 
-def test_virt_sse_validate(tmp_path: Path, install: InstallPlugin) -> None:
+def test_virt_sse_validate_refuses_an_operation(tmp_path: Path, install: InstallPlugin) -> None:
     policy = """
         from virt_sse.api import PolicyError
         from virt_sse.api import hookimpl
@@ -183,7 +182,9 @@ def test_virt_sse_validate(tmp_path: Path, install: InstallPlugin) -> None:
     assert caught.value.hint == "ask in room 5"
 
 
-def test_virt_sse_key_event(tmp_path: Path, install: InstallPlugin, caplog: pytest.LogCaptureFixture) -> None:
+def test_virt_sse_key_event_observes_every_use_of_a_key(
+    tmp_path: Path, install: InstallPlugin, caplog: pytest.LogCaptureFixture
+) -> None:
     observer = """
         from virt_sse.api import hookimpl
 
@@ -223,7 +224,7 @@ def test_virt_sse_key_event(tmp_path: Path, install: InstallPlugin, caplog: pyte
 
 @pytest.mark.parametrize("hook", HOOKS)
 def test_every_hook_has_a_test_and_stands_in_the_readme(hook: str) -> None:
-    assert f"test_{hook}" in globals()
+    assert any(name.startswith(f"test_{hook}_") for name in globals())
     assert f"### `{hook}(" in (REPOSITORY / "plugins/README.md").read_text("utf-8")
 
 
@@ -270,14 +271,14 @@ def test_a_broken_plugin_is_named_in_one_line_and_the_others_work(
     assert caught.value.hint == f"registered: our-hsm; {error}"
 
 
-def test_a_module_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_module_is_named(tmp_path: Path) -> None:
     host = make_host(tmp_path, EntryPoint("gone", "no_such_module", ENTRY_POINT_GROUP))
     assert [str(error) for error in host.broken] == [
         "plugin 'gone': does not import: ModuleNotFoundError: No module named 'no_such_module'"
     ]
 
 
-def test_a_provider_name_that_is_taken(tmp_path: Path, install: InstallPlugin) -> None:
+def test_a_provider_name_in_use_is_refused(tmp_path: Path, install: InstallPlugin) -> None:
     host = make_host(
         tmp_path,
         install("first", KEY_PROVIDER.format(name="hsm")),
@@ -289,7 +290,7 @@ def test_a_provider_name_that_is_taken(tmp_path: Path, install: InstallPlugin) -
     assert type(host.key_provider("hsm")).__module__ == "first"
 
 
-def test_a_plugin_name_that_is_taken(tmp_path: Path, install: InstallPlugin) -> None:
+def test_a_plugin_name_in_use_is_refused(tmp_path: Path, install: InstallPlugin) -> None:
     ours = install("ours", KEY_PROVIDER.format(name="our-hsm"))
     theirs = install("theirs", KEY_PROVIDER.format(name="their-hsm"))
     host = make_host(tmp_path, ours, EntryPoint("ours", theirs.value, ENTRY_POINT_GROUP))
@@ -388,20 +389,20 @@ def test_a_layer_that_does_not_load_costs_the_others_nothing(tmp_path: Path, ins
     assert "'aaa': encryption layer 'aaa' does not load" in str(caught.value.hint)
 
 
-def test_a_required_plugin_that_is_there(tmp_path: Path, install: InstallPlugin) -> None:
+def test_an_installed_required_plugin_is_accepted(tmp_path: Path, install: InstallPlugin) -> None:
     ours = install("ours", KEY_PROVIDER.format(name="our-hsm"))
     host = make_host(tmp_path, ours, config='plugins.required = ["ours"]')
     assert host.key_provider_names() == ["our-hsm"]
 
 
-def test_a_required_plugin_that_is_not_installed(tmp_path: Path) -> None:
+def test_a_missing_required_plugin_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match="plugin 'our-policy' is required by the configuration but not installed"
     ):
         make_host(tmp_path, config='plugins.required = ["our-policy"]')
 
 
-def test_a_required_plugin_that_is_broken(tmp_path: Path, install: InstallPlugin) -> None:
+def test_a_broken_required_plugin_is_refused(tmp_path: Path, install: InstallPlugin) -> None:
     with pytest.raises(PluginError, match="plugin 'our-policy': does not import"):
         make_host(
             tmp_path,
@@ -416,11 +417,3 @@ def test_the_built_in_plugins_come_in_through_the_entry_points(tmp_path: Path) -
     assert "single" in host.encryption_layer_names()
     assert host.key_provider("platform-managed").name == "platform-managed"
     assert host.encryption_layer(EncryptionType.PLATFORM_KEY).name == "single"
-
-
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "backend").rglob("*.py")), ids=lambda path: path.stem)
-def test_the_host_never_imports_its_plugins(path: Path) -> None:
-    tree = ast.parse(path.read_text("utf-8"))
-    imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-    imported += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert not [name for name in imported if name.split(".")[0] == "virt_sse_plugins"]

@@ -27,8 +27,8 @@ Hook = Callable[[str, str, str], None]
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path
+def root(short_folder: Path) -> Path:
+    return short_folder
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def raising(error: Exception) -> Hook:
     return hook
 
 
-def test_an_event_arrives_as_it_is(serve: Callable[[Hook], AgentServer], root: Path) -> None:
+def test_an_event_arrives_unchanged(serve: Callable[[Hook], AgentServer], root: Path) -> None:
     seen: list[tuple[str, ...]] = []
     serve(lambda *event: seen.append(event))
     xml = "<domain>\udcff ü &amp;</domain>" * 10_000
@@ -107,7 +107,7 @@ def test_without_an_agent_the_hook_is_on_its_own(root: Path) -> None:
 @pytest.mark.parametrize(
     "answer", [b"", b"HTTP/1.0 200", b"HTTP/1.0 200 OK\r\nContent-Length: 9\r\n\r\n{}", b"x"]
 )
-def test_an_answer_that_was_cut_off_is_none(root: Path, answer: bytes) -> None:
+def test_a_truncated_answer_counts_as_no_answer(root: Path, answer: bytes) -> None:
     path = root / SOCKET
     path.parent.mkdir(parents=True)
     with socket.socket(socket.AF_UNIX) as listener:
@@ -127,7 +127,7 @@ def test_an_answer_that_was_cut_off_is_none(root: Path, answer: bytes) -> None:
         thread.join()
 
 
-def test_a_silent_agent_is_left_in_time(root: Path) -> None:
+def test_a_silent_agent_is_given_up_in_time(root: Path) -> None:
     path = root / SOCKET
     path.parent.mkdir(parents=True)
     with socket.socket(socket.AF_UNIX) as listener:
@@ -171,7 +171,7 @@ def test_a_socket_belongs_to_one_agent_and_goes_with_it(root: Path) -> None:
         assert path.exists()
 
 
-def test_what_others_listen_at_is_not_taken_away(root: Path) -> None:
+def test_a_socket_of_another_listener_is_not_removed(root: Path) -> None:
     path = root / SOCKET
     path.parent.mkdir(parents=True)
     with socket.socket(socket.AF_UNIX) as other:
@@ -182,7 +182,7 @@ def test_what_others_listen_at_is_not_taken_away(root: Path) -> None:
     assert path.exists()
 
 
-def test_a_path_that_is_too_long_is_said(tmp_path: Path) -> None:
+def test_a_path_too_long_for_a_socket_is_reported(tmp_path: Path) -> None:
     with pytest.raises(AgentError, match="cannot listen"), listening(tmp_path / ("x" * 120) / "agent.sock"):
         pass
 
@@ -210,7 +210,7 @@ def test_the_hook_reads_its_timeout_by_itself(root: Path, text: str, seconds: fl
     assert configured_timeout(root) == seconds
 
 
-def test_the_configuration(root: Path) -> None:
+def test_the_agents_configuration_is_read_and_checked(root: Path) -> None:
     assert Config.load(root).agent == AgentConfig()
     assert Config.load(root).agent.timeout == TIMEOUT_SECONDS
     assert Config.load(root).agent_socket == root / SOCKET

@@ -30,7 +30,7 @@ def record(event: str, values: dict[str, object], error: bool = False) -> loggin
     return made
 
 
-def test_a_line_of_the_log_is_json() -> None:
+def test_log_lines_are_json_for_programs() -> None:
     number, dek = uuid.uuid4(), Dek.generate()
     text = JsonLines().format(record("domain-ended", {"domain": "a\nb", "id": number, "dek": dek}))
     assert "\n" not in text
@@ -48,14 +48,14 @@ def test_a_line_of_the_log_is_json() -> None:
     assert "ValueError: wrong" in json.loads(failed)["traceback"]
 
 
-def test_a_line_for_a_person() -> None:
+def test_log_lines_are_text_for_people() -> None:
     assert (
         Readable().format(record("domain-ended", {"domain": "d"}))
         == "virt-sse: warning: domain-ended domain=d"
     )
 
 
-def test_metrics() -> None:
+def test_metrics_show_keys_events_and_hooks() -> None:
     metrics = Metrics()
     metrics.show_keys([("p:k:1", "", KeyState.ENABLED), ("p:k:2", "set", KeyState.DENIED)])
     metrics.show_keys([("p:k:2", "set", KeyState.DENIED)])
@@ -93,7 +93,7 @@ def test_units_name_this_installation(tmp_path: Path) -> None:
     assert 'virt-sse" vault serve' in texts["virt-sse-vault.service"]
 
 
-def test_units_that_cannot_be_written(tmp_path: Path) -> None:
+def test_units_that_cannot_be_written_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(InvalidValueError, match="invalid characters"):
         write_units(tmp_path / "units", Config.load(tmp_path / 'a"b'))
     (tmp_path / "file").write_text("")

@@ -75,6 +75,6 @@ def revoked(
         ([revoked(DESTROY, sku=DiskSku.ULTRA), revoked(PAUSE)], Enforcement(PAUSE)),
     ],
 )
-def test_the_hardest_measure_is_taken(disks: list[RevokedDisk], expected: Enforcement) -> None:
+def test_the_strongest_enforcement_action_is_taken(disks: list[RevokedDisk], expected: Enforcement) -> None:
     assert strictest_enforcement(disks) == expected
     assert strictest_enforcement(disks[::-1]) == expected

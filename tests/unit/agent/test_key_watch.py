@@ -132,6 +132,7 @@ def test_an_inconclusive_probe_leaves_the_polled_state(
     assert watched.after() == KeyStatus(KeyState.DELETED, f"key {watched.key.key} is deleted")
 
 
+@pytest.mark.slow
 def test_silence_neither_begins_nor_ends_a_revocation(watched: Watched, script: Callable[..., None]) -> None:
     script(KeyState.UNREACHABLE)
     assert watched.after() == KeyStatus(KeyState.UNREACHABLE)
@@ -148,6 +149,7 @@ def test_silence_neither_begins_nor_ends_a_revocation(watched: Watched, script: 
     assert watched.after() == KeyStatus(KeyState.ENABLED)
 
 
+@pytest.mark.slow
 def test_periodic_probes_detect_what_polls_do_not(backend: Backend, script: Callable[..., None]) -> None:
     watched = Watched(backend, probe_seconds=0.1)
     try:
@@ -160,7 +162,7 @@ def test_periodic_probes_detect_what_polls_do_not(backend: Backend, script: Call
         watched.watch.stop()
 
 
-def test_one_slow_key_delays_no_other(backend: Backend, script: Callable[..., None]) -> None:
+def test_a_slow_key_delays_no_other_key(backend: Backend, script: Callable[..., None]) -> None:
     watched = Watched(backend)
     platform = backend.disks.create(NewDisk(name="other", size=1 << 20))
     other = WatchedKey(platform.deks[0].wrapped.key, None)

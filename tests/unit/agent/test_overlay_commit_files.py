@@ -42,7 +42,7 @@ def test_a_removed_overlay_is_overwritten_first(tmp_path: Path) -> None:
     overwrite_and_remove(path, (0, 0))
 
 
-def test_what_is_another_file_is_left_alone(tmp_path: Path) -> None:
+def test_another_file_at_the_path_is_left_alone(tmp_path: Path) -> None:
     path, link, folder = tmp_path / "overlay", tmp_path / "link", tmp_path / "folder"
     path.write_bytes(SECRET)
     link.symlink_to(path)
@@ -95,7 +95,7 @@ def test_overlays_that_can_be_committed() -> None:
         assert committable(not_committable) == ()
 
 
-def test_the_sites_choice(tmp_path: Path) -> None:
+def test_the_plaintext_policy_is_configured(tmp_path: Path) -> None:
     assert Config.load(tmp_path).agent.plaintext is PlaintextPolicy.WARN
     path = tmp_path / "etc/virt-sse/config.toml"
     path.parent.mkdir(parents=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 from uuid import UUID, uuid4
 
 import pytest
-from audit_logs import MOMENT, fill, is_whole, make, open_log, read
 
+from support.audit_logs import MOMENT, fill, is_whole, make, open_log, read
 from virt_sse.audit.log import AuditLog
 from virt_sse.audit.record import GENESIS, AuditRecord, Component, Position, Result, process_actor
 
@@ -31,7 +31,7 @@ def filled(log: AuditLog) -> AuditLog:
     return fill(log)
 
 
-def test_what_is_appended_comes_back(log: AuditLog) -> None:
+def test_an_appended_record_is_read_back(log: AuditLog) -> None:
     plain = AuditRecord(
         component=Component.VAULT,
         actor="5a0c",
@@ -51,7 +51,7 @@ def test_what_is_appended_comes_back(log: AuditLog) -> None:
     assert is_whole(log)
 
 
-def test_the_time_is_in_utc_and_milliseconds(log: AuditLog) -> None:
+def test_times_are_in_utc_and_milliseconds(log: AuditLog) -> None:
     before = datetime.now(UTC)
     record = AuditRecord(
         component=Component.HOST,
@@ -87,7 +87,7 @@ def test_lines_are_json_and_the_chain_needs_none_of_our_code(filled: AuditLog, t
     assert filled.verify().newest == Position(7, previous)
 
 
-def test_all_is_ours_alone_and_the_key_lies_apart(log: AuditLog, folder: Path, tmp_path: Path) -> None:
+def test_all_files_are_private_and_the_key_lies_apart(log: AuditLog, folder: Path, tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         for number in range(4):
@@ -101,14 +101,14 @@ def test_all_is_ours_alone_and_the_key_lies_apart(log: AuditLog, folder: Path, t
         assert path.stat().st_mode & 0o777 == 0o700
 
 
-def test_reading_makes_nothing(log: AuditLog, folder: Path) -> None:
+def test_reading_an_empty_log_creates_no_file(log: AuditLog, folder: Path) -> None:
     assert log.verify().newest == GENESIS
     assert is_whole(log)
     assert [*log.records(), *log.tail(5)] == []
     assert not folder.exists()
 
 
-def test_the_records_that_are_asked_for(log: AuditLog) -> None:
+def test_records_are_filtered_by_every_condition(log: AuditLog) -> None:
     records = [make(number, result=list(Result)[number % 3]) for number in range(9)]
     for record in records:
         log.append(record)
@@ -137,7 +137,7 @@ def test_the_tail_goes_back_into_older_files_and_follows(filled: AuditLog) -> No
     assert [next(following).seq for _ in range(23)] == list(range(8, 31))
 
 
-def test_following_a_log_that_is_not_there_yet(log: AuditLog) -> None:
+def test_following_a_missing_log_begins_with_its_first_record(log: AuditLog) -> None:
     following = log.tail(1, follow=True)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(next, following)
@@ -146,7 +146,7 @@ def test_following_a_log_that_is_not_there_yet(log: AuditLog) -> None:
         assert first.result(timeout=10).seq in range(1, 6)
 
 
-def test_the_actor_is_the_user_whom_sudo_names_and_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_actor_is_the_user_behind_sudo_and_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["/usr/bin/virt-sse", "disk"])
     monkeypatch.setenv("SUDO_USER", "alice")
     monkeypatch.setattr("os.getuid", lambda: 0)

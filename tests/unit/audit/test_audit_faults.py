@@ -12,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from audit_logs import fill, is_whole, make, open_log, read
-from faults import killed_at_line, no_file_beyond
 
 import virt_sse.audit.log
 import virt_sse.audit.record
 import virt_sse.system.files
+from support.audit_logs import fill, is_whole, make, open_log, read
+from support.faults import dies_at, no_file_beyond
 from virt_sse.audit.log import AuditLog
 from virt_sse.audit.record import GENESIS, TORN_RECORD, seal
 from virt_sse.errors import AuditError
@@ -34,6 +34,7 @@ def actions(log: AuditLog) -> list[str | None]:
     return [entry.document["action"] for entry in log.records()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [0, 1, 3, 7])
 def test_a_kill_anywhere_in_an_append_leaves_the_log_whole(
     log: AuditLog, tmp_path: Path, before: int
@@ -52,7 +53,7 @@ def test_a_kill_anywhere_in_an_append_leaves_the_log_whole(
         for name in ("log", "state"):
             shutil.rmtree(tmp_path / name)
             shutil.copytree(tmp_path / "before" / name, tmp_path / name)
-        killed = killed_at_line(line, WRITERS, lambda: open_log(tmp_path).append(make(100)))
+        killed = dies_at(line, WRITERS, lambda: open_log(tmp_path).append(make(100)))
         there = len(read(log)) - before
         outcomes.add((killed, there))
         assert is_whole(log)
@@ -75,6 +76,7 @@ def torn(log: AuditLog, size: int) -> bytes:
     return line[:size]
 
 
+@pytest.mark.slow
 def test_a_torn_record_is_recovered_wherever_it_ends(tmp_path: Path) -> None:
     before = fill(open_log(tmp_path / "before"))
     *_, newest = before.tail(1)
@@ -98,6 +100,7 @@ def test_a_torn_record_is_recovered_wherever_it_ends(tmp_path: Path) -> None:
         assert all(line.startswith(b"{") and line.endswith(b"}\n") for line in read(log))
 
 
+@pytest.mark.slow
 def test_a_kill_anywhere_in_a_recovery_loses_no_evidence(log: AuditLog, tmp_path: Path) -> None:
     fill(log)
     fragment = torn(log, 300)
@@ -107,7 +110,7 @@ def test_a_kill_anywhere_in_a_recovery_loses_no_evidence(log: AuditLog, tmp_path
         line += 1
         shutil.rmtree(tmp_path / "log")
         shutil.copytree(tmp_path / "before", tmp_path / "log")
-        killed = killed_at_line(line, WRITERS, lambda: open_log(tmp_path).append(make(100)))
+        killed = dies_at(line, WRITERS, lambda: open_log(tmp_path).append(make(100)))
         log.append(make(200))
         assert is_whole(log)
         assert [
@@ -163,7 +166,8 @@ def test_a_log_that_cannot_be_written_or_read_is_an_error(log: AuditLog, tmp_pat
             use()
 
 
-def test_processes_and_threads_at_once(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_processes_and_threads_append_at_once_to_one_chain(tmp_path: Path) -> None:
     script = (
         "import sys, uuid, pathlib; from virt_sse.audit.log import AuditLog\n"
         "from virt_sse.audit.record import AuditRecord, Component, Result\n"
@@ -200,7 +204,7 @@ def test_processes_and_threads_at_once(tmp_path: Path) -> None:
     assert all(path.stat().st_size < 42_000 for path in log.files())
 
 
-def test_memory_is_flat(tmp_path: Path) -> None:
+def test_reading_takes_memory_independent_of_the_length(tmp_path: Path) -> None:
     log = AuditLog(tmp_path / "audit.jsonl")
     log.append(make())
     key = (tmp_path / "audit.key").read_bytes()

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from audit_logs import broken, fill, is_whole, make, open_log, read
 
+from support.audit_logs import broken, fill, is_whole, make, open_log, read
 from virt_sse.audit.log import AuditLog
 from virt_sse.audit.record import GENESIS, LOST_HEAD, Position, record_mac, seal
 
@@ -45,6 +45,7 @@ def test_a_removed_line_is_found(filled: AuditLog) -> None:
     assert is_whole(filled)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_found_wherever_it_is(filled: AuditLog) -> None:
     for seq, (path, lines, index) in enumerate(list(places(filled)), start=1):
         content = path.read_bytes()
@@ -196,7 +197,9 @@ def test_a_lost_key_is_found_and_keys_go_on_being_used(filled: AuditLog, tmp_pat
     ids=lambda line: f"{line[:12]!r}-{len(line)}",
 )
 @pytest.mark.parametrize("sealed", [False, True])
-def test_what_is_no_record_is_found(filled: AuditLog, tmp_path: Path, line: bytes, *, sealed: bool) -> None:
+def test_a_line_that_is_no_record_is_found(
+    filled: AuditLog, tmp_path: Path, line: bytes, *, sealed: bool
+) -> None:
     if sealed:
         position = Position(1, hashlib.sha256(line).hexdigest())
         mac = record_mac((tmp_path / "state/audit.key").read_bytes(), position)

@@ -77,7 +77,7 @@ def test_disks_are_reported_and_not_refused(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_tpm_state(
+def test_the_state_of_a_tpm_is_found_and_refused_if_plaintext(
     tmp_path: Path, devices: str, state_file: bytes | None, expected: State, refused: bool
 ) -> None:
     if state_file is not None:
@@ -131,11 +131,11 @@ def test_plaintext_by_host_or_firmware_is_reported_and_not_refused(tmp_path: Pat
     assert not any(each.is_refused for each in found.values())
 
 
-def test_qemu_conf_that_is_not_there_says_libvirts_defaults(tmp_path: Path) -> None:
+def test_a_missing_qemu_conf_means_libvirts_defaults(tmp_path: Path) -> None:
     assert QemuSettings.read(tmp_path / "none") == QemuSettings()
 
 
-def test_swap(tmp_path: Path) -> None:
+def test_plaintext_swap_is_found(tmp_path: Path) -> None:
     devices = tmp_path / "block"
     for name, file, content in (
         ("dm-0", "dm/uuid", "CRYPT-PLAIN-swap\n"),
@@ -157,7 +157,7 @@ def test_swap(tmp_path: Path) -> None:
     assert locked.state is State.ABSENT
 
 
-def test_a_snapshot_with_memory() -> None:
+def test_an_external_memory_snapshot_is_reported_as_plaintext() -> None:
     def found_in(memory: str) -> HostData | None:
         return memory_snapshot(SnapshotFiles.parse(f"<domainsnapshot>{memory}</domainsnapshot>"))
 

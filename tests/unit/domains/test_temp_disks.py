@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from support.waiting import wait_until
 from virt_sse.backend import Backend
 from virt_sse.config import Config
 from virt_sse.domains import temp_disks
@@ -19,6 +20,8 @@ from virt_sse.libvirt.users import User
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.qemu import img
+
+pytestmark = pytest.mark.usefixtures("as_root")  # the disks are given to QEMU's user
 
 ID = uuid.UUID("b6a1c5f2-3f4d-4a0b-9c57-0f0f5f0e7c11")
 QEMU = User(64055, 108)
@@ -35,9 +38,7 @@ def make(backend: Backend, vm_id: uuid.UUID = ID) -> Dek:
     return temp_disks.create(backend.host.config, layer, wrapping, vm_id, "web", 1 << 20, QEMU)
 
 
-def test_it_is_a_luks_image_that_its_envelope_opens_and_only_qemu_comes_near(
-    backend: Backend, config: Config
-) -> None:
+def test_a_temporary_disk_is_a_luks_image_for_qemu_alone(backend: Backend, config: Config) -> None:
     dek = make(backend)
     path = temp_disks.image(config, ID)
     img.check_unlocks(path, DiskFormat.RAW, [dek])
@@ -66,7 +67,7 @@ def test_erasing_leaves_nothing_to_open(backend: Backend, config: Config) -> Non
     kept.unlink()
 
 
-def test_one_that_qemu_has_open_stays(backend: Backend, config: Config) -> None:
+def test_a_temporary_disk_that_qemu_has_open_is_not_erased(backend: Backend, config: Config) -> None:
     make(backend)
     path = temp_disks.image(config, ID)
     os.utime(path.parent, (1, 1))
@@ -78,9 +79,7 @@ def test_one_that_qemu_has_open_stays(backend: Backend, config: Config) -> None:
         "sleep 1000",
     ]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as reader:
-        deadline = time.monotonic() + 10
-        while not _is_open(path) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_until(lambda: _is_open(path), "the reader has opened the image", seconds=10)
         with pytest.raises(DiskInUseError):
             temp_disks.erase(config, ID)
         temp_disks.erase_unused(config, [], before=time.time())
@@ -98,7 +97,7 @@ def _is_open(path: Path) -> bool:
     return False
 
 
-def test_leftovers(backend: Backend, config: Config) -> None:
+def test_only_unused_temporary_disks_are_erased(backend: Backend, config: Config) -> None:
     other = uuid.uuid4()
     make(backend)
     make(backend, other)

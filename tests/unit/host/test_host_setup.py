@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import images
-from command_line import CommandLine, no_libvirt
+from support import images
+from support.command_line import CommandLine, no_libvirt
 from virt_sse.config import Config
 from virt_sse.host import capabilities
 from virt_sse.host.setup import APPARMOR_ABSTRACTION, APPARMOR_LOCAL, apparmor_rule
@@ -25,6 +25,7 @@ CAPABILITIES = """\
 """
 
 
+@pytest.mark.slow
 def test_apparmor_is_told_where_guests_find_their_disks(tmp_path: Path) -> None:
     cli = CommandLine(tmp_path)
     assert "AppArmor" not in cli("host", "init")
@@ -39,7 +40,7 @@ def test_apparmor_is_told_where_guests_find_their_disks(tmp_path: Path) -> None:
     assert "nothing to do" in cli("host", "init")
 
 
-def test_what_the_host_can_do_is_found_out(tmp_path: Path) -> None:
+def test_the_hosts_capabilities_are_found(tmp_path: Path) -> None:
     images.require("qemu-img", "qemu-io", "cryptsetup")
     rows = json.loads(CommandLine(tmp_path)("host", "capabilities", "--output", "json"))
     found = {row["capability"]: row for row in rows}
@@ -50,14 +51,14 @@ def test_what_the_host_can_do_is_found_out(tmp_path: Path) -> None:
     assert "does not answer" in found["libvirt"]["detail"]
 
 
-def test_a_cipher_that_qemu_has_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_cipher_is_available_without_qemus_tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The tool itself is not there: that says nothing of ciphers, and none is claimed."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("LIBVIRT_DEFAULT_URI", no_libvirt(tmp_path))
     assert not any(each.available for each in capabilities.probe(Config.load(tmp_path)))
 
 
-def test_who_qemu_is_and_who_serves_it() -> None:
+def test_the_users_of_qemu_and_of_storage_daemons_are_found() -> None:
     qemu = HostCapabilities.parse(CAPABILITIES).qemu_user
     assert qemu == User(64055, 108)
     assert storage_user("1234", qemu) == User(1234, 1234)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import guest_disks
-from guest_disks import LUKS1, LUKS2, LVM, GuestDisk, K, M, gpt, gpt_header, mbr
+from support import guest_disks
+from support.guest_disks import LUKS1, LUKS2, LVM, GuestDisk, K, M, gpt, gpt_header, mbr
 from virt_sse.errors import ImageFormatError, KeyDeniedError, PolicyError
 from virt_sse.in_guest.containers import volumes
 from virt_sse.in_guest.inspection import _MOST_READS, inspect
@@ -26,13 +26,13 @@ def places(disk: GuestDisk) -> list[tuple[str, int, str]]:
     return [(finding.partition, finding.offset, finding.kind.value) for finding in of(disk)]
 
 
-def test_a_whole_disk() -> None:
+def test_luks_on_a_whole_disk_is_found() -> None:
     disk = GuestDisk(64 * M)
     disk.write(0, LUKS1)
     assert of(disk) == [Finding("disk", 0, 64 * M, EncryptionKind.LUKS1)]
 
 
-def test_some_partitions() -> None:
+def test_encrypted_partitions_are_found() -> None:
     disk = GuestDisk(64 * M)
     gpt(disk, [(2048, 4095), (8192, 16383), (20480, 40959), (65536, 65599)])
     disk.write(8192 * 512, LUKS2)
@@ -46,7 +46,7 @@ def test_some_partitions() -> None:
     assert described(of(disk)) == "LUKS2 (gpt-2), BitLocker (gpt-3), ext4 encrypt (gpt-4)"
 
 
-def test_logical_partitions_of_large_sectors() -> None:
+def test_encryption_is_found_in_logical_partitions_of_large_sectors() -> None:
     disk = GuestDisk(256 * M)
     disk.write(0, mbr((0x83, 256, 256), (0x0F, 1024, 30000)))
     disk.write(1024 * 4096, mbr((0x83, 256, 256), (0x05, 4096, 9000)))
@@ -55,7 +55,7 @@ def test_logical_partitions_of_large_sectors() -> None:
     assert places(disk) == [("mbr-6", (1024 + 4096 + 256) * 4096, "LUKS2")]
 
 
-def test_an_honest_disk_has_nothing() -> None:
+def test_a_disk_without_encryption_has_no_finding() -> None:
     disk = GuestDisk(64 * M)
     gpt(disk, [(2048, 4095), (8192, 16383)])
     disk.write(4096 * 512 + 512, LUKS1)
@@ -73,14 +73,14 @@ def lvm() -> GuestDisk:
     return disk
 
 
-def test_logical_volumes(lvm: GuestDisk) -> None:
+def test_encrypted_logical_volumes_are_found(lvm: GuestDisk) -> None:
     assert places(lvm) == []
     for offset in PIECES[1:]:
         lvm.write(M + offset, LUKS2)
     assert places(lvm) == [("gpt-1/lvm", M + offset, "LUKS2") for offset in PIECES[1:]]
 
 
-def test_lvm_metadata_that_goes_round_its_ring() -> None:
+def test_lvm_metadata_that_wraps_around_its_ring_is_read() -> None:
     content = bytearray(guest_disks.physical_volume())
     area, size = 4096, M - 4096
     offset, length = struct.unpack_from("<QQ", content, area + 40)
@@ -93,7 +93,7 @@ def test_lvm_metadata_that_goes_round_its_ring() -> None:
     assert [volume.offset for volume in found] == PIECES
 
 
-def test_a_raid_member_and_logical_volumes_in_it() -> None:
+def test_encryption_is_found_in_logical_volumes_in_a_raid_member() -> None:
     for superblock in (0, 4096):
         disk = GuestDisk(128 * M)
         disk.write(superblock, guest_disks.md_superblock(2 * M))
@@ -125,7 +125,7 @@ HOSTILE_TEXT = {
 
 
 @pytest.mark.parametrize("name", HOSTILE_TEXT)
-def test_hostile_lvm_metadata(name: str) -> None:
+def test_hostile_lvm_metadata_is_bounded_and_gives_no_crash(name: str) -> None:
     content = bytearray(guest_disks.physical_volume())
     identifier = b"mbo4UO-afJE-JCzV-rkUH-DLwy-ZtPl-4evO6X"
     text = b'pv0 {\nid = "' + identifier + b'"\npe_start = 2048\n}\nextent_size = 8\n' + HOSTILE_TEXT[name]
@@ -188,7 +188,8 @@ def seeds() -> Iterator[int]:
     yield from range(400)
 
 
-def test_no_disk_brings_it_down_or_keeps_it_busy() -> None:
+@pytest.mark.slow
+def test_no_random_disk_crashes_or_stalls_the_inspection() -> None:
     found = refused = 0
     for seed in seeds():
         disk = hostile(seed)
@@ -234,7 +235,7 @@ def _endless(disk: GuestDisk) -> Callable[[int, int], bytes]:
     return read
 
 
-def test_content_is_looked_at_once_and_only_when_asked(tmp_path: Path) -> None:
+def test_content_is_inspected_once_and_only_on_demand(tmp_path: Path) -> None:
     asked = []
 
     def look() -> list[Finding]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from guest_disks import GuestDisk, M, gpt, gpt_header, mbr
-from images import require
+from support.guest_disks import GuestDisk, M, gpt, gpt_header, mbr
+from support.images import require
 from virt_sse.errors import ImageFormatError
 from virt_sse.in_guest.partitions import MOST, Partition, partitions
 
@@ -47,7 +47,7 @@ def of_file(path: Path) -> list[Partition]:
 
 
 @pytest.mark.parametrize("name", SFDISK)
-def test_what_sfdisk_makes(tmp_path: Path, name: str) -> None:
+def test_partitions_made_by_sfdisk_are_found(tmp_path: Path, name: str) -> None:
     require("sfdisk")
     path = image(tmp_path / "disk")
     subprocess.run(["sfdisk", "-q", path], input=SFDISK[name].encode(), check=True)
@@ -60,7 +60,7 @@ def test_what_sfdisk_makes(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FDISK)
-def test_what_fdisk_makes_of_sectors_of_4096_bytes(tmp_path: Path, name: str) -> None:
+def test_partitions_made_by_fdisk_with_large_sectors_are_found(tmp_path: Path, name: str) -> None:
     require("fdisk")
     path = image(tmp_path / "disk")
     answers = FDISK[name].replace("-", "").replace(" ", "\n") + "\n"
@@ -73,7 +73,7 @@ def test_what_fdisk_makes_of_sectors_of_4096_bytes(tmp_path: Path, name: str) ->
     assert set(expected) <= {(partition.offset, partition.size) for partition in of_file(path)}
 
 
-def test_names() -> None:
+def test_partitions_are_named_as_by_linux() -> None:
     disk = GuestDisk(64 * M)
     disk.write(0, mbr((0x83, 2048, 2048), (0x05, 8192, 16384)))
     disk.write(8192 * 512, mbr((0x83, 2048, 2048), (0x05, 4096, 4096)))
@@ -116,7 +116,7 @@ def test_a_whole_primary_gpt_goes_before_the_backup() -> None:
     assert (2048 * 512, 2048 * 512) in places(disk)
 
 
-def test_what_lies_beyond_the_end_is_cut_off() -> None:
+def test_partitions_beyond_the_end_are_cut_off() -> None:
     disk = GuestDisk(4 * M)
     disk.write(0, mbr((0x83, 2048, 0xFFFFFFFF), (0x83, 0xFFFFFFFF, 1), (0x83, 0, 5), (0x83, 4096, 0)))
     assert places(disk) == [(M, 3 * M)]
@@ -180,7 +180,7 @@ def test_too_many_partitions_are_refused() -> None:
         (2**15 + 1, 128),
     ],
 )
-def test_a_gpt_with_a_senseless_table_is_none(count: int, entry_size: int) -> None:
+def test_a_gpt_with_an_invalid_table_is_ignored(count: int, entry_size: int) -> None:
     disk = GuestDisk(16 * M)
     disk.write(512, gpt_header(1, 2, 2, count, entry_size, 0))
     assert of(disk) == []
@@ -188,7 +188,7 @@ def test_a_gpt_with_a_senseless_table_is_none(count: int, entry_size: int) -> No
 
 
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 513, 1024, 4096, 8192])
-def test_tiny_disks(size: int) -> None:
+def test_partitions_of_a_tiny_disk_lie_within_the_disk(size: int) -> None:
     disk = GuestDisk(size)
     disk.write(0, mbr((0x05, 0, 1), (0x83, 1, 9))[:size])
     disk.write(512, gpt_header(1, 1, 0, 4, 128, zlib.crc32(disk.read(0, 512))))
@@ -196,7 +196,7 @@ def test_tiny_disks(size: int) -> None:
         assert 0 < partition.offset < partition.offset + partition.size <= size
 
 
-def test_entries_may_be_larger_than_usual() -> None:
+def test_gpt_entries_may_be_larger_than_usual() -> None:
     disk = GuestDisk(16 * M)
     table = b"".join(struct.pack("<16s16sQQ208x", b"t" * 16, b"u" * 16, at, at + 9) for at in (2048, 4096))
     disk.write(1024, table)

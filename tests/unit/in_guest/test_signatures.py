@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-import guest_disks
-from guest_disks import GuestDisk, K, M, luks_format
-from images import require
+from support import guest_disks
+from support.guest_disks import GuestDisk, K, M, luks_format
+from support.images import require
 from virt_sse.in_guest.signatures import _crc32c, kinds
 from virt_sse.model.content import EncryptionKind
 
@@ -17,7 +17,7 @@ def of(content: bytes) -> list[EncryptionKind]:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_what_cryptsetup_makes(tmp_path: Path, version: int) -> None:
+def test_luks_made_by_cryptsetup_is_known(tmp_path: Path, version: int) -> None:
     require("cryptsetup")
     content = luks_format(tmp_path / "luks", version)
     assert of(content) == [EncryptionKind(f"LUKS{version}")]
@@ -26,7 +26,7 @@ def test_what_cryptsetup_makes(tmp_path: Path, version: int) -> None:
 
 
 @pytest.mark.parametrize("metadata", [None, 32, 4096])
-def test_luks2_without_its_first_header(tmp_path: Path, metadata: int | None) -> None:
+def test_luks2_is_known_by_its_second_header(tmp_path: Path, metadata: int | None) -> None:
     require("cryptsetup")
     path = tmp_path / "luks"
     luks_format(path, 2)
@@ -52,7 +52,7 @@ def test_luks2_without_its_first_header(tmp_path: Path, metadata: int | None) ->
     assert of(moved) == [], "a header says where it lies"
 
 
-def test_luks_of_no_known_version() -> None:
+def test_luks_of_an_unknown_version_is_not_known() -> None:
     assert of(b"LUKS\xba\xbe\0\x07".ljust(4096, b"\0")) == []
 
 
@@ -81,14 +81,14 @@ BEGINNINGS = {
 
 
 @pytest.mark.parametrize("name", BEGINNINGS)
-def test_beginnings(name: str) -> None:
+def test_every_signature_is_known_and_survives_truncation(name: str) -> None:
     content, kind = BEGINNINGS[name]
     assert of(content.ljust(4096, b"\0")) == ([kind] if kind else [])
     for length in (0, 1, 11, 89, 200, 511, 1100):
         assert of(content[:length]) in ([], [kind]), "cut off"
 
 
-def test_what_mke2fs_makes(tmp_path: Path) -> None:
+def test_ext4_encryption_made_by_mke2fs_is_known(tmp_path: Path) -> None:
     require("mke2fs")
     for features, expected in (("encrypt", [EncryptionKind.EXT4_ENCRYPT]), ("^encrypt", [])):
         path = tmp_path / features
@@ -108,7 +108,7 @@ def test_blkid_knows_our_samples(tmp_path: Path, name: str) -> None:
     assert done.stdout.strip() == b"BitLocker"
 
 
-def test_crc32c() -> None:
+def test_crc32c_gives_the_values_of_rfc_3720() -> None:
     """RFC 3720, appendix B.4, whose values are inverted at the end."""
     for data, crc in ((bytes(32), 0x8A9136AA), (b"\xff" * 32, 0x62A8AB43), (bytes(range(32)), 0x46DD794E)):
         assert _crc32c(0xFFFFFFFF, data) ^ 0xFFFFFFFF == crc

@@ -173,7 +173,7 @@ def test_a_refusal_is_recorded_with_its_reason(host: Host) -> None:
     assert [bool(event.error) for event in host.events] == [False, True, True]
 
 
-def test_nothing_is_handed_out_that_cannot_be_recorded(host: Host) -> None:
+def test_no_dek_is_handed_out_without_a_record(host: Host) -> None:
     dek = Dek.generate()
     wrapped = host.wrap(dek)
     host.break_log()
@@ -200,7 +200,7 @@ def test_a_refusal_stays_one_when_it_cannot_be_recorded(host: Host, caplog: pyte
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
-def test_what_a_use_ends_with_is_recorded_but_no_foreign_message(
+def test_the_outcome_of_a_use_is_recorded_without_foreign_messages(
     host: Host, kind: type[BaseException]
 ) -> None:
     key = KeyRef(Probe.name, "default")

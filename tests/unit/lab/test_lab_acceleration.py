@@ -8,7 +8,7 @@ from virt_sse.lab import cache
 from virt_sse.lab.acceleration import Acceleration
 
 
-def test_it_reads_well() -> None:
+def test_an_acceleration_prints_with_its_reason() -> None:
     assert str(Acceleration("boot-sector", "kvm")) == "boot-sector: kvm"
     slow = Acceleration("linux-micro", "qemu", "there is no /dev/kvm")
     assert str(slow) == "linux-micro: qemu (TCG), because there is no /dev/kvm"

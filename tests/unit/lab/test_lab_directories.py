@@ -50,7 +50,7 @@ def test_the_lock_lives_as_long_as_a_process_that_was_given_it(base: Path) -> No
     assert directories.sweep(base) == [made.path]
 
 
-def test_what_is_not_a_lab_directory_stays(base: Path) -> None:
+def test_a_directory_of_no_lab_is_not_swept(base: Path) -> None:
     (base / "something-else").mkdir()
     (base / f"{directories.PREFIX}file").touch()
     target = base / "target"
@@ -60,9 +60,8 @@ def test_what_is_not_a_lab_directory_stays(base: Path) -> None:
     assert len(list(base.iterdir())) == 4
 
 
-def test_another_users_directory_stays(base: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to make another user's directory")
+@pytest.mark.usefixtures("as_root")
+def test_the_directory_of_another_user_is_not_swept(base: Path) -> None:
     foreign = base / f"{directories.PREFIX}foreign"
     foreign.mkdir()
     os.chown(foreign, 65534, 65534)

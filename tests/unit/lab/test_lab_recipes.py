@@ -34,7 +34,7 @@ def test_a_recipe_is_built_once_and_again_when_it_changes(recipe: Path, tmp_path
     assert (tmp_path / "log").read_text() == "built\n" * 2
 
 
-def test_at_once_it_is_built_once(recipe: Path, tmp_path: Path) -> None:
+def test_a_recipe_built_by_several_at_once_is_built_once(recipe: Path, tmp_path: Path) -> None:
     write(recipe, f'echo built >>{tmp_path}/log; sleep 0.2; echo one >"$1/image"')
     with ThreadPoolExecutor(4) as pool:
         folders = {future.result() for future in [pool.submit(recipes.built, "thing") for _ in range(4)]}
@@ -51,7 +51,7 @@ def test_a_recipe_that_fails_leaves_nothing(recipe: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("recipe")
-def test_a_recipe_that_is_not_there_is_named() -> None:
+def test_a_missing_recipe_is_named() -> None:
     with pytest.raises(LabUnavailableError, match=r"recipe .*/vm-images/other/build does not exist"):
         recipes.built("other")
 

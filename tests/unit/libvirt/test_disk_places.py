@@ -75,7 +75,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_places(name: str) -> None:
+def test_the_place_of_every_kind_of_disk_is_found(name: str) -> None:
     xml, place = PLACES[name]
     assert of(xml) == [place]
 
@@ -87,6 +87,6 @@ def test_drives_and_temporary_disks_are_no_disks() -> None:
 
 
 @pytest.mark.parametrize("secret", ["virt-sse:", "virt-sse:x:service", f"virt-sse:{ID}"])
-def test_a_secret_that_only_looks_like_ours(secret: str) -> None:
+def test_a_secret_of_others_that_resembles_ours_is_ignored(secret: str) -> None:
     with pytest.raises(InvalidValueError, match="names an unknown secret"):
         of(f"<disk type='file'><encryption><secret usage='{secret}'/></encryption></disk>")

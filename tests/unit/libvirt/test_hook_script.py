@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import no_libvirt
+from support.command_line import no_libvirt
 from virt_sse.libvirt import hook_script
 from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.vm_metadata import VM_NAMESPACE
@@ -50,7 +50,7 @@ def installed(tmp_path: Path) -> Hook:
     )
 
 
-def test_it_is_installed_once(tmp_path: Path) -> None:
+def test_the_hook_is_installed_once(tmp_path: Path) -> None:
     path, stages = tmp_path / "hooks/qemu.d/virt-sse", tmp_path / "stages"
     assert hook_script.install(path, {"A": "1"}, stages)
     assert path.stat().st_mode & 0o777 == 0o755
@@ -85,7 +85,7 @@ def test_a_domain_of_others_passes_at_once(installed: Hook) -> None:
     assert min(times) < 0.06
 
 
-def test_what_is_left_of_an_unplugged_disk_is_taken_away_at_the_end(installed: Hook) -> None:
+def test_leftovers_of_an_unplugged_disk_are_removed_at_the_end(installed: Hook) -> None:
     """The domain's XML names nothing of ours by then, but its stages' record names the domain."""
     domain_id = uuid.uuid4()
     theirs = THEIRS.replace("<devices>", f"<uuid>{domain_id}</uuid><devices>")
@@ -107,7 +107,7 @@ def test_a_domain_of_ours_that_cannot_be_served_is_refused_with_the_reason(insta
     assert "Traceback" not in said
 
 
-def test_a_domain_of_which_something_was_asked_is_served_also_without_a_disk_of_ours(
+def test_a_domain_with_settings_of_ours_is_served_even_without_a_disk_of_ours(
     installed: Hook,
 ) -> None:
     element = f'<virt-sse:vm xmlns:virt-sse="{VM_NAMESPACE}" encryption-at-host="perhaps"/>'
@@ -115,7 +115,7 @@ def test_a_domain_of_which_something_was_asked_is_served_also_without_a_disk_of_
     assert "metadata is invalid" in installed(asked, *PREPARE, status=1)
 
 
-def test_a_secret_that_makes_no_sense_is_refused(installed: Hook) -> None:
+def test_an_invalid_secret_is_refused(installed: Hook) -> None:
     said = installed(OURS.replace(":service", ""), *PREPARE, status=1)
     assert "names an unknown secret" in said
 
@@ -135,7 +135,7 @@ def test_reconnect_never_fails(installed: Hook, tmp_path: Path) -> None:
     assert "/nowhere/python is gone" in installed(OURS, *PREPARE, status=1)
 
 
-def test_events_that_need_nothing_of_us(installed: Hook, tmp_path: Path) -> None:
+def test_other_events_pass_without_work(installed: Hook, tmp_path: Path) -> None:
     for event in (("start", "begin", "-"), ("started", "begin", "-"), ("stopped", "end", "-")):
         assert installed(OURS, *event) == ""
     assert not (tmp_path / "a root's $HOME").exists()

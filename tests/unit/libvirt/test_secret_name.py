@@ -15,7 +15,7 @@ def test_a_usage_is_read_back() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "ceph", "virt-ss", "my virt-sse:", " virt-sse:x:y"])
-def test_what_is_not_ours(text: str) -> None:
+def test_a_usage_of_others_is_ignored(text: str) -> None:
     assert SecretName.parse(text) is None
 
 
@@ -23,7 +23,7 @@ def test_what_is_not_ours(text: str) -> None:
     "text",
     ["virt-sse:", "virt-sse::", "virt-sse:x", "virt-sse:x:service", f"virt-sse:{DISK}", f"virt-sse:{DISK}:"],
 )
-def test_what_is_ours_and_makes_no_sense(text: str) -> None:
+def test_an_invalid_usage_of_ours_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
         SecretName.parse(text)
 

@@ -26,13 +26,13 @@ def test_an_unknown_cipher_is_refused_and_the_known_ones_listed(text: str) -> No
     assert "aes-256-xts" in (caught.value.hint or "")
 
 
-def test_xts_in_the_words_of_the_tools() -> None:
+def test_xts_is_named_as_by_qemu_and_cryptsetup() -> None:
     assert AES_256_XTS.cryptsetup == "aes-xts-plain64"
     assert AES_256_XTS.volume_key_bits == 512
     assert AES_256_XTS.qemu == {"cipher-alg": "aes-256", "cipher-mode": "xts", "ivgen-alg": "plain64"}
 
 
-def test_cbc_in_the_words_of_the_tools() -> None:
+def test_cbc_is_named_as_by_qemu_and_cryptsetup() -> None:
     cipher = Cipher.parse("twofish-256-cbc")
     assert cipher.cryptsetup == "twofish-cbc-essiv:sha256"
     assert cipher.volume_key_bits == 256

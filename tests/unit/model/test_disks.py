@@ -40,7 +40,7 @@ DISK = Disk(
         ("1536", 1536),
     ],
 )
-def test_sizes(text: str, size: int) -> None:
+def test_a_size_is_read_with_any_unit(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
@@ -66,20 +66,20 @@ def test_sizes(text: str, size: int) -> None:
     ]
     + ["70368744178176", "\uff19\uff19\uff19", "1G\n", " 1G", "1" * 21, "512\0", "1KiBiB", "1_024"],
 )
-def test_what_is_no_size(text: str) -> None:
+def test_an_invalid_size_is_refused(text: str) -> None:
     with pytest.raises(InvalidValueError) as caught:
         parse_size(text)
     assert caught.value.hint
 
 
 @pytest.mark.parametrize("size", [-512, 0, 1, 511, 513, MAX_SIZE + 512])
-def test_what_no_disk_can_have(size: int) -> None:
+def test_an_impossible_disk_size_is_refused(size: int) -> None:
     with pytest.raises(InvalidValueError):
         check_size(size)
 
 
 @pytest.mark.parametrize("name", ["a", "0", "A-b_c.d", "x" * 80, "a.qcow2", "a_"])
-def test_names(name: str) -> None:
+def test_a_valid_name_is_accepted(name: str) -> None:
     assert check_name(name) == name
 
 
@@ -88,7 +88,7 @@ def test_names(name: str) -> None:
     ["", ".", "..", "-a", ".a", "a.", "a-", "a/b", "/a", "a b", "a\n", "a\0b", "ä", "x" * 81, "x" * 10_000]
     + ["a:b", "a,b", "\udcff"],
 )
-def test_what_is_no_name(name: str) -> None:
+def test_an_invalid_name_is_refused(name: str) -> None:
     with pytest.raises(InvalidValueError) as caught:
         check_name(name)
     assert len(str(caught.value)) < 500
@@ -107,17 +107,17 @@ def test_a_path_has_one_spelling(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/a\nb", "/a\0b", "/\x7f", "/\udcff", "/\x1f/a", "/a\uffff"])
-def test_what_is_no_path(path: str) -> None:
+def test_an_invalid_path_is_refused(path: str) -> None:
     with pytest.raises(InvalidValueError):
         check_path(Path(path))
 
 
-def test_paths_that_look_odd_and_are_none(tmp_path: Path) -> None:
+def test_an_odd_but_valid_path_is_accepted(tmp_path: Path) -> None:
     for name in ("a,b=c", "a:b", "nbd:x", "ä 猫", "'\"<&>", "%41?#"):
         assert check_path(tmp_path / name).name == name
 
 
-def test_a_disk_has_no_dek_that_it_has_not() -> None:
+def test_a_missing_dek_is_an_error() -> None:
     with pytest.raises(KeyError):
         DISK.dek("service")
     assert DISK.context("service") == DekContext(DISK.id, "service")

@@ -46,7 +46,7 @@ class KeylessProvider(KeyProvider):
         return KeyState.UNREACHABLE
 
 
-def test_generated_deks_differ() -> None:
+def test_generated_deks_differ_from_each_other() -> None:
     deks = [Dek.generate() for _ in range(100)]
     assert {len(dek.material) for dek in deks} == {DEK_BYTES}
     assert len({dek.material for dek in deks}) == 100
@@ -81,7 +81,7 @@ def test_the_passphrase_is_base64_text() -> None:
     assert base64.b64decode(dek.passphrase) == dek.material
 
 
-def test_key_names_as_text() -> None:
+def test_keys_print_as_provider_name_and_version() -> None:
     assert str(KeyRef("platform-managed", "default")) == "platform-managed:default"
     assert str(KeyId("vault", "https://host:8443/disks", "7f")) == "vault:https://host:8443/disks:7f"
 
@@ -119,7 +119,7 @@ def test_a_payload_of_another_size_is_refused(length: int) -> None:
         context.release(payload)
 
 
-def test_what_a_provider_need_not_do() -> None:
+def test_optional_operations_of_a_provider_are_unsupported_by_default() -> None:
     provider = KeylessProvider()
     assert provider.provision() is False
     with pytest.raises(KeyOperationUnsupportedError, match="keyless"):

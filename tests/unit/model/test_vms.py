@@ -84,7 +84,7 @@ def test_a_damaged_pending_update_is_a_store_error(store: Store, tmp_path: Path,
         store.vms.find(ID)
 
 
-def test_a_commit_makes_what_is_pending_what_is(store: Store) -> None:
+def test_a_commit_makes_pending_settings_current(store: Store) -> None:
     vm = Vm(ID, "web", uuid.uuid4(), VmProperties(), 3, PendingUpdate(ALL), wrapped("1"))
     store.vms.put(vm)
     after = store.vms.commit(vm)
@@ -103,7 +103,7 @@ def test_the_key_of_a_tpm_is_in_use_and_rewrapped_by_compare_and_swap(store: Sto
     assert store.vms.keys_in_use() == {wrapped("2").key: 1}
 
 
-def test_a_definition_says_what_it_was_told() -> None:
+def test_a_definition_carries_its_settings() -> None:
     definition = DomainDefinition.parse(PLAIN)
     assert definition.stated is None
     for said in (Stated(ALL, 7), Stated(VmProperties(), 8)):
@@ -183,7 +183,7 @@ def with_temp_disk(xml: str, path: Path | None) -> DomainDefinition:
     return edit.result()
 
 
-def test_a_temporary_disk_in_a_definition() -> None:
+def test_a_temporary_disk_is_found_in_a_definition() -> None:
     definition = with_temp_disk(PLAIN, Path("/temp/disk.raw"))
     text = definition.to_xml()
     assert definition.our_disks == (), "it is no disk in the store"
@@ -212,7 +212,7 @@ def with_tpm_encryption(definition: DomainDefinition, *, encrypted: bool) -> Dom
     return edit.result()
 
 
-def test_a_tpm_in_a_definition() -> None:
+def test_a_tpm_is_found_in_a_definition() -> None:
     definition = DomainDefinition.parse(PLAIN)
     assert definition.tpm_secret is None
     definition = with_tpm_encryption(definition, encrypted=True)
@@ -262,7 +262,7 @@ def test_a_tpm_carries_its_wrapped_dek(tmp_path: Path) -> None:
     assert tpm_envelope.read(folder, ID) == wrapped("2")
 
 
-def test_names_of_sizes() -> None:
+def test_a_size_name_is_checked() -> None:
     assert check_size_name("Standard_E4-2s_v3") == "Standard_E4-2s_v3"
     for name in ("", "a b", "-x", "x" * 65, "é"):
         with pytest.raises(InvalidValueError):

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pytest
 
-import inside_token
-from inside_token import home_of, inside
+from support import inside_token
+from support.forking import Report, fork, run_forked
+from support.inside_token import home_of, inside
+from support.waiting import is_gone, wait_until
 from virt_sse.errors import ConfigError, KeyNotFoundError, KeyProviderUnavailableError
 from virt_sse.lab.tokens import LabHsm, LabToken
 from virt_sse.pkcs11.module import find_module
@@ -59,36 +61,10 @@ def guard_is_held(token: LabToken) -> bool:
     return False
 
 
-def is_gone(pid: int) -> bool:
-    """A zombie is."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text("ascii").rsplit(") ", 1)[1][0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-
-
-def until(what: Callable[[], bool]) -> None:
-    began = time.monotonic()
-    while not what():
-        assert time.monotonic() - began < 20, "it does not come to pass"
-        time.sleep(0.02)
-
-
-def in_another_process(work: object) -> int:
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            status = 0 if work() else 2  # type: ignore[operator]
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 @pytest.mark.parametrize(
     "what", [inside_token.close_sessions, inside_token.log_out, inside_token.restart, inside_token.finalise]
 )
-def test_somebody_is_at_work_in_the_module(
+def test_sessions_lost_in_the_module_are_reopened(
     token: Token, key: TokenKey, what: Callable[[TokenOperations], None]
 ) -> None:
     inside(token, what)
@@ -97,22 +73,23 @@ def test_somebody_is_at_work_in_the_module(
     assert token.find(label="key") == [key]
 
 
-def test_its_process_is_killed(token: Token, key: TokenKey) -> None:
+def test_a_killed_module_process_is_replaced(token: Token, key: TokenKey) -> None:
     before = token.pid
     assert before is not None
     os.kill(before, signal.SIGKILL)
-    until(lambda: is_gone(before))
+    wait_until(lambda: is_gone(before), "the module's process has ended")
     assert works(token, key)
     assert token.pid != before
 
 
-def test_a_module_crashes(token: Token, key: TokenKey) -> None:
+def test_a_crashed_module_is_reported_and_started_again(token: Token, key: TokenKey) -> None:
     with pytest.raises(KeyProviderUnavailableError, match=r"crashed its process \(SIGSEGV\)"):
         inside(token, inside_token.crash)
     assert works(token, key)
 
 
-def test_a_module_hangs(lab_token: LabToken, key: TokenKey) -> None:
+@pytest.mark.slow
+def test_a_hanging_module_delays_only_its_callers_and_only_once(lab_token: LabToken, key: TokenKey) -> None:
     """Those wait who ask it, and no longer than that; nobody else does."""
     options = lab_token.options
     with (
@@ -149,7 +126,7 @@ def test_a_login_that_hangs_is_no_wrong_pin(
     inside(token, inside_token.hang_at_login)
     with ThreadPoolExecutor(1) as pool:
         hanging = pool.submit(works, token, key)
-        until(lambda: guard_is_held(lab_token))
+        wait_until(lambda: guard_is_held(lab_token), "the login is under way")
         assert token.pid is not None
         os.kill(token.pid, ended_by)
         with pytest.raises(KeyProviderUnavailableError):
@@ -159,55 +136,58 @@ def test_a_login_that_hangs_is_no_wrong_pin(
     assert guard.failures() == 0
 
 
-def test_it_ends_with_its_user_even_as_it_hangs(lab_token: LabToken, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_a_hanging_module_process_ends_with_its_user(
+    lab_token: LabToken, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inside_token.allow(monkeypatch)
-    told, tell = os.pipe()
 
-    def child() -> None:
+    def use(report: Report) -> None:
         token = lab_token.open()
         token._seconds = 1
-        os.write(tell, str(token.pid).encode())
+        report(token.pid)
         inside(token, inside_token.hang)
 
-    user = os.fork()
-    if not user:
-        try:
-            child()
-        finally:
-            os._exit(1)
-    worker = int(os.read(told, 16))
-    os.close(told)
-    os.close(tell)
+    user = fork(use)
+    worker = int(user.line())
     time.sleep(0.2)
-    os.kill(user, signal.SIGKILL)
-    os.waitpid(user, 0)
-    until(lambda: is_gone(worker))
+    user.kill()
+    wait_until(lambda: is_gone(worker), "the module's process has ended")
 
 
-def test_its_memory_is_its_own(token: Token) -> None:
-    """It leaves no core, and we know nothing of what the module has in it."""
+def test_the_process_of_a_module_leaves_no_core(token: Token) -> None:
     limits = Path(f"/proc/{token.pid}/limits").read_text("ascii")
     assert re.search(r"Max core file size +0 +0 ", limits)
+
+
+@pytest.mark.usefixtures("as_root")  # others may not read the memory map of that process
+def test_a_module_lies_in_the_memory_of_its_own_process_alone(token: Token) -> None:
     assert "libsofthsm2" in Path(f"/proc/{token.pid}/maps").read_text("utf-8")
     assert "libsofthsm2" not in Path("/proc/self/maps").read_text("utf-8")
 
 
-def test_closed_it_opens_again(token: Token, key: TokenKey) -> None:
+def test_a_closed_token_opens_again(token: Token, key: TokenKey) -> None:
     token.close()
     assert works(token, key)
 
 
-def test_a_fork(token: Token, key: TokenKey) -> None:
+def test_child_and_grandchild_and_parent_use_the_token(token: Token, key: TokenKey) -> None:
     """Child and grandchild work on, and the parent too."""
 
-    def child() -> bool:
-        return works(token, key) and in_another_process(lambda: works(token, key)) == 0 and works(token, key)
+    def child() -> None:
+        assert works(token, key)
+        assert run_forked(work) == 0
+        assert works(token, key)
 
-    assert in_another_process(child) == 0
+    def work() -> None:
+        assert works(token, key)
+
+    assert run_forked(child) == 0
     assert works(token, key)
 
 
-def test_forks_while_threads_are_at_work(token: Token, key: TokenKey) -> None:
+@pytest.mark.slow
+def test_forks_use_the_token_while_threads_do(token: Token, key: TokenKey) -> None:
     stop = threading.Event()
 
     def work() -> bool:
@@ -216,14 +196,18 @@ def test_forks_while_threads_are_at_work(token: Token, key: TokenKey) -> None:
                 return False
         return True
 
+    def work_once() -> None:
+        assert works(token, key)
+
     with ThreadPoolExecutor(4) as pool:
         busy = [pool.submit(work) for _ in range(4)]
-        codes = [in_another_process(lambda: works(token, key)) for _ in range(10)]
+        codes = [run_forked(work_once) for _ in range(10)]
         stop.set()
         assert all(each.result() for each in busy)
     assert codes == [0] * 10
 
 
+@pytest.mark.slow
 def test_threads_make_use_and_destroy_keys(token: Token) -> None:
     def live(number: int) -> bool:
         mine = token.generate_aes(f"key-{number}", b"\1")
@@ -267,7 +251,7 @@ def test_the_whole_hsm_goes_away_and_comes_back(token: Token, key: TokenKey, lab
     assert works(token, key)
 
 
-def test_another_token_in_its_place_is_not_it(lab_hsm: LabHsm, lab_token: LabToken) -> None:
+def test_another_token_in_the_place_of_a_token_is_refused(lab_hsm: LabHsm, lab_token: LabToken) -> None:
     """Its keys would be gone, and that is no verdict."""
     by_label = TokenUri(token=lab_token.uri.token)
     guard, pin = PinGuard(lab_token.folder.wrong_pins), PinSource.file(lab_token.folder.pin)
@@ -284,6 +268,7 @@ def test_another_token_in_its_place_is_not_it(lab_hsm: LabHsm, lab_token: LabTok
             token.close()  # it is not taken for it by a new process either
 
 
+@pytest.mark.slow
 def test_many_processes_log_in_at_once(token: Token, key: TokenKey, lab_token: LabToken) -> None:
     """SoftHSM writes the token's file anew at each login, and does not find it in that instant."""
 
@@ -322,7 +307,9 @@ def test_wrong_pins_lock_us_out(token: Token, key: TokenKey, lab_token: LabToken
         options.open()
     with pytest.raises(KeyProviderUnavailableError, match="locked"):
         lab_token.open()  # with the right one
-    assert in_another_process(lambda: PinGuard(lab_token.folder.wrong_pins).failures() == 3) == 0
+    child = fork(lambda report: report(PinGuard(lab_token.folder.wrong_pins).failures()))
+    assert child.lines() == ["3"]
+    assert child.wait() == 0
 
     PinGuard(lab_token.folder.wrong_pins).reset()
     assert works(token, key), "it goes on with its own PIN"
@@ -365,7 +352,7 @@ def test_no_pin_is_shown(lab_token: LabToken, lab_hsm: LabHsm, tmp_path: Path) -
 # --- Which token, which module
 
 
-def test_no_token_and_several(lab_hsm: LabHsm, lab_token: LabToken) -> None:
+def test_a_missing_or_ambiguous_token_is_refused(lab_hsm: LabHsm, lab_token: LabToken) -> None:
     guard, pin = PinGuard(lab_token.folder.wrong_pins), PinSource.file(lab_token.folder.pin)
 
     def open_any(uri: str) -> None:
@@ -380,7 +367,7 @@ def test_no_token_and_several(lab_hsm: LabHsm, lab_token: LabToken) -> None:
 
 
 @pytest.mark.parametrize("path", ["/no/such/module.so", "/etc/passwd", "/lib/x86_64-linux-gnu/libc.so.6"])
-def test_what_is_no_module(path: str, lab_token: LabToken) -> None:
+def test_an_invalid_module_is_refused(path: str, lab_token: LabToken) -> None:
     guard, pin = PinGuard(lab_token.folder.wrong_pins), PinSource.file(lab_token.folder.pin)
     with pytest.raises(KeyProviderUnavailableError, match="cannot load PKCS#11 module"):
         Token.open(lab_token.uri, Path(path), pin, guard=guard)
@@ -388,7 +375,7 @@ def test_what_is_no_module(path: str, lab_token: LabToken) -> None:
         find_module("none")
 
 
-def test_each_has_a_configuration_of_its_own(
+def test_each_token_has_its_own_configuration(
     token: Token, key: TokenKey, lab_nss_token: LabToken, tmp_path: Path
 ) -> None:
     folder = TokenFolder(tmp_path / "hsm")
@@ -399,7 +386,7 @@ def test_each_has_a_configuration_of_its_own(
         assert works(token, key)
 
 
-def test_pins_are_asked_for_here_and_at_their_time(lab_token: LabToken) -> None:
+def test_a_pin_is_prompted_for_in_this_process_when_needed(lab_token: LabToken) -> None:
     """A prompt is this process's, and whoever types is not hurried."""
     options = TokenOptions.parse("it", lab_token.folder.path, lab_token.options)
     asked = []
@@ -421,7 +408,7 @@ def test_pins_are_asked_for_here_and_at_their_time(lab_token: LabToken) -> None:
         options.open(PinSource.prompt(give_up))
 
 
-def test_a_key_that_is_gone_is_gone(token: Token, key: TokenKey) -> None:
+def test_a_destroyed_key_is_not_found(token: Token, key: TokenKey) -> None:
     token.destroy(key)
     with pytest.raises(KeyNotFoundError):
         works(token, key)

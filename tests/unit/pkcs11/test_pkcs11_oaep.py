@@ -41,22 +41,22 @@ def label_hash() -> bytes:
 
 @pytest.mark.parametrize("hash_name", HASHES)
 @pytest.mark.parametrize("length", [0, 1, 32, 64, 190])
-def test_round_trip(hash_name: str, length: int) -> None:
+def test_an_encoded_message_decodes_to_itself(hash_name: str, length: int) -> None:
     message = secrets.token_bytes(length)
     assert oaep.decode(block_of(message, hash_name), hash_name) == message
 
 
 @pytest.mark.parametrize("message", [bytes(64), b"\1" * 64, b"\0\1" * 32])
-def test_messages_that_look_like_padding(message: bytes) -> None:
+def test_messages_that_look_like_padding_decode_to_themselves(message: bytes) -> None:
     assert oaep.decode(block_of(message, "sha256"), "sha256") == message
 
 
-def test_the_other_hash_is_no_message() -> None:
+def test_a_block_under_the_other_hash_is_refused() -> None:
     assert oaep.decode(block_of(b"x" * 64, "sha1"), "sha256") is None
     assert oaep.decode(block_of(b"x" * 64, "sha256"), "sha1") is None
 
 
-def test_every_flipped_byte_is_no_message() -> None:
+def test_a_block_with_any_flipped_byte_is_refused() -> None:
     block = block_of(b"x" * 64, "sha256")
     for position in range(len(block)):
         flipped = bytearray(block)
@@ -74,5 +74,5 @@ def test_each_part_of_the_padding_counts() -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 65])
-def test_too_short_a_block_is_no_message(length: int) -> None:
+def test_a_block_that_is_too_short_is_refused(length: int) -> None:
     assert oaep.decode(bytes(length), "sha256") is None

@@ -3,11 +3,11 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from support.forking import Report, fork, run_forked
 from virt_sse.errors import ConfigError, KeyProviderUnavailableError
 from virt_sse.pkcs11.pins import Pin, PinGuard, PinSource
 
@@ -20,18 +20,6 @@ def guard(tmp_path: Path) -> PinGuard:
 def fail(guard: PinGuard) -> None:
     with guard.attempt():
         pass
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """The exit code of a forked process that does *work*."""
-    child = os.fork()
-    if not child:
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def write(path: Path, content: bytes, mode: int = 0o600) -> Path:
@@ -50,7 +38,7 @@ def test_a_pin_does_not_print_or_pickle() -> None:
 @pytest.mark.parametrize(
     "content", [b"4711", b"4711\n", b"4711\r\n", b"4711\nmore\n"], ids=str.split("a b c d")
 )
-def test_a_file(tmp_path: Path, content: bytes) -> None:
+def test_a_pin_is_read_from_its_file_at_each_use(tmp_path: Path, content: bytes) -> None:
     source = PinSource.file(write(tmp_path / "pin", content))
     assert source.read().text == "4711"
     assert "4711" not in repr(source)
@@ -59,19 +47,19 @@ def test_a_file(tmp_path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\n4711", b"47\x0011", b"\xff", b"1" * 256])
-def test_a_file_without_a_pin(tmp_path: Path, content: bytes) -> None:
+def test_a_file_without_a_pin_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(ConfigError, match="PIN") as caught:
         PinSource.file(write(tmp_path / "pin", content)).read()
     assert "4711" not in str(caught.value)
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
-def test_a_file_that_others_can_read(tmp_path: Path, mode: int) -> None:
+def test_a_file_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> None:
     with pytest.raises(ConfigError, match="accessible to other users"):
         PinSource.file(write(tmp_path / "pin", b"4711", mode)).read()
 
 
-def test_no_file(tmp_path: Path) -> None:
+def test_a_missing_pin_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         PinSource.file(tmp_path / "pin").read()
     with pytest.raises(ConfigError, match="not a file"):
@@ -103,7 +91,7 @@ def test_a_prompt_is_shown_once() -> None:
     assert asked == [1]
 
 
-def test_after_three_wrong_ones_the_token_is_not_asked(guard: PinGuard) -> None:
+def test_after_three_wrong_pins_the_token_is_locked_for_us(guard: PinGuard) -> None:
     for _ in range(3):
         fail(guard)
     with pytest.raises(KeyProviderUnavailableError, match="locked after 3 wrong PINs"), guard.attempt():
@@ -114,7 +102,7 @@ def test_after_three_wrong_ones_the_token_is_not_asked(guard: PinGuard) -> None:
     assert guard.failures() == 0
 
 
-def test_a_right_one_begins_anew_and_a_dead_token_counts_nothing(guard: PinGuard) -> None:
+def test_a_right_pin_resets_the_count_and_a_dead_token_leaves_the_count(guard: PinGuard) -> None:
     fail(guard)
     fail(guard)
     with guard.attempt() as attempt:
@@ -125,49 +113,37 @@ def test_a_right_one_begins_anew_and_a_dead_token_counts_nothing(guard: PinGuard
     assert guard.failures() == 0
 
 
-def test_it_is_counted_over_processes_and_restarts(guard: PinGuard, tmp_path: Path) -> None:
-    assert in_child(lambda: fail(guard)) == 0
+def test_wrong_pins_are_counted_over_processes_and_restarts(guard: PinGuard, tmp_path: Path) -> None:
+    assert run_forked(lambda: fail(guard)) == 0
     assert PinGuard(tmp_path / "folder/wrong-pins").failures() == 1
     assert (tmp_path / "folder/wrong-pins").stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o700
 
 
-def test_a_killed_try_is_a_wrong_one(guard: PinGuard) -> None:
+def test_a_killed_login_counts_as_a_wrong_pin(guard: PinGuard) -> None:
     def die() -> None:
         with guard.attempt():
             os.kill(os.getpid(), signal.SIGKILL)
 
     for failures in (1, 2, 3):
-        assert in_child(die) == -signal.SIGKILL
+        assert run_forked(die) == -signal.SIGKILL
         assert guard.failures() == failures
-    assert in_child(die) == 1, "it was let in"
+    assert run_forked(die) == 1, "it was let in"
 
 
-def test_one_tries_at_a_time(guard: PinGuard) -> None:
+def test_logins_are_tried_one_at_a_time(guard: PinGuard) -> None:
     """Ten guessers at once have three tries between them."""
 
-    def guess(writing: int) -> None:
+    def guess(report: Report) -> None:
         with guard.attempt():
-            os.write(writing, b".")
+            report("tried")
 
-    reading, writing = os.pipe()
-    children = []
-    for _ in range(10):
-        child = os.fork()
-        if not child:
-            try:
-                guess(writing)
-            finally:
-                os._exit(0)
-        children.append(child)
-    os.close(writing)
-    for child in children:
-        os.waitpid(child, 0)
-    with os.fdopen(reading, "rb") as file:
-        assert file.read() == b"..."
+    children = [fork(guess) for _ in range(10)]
+    assert [line for child in children for line in child.lines()] == ["tried"] * 3
+    assert sorted(child.wait() for child in children) == [0] * 3 + [1] * 7
 
 
-def test_a_count_that_makes_no_sense_is_a_lock(guard: PinGuard, tmp_path: Path) -> None:
+def test_an_invalid_count_locks_the_token(guard: PinGuard, tmp_path: Path) -> None:
     fail(guard)
     write(tmp_path / "folder/wrong-pins", b"none\n")
     with pytest.raises(KeyProviderUnavailableError, match="locked"), guard.attempt():

@@ -7,8 +7,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from faults import killed_at_line
 
+from support.faults import dies_at
 from virt_sse.errors import ConfigError, InvalidValueError, KeyProviderUnavailableError
 from virt_sse.lab.tokens import LabHsm
 from virt_sse.pkcs11 import softhsm
@@ -38,11 +38,12 @@ def use_again(folder: TokenFolder) -> None:
         assert token.aes_unwrap(key, token.aes_wrap(key, MESSAGE)) == MESSAGE
 
 
-def test_killed_at_every_third_line(folder: TokenFolder) -> None:
+@pytest.mark.slow
+def test_a_creation_killed_at_every_third_line_is_continued(folder: TokenFolder) -> None:
     """Making a token is killed, and done by the next command, or was done."""
     for number in range(1, 1000, 3):
         here = TokenFolder(folder.path / str(number))
-        if not killed_at_line(number, (softhsm,), lambda here=here: here.initialise("it")):  # type: ignore[misc]
+        if not dies_at(number, (softhsm,), lambda here=here: here.initialise("it")):  # type: ignore[misc]
             assert number > 40, "too few lines were tried"
             return
         here.initialise("it")
@@ -66,7 +67,7 @@ def test_killed_at_every_third_line(folder: TokenFolder) -> None:
     raise AssertionError("it has no end")
 
 
-def test_torn(folder: TokenFolder) -> None:
+def test_a_torn_token_is_mended_with_its_keys(folder: TokenFolder) -> None:
     """A login that is killed as it writes leaves an empty file; mended, the token has its keys again."""
     make(folder)
     (file,) = folder.tokens.glob("*/token.object")
@@ -76,7 +77,7 @@ def test_torn(folder: TokenFolder) -> None:
     use_again(folder)
 
 
-def test_lost(folder: TokenFolder, tmp_path: Path) -> None:
+def test_a_lost_token_is_never_made_anew(folder: TokenFolder, tmp_path: Path) -> None:
     """What was there and is not any more is never made anew."""
     make(folder)
     folder.tokens.rename(tmp_path / "away")
@@ -95,7 +96,7 @@ def test_lost(folder: TokenFolder, tmp_path: Path) -> None:
     use_again(folder)
 
 
-def test_no_token_in_it(tmp_path: Path) -> None:
+def test_a_folder_without_a_token_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no token in") as caught:
         TokenFolder(tmp_path).read_uri()
     assert "host hsm init" in str(caught.value.hint)
@@ -105,6 +106,6 @@ def test_no_token_in_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("label", ["", "x" * 33, "é" * 17, "a\nb"])
-def test_labels_that_are_none(label: str, lab_hsm: LabHsm) -> None:
+def test_an_invalid_label_is_refused(label: str, lab_hsm: LabHsm) -> None:
     with pytest.raises(InvalidValueError, match="label"):
         init_token(lab_hsm.module, lab_hsm.folder.environment, label, so_pin=Pin("12345678"), pin=Pin("1234"))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
-import inside_token
-from inside_token import inside
+from support import inside_token
+from support.forking import run_forked
+from support.inside_token import inside
 from virt_sse.errors import (
     InvalidValueError,
     KeyDisabledError,
@@ -63,18 +63,6 @@ def use(token: Token, key: TokenKey) -> bytes:
     return token.oaep_decrypt(key, token.oaep_encrypt(key, MESSAGE, "sha256"), "sha256")
 
 
-def in_another_process(work: Callable[[], object]) -> None:
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
 def test_a_key_is_made_inside_and_stays_there(token: Token, rsa_key: TokenKey, aes_key: TokenKey) -> None:
     for key in (rsa_key, aes_key):
         assert key.is_never_extractable
@@ -90,7 +78,7 @@ def test_a_key_is_made_inside_and_stays_there(token: Token, rsa_key: TokenKey, a
 
 
 @pytest.mark.parametrize("hash_name", HASHES)
-def test_oaep_is_that_of_others(token: Token, rsa_key: TokenKey, hash_name: str) -> None:
+def test_oaep_agrees_with_other_implementations(token: Token, rsa_key: TokenKey, hash_name: str) -> None:
     algorithm = HASHES[hash_name]()
     theirs = rsa_key.public_key.encrypt(MESSAGE, padding.OAEP(padding.MGF1(algorithm), algorithm, label=None))
     assert token.oaep_decrypt(rsa_key, theirs, hash_name) == MESSAGE
@@ -100,7 +88,9 @@ def test_oaep_is_that_of_others(token: Token, rsa_key: TokenKey, hash_name: str)
     token.destroy(imported)
 
 
-def test_where_oaep_is_done_is_tried_out(lab_token: LabToken, lab_nss_token: LabToken, label: str) -> None:
+def test_the_place_of_oaep_is_found_by_trying(
+    lab_token: LabToken, lab_nss_token: LabToken, label: str
+) -> None:
     modes = []
     for each in (lab_token, lab_nss_token):
         token = each.open()
@@ -123,7 +113,7 @@ def test_an_imported_key_cannot_be_taken_out(token: Token, label: str) -> None:
 
 
 @pytest.mark.parametrize("hash_name", HASHES)
-def test_whatever_is_wrong_with_a_ciphertext_is_said_alike(
+def test_every_wrong_oaep_ciphertext_has_the_same_error(
     token: Token, rsa_key: TokenKey, hash_name: str
 ) -> None:
     whole = token.oaep_encrypt(rsa_key, MESSAGE, hash_name)
@@ -141,7 +131,7 @@ def test_whatever_is_wrong_with_a_ciphertext_is_said_alike(
     assert token.oaep_decrypt(rsa_key, whole, hash_name) == MESSAGE
 
 
-def test_what_is_wrong_with_an_aes_wrapped_one_is_said_alike(token: Token, aes_key: TokenKey) -> None:
+def test_every_wrong_aes_ciphertext_has_the_same_error(token: Token, aes_key: TokenKey) -> None:
     whole = token.aes_wrap(aes_key, MESSAGE)
     assert len(whole) == len(MESSAGE) + 8
     said = set()
@@ -162,7 +152,7 @@ def test_what_is_wrong_with_an_aes_wrapped_one_is_said_alike(token: Token, aes_k
         token.aes_wrap(aes_key, b"x" * 17)
 
 
-def test_a_key_does_what_it_is_for_alone(token: Token, rsa_key: TokenKey, aes_key: TokenKey) -> None:
+def test_a_key_serves_its_own_purpose_alone(token: Token, rsa_key: TokenKey, aes_key: TokenKey) -> None:
     with pytest.raises(KeyOperationUnsupportedError):
         token.aes_wrap(rsa_key, MESSAGE)
     with pytest.raises(KeyOperationUnsupportedError):
@@ -171,10 +161,12 @@ def test_a_key_does_what_it_is_for_alone(token: Token, rsa_key: TokenKey, aes_ke
         token.oaep_encrypt(rsa_key, MESSAGE, "sha512")
 
 
-def test_disabled_in_another_process(token: Token, rsa_key: TokenKey, aes_key: TokenKey) -> None:
+def test_a_key_disabled_in_another_process_is_refused(
+    token: Token, rsa_key: TokenKey, aes_key: TokenKey
+) -> None:
     for key in (rsa_key, aes_key):
         assert use(token, key) == MESSAGE
-        in_another_process(lambda key=key: token.set_enabled(key, False))  # type: ignore[misc]
+        assert run_forked(lambda key=key: token.set_enabled(key, False)) == 0  # type: ignore[misc]
         assert not token.is_enabled(key)
         with pytest.raises(KeyDisabledError):
             use(token, key)
@@ -182,36 +174,39 @@ def test_disabled_in_another_process(token: Token, rsa_key: TokenKey, aes_key: T
         assert use(token, key) == MESSAGE
 
 
-def test_disabled_it_does_not_decrypt_either(token: Token, rsa_key: TokenKey) -> None:
+def test_a_disabled_key_does_not_decrypt(token: Token, rsa_key: TokenKey) -> None:
     ciphertext = token.oaep_encrypt(rsa_key, MESSAGE, "sha256")
     token.set_enabled(rsa_key, False)
     with pytest.raises(KeyDisabledError):
         token.oaep_decrypt(rsa_key, ciphertext, "sha256")
 
 
-def test_destroyed_in_another_process(token: Token, rsa_key: TokenKey, aes_key: TokenKey) -> None:
+@pytest.mark.slow
+def test_a_key_destroyed_in_another_process_is_not_found(
+    token: Token, rsa_key: TokenKey, aes_key: TokenKey
+) -> None:
     for key in (rsa_key, aes_key):
         assert use(token, key) == MESSAGE
-        in_another_process(lambda key=key: token.destroy(key))  # type: ignore[misc]
+        assert run_forked(lambda key=key: token.destroy(key)) == 0  # type: ignore[misc]
         for work in (use, Token.is_enabled, Token.destroy):
             with pytest.raises(KeyNotFoundError):
                 work(token, key)
         assert token.find(label=key.label, id=key.id) == []
 
 
-def test_another_key_of_its_name_is_not_it(token: Token, rsa_key: TokenKey) -> None:
+def test_another_key_of_the_same_name_is_not_used(token: Token, rsa_key: TokenKey) -> None:
     assert use(token, rsa_key) == MESSAGE
 
     def replace() -> None:
         token.destroy(rsa_key)
         token.generate_rsa(rsa_key.label, rsa_key.id, 2048)
 
-    in_another_process(replace)
+    assert run_forked(replace) == 0
     with pytest.raises(KeyNotFoundError):
         use(token, rsa_key)
 
 
-def test_two_keys_of_a_name_are_one_too_many(
+def test_two_keys_of_the_same_name_are_refused(
     lab_token: LabToken, label: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inside_token.allow(monkeypatch)
@@ -225,7 +220,7 @@ def test_two_keys_of_a_name_are_one_too_many(
         fresh.aes_wrap(key, MESSAGE)
 
 
-def test_names_and_sizes_that_make_no_sense(token: Token, label: str) -> None:
+def test_invalid_names_and_sizes_are_refused(token: Token, label: str) -> None:
     weak = rsa.generate_private_key(65537, 1024)  # noqa: S505 -- it is refused
     for wrong in ("", "a\0b", "a\nb", "x" * 256):
         with pytest.raises(InvalidValueError):
@@ -250,7 +245,7 @@ def test_a_label_is_not_cut_off_at_a_nul(token: Token, aes_key: TokenKey) -> Non
 
 
 @pytest.mark.parametrize("label", ["Schlüssel/größer", "鍵", "a:b;c=d?e"])
-def test_labels_of_all_kinds(lab_token: LabToken, label: str) -> None:
+def test_labels_of_all_kinds_are_found_again(lab_token: LabToken, label: str) -> None:
     token = lab_token.open()
     key = token.generate_aes(label, b"\1")
     assert token.find(label=label) == [key]

@@ -7,7 +7,7 @@ from virt_sse.errors import InvalidValueError
 from virt_sse.pkcs11.uri import TokenUri
 
 
-def test_the_examples_of_the_rfc() -> None:
+def test_the_examples_of_rfc_7512_are_read() -> None:
     """RFC 7512 §3, but for those that hold a PIN."""
     assert TokenUri.parse("pkcs11:") == TokenUri()
     uri = TokenUri.parse(
@@ -39,7 +39,7 @@ def test_the_examples_of_the_rfc() -> None:
         TokenUri(serial="1", module_path="/a b/c&d.so", pin_source="|x"),
     ],
 )
-def test_what_is_written_is_read_again(uri: TokenUri) -> None:
+def test_a_written_uri_is_read_back(uri: TokenUri) -> None:
     assert TokenUri.parse(str(uri)) == uri
     assert str(uri).isascii()
 
@@ -63,7 +63,7 @@ def test_what_is_written_is_read_again(uri: TokenUri) -> None:
         ("pkcs11:token=a;;serial=1", "no attribute ''"),
     ],
 )
-def test_what_is_refused(text: str, message: str) -> None:
+def test_an_unsuitable_uri_is_refused_with_the_reason(text: str, message: str) -> None:
     with pytest.raises(InvalidValueError, match=message):
         TokenUri.parse(text)
 
@@ -77,7 +77,7 @@ def test_a_pin_is_refused_and_not_repeated(text: str) -> None:
     assert "4711" not in repr(caught.value) + str(caught.value.hint)
 
 
-def test_a_token_is_meant_by_all_that_is_said() -> None:
+def test_a_token_must_match_every_attribute() -> None:
     found: dict[str, str | int] = {"token": "a", "serial": "1", "slot_id": 2}
     assert TokenUri().matches(found)
     assert TokenUri(token="a", slot_id=2, object="key").matches(found)
@@ -86,7 +86,7 @@ def test_a_token_is_meant_by_all_that_is_said() -> None:
     assert not TokenUri(slot_id=0).matches(found)
 
 
-def test_it_says_whether_it_names_a_token() -> None:
+def test_a_uri_knows_whether_a_token_is_named() -> None:
     assert TokenUri(token="a").names_a_token
     assert TokenUri(slot_id=0).names_a_token
     assert not TokenUri(object="a", id=b"1", type="private", module_path="/x", pin_source="/y").names_a_token

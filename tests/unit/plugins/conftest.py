@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from customer_managed_uses import SHORT, Open
-from keyrings import open_provider
-from strange_vaults import Listener, StrangeVault
 
+from support.customer_managed_uses import SHORT, Open
+from support.keyrings import open_provider
+from support.strange_vaults import Listener, StrangeVault
 from virt_sse.model.keys import ProviderConfig
 from virt_sse_plugins.key_providers.customer_managed import CustomerManagedKeyProvider
 from virt_sse_plugins.key_providers.platform_managed import PlatformManagedKeyProvider
@@ -53,5 +53,5 @@ def open_customer_managed(tmp_path: Path) -> Iterator[Open]:
 
 @pytest.fixture
 def customer_managed(strange_vault: StrangeVault, open_customer_managed: Open) -> CustomerManagedKeyProvider:
-    """Acts as an identity for that vault, with time limits that suit a test."""
+    """A provider with an identity for the strange vault, and with time limits short enough for tests."""
     return open_customer_managed(strange_vault.credential_file(), **SHORT)

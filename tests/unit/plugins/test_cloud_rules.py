@@ -96,7 +96,7 @@ def in_region(root: Path, region: str, more: str = "") -> Site:
     return Site(root, f'[host]\nregion = "{region}"\n{more}')
 
 
-def test_a_site_of_ones_own_supports_all(tmp_path: Path) -> None:
+def test_a_site_without_rules_supports_everything(tmp_path: Path) -> None:
     Site(tmp_path, "").allows(
         create(DOUBLE),
         CreateEncryptionSet(encryption_set(DOUBLE)),
@@ -106,7 +106,7 @@ def test_a_site_of_ones_own_supports_all(tmp_path: Path) -> None:
     )
 
 
-def test_regions(tmp_path: Path) -> None:
+def test_a_region_allows_only_the_features_offered_there(tmp_path: Path) -> None:
     for region in ("westus2", "West US 2", "eastus", "southcentralus", "usgovvirginia", "usgovarizona"):
         in_region(tmp_path, region).allows(
             create(DOUBLE), CreateEncryptionSet(encryption_set(DOUBLE)), update()
@@ -131,7 +131,7 @@ def test_regions(tmp_path: Path) -> None:
     elsewhere.allows(update(at_host=False), StartVm("vm", VmProperties(), ()))
 
 
-def test_sizes(tmp_path: Path) -> None:
+def test_a_size_allows_only_the_features_of_its_series(tmp_path: Path) -> None:
     site = in_region(tmp_path, "westus2")
     site.allows(update("Standard_D2s_v3"), update("Standard_B2ms"), update("Standard_D2_v3", at_host=False))
     site.refuses(update("Standard_D2_v3"), "of series Dv3, does not support")

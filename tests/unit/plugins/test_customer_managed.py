@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from customer_managed_uses import CONTEXT, SHORT, VERSION, Open, bundle, key_at, uses, wrapped_at
-from strange_vaults import Answer, Listener, StrangeVault
 
+from support.customer_managed_uses import CONTEXT, SHORT, VERSION, Open, bundle, key_at, uses, wrapped_at
+from support.strange_vaults import Answer, Listener, StrangeVault
 from virt_sse.errors import (
     ConfigError,
     InvalidValueError,
@@ -55,7 +55,7 @@ from virt_sse_plugins.key_providers.key_vault_access import AzureAccess
         ({"read-timeout": 61}, "must be more than 0 and at most 60 s"),
     ],
 )
-def test_options_that_make_no_sense(
+def test_invalid_options_are_refused(
     open_customer_managed: Open, options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -144,7 +144,7 @@ def test_a_foreign_host_gets_no_byte(
     assert (strange_vault.seen, strange_vault.tokens) == ([], 0)
 
 
-def test_the_vaults_of_an_azure_credential() -> None:
+def test_an_azure_credential_reaches_its_own_vaults_alone() -> None:
     def covers(url: str, *hosts: str) -> bool:
         return AzureAccess("it", lambda: None, hosts=hosts, authority=None).covers(url)  # type: ignore[arg-type,return-value] # not made here
 
@@ -196,7 +196,9 @@ def test_a_challenge_cannot_send_the_credential_elsewhere(
 # --- No vault at all
 
 
-def test_nobody_listens(strange_vault: StrangeVault, open_customer_managed: Open) -> None:
+def test_a_refused_connection_is_unreachable_and_no_verdict(
+    strange_vault: StrangeVault, open_customer_managed: Open
+) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"https://127.0.0.1:{unused.getsockname()[1]}"
@@ -208,7 +210,9 @@ def test_nobody_listens(strange_vault: StrangeVault, open_customer_managed: Open
         assert time.monotonic() - began < 2
 
 
-def test_nobody_speaks(strange_vault: StrangeVault, listener: Listener, open_customer_managed: Open) -> None:
+def test_a_silent_server_is_unreachable_and_no_verdict(
+    strange_vault: StrangeVault, listener: Listener, open_customer_managed: Open
+) -> None:
     provider = open_customer_managed(strange_vault.credential_file(url=listener.url), **SHORT)
     began = time.monotonic()
     with pytest.raises(KeyProviderUnavailableError, match=f"{listener.url} does not answer: timed out"):
@@ -217,7 +221,9 @@ def test_nobody_speaks(strange_vault: StrangeVault, listener: Listener, open_cus
     assert provider.key_state(key_at(listener.url)) is KeyState.UNREACHABLE
 
 
-def test_a_certificate_of_another_authority(strange_vault: StrangeVault, open_customer_managed: Open) -> None:
+def test_a_certificate_of_another_authority_is_refused(
+    strange_vault: StrangeVault, open_customer_managed: Open
+) -> None:
     provider = open_customer_managed(strange_vault.credential_file(ca=new_authority("other")[0]), **SHORT)
     for use in uses(provider, strange_vault.url):
         with pytest.raises(KeyProviderUnavailableError, match="its certificate is not trusted: "):
@@ -227,7 +233,7 @@ def test_a_certificate_of_another_authority(strange_vault: StrangeVault, open_cu
 
 
 @pytest.mark.parametrize("ca", ["", "no certificate"])
-def test_a_credential_file_without_an_authority(
+def test_a_credential_file_without_an_authority_trusts_no_server(
     strange_vault: StrangeVault, open_customer_managed: Open, ca: str
 ) -> None:
     path = strange_vault.credential_file()

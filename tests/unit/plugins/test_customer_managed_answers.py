@@ -12,7 +12,8 @@ from types import ModuleType, TracebackType
 from uuid import UUID
 
 import pytest
-from customer_managed_uses import (
+
+from support.customer_managed_uses import (
     CIPHERTEXT,
     CONTEXT,
     DEK,
@@ -26,8 +27,7 @@ from customer_managed_uses import (
     uses,
     wrapped_at,
 )
-from strange_vaults import TOKEN, Answer, StrangeVault, document, refusal
-
+from support.strange_vaults import TOKEN, Answer, StrangeVault, document, refusal
 from virt_sse.errors import (
     KeyDeniedError,
     KeyDisabledError,
@@ -44,7 +44,7 @@ from virt_sse_plugins.key_providers.customer_managed import CustomerManagedKeyPr
 # --- What the vault says
 
 
-def test_what_goes_over_the_wire(
+def test_requests_are_those_of_the_azure_api(
     strange_vault: StrangeVault, customer_managed: CustomerManagedKeyProvider
 ) -> None:
     strange_vault.answers = [
@@ -87,7 +87,7 @@ def test_what_goes_over_the_wire(
         (refusal(503, "ServiceUnavailable"), KeyProviderUnavailableError, KeyState.UNREACHABLE),
     ],
 )
-def test_refusals_by_meaning(
+def test_a_refusal_is_raised_by_its_meaning(
     strange_vault: StrangeVault,
     customer_managed: CustomerManagedKeyProvider,
     answer: Answer,
@@ -104,7 +104,7 @@ def test_refusals_by_meaning(
     assert customer_managed.key_state(key_at(strange_vault.url)) is state
 
 
-def test_a_disabled_key_and_one_that_may_not_unwrap(
+def test_a_disabled_key_is_told_from_a_key_that_may_not_unwrap(
     strange_vault: StrangeVault, customer_managed: CustomerManagedKeyProvider
 ) -> None:
     strange_vault.answers = [bundle(strange_vault.url, enabled=False)]
@@ -114,7 +114,7 @@ def test_a_disabled_key_and_one_that_may_not_unwrap(
     assert customer_managed.key_state(key_at(strange_vault.url)) is KeyState.DENIED
 
 
-def test_what_the_vault_cannot_unwrap_is_an_unwrap_error(
+def test_a_dek_that_the_vault_cannot_unwrap_is_an_unwrap_error(
     strange_vault: StrangeVault, customer_managed: CustomerManagedKeyProvider
 ) -> None:
     strange_vault.answers = [refusal(400, "BadParameter")]
@@ -162,7 +162,7 @@ def test_what_the_vault_cannot_unwrap_is_an_unwrap_error(
         refusal(302, "Forbidden", "KeyDisabled"),
     ],
 )
-def test_garbage_is_no_verdict(
+def test_an_invalid_answer_is_no_verdict(
     strange_vault: StrangeVault, customer_managed: CustomerManagedKeyProvider, answer: Answer
 ) -> None:
     strange_vault.answers = [answer]
@@ -185,7 +185,7 @@ def test_garbage_is_no_verdict(
         *(encoded(CIPHERTEXT) + more for more in ("A", "=A", "AAA")),
     ],
 )
-def test_values_that_are_none(
+def test_an_invalid_value_is_no_result(
     strange_vault: StrangeVault, customer_managed: CustomerManagedKeyProvider, value: object
 ) -> None:
     strange_vault.answers = [result(strange_vault.url, value)]
@@ -195,7 +195,7 @@ def test_values_that_are_none(
         customer_managed.unwrap(wrapped_at(strange_vault.url), context=CONTEXT)
 
 
-def test_an_answer_about_another_key_is_none(
+def test_an_answer_about_another_key_is_refused(
     strange_vault: StrangeVault, customer_managed: CustomerManagedKeyProvider
 ) -> None:
     value = encoded(CONTEXT.bind(DEK))
@@ -266,7 +266,7 @@ def test_a_refused_token_is_renewed_once(
     assert strange_vault.tokens == 3
 
 
-def test_a_token_endpoint_without_sense_is_no_verdict(
+def test_an_invalid_token_endpoint_is_no_verdict(
     strange_vault: StrangeVault, customer_managed: CustomerManagedKeyProvider
 ) -> None:
     for answer in (
@@ -285,7 +285,7 @@ def test_a_token_endpoint_without_sense_is_no_verdict(
     assert strange_vault.seen == []
 
 
-def test_an_identity_that_is_not_let_in_is_a_verdict(
+def test_a_refused_identity_is_a_verdict(
     strange_vault: StrangeVault, customer_managed: CustomerManagedKeyProvider
 ) -> None:
     strange_vault.token_answer = Answer(401, b'{"error": "invalid_client"}', JSON)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import secrets
 import uuid
 from collections.abc import Callable, Iterator
@@ -11,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import inside_token
-from inside_token import inside
+from support import inside_token
+from support.forking import Report, fork
+from support.inside_token import inside
 from virt_sse.errors import (
     ConfigError,
     InvalidValueError,
@@ -85,7 +85,7 @@ def test_keys_are_named_by_label_or_uri(text: str, key: tuple[str, str | None]) 
         "pkcs11:object=a?pin-value=1",
     ],
 )
-def test_uris_that_name_no_key(text: str) -> None:
+def test_a_uri_that_names_no_key_is_refused(text: str) -> None:
     with pytest.raises(InvalidValueError):
         HsmSimulatedKeyProvider.parse_key(text)
 
@@ -107,16 +107,16 @@ def test_uris_that_name_no_key(text: str) -> None:
         ({"softhsm-config": "softhsm2.conf"}, "absolute path"),
     ],
 )
-def test_options_that_make_no_sense(options: dict[str, object], message: str, tmp_path: Path) -> None:
+def test_invalid_options_are_refused(options: dict[str, object], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         HsmSimulatedKeyProvider.from_config(ProviderConfig(tmp_path, options))
 
 
-def test_it_needs_no_identity(tmp_path: Path) -> None:
+def test_the_provider_needs_no_identity(tmp_path: Path) -> None:
     assert not HsmSimulatedKeyProvider.needs_identity(ProviderConfig(tmp_path))
 
 
-def test_module_and_pin_by_the_uri(open_provider: Open, lab_token: LabToken, tmp_path: Path) -> None:
+def test_the_uri_may_name_module_and_pin(open_provider: Open, lab_token: LabToken, tmp_path: Path) -> None:
     uri = dataclasses.replace(
         lab_token.uri, module_name="softhsm2", pin_source=f"file:{lab_token.folder.pin}"
     )
@@ -127,7 +127,7 @@ def test_module_and_pin_by_the_uri(open_provider: Open, lab_token: LabToken, tmp
     provider.close()
 
 
-def test_states(provider: HsmSimulatedKeyProvider, keys: VersionedKeys) -> None:
+def test_every_state_of_a_key_is_seen(provider: HsmSimulatedKeyProvider, keys: VersionedKeys) -> None:
     made = keys.create("key", KeyKind.RSA, 2048)
     key = provider.current_key("key")
     wrapped = provider.wrap(DEK, key, context=CONTEXT)
@@ -148,6 +148,7 @@ def test_states(provider: HsmSimulatedKeyProvider, keys: VersionedKeys) -> None:
             use()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -162,7 +163,7 @@ def test_states(provider: HsmSimulatedKeyProvider, keys: VersionedKeys) -> None:
     ],
     ids=lambda options: next(iter(options.values())),
 )
-def test_what_is_out_of_reach_is_no_verdict(
+def test_an_unreachable_token_is_no_verdict(
     open_provider: Open, keys: VersionedKeys, options: dict[str, object], tmp_path: Path
 ) -> None:
     keys.create("key", KeyKind.AES, 0)
@@ -185,27 +186,19 @@ def test_what_is_out_of_reach_is_no_verdict(
     assert open_provider().key_state(key) in (KeyState.ENABLED, KeyState.UNREACHABLE)
 
 
+@pytest.mark.slow
 def test_processes_that_rotate_at_once_agree(
     provider: HsmSimulatedKeyProvider, open_provider: Open, keys: VersionedKeys
 ) -> None:
     keys.create("key", KeyKind.AES, 0)
-    reading, writing = os.pipe()
-    children = []
-    for _ in range(4):
-        child = os.fork()
-        if not child:
-            status = 1
-            try:
-                for _ in range(3):
-                    os.write(writing, f"{provider.rotate('key').version}\n".encode())
-                status = 0
-            finally:
-                os._exit(status)
-        children.append(child)
-    os.close(writing)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
-    with os.fdopen(reading) as file:
-        made = file.read().split()
+
+    def rotate(report: Report) -> None:
+        for _ in range(3):
+            report(provider.rotate("key").version)
+
+    children = [fork(rotate) for _ in range(4)]
+    made = [line for child in children for line in child.lines()]
+    assert [child.wait() for child in children] == [0] * 4
     versions = [key.id.hex() for key in keys.versions("key")]
     assert sorted(made) == versions[1:]
     assert len(set(made)) == 12
@@ -217,7 +210,7 @@ def test_processes_that_rotate_at_once_agree(
         assert provider.unwrap(wrapped, context=CONTEXT) == DEK
 
 
-def test_versions_that_others_have_made_come_first(
+def test_versions_made_by_other_programs_come_first(
     provider: HsmSimulatedKeyProvider, keys: VersionedKeys
 ) -> None:
     for key_id in (b"\2", b"\1", b"\1\0"):
@@ -246,7 +239,7 @@ def test_an_algorithm_belongs_to_a_kind_of_key(
                 provider.unwrap(wrong, context=CONTEXT)
 
 
-def test_a_weak_key_of_others_wraps_nothing(
+def test_a_weak_key_made_by_another_program_wraps_nothing(
     provider: HsmSimulatedKeyProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inside_token.allow(monkeypatch)
@@ -257,13 +250,13 @@ def test_a_weak_key_of_others_wraps_nothing(
     assert keys.rotate("weak").bits == 2048
 
 
-def test_names_that_are_taken(keys: VersionedKeys) -> None:
+def test_a_key_name_in_use_is_refused(keys: VersionedKeys) -> None:
     keys.create("key", KeyKind.AES, 0)
     with pytest.raises(InvalidValueError, match="already"):
         keys.create("key", KeyKind.RSA, 2048)
 
 
-def test_versions_are_written_in_one_way(provider: HsmSimulatedKeyProvider, keys: VersionedKeys) -> None:
+def test_a_version_has_one_spelling(provider: HsmSimulatedKeyProvider, keys: VersionedKeys) -> None:
     keys.token.generate_aes("key", b"\xab\xcd")
     assert provider.key_state(KeyId(provider.name, "key", "abcd")) is KeyState.ENABLED
     for version in ("ABCD", "ab cd", " abcd", "abc", "", secrets.token_hex(16)):

@@ -90,7 +90,7 @@ ENCRYPTED = Finding("gpt-2", 1 << 20, 1 << 20, EncryptionKind.LUKS2)
 
 
 @pytest.mark.parametrize("name", LOOKED_AT)
-def test_refused_with_the_reason(name: str) -> None:
+def test_in_guest_encryption_is_refused_with_the_reason(name: str) -> None:
     looks = Looks(ENCRYPTED)
     with pytest.raises(PolicyError, match=r"it has in-guest encryption, LUKS2 \(gpt-2\)"):
         virt_sse_validate(LOOKED_AT[name](looks.content), Site())
@@ -100,11 +100,11 @@ def test_refused_with_the_reason(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NOT_LOOKED_AT)
-def test_not_looked_at(name: str) -> None:
+def test_operations_without_need_inspect_nothing(name: str) -> None:
     looks = Looks(ENCRYPTED)
     virt_sse_validate(NOT_LOOKED_AT[name](looks.content), Site())
     assert looks.times == 0
 
 
-def test_an_empty_disk_has_nothing() -> None:
+def test_an_empty_disk_passes() -> None:
     virt_sse_validate(create(EncryptionType.CUSTOMER_KEY, None), Site())

@@ -23,7 +23,7 @@ VERSION = "0123456789abcdef" * 2
         ("https://v/keys/keys", "https://v", "keys", None),
     ],
 )
-def test_a_key_is_taken_apart(url: str, vault_url: str, name: str, version: str | None) -> None:
+def test_a_key_url_is_split_into_its_parts(url: str, vault_url: str, name: str, version: str | None) -> None:
     key = KeyVaultKey.parse(url)
     assert key == KeyVaultKey(vault_url, name, version)
     assert key.url == f"{vault_url}/keys/{name}"
@@ -83,7 +83,7 @@ def test_a_key_is_taken_apart(url: str, vault_url: str, name: str, version: str 
         "https://vault.example/keys/" + "k" * 10_000,
     ],
 )
-def test_nothing_else_passes(url: str) -> None:
+def test_any_other_url_is_refused(url: str) -> None:
     with pytest.raises(InvalidValueError) as caught:
         KeyVaultKey.parse(url)
     assert "https://VAULT[:PORT]/keys/NAME" in str(caught.value.hint)
@@ -100,13 +100,13 @@ def test_nothing_else_passes(url: str) -> None:
         ("https://vault.example/keys/web#secret", "a fragment"),
     ],
 )
-def test_what_may_hold_a_secret_is_not_shown(url: str, what: str) -> None:
+def test_a_url_that_may_hold_a_secret_is_not_shown(url: str, what: str) -> None:
     with pytest.raises(InvalidValueError, match=f"must not have {what}") as caught:
         KeyVaultKey.parse(url)
     assert "secret" not in str(caught.value)
 
 
-def test_versions() -> None:
+def test_only_32_hexadecimal_digits_are_a_key_version() -> None:
     assert is_key_version(VERSION)
     for version in ("", VERSION.upper(), VERSION + "0", VERSION[1:], VERSION + "\n", "\u0660" * 32):
         assert not is_key_version(version)

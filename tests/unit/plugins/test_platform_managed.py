@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from keyrings import CONTEXT, files, open_provider, wrap
 
+from support.keyrings import CONTEXT, files, open_provider, wrap
 from virt_sse.errors import ConfigError, KeyringError
 from virt_sse.model.keys import Dek, KeyId, KeyState, ProviderConfig, WrappedDek
 from virt_sse_plugins.key_providers.platform_keyring_folder import KeyringFolder
@@ -106,7 +106,9 @@ def test_provision_of_two_at_once_makes_one_keyring(directory: Path) -> None:
     )
 
 
-def test_a_missing_keyring(provider: PlatformManagedKeyProvider, directory: Path, tmp_path: Path) -> None:
+def test_a_missing_keyring_is_refused_and_unreachable(
+    provider: PlatformManagedKeyProvider, directory: Path, tmp_path: Path
+) -> None:
     dek = Dek.generate()
     wrapped = wrap(provider, dek)
     directory.rename(tmp_path / "moved")
@@ -147,7 +149,7 @@ def test_a_lost_root_key_is_not_replaced_by_a_leftover(
 
 
 @pytest.mark.usefixtures("provider")
-def test_the_root_key_of_another_keyring(directory: Path, tmp_path: Path) -> None:
+def test_the_root_key_of_another_keyring_is_refused(directory: Path, tmp_path: Path) -> None:
     open_provider(tmp_path / "other").provision()
     shutil.copy(tmp_path / "other/root.key", directory / "root.key")
     assert_every_use_is_refused(directory, "the root key does not match the platform's keyring")
@@ -155,13 +157,13 @@ def test_the_root_key_of_another_keyring(directory: Path, tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("provider")
 @pytest.mark.parametrize("size", [0, 16, 31, 33])
-def test_a_root_key_of_another_size(directory: Path, size: int) -> None:
+def test_a_root_key_of_another_size_is_refused(directory: Path, size: int) -> None:
     (directory / "root.key").write_bytes(bytes(size))
     assert_every_use_is_refused(directory, f"the root key has {size} bytes instead of 32")
 
 
 @pytest.mark.usefixtures("provider")
-def test_a_truncated_keyring_of_any_length(directory: Path) -> None:
+def test_a_keyring_truncated_to_any_length_is_refused(directory: Path) -> None:
     path = directory / "keyring.json"
     whole = path.read_bytes()
     for length in range(len(whole) - 1):  # the last byte is the final newline
@@ -176,7 +178,7 @@ def test_a_truncated_keyring_of_any_length(directory: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"\xff\xfe\xfd", b"null", b"[]", b'"text"', b"{}", b'{"format": "1"}', b'{"format": 1}']
 )
-def test_a_keyring_that_is_none(directory: Path, content: bytes) -> None:
+def test_a_file_that_is_no_keyring_is_refused(directory: Path, content: bytes) -> None:
     (directory / "keyring.json").write_bytes(content)
     assert_every_use_is_refused(directory, "keyring is damaged")
 
@@ -207,7 +209,9 @@ def test_a_keyring_that_is_none(directory: Path, content: bytes) -> None:
         ("comment", "", "object contains unknown field `comment`"),
     ],
 )
-def test_a_keyring_with_a_damaged_key(directory: Path, member: str, value: object, message: str) -> None:
+def test_a_keyring_with_a_damaged_key_is_refused(
+    directory: Path, member: str, value: object, message: str
+) -> None:
     def damage(content: dict[str, object]) -> None:
         content["keys"]["default"][member] = value  # type: ignore[index]
 
@@ -216,7 +220,7 @@ def test_a_keyring_with_a_damaged_key(directory: Path, member: str, value: objec
 
 
 @pytest.mark.usefixtures("provider")
-def test_an_unknown_format(directory: Path) -> None:
+def test_a_keyring_of_an_unknown_format_is_refused(directory: Path) -> None:
     edit(directory, lambda content: content.update(format=2))
     error = assert_every_use_is_refused(directory, "has format 2, this virt-sse reads 1")
     assert "upgrade" in (error.hint or "")
@@ -250,7 +254,7 @@ def test_a_damaged_kek_costs_its_own_version_only(
 
 @pytest.mark.parametrize(("name", "right"), [("", 0o700), ("root.key", 0o600), ("keyring.json", 0o600)])
 @pytest.mark.parametrize("extra", [0o040, 0o020, 0o004, 0o002])
-def test_what_is_open_to_others_is_refused(
+def test_files_open_to_other_users_are_refused(
     provider: PlatformManagedKeyProvider, directory: Path, name: str, right: int, extra: int
 ) -> None:
     dek = Dek.generate()
@@ -265,24 +269,23 @@ def test_what_is_open_to_others_is_refused(
     assert provider.unwrap(wrapped, context=CONTEXT) == dek
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
-@pytest.mark.usefixtures("provider")
+@pytest.mark.usefixtures("as_root", "provider")
 @pytest.mark.parametrize("name", ["", "root.key", "keyring.json"])
-def test_what_belongs_to_another_user_is_refused(directory: Path, name: str) -> None:
+def test_files_of_another_user_are_refused(directory: Path, name: str) -> None:
     os.chown(directory / name, 65534, -1)
     error = assert_every_use_is_refused(directory, "belongs to user 65534, not to the current user 0")
     assert error.hint == f"chown 0 {directory / name}"
 
 
 @pytest.mark.usefixtures("provider")
-def test_a_folder_in_the_place_of_a_file(directory: Path) -> None:
+def test_a_folder_in_the_place_of_a_file_is_refused(directory: Path) -> None:
     (directory / "keyring.json").unlink()
     (directory / "keyring.json").mkdir(0o700)
     with pytest.raises(KeyringError, match=r"cannot read the platform's keyring .*: Is a directory"):
         open_provider(directory).current_key("default")
 
 
-def test_a_file_in_the_place_of_the_folder(directory: Path) -> None:
+def test_a_file_in_the_place_of_the_folder_is_refused(directory: Path) -> None:
     directory.touch()
     with pytest.raises(KeyringError, match=r"cannot write the platform's keyring .*: File exists"):
         open_provider(directory).provision()

@@ -11,21 +11,22 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
-from faults import killed_at_line, no_file_beyond
-from keyrings import CONTEXT, files, open_provider, wrap
 
 import virt_sse.system.files
+from support import folders
+from support.faults import dies_at, no_file_beyond
+from support.keyrings import CONTEXT, files, open_provider, wrap
 from virt_sse import errors
 from virt_sse.errors import KeyNotFoundError, KeyringError, VirtSseError
 from virt_sse.model.keys import Dek, DekContext, KeyId, KeyState, WrappedDek
 from virt_sse_plugins.key_providers import platform_keyring, platform_keyring_folder
 from virt_sse_plugins.key_providers.platform_managed import PlatformManagedKeyProvider
 
-VECTORS = json.loads((Path(__file__).parents[2] / "vectors/platform_managed.json").read_text("utf-8"))
+VECTORS = json.loads((folders.VECTORS / "platform_managed.json").read_text("utf-8"))
 WRITERS = (platform_keyring, platform_keyring_folder, virt_sse.system.files)
 
 
-def test_a_version_of_another_host(provider: PlatformManagedKeyProvider, tmp_path: Path) -> None:
+def test_a_version_of_another_host_is_unknown(provider: PlatformManagedKeyProvider, tmp_path: Path) -> None:
     other = open_provider(tmp_path / "other")
     other.provision()
     wrapped = wrap(other, Dek.generate())
@@ -83,6 +84,7 @@ def test_rotations_of_threads_and_processes_at_once_lose_nothing(
     assert provider.current_key("default").version in made
 
 
+@pytest.mark.slow
 def test_a_kill_anywhere_in_a_rotation_leaves_the_keyring_whole(
     provider: PlatformManagedKeyProvider, directory: Path, tmp_path: Path
 ) -> None:
@@ -95,7 +97,7 @@ def test_a_kill_anywhere_in_a_rotation_leaves_the_keyring_whole(
         line += 1
         shutil.rmtree(directory)
         shutil.copytree(tmp_path / "before", directory)
-        killed = killed_at_line(line, WRITERS, lambda: open_provider(directory).rotate("default"))
+        killed = dies_at(line, WRITERS, lambda: open_provider(directory).rotate("default"))
         rotated = provider.current_key("default") != first.key
         outcomes.add((killed, rotated))
         assert provider.unwrap(first, context=CONTEXT) == dek
@@ -105,6 +107,7 @@ def test_a_kill_anywhere_in_a_rotation_leaves_the_keyring_whole(
     assert outcomes == {(True, False), (True, True), (False, True)}
 
 
+@pytest.mark.slow
 def test_a_kill_anywhere_in_provisioning_is_mended_by_the_next(directory: Path) -> None:
     dek = Dek.generate()
     line, left = 0, set()
@@ -112,7 +115,7 @@ def test_a_kill_anywhere_in_provisioning_is_mended_by_the_next(directory: Path) 
     while killed:
         line += 1
         shutil.rmtree(directory, ignore_errors=True)
-        killed = killed_at_line(line, WRITERS, lambda: open_provider(directory).provision())
+        killed = dies_at(line, WRITERS, lambda: open_provider(directory).provision())
         provider = open_provider(directory)
         there = frozenset(name for name in files(directory) if name[0] != ".") if directory.exists() else None
         left.add(there)
@@ -140,7 +143,9 @@ def vector_provider(directory: Path) -> PlatformManagedKeyProvider:
 
 
 @pytest.mark.parametrize("case", VECTORS["cases"], ids=lambda case: case["name"])
-def test_known_answers(vector_provider: PlatformManagedKeyProvider, case: dict[str, str]) -> None:
+def test_the_vectors_unwrap_as_recorded(
+    vector_provider: PlatformManagedKeyProvider, case: dict[str, str]
+) -> None:
     wrapped = WrappedDek(bytes.fromhex(case["ciphertext"]), case["algorithm"], KeyId(*case["key"]))
     context = DekContext(UUID(case["disk-id"]), case["slot"])
     if case["outcome"] == "ok":
@@ -151,7 +156,7 @@ def test_known_answers(vector_provider: PlatformManagedKeyProvider, case: dict[s
         assert type(caught.value) is getattr(errors, case["outcome"])
 
 
-def test_a_known_keyring_goes_on(vector_provider: PlatformManagedKeyProvider) -> None:
+def test_a_recorded_keyring_is_read_and_rotated(vector_provider: PlatformManagedKeyProvider) -> None:
     assert vector_provider.current_key("default").version == VECTORS["current"]
     assert not vector_provider.provision()
     rotated = vector_provider.rotate("default")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from crashes import crash_points, dies_at
+from support import folders
+from support.faults import crash_points, dies_at
 from virt_sse.errors import EnvelopeError, ImageFormatError
 from virt_sse.model import envelope
 from virt_sse.model.disk_format import DiskFormat
@@ -17,7 +18,7 @@ from virt_sse.qemu import envelope_slots
 from virt_sse.qemu.luks import FIRST_KEYSLOT, HEADER_END
 from virt_sse.system import files
 
-VECTORS = json.loads((Path(__file__).parents[2] / "vectors/envelope.json").read_text())
+VECTORS = json.loads((folders.VECTORS / "envelope.json").read_text())
 CASES = {case["name"]: case for case in VECTORS["cases"]}
 
 
@@ -47,7 +48,7 @@ def read(path: Path) -> Envelope:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_vectors(name: str, tmp_path: Path) -> None:
+def test_the_vectors_are_read_as_recorded(name: str, tmp_path: Path) -> None:
     """What was written once is read for ever, and what is wrong gives the reason."""
     path = image(tmp_path / "image", CASES[name]["slots"])
     expected = CASES[name]["expected"]
@@ -70,7 +71,7 @@ def test_the_slots_lie_in_the_gap() -> None:
     assert second + SLOT_BYTES <= FIRST_KEYSLOT
 
 
-def test_what_is_written_is_read(descriptor: int) -> None:
+def test_a_written_envelope_is_read_back(descriptor: int) -> None:
     before = os.pread(descriptor, 1 << 20, 0)
     found = envelope_slots.read(descriptor, DiskFormat.RAW)
     newer = dataclasses.replace(found, generation=8, name="n" * 80)
@@ -83,6 +84,7 @@ def test_what_is_written_is_read(descriptor: int) -> None:
     assert old[20:] not in after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["first slot newer", "second slot newer, the first not replaced yet", "empty"]
 )
@@ -118,7 +120,7 @@ def test_a_write_that_is_torn_anywhere_leaves_the_old_or_the_new(tmp_path: Path)
         assert read(image(tmp_path / "image", [torn, old[1]])).generation in (7, 8)
 
 
-def test_what_does_not_fit_is_refused_and_nothing_is_written(descriptor: int) -> None:
+def test_an_envelope_that_does_not_fit_is_refused_and_not_written(descriptor: int) -> None:
     before = os.pread(descriptor, 1 << 20, 0)
     found = envelope_slots.read(descriptor, DiskFormat.RAW)
     with pytest.raises(EnvelopeError, match="has room for"):
@@ -140,7 +142,7 @@ def test_two_deks_under_rsa_4096_fit(descriptor: int) -> None:
     assert len(dataclasses.replace(found, deks=deks, name="n" * 80).encode()) == SLOT_BYTES
 
 
-def test_without_a_luks_header_there_is_none(tmp_path: Path) -> None:
+def test_an_image_without_a_luks_header_has_no_envelope(tmp_path: Path) -> None:
     for content in (b"", b"text", bytes(8192)):
         (tmp_path / "image").write_bytes(content)
         with pytest.raises(ImageFormatError):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import images
+from support import images
 from virt_sse.model.ciphers import AES_256_CBC, AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
@@ -22,7 +22,7 @@ def _tools() -> None:
 
 
 @pytest.mark.parametrize("cipher", [AES_256_XTS, AES_256_CBC], ids=str)
-def test_the_length_of_a_header(tmp_path: Path, cipher: Cipher) -> None:
+def test_the_header_has_its_computed_length(tmp_path: Path, cipher: Cipher) -> None:
     formatting.make(tmp_path / "image", DiskFormat.RAW, M, [Volume(cipher, Dek.generate())])
     with img.opened(tmp_path / "image") as image:
         assert img.luks_area(image, DiskFormat.RAW) == (0, formatting.header_length(cipher))
@@ -30,7 +30,7 @@ def test_the_length_of_a_header(tmp_path: Path, cipher: Cipher) -> None:
 
 
 @pytest.mark.parametrize("size", [512, M + 512, 10 << 30])
-def test_a_volume_in_a_volume(tmp_path: Path, size: int) -> None:
+def test_a_volume_within_a_volume_opens_with_both_deks(tmp_path: Path, size: int) -> None:
     for image_format in DiskFormat:
         path = tmp_path / image_format.value
         inner, outer = Dek.generate(), Dek.generate()

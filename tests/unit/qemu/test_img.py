@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-import images
-from images import FORMATS, KeyedImage
+from support import images
+from support.images import FORMATS, KeyedImage
 from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError, ToolError
 from virt_sse.model.ciphers import AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat
@@ -28,6 +28,7 @@ def make(path: Path, image_format: str, size: int = M, cipher: Cipher = AES_256_
     return KeyedImage(path, image_format, DEK.passphrase)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("image_format", "cipher"),
     [
@@ -38,7 +39,7 @@ def make(path: Path, image_format: str, size: int = M, cipher: Cipher = AES_256_
         ("raw", "twofish-256-cbc"),
     ],
 )
-def test_every_cipher(tmp_path: Path, image_format: str, cipher: str) -> None:
+def test_qemu_reads_an_image_of_every_cipher(tmp_path: Path, image_format: str, cipher: str) -> None:
     image = make(tmp_path / "image", image_format, M + 512, Cipher.parse(cipher))
     luks = images.info(image.path)["format-specific"]["data"]
     luks = luks.get("encrypt", luks)
@@ -54,7 +55,7 @@ def test_every_cipher(tmp_path: Path, image_format: str, cipher: str) -> None:
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_what_exists_is_not_made(tmp_path: Path, image_format: str) -> None:
+def test_an_existing_file_is_not_overwritten(tmp_path: Path, image_format: str) -> None:
     (tmp_path / "image").write_text("theirs")
     with pytest.raises(FileExistsError):
         make(tmp_path / "image", image_format)
@@ -66,7 +67,7 @@ def test_what_exists_is_not_made(tmp_path: Path, image_format: str) -> None:
         make(tmp_path / "missing/image", image_format)
 
 
-def test_info(tmp_path: Path) -> None:
+def test_info_tells_format_size_and_encryption(tmp_path: Path) -> None:
     plain = images.make_plain(tmp_path / "plain", "qcow2", bytes(M))
     assert img.info(plain) == img.ImageInfo("qcow2", M, encrypted=False, other_files=())
     assert img.info(plain, "raw").format == "raw"
@@ -79,7 +80,7 @@ def test_info(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_it_opens_with_its_dek_alone(tmp_path: Path, image_format: str) -> None:
+def test_an_image_opens_with_its_own_dek_alone(tmp_path: Path, image_format: str) -> None:
     image = make(tmp_path / "a 'name', with: all=sorts", image_format)
     img.check(image.path, DiskFormat(image_format), [DEK])
     with pytest.raises(ImageFormatError, match="does not open with its DEK"):
@@ -89,7 +90,7 @@ def test_it_opens_with_its_dek_alone(tmp_path: Path, image_format: str) -> None:
         img.check(image.path, other, [DEK])
 
 
-def test_a_damaged_qcow2_is_found(tmp_path: Path) -> None:
+def test_damage_to_a_qcow2_is_found(tmp_path: Path) -> None:
     image = make(tmp_path / "a-block-of-locks", "qcow2")
     image.write(0, M, 1)
     content = bytearray(image.path.read_bytes())
@@ -120,7 +121,7 @@ def test_an_erased_image_never_opens_again(tmp_path: Path, image_format: str) ->
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_an_image_that_is_open_is_seen(tmp_path: Path, image_format: str) -> None:
+def test_an_open_image_is_noticed(tmp_path: Path, image_format: str) -> None:
     image = make(tmp_path / "image", image_format)
     img.refuse_if_open(image.path)
     with img.opened(image.path):
@@ -135,7 +136,7 @@ def test_an_image_that_is_open_is_seen(tmp_path: Path, image_format: str) -> Non
             img.resize(image.path, DiskFormat(image_format), 2 * M, [DEK], shrink=False)
 
 
-def test_what_is_no_image_file(tmp_path: Path) -> None:
+def test_a_path_that_is_no_image_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     for path, reason in (
@@ -150,7 +151,7 @@ def test_what_is_no_image_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"text", bytes(8192), b"QFI\xfb", b"LUKS\xba\xbe\0\1"])
-def test_what_has_no_luks_header(tmp_path: Path, content: bytes) -> None:
+def test_an_image_without_a_luks_header_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "image").write_bytes(content)
     with img.opened(tmp_path / "image") as descriptor:
         for image_format in DiskFormat:
@@ -158,7 +159,7 @@ def test_what_has_no_luks_header(tmp_path: Path, content: bytes) -> None:
                 img.luks_area(descriptor, image_format)
 
 
-def test_a_raw_image_that_ends_in_its_header(tmp_path: Path) -> None:
+def test_a_raw_image_that_ends_within_its_header_is_refused(tmp_path: Path) -> None:
     image = make(tmp_path / "image", "raw")
     os.truncate(image.path, 5000)
     with img.opened(image.path) as descriptor, pytest.raises(ImageFormatError, match="without data"):
@@ -167,6 +168,6 @@ def test_a_raw_image_that_ends_in_its_header(tmp_path: Path) -> None:
         img.check(image.path, DiskFormat.RAW, [DEK])
 
 
-def test_qemus_formatter_says_what_it_cannot_do(tmp_path: Path) -> None:
+def test_errors_of_qemus_formatter_are_reported(tmp_path: Path) -> None:
     with pytest.raises(ToolError, match="cannot make a LUKS image with rot13-256-xts"):
         make(tmp_path / "image", "raw", M, Cipher("rot13-256", "xts"))

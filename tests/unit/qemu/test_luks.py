@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import images
+from support import images
 from virt_sse.errors import ImageFormatError, ToolError
 from virt_sse.model.ciphers import AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat
@@ -31,7 +31,7 @@ def test_a_header_opens_with_its_dek_alone(header: bytes, tmp_path: Path) -> Non
     assert images.cryptsetup(*test, stdin=Dek.generate().passphrase).returncode == 2
 
 
-def test_the_fields(header: bytes) -> None:
+def test_the_fields_of_a_header_are_read(header: bytes) -> None:
     parsed = Luks1Header.parse(header)
     assert (parsed.cipher_name, parsed.cipher_mode) == ("aes", "xts-plain64")
     assert parsed.volume_key_bytes == 64
@@ -56,6 +56,7 @@ def test_cbc_has_a_volume_key_of_256_bits() -> None:
     assert (parsed.cipher_mode, parsed.volume_key_bytes) == ("cbc-essiv:sha256", 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cipher", ["aes-256-xts", "serpent-256-cbc"])
 def test_headers_of_qemus_formatter_are_read(cipher: str, tmp_path: Path) -> None:
     """cryptsetup makes those of aes; the others need QEMU's formatter where the kernel lacks the cipher."""
@@ -95,12 +96,14 @@ def changed(offset: int, layout: str, value: int) -> Callable[[bytes], bytes]:
         (changed(208 + 4, ">I", 0xFFFFFFFF), "with 4294967295 iterations"),
     ],
 )
-def test_damaged_headers(header: bytes, change: Callable[[bytes], bytes], reason: str) -> None:
+def test_a_damaged_header_is_refused_with_the_reason(
+    header: bytes, change: Callable[[bytes], bytes], reason: str
+) -> None:
     with pytest.raises(ImageFormatError, match=reason):
         Luks1Header.parse(change(header)[:HEADER_END])
 
 
-def test_without_cryptsetup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_cryptsetup_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "setpriv").symlink_to(Path("/usr/bin/setpriv"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ToolError, match="cryptsetup is not installed"):

@@ -23,7 +23,7 @@ def reply(content: bytes, *, error: int = 0, number: int = 1, magic: int = 0x674
     return struct.pack(">IIQ", magic, error, number) + content
 
 
-def test_a_read_within_the_end(ends: tuple[socket.socket, socket.socket]) -> None:
+def test_reads_beyond_the_end_are_cut_off(ends: tuple[socket.socket, socket.socket]) -> None:
     ours, server = ends
     server.sendall(GREETING + reply(b"y" * 10))
     reader = NbdReader(ours, "image")
@@ -49,7 +49,7 @@ def test_a_read_within_the_end(ends: tuple[socket.socket, socket.socket]) -> Non
         (GREETING + reply(b"x" * 9), "closed the connection"),
     ],
 )
-def test_a_server_that_does_not_serve(
+def test_a_server_that_breaks_the_protocol_is_an_error(
     ends: tuple[socket.socket, socket.socket], said: bytes, error: str
 ) -> None:
     ours, server = ends

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import images
+from support import images
 from virt_sse.errors import ImageFormatError
 from virt_sse.model.ciphers import AES_256_XTS
 from virt_sse.model.keys import Dek
@@ -112,7 +112,7 @@ def patched(offset: int, layout: str, value: int) -> Callable[[bytes], bytes]:
         patched(116, ">I", 0xFFFFFFFF),
     ],
 )
-def test_damaged_images(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_image_is_refused(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
     images.require("qemu-img")
     path = fresh(tmp_path / "image")
     path.write_bytes(change(path.read_bytes()))

@@ -16,8 +16,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-import images
-from images import FORMATS, KeyedImage
+from support import images
+from support.images import FORMATS, KeyedImage
 from virt_sse.errors import DiskInUseError, MonitorError
 from virt_sse.model.ciphers import AES_256_CBC, AES_256_XTS
 from virt_sse.model.disk_format import DiskFormat
@@ -87,7 +87,7 @@ def everything_said(error: BaseException) -> str:
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_it_exports_what_the_volume_holds(daemon: Daemon, folder: Path, image_format: str) -> None:
+def test_the_export_has_the_content_of_the_volume(daemon: Daemon, folder: Path, image_format: str) -> None:
     keyed = image(folder, image_format)
     keyed.write(0, 4096, 0x11)
     daemon.open_volume(keyed.path, DiskFormat(image_format), OUTER, DISK)
@@ -118,9 +118,7 @@ def test_the_dek_is_forgotten_once_the_volume_is_open(daemon: Daemon, folder: Pa
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_with_another_dek_it_serves_nothing_and_says_nothing_of_it(
-    daemon: Daemon, folder: Path, image_format: str
-) -> None:
+def test_another_dek_serves_nothing_and_is_not_shown(daemon: Daemon, folder: Path, image_format: str) -> None:
     keyed = image(folder, image_format)
     other = Dek.generate()
     with pytest.raises(MonitorError, match="blockdev-add: Invalid password") as failure:
@@ -129,19 +127,19 @@ def test_with_another_dek_it_serves_nothing_and_says_nothing_of_it(
     assert "export" in io(daemon, "read 0 512")
 
 
-def test_images_that_it_cannot_open(daemon: Daemon, folder: Path) -> None:
+def test_an_image_that_cannot_be_opened_is_reported(daemon: Daemon, folder: Path) -> None:
     with pytest.raises(MonitorError, match="No such file") as failure:
         daemon.open_volume(folder / "missing", DiskFormat.RAW, OUTER, DISK)
     assert OUTER.passphrase.decode() not in everything_said(failure.value)
 
 
-def test_an_image_in_use(daemon: Daemon, folder: Path) -> None:
+def test_an_image_in_use_is_refused(daemon: Daemon, folder: Path) -> None:
     keyed = image(folder, "qcow2")
     with keyed.held(), pytest.raises(MonitorError, match='Failed to get "write" lock'):
         daemon.open_volume(keyed.path, DiskFormat.QCOW2, OUTER, DISK)
 
 
-def test_one_that_is_gone(daemon: Daemon, folder: Path) -> None:
+def test_a_daemon_that_has_ended_is_an_error(daemon: Daemon, folder: Path) -> None:
     keyed = image(folder, "raw")
     daemon.open_volume(keyed.path, DiskFormat.RAW, OUTER, DISK)
     os.kill(daemon.process.pid, signal.SIGSTOP)

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -11,16 +8,11 @@ from virt_sse.libvirt.users import User
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder whose name is as short as sockets need it, and that other users may pass through."""
-    with TemporaryDirectory(prefix="virt-sse-") as name:
-        Path(name).chmod(0o711)
-        yield Path(name)
+def folder(short_folder: Path) -> Path:
+    return short_folder
 
 
 @pytest.fixture
-def user() -> User:
-    """Somebody who is not root, and owns nothing."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can run a process as another user")
+def user(as_root: None) -> User:
+    """A user that is not root and owns nothing; only root can run a process as this user."""
     return User(64901, 64902)

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stage_programs import SLEEP, command_line, say, status, wait_end, wait_until
 
-from images import mode
+from support.images import mode
+from support.stage_programs import SLEEP, command_line, say, status, wait_end
+from support.waiting import wait_until
 from virt_sse.errors import StageError, ToolError
 from virt_sse.libvirt.users import User
 from virt_sse.stages.locked_process import Command, LockedProcess
@@ -41,13 +42,13 @@ def script(folder: Path, user: User, body: str) -> list[str]:
     ]
 
 
-def test_it_is_known_by_its_lock(process: LockedProcess, folder: Path, user: User) -> None:
+def test_a_process_is_known_by_its_lock(process: LockedProcess, folder: Path, user: User) -> None:
     assert process.pid() is None
     process.stop()
     process.start(SLEEP, user)
     pid = process.pid()
     assert pid
-    wait_until(lambda: command_line(pid) == [shutil.which("sleep"), "60"])
+    wait_until(lambda: command_line(pid) == [shutil.which("sleep"), "60"], "the program runs")
     assert LockedProcess(folder / "storage").pid() == pid
     assert LockedProcess(folder / "cache").pid() is None
     assert {path.name: mode(path) for path in folder.iterdir()} == {
@@ -59,7 +60,7 @@ def test_it_is_known_by_its_lock(process: LockedProcess, folder: Path, user: Use
     assert not Path(f"/proc/{pid}/exe").exists()
 
 
-def test_a_file_that_nobody_locks_is_no_process(process: LockedProcess, folder: Path, user: User) -> None:
+def test_an_unlocked_file_is_no_process(process: LockedProcess, folder: Path, user: User) -> None:
     process.start(say("exit 0"), user)
     wait_end(process)
     (folder / "storage.lock").write_text(str(os.getpid()))
@@ -68,7 +69,7 @@ def test_a_file_that_nobody_locks_is_no_process(process: LockedProcess, folder: 
         process.stop()
 
 
-def test_it_outlives_who_started_it(process: LockedProcess, folder: Path, user: User) -> None:
+def test_a_process_outlives_its_starter(process: LockedProcess, folder: Path, user: User) -> None:
     body = "process.start(Command(['sleep', '60']), user)\nimport os; os.kill(os.getpid(), 9)"
     assert subprocess.run(script(folder, user, body), check=False).returncode == -signal.SIGKILL
     pid = process.pid()
@@ -77,17 +78,17 @@ def test_it_outlives_who_started_it(process: LockedProcess, folder: Path, user: 
     assert os.getsid(pid) == pid
 
 
-def test_one_that_was_killed_can_be_started_again(process: LockedProcess, user: User) -> None:
+def test_a_killed_process_can_be_started_again(process: LockedProcess, user: User) -> None:
     process.start(SLEEP, user)
     first = process.pid()
     assert first
     os.kill(first, signal.SIGKILL)
-    wait_until(lambda: process.pid() is None)
+    wait_until(lambda: process.pid() is None, "the process has ended")
     process.start(SLEEP, user)
     assert process.pid() not in (None, first)
 
 
-def test_it_is_not_started_twice(process: LockedProcess, user: User) -> None:
+def test_a_running_process_is_not_started_again(process: LockedProcess, user: User) -> None:
     process.start(SLEEP, user)
     pid = process.pid()
     with pytest.raises(StageError, match="cannot start sleep: Resource temporarily unavailable"):
@@ -95,16 +96,16 @@ def test_it_is_not_started_twice(process: LockedProcess, user: User) -> None:
     assert process.pid() == pid
 
 
-def test_one_that_does_not_end_by_itself_is_killed(process: LockedProcess, user: User) -> None:
+def test_a_process_that_ignores_its_end_is_killed(process: LockedProcess, user: User) -> None:
     process.start(say("trap '' TERM; echo ready; while :; do sleep 0.05; done"), user)
-    wait_until(lambda: process.log == "ready")
+    wait_until(lambda: process.log == "ready", "the program is ready")
     began = time.monotonic()
     process.stop(patience=0.2)
     assert 0.2 <= time.monotonic() - began < 3
     assert process.pid() is None
 
 
-def test_programs_that_do_not_start(process: LockedProcess, folder: Path, user: User) -> None:
+def test_a_program_that_does_not_start_is_reported(process: LockedProcess, folder: Path, user: User) -> None:
     with pytest.raises(ToolError, match=r"^no-such-program is not installed$"):
         process.start(Command(["no-such-program"]), user)
     nonsense = folder / "nonsense"
@@ -121,7 +122,7 @@ def test_programs_that_do_not_start(process: LockedProcess, folder: Path, user: 
     (folder / "storage.log").rmdir()
 
 
-def test_one_in_another_pid_namespace_is_not_stopped(
+def test_a_process_in_another_pid_namespace_is_not_stopped(
     process: LockedProcess, folder: Path, user: User
 ) -> None:
     process.start(SLEEP, user)
@@ -140,7 +141,7 @@ def test_one_in_another_pid_namespace_is_not_stopped(
     assert process.pid()
 
 
-def test_one_of_a_pid_namespace_below_is_stopped_by_its_number_here(
+def test_a_process_in_a_nested_pid_namespace_is_stopped_by_its_number_here(
     process: LockedProcess, folder: Path, user: User
 ) -> None:
     body = (

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stage_programs import SLEEP, say, status, wait_end, wait_until
 
-import images
+from support import images
+from support.stage_programs import SLEEP, say, status, wait_end
+from support.waiting import wait_until
 from virt_sse.errors import DiskInUseError, StageError
 from virt_sse.libvirt.users import User
 from virt_sse.model.ciphers import AES_256_XTS
@@ -30,11 +31,11 @@ def process(folder: Path) -> Iterator[LockedProcess]:
     process.stop()
 
 
-def test_it_has_given_up_root(process: LockedProcess, user: User) -> None:
+def test_a_stage_process_has_given_up_root(process: LockedProcess, user: User) -> None:
     process.start(SLEEP, user)
     pid = process.pid()
     assert pid
-    wait_until(lambda: status(pid)["Name"] == "sleep")
+    wait_until(lambda: status(pid)["Name"] == "sleep", "the program runs")
     is_now = status(pid)
     assert is_now["Uid"].split() == [str(user.uid)] * 4
     assert is_now["Gid"].split() == [str(user.gid)] * 4
@@ -46,7 +47,7 @@ def test_it_has_given_up_root(process: LockedProcess, user: User) -> None:
     assert Path(f"/proc/{pid}/cwd").readlink() == Path("/")
 
 
-def test_it_inherits_nothing_but_what_it_is_given(
+def test_a_stage_process_inherits_only_given_descriptors(
     process: LockedProcess, folder: Path, user: User, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("A_SECRET", "of the caller's")
@@ -59,7 +60,7 @@ def test_it_inherits_nothing_but_what_it_is_given(
         os.close(other)
     pid = process.pid()
     assert pid
-    wait_until(lambda: status(pid)["Name"] == "sleep")
+    wait_until(lambda: status(pid)["Name"] == "sleep", "the program runs")
     environment = dict(
         entry.split("=", 1) for entry in Path(f"/proc/{pid}/environ").read_text().split("\0")[:-1]
     )
@@ -71,16 +72,16 @@ def test_it_inherits_nothing_but_what_it_is_given(
     assert list(found.values()) == [folder / "cache.lock"]
 
 
-def test_its_parent_does_not_end(process: LockedProcess, user: User) -> None:
+def test_a_stage_process_outlives_its_starter(process: LockedProcess, user: User) -> None:
     """nbdkit asks to be ended together with its parent, PR_SET_PDEATHSIG."""
     process.start(say("echo $PPID; exec sleep 60"), user)
     pid = process.pid()
     assert pid
-    wait_until(lambda: status(pid)["Name"] == "sleep")
+    wait_until(lambda: status(pid)["Name"] == "sleep", "the program runs")
     assert status(pid)["PPid"] == process.log
 
 
-def test_it_makes_files_for_itself_alone(process: LockedProcess, user: User) -> None:
+def test_a_stage_process_makes_private_files(process: LockedProcess, user: User) -> None:
     process.start(say("umask"), user)
     assert wait_end(process) == "0077"
 
@@ -100,7 +101,7 @@ def test_a_listening_socket_is_its_descriptor_3(process: LockedProcess, folder: 
 
 
 @pytest.mark.parametrize("taken", ["lock", "image"])
-def test_what_was_descriptor_3_is_kept(process: LockedProcess, folder: Path, user: User, taken: str) -> None:
+def test_an_open_descriptor_3_is_kept(process: LockedProcess, folder: Path, user: User, taken: str) -> None:
     (folder / "image").touch()
     script = (
         "import os, socket\n"
@@ -120,7 +121,7 @@ def test_what_was_descriptor_3_is_kept(process: LockedProcess, folder: Path, use
     subprocess.run([sys.executable, "-c", script], check=True)
     pid = process.pid()
     assert pid
-    wait_until(lambda: status(pid)["Name"] == "sleep")
+    wait_until(lambda: status(pid)["Name"] == "sleep", "the program runs")
     found = {int(entry.name): entry.readlink() for entry in Path(f"/proc/{pid}/fd").iterdir()}
     assert found[3].name.startswith("socket:")
     assert folder / "cache.lock" in found.values()
@@ -138,7 +139,9 @@ class TestImageLock:
         formatting.make(folder / "image", DiskFormat.QCOW2, 1 << 20, [Volume(AES_256_XTS, dek)])
         return images.KeyedImage(folder / "image", "qcow2", dek.passphrase)
 
-    def test_qemu_sees_it(self, process: LockedProcess, image: images.KeyedImage, user: User) -> None:
+    def test_qemu_sees_an_image_held_by_a_stage_as_in_use(
+        self, process: LockedProcess, image: images.KeyedImage, user: User
+    ) -> None:
         with img.opened(image.path, os.O_RDWR) as descriptor:
             process.start(SLEEP, user, image=descriptor)
         for _ in range(2):  # to have asked takes no lock away
@@ -153,7 +156,7 @@ class TestImageLock:
         img.refuse_if_open(image.path)
 
     @pytest.mark.parametrize("read_only", [False, True])
-    def test_it_does_not_start_where_qemu_is(
+    def test_a_stage_does_not_start_on_an_image_that_qemu_has_open(
         self, process: LockedProcess, image: images.KeyedImage, user: User, read_only: bool
     ) -> None:
         with image.held(read_only=read_only), img.opened(image.path, os.O_RDWR) as descriptor:

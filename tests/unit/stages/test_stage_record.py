@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from images import mode
+from support.images import mode
 from virt_sse.config import Config
 from virt_sse.errors import StageError
 from virt_sse.libvirt.users import User
@@ -63,7 +63,7 @@ def below(caching: str, slot: str | None) -> tuple[Stage, ...]:
 
 @pytest.mark.parametrize("slot", ["infrastructure", None])
 @pytest.mark.parametrize("caching", ["None", "ReadOnly", "ReadWrite"])
-def test_it_is_read_as_it_was_written(tmp_path: Path, slot: str | None, caching: str) -> None:
+def test_a_record_is_read_as_written(tmp_path: Path, slot: str | None, caching: str) -> None:
     record = dataclasses.replace(RECORD, stages=below(caching, slot))
     folder = tmp_path / "stages" / str(record.disk_id)
     record.write(folder)
@@ -76,7 +76,7 @@ def test_it_is_read_as_it_was_written(tmp_path: Path, slot: str | None, caching:
     assert StageRecord.read(folder) == record
 
 
-def test_what_makes_no_sense_is_no_record(tmp_path: Path) -> None:
+def test_an_invalid_record_is_refused(tmp_path: Path) -> None:
     assert StageRecord.read(tmp_path) is None
     RECORD.write(tmp_path)
     path = tmp_path / "stages.json"
@@ -148,7 +148,7 @@ def test_a_mistyped_field_is_named_and_stops_its_own_disk_only(
         ("qcow2", None, "ReadWrite", False),
     ],
 )
-def test_what_keeps_all_that_it_has_acknowledged(
+def test_only_durable_stages_keep_acknowledged_writes(
     tmp_path: Path, image_format: str, slot: str | None, caching: str, kept: bool
 ) -> None:
     record = dataclasses.replace(RECORD, format=DiskFormat(image_format), stages=below(caching, slot))

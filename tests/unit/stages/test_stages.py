@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from stage_disks import DOMAIN, QEMU, M, StagedDisk, kill
-from stage_programs import command_line, status
 
-import images
 import virt_sse.stages.host_cache
 import virt_sse.stages.sockets
 import virt_sse.stages.stages
 import virt_sse.stages.storage_daemon
-from crashes import crash_points, dies_at
+from support import images
+from support.faults import crash_points, dies_at
+from support.stage_disks import DOMAIN, QEMU, M, StagedDisk, kill
+from support.stage_programs import command_line, status
 from virt_sse.config import Config
 from virt_sse.errors import DiskInUseError, StageError, ToolError
 from virt_sse.libvirt.users import User
@@ -63,7 +63,7 @@ def make(config: Config) -> Iterator[Make]:
 @pytest.mark.parametrize("image_format", images.FORMATS)
 @pytest.mark.parametrize("caching", HostCaching)
 @pytest.mark.parametrize("double", [False, True])
-def test_what_a_guest_writes_is_in_the_image(
+def test_data_written_by_a_guest_is_in_the_image(
     make: Make, image_format: str, caching: HostCaching, double: bool
 ) -> None:
     disk = make(image_format, double=double, caching=caching)
@@ -91,7 +91,7 @@ def test_what_a_guest_writes_is_in_the_image(
         img.check(disk.disk.path, disk.disk.format, list(disk.deks.values()))
 
 
-def test_who_may_do_what(make: Make, user: User) -> None:
+def test_files_and_processes_have_least_rights(make: Make, user: User) -> None:
     disk = make("raw", caching=READ_ONLY)
     disk.start()
     storage = User(user.uid, user.uid)  # as the configuration has it, by one number
@@ -213,7 +213,7 @@ def test_another_domains_stages_are_left_alone(make: Make) -> None:
 
 
 class TestNothingIsLeftOfAStartThatFails:
-    def test_another_dek(self, make: Make) -> None:
+    def test_another_dek_is_refused_and_not_shown(self, make: Make) -> None:
         disk = make("qcow2", caching=READ_ONLY)
         wrong = Dek.generate()
         with pytest.raises(
@@ -224,7 +224,7 @@ class TestNothingIsLeftOfAStartThatFails:
         said = "".join(traceback.format_exception(failure.value))
         assert wrong.passphrase.decode() not in said
 
-    def test_an_image_in_use(self, make: Make) -> None:
+    def test_an_image_in_use_is_refused(self, make: Make) -> None:
         disk = make("raw")
         keyed = images.KeyedImage(disk.disk.path, "raw", disk.deks["infrastructure"].passphrase)
         with keyed.held():
@@ -233,7 +233,7 @@ class TestNothingIsLeftOfAStartThatFails:
             assert disk.pids() == []
         disk.assert_nothing_is_left()
 
-    def test_a_program_that_is_missing(
+    def test_a_missing_program_is_reported(
         self, make: Make, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         disk = make("raw", caching=READ_ONLY)
@@ -247,7 +247,7 @@ class TestNothingIsLeftOfAStartThatFails:
                 disk.start()
         disk.assert_nothing_is_left()
 
-    def test_a_cache_that_does_not_start(
+    def test_a_cache_that_does_not_start_is_reported(
         self, make: Make, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         disk = make("raw", double=False, caching=READ_ONLY)
@@ -260,7 +260,7 @@ class TestNothingIsLeftOfAStartThatFails:
                 disk.start()
         disk.assert_nothing_is_left()
 
-    def test_a_path_that_is_too_long_for_a_socket(self, make: Make, config: Config, folder: Path) -> None:
+    def test_a_path_too_long_for_a_socket_is_refused(self, make: Make, config: Config, folder: Path) -> None:
         root = folder / ("x" * 60)
         root.mkdir()
         disk = StagedDisk(dataclasses.replace(config, root=root), "raw")
@@ -268,7 +268,7 @@ class TestNothingIsLeftOfAStartThatFails:
             disk.start()
         disk.assert_nothing_is_left()
 
-    def test_no_image(self, make: Make) -> None:
+    def test_a_missing_image_is_reported(self, make: Make) -> None:
         disk = make("raw")
         disk.disk.path.unlink()
         with pytest.raises(img.ImageError, match="is missing"):
@@ -333,7 +333,7 @@ def test_an_end_that_is_killed_anywhere_is_no_hindrance(make: Make) -> None:
         ("cache", False, READ_ONLY),
     ],
 )
-def test_what_keeps_all_is_started_again_and_has_all(
+def test_a_stage_that_keeps_all_writes_is_restarted_with_all_of_them(
     make: Make, name: str, double: bool, caching: HostCaching
 ) -> None:
     disk = make("raw", double=double, caching=caching)
@@ -357,7 +357,7 @@ def test_what_keeps_all_is_started_again_and_has_all(
     ("image_format", "double", "caching"),
     [("qcow2", True, NONE), ("raw", True, READ_WRITE), ("qcow2", False, READ_WRITE)],
 )
-def test_what_may_have_lost_something_is_not(
+def test_a_stage_that_may_have_lost_writes_is_not_restarted(
     make: Make, image_format: str, double: bool, caching: HostCaching
 ) -> None:
     disk = make(image_format, double=double, caching=caching)
@@ -378,7 +378,7 @@ def test_what_may_have_lost_something_is_not(
         *((caching, name) for caching in (READ_ONLY, READ_WRITE) for name in ("storage", "cache")),
     ],
 )
-def test_what_was_flushed_survives_a_kill(make: Make, caching: HostCaching, victim: str) -> None:
+def test_flushed_data_survives_a_kill(make: Make, caching: HostCaching, victim: str) -> None:
     disk = make("qcow2", caching=caching)
     disk.start()
     assert "wrote 1048576" in disk.guest_io("write -P 0x5a 0 1M", "flush")
@@ -390,7 +390,7 @@ def test_what_was_flushed_survives_a_kill(make: Make, caching: HostCaching, vict
 
 
 class TestGrowth:
-    def test_a_raw_volume_under_a_guest_that_connects_again(self, make: Make) -> None:
+    def test_a_raw_volume_grows_under_a_guest_that_reconnects(self, make: Make) -> None:
         disk = make("raw")
         disk.start()
         disk.stages.grow(disk.disk, 5 * M, reconnects=True)
@@ -398,26 +398,26 @@ class TestGrowth:
         info = img.usable_size_within(disk.disk.path, disk.disk.format, list(disk.deks.values()))
         assert info == 5 * M
 
-    def test_not_under_one_that_does_not(self, make: Make) -> None:
+    def test_a_raw_volume_does_not_grow_under_a_guest_that_stays_connected(self, make: Make) -> None:
         disk = make("raw")
         disk.start()
         with pytest.raises(StageError, match="cannot grow under a running guest") as failure:
             disk.stages.grow(disk.disk, 5 * M, reconnects=False)
         assert "stop the domain first" in str(failure.value.hint)
 
-    def test_a_qcow2_volume_has_room(self, make: Make) -> None:
+    def test_a_qcow2_volume_has_room_to_grow(self, make: Make) -> None:
         disk = make("qcow2")
         disk.start()
         before = disk.daemon().size()
         disk.stages.grow(disk.disk, 2 * M, reconnects=False)
         assert disk.daemon().size() == before
 
-    def test_not_below_a_cache(self, make: Make) -> None:
+    def test_a_volume_below_a_cache_does_not_grow(self, make: Make) -> None:
         disk = make("raw", caching=READ_ONLY)
         disk.start()
         with pytest.raises(StageError, match="host cache, which does not grow"):
             disk.stages.grow(disk.disk, 5 * M, reconnects=True)
 
-    def test_a_disk_without_stages(self, make: Make) -> None:
+    def test_a_disk_without_stages_does_not_grow_here(self, make: Make) -> None:
         disk = make("raw")
         disk.stages.grow(disk.disk, 5 * M, reconnects=False)

@@ -11,13 +11,13 @@ from virt_sse.stages.storage_user import DEFAULT_STORAGE_USER, storage_user
 QEMU = User(64055, 108)
 
 
-def test_a_user_by_number_or_name() -> None:
+def test_a_user_is_found_by_number_or_name() -> None:
     assert storage_user("4711", QEMU) == User(4711, 4711)
     nobody = pwd.getpwnam("nobody")
     assert storage_user("nobody", QEMU) == User(nobody.pw_uid, nobody.pw_gid)
 
 
-def test_without_one_qemus() -> None:
+def test_without_a_storage_user_qemus_user_is_taken() -> None:
     try:
         entry = pwd.getpwnam(DEFAULT_STORAGE_USER)
     except KeyError:
@@ -27,12 +27,12 @@ def test_without_one_qemus() -> None:
 
 
 @pytest.mark.parametrize("root", ["0", "00", "root"])
-def test_never_root(root: str) -> None:
+def test_a_storage_user_is_never_root(root: str) -> None:
     with pytest.raises(ConfigError, match="must not be root"):
         storage_user(root, QEMU)
 
 
 @pytest.mark.parametrize("nobody", ["", "no-such-user", "-1", "١٢"])
-def test_never_nobody_known(nobody: str) -> None:
+def test_an_unknown_storage_user_is_refused(nobody: str) -> None:
     with pytest.raises(ConfigError, match="no user"):
         storage_user(nobody, QEMU)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from pass_through import PassThrough, PassThroughProcess
-from stage_disks import DOMAIN, StagedDisk, kill
-from stage_programs import command_line, wait_until
 
-import images
+from support import images
+from support.stage_disks import DOMAIN, StagedDisk, kill
+from support.stage_programs import command_line
+from support.waiting import wait_until
 from virt_sse.config import Config
 from virt_sse.errors import DiskInUseError, StageError
 from virt_sse.libvirt.users import User
@@ -146,7 +147,7 @@ def test_a_process_that_the_record_does_not_name_is_ended_too(make: Make) -> Non
     disk.start()
     (disk.config.stage_directory / str(disk.disk.id) / "stages.json").unlink()
     disk.stop()
-    wait_until(lambda: not disk.pids())
+    wait_until(lambda: not disk.pids(), "all stage processes have ended")
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_names_are_taken_once(store: Store) -> None:
         store.encryption_sets.add(dataclasses.replace(encryption_set("web"), id=uuid.uuid4()), limit=9)
 
 
-def test_a_region_of_a_subscription_has_room_for_so_many(store: Store) -> None:
+def test_a_region_of_a_subscription_holds_a_limited_number_of_sets(store: Store) -> None:
     for number in range(50):
         store.encryption_sets.add(encryption_set(f"set-{number}"), limit=50)
     with pytest.raises(PolicyError, match="has 50 disk encryption sets"):

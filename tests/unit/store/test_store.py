@@ -99,7 +99,7 @@ def in_processes(count: int, path: Path, body: str) -> list[str]:
     return answers
 
 
-def test_what_is_added_is_found(store: Store) -> None:
+def test_an_added_disk_is_found(store: Store) -> None:
     one, two = disk("one"), disk("two", entry("1", "service"), entry("9", "host"))
     for added in (two, one):
         store.add(added)
@@ -125,7 +125,7 @@ def test_name_path_and_id_are_taken_once(store: Store) -> None:
     assert store.all() == [one, other]
 
 
-def test_changes(store: Store) -> None:
+def test_changes_of_a_disk_are_stored(store: Store) -> None:
     store.add(one := disk("one", state=DiskState.CREATING))
     assert store.unfinished() == [one]
     store.set_state(one.id, DiskState.READY)
@@ -152,7 +152,7 @@ def test_deks_are_swapped_only_for_the_generation_that_was_seen(store: Store) ->
     assert not store.replace(after, rewrapped(after, entry("3")))
 
 
-def test_disks_by_their_key(store: Store) -> None:
+def test_disks_are_found_by_their_key(store: Store) -> None:
     store.add(disk("one", entry("1")))
     store.add(disk("two", entry("2"), entry("2", "host")))
     assert [found.name for found in store.under_key(KeyRef("provider", "default"))] == ["one", "two"]
@@ -163,7 +163,7 @@ def test_disks_by_their_key(store: Store) -> None:
     }
 
 
-def test_what_is_forgotten_is_not_in_the_file(store: Store, path: Path) -> None:
+def test_deleted_rows_leave_no_bytes_in_the_file(store: Store, path: Path) -> None:
     store.add(one := disk("one", entry("a-version-to-be-forgotten")))
     store.remove(one.id)
     store.close()
@@ -189,6 +189,7 @@ def test_a_reader_does_not_wait_for_a_writer(store: Store, path: Path) -> None:
         other.execute("ROLLBACK")
 
 
+@pytest.mark.slow
 def test_processes_migrate_once_at_first_use(path: Path) -> None:
     path.parent.mkdir()
     in_processes(4, path, "store.add(disk(f'disk-{number}'))")
@@ -197,6 +198,7 @@ def test_processes_migrate_once_at_first_use(path: Path) -> None:
     store.close()
 
 
+@pytest.mark.slow
 def test_eight_processes_write_at_the_same_time(store: Store, path: Path) -> None:
     store.add(disk("shared"))
     body = (
@@ -289,7 +291,7 @@ def test_a_newer_schema_is_refused(store: Store, path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"text that is no database at all, but long" * 100, b"\0" * 5000])
-def test_what_is_no_database_is_refused_and_kept(path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_database_is_refused_and_kept(path: Path, content: bytes) -> None:
     path.parent.mkdir()
     path.write_bytes(content)
     with pytest.raises(StoreError, match="cannot open the store"):
@@ -298,7 +300,7 @@ def test_what_is_no_database_is_refused_and_kept(path: Path, content: bytes) -> 
 
 
 @pytest.mark.parametrize("url", ["sqlite:///relative", "sqlite://", "nonsense", "nosuch://host/db", ""])
-def test_what_is_no_store(url: str) -> None:
+def test_a_database_that_is_no_store_is_refused(url: str) -> None:
     with pytest.raises(StoreError):
         Store(url)
 
@@ -320,6 +322,6 @@ def test_migrations_make_the_tables(store: Store, path: Path) -> None:
     engine.dispose()
 
 
-def test_the_newest_migration_is_the_one_that_is_spelt_out() -> None:
+def test_the_newest_migration_is_the_one_in_the_code() -> None:
     config = alembic_config(Path(virt_sse.store.__file__).parent / "migrations")
     assert alembic.script.ScriptDirectory.from_config(config).get_heads() == [SCHEMA]

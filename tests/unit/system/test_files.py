@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import no_file_beyond
 
+from support.faults import no_file_beyond
 from virt_sse.system.files import (
     canonical,
     private_folder,
@@ -36,7 +36,7 @@ def test_a_private_folder_is_ours_alone(tmp_path: Path) -> None:
     assert mode(folder) == 0o700
 
 
-def test_a_folder_that_is_there_is_kept_and_tightened(tmp_path: Path) -> None:
+def test_an_existing_folder_is_kept_and_tightened(tmp_path: Path) -> None:
     folder = tmp_path / "keys"
     folder.mkdir()
     folder.chmod(0o755)
@@ -61,7 +61,7 @@ def test_a_private_file_is_written_and_replaced_whole(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == [path]
 
 
-def test_replacing_tightens(tmp_path: Path) -> None:
+def test_replacing_a_file_tightens_its_mode(tmp_path: Path) -> None:
     path = tmp_path / "key"
     path.touch(0o644)
     write_private(path, b"secret")
@@ -114,7 +114,9 @@ def test_write_at_says_when_not_all_could_be_written(tmp_path: Path) -> None:
         write_at(file.fileno(), bytes(1500), 0)
 
 
-def test_one_name_for_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_paths_to_a_file_have_the_same_canonical_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     monkeypatch.chdir(tmp_path)
@@ -137,7 +139,7 @@ def test_an_unnamed_file_leaves_nothing_unless_it_is_published(tmp_path: Path) -
     assert mode(path) == 0o600
 
 
-def test_publishing_never_replaces(tmp_path: Path) -> None:
+def test_publishing_never_replaces_an_existing_file(tmp_path: Path) -> None:
     path = tmp_path / "image"
     path.write_bytes(b"theirs")
     with unnamed_file(tmp_path) as descriptor, pytest.raises(FileExistsError):

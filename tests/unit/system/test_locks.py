@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import uuid
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from support.forking import Report, fork
 from virt_sse.errors import DiskInUseError, StoreError
 from virt_sse.system.locks import DiskLocks, is_locked
 
@@ -19,7 +19,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "state/locks"
 
 
-def test_one_disk_is_held_by_one_at_a_time(path: Path) -> None:
+def test_a_disk_is_held_by_one_holder_at_a_time(path: Path) -> None:
     locks, others = DiskLocks(path), DiskLocks(path)
     with locks.hold(DISK):
         with pytest.raises(DiskInUseError), others.hold(DISK):
@@ -51,20 +51,18 @@ def test_threads_exclude_each_other(path: Path) -> None:
 
 
 def test_a_lock_dies_with_its_process(path: Path) -> None:
-    reading, writing = os.pipe()
-    if not (child := os.fork()):
+    def hold(report: Report) -> None:
         with DiskLocks(path).hold(DISK):
-            os.write(writing, b"!")
+            report("held")
             signal.pause()
-    os.read(reading, 1)
+
+    child = fork(hold)
+    assert child.line() == "held"
     with pytest.raises(DiskInUseError), DiskLocks(path).hold(DISK):
         pass
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    child.kill()
     with DiskLocks(path).hold(DISK):
         pass
-    os.close(reading)
-    os.close(writing)
 
 
 def test_the_file_is_ours_alone_and_stays_empty(path: Path) -> None:
@@ -74,14 +72,14 @@ def test_the_file_is_ours_alone_and_stays_empty(path: Path) -> None:
     assert path.stat().st_size == 0
 
 
-def test_where_no_file_can_be_made(tmp_path: Path) -> None:
+def test_a_lock_file_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file/locks", tmp_path):
         with pytest.raises(StoreError, match="cannot open"), DiskLocks(path).hold(DISK):
             pass
 
 
-def test_a_lock_of_others_is_seen(path: Path) -> None:
+def test_a_lock_of_another_holder_is_seen(path: Path) -> None:
     with DiskLocks(path).hold(DISK), path.open("rb") as file:
         assert is_locked(file.fileno(), 0, 1 << 62)
     with path.open("rb") as file:

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from support.waiting import is_gone, wait_until
 from virt_sse.errors import ImageError, ToolError
 from virt_sse.system.tools import failure, passphrase_descriptor, run, run_with_progress
 
 
-def test_output_and_input() -> None:
+def test_a_tool_gets_its_input_and_returns_its_output() -> None:
     assert run(["cat"], stdin=b"a line\n") == "a line\n"
     assert run(["true"]) == ""
 
 
-def test_failures() -> None:
+def test_every_failure_of_a_tool_is_named() -> None:
     with pytest.raises(ToolError, match="no-such-tool is not installed"):
         run(["no-such-tool"])
     with pytest.raises(ToolError, match=r"^sh: exit status 3$"):
@@ -33,7 +34,7 @@ def test_failures() -> None:
         run(["sh", "-c", "echo x: No space left on device >&2; exit 1"])
 
 
-def test_without_setpriv(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_setpriv_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ToolError, match="setpriv is not installed"):
         run(["true"])
@@ -50,7 +51,7 @@ def test_a_tools_own_name_is_not_doubled() -> None:
     assert str(failure("qemu-img", 1, "qemu-img: no such image\n")) == "qemu-img: no such image"
 
 
-def test_progress() -> None:
+def test_progress_is_reported_as_fractions() -> None:
     seen: list[float] = []
     script = "printf '    (0.00/100%%)\\r    (50.00/100%%)\\r'; sleep 0.2; printf '    (100.00/100%%)\\r\\n'"
     run_with_progress(["sh", "-c", script], pass_fds=[], progress=seen.append)
@@ -96,11 +97,6 @@ def test_a_tool_dies_with_us(tmp_path: Path) -> None:
     )
     pid = tmp_path / "pid"
     with subprocess.Popen([sys.executable, "-c", script]) as parent:
-        while not pid.exists() or not pid.read_text():
-            time.sleep(0.02)
+        wait_until(lambda: pid.exists() and pid.read_text(), "the tool runs")
         parent.send_signal(signal.SIGKILL)
-    child = Path("/proc", pid.read_text().strip(), "stat")
-    deadline = time.monotonic() + 5
-    while child.exists() and child.read_text().split()[2] != "Z":
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: is_gone(int(pid.read_text())), "the tool has ended", seconds=5)

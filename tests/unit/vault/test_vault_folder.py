@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from faults import no_file_beyond
-from vault_doubles import Records
 
+from support.faults import no_file_beyond
+from support.vault_doubles import Records
 from virt_sse.errors import InvalidValueError, VaultError
 from virt_sse.vault.home.certificates import needs_renewal
 from virt_sse.vault.home.layout import VaultDirectory
@@ -26,7 +26,7 @@ from virt_sse.vault.vault import Vault, open_vault
 from virt_sse.vault_client.permissions import USE
 
 
-def test_a_vault_is_ours_alone(directory: VaultDirectory) -> None:
+def test_a_vaults_files_are_private(directory: VaultDirectory) -> None:
     assert directory.path.stat().st_mode & 0o777 == 0o700
     assert {path.name: path.stat().st_mode & 0o777 for path in directory.path.iterdir()} == {
         path.name: 0o600 for path in directory.path.iterdir()
@@ -40,7 +40,7 @@ def test_a_vault_is_never_made_over_another(directory: VaultDirectory) -> None:
     assert directory.root_key_path.read_bytes() == before
 
 
-def test_what_a_killed_init_left_is_made_anew(directory: VaultDirectory) -> None:
+def test_leftovers_of_a_killed_init_are_replaced(directory: VaultDirectory) -> None:
     directory.settings_path.unlink()
     with pytest.raises(VaultError, match="no vault"):
         directory.settings()
@@ -62,7 +62,7 @@ def test_one_process_serves_a_vault(directory: VaultDirectory, vault: Vault, rec
 @pytest.mark.parametrize(
     "content", [b"", b"{}", b"[]", b"\xff", b'{"format": 2}', b'{"format": 1, "name": "x"}']
 )
-def test_damaged_settings_are_said_so(directory: VaultDirectory, content: bytes) -> None:
+def test_damaged_settings_are_reported(directory: VaultDirectory, content: bytes) -> None:
     directory.settings_path.write_bytes(content)
     with pytest.raises(VaultError):
         directory.settings()
@@ -126,13 +126,13 @@ def test_settings_of_earlier_versions_are_read(directory: VaultDirectory) -> Non
         {"retention_days": 91},
     ],
 )
-def test_settings_must_make_sense(tmp_path: Path, wrong: dict[str, object]) -> None:
+def test_invalid_settings_are_refused(tmp_path: Path, wrong: dict[str, object]) -> None:
     with pytest.raises(InvalidValueError):
         initialise(tmp_path / "vault", **wrong)  # type: ignore[arg-type]
     assert not (tmp_path / "vault").exists()
 
 
-def test_settings_there_and_back(directory: VaultDirectory) -> None:
+def test_written_settings_are_read_back(directory: VaultDirectory) -> None:
     settings = directory.settings()
     assert VaultSettings.from_json(settings.to_json()) == settings
 
@@ -163,7 +163,7 @@ def test_another_root_key_opens_nothing(directory: VaultDirectory, records: Reco
         pass
 
 
-def test_what_is_sealed_for_one_purpose_opens_for_no_other() -> None:
+def test_a_sealed_value_opens_for_its_own_purpose_alone() -> None:
     root = VaultRootKey(bytes(32), "tenant/vault")
     sealed = root.sealer("keys").seal(b"secret", b"context")
     assert root.sealer("keys").open(sealed, b"context") == b"secret"
@@ -188,7 +188,7 @@ def test_a_root_key_does_not_print() -> None:
     assert "ROOT" not in repr(root) + repr(root.sealer("keys"))
 
 
-def test_a_backup_brings_all_of_a_key_back(vault: Vault) -> None:
+def test_a_backup_restores_all_of_a_key(vault: Vault) -> None:
     vault.keys.create("kek", "RSA", 2048, NewKey(tags={"a": "b"}))
     vault.rotation.rotate("kek")
     vault.rotation.set_policy("kek", {"attributes": {"expiryTime": "P90D"}})
@@ -217,7 +217,7 @@ def test_a_backup_is_worth_nothing_to_another_vault(vault: Vault, tmp_path: Path
         stranger.backups.restore(blob)
 
 
-def test_a_newer_version_s_database_is_left_alone(directory: VaultDirectory, records: Records) -> None:
+def test_the_database_of_a_newer_version_is_left_alone(directory: VaultDirectory, records: Records) -> None:
     with closing(sqlite3.connect(directory.database_path)) as database:
         database.execute("UPDATE alembic_version SET version_num = '99'")
         database.commit()
@@ -229,7 +229,7 @@ def test_a_newer_version_s_database_is_left_alone(directory: VaultDirectory, rec
         pass
 
 
-def test_what_is_no_database_is_said_so(directory: VaultDirectory, records: Records) -> None:
+def test_a_file_that_is_no_database_is_reported(directory: VaultDirectory, records: Records) -> None:
     for name in ("vault.sqlite-wal", "vault.sqlite-shm"):
         (directory.path / name).unlink(missing_ok=True)
     directory.database_path.write_bytes(b"not a database" * 1000)
@@ -262,7 +262,7 @@ def test_the_first_administrator_may_not_use_keys(vault: Vault) -> None:
     assert vault.principals.get("administrator").permissions.isdisjoint(USE)
 
 
-def test_whoever_has_the_folder_can_make_an_administrator(
+def test_the_owner_of_the_folder_can_make_an_administrator(
     directory: VaultDirectory, records: Records
 ) -> None:
     file = directory.path.parent / "second.json"

@@ -7,8 +7,8 @@ from contextlib import closing
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
-from vault_doubles import Clock
 
+from support.vault_doubles import Clock
 from virt_sse.errors import VaultError
 from virt_sse.vault.home.layout import VaultDirectory
 from virt_sse.vault.keys.records import Attributes, KeyVersion, NewKey
@@ -75,7 +75,7 @@ def test_time_alone_ends_wrapping(vault: Vault, clock: Clock) -> None:
     assert use(vault, "wrapKey") == "KeyExpired"
 
 
-def test_a_key_does_only_what_its_owner_lets_it(vault: Vault) -> None:
+def test_a_key_permits_only_its_operations(vault: Vault) -> None:
     create(vault)
     vault.keys.update("kek", "", attributes={}, operations=("unwrapKey",), tags=None)
     assert [use(vault, operation) for operation in USES] == [
@@ -121,20 +121,20 @@ def test_a_purged_key_is_gone_for_good(vault: Vault) -> None:
 
 
 @pytest.mark.parametrize("bits", [0, 512, 1024, 2047, 2049, 8192, -2048])
-def test_other_sizes_are_refused(vault: Vault, bits: int) -> None:
+def test_a_key_of_another_size_is_refused(vault: Vault, bits: int) -> None:
     with pytest.raises(Refusal) as refused:
         vault.keys.create("kek", "RSA", bits, NewKey())
     assert (refused.value.status, refused.value.code) == (400, "BadParameter")
 
 
 @pytest.mark.parametrize("kind", ["EC", "oct", "oct-HSM", "rsa", ""])
-def test_other_types_are_refused(vault: Vault, kind: str) -> None:
+def test_a_key_of_another_type_is_refused(vault: Vault, kind: str) -> None:
     with pytest.raises(Refusal, match="not supported"):
         vault.keys.create("kek", kind, 2048, NewKey())
 
 
 @pytest.mark.parametrize("algorithm", ["RSA1_5", "RSA-OAEP-512", "A256KW", "", "none"])
-def test_other_algorithms_are_refused(vault: Vault, algorithm: str) -> None:
+def test_another_algorithm_is_refused(vault: Vault, algorithm: str) -> None:
     create(vault)
     with pytest.raises(Refusal, match="alg"):
         vault.keys.decrypt("unwrapKey", "kek", "", algorithm, bytes(256))
@@ -163,21 +163,23 @@ def test_every_way_to_fail_an_unwrap_looks_the_same(vault: Vault) -> None:
     assert len(said) == 1
 
 
-def test_more_than_a_key_can_take_is_refused(vault: Vault) -> None:
+def test_a_payload_too_long_for_the_key_is_refused(vault: Vault) -> None:
     create(vault)
     vault.keys.encrypt("wrapKey", "kek", "", OAEP, bytes(190))
     with pytest.raises(Refusal, match="at most 190 bytes"):
         vault.keys.encrypt("wrapKey", "kek", "", OAEP, bytes(191))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2048, 3072])
-def test_a_key_that_was_made_elsewhere_is_taken_in(vault: Vault, bits: int) -> None:
+def test_a_key_made_elsewhere_is_imported(vault: Vault, bits: int) -> None:
     private = rsa.generate_private_key(65537, bits)
     record = vault.keys.import_key("mine", "RSA", private.private_numbers(), NewKey())
     assert record.public.n == private.public_key().public_numbers().n
     assert use(vault, "unwrapKey", "mine") == "ok"
 
 
+@pytest.mark.slow
 def test_numbers_that_do_not_fit_together_are_no_key(vault: Vault) -> None:
     numbers = rsa.generate_private_key(65537, 2048).private_numbers()
     other = rsa.generate_private_key(65537, 2048).private_numbers()
@@ -215,7 +217,7 @@ def test_stored_material_opens_as_its_own_version_only(vault: Vault, directory: 
         vault.keys.encrypt("wrapKey", "b", "", OAEP, b"dek")
 
 
-def test_a_window_must_be_one(vault: Vault) -> None:
+def test_an_invalid_time_window_is_refused(vault: Vault) -> None:
     with pytest.raises(Refusal, match="earlier"):
         create(vault, attributes=Attributes(not_before=2, expires=2))
     create(vault)
@@ -224,7 +226,7 @@ def test_a_window_must_be_one(vault: Vault) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a_b", "a/b", "ä", "a\0", "a" * 128, "a b", "a\n"])
-def test_what_is_no_name_is_refused(vault: Vault, name: str) -> None:
+def test_an_invalid_name_is_refused(vault: Vault, name: str) -> None:
     for asked in (lambda: create(vault, name), lambda: vault.keys.get(name), lambda: vault.keys.delete(name)):
         with pytest.raises(Refusal) as refused:
             asked()

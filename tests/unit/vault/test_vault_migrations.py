@@ -13,8 +13,8 @@ import alembic.migration
 import alembic.script
 import pytest
 import sqlalchemy as sa
-from vault_doubles import Records
 
+from support.vault_doubles import Records
 from virt_sse.system.migrations import alembic_config
 from virt_sse.vault.home import database as vault_database
 from virt_sse.vault.home.database import SCHEMA

@@ -17,7 +17,7 @@ def test_a_version_is_opened_once() -> None:
     assert keys.get("a", "1", entry) is first
 
 
-def test_the_least_recently_used_one_goes_first() -> None:
+def test_the_least_recently_used_key_is_dropped_first() -> None:
     keys, first, second = OpenedKeys(2), entry(), entry()
     keys.get("a", "1", lambda: first)
     keys.get("b", "1", lambda: second)
@@ -39,7 +39,7 @@ def test_a_changed_key_is_opened_anew_and_others_are_not() -> None:
     assert keys.get("b", "1", entry) is other
 
 
-def test_what_was_read_before_a_change_is_not_kept_after_it() -> None:
+def test_a_key_read_before_a_change_is_not_kept_after_the_change() -> None:
     keys, stale = OpenedKeys(9), entry()
 
     def read_while_it_changes() -> OpenedKey:
@@ -50,7 +50,7 @@ def test_what_was_read_before_a_change_is_not_kept_after_it() -> None:
     assert keys.get("a", "1", entry) is not stale
 
 
-def test_one_that_fails_to_open_is_asked_again() -> None:
+def test_a_key_that_fails_to_open_is_opened_again() -> None:
     keys, good = OpenedKeys(9), entry()
 
     def fails() -> OpenedKey:

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from vault_doubles import DAY, Clock, Records
 
+from support.vault_doubles import DAY, Clock, Records
 from virt_sse.errors import InvalidValueError
 from virt_sse.vault.http.limits import Limits
 from virt_sse.vault.keys.durations import seconds_of
@@ -56,7 +56,7 @@ def test_a_disabled_key_is_not_given_a_usable_version(vault: Vault, clock: Clock
     assert vault.rotation.due() == []
 
 
-def test_neither_is_a_deleted_one(vault: Vault, clock: Clock) -> None:
+def test_a_deleted_key_is_not_rotated(vault: Vault, clock: Clock) -> None:
     vault.keys.create("kek", "RSA", 2048, NewKey())
     vault.rotation.set_policy("kek", AFTER_30_DAYS)
     vault.keys.delete("kek")
@@ -64,7 +64,7 @@ def test_neither_is_a_deleted_one(vault: Vault, clock: Clock) -> None:
     assert vault.rotation.due() == []
 
 
-def test_what_the_vault_does_by_itself_is_recorded(vault: Vault, clock: Clock, records: Records) -> None:
+def test_automatic_rotations_are_recorded(vault: Vault, clock: Clock, records: Records) -> None:
     vault.keys.create("kek", "RSA", 2048, NewKey())
     vault.rotation.set_policy("kek", AFTER_30_DAYS)
     vault.keys.create("old", "RSA", 2048, NewKey())
@@ -119,7 +119,7 @@ def test_a_policy_is_given_back_as_it_was_given(vault: Vault, clock: Clock) -> N
         {"attributes": []},
     ],
 )
-def test_a_policy_that_makes_no_sense_is_refused(vault: Vault, wrong: dict[str, object]) -> None:
+def test_an_invalid_policy_is_refused(vault: Vault, wrong: dict[str, object]) -> None:
     vault.keys.create("kek", "RSA", 2048, NewKey())
     with pytest.raises(Refusal) as refused:
         vault.rotation.set_policy("kek", wrong)
@@ -137,14 +137,14 @@ def test_a_policy_that_makes_no_sense_is_refused(vault: Vault, wrong: dict[str, 
         ("P1DT1S", DAY + 1),
     ],
 )
-def test_durations(text: str, seconds: int) -> None:
+def test_a_duration_is_read_in_seconds(text: str, seconds: int) -> None:
     assert seconds_of(text) == seconds
 
 
 @pytest.mark.parametrize(
     "text", ["", "P", "PT", "7D", "P-7D", "P7", "P7D ", "p7d", "P1.5D", "P٣D", "P99999999D", "P7DT"]
 )
-def test_what_is_no_duration(text: str) -> None:
+def test_an_invalid_duration_is_refused(text: str) -> None:
     with pytest.raises(Refusal, match="ISO 8601"):
         seconds_of(text)
 
@@ -162,6 +162,6 @@ def test_a_bucket_gives_a_burst_then_its_rate() -> None:
 
 
 @pytest.mark.parametrize(("concurrency", "rate"), [(0, 0), (1, -1), (1, float("inf")), (1, float("nan"))])
-def test_limits_must_be_some(concurrency: int, rate: float) -> None:
+def test_invalid_limits_are_refused(concurrency: int, rate: float) -> None:
     with pytest.raises(InvalidValueError):
         Limits(concurrency, rate)

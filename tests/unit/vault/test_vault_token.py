@@ -15,8 +15,8 @@ from pathlib import Path
 import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
-from vault_doubles import DAY, Clock, Records
 
+from support.vault_doubles import DAY, Clock, Records
 from virt_sse.errors import ConfigError, InvalidValueError, KeyProviderUnavailableError, VaultError
 from virt_sse.lab.tokens import LabHsm, LabToken
 from virt_sse.pkcs11.objects import TokenKey
@@ -116,6 +116,7 @@ def test_a_key_is_made_and_used_in_the_token(
     assert key.label.endswith("/kek")
 
 
+@pytest.mark.slow
 def test_an_imported_key_is_in_the_token_and_nowhere_else(
     vault: Vault, directory: VaultDirectory, token: LabToken
 ) -> None:
@@ -198,7 +199,7 @@ def test_vaults_share_a_token(
     assert [key.id.hex() for key in in_token(token, second)] == [theirs.version] != [mine.version]
 
 
-def test_what_is_done_to_a_key_in_the_token_is_the_token_s_word(
+def test_a_key_disabled_or_destroyed_in_the_token_is_so_in_the_vault(
     vault: Vault, directory: VaultDirectory, token: LabToken
 ) -> None:
     record = create(vault)
@@ -215,7 +216,7 @@ def test_what_is_done_to_a_key_in_the_token_is_the_token_s_word(
         assert vault.hsm.failure() is None
 
 
-def test_a_token_that_was_emptied_says_nothing_of_a_key(
+def test_an_emptied_token_gives_no_verdict_about_a_key(
     vault: Vault, directory: VaultDirectory, token: LabToken
 ) -> None:
     record = create(vault)
@@ -230,7 +231,7 @@ def test_a_token_that_was_emptied_says_nothing_of_a_key(
     assert "anchor" in str(vault.hsm.failure())
 
 
-def test_a_token_that_is_away_says_nothing_of_a_key_either(
+def test_a_missing_token_gives_no_verdict_about_a_key(
     vault: Vault, directory: VaultDirectory, token: LabToken
 ) -> None:
     record, software = create(vault), vault.keys.create("soft", "RSA", 2048, NewKey())
@@ -265,7 +266,7 @@ def test_a_purge_that_is_due_is_finished_when_the_token_is_back(
     assert in_token(token, directory) == []
 
 
-def test_what_a_kill_left_goes_and_what_a_row_names_stays(
+def test_keys_without_a_row_are_destroyed_and_keys_with_a_row_stay(
     directory: VaultDirectory, token: LabToken, records: Records
 ) -> None:
     with open_vault(directory, records) as vault:
@@ -293,7 +294,7 @@ def test_what_a_kill_left_goes_and_what_a_row_names_stays(
         use(vault, deleted)
 
 
-def test_a_key_that_is_refused_a_place_leaves_nothing(
+def test_a_key_that_cannot_be_stored_leaves_nothing(
     vault: Vault, directory: VaultDirectory, token: LabToken
 ) -> None:
     create(vault)
@@ -339,6 +340,7 @@ def test_stored_handles_open_as_their_own_version_only(vault: Vault, directory: 
         use(vault, record)
 
 
+@pytest.mark.slow
 def test_a_wrong_pin_locks_until_it_is_unlocked(
     directory: VaultDirectory, token: LabToken, records: Records
 ) -> None:
@@ -362,7 +364,7 @@ def test_a_wrong_pin_locks_until_it_is_unlocked(
         token.folder.pin.write_bytes(right)
 
 
-def test_a_dead_module_says_nothing_of_a_key(
+def test_a_dead_module_gives_no_verdict_about_a_key(
     directory: VaultDirectory, token: LabToken, records: Records
 ) -> None:
     with open_vault(directory, records) as vault:
@@ -378,7 +380,7 @@ def test_a_dead_module_says_nothing_of_a_key(
         assert "cannot load PKCS#11 module" in str(vault.hsm.failure())
 
 
-def test_a_vault_that_has_lost_its_token_s_settings_says_nothing_of_a_key(
+def test_a_vault_without_its_token_settings_gives_no_verdict(
     directory: VaultDirectory, records: Records
 ) -> None:
     with open_vault(directory, records) as vault:
@@ -412,7 +414,7 @@ def test_an_older_premium_vault_is_given_a_token(
         add_hsm(directory, options_of(token))
 
 
-def test_settings_there_and_back(directory: VaultDirectory, token: LabToken) -> None:
+def test_written_token_settings_are_read_back(directory: VaultDirectory, token: LabToken) -> None:
     settings = directory.settings()
     assert VaultSettings.from_json(settings.to_json()) == settings
     assert settings.hsm
@@ -430,13 +432,13 @@ def test_settings_there_and_back(directory: VaultDirectory, token: LabToken) -> 
         ({"uri": "pkcs11:token=x", "pin": "1234"}, "unknown option"),
     ],
 )
-def test_a_token_must_make_sense(tmp_path: Path, options: dict[str, str], message: str) -> None:
+def test_invalid_token_settings_are_refused(tmp_path: Path, options: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         initialise(tmp_path / "vault", tier=Tier.PREMIUM, hsm=options)
     assert not (tmp_path / "vault/vault.json").exists()
 
 
-def test_no_vault_is_made_over_a_token_that_is_not_there(tmp_path: Path, token: LabToken) -> None:
+def test_no_vault_is_made_over_a_missing_token(tmp_path: Path, token: LabToken) -> None:
     wrong = options_of(token) | {"uri": "pkcs11:token=elsewhere"}
     with pytest.raises(KeyProviderUnavailableError, match="no token matches"):
         initialise(tmp_path / "vault", tier=Tier.PREMIUM, hsm=wrong)

@@ -14,8 +14,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from rich.pretty import pretty_repr
-from vault_doubles import Clock, Records
 
+from support.vault_doubles import Clock, Records
 from virt_sse.errors import CredentialError, VaultError
 from virt_sse.vault.home.layout import VaultDirectory
 from virt_sse.vault.identity.tokens import OAuthError, bearer
@@ -74,7 +74,7 @@ def test_an_assertion_buys_a_token_of_its_principal(vault: Vault, file: Credenti
     assert vault.tokens.principal_of(token(vault, file)).client_id == file.client_id
 
 
-def test_an_assertion_is_good_once(vault: Vault, directory: VaultDirectory, file: CredentialFile) -> None:
+def test_an_assertion_is_accepted_once(vault: Vault, directory: VaultDirectory, file: CredentialFile) -> None:
     assertion = file.assertion()
     vault.tokens.issue(form(file, assertion))
     with pytest.raises(OAuthError) as refused:
@@ -141,7 +141,7 @@ def test_a_bad_assertion_buys_nothing(vault: Vault, file: CredentialFile, bad: s
         ({"client_id": ""}, "invalid_client"),
     ],
 )
-def test_a_token_request_must_be_one(
+def test_a_malformed_token_request_is_refused(
     vault: Vault, file: CredentialFile, change: dict[str, str], error: str
 ) -> None:
     with pytest.raises(OAuthError) as refused:
@@ -183,7 +183,7 @@ BAD_CLAIMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("bad", BAD_CLAIMS)
-def test_a_token_that_is_not_right_in_all_is_refused(vault: Vault, file: CredentialFile, bad: str) -> None:
+def test_a_token_with_any_wrong_claim_is_refused(vault: Vault, file: CredentialFile, bad: str) -> None:
     key = vault.tokens._key  # as if the vault itself had signed it
     assert vault.tokens.principal_of(altered(vault, file, key)).client_id == file.client_id
     with pytest.raises(Refusal) as refused:
@@ -213,9 +213,7 @@ def test_forged_tokens_are_refused(vault: Vault, file: CredentialFile) -> None:
         assert refused.value.status == 401
 
 
-def test_a_principal_that_is_not_let_in_any_more_has_worthless_tokens(
-    vault: Vault, file: CredentialFile
-) -> None:
+def test_tokens_of_a_disabled_or_expired_principal_are_refused(vault: Vault, file: CredentialFile) -> None:
     private, public = new_assertion_key()
     principal = vault.principals.create("web", public)
     mine = CredentialFile(
@@ -241,7 +239,7 @@ def test_a_principal_that_is_not_let_in_any_more_has_worthless_tokens(
         token(vault, mine)
 
 
-def test_the_last_administrator_stays(vault: Vault) -> None:
+def test_the_last_administrator_cannot_be_removed(vault: Vault) -> None:
     first = vault.principals.get("administrator")
     for change in (
         lambda: vault.principals.delete(first),
@@ -255,7 +253,7 @@ def test_the_last_administrator_stays(vault: Vault) -> None:
     assert [principal.name for principal in vault.principals.all()] == [second.name]
 
 
-def test_principals_survive_a_restart_with_what_they_may(directory: VaultDirectory, records: Records) -> None:
+def test_principals_and_permissions_survive_a_restart(directory: VaultDirectory, records: Records) -> None:
     granted = [Permission.UNWRAP_KEY, Permission.GET]
     with open_vault(directory, records) as vault:
         made = vault.principals.create("web", new_assertion_key()[1], expires=2_000_000_000, created_by="x")
@@ -269,7 +267,7 @@ def test_principals_survive_a_restart_with_what_they_may(directory: VaultDirecto
 
 
 @pytest.mark.parametrize("name", ["", "-a", "a b", "a/b", "ä", "a" * 129, "a\0"])
-def test_names_of_principals(vault: Vault, name: str) -> None:
+def test_an_invalid_principal_name_is_refused(vault: Vault, name: str) -> None:
     with pytest.raises(Refusal, match="name"):
         vault.principals.create(name, new_assertion_key()[1])
 
@@ -296,7 +294,7 @@ def test_weak_and_wrong_public_keys_are_refused(vault: Vault) -> None:
         ("Bearer a b", None),
     ],
 )
-def test_authorization_headers(header: str, token: str | None) -> None:
+def test_a_bearer_token_is_read_from_its_header_alone(header: str, token: str | None) -> None:
     assert bearer(header) == token
 
 
@@ -322,7 +320,7 @@ def test_a_credential_file_keeps_its_secrets(directory: VaultDirectory, file: Cr
 @pytest.mark.parametrize(
     "content", [b"", b"{}", b"[]", b"\xff", b'{"format": "virt-sse-vault-credential-1"}', b"[" * 9999]
 )
-def test_what_is_no_credential_file(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_credential_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "credential"
     path.touch(0o600)
     path.write_bytes(content)
@@ -389,11 +387,11 @@ def test_a_credential_file_s_assertions_go_to_its_own_vault_alone(file: Credenti
         ("", False),
     ],
 )
-def test_which_urls_a_credential_is_for(file: CredentialFile, url: str, covered: bool) -> None:
+def test_a_credential_is_for_the_urls_of_its_vault(file: CredentialFile, url: str, covered: bool) -> None:
     assert file.covers(url) is covered
 
 
-def test_times_of_principals_are_the_vault_s(
+def test_expiry_of_principals_is_by_the_vaults_clock(
     directory: VaultDirectory, records: Records, clock: Clock
 ) -> None:
     with open_vault(directory, records, clock=clock) as vault:

@@ -28,7 +28,7 @@ def test_no_body_is_an_empty_object() -> None:
 
 
 @pytest.mark.parametrize("value", [b"", b"\0", b"a" * 63, bytes(range(256)) * 2])
-def test_base64url_there_and_back(value: bytes) -> None:
+def test_base64url_decodes_to_the_encoded_bytes(value: bytes) -> None:
     text = wire.encode(value)
     assert "=" not in text
     assert wire.decode({"value": text}, "value") == value
@@ -38,7 +38,7 @@ def test_base64url_there_and_back(value: bytes) -> None:
 @pytest.mark.parametrize(
     "value", ["a", "ab+/", "a b", "ä", "ab\n", "===", "a=b", None, 5, ["YQ"], {"x": 1}, "a" * 5]
 )
-def test_what_is_no_base64url(value: object) -> None:
+def test_invalid_base64url_is_refused(value: object) -> None:
     refused(lambda: wire.decode({"value": value}, "value"))
 
 
@@ -57,7 +57,7 @@ def test_what_is_no_base64url(value: object) -> None:
         "enabled",
     ],
 )
-def test_attributes_must_make_sense(attributes: object) -> None:
+def test_invalid_attributes_are_refused(attributes: object) -> None:
     refused(lambda: wire.attributes({"attributes": attributes}))
 
 
@@ -72,22 +72,22 @@ def test_attributes_that_are_not_given_are_not_changed() -> None:
     "tags",
     [{"a": 1}, {"a": None}, {"a": "x" * 257}, {"x" * 257: ""}, {str(n): "" for n in range(16)}, [], "a"],
 )
-def test_tags_must_make_sense(tags: object) -> None:
+def test_invalid_tags_are_refused(tags: object) -> None:
     refused(lambda: wire.tags({"tags": tags}))
 
 
 @pytest.mark.parametrize("operations", ["wrapKey", ["wrap"], [1], {}, ["wrapKey", None], [["wrapKey"]]])
-def test_operations_must_be_some(operations: object) -> None:
+def test_invalid_operations_are_refused(operations: object) -> None:
     refused(lambda: wire.operations({"key_ops": operations}))
 
 
 @pytest.mark.parametrize("kty", ["", "rsa", "RSA ", None, 5])
-def test_key_types(kty: object) -> None:
+def test_an_invalid_key_type_is_refused(kty: object) -> None:
     refused(lambda: wire.key_type({"kty": kty}))
 
 
 @pytest.mark.parametrize("size", ["2048", 2048.0, True, [2048]])
-def test_numbers(size: object) -> None:
+def test_an_invalid_number_is_refused(size: object) -> None:
     refused(lambda: properties.integer({"key_size": size}, "key_size", 2048))
 
 

@@ -49,14 +49,14 @@ def found(xml: str, backup: str | None = None) -> list[tuple[LinkKind, str]]:
     return [(link.kind, link.place) for link in links]
 
 
-def test_a_disk_as_it_should_be() -> None:
+def test_the_chain_of_an_ordinary_disk_has_no_plaintext_link() -> None:
     xml = domain(source("/ours", OURS), "<backingStore/>")
     assert found(xml) == []
     (chain,) = disk_chains(xml)
     assert (chain.ours, chain.alias, chain.links[0].slot) == (0, "virtio-disk0", "service")
 
 
-def test_overlays_and_backing_files() -> None:
+def test_plaintext_overlays_and_backing_files_are_found() -> None:
     below = backing("/ours", OURS, backing("/base"))
     xml = domain(source("/two"), backing("/one", below=below))
     assert found(xml) == [
@@ -68,14 +68,14 @@ def test_overlays_and_backing_files() -> None:
     assert [link.index for link in chain.links] == ["3", "1", "1", "1"]
 
 
-def test_what_others_have_encrypted_is_no_plaintext() -> None:
+def test_images_encrypted_by_others_are_no_plaintext() -> None:
     assert found(domain(source("/overlay", THEIRS), backing("/ours", OURS))) == []
     assert (
         found(domain(source("/ours", OURS), f"<mirror job='copy'>{source('/copy', THEIRS)}</mirror>")) == []
     )
 
 
-def test_disks_that_are_not_ours_are_not_looked_at() -> None:
+def test_disks_that_are_not_ours_are_ignored() -> None:
     assert found(domain(source("/plain"), backing("/base"))) == []
     assert found(domain(source("/plain", THEIRS), f"<mirror job='copy'>{source('/copy')}</mirror>")) == []
     assert disk_chains("<domain><devices><disk device='cdrom'/></devices></domain>") == []
@@ -92,7 +92,7 @@ def test_a_copy_is_a_mirror_and_a_commit_is_none() -> None:
 
 
 @pytest.mark.parametrize("place", ["target", "scratch"])
-def test_backups(place: str) -> None:
+def test_a_plaintext_backup_is_found_and_an_encrypted_one_is_not(place: str) -> None:
     def backup(name: str, encryption: str = "", **attributes: str) -> str:
         said = "".join(f" {key}='{value}'" for key, value in attributes.items())
         inner = f"<{place} file='/backup'>{encryption}</{place}>"
@@ -107,7 +107,7 @@ def test_backups(place: str) -> None:
     assert found(xml, backup("vda", backup="no")) == []
 
 
-def test_what_took_a_disks_place_is_known_by_the_serial() -> None:
+def test_an_image_in_the_place_of_a_disk_is_known_by_the_serial() -> None:
     copied = domain(source("/copy"), f"<serial>{serial(DISK)}</serial>")
     assert may_be_ours(copied)
     assert not may_be_ours(domain(source("/copy"), "<serial>WD-1</serial>"))
@@ -117,7 +117,7 @@ def test_what_took_a_disks_place_is_known_by_the_serial() -> None:
     assert str(link) == "vda: image in its place /copy"
 
 
-def test_places_that_are_no_files() -> None:
+def test_places_that_are_no_files_are_named() -> None:
     host = "<host transport='unix' socket='/socket'/>"
     remote = "<source protocol='rbd' name='pool/image'><host name='monitor'/></source>"
     for given, place in (
@@ -131,6 +131,6 @@ def test_places_that_are_no_files() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "<domain>", domain(source("/x", OURS.replace(str(DISK), "nonsense")))])
-def test_what_makes_no_sense(text: str) -> None:
+def test_invalid_xml_is_refused(text: str) -> None:
     with pytest.raises(InvalidValueError, match=r"invalid domain XML|names an unknown secret"):
         plaintext_links(text)

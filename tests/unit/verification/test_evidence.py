@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CBC
 
-from images import require
+from support.images import require
 from virt_sse.model.ciphers import AES_256_CBC, AES_256_XTS
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
@@ -49,14 +49,14 @@ def test_ciphertext_is_told_from_plaintext(cache: int) -> None:
     assert (seen.ciphertext, seen.other) == (128, 16)
 
 
-def test_headers_are_no_plaintext(cache: int) -> None:
+def test_headers_do_not_count_as_plaintext(cache: int) -> None:
     os.pwrite(cache, b"LUKS" + TEXT, 0)
     os.pwrite(cache, b"LUKS" + TEXT, 64 << 10)
     assert sample_sectors(cache, [0, 64 << 10], has_tables=False) == SectorSample(0, 2, 0)
     assert sample_sectors(cache, [0], has_tables=False) == SectorSample(0, 1, 1)
 
 
-def test_tables_are_no_plaintext_where_the_format_has_them(cache: int) -> None:
+def test_tables_of_the_format_do_not_count_as_plaintext(cache: int) -> None:
     offsets = struct.pack(">64Q", *((1 << 63) | (number << 16) for number in range(16)), *[0] * 48)
     counts = struct.pack(">256H", *([1] * 200), *([0] * 56))
     os.pwrite(cache, offsets + counts, 64 << 10)
@@ -87,7 +87,7 @@ def test_a_sample_of_much_is_spread_over_it() -> None:
     assert seen.other > 100
 
 
-def test_ciphertext_is_even() -> None:
+def test_ciphertext_is_even_and_text_is_not() -> None:
     assert all(is_even(os.urandom(512)) for _ in range(2000))
     assert not is_even(bytes(512))
     assert not is_even((TEXT * 9)[:512])
@@ -104,7 +104,7 @@ def test_the_cipher_is_read_from_the_header(tmp_path: Path, image_format: DiskFo
         assert cipher_of_image(descriptor, image_format) == str(cipher)
 
 
-def test_what_a_process_has_open(tmp_path: Path) -> None:
+def test_the_files_a_process_has_open_are_found(tmp_path: Path) -> None:
     path, address = tmp_path / "file", tmp_path / "socket"
     path.write_bytes(b"x")
     with path.open() as file, socket.socket(socket.AF_UNIX) as listening:

@@ -49,7 +49,7 @@ OURS = [node("ours", "qcow2", **LUKS), node("file", "file", "/ours")]
 PLAIN = [node("other", "qcow2"), node("otherfile", "file", "/other")]
 
 
-def test_a_disk_as_it_should_be() -> None:
+def test_the_graph_of_an_ordinary_disk_has_no_plaintext_link() -> None:
     graph = Graph(OURS, "device:root:ours ours:file:file")
     assert graph.exposures() == []
     ((alias, root),) = graph.graph.devices()
@@ -68,7 +68,7 @@ def test_a_disk_as_it_should_be() -> None:
         ("device:root:ours job-backup:source:ours job-backup:target:other", LinkKind.BACKUP),
     ],
 )
-def test_plaintext_beside_a_volume(edges: str, kind: LinkKind) -> None:
+def test_plaintext_beside_a_volume_is_found(edges: str, kind: LinkKind) -> None:
     filters = [node("top", "mirror_top"), node("cbw", "copy-before-write")]
     nodes = OURS + PLAIN + [each for each in filters if each["node-name"] in edges]
     jobs = [{"id": "job-backup", "type": "backup"}, {"id": "job", "type": "mirror"}]
@@ -78,7 +78,7 @@ def test_plaintext_beside_a_volume(edges: str, kind: LinkKind) -> None:
     assert graph.graph.devices_over(volume) == ["virtio-disk0"]
 
 
-def test_an_encrypted_overlay_is_told_and_hides_no_plaintext_beyond_it() -> None:
+def test_an_encrypted_overlay_is_reported_and_hides_no_plaintext() -> None:
     nodes = [*OURS, node("other", "qcow2", **LUKS), PLAIN[1]]
     edges = "ours:file:file other:file:otherfile other:backing:ours"
     overlay = Exposure(LinkKind.OVERLAY, "/other", "aes-256-xts")
@@ -89,25 +89,25 @@ def test_an_encrypted_overlay_is_told_and_hides_no_plaintext_beyond_it() -> None
     assert exposures == [overlay, Exposure(LinkKind.BACKING, "/base")]
 
 
-def test_an_image_that_is_open_without_its_layer() -> None:
+def test_an_image_open_without_its_layer_is_found() -> None:
     graph = Graph([node("raw", "raw"), node("file", "file", "/ours")], "device:root:raw raw:file:file").graph
     assert [graph.volumes_over(stored) for stored in graph.stored()] == [[()]]
 
 
-def test_two_layers_in_one_qemu() -> None:
+def test_two_layers_in_one_qemu_are_found_in_their_order() -> None:
     nodes = [*OURS, node("outer", "luks", **LUKS)]
     graph = Graph(nodes, "device:root:ours ours:file:outer outer:file:file").graph
     assert [[each.name for each in s] for s in graph.volumes_over(graph.stored()[0])] == [["outer", "ours"]]
 
 
-def test_exports_of_plaintext() -> None:
+def test_exports_of_plaintext_are_found() -> None:
     nodes = [*OURS, node("cbw", "copy-before-write")]
     exports = [{"id": "disk", "node-name": "cbw"}, {"id": "ciphertext", "node-name": "file"}]
     graph = Graph(nodes, "cbw:file:ours ours:file:file", exports=exports).graph
     assert graph.exports(graph.volumes_over(graph.stored()[0])[0][0]) == ["disk"]
 
 
-def test_ciphers() -> None:
+def test_the_cipher_of_a_node_is_named() -> None:
     cbc = {"cipher-mode": "cbc", "ivgen-alg": "essiv", "ivgen-hash-alg": "sha256"}
     assert cipher_of(node("x", "luks", **LUKS)) == "aes-256-xts"
     assert cipher_of(node("x", "qcow2", **LUKS | cbc)) == "aes-256-cbc-essiv:sha256"
@@ -128,10 +128,10 @@ def test_ciphers() -> None:
         ("rbd:pool/image", Place("rbd:pool/image")),
     ],
 )
-def test_places(filename: str, place: Place) -> None:
+def test_the_place_of_a_node_is_found(filename: str, place: Place) -> None:
     assert place_of(filename) == place
 
 
-def test_what_qemu_does_not_say() -> None:
+def test_a_block_graph_of_an_unknown_form_is_refused() -> None:
     with pytest.raises(MonitorError, match="unknown format"):
         BlockGraph([{"node-name": "x"}], {"nodes": [{"id": 1, "name": "x", "type": "block-driver"}]})

@@ -27,14 +27,14 @@ def require(*tools: str) -> None:
 
 
 def passphrase(backend: Backend, disk: Disk) -> bytes:
-    """What opens the disk, got in the way that the libvirt hook gets it, but for libvirt."""
+    """The passphrase of the disk, unwrapped as by the libvirt hook."""
     (entry,) = disk.deks
     provider = backend.host.plugins.key_provider(entry.wrapped.key.provider)
     return provider.unwrap(entry.wrapped, context=disk.context(entry.slot)).passphrase
 
 
 class KeyedImage:
-    """An encrypted image and what opens it."""
+    """An encrypted image and its passphrase."""
 
     def __init__(self, path: Path, image_format: str, passphrase: bytes) -> None:
         self.path = path
@@ -68,7 +68,7 @@ class KeyedImage:
         return self.io("read 0 512").returncode == 0
 
     def size(self) -> int:
-        """The size that qemu-img sees through the key."""
+        """The virtual size, found with the key."""
         done = subprocess.run(
             ["qemu-img", "info", "--output=json", "--object", self.secret, "--image-opts", self.options],
             capture_output=True,
@@ -77,7 +77,7 @@ class KeyedImage:
         return int(json.loads(done.stdout)["virtual-size"])
 
     def equals(self, other: Path, other_format: str = "raw") -> bool:
-        """Whether the content through the key is that of the plaintext image *other*."""
+        """Whether the decrypted content equals the plaintext image *other*."""
         plain = f"driver={other_format},file.driver=file,file.filename={other}"
         done = subprocess.run(
             ["qemu-img", "compare", "--object", self.secret, "--image-opts", self.options, plain],
@@ -101,7 +101,7 @@ class KeyedImage:
 
     @contextmanager
     def served(self) -> Iterator[Qmp]:
-        """A qemu-storage-daemon that has the image open for writing, as node ``disk``."""
+        """Run a qemu-storage-daemon with the image open for writing as node ``disk``."""
         require("qemu-storage-daemon")
         with (
             TemporaryDirectory() as folder,
@@ -154,7 +154,7 @@ class Qmp:
 
 
 def info(path: Path) -> dict[str, Any]:
-    """What qemu-img says of an image without any key."""
+    """The report of ``qemu-img info`` without a key."""
     done = subprocess.run(
         ["qemu-img", "info", "--output=json", path], capture_output=True, check=True, text=True
     )

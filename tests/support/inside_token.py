@@ -1,4 +1,4 @@
-"""What tests do beside a token's interface, in its module's process: as its library's other users would."""
+"""Calls in the process of a token's module that bypass the interface of :class:`Token`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from PyKCS11 import (
     Mechanism,
 )
 
+from support.folders import TESTS
 from virt_sse.lab.tokens import LabToken
 from virt_sse.pkcs11 import objects
 from virt_sse.pkcs11.operations import TokenOperations
@@ -27,19 +28,19 @@ T = TypeVar("T")
 
 
 def allow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the processes that are started from now on find this module."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    """Let processes that start from now on import this module."""
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
 
 
 def inside(
     token: Token, work: Callable[Concatenate[TokenOperations, P], T], *args: P.args, **kwargs: P.kwargs
 ) -> T:
-    """What *work* makes of it there."""
+    """Run *work* in the process of the token's module: its result."""
     return token._process.call(token._seconds, work, *args, **kwargs)
 
 
 def home_of(token: LabToken) -> Path:
-    """SoftHSM's folder for it."""
+    """SoftHSM's folder for a token."""
     (home,) = [
         path
         for path in Path(str(token.options["softhsm-config"])).with_name("tokens").iterdir()
@@ -49,14 +50,14 @@ def home_of(token: LabToken) -> Path:
 
 
 def hang(_operations: TokenOperations) -> None:
-    """As a module that waits for its network, with Python's lock."""
+    """Hang with Python's lock held, like a module that waits for its network."""
     import ctypes
 
     ctypes.PyDLL(None).pause()
 
 
 def hang_at_login(operations: TokenOperations) -> None:
-    """From the next on."""
+    """Hang at every login from now on."""
     import PyKCS11
 
     PyKCS11.Session.login = lambda *_: hang(operations)

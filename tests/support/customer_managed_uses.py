@@ -1,4 +1,4 @@
-"""Every use of a customer-managed key, and what a key vault answers to it."""
+"""Every use of a customer-managed key, and answers of a key vault."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import base64
 from collections.abc import Callable
 from uuid import UUID
 
-from strange_vaults import Answer, document
-
+from support.strange_vaults import Answer, document
 from virt_sse.model.keys import Dek, DekContext, KeyId, KeyProvider, WrappedDek
 from virt_sse_plugins.key_providers.customer_managed import CustomerManagedKeyProvider
 

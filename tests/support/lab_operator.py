@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.agent_site import forget_domains
 from virt_sse.lab.host import LabHost
 from virt_sse.lab.recipes import boot_sector_image
 
@@ -52,13 +53,8 @@ class Operator:
         return self.virt_sse("disk", "xml", name)
 
     def secrets(self) -> list[str]:
-        """The usage ids of libvirt's secrets that are ours, sorted: libvirt lists them in any order."""
+        """The usage IDs of our secrets in libvirt, sorted: libvirt lists them in any order."""
         return sorted(word for word in self.virsh("secret-list").split() if word.startswith("virt-sse:"))
 
     def forget_domains(self) -> None:
-        with self.host.connect() as connection:
-            for domain in connection.listAllDomains():
-                if domain.isActive():
-                    domain.destroy()
-                if domain.isPersistent():
-                    domain.undefine()
+        forget_domains(self.host)

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from uuid import UUID
 
+from support.folders import VECTORS
 from virt_sse.in_guest.signatures import _crc32c
 
 K, M, G = 1 << 10, 1 << 20, 1 << 30
-VECTORS = Path(__file__).parent / "vectors"
 LVM = json.loads((VECTORS / "lvm.json").read_text())
 
 FVE = UUID("4967d63b-2e29-4ad8-8399-f6a339e3d001")
@@ -22,7 +22,7 @@ FVE_USED_SPACE = UUID("92a84d3b-dd80-4d0e-9e4e-b1e3284eaed8")
 
 
 class GuestDisk:
-    """A sparse disk. Counts what is read from it."""
+    """A sparse disk, which counts its reads."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -47,7 +47,7 @@ class GuestDisk:
         return found[offset % K :][: max(0, end - offset)]
 
     def save(self, path: Path) -> Path:
-        """Write it into the sparse file *path*."""
+        """Write the disk into the sparse file *path*."""
         with path.open("wb") as file:
             file.truncate(self.size)
             for number, chunk in self._chunks.items():
@@ -105,7 +105,7 @@ def bitlocker(identifier: UUID = FVE) -> bytes:
 
 
 def bitlocker_to_go(identifier: UUID | None = FVE) -> bytes:
-    """Its volume header; without an identifier that of an ordinary FAT32."""
+    """The volume header of BitLocker To Go; without an identifier, the header of an ordinary FAT32."""
     header = bytearray(512)
     header[:14] = b"\xeb\x58\x90MSWIN4.1" + struct.pack("<HB", 512, 8)
     header[71:90] = b"NO NAME    FAT32   "
@@ -136,19 +136,19 @@ def ext4(*, encrypt: bool) -> bytes:
 
 
 def md_superblock(data_offset: int) -> bytes:
-    """Of version 1.1 or 1.2, with the data at that byte of the member."""
+    """A superblock of version 1.1 or 1.2; *data_offset* is in bytes from the start of the member."""
     return (
         struct.pack("<II", 0xA92B4EFC, 1).ljust(128, b"\0") + struct.pack("<Q", data_offset // 512)
     ).ljust(256, b"\0")
 
 
 def physical_volume() -> bytes:
-    """The first mebibyte of what LVM's own tools have made; the rest is the logical volumes' data."""
+    """The first mebibyte of a physical volume made by LVM; the rest is data of logical volumes."""
     return zlib.decompress(base64.b64decode(LVM["first-mebibyte"]))
 
 
 def luks_format(path: Path, version: int, size: int = 16 * M) -> bytes:
-    """What cryptsetup makes of a file of that size."""
+    """The content of a file of *size* bytes after ``cryptsetup luksFormat``."""
     with path.open("wb") as file:
         file.truncate(size)
     arguments = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"]

@@ -11,7 +11,7 @@ DAY = 86400
 
 @dataclass
 class Clock:
-    """A clock that is set by hand."""
+    """A clock set by hand."""
 
     now: float = 1_800_000_000.0
 

@@ -52,7 +52,7 @@ def is_whole(log: AuditLog) -> bool:
 
 
 def broken(log: AuditLog) -> tuple[str, int, int, str]:
-    """Where the log is not whole: file, line, the record that should be there; and the reason."""
+    """The place where the log is broken: file, line and expected record; and the reason."""
     found = log.verify().broken
     assert found
     return found.path.name, found.line, found.seq, found.reason

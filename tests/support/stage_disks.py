@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from stage_programs import wait_until
-
+from support.waiting import wait_until
 from virt_sse.config import Config
 from virt_sse.libvirt.users import User
 from virt_sse.model.ciphers import AES_256_CBC, AES_256_XTS
@@ -110,7 +109,7 @@ class StagedDisk:
         return StorageDaemon(self.config.stage_directory / str(self.disk.id) / "qmp")
 
     def pids(self) -> list[int]:
-        """Of the processes that run."""
+        """The process IDs of the running stages."""
         names = [kind.name for kind in self.stages.kinds]
         return [pid for name in names if (pid := self.process(name).pid())]
 
@@ -128,13 +127,13 @@ class StagedDisk:
         img.refuse_if_open(self.disk.path)
 
     def guest_io(self, *commands: str) -> str:
-        """What qemu-io says, with the service DEK and at the socket that a guest's QEMU is given."""
+        """The output of qemu-io with the service DEK, at the socket for a guest's QEMU."""
         socket = self.stages.guest_socket(self.disk.id)
         node = f"file.driver=nbd,file.server.type=unix,file.server.path={socket},file.export={self.disk.id}"
         return self._io(commands, [self.deks["service"]], f"{self._driver('')},{node}")
 
     def image_io(self, *commands: str) -> str:
-        """What it says with all DEKs, and the image."""
+        """The output of qemu-io with all DEKs, on the image."""
         deks = list(self.deks.values())
         return self._io(commands, deks, img.image_options(self.disk.path, self.disk.format, len(deks)))
 
@@ -162,4 +161,4 @@ def kill(disk: StagedDisk, name: str) -> None:
     pid = disk.process(name).pid()
     assert pid
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: disk.process(name).pid() is None)
+    wait_until(lambda: disk.process(name).pid() is None, f"the {name} process has ended")

@@ -1,4 +1,4 @@
-"""A lab host for guests whose disks have stages, and what is left of them."""
+"""A lab host for guests whose disks have stages, and a list of leftovers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import json
 import os
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import libvirt_qemu
-from agent_site import forget_domains, prepared, wait_until
 
+from support.agent_site import forget_domains, prepared, secret_usages
+from support.waiting import wait_until
 from virt_sse.backend import Backend
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.guests import Guest
@@ -53,7 +53,10 @@ class Running:
 
 
 class StageSite:
-    """:ivar backend: of that host, outside of its namespaces: for all that starts and ends no process."""
+    """A lab host with an encryption set for double encryption.
+
+    :ivar backend: the host's backend outside of the host's namespaces; must not start or end processes.
+    """
 
     def __init__(self, host: LabHost, backend: Backend, acceleration: Acceleration) -> None:
         self.host = host
@@ -69,7 +72,7 @@ class StageSite:
         )
 
     def run(self, *command: str | Path, status: int = 0) -> str:
-        """A command's standard output and error together, inside the host; it must exit with *status*."""
+        """Run a command inside the host, which must exit with *status*: its output and errors together."""
         done = self.popen(*command)
         said, _ = done.communicate(timeout=60)
         assert done.returncode == status, f"{command}: {said}"
@@ -94,7 +97,7 @@ class StageSite:
         return self.run("virsh", *arguments, status=status)
 
     def disk(self, image_format: str = "qcow2", *, size: int | None = None) -> Disk:
-        """A double disk: empty, of *size* bytes, or else with the boot-sector guest that stays."""
+        """A double disk: empty and of *size* bytes, or with a boot-sector guest that runs until stopped."""
         name = f"d{uuid.uuid4().hex[:8]}"
         kind = DiskFormat(image_format)
         if size is not None:
@@ -107,7 +110,7 @@ class StageSite:
         )
 
     def single_disk(self, image_format: str = "qcow2", *, size: int = 8 << 20) -> Disk:
-        """An empty disk with one layer: the site's set is for two."""
+        """An empty disk with one layer, outside of the site's set."""
         name = f"s{uuid.uuid4().hex[:8]}"
         return self.backend.disks.create(NewDisk(name=name, size=size, format=DiskFormat(image_format)))
 
@@ -117,7 +120,7 @@ class StageSite:
         return provider.unwrap(entry.wrapped, context=disk.context(slot))
 
     def guest(self, *disks: Disk) -> Guest:
-        """A guest with those disks, defined; named like the first, and some."""
+        """A defined guest with these disks; the name begins with the first disk's."""
         elements = [
             self.backend.domains.disk_element(disk.name, target=f"vd{letter}")
             for disk, letter in zip(disks, "abcdefgh", strict=False)
@@ -128,7 +131,7 @@ class StageSite:
         return guest
 
     def start_paused(self, guest: Guest) -> None:
-        """Start *guest*, and let it do nothing."""
+        """Start *guest* paused."""
         self.virsh("start", guest.name, "--paused")
 
     def processes(self) -> list[Running]:
@@ -151,7 +154,7 @@ class StageSite:
         return found
 
     def qemu(self, guest: Guest) -> Running:
-        """The process of a guest that runs."""
+        """The QEMU process of a running guest."""
         pattern = f"guest={guest.name},"
         (found,) = (
             process
@@ -164,14 +167,12 @@ class StageSite:
         return LockedProcess(self.backend.host.config.stage_directory / str(disk.id) / "storage")
 
     def secrets(self) -> list[str]:
-        """The usage ids of libvirt's secrets that are ours."""
-        with contextlib.closing(self.host.connect()) as connection:
-            usages = [secret.usageID() for secret in connection.listAllSecrets()]
-        return sorted(usage for usage in usages if usage.startswith("virt-sse:"))
+        return secret_usages(self.host)
 
     def qemu_io(self, guest: Guest, command: str, *, disk: int = 0) -> str:
-        """What qemu-io says, run within a guest's QEMU on the disk with that number: all below the guest is
-        passed.
+        """Run qemu-io within a guest's QEMU, through all layers below the guest: its output.
+
+        :param disk: the number of the guest's disk.
         """
         log = self.host.root / f"var/log/libvirt/qemu/{guest.name}.log"
         before = len(log.read_bytes())
@@ -189,7 +190,7 @@ class StageSite:
             return log.read_bytes()[before:].decode(errors="replace")
 
         # QEMU's standard output comes to the log by way of virtlogd, in its own time, but in order.
-        wait_until(lambda: f"command {end} not found" in said())
+        wait_until(lambda: f"command {end} not found" in said(), "QEMU has written its answer to the log")
         return said() + answers[0]
 
     def state(self, guest: Guest) -> tuple[int, int]:
@@ -199,7 +200,7 @@ class StageSite:
             return state, reason
 
     def left(self) -> dict[str, Sequence[object]]:
-        """What there is of guests and stages."""
+        """Leftovers of guests and stages, by kind; empty if there are none."""
         config = self.backend.host.config
         found = {
             "processes": [process.command for process in self.stage_processes()],
@@ -226,16 +227,6 @@ def show(site: StageSite, disk: Disk) -> dict[str, object]:
     return document
 
 
-def eventually(what: Callable[[], object], *, seconds: float) -> bool:
-    """Whether that comes to hold in that time."""
-    deadline = time.monotonic() + seconds
-    while not what():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
 def owner(disk: Disk) -> int:
-    """Whose the disk's image is."""
+    """The user ID of the owner of the disk's image."""
     return disk.path.stat().st_uid

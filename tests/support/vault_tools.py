@@ -1,4 +1,4 @@
-"""What the tests of a running vault share."""
+"""Clients and requests for tests of a running vault."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ OAEP = "RSA-OAEP-256"
 
 
 def new_name(prefix: str = "key") -> str:
-    """A name that no other test uses."""
+    """A name unique to the test."""
     return f"{prefix}-{uuid4().hex[:12]}"
 
 
 def sdk_options(credential: VaultCredential) -> dict[str, Any]:
-    """The options with which the SDK's clients reach a vault that is not in Azure's domain."""
+    """Options for the SDK's clients to reach a vault outside of Azure's domain."""
     return {
         "connection_verify": credential.ca_file(),
         "verify_challenge_resource": False,
@@ -57,7 +57,7 @@ class Answer:
 
 
 class Raw:
-    """HTTPS without a client's good manners, over one kept-alive connection."""
+    """HTTPS requests of any form, valid or not, over a kept-alive connection."""
 
     def __init__(self, vault: LabVault, token: str | None) -> None:
         host = vault.url.removeprefix("https://")

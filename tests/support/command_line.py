@@ -11,12 +11,12 @@ PROGRAM = Path(sys.executable).with_name("virt-sse")
 
 
 def no_libvirt(root: Path) -> str:
-    """A libvirt URI at which nobody answers: the libvirt of this machine is never asked."""
+    """A libvirt URI without a libvirt, so that this machine's libvirt is never asked."""
     return f"qemu+unix:///system?socket={root / 'no-libvirt'}"
 
 
 class CommandLine:
-    """``virt-sse`` on the host under *root*, each command in a process of its own; no libvirt answers it."""
+    """``virt-sse`` on the host under *root*, each command in its own process and without a libvirt."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -27,7 +27,7 @@ class CommandLine:
         return self._run(arguments, status).stdout
 
     def refuses(self, *arguments: str | bytes | Path, status: int = 1) -> str:
-        """The error line, and the hint if there is one, of a command that fails as it should."""
+        """The error line and the hint, if any, of a command that must fail."""
         message = self._run(arguments, status).stderr
         lines = message.splitlines()
         assert lines, "nothing was said"
@@ -37,7 +37,7 @@ class CommandLine:
         return message
 
     def warns_and_refuses(self, *arguments: str | bytes | Path) -> str:
-        """All that is said by a command that fails, and warns of something else before."""
+        """The standard error of a command that must fail after a warning."""
         return self._run(arguments, 1).stderr
 
     def _run(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import libvirt
 
-from customer_keys import CustomerKeys
+from support.customer_keys import CustomerKeys
+from support.waiting import wait_until
 from virt_sse.backend import Backend
 from virt_sse.config import Config
 from virt_sse.host.setup import initialise
@@ -36,7 +36,7 @@ rotation-seconds = 1
 
 @contextlib.contextmanager
 def prepared(host: LabHost, config: str = CONFIG) -> Iterator[Backend]:
-    """The backend of a lab host that is initialised, whose libvirtd runs our hook; *config* holds in here."""
+    """The backend of an initialised lab host whose libvirtd runs our hook; *config* is in force meanwhile."""
     path = host.root / "etc/virt-sse/config.toml"
     path.parent.mkdir(exist_ok=True)
     path.write_text(config)
@@ -50,17 +50,13 @@ def prepared(host: LabHost, config: str = CONFIG) -> Iterator[Backend]:
         path.unlink()
 
 
-def wait_until(what: Callable[[], object], *, seconds: float = 20) -> float:
-    """Wait until that holds; for how many seconds."""
-    began = time.monotonic()
-    while not what():
-        assert time.monotonic() - began < seconds, "it does not come to pass"
-        time.sleep(0.02)
-    return time.monotonic() - began
+def wait_for_event(agent: LabAgent, name: str, **values: object) -> float:
+    """Wait for an event in the agent's log: how many seconds the wait took."""
+    return wait_until(lambda: agent.events(name, **values), f"the agent logs {name} {values}")
 
 
 def forget_domains(host: LabHost) -> None:
-    """End and undefine all."""
+    """End and undefine all domains."""
     with contextlib.closing(host.connect()) as connection:
         for domain in connection.listAllDomains():
             if domain.isActive():
@@ -69,8 +65,18 @@ def forget_domains(host: LabHost) -> None:
                 domain.undefine()
 
 
+def secret_usages(host: LabHost) -> list[str]:
+    """The usage IDs of our secrets in libvirt, sorted: libvirt lists them in any order."""
+    with contextlib.closing(host.connect()) as connection:
+        usages = [secret.usageID() for secret in connection.listAllSecrets()]
+    return sorted(usage for usage in usages if usage.startswith("virt-sse:"))
+
+
 class Site:
-    """:ivar agent: runs, unless a test stops it."""
+    """An initialised lab host with guests.
+
+    :ivar agent: runs, unless a test stops the agent.
+    """
 
     def __init__(self, host: LabHost, backend: Backend, agent: LabAgent, acceleration: Acceleration) -> None:
         self.host = host
@@ -81,7 +87,7 @@ class Site:
     def guest(
         self, encryption_set: str | None = None, *, sku: DiskSku = DiskSku.PREMIUM_SSD
     ) -> tuple[Guest, Disk]:
-        """A guest that stays, defined, on a new disk."""
+        """A defined guest that runs until stopped, on a new disk."""
         name = f"t{uuid.uuid4().hex[:8]}"
         source = boot_sector_image(stays=True)
         disk = self.backend.transfer.import_image(
@@ -93,7 +99,7 @@ class Site:
         return guest, disk
 
     def refusal(self, guest: Guest) -> str:
-        """What libvirt says to a start that is refused."""
+        """The error of libvirt at a refused start."""
         try:
             guest.start()
         except libvirt.libvirtError as exc:
@@ -101,17 +107,18 @@ class Site:
         raise AssertionError(f"{guest.name} has started")
 
     def secrets(self) -> list[str]:
-        """The usage ids of libvirt's secrets that are ours, sorted: libvirt lists them in any order."""
-        with contextlib.closing(self.host.connect()) as connection:
-            usages = [secret.usageID() for secret in connection.listAllSecrets()]
-        return sorted(usage for usage in usages if usage.startswith("virt-sse:"))
+        return secret_usages(self.host)
 
     def events(self, name: str, **values: object) -> list[dict[str, object]]:
-        """The events of that name in the agent's log that have these values."""
+        """The events in the agent's log with this name and these values."""
         return self.agent.events(name, **values)
 
+    def wait_for_event(self, name: str, **values: object) -> float:
+        """Wait for an event in the agent's log: how many seconds the wait took."""
+        return wait_for_event(self.agent, name, **values)
+
     def wait_until_watched(self, guest: Guest) -> None:
-        """Until the agent has seen that the guest runs, and that its keys are good."""
+        """Wait until the agent knows the guest as running and its keys as enabled."""
 
         def is_watched() -> bool:
             status = self.agent.status()
@@ -119,14 +126,17 @@ class Site:
             states = {key["state"] for key in status["keys"]}  # type: ignore[attr-defined]
             return guest.name in seen and states == {"enabled"}
 
-        wait_until(is_watched)
+        wait_until(is_watched, f"the agent watches {guest.name} with good keys")
 
     def forget_domains(self) -> None:
         forget_domains(self.host)
 
 
 class CustomerSite(Site):
-    """:ivar keys: the administrator of the vault whose keys the sets have."""
+    """A lab host whose encryption sets have keys in a vault.
+
+    :ivar keys: the administrator of the vault.
+    """
 
     keys: CustomerKeys
 
@@ -146,7 +156,7 @@ class CustomerSite(Site):
         grace_seconds: int = 0,
         automatic_rotation: bool = False,
     ) -> EncryptionSet:
-        """A set under a new key that its identity may use."""
+        """A set with a new key, and with an identity that may use the key."""
         made = self.backend.sets.create(
             f"s{uuid.uuid4().hex[:8]}",
             provider="customer-managed",
@@ -171,7 +181,7 @@ class CustomerSite(Site):
 
     @contextlib.contextmanager
     def using(self, vault: LabVault) -> Iterator[CustomerKeys]:
-        """Make sets, their keys and identities in that vault."""
+        """Make sets, their keys and identities in *vault*."""
         before = getattr(self, "keys", None)
         with CustomerKeys(vault, self.host.directory / f"identities-{uuid.uuid4().hex[:8]}") as keys:
             self.use(keys)
@@ -194,5 +204,5 @@ def customer_site(
 
 
 def key_of(disk: Disk) -> KeyId:
-    """The version of the key that the disk is under."""
+    """The key version that wraps the disk's DEK."""
     return disk.deks[0].wrapped.key

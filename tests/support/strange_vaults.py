@@ -1,4 +1,4 @@
-"""A server that gets a vault's requests and answers as no vault should; and places where nobody may call."""
+"""A server that answers requests for a vault in invalid ways, and a server that never answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from virt_sse.vault.home.certificates import new_authority, new_server_certifica
 from virt_sse.vault_client.credential_file import CredentialFile, new_assertion_key
 
 TENANT = "00000000-0000-4000-8000-00000000000f"
-TOKEN = "not-a-token-but-as-secret-as-one"  # noqa: S105 -- nobody takes it
+TOKEN = "not-a-token-but-as-secret-as-one"  # noqa: S105 -- valid nowhere
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Seen:
 
 
 class StrangeVault:
-    """Gives anyone a token, and to whoever shows it the answers in :attr:`answers`, the last one for ever.
+    """Gives a token to every client, and :attr:`answers` to requests with the token; the last answer repeats.
 
     ``None`` among the answers breaks the connection.
 
     :ivar seen: the requests with a token.
-    :ivar tokens: how many tokens were asked for.
-    :ivar challenge: makes the challenge of the vault at that URL.
+    :ivar tokens: the number of token requests.
+    :ivar challenge: makes the challenge of the vault at a URL.
     :ivar token_answer: the answer of the token endpoint, instead of a token.
     """
 
@@ -110,14 +110,14 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that goes away is none."""
+        """Ignore clients that hang up."""
 
 
 def _handler(vault: StrangeVault) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         timeout = 20
-        wbufsize = 1 << 20  # one packet an answer
+        wbufsize = 1 << 20  # send each answer in a single packet
 
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -147,13 +147,13 @@ def _handler(vault: StrangeVault) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(answer.body)
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- the base class's name
-            """Nobody reads it."""
+            """Write no log."""
 
     return Handler
 
 
 class Listener:
-    """Takes connections, keeps what comes, and never says anything."""
+    """Accepts connections, keeps them open, and never sends a byte."""
 
     def __init__(self) -> None:
         self._socket = socket.create_server(("127.0.0.1", 0))

@@ -1,31 +1,23 @@
-"""Programs for stages' processes, and what they are seen to be from outside."""
+"""Programs for the processes of stages, and how the kernel shows these processes."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 
+from support.waiting import wait_until
 from virt_sse.stages.locked_process import Command, LockedProcess
 
 SLEEP = Command(["sleep", "60"])
 
 
 def say(script: str) -> Command:
-    """A shell that runs *script* and ends; what it says is in its log."""
+    """A shell that runs *script* and ends; its output is in the process's log."""
     return Command(["sh", "-c", script])
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it does not come to pass"
-        time.sleep(0.01)
-
-
 def wait_end(process: LockedProcess) -> str:
-    """What the process has said when it has ended."""
-    wait_until(lambda: process.pid() is None)
+    """Wait for the end of the process: its log."""
+    wait_until(lambda: process.pid() is None, "the process has ended")
     return process.log
 
 

@@ -26,7 +26,7 @@ from virt_sse_plugins.key_providers.customer_managed import CustomerManagedKeyPr
 from virt_sse_plugins.key_providers.key_urls import KeyVaultKey
 
 RIGHTS = (Permission.GET, Permission.WRAP_KEY, Permission.UNWRAP_KEY)
-"""What using keys takes, and no more."""
+"""The least permissions for the use of keys."""
 
 
 class CustomerKeys:
@@ -72,7 +72,7 @@ class CustomerKeys:
         return f"{self._vault.url}/keys/{name}"
 
     def new_identity(self, *permissions: Permission) -> Path:
-        """Make an identity that may do that with keys; its credential file."""
+        """Make an identity with *permissions*: its credential file."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self._folder / f"identity-{next(self._numbers)}.json"
         file = self.administration.new_credential_file(path, f"test-{uuid.uuid4()}")
@@ -106,7 +106,7 @@ class CustomerKeys:
 
     @staticmethod
     def private_key_of(identity: Path) -> bytes:
-        """What signs the identity's assertions, in DER."""
+        """The private key that signs the identity's assertions, in DER."""
         key = load_pem_private_key(CredentialFile.read(identity).private_key.encode(), None)
         return key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
 
