@@ -17,7 +17,7 @@ from support.command_line import PROGRAM
 from support.faults import crash_points, dies_at
 from support.images import KeyedImage
 from virt_sse.backend import Backend
-from virt_sse.disks import lifecycle, transfer
+from virt_sse.disks import creation, lifecycle, transfer
 from virt_sse.host.setup import initialise
 from virt_sse.keys import rewrap
 from virt_sse.model import envelope
@@ -28,7 +28,7 @@ from virt_sse.store import store
 from virt_sse.system import files
 
 M = 1 << 20
-MODULES = (lifecycle, rewrap, transfer, envelope, envelope_slots, files, img, qcow2, store)
+MODULES = (creation, lifecycle, rewrap, transfer, envelope, envelope_slots, files, img, qcow2, store)
 POINTS = 25
 """So many of the lines are tried, evenly spread; which ones differs with every change of the code."""
 

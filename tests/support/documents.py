@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from virt_sse.cli.reference import Command
+from virt_sse.cli.reference import CommandReference
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -118,7 +118,7 @@ def broken_links(document: Document) -> list[str]:
     return found
 
 
-def unknown_commands(document: Document, root: Command) -> list[str]:
+def unknown_commands(document: Document, root: CommandReference) -> list[str]:
     """The calls of ``virt-sse`` in *document* whose command or option does not exist.
 
     Inline code may leave out ``virt-sse``: ``disk create NAME``.
@@ -153,7 +153,7 @@ def _calls(line: str) -> Iterator[list[str]]:
             call.append(word)
 
 
-def _unknown(call: list[str], root: Command) -> bool:
+def _unknown(call: list[str], root: CommandReference) -> bool:
     command, rest = root, call
     while command.commands and rest and re.fullmatch(r"[a-z][a-z-]*", rest[0]):
         inner = command.find(rest[0])

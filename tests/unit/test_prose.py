@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import prose
 
-MOST_VAGUE_PERCENT = 9.0
+MOST_VAGUE_PERCENT = 2.0
 
 
 def test_docstrings_and_comments_name_things() -> None:

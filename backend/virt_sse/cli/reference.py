@@ -69,7 +69,7 @@ class Parameter:
 
 
 @dataclass(frozen=True, slots=True)
-class Command:
+class CommandReference:
     """A command, or a group of commands.
 
     :ivar path: the words that call the command, e.g. ``("disk", "create")``; empty for ``virt-sse`` itself.
@@ -80,7 +80,7 @@ class Command:
     path: tuple[str, ...]
     help: tuple[str, ...]
     parameters: tuple[Parameter, ...] = ()
-    commands: tuple[Command, ...] = ()
+    commands: tuple[CommandReference, ...] = ()
 
     @property
     def name(self) -> str:
@@ -95,11 +95,11 @@ class Command:
     def options(self) -> list[Parameter]:
         return [each for each in self.parameters if each.names]
 
-    def find(self, name: str) -> Command | None:
+    def find(self, name: str) -> CommandReference | None:
         """The command *name* of this group."""
         return next((each for each in self.commands if each.path[-1] == name), None)
 
-    def leaves(self) -> Iterator[Command]:
+    def leaves(self) -> Iterator[CommandReference]:
         """All commands of this group and of the groups in this group."""
         for each in self.commands:
             if each.commands:
@@ -117,7 +117,7 @@ def entry_points() -> list[importlib.metadata.EntryPoint]:
     ]
 
 
-def command_line(plugins: Iterable[importlib.metadata.EntryPoint] | None = None) -> Command:
+def command_line(plugins: Iterable[importlib.metadata.EntryPoint] | None = None) -> CommandReference:
     """The root of the command line.
 
     :param plugins: entry points of the plugins that may add commands; default :func:`entry_points`.
@@ -126,16 +126,16 @@ def command_line(plugins: Iterable[importlib.metadata.EntryPoint] | None = None)
     app = build(PluginHost(nowhere, entry_points() if plugins is None else plugins))
     root = app.registered_callback
     parameters = _parameters(root.callback) if root and root.callback else ()
-    return Command((), _paragraphs(app.info.help), parameters, _commands(app, ()))
+    return CommandReference((), _paragraphs(app.info.help), parameters, _commands(app, ()))
 
 
-def _commands(app: typer.Typer, path: tuple[str, ...]) -> tuple[Command, ...]:
+def _commands(app: typer.Typer, path: tuple[str, ...]) -> tuple[CommandReference, ...]:
     found = []
     for command in app.registered_commands:
         if command.callback and not command.hidden:
             name = command.name or command.callback.__name__.lower().replace("_", "-")
             text = command.help or inspect.getdoc(command.callback)
-            found.append(Command((*path, name), _paragraphs(text), _parameters(command.callback)))
+            found.append(CommandReference((*path, name), _paragraphs(text), _parameters(command.callback)))
     for group in app.registered_groups:
         if group.typer_instance and not group.hidden:
             if not isinstance(group.name, str):  # its commands are commands of this group
@@ -143,7 +143,9 @@ def _commands(app: typer.Typer, path: tuple[str, ...]) -> tuple[Command, ...]:
                 continue
             inner = (*path, group.name)
             text = group.typer_instance.info.help
-            found.append(Command(inner, _paragraphs(text), (), _commands(group.typer_instance, inner)))
+            found.append(
+                CommandReference(inner, _paragraphs(text), (), _commands(group.typer_instance, inner))
+            )
     return tuple(sorted(found, key=lambda each: each.path))
 
 
@@ -220,7 +222,7 @@ def _limits(info: OptionInfo | ArgumentInfo) -> str | None:
     return f"{info.min} to {info.max}" if info.min is not None else f"{info.max} or less"
 
 
-def _usage(command: Command) -> str:
+def _usage(command: CommandReference) -> str:
     parts = [command.name]
     parts += [f"{each.names[0]} {each.value}" for each in command.options if each.required]
     if not all(each.required for each in command.options):
@@ -239,7 +241,7 @@ def _sentence(parameter: Parameter) -> str:
 # Markdown
 
 
-def markdown(root: Command) -> str:
+def markdown(root: CommandReference) -> str:
     """The whole reference as a Markdown page."""
     lines = [
         "# Command line",
@@ -271,7 +273,7 @@ def markdown(root: Command) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _markdown_help(command: Command) -> list[str]:
+def _markdown_help(command: CommandReference) -> list[str]:
     return [line for paragraph in command.help for line in (_text(paragraph), "")]
 
 
@@ -307,7 +309,7 @@ def _escape_bars(text: str) -> str:
 # Man pages
 
 
-def man_pages(root: Command) -> dict[str, str]:
+def man_pages(root: CommandReference) -> dict[str, str]:
     """The man pages by file name: ``virt-sse.1``, and a page for each noun."""
     pages = {f"{_PROGRAM}.1": _root_page(root)}
     for noun in root.commands:
@@ -315,7 +317,7 @@ def man_pages(root: Command) -> dict[str, str]:
     return pages
 
 
-def _root_page(root: Command) -> str:
+def _root_page(root: CommandReference) -> str:
     lines = [*_head(root), ".SH SYNOPSIS", f".B {_roff(_PROGRAM)}", r"\fINOUN VERB\fR [\fIOPTIONS\fR]"]
     lines += [".SH DESCRIPTION", *_roff_help(root)]
     lines += [".SH NOUNS"]
@@ -338,7 +340,7 @@ def _root_page(root: Command) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _noun_page(noun: Command) -> str:
+def _noun_page(noun: CommandReference) -> str:
     lines = [*_head(noun), ".SH SYNOPSIS"]
     for each in noun.leaves():
         words = _usage(each).removeprefix(each.name).strip()
@@ -351,13 +353,13 @@ def _noun_page(noun: Command) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _head(command: Command) -> list[str]:
+def _head(command: CommandReference) -> list[str]:
     name = "-".join((_PROGRAM, *command.path))
     title = f'.TH {_roff(name.upper())} 1 "" "virt\\-sse {virt_sse.__version__}" "virt\\-sse"'
     return [title, ".SH NAME", rf"{_roff(name)} \- {_roff(command.help[0].rstrip('.'))}"]
 
 
-def _roff_help(command: Command) -> list[str]:
+def _roff_help(command: CommandReference) -> list[str]:
     return [
         line for number, text in enumerate(command.help) for line in ([".PP"] * bool(number) + [_roff(text)])
     ]
@@ -395,7 +397,7 @@ def main(arguments: Sequence[str]) -> None:
             sys.exit("usage: python -m virt_sse.cli.reference markdown | man DIRECTORY")
 
 
-def write_man_pages(directory: Path, root: Command) -> list[Path]:
+def write_man_pages(directory: Path, root: CommandReference) -> list[Path]:
     """Write the man pages into *directory*, and create the directory if necessary; the files' paths."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -1,24 +1,22 @@
 """The life of a disk: create, adopt, resize, check, delete.
 
-The order of writes protects the data. A DEK is wrapped and committed (``creating``) before anything is
-encrypted with this DEK. The image gets its name once complete; then the disk becomes ``ready``.
-:meth:`Disks.recover` finishes or undoes the work of killed commands; every command calls it first.
+:meth:`Disks.recover` finishes or undoes the work of killed commands; every command calls it first. The order
+    of
+writes on creation is in :mod:`virt_sse.disks.creation`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import logging
 import os
 import uuid
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Protocol
 
+from virt_sse.disks.creation import Creation, Fill
 from virt_sse.errors import (
     DiskExistsError,
     DiskInUseError,
@@ -33,33 +31,23 @@ from virt_sse.errors import (
 from virt_sse.in_guest.images import in_image
 from virt_sse.keys.encryption_sets import EncryptionSets
 from virt_sse.keys.host import Host
-from virt_sse.libvirt.pools import pool_folder, refresh_pool
 from virt_sse.model.content import Content
-from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import (
-    PLATFORM_KEY,
     Disk,
     DiskState,
     NewDisk,
-    StoragePool,
     check_name,
     check_path,
     check_size,
 )
 from virt_sse.model.encryption_sets import EncryptionSet
-from virt_sse.model.envelope import DekEntry, Envelope
-from virt_sse.model.keys import Dek, DekContext
-from virt_sse.model.layers import EncryptionType, LayerChoice, LayerPlan
+from virt_sse.model.envelope import Envelope
 from virt_sse.model.operations import CreateDisk, DeleteDisk, ResizeDisk
 from virt_sse.model.slots import TEMP_SLOT
 from virt_sse.qemu import envelope_slots, img
-from virt_sse.qemu.formatting import Volume, make
-from virt_sse.system.files import publish, sync_folder
+from virt_sse.system.files import sync_folder
 
 _log = logging.getLogger(__name__)
-
-Fill = Callable[[Path, Sequence[Dek]], None]
-"""Writes the first content of a new disk into its encrypted image at a path."""
 
 
 class Attachments(Protocol):
@@ -70,18 +58,6 @@ class Attachments(Protocol):
 
     def resize_live(self, disk: Disk, size: int) -> bool:
         """Resize the disk in the running domain that has the disk; whether there was such a domain."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Checked:
-    """A new disk whose name, size, path, set and layers have been checked."""
-
-    new: NewDisk
-    size: int
-    path: Path
-    encryption_set: EncryptionSet | None
-    encryption_type: EncryptionType
-    plan: LayerPlan
 
 
 class Disks:
@@ -98,6 +74,7 @@ class Disks:
         self._locks = host.locks
         self._sets = sets
         self._attachments = attachments
+        self._creation = Creation(host, sets)
 
     def all(self) -> list[Disk]:
         """All disks, by name."""
@@ -112,96 +89,11 @@ class Disks:
         return self._store.with_ids(ids)
 
     def create(self, new: NewDisk, *, fill: Fill | None = None, content: Content | None = None) -> Disk:
-        """Create a disk.
+        """Create a disk; see :meth:`Creation.create`.
 
-        :param fill: writes the first content; default: the disk is empty.
-        :param content: this content, for policies.
-        :raise InvalidValueError: When name, size or place is invalid.
-        :raise EncryptionSetNotFoundError: When the set does not exist.
-        :raise DiskExistsError: When the name or the path is taken.
-        :raise PolicyError: When a rule refuses the disk.
-        :raise KeyProviderError: When the DEK cannot be wrapped.
-        :raise ImageError: When the image cannot be written.
+        :raise VirtSseError: By meaning.
         """
-        checked = self._check(new, content)
-        deks = [Dek.generate() for _ in checked.plan.deks]
-        disk = self._with_wrapped_deks(checked, deks)
-        with self._locks.hold(disk.id):
-            self._store.add(disk)
-            try:
-                _write_image(disk, checked.plan, deks, fill)
-            finally:
-                self._settle_creation(disk)
-        if isinstance(new.place, StoragePool):
-            refresh_pool(self._config.libvirt_uri, new.place.name)
-        return self._store.get(str(disk.id))
-
-    def _check(self, new: NewDisk, content: Content | None) -> _Checked:
-        """Check everything about a new disk that can be checked before anything is written."""
-        encryption_set = self._sets.usable(new.encryption_set) if new.encryption_set is not None else None
-        check_name(new.name)
-        if new.size is None:
-            raise InvalidValueError(f"no size for disk {new.name!r}")
-        size = check_size(new.size)
-        path = check_path(self._image_path(new))
-        key = encryption_set.key if encryption_set else PLATFORM_KEY
-        encryption_type = encryption_set.encryption_type if encryption_set else EncryptionType.PLATFORM_KEY
-        self._plugins.validate(CreateDisk(new.name, size, path, new.format, encryption_type, key, content))
-        layer = self._plugins.encryption_layer(encryption_type)
-        cipher = new.infrastructure_cipher or self._config.infrastructure_cipher
-        plan = layer.plan(LayerChoice(key, cipher))
-        if os.path.lexists(path):
-            raise DiskExistsError(f"{path} exists already")
-        if not os.path.isdir(path.parent):  # noqa: PTH112 -- Path.is_dir raises for a name that is too long
-            raise ImageError(f"{path.parent} is not a folder")
-        return _Checked(new, size, path, encryption_set, encryption_type, plan)
-
-    def _image_path(self, new: NewDisk) -> Path:
-        if isinstance(new.place, Path):
-            return new.place
-        folder = self._config.disk_directory
-        if isinstance(new.place, StoragePool):
-            folder = pool_folder(self._config.libvirt_uri, new.place.name)
-        return folder / f"{new.name}.{new.format.value}"
-
-    def _with_wrapped_deks(self, checked: _Checked, deks: Sequence[Dek]) -> Disk:
-        """The disk to be created, with its DEKs wrapped."""
-        disk_id = uuid.uuid4()
-        entries = []
-        for position, (spec, dek) in enumerate(zip(checked.plan.deks, deks, strict=True)):
-            acting = checked.encryption_set if position == 0 else None  # see Disk.identity_for
-            wrapped = self._keys.wrap(
-                dek,
-                self._keys.wrapping_key(spec.key, acting),
-                context=DekContext(disk_id, spec.slot),
-                set_id=acting.id if acting else None,
-            )
-            entries.append(DekEntry(spec.slot, spec.cipher, wrapped))
-        return Disk(
-            id=disk_id,
-            name=checked.new.name,
-            path=checked.path,
-            format=checked.new.format,
-            size=checked.size,
-            state=DiskState.CREATING,
-            encryption_type=checked.encryption_type,
-            created=datetime.now(UTC).replace(microsecond=0),
-            generation=1,
-            deks=tuple(entries),
-            sku=checked.new.sku,
-            set_id=checked.encryption_set.id if checked.encryption_set else None,
-        )
-
-    def _settle_creation(self, disk: Disk) -> None:
-        """End a creation: the disk is ready if its image has its name; otherwise the creation is undone.
-
-        :raise ImageError: When the partial image cannot be removed.
-        """
-        _remove(_partial(disk))
-        if carried_id(disk.path, disk.format) == disk.id:
-            self._store.set_state(disk.id, DiskState.READY)
-        else:
-            self._store.remove(disk.id)
+        return self._creation.create(new, fill=fill, content=content)
 
     def recover(self) -> None:
         """Finish or undo the work of killed commands. Disks locked by other commands are left alone.
@@ -221,7 +113,7 @@ class Disks:
         with self._locks.hold(disk.id):
             current = self._store.get(str(disk.id))
             if current.state is DiskState.CREATING:
-                self._settle_creation(current)
+                self._creation.settle(current)
             elif current.state is DiskState.DELETING:
                 self._finish_deletion(current)
 
@@ -381,7 +273,7 @@ class Disks:
         with self.usable(disk) as current:
             self._plugins.validate(DeleteDisk(current))
             if os.path.lexists(current.path):
-                if carried_id(current.path, current.format) != current.id:
+                if envelope_slots.carried_id(current.path, current.format) != current.id:
                     raise ImageError(
                         f"{current.path} is not the image of disk {disk.name!r} any more, or is damaged",
                         hint="move the file away; a disk without an image is removed from the store",
@@ -399,7 +291,7 @@ class Disks:
         """
         doomed = _doomed(disk)
         try:
-            if carried_id(disk.path, disk.format) == disk.id:
+            if envelope_slots.carried_id(disk.path, disk.format) == disk.id:
                 disk.path.rename(doomed)
                 sync_folder(doomed.parent)
             if os.path.lexists(doomed):
@@ -425,55 +317,6 @@ class Disks:
             yield current
 
 
-def _write_image(disk: Disk, plan: LayerPlan, deks: Sequence[Dek], fill: Fill | None) -> None:
-    """Write the image of a new disk and give the complete image its name.
-
-    :raise DiskExistsError: When the name is taken.
-    :raise ImageError: When the image cannot be written.
-    """
-    partial = _partial(disk)
-    try:
-        make(
-            partial,
-            disk.format,
-            disk.size,
-            [Volume(spec.cipher, dek) for spec, dek in zip(plan.deks, deks, strict=True)],
-        )
-        if fill:
-            fill(partial, deks)
-        with img.opened(partial, os.O_RDWR) as descriptor:
-            envelope_slots.write(descriptor, disk.format, disk.envelope)
-        publish(partial, disk.path)
-    except FileExistsError as exc:
-        raise DiskExistsError(f"{disk.path} exists already") from exc
-    except OSError as exc:
-        raise ImageError(f"cannot make {disk.path}: {exc.strerror}") from exc
-    except ImageError as exc:
-        raise ImageError(f"cannot make {disk.path}: {exc}") from exc
-
-
-def _partial(disk: Disk) -> Path:
-    """The path of an incomplete image."""
-    return disk.path.with_name(f".{disk.id}.partial")
-
-
 def _doomed(disk: Disk) -> Path:
     """The path of an image during its erasure."""
     return disk.path.with_name(f".{disk.id}.erased")
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as exc:
-        if exc.errno not in (errno.ENAMETOOLONG, errno.ENOTDIR):  # such a file cannot exist
-            raise ImageError(f"cannot remove {path}: {exc.strerror}") from exc
-
-
-def carried_id(path: Path, image_format: DiskFormat) -> uuid.UUID | None:
-    """The disk id in the envelope of the image at *path*; ``None`` without a readable envelope."""
-    try:
-        with img.opened(path) as descriptor:
-            return envelope_slots.read(descriptor, image_format).disk_id
-    except ImageError:
-        return None

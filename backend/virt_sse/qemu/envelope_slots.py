@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import uuid
+from pathlib import Path
 
-from virt_sse.errors import EnvelopeError
+from virt_sse.errors import EnvelopeError, ImageError
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.envelope import SLOT_BYTES, SLOT_OFFSETS, Envelope
-from virt_sse.qemu.img import luks_area
+from virt_sse.qemu.img import luks_area, opened
 from virt_sse.system.files import write_at
 
 
@@ -46,6 +48,15 @@ def read_slots(descriptor: int, image_format: DiskFormat) -> dict[str, Envelope]
     if not found:
         raise EnvelopeError("neither copy of the envelope can be read")
     return found
+
+
+def carried_id(path: Path, image_format: DiskFormat) -> uuid.UUID | None:
+    """The disk id in the envelope of the image at *path*; ``None`` without a readable envelope."""
+    try:
+        with opened(path) as descriptor:
+            return read(descriptor, image_format).disk_id
+    except ImageError:
+        return None
 
 
 def write(descriptor: int, image_format: DiskFormat, envelope: Envelope) -> None:

@@ -37,7 +37,7 @@ def test_nothing_in_the_page_is_of_this_machine() -> None:
 
 
 def test_every_command_and_option_is_in_the_reference(tmp_path: Path) -> None:
-    def compare(real: typer.core.TyperGroup, described: reference.Command) -> None:
+    def compare(real: typer.core.TyperGroup, described: reference.CommandReference) -> None:
         assert sorted(real.commands) == [each.path[-1] for each in described.commands]
         for name, command in real.commands.items():
             ours = described.find(name)
@@ -84,8 +84,8 @@ def test_man_pages_are_valid(name: str, tmp_path: Path) -> None:
 
 
 def test_text_cannot_become_a_request() -> None:
-    described = reference.Command(("x",), (".so /etc/passwd", "'a' \\fB \"b\" -c …"))
-    page = reference.man_pages(reference.Command((), ("Root.",), (), (described,)))["virt-sse-x.1"]
+    described = reference.CommandReference(("x",), (".so /etc/passwd", "'a' \\fB \"b\" -c …"))
+    page = reference.man_pages(reference.CommandReference((), ("Root.",), (), (described,)))["virt-sse-x.1"]
     assert "\n.so" not in page
     assert "\n'a'" not in page
     assert r"\(aqa\(aq \efB \(dqb\(dq \-c \[u2026]" in page
