@@ -37,7 +37,7 @@ ELEMENTS = {
 
 
 @pytest.mark.parametrize("name", ELEMENTS)
-def test_golden(name: str, request: pytest.FixtureRequest) -> None:
+def test_disk_elements_are_those_of_the_golden_files(name: str, request: pytest.FixtureRequest) -> None:
     path = GOLDEN / f"{name}.xml"
     if request.config.getoption("--regenerate-golden"):
         path.write_text(ELEMENTS[name])
@@ -45,7 +45,7 @@ def test_golden(name: str, request: pytest.FixtureRequest) -> None:
 
 
 @pytest.mark.parametrize("name", ELEMENTS)
-def test_what_we_write_we_find(name: str) -> None:
+def test_written_disk_elements_are_found_again(name: str) -> None:
     (use,) = our_disks(domain(ELEMENTS[name]))
     element = parse_xml(ELEMENTS[name], kind="disk element")
     place, target = element.find("source"), element.find("target")
@@ -69,7 +69,7 @@ def secret(slot: str = "service") -> str:
     return f"<encryption format='luks'><secret type='passphrase' usage='{usage}'/></encryption>"
 
 
-def test_a_domain_without_disks_of_ours() -> None:
+def test_a_domain_without_our_disks_has_no_reference() -> None:
     theirs = "<disk type='file'><source file='/x'><encryption format='luks'><secret type='passphrase' {}/>"
     theirs += "</encryption></source><target dev='vda'/></disk>"
     for reference in ("usage='other'", "uuid='6e2a0c0e-8d1f-4c58-9c63-0a1c62d7a9b1'"):
@@ -79,7 +79,7 @@ def test_a_domain_without_disks_of_ours() -> None:
     assert our_disks(f"<domain><metadata>{ELEMENTS['disk-qcow2']}</metadata></domain>") == []
 
 
-def test_where_libvirt_puts_the_secret() -> None:
+def test_our_secret_is_found_wherever_libvirt_puts_secrets() -> None:
     """Within the source or, as older domains have it, beside it; and in backing files and mirrors."""
     found = our_disks(
         domain(
@@ -102,7 +102,7 @@ def test_where_libvirt_puts_the_secret() -> None:
 
 
 @pytest.mark.parametrize("reference", ["virt-sse:", "virt-sse:nonsense:service", f"virt-sse:{DISK}"])
-def test_a_secret_like_ours_that_makes_no_sense(reference: str) -> None:
+def test_an_invalid_secret_of_ours_is_refused(reference: str) -> None:
     disk = ELEMENTS["disk-qcow2"].replace(SecretName(DISK, "service").usage, reference)
     with pytest.raises(InvalidValueError, match="names an unknown secret"):
         our_disks(domain(disk))
@@ -117,7 +117,7 @@ def test_a_document_that_is_not_domain_xml_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["", "vd", "vdA", "vda1", "xvda", "vd a", "vdaaa", "vda\n", "x" * 1000])
-def test_what_is_no_target(target: str) -> None:
+def test_an_invalid_target_is_refused(target: str) -> None:
     with pytest.raises(InvalidValueError, match="invalid target"):
         disk_element(source("/x"), target=target)
 
@@ -128,7 +128,7 @@ def test_the_bus_follows_the_target() -> None:
         assert f'dev="{target}" bus="{bus}"' in element
 
 
-def test_the_first_free_target() -> None:
+def test_the_first_free_target_is_chosen() -> None:
     def free_target(*names: str) -> str:
         disks = (f"<disk><target dev='{name}'/></disk>" for name in names)
         return DomainDefinition.parse(domain(*disks)).free_target()
@@ -170,7 +170,7 @@ def test_a_definition_with_invalid_parts_still_has_valid_parts() -> None:
 
 
 @pytest.mark.parametrize("element", ["", "<uuid/>", "<uuid>nonsense</uuid>", "<uuid>1</uuid>"])
-def test_a_domain_without_a_uuid(element: str) -> None:
+def test_a_domain_without_a_uuid_is_refused(element: str) -> None:
     definition = DomainDefinition.parse(f"<domain>{element}</domain>")
     with pytest.raises(InvalidValueError, match="no valid UUID"):
         _ = definition.uuid
@@ -190,7 +190,7 @@ def test_an_odd_secret_among_ours_is_an_error_and_among_others_is_none() -> None
             assert [use.disk_id for use in definition.our_disks] == [DISK]
 
 
-def test_all_secrets_that_a_domain_needs() -> None:
+def test_all_secrets_of_a_domain_are_named() -> None:
     own = SecretName(temp_disk_id(ID), TEMP_SLOT)
     tpm = SecretName(ID, TPM_SLOT)
     temp = f"<disk><source file='/t'>{secret(TEMP_SLOT)}</source></disk>".replace(str(DISK), str(own.owner))
@@ -204,7 +204,7 @@ def test_all_secrets_that_a_domain_needs() -> None:
     assert copy.vm_secrets == ()
 
 
-def test_the_user_of_qemu() -> None:
+def test_the_user_of_qemu_is_read_from_the_dac_label() -> None:
     label = "<seclabel type='dynamic' model='{}'><label>+64055:+108</label></seclabel>"
     assert DomainDefinition.parse(f"<domain>{label.format('dac')}</domain>").qemu_user == User(64055, 108)
     assert DomainDefinition.parse(f"<domain>{label.format('apparmor')}</domain>").qemu_user is None
