@@ -58,7 +58,7 @@ def single(kind: str) -> list[object]:
     not (shutil.which("qemu-img") and shutil.which("cryptsetup")), reason="needs qemu-img and cryptsetup"
 )
 @pytest.mark.parametrize("document", marked("host", "vault"), ids=named)
-def test_examples_run(document: Document, root: Path, tmp_path: Path) -> None:
+def test_the_examples_of_the_documents_run(document: Document, root: Path, tmp_path: Path) -> None:
     blocks = [block for block in document.blocks if block.run in ("host", "vault")]
     folder = tmp_path / "work"
     folder.mkdir()
@@ -85,7 +85,7 @@ def test_examples_run(document: Document, root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", single("config"))
-def test_configurations_load(block: Block, root: Path) -> None:
+def test_the_example_configurations_load(block: Block, root: Path) -> None:
     path = root / "etc/virt-sse/config.toml"
     path.parent.mkdir(parents=True)
     path.write_text(block.text, "utf-8")
@@ -117,7 +117,7 @@ def test_marks_have_a_block_of_their_language(document: Document) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=named)
-def test_links_lead_somewhere(document: Document) -> None:
+def test_links_lead_to_existing_headings(document: Document) -> None:
     assert broken_links(document) == []
 
 

@@ -93,7 +93,7 @@ def is_within(module: str, rooms: tuple[str, ...]) -> bool:
 
 
 @pytest.mark.parametrize("module", HOST_MODULES)
-def test_imports_run_downwards(module: str) -> None:
+def test_imports_run_from_upper_to_lower_rooms(module: str) -> None:
     line = {room: number for number, rooms in enumerate(LINES) for room in rooms.split()}
     room = module.split(".")[1]
     others = {other for other in imports(module) if other != "virt_sse" and other.split(".")[1] != room}

@@ -45,7 +45,7 @@ def test_every_kind_of_document_is_refused_alike() -> None:
             parse(REFUSED["billion laughs"])
 
 
-def test_the_deepest_document() -> None:
+def test_the_deepest_allowed_document_is_parsed() -> None:
     root = parse_xml("<a>" * MAX_DEPTH + "</a>" * MAX_DEPTH, kind="XML")
     assert len(list(root.iter())) == MAX_DEPTH
     assert to_text(root, {}).count("<a") == MAX_DEPTH
@@ -65,7 +65,7 @@ def test_a_document_is_parsed_as_elementtree_parses_it(text: str) -> None:
     assert ET.canonicalize(written, rewrite_prefixes=True) == ET.canonicalize(text, rewrite_prefixes=True)
 
 
-def test_prefixes_are_kept() -> None:
+def test_namespace_prefixes_are_kept_on_writing() -> None:
     text = '<domain xmlns:qemu="http://q"><qemu:a /><app:b xmlns:app="http://app" /></domain>'
     root, prefixes = parse_with_prefixes(text, kind="XML")
     assert prefixes == {"qemu": "http://q", "app": "http://app"}
