@@ -175,7 +175,7 @@ BAD_CLAIMS: dict[str, dict[str, Any]] = {
     "other tenant": {"tid": "00000000-0000-0000-0000-000000000000"},
     "unknown principal": {"oid": "00000000-0000-0000-0000-000000000000"},
     "another client": {"appid": "00000000-0000-0000-0000-000000000000"},
-    "not yet": {"nbf": int(time.time()) + 600},
+    "not yet": {"nbf": int(time.time()) + 86_400},  # long after the end of the whole suite
     "endless": {"exp": None},
     "without a tenant": {"tid": None},
     "without an id": {"jti": None},
