@@ -195,7 +195,8 @@ def test_libvirtd_restarts_and_the_secret_comes_back(
 def test_a_disk_is_plugged_into_and_unplugged_from_a_running_guest(
     operator: Operator, acceleration: Accelerate, linux_micro: LinuxMicro, name: str
 ) -> None:
-    operator.create(name, "--size", "8M")
+    guest_disk = f"{name}-data"
+    operator.create(guest_disk, "--size", "8M")
     guest = Guest(operator.host, name, acceleration=acceleration("linux-micro"), boot=linux_micro)
     guest.start(
         "echo ready; while [ ! -e /dev/vda ]; do sleep 0.1; done; cat /sys/block/vda/size\n"
@@ -203,19 +204,21 @@ def test_a_disk_is_plugged_into_and_unplugged_from_a_running_guest(
         "while [ -e /dev/vda ]; do sleep 0.1; done; echo gone"
     )
     guest.wait_for("ready")
-    assert "as vda" in operator.virt_sse("disk", "attach", name, name)
+    assert "as vda" in operator.virt_sse("disk", "attach", guest_disk, name)
     assert len(operator.secrets()) == 1
-    assert "attached to domain" in operator.virt_sse("disk", "attach", name, name, status=1)
+    assert "attached to domain" in operator.virt_sse("disk", "attach", guest_disk, name, status=1)
+    used = json.loads(operator.virt_sse("audit", "list", "--disk", guest_disk, "-o", "json"))
+    assert used[-1]["domain"] == name, "key uses for hot-plug name the domain"
     guest.wait_for("written")
     assert f"{(8 << 20) // 512}\n" in guest.serial
-    assert "attached to domain" in operator.virt_sse("disk", "delete", name, status=1)
-    operator.virt_sse("disk", "detach", name, name)
+    assert "attached to domain" in operator.virt_sse("disk", "delete", guest_disk, status=1)
+    operator.virt_sse("disk", "detach", guest_disk, name)
     assert operator.secrets() == []
     assert "gone" in guest.wait_shutoff()
     assert "<disk" not in operator.virsh("dumpxml", name)
-    assert "does not have disk" in operator.virt_sse("disk", "detach", name, name, status=1)
+    assert "does not have disk" in operator.virt_sse("disk", "detach", guest_disk, name, status=1)
     exported = operator.host.directory / name
-    operator.virt_sse("disk", "export", name, exported, "--format", "raw", "--plaintext")
+    operator.virt_sse("disk", "export", guest_disk, exported, "--format", "raw", "--plaintext")
     assert exported.read_bytes().startswith(b"plugged\n")
 
 

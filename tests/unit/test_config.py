@@ -93,7 +93,7 @@ def test_libvirts_own_variable_comes_before_the_file(tmp_path: Path, monkeypatch
         ),
         ("[encryption-sets]\nlimit = -1\n", r"'limit' in \[encryption-sets\] must be a number"),
         ("[[store]]\nurl = 'x'\n", "'store' must be a table"),
-        ("regoin = 'west'\n", r"unknown table \[regoin\]"),
+        ("regionn = 'west'\n", r"unknown table \[regionn\]"),
         (f"[agent]\ntimeout = {'9' * 400}\n", r"'timeout' in \[agent\] must be a number of seconds above 0"),
         (f"[encryption-sets]\nlimit = {'9' * 400}\n", r"'limit' in \[encryption-sets\] must be a number"),
         (

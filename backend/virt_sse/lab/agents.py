@@ -135,8 +135,9 @@ class LabAgent:
         return [event for event in self.log() if event["event"] == name and values.items() <= event.items()]
 
     def log(self) -> list[dict[str, object]]:
-        """All events in the agent's log."""
-        return [json.loads(line) for line in self.log_path.read_text().splitlines() if line.startswith("{")]
+        """All events in the agent's log; an incomplete last line is left out."""
+        complete, _, _ = self.log_path.read_text().rpartition("\n")
+        return [json.loads(line) for line in complete.splitlines() if line.startswith("{")]
 
     def wait(self) -> int:
         """Wait until the agent has ended. Returns the exit status.

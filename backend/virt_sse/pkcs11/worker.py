@@ -39,13 +39,13 @@ class WorkerAnswer:
 
 @dataclass(frozen=True, slots=True)
 class PinWanted:
-    """Asks the caller for the PIN. The worker then sends :attr:`Attempt.outcome`, and later its answer."""
+    """Asks the caller for the PIN. The worker then sends :attr:`Attempt.outcome`, and later the result."""
 
     is_last: bool
 
 
 class CallersPin:
-    """:class:`~virt_sse.pkcs11.pins.Logins` for the worker: the caller reads the PIN and counts attempts."""
+    """Logins of the worker, as :class:`~virt_sse.pkcs11.pins.Logins`: the caller reads PINs, counts attempts."""
 
     def __init__(self, channel: Connection) -> None:
         self._channel = channel
