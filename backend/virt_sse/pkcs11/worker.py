@@ -45,7 +45,7 @@ class PinWanted:
 
 
 class CallersPin:
-    """Logins of the worker, as :class:`~virt_sse.pkcs11.pins.Logins`: the caller reads PINs, counts attempts."""
+    """Worker side of :class:`~virt_sse.pkcs11.pins.Logins`: the caller reads PINs and counts attempts."""
 
     def __init__(self, channel: Connection) -> None:
         self._channel = channel
