@@ -172,3 +172,15 @@ def test_readers_of_documents_find_what_is_wrong(tmp_path: Path) -> None:
         "virt-sse host hsm lokk",
         "virt-sse vault access grant me",
     ]
+
+
+def test_the_architecture_names_existing_modules() -> None:
+    text = (CHECKOUT / "backend/docs/architecture.md").read_text("utf-8")
+    names = set(re.findall(r"`([\w/]+\.py)`", text))
+    assert len(names) > 40
+    existing = [
+        path.relative_to(CHECKOUT).as_posix()
+        for folder in ("backend", "plugins")
+        for path in (CHECKOUT / folder).rglob("*.py")
+    ]
+    assert [name for name in sorted(names) if not any(path.endswith(f"/{name}") for path in existing)] == []
