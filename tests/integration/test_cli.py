@@ -76,7 +76,7 @@ BAD_INPUT = {
     "import of an endless name": (("disk", "import", "new", LONG), "cannot read", 1),
     "adoption of nothing": (("disk", "adopt", "/nowhere"), "/nowhere is missing", 1),
     "adoption of a folder": (("disk", "adopt", "/"), "not a regular file", 1),
-    "no target": (("disk", "xml", "disk", "--target", "x"), "'x' is no target", 2),
+    "no target": (("disk", "xml", "disk", "--target", "x"), "invalid target 'x'", 2),
     "no libvirt to attach": (("disk", "attach", "disk", "domain"), "libvirt does not answer", 1),
     "no libvirt to delete": (("disk", "delete", "disk"), "libvirt does not answer", 1),
     "no libvirt for a pool": (("disk", "create", "x", "-s", "1M", "--pool", "p"), "not answer", 1),

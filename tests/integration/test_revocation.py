@@ -70,17 +70,17 @@ CASES = {
         seconds=SOON_SECONDS + 3,  # it takes a probe
     ),
     "identity-deleted": Case(
-        "no token to principal",
+        "no token for principal",
         lambda s, e, _: s.keys.administration.delete_principal(e.identity or ""),
         lambda s, e, _: new_identity(s, e),
     ),
     "identity-disabled": Case(
-        "no token to principal",
+        "no token for principal",
         lambda s, e, _: change_identity(s, e, enabled=False, age=0),
         lambda s, e, _: change_identity(s, e, enabled=True, age=0),
     ),
     "identity-expired": Case(
-        "no token to principal",
+        "no token for principal",
         lambda s, e, _: change_identity(s, e, enabled=True, age=1),
         lambda s, e, _: change_identity(s, e, enabled=True, age=0),
     ),

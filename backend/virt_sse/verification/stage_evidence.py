@@ -43,12 +43,12 @@ class StageEvidence:
         if record is None:
             verdict.expect(not wanted, "nothing runs between the guest's QEMU and the image")
             return
-        verdict.expect(record.domain_id == vm_id, f"its stage processes belong to domain {record.domain!r}")
+        verdict.expect(record.domain_id == vm_id, f"the stage processes belong to domain {record.domain!r}")
         self._compare(verdict, record.stages, wanted)
         for process in self._stages.processes(record):
             pid = process.process.pid()
-            if verdict.expect(pid is not None, f"its {process.title} does not run"):
-                verdict.expect(bool(pid), f"its {process.title} cannot be seen from here")
+            if verdict.expect(pid is not None, f"the {process.title} does not run"):
+                verdict.expect(bool(pid), f"the {process.title} cannot be seen from here")
                 _check_process(verdict, disk, process, pid or None)
 
     def check_ended(self, verdict: DiskVerdict, disk: Disk, vm_id: UUID) -> bool:
@@ -59,7 +59,7 @@ class StageEvidence:
             verdict.expect(False, str(exc))
             return True
         is_used = record is not None and record.domain_id == vm_id
-        verdict.expect(not is_used, "its stage processes have not been ended")
+        verdict.expect(not is_used, "the stage processes have not been ended")
         return is_used
 
     def _compare(self, verdict: DiskVerdict, started: Sequence[Stage], wanted: Sequence[Stage]) -> None:
@@ -71,7 +71,7 @@ class StageEvidence:
             )
             if have and want:
                 problem = f"for {kind.to_record(have)}, {kind.to_record(want)} was asked for"
-                verdict.expect(have == want, f"its {kind.title} was started {problem}")
+                verdict.expect(have == want, f"the {kind.title} was started {problem}")
             else:
                 verdict.expect(have is None, f"there is a {kind.title}, and none was asked for")
                 verdict.expect(want is None, f"there is no {kind.title}")
@@ -89,7 +89,7 @@ def _check_process(verdict: DiskVerdict, disk: Disk, process: StageProcess[Any],
     if pid:
         socket = process.place.served.path
         verdict.expect(
-            listens_at(pid, socket), f"another process than its {process.title} listens at {socket}"
+            listens_at(pid, socket), f"another process than the {process.title} listens at {socket}"
         )
         if isinstance(process.place.source, ImageSource):
             verdict.expect(
@@ -161,7 +161,7 @@ def _check_content(
     except OSError as exc:
         verdict.expect(False, f"the {title}'s file cannot be read: {exc.strerror}")
         return
-    detail = f"{_process(pid)}; sectors looked at: {seen.ciphertext} ciphertext, {seen.format} metadata"
+    detail = f"{_process(pid)}; sectors sampled: {seen.ciphertext} ciphertext, {seen.format} metadata"
     verdict.layers.append(Layer(title, "holds ciphertext" if not seen.other else None, detail=detail))
     verdict.expect(not seen.other, f"the {title} holds data that is not ciphertext, in {seen.other} sectors")
 
