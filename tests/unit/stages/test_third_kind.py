@@ -86,7 +86,7 @@ def test_start_record_verify_restart_stop(
 
     kill(disk, "proxy")
     assert disk.stages.dead(record) == ["proxy"]
-    assert "its pass-through proxy does not run" in problems(disk)
+    assert "the pass-through proxy does not run" in problems(disk)
     disk.stages.restart(disk.disk.id, disk.deks)
     assert disk.stages.dead(record) == []
     assert "failed" not in disk.guest_io("read -P 0x5a 4096 8192", "flush")
