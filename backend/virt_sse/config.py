@@ -197,6 +197,11 @@ class Config:
         return self.root / "run/virt-sse/stages"
 
     @property
+    def deferred_start_directory(self) -> Path:
+        """Notes about domains to be started once libvirtd answers; mode 0700."""
+        return self.root / "run/virt-sse/deferred-starts"
+
+    @property
     def socket_directory(self) -> Path:
         """Folder of stage sockets; open to all users, with a folder per socket private to its two sides."""
         return self.root / "run/virt-sse-disks"

@@ -39,6 +39,7 @@
     ├── MonitorError                 a QEMU process refuses a QMP command, or has ended
     ├── LibvirtError
     │   └── LibvirtUnavailableError  no libvirt daemon answers
+    │       └── LibvirtSilentError   a libvirt daemon accepts connections and does not answer
     ├── ToolError                    qemu-img, cryptsetup, …: missing or failed
     └── LabError                     the lab cannot be set up
         └── LabUnavailableError      the machine lacks a requirement, named in the message
@@ -213,6 +214,10 @@ class LibvirtError(VirtSseError):
 
 class LibvirtUnavailableError(LibvirtError):
     """No libvirt daemon answers at the configured URI."""
+
+
+class LibvirtSilentError(LibvirtUnavailableError):
+    """libvirt accepts connections and does not answer."""
 
 
 class ToolError(VirtSseError):

@@ -12,6 +12,7 @@ from uuid import UUID
 import libvirt
 
 from virt_sse.config import IoErrors
+from virt_sse.domains.deferred_starts import DeferredStarts
 from virt_sse.domains.host_encryption import HostEncryption
 from virt_sse.errors import (
     DiskInUseError,
@@ -20,6 +21,7 @@ from virt_sse.errors import (
     EnvelopeError,
     ImageError,
     InvalidValueError,
+    LibvirtSilentError,
     VirtSseError,
 )
 from virt_sse.keys.host import Host
@@ -65,17 +67,24 @@ class DomainStart:
         self._keys = host.keys
         self._stages = host.stages
         self._host_encryption = host_encryption
+        self._deferred = DeferredStarts(host.config)
 
     def prepare(self, definition: DomainDefinition) -> None:
         """Serve all disks, the temporary disk and the TPM's DEK to a domain about to be started, or nothing.
 
+        A domain refused because libvirt does not answer is noted in :class:`DeferredStarts`.
+
         :raise VirtSseError: When any part cannot be served; the domain must not start then.
         """
-        with self._host_encryption.prepared(definition):
-            if uses := definition.our_disks:
-                served = self._look_up(uses, definition.name)
-                with connected(self._config.libvirt_uri) as connection:
-                    self._serve(connection, definition, served)
+        try:
+            with self._host_encryption.prepared(definition):
+                if uses := definition.our_disks:
+                    served = self._look_up(uses, definition.name)
+                    with connected(self._config.libvirt_uri) as connection:
+                        self._serve(connection, definition, served)
+        except LibvirtSilentError:
+            self._deferred.add(definition)
+            raise
 
     def serve(
         self, connection: libvirt.virConnect, definition: DomainDefinition, uses: Sequence[DomainDisk]
