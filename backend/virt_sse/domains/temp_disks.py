@@ -43,6 +43,11 @@ def image(config: Config, vm_id: UUID) -> Path:
     return config.temp_disk_directory / str(vm_id) / _IMAGE
 
 
+def exists(config: Config, vm_id: UUID) -> bool:
+    """Whether a VM has a temporary disk, or remains of a temporary disk."""
+    return os.path.lexists(image(config, vm_id).parent)
+
+
 def create(
     config: Config, layer: HostLayer, keys: KeyAccess, vm_id: UUID, domain: str, size: int, qemu: User
 ) -> Dek:

@@ -209,6 +209,8 @@ class Stages:
                     self.stop(record.disk_id, domain_id=domain_id)
                 except VirtSseError as exc:
                     failed = exc
+                except OSError as exc:
+                    failed = StageError(f"cannot end the processes of disk {record.disk_id}: {exc}")
         if failed:
             raise failed
 
