@@ -35,6 +35,7 @@
     │   └── AgentUnavailableError    no agent answers
     ├── AuditError                   a key use cannot be recorded, or the audit log is damaged
     ├── StoreError
+    ├── OutputError                  standard output cannot be written: a full disk, a closed descriptor
     ├── StageError                   a process between QEMU and the storage does not start, or has failed
     ├── MonitorError                 a QEMU process refuses a QMP command, or has ended
     ├── LibvirtError
@@ -50,6 +51,7 @@ message and no attribute of an error ever contains key material.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 
@@ -200,6 +202,10 @@ class StoreError(VirtSseError):
     """The store cannot be opened, migrated or written."""
 
 
+class OutputError(VirtSseError):
+    """Standard output cannot be written: a full disk, or a closed descriptor."""
+
+
 class StageError(VirtSseError):
     """A process between a guest's QEMU and the storage cannot be started, or has failed."""
 
@@ -234,6 +240,7 @@ class LabUnavailableError(LabError):
 
 def report(error: VirtSseError) -> None:
     """Print *error* and its hint, if any, to standard error. For use by the edge only."""
-    print(f"virt-sse: error: {error}", file=sys.stderr)  # noqa: T201 -- this is the edge
-    if error.hint:
-        print(f"virt-sse: hint: {error.hint}", file=sys.stderr)  # noqa: T201 -- likewise
+    with contextlib.suppress(OSError):  # no other place is left to report to
+        print(f"virt-sse: error: {error}", file=sys.stderr)  # noqa: T201 -- this is the edge
+        if error.hint:
+            print(f"virt-sse: hint: {error.hint}", file=sys.stderr)  # noqa: T201 -- likewise

@@ -31,20 +31,19 @@ def main() -> int:
 def _serve(event: str, xml: str) -> None:
     from virt_sse.libvirt.domain_definition import DomainDefinition
 
-    definition = DomainDefinition.parse(xml)
     if event == "release":  # without the store, which takes most of the time to load
         from virt_sse.config import Config
         from virt_sse.domains.release import release
 
-        release(Config.load(), definition)
+        release(Config.load(), DomainDefinition.salvage(xml))
     elif event in ("prepare", "reconnect"):
         from virt_sse.backend import Backend
 
         with Backend.open() as backend:
             if event == "prepare":
-                backend.domains.prepare(definition)
+                backend.domains.prepare(DomainDefinition.parse(xml))
             else:
-                backend.domains.reconnect(definition)
+                backend.domains.reconnect(DomainDefinition.salvage(xml))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,10 @@ from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.host import LabHost
 from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.secrets import set_secret
+from virt_sse.model.ciphers import AES_256_XTS
+from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
+from virt_sse.qemu.formatting import Volume, make
 
 SERVED = 'virt_sse_agent_hooks_total{event="prepare",result="served"}'
 REFUSED = 'virt_sse_agent_hooks_total{event="prepare",result="refused"}'
@@ -219,6 +222,40 @@ def test_secrets_of_no_domain_are_dropped(site: Site) -> None:
         connection.close()
     assert len(site.secrets()) == 1
     wait_until(lambda: site.secrets() == [], "libvirt has no secret of ours")
+
+
+def test_an_odd_secret_attached_to_a_running_domain_does_not_blind_the_agent(site: Site) -> None:
+    """A disk of the administrator's own, with a secret whose usage id only looks like one of ours."""
+    guest, _ = site.guest()
+    guest.start()
+    site.wait_until_watched(guest)
+    image, dek = site.host.images / "odd.raw", Dek.generate()
+    make(image, DiskFormat.RAW, 1 << 20, [Volume(AES_256_XTS, dek)])
+    connection = site.host.connect()
+    try:
+        secret = connection.secretDefineXML(
+            "<secret ephemeral='yes' private='yes'>"
+            "<usage type='volume'><volume>virt-sse:zzz</volume></usage></secret>"
+        )
+        secret.setValue(dek.passphrase)
+        domain = connection.lookupByName(guest.name)
+        domain.attachDevice(
+            f"<disk type='file'><driver name='qemu' type='raw'/><source file='{image}'>"
+            "<encryption format='luks'><secret type='passphrase' usage='virt-sse:zzz'/></encryption></source>"
+            "<target dev='vdz' bus='virtio'/></disk>"
+        )
+        wait_until(
+            lambda: site.agent.metrics()["virt_sse_agent_unreadable_parts"] == 2, "both parts are counted"
+        )
+        site.wait_for_event("domain-unclear", domain=guest.name)
+        metrics = site.agent.metrics()
+        assert (metrics["virt_sse_agent_domains"], metrics["virt_sse_agent_keys_watched"]) == (1, 1)
+        guest.destroy()
+        assert site.secrets() == ["virt-sse:zzz"]
+        secret.undefine()
+        wait_until(lambda: site.agent.metrics()["virt_sse_agent_unreadable_parts"] == 0, "nothing is odd")
+    finally:
+        connection.close()
 
 
 def test_a_request_that_is_no_event_is_refused(site: Site) -> None:

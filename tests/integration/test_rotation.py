@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from virt_sse.backend import Backend
 from virt_sse.errors import EnvelopeError, ImageFormatError
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import PLATFORM_KEY, Disk, NewDisk
+from virt_sse.model.envelope import Envelope
 from virt_sse.model.keys import KeyRef
+from virt_sse.qemu import envelope_slots
 
 M = 1 << 20
 
@@ -174,3 +177,49 @@ def test_the_listing_shows_each_key_with_its_disks(
         "deks": 2,
     }
     assert KeyRef(key.provider, key.name) == PLATFORM_KEY
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OverflowError("odd"), TypeError("odd"), KeyError("odd")])
+def test_one_bad_disk_does_not_stop_a_rotation(
+    backend: Backend, disks: list[Disk], error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, good = disks
+    write, read_slots = envelope_slots.write, envelope_slots.read_slots
+
+    def refused(descriptor: int) -> None:
+        if os.fstat(descriptor).st_ino == bad.path.stat().st_ino:
+            raise error
+
+    def failing_write(descriptor: int, image_format: DiskFormat, envelope: Envelope) -> None:
+        refused(descriptor)
+        write(descriptor, image_format, envelope)
+
+    def failing_read(descriptor: int, image_format: DiskFormat) -> dict[str, Envelope]:
+        refused(descriptor)
+        return read_slots(descriptor, image_format)
+
+    monkeypatch.setattr(envelope_slots, "write", failing_write)
+    monkeypatch.setattr(envelope_slots, "read_slots", failing_read)
+    version, report = backend.keys.rotate(PLATFORM_KEY)
+    assert (report.rewrapped, report.failed) == (1, {bad.name: f"unexpected {type(error).__name__}"})
+    assert [entry.wrapped.key for entry in backend.disks.get(good.name).deks] == [version]
+    proofs = backend.keys.prove(backend.disks.all(), lambda _: None)
+    assert {proof.disk for proof in proofs if proof.problem} == {bad.name}
+    monkeypatch.undo()
+    assert backend.keys.rewrap(PLATFORM_KEY).failed == {}
+    for disk in disks:
+        backend.disks.check(disk.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offset", [2**63, 2**64 - 1])
+def test_a_hostile_image_is_reported_and_the_others_are_rewrapped(
+    backend: Backend, disks: list[Disk], virt_sse: CommandLine, offset: int
+) -> None:
+    bad = next(disk for disk in disks if disk.format is DiskFormat.QCOW2)
+    images.rewrite_luks_pointer(bad.path, offset, 2**64 - 1)
+    said = json.loads(virt_sse("key", "rotate", "--provider", "platform-managed", "-o", "json", status=1))
+    assert said["rewrapped"] == len(disks) - 1
+    assert [each["disk"] for each in said["failed"]] == [bad.name]
+    assert "outside of the file" in said["failed"][0]["reason"]
+    assert len(json.loads(virt_sse("disk", "list", "-o", "json"))) == len(disks)

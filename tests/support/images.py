@@ -26,6 +26,15 @@ def require(*tools: str) -> None:
             pytest.skip(f"{tool} is not installed")
 
 
+def rewrite_luks_pointer(path: Path, offset: int, length: int) -> None:
+    """Let the header of a qcow2 image name another place and length of the LUKS header."""
+    start = path.read_bytes()[:65536]
+    place = start.index(bytes.fromhex("0537be77 00000010")) + 8
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(offset.to_bytes(8, "big") + length.to_bytes(8, "big"))
+
+
 def passphrase(backend: Backend, disk: Disk) -> bytes:
     """The passphrase of the disk, unwrapped as by the libvirt hook."""
     (entry,) = disk.deks

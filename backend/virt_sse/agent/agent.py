@@ -107,7 +107,8 @@ class Agent:
         :raise VirtSseError: By meaning. The domain must not start in this case.
         """
         with self._metrics.hook(event):
-            definition = DomainDefinition.parse(xml)
+            # A malformed reference refuses a start only: an end must not leave processes behind.
+            definition = DomainDefinition.parse(xml) if event == "prepare" else DomainDefinition.salvage(xml)
             if event == "release":
                 release(self._config, definition)
             else:
@@ -181,6 +182,7 @@ class Agent:
         states = self._keys.states()
         self._metrics.libvirt_connected.set(bool(self._inventory.connected))
         self._metrics.domains.set(len(snapshot.domains))
+        self._metrics.unreadable.set(snapshot.unreadable)
         self._metrics.show_keys([(str(w.key), str(w.set_id or ""), state) for w, state in states])
         silent = any(state is KeyState.UNREACHABLE for _, state in states)
         if self._inventory.connected and snapshot.number and not silent:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
 import libvirt
 
 from virt_sse.agent.logs import fields
-from virt_sse.errors import InvalidValueError, LibvirtError
+from virt_sse.errors import LibvirtError
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.disk_chains import BackupJob
 from virt_sse.libvirt.disk_element import DomainDisk
 from virt_sse.libvirt.domain_definition import DomainDefinition
-from virt_sse.libvirt.domains import gone_is_fine, running_backup
-from virt_sse.libvirt.secret_name import PREFIX
+from virt_sse.libvirt.domains import gone_is_fine, salvaged_backup
+from virt_sse.libvirt.secret_name import PREFIX, SecretName
 from virt_sse.verification.chains import may_be_ours
 
 _log = logging.getLogger(__name__)
@@ -67,6 +67,8 @@ class InventorySnapshot:
     :ivar time: of ``time.time()``.
     :ivar others: domains without virt-sse disks, but with a disk whose serial number may be a virt-sse
         disk's.
+    :ivar unreadable: number of skipped parts: malformed references to our secrets, unreadable definitions,
+        secrets with a malformed usage id, domains that could not be inspected.
     """
 
     number: int = 0
@@ -74,6 +76,7 @@ class InventorySnapshot:
     secrets: frozenset[str] = frozenset()
     time: float = 0.0
     others: tuple[RunningDomain, ...] = ()
+    unreadable: int = 0
 
 
 class Inventory:
@@ -93,7 +96,8 @@ class Inventory:
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="inventory", daemon=True)
-        self._unclear: set[UUID] = set()
+        self._unclear: set[tuple[UUID, str]] = set()
+        self._unreadable = 0
         self.snapshot = InventorySnapshot()
         self.connected: bool | None = None
 
@@ -123,17 +127,27 @@ class Inventory:
                 self._set_connected(exc)
                 self._wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
+            except Exception:  # noqa: BLE001 -- an unexpected failure must not end the watch
+                _log.exception("inventory-failed")
+                self._wait(_LONGEST_PAUSE)
 
     def _poll(self, connection: libvirt.virConnect) -> None:
         while not self._stopping:
-            secrets = frozenset(_our_secrets(connection))
-            listed = connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
-            seen = [found for domain in listed if (found := self._inspect(domain))]
-            domains = tuple(each for each in seen if each.definition.mentions_us)
-            others = tuple(each for each in seen if not each.definition.mentions_us)
-            self.snapshot = InventorySnapshot(self.snapshot.number + 1, domains, secrets, time.time(), others)
+            self._take(connection)
             self._changed()
             self._wait(self._seconds)
+
+    def _take(self, connection: libvirt.virConnect) -> None:
+        """Take a snapshot. What cannot be read is skipped part by part, and counted: nothing fails open."""
+        self._unreadable = 0
+        secrets = frozenset(self._our_secrets(connection))
+        listed = connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
+        seen = [found for domain in listed if (found := self._try_inspect(domain))]
+        domains = tuple(each for each in seen if each.definition.mentions_us)
+        others = tuple(each for each in seen if not each.definition.mentions_us)
+        self.snapshot = InventorySnapshot(
+            self.snapshot.number + 1, domains, secrets, time.time(), others, self._unreadable
+        )
 
     def _wait(self, seconds: float) -> None:
         self._wake.wait(seconds)
@@ -148,37 +162,65 @@ class Inventory:
         self.connected = error is None
         self._changed()
 
+    def _try_inspect(self, domain: libvirt.virDomain) -> RunningDomain | None:
+        """As :meth:`_inspect`; after an unexpected failure, the domain of the snapshot before, if known."""
+        try:
+            return self._inspect(domain)
+        except (LibvirtError, libvirt.libvirtError):
+            raise
+        except Exception:  # noqa: BLE001 -- one domain must not stop the watch of the others
+            uuid = UUID(bytes=domain.UUID())
+            self._unreadable += 1
+            if (uuid, "") not in self._unclear:
+                self._unclear.add((uuid, ""))
+                _log.exception("domain-unclear", extra=fields({"domain": domain.name()}))
+            run = domain.ID()
+            before = (*self.snapshot.domains, *self.snapshot.others)
+            return next((each for each in before if (each.uuid, each.run) == (uuid, run)), None)
+
     def _inspect(self, domain: libvirt.virDomain) -> RunningDomain | None:
         """The domain if it may have a virt-sse disk and still exists, else ``None``."""
-        uuid = UUID(bytes=domain.UUID())
-        try:
-            with gone_is_fine():
-                xml = domain.XMLDesc()
-                if PREFIX not in xml and not may_be_ours(xml):
-                    return None
-                definition = DomainDefinition.parse(xml)
-                state, _ = domain.state()
-                return RunningDomain(
-                    uuid=uuid,
-                    run=domain.ID(),
-                    name=domain.name(),
-                    uses=definition.our_disks,
-                    runs=state != libvirt.VIR_DOMAIN_PAUSED,
-                    paused_for_key=PAUSED_NAMESPACE in xml,
-                    usages=frozenset(name.usage for name in definition.secrets),
-                    definition=definition,
-                    paused_for_plaintext=PLAINTEXT_NAMESPACE in xml,
-                    backup=running_backup(domain),
-                )
-        except InvalidValueError as exc:
-            if uuid not in self._unclear:
-                self._unclear.add(uuid)
-                _log.warning("domain-unclear", extra=fields({"domain": domain.name(), "reason": str(exc)}))
+        with gone_is_fine():
+            xml = domain.XMLDesc()
+            if PREFIX not in xml and not may_be_ours(xml):
+                return None
+            definition = DomainDefinition.salvage(xml)
+            state, _ = domain.state()
+            backup, left_out = salvaged_backup(domain)
+            found = RunningDomain(
+                uuid=UUID(bytes=domain.UUID()),
+                run=domain.ID(),
+                name=domain.name(),
+                uses=definition.our_disks,
+                runs=state != libvirt.VIR_DOMAIN_PAUSED,
+                paused_for_key=PAUSED_NAMESPACE in xml,
+                usages=frozenset(name.usage for name in definition.secrets),
+                definition=definition,
+                paused_for_plaintext=PLAINTEXT_NAMESPACE in xml,
+                backup=backup,
+            )
+            self._report_unreadable(found, [*definition.unreadable, *left_out])
+            return found
         return None
 
+    def _report_unreadable(self, domain: RunningDomain, parts: Sequence[str]) -> None:
+        """Count skipped parts, and log each once."""
+        self._unreadable += len(parts)
+        for part in parts:
+            if (domain.uuid, part) not in self._unclear:
+                self._unclear.add((domain.uuid, part))
+                details = {"domain": domain.name, "reason": f"cannot be read: {part[:200]!r}"}
+                _log.warning("domain-unclear", extra=fields(details))
 
-def _our_secrets(connection: libvirt.virConnect) -> list[str]:
-    return [name for secret in connection.listAllSecrets() if (name := _usage_id(secret)).startswith(PREFIX)]
+    def _our_secrets(self, connection: libvirt.virConnect) -> Iterator[str]:
+        """The usage ids of our secrets, without malformed usage ids."""
+        for secret in connection.listAllSecrets():
+            usage = _usage_id(secret)
+            try:
+                if SecretName.parse(usage):
+                    yield usage
+            except ValueError:
+                self._unreadable += 1
 
 
 def _usage_id(secret: libvirt.virSecret) -> str:

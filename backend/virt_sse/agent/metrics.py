@@ -37,6 +37,11 @@ class Metrics:
             "Running domains with a revoked key, spared because of an ultra disk or the set's action.",
             registry=registry,
         )
+        self.unreadable = Gauge(
+            f"{_PREFIX}_unreadable_parts",
+            "Parts of running domains, and libvirt secrets, that cannot be read and were skipped.",
+            registry=registry,
+        )
         self.keys_watched = Gauge(
             f"{_PREFIX}_keys_watched",
             "Key versions in use by disks of running domains.",

@@ -144,7 +144,10 @@ def _parse_event(body: bytes) -> tuple[str, str, str]:
 
     :raise ValueError: When the body is invalid.
     """
-    document = json.loads(body)
+    try:
+        document = json.loads(body)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(document, dict):
         raise ValueError("not an object")  # noqa: TRY004 -- a document's type is its content here
     event, domain, xml = (document.get(name) for name in ("event", "domain", "xml"))

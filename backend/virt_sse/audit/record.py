@@ -144,9 +144,18 @@ class AuditEntry:
             form, seq, previous = (document.pop(name) for name in ("format", "seq", "previous"))
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as exc:
             raise ValueError("not a record") from exc
-        if form != _FORMAT or not isinstance(seq, int) or document.keys() != _FIELDS:
+        if (
+            form != _FORMAT
+            or type(seq) is not int
+            or not isinstance(previous, str)
+            or document.keys() != _FIELDS
+            or not all(value is None or isinstance(value, str) for value in document.values())
+        ):
             raise ValueError("unknown format of a record")
-        return cls(seq, previous, found, seal[2].decode(), document)
+        entry = cls(seq, previous, found, seal[2].decode(), document)
+        if _moment(document["time"]) is None:
+            raise ValueError("a record without a valid time")
+        return entry
 
     @property
     def position(self) -> Position:
@@ -185,6 +194,15 @@ class AuditEntry:
             reason=text["reason"],
             correlation=UUID(text["correlation"]),
         )
+
+
+def _moment(text: str | None) -> datetime | None:
+    """The time *text*; ``None`` if invalid or without an offset from UTC: such times do not compare."""
+    try:
+        moment = datetime.fromisoformat(text or "")
+        return moment.astimezone(UTC) if moment.tzinfo else None
+    except (ValueError, OverflowError):
+        return None
 
 
 def note(record: AuditRecord, action: str, reason: str) -> dict[str, object]:

@@ -154,11 +154,11 @@ def _time(text: str) -> datetime:
             return datetime.min.replace(tzinfo=UTC)
     try:
         time = datetime.fromisoformat(text)
-    except ValueError as exc:
+        return time if time.tzinfo else time.astimezone()
+    except (ValueError, OverflowError) as exc:
         raise InvalidValueError(
             f"invalid time {text!r}", hint="say 30m, 12h, 7d or 2026-01-31T12:00Z"
         ) from exc
-    return time if time.tzinfo else time.astimezone()
 
 
 def _disk_id(text: str) -> UUID:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import virt_sse
-from virt_sse.cli import agent, audit, des, disk, host, key, session, vault, vm
+from virt_sse.cli import agent, audit, des, disk, host, key, session, streams, vault, vm
 from virt_sse.config import Config
 from virt_sse.errors import InvalidValueError, VirtSseError, report
 from virt_sse.plugins import PluginHost
@@ -59,6 +59,7 @@ def _print_version(wanted: bool) -> None:
 
 def main() -> None:
     """Entry point of ``virt-sse``; exits 1 on errors, 2 on wrong usage."""
+    streams.prepare()
     logging.basicConfig(format="virt-sse: %(levelname)s: %(message)s", level=logging.WARNING)
     try:
         plugins = PluginHost(config := Config.load())

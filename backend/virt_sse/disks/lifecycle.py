@@ -1,8 +1,7 @@
 """The life of a disk: create, adopt, resize, check, delete.
 
 :meth:`Disks.recover` finishes or undoes the work of killed commands; every command calls it first. The order
-    of
-writes on creation is in :mod:`virt_sse.disks.creation`.
+of writes on creation is in :mod:`virt_sse.disks.creation`.
 """
 
 from __future__ import annotations
@@ -99,7 +98,8 @@ class Disks:
         """Finish or undo the work of killed commands. Disks locked by other commands are left alone.
 
         A disk that cannot be recovered now, e.g. because its storage is away, is logged and left to the next
-        command, so that all other disks stay usable.
+        command, so that all other disks stay usable. This includes unexpected exceptions: the bytes of an
+        image are untrusted.
         """
         for disk in self._store.unfinished():
             try:
@@ -108,6 +108,8 @@ class Disks:
                 continue
             except VirtSseError as exc:
                 _log.warning("disk %s stays %s: %s", disk.name, disk.state.value, exc)
+            except Exception:  # noqa: BLE001 -- one disk must not stop every command of the host
+                _log.exception("disk %s stays %s", disk.name, disk.state.value)
 
     def _recover_disk(self, disk: Disk) -> None:
         with self._locks.hold(disk.id):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
@@ -41,6 +41,11 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 def image(config: Config, vm_id: UUID) -> Path:
     """Path of the image of a VM's temporary disk. The image exists while the VM runs."""
     return config.temp_disk_directory / str(vm_id) / _IMAGE
+
+
+def exists(config: Config, vm_id: UUID) -> bool:
+    """Whether a VM has a temporary disk, or remains of a temporary disk."""
+    return os.path.lexists(image(config, vm_id).parent)
 
 
 def create(
@@ -126,14 +131,14 @@ def erase(config: Config, vm_id: UUID) -> None:
 def erase_of_other_boots(config: Config) -> None:
     """Erase temporary disks left by a crash of the host.
 
-    No check for running domains is needed: no domain survives a restart of the host.
+    No check for running domains is needed: no domain survives a restart of the host. A failure is logged, and
+    stops no other temporary disk's erasure.
     """
     present = _BOOT_ID.read_bytes()
     for vm_id in _all(config):
-        boot = image(config, vm_id).with_name(_BOOT)
-        with contextlib.suppress(FileNotFoundError):
-            if boot.read_bytes() != present:
-                _try_erase(config, vm_id)
+        with _failure_logged():
+            if image(config, vm_id).with_name(_BOOT).read_bytes() != present:
+                erase(config, vm_id)
 
 
 def erase_unused(config: Config, running: Collection[UUID], *, before: float) -> None:
@@ -143,18 +148,21 @@ def erase_unused(config: Config, running: Collection[UUID], *, before: float) ->
     :param before: in seconds of ``time.time()``. Disks made later are kept: the domain may be starting.
     """
     for vm_id in _all(config):
-        with contextlib.suppress(FileNotFoundError):
+        with _failure_logged():
             if vm_id not in running and image(config, vm_id).parent.stat().st_mtime < before:
-                _try_erase(config, vm_id)
+                erase(config, vm_id)
 
 
-def _try_erase(config: Config, vm_id: UUID) -> None:
+@contextlib.contextmanager
+def _failure_logged() -> Iterator[None]:
     try:
-        erase(config, vm_id)
-    except DiskInUseError:
+        yield
+    except (DiskInUseError, FileNotFoundError):
         return
-    except VirtSseError as exc:
+    except (VirtSseError, OSError) as exc:
         _log.warning("cannot erase an unused temporary disk: %s", exc)
+    except Exception:  # noqa: BLE001 -- one temporary disk must not stop every command of the host
+        _log.exception("cannot erase an unused temporary disk")
 
 
 def _all(config: Config) -> list[UUID]:

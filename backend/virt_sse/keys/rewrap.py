@@ -5,6 +5,7 @@ DEKs and data stay as they are; guests do not notice.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -33,6 +34,8 @@ from virt_sse.model.operations import MoveDisk
 from virt_sse.model.vms import Vm, tpm_context
 from virt_sse.qemu import envelope_slots, img
 from virt_sse.system.progress import Progress, silent
+
+_log = logging.getLogger(__name__)
 
 _AT_ONCE = 4
 """Number of disks rewrapped in parallel; the time goes to waiting for key providers and storage."""
@@ -83,6 +86,14 @@ class DekProof:
     place: str
     key: KeyId | None
     problem: str | None
+
+
+def _reason(place: str, error: Exception) -> str:
+    """The message of *error*. An unexpected error is logged with its traceback; its text is untrusted."""
+    if isinstance(error, VirtSseError):
+        return str(error)
+    _log.error("%s: unexpected error", place, exc_info=error)
+    return f"unexpected {type(error).__name__}"
 
 
 @dataclass(slots=True)
@@ -164,8 +175,8 @@ class KeyRotation:
         """Rewrap one disk: whether anything changed, or the error message."""
         try:
             return self._rewrap_disk(disk, targets, move_to=None)
-        except VirtSseError as exc:
-            return str(exc)
+        except Exception as exc:  # noqa: BLE001 -- one disk must not stop the rotation
+            return _reason(f"disk {disk.name!r}", exc)
 
     def move(self, disk: Disk, encryption_set: EncryptionSet) -> None:
         """Move *disk* into *encryption_set*, also while a domain uses the disk: rewraps its DEK.
@@ -194,8 +205,8 @@ class KeyRotation:
                     rewrapped += 1
                 else:
                     current += 1
-            except VirtSseError as exc:
-                failed[f"TPM of {vm.name}"] = str(exc)
+            except Exception as exc:  # noqa: BLE001 -- one TPM must not stop the rotation
+                failed[f"TPM of {vm.name}"] = _reason(f"TPM of {vm.name!r}", exc)
         return RewrapReport(rewrapped, current, failed)
 
     def _rewrap_tpm(self, vm: Vm, key: KeyRef) -> bool:
@@ -215,7 +226,7 @@ class KeyRotation:
         proofs = []
         for done, disk in enumerate(disks):
             progress(done / len(disks))
-            proofs += self._prove_disk(disk, targets)
+            proofs += self._try_prove(disk, targets)
         progress(1.0)
         return proofs
 
@@ -299,6 +310,12 @@ class KeyRotation:
                 return True
         except ImageError as exc:
             raise ImageError(f"cannot update the envelope in the image: {exc}") from exc
+
+    def _try_prove(self, disk: Disk, targets: _Targets) -> list[DekProof]:
+        try:
+            return self._prove_disk(disk, targets)
+        except Exception as exc:  # noqa: BLE001 -- one disk must not hide the proofs of the others
+            return [DekProof(disk.name, "store", None, _reason(f"disk {disk.name!r}", exc))]
 
     def _prove_disk(self, disk: Disk, targets: _Targets) -> list[DekProof]:
         places = [("store", disk.deks)]

@@ -35,6 +35,8 @@ def connected(uri: str) -> Iterator[libvirt.virConnect]:
         connection = _open(uri)
     except libvirt.libvirtError as exc:
         raise LibvirtUnavailableError(f"libvirt does not answer at {uri}: {exc}") from exc
+    except ValueError as exc:  # not UTF-8, or with a zero byte
+        raise LibvirtUnavailableError(f"invalid libvirt URI {ascii(uri)[:200]}") from exc
     try:
         yield connection
     except libvirt.libvirtError as exc:

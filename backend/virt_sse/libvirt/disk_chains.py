@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Self
 from uuid import UUID
 
-from virt_sse.libvirt.disk_element import secret_name, target_of
+from virt_sse.errors import InvalidValueError
+from virt_sse.libvirt.disk_element import drop_malformed_secrets, secret_name, target_of
 from virt_sse.libvirt.xml import parse_xml
 
 
@@ -85,6 +86,18 @@ class BackupJob:
         :raise InvalidValueError: When *xml* is malformed.
         """
         return cls(parse_xml(xml, kind="backup XML"))
+
+    @classmethod
+    def salvage(cls, xml: str) -> tuple[Self | None, list[str]]:
+        """Read as much of *xml* as can be read; raises no error.
+
+        :return: ``None`` if nothing can be read; and what was left out.
+        """
+        try:
+            root = parse_xml(xml, kind="backup XML")
+        except InvalidValueError as exc:
+            return None, [str(exc)]
+        return cls(root), drop_malformed_secrets(root)
 
     def targets(self) -> dict[str, tuple[ChainLink, ...]]:
         """The images that the backup writes to, by the disk's name in the guest.

@@ -162,6 +162,20 @@ def secret_name(secret: ET.Element) -> SecretName | None:
         raise InvalidValueError(f"the domain names an unknown secret: {exc}") from exc
 
 
+def drop_malformed_secrets(root: ET.Element) -> list[str]:
+    """Remove the usage ids with our prefix that are malformed from all ``<secret>`` elements below *root*.
+
+    :return: the removed usage ids.
+    """
+    found = []
+    for secret in root.iter("secret"):
+        try:
+            secret_name(secret)
+        except InvalidValueError:
+            found.append(secret.attrib.pop("usage"))
+    return found
+
+
 def target_of(disk: ET.Element) -> str:
     """The disk's name in the guest; empty if the element has none."""
     target = disk.find("target")

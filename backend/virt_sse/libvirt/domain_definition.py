@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from functools import cached_property
+from html import unescape
 from typing import Self
 from uuid import UUID
 
 from virt_sse.errors import InvalidValueError
 from virt_sse.libvirt import disk_chains, disk_element
 from virt_sse.libvirt.disk_chains import BackupJob, DiskChain
-from virt_sse.libvirt.disk_element import DomainDisk
+from virt_sse.libvirt.disk_element import DomainDisk, drop_malformed_secrets
 from virt_sse.libvirt.disk_places import DiskPlace, disk_place
 from virt_sse.libvirt.guest_data import GuestData
 from virt_sse.libvirt.secret_name import PREFIX, SecretName
@@ -30,12 +32,17 @@ class DomainDefinition:
     on first use and raise :class:`InvalidValueError` if this part is invalid. A domain with, for example,
     invalid metadata can therefore still be listed. :class:`~virt_sse.libvirt.domain_edit.DomainEdit` makes
     changed copies.
+
+    :ivar unreadable: what :meth:`salvage` left out.
     """
 
-    def __init__(self, xml: str, root: ET.Element, prefixes: Mapping[str, str]) -> None:
+    def __init__(
+        self, xml: str, root: ET.Element, prefixes: Mapping[str, str], unreadable: tuple[str, ...] = ()
+    ) -> None:
         self._xml = xml
         self._root = root
         self._prefixes = prefixes
+        self.unreadable = unreadable
 
     @classmethod
     def parse(cls, xml: str) -> Self:
@@ -47,6 +54,33 @@ class DomainDefinition:
         if root.tag != "domain":
             raise InvalidValueError(f"invalid domain XML: a <{root.tag[:40]}> element instead of <domain>")
         return cls(xml, root, prefixes)
+
+    @classmethod
+    def salvage(cls, xml: str) -> Self:
+        """Read as much of domain XML as can be read; raises no error.
+
+        For work that must not fail open: the watch of a running domain's keys, and the end of a domain.
+        Malformed references to secrets of ours are left out. Of a text that is not domain XML, or exceeds a
+        limit, only the name, the UUID and the secrets of disks are found.
+        """
+        problems = []
+        try:
+            root, prefixes = parse_with_prefixes(xml, kind="domain XML")
+            if root.tag != "domain":
+                raise InvalidValueError("invalid domain XML: another element instead of <domain>")
+        except (InvalidValueError, RecursionError) as exc:
+            problems.append(str(exc))
+            root, prefixes = _rebuilt(xml), {}
+        problems += drop_malformed_secrets(root)
+        backend = emulated_tpm(root)
+        encryption = backend.find("encryption") if backend is not None else None
+        if backend is not None and encryption is not None:
+            try:
+                UUID(encryption.get("secret", ""))
+            except ValueError:
+                backend.remove(encryption)
+                problems.append("the secret of the TPM")
+        return cls(xml, root, prefixes, tuple(problems))
 
     def __repr__(self) -> str:
         return f"DomainDefinition(name={self.name!r})"  # the XML may hold passwords
@@ -212,6 +246,19 @@ class DomainDefinition:
     def guest_data(self) -> GuestData:
         """Settings that decide which guest data lies on the host outside disk images."""
         return GuestData(self._root)
+
+
+def _rebuilt(xml: str) -> ET.Element:
+    """A ``<domain>`` with the name, the UUID and the secrets of ours in *xml*, found without a parser."""
+    root = ET.Element("domain")
+    for tag in ("name", "uuid"):
+        if match := re.search(rf"<{tag}>([^<]{{1,255}})</{tag}>", xml):
+            ET.SubElement(root, tag).text = unescape(match[1])
+    devices = ET.SubElement(root, "devices")
+    for match in re.finditer(rf"\busage=(['\"])({re.escape(PREFIX)}[^'\"<]{{0,200}})\1", xml):
+        encryption = ET.SubElement(ET.SubElement(devices, "disk"), "encryption")
+        ET.SubElement(encryption, "secret", usage=unescape(match[2]))
+    return root
 
 
 def emulated_tpm(domain: ET.Element) -> ET.Element | None:

@@ -8,7 +8,9 @@ from typing import Self
 
 from virt_sse.errors import ConfigError
 
-_LABEL = re.compile(r"\+?(\d+):\+?(\d+)")
+_LABEL = re.compile(r"\+?(\d{1,10}):\+?(\d{1,10})", re.ASCII)
+_IDS = range(2**32 - 1)
+"""Without ``(uid_t) -1``, which means "unchanged" to chown(2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,7 @@ class User:
         :raise ConfigError: When *label* is malformed.
         """
         match = _LABEL.fullmatch(label)
-        if not match:
+        if not match or not (int(match[1]) in _IDS and int(match[2]) in _IDS):
             raise ConfigError(f"libvirt runs QEMU as {label[:40]!r}, not as a numeric user and group")
         return cls(int(match[1]), int(match[2]))
 

@@ -28,6 +28,8 @@ _PATH = (
     "type",
 )
 _QUERY = ("module-name", "module-path", "pin-source")
+_MOST_DIGITS = 20
+"""Of a slot id, an unsigned number of up to 64 bits."""
 _TYPES = ("cert", "data", "private", "public", "secret-key")
 _PATH_SAFE = ":[]@!$'()*+,=&"
 _QUERY_SAFE = ":[]@!$'()*+,=/?|"
@@ -66,6 +68,10 @@ class TokenUri:
         """
         if not text.startswith(SCHEME):
             raise InvalidValueError(f"a PKCS#11 URI must begin with {SCHEME!r}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:
+            raise InvalidValueError("a PKCS#11 URI must be UTF-8") from exc
         path, _, query = text.removeprefix(SCHEME).partition("?")
         values: dict[str, str | bytes | int] = {}
         for part, separator, known in ((path, ";", _PATH), (query, "&", _QUERY)):
@@ -123,7 +129,7 @@ def _decoded(name: str, raw: str) -> str | bytes | int:
     except UnicodeDecodeError as exc:
         raise InvalidValueError(f"attribute {name!r} of the PKCS#11 URI is not UTF-8") from exc
     if name == "slot-id":
-        if not (text.isascii() and text.isdigit()):
+        if not (text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS):
             raise InvalidValueError("attribute 'slot-id' of the PKCS#11 URI must be a decimal number")
         return int(text)
     if name == "type" and text not in _TYPES:

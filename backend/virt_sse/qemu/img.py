@@ -23,8 +23,11 @@ from virt_sse.system.locks import is_locked
 from virt_sse.system.tools import passphrase_descriptor, run, run_with_progress
 
 _QEMU_LOCKS, _QEMU_LOCKS_LENGTH = 100, 200
-_ERASED_AT_LEAST = 4 << 20
-"""Bytes erased at the beginning of the file if damage hides the place and length of the LUKS header."""
+_ERASED_AT_MOST = 4 << 20
+"""Upper bound for a LUKS header with its keyslots, and so for the bytes to overwrite."""
+_ERASED_AT_ONCE = 1 << 20
+_LARGEST_SIZE = 2**63 - 1
+"""Largest file offset, and largest integer of the store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +302,8 @@ def luks_area(descriptor: int, image_format: DiskFormat) -> tuple[int, int]:
         area = qcow2.Qcow2Header.read(descriptor).luks
         if area is None:
             raise ImageFormatError("a qcow2 image without a LUKS header")
+        if area[0] >= os.fstat(descriptor).st_size:
+            raise ImageFormatError("a qcow2 image with its LUKS header outside of the file")
         luks.Luks1Header.parse(os.pread(descriptor, luks.HEADER_END, area[0]))
         return area
     return 0, luks.Luks1Header.parse(os.pread(descriptor, luks.HEADER_END, 0)).payload_offset
@@ -310,7 +315,10 @@ def usable_size(descriptor: int, image_format: DiskFormat) -> int:
     :raise ImageFormatError: When the image is damaged or not in *image_format*.
     """
     if image_format is DiskFormat.QCOW2:
-        return qcow2.Qcow2Header.read(descriptor).size
+        size = qcow2.Qcow2Header.read(descriptor).size
+        if size > _LARGEST_SIZE:
+            raise ImageFormatError("a qcow2 image with an impossible size")
+        return size
     size = os.fstat(descriptor).st_size - luks_area(descriptor, image_format)[1]
     if size <= 0:
         raise ImageFormatError("a LUKS image without data after its header")
@@ -320,14 +328,19 @@ def usable_size(descriptor: int, image_format: DiskFormat) -> int:
 def erase(path: Path, image_format: DiskFormat) -> None:
     """Crypto-erase an image: overwrite the LUKS header and all keyslots durably.
 
-    If the header is damaged, up to 4 MiB at the beginning of the file are overwritten.
+    At most 4 MiB within the file are overwritten, whatever length the image's header names. If the header is
+    damaged, these are the first 4 MiB of the file.
 
     :raise ImageError: When the file cannot be written.
     """
     with opened(path, os.O_RDWR) as descriptor:
         try:
-            offset, length = luks_area(descriptor, image_format)
+            offset, named = luks_area(descriptor, image_format)
+            header = luks.Luks1Header.parse(os.pread(descriptor, luks.HEADER_END, offset))
+            length = max(named, header.payload_offset)  # a qcow2 header may name less than the keyslots
         except ImageFormatError:
-            offset, length = 0, min(_ERASED_AT_LEAST, os.fstat(descriptor).st_size)
-        write_at(descriptor, os.urandom(length), offset)
+            offset, length = 0, _ERASED_AT_MOST
+        end = min(offset + min(length, _ERASED_AT_MOST), os.fstat(descriptor).st_size)
+        for begin in range(offset, end, _ERASED_AT_ONCE):
+            write_at(descriptor, os.urandom(min(_ERASED_AT_ONCE, end - begin)), begin)
         os.fsync(descriptor)

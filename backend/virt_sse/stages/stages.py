@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ from virt_sse.stages.sockets import ListeningSocket
 from virt_sse.stages.stage_process import ExportSource, ImageSource, StagePlace, StageProcess
 from virt_sse.stages.storage_user import storage_user
 from virt_sse.system.locks import DiskLocks
+
+_log = logging.getLogger(__name__)
 
 LOST_WRITES = "unflushed writes are lost: the domain must be stopped and started"
 
@@ -61,6 +64,9 @@ class Stages:
                 record = StageRecord.read(folder, self.kinds)
             except StageError as exc:
                 damaged(exc)
+            except Exception as exc:  # noqa: BLE001 -- one record must not stop those of other disks
+                _log.exception("damaged stage record in %s", folder)
+                damaged(StageError(f"damaged stage record in {folder}: {type(exc).__name__}"))
             else:
                 found += [record] if record else []
         return found
@@ -203,6 +209,8 @@ class Stages:
                     self.stop(record.disk_id, domain_id=domain_id)
                 except VirtSseError as exc:
                     failed = exc
+                except OSError as exc:
+                    failed = StageError(f"cannot end the processes of disk {record.disk_id}: {exc}")
         if failed:
             raise failed
 

@@ -22,14 +22,17 @@ def storage_user(configured: str | None, qemu: User) -> User:
     :raise ConfigError: When *configured* is an unknown user or root.
     """
     if configured is not None and configured.isascii() and configured.isdecimal():
-        user = User(int(configured), int(configured))
+        try:
+            user = User.parse(f"{configured}:{configured}")
+        except ConfigError as exc:
+            raise ConfigError(f"no user {configured[:80]!r}, 'storage-user' in [host]") from exc
     else:
         try:
             entry = pwd.getpwnam(DEFAULT_STORAGE_USER if configured is None else configured)
-        except KeyError as exc:
+        except (KeyError, ValueError) as exc:  # not UTF-8, or with a zero byte
             if configured is None:
                 return qemu if qemu.uid else NOBODY
-            raise ConfigError(f"no user {configured!r}, 'storage-user' in [host]") from exc
+            raise ConfigError(f"no user {configured[:80]!r}, 'storage-user' in [host]") from exc
         user = User(entry.pw_uid, entry.pw_gid)
     if user.uid == 0:
         raise ConfigError("'storage-user' in [host] must not be root")

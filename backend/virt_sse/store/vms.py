@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 from uuid import UUID
 
@@ -17,6 +18,8 @@ from virt_sse.store.engine import reading, writing
 from virt_sse.store.tables import disks, vms
 from virt_sse.system.documents import DocumentError, from_json
 
+_log = logging.getLogger(__name__)
+
 
 class VmStore:
     """Queries and changes, each a transaction. Every method raises StoreError when the database fails."""
@@ -29,12 +32,13 @@ class VmStore:
         return next(iter(self._select(vms.c.id == vm_id)), None)
 
     def all(self) -> list[Vm]:
-        """All VMs, sorted by name."""
-        return self._select(sa.true())
+        """All VMs, sorted by name; a damaged pending update is logged and left out."""
+        return self._select(sa.true(), among_others=True)
 
     def under_key(self, key: KeyRef) -> list[Vm]:
-        """The VMs with a DEK under any version of *key*."""
-        return self._select(sa.and_(vms.c.tpm_key_provider == key.provider, vms.c.tpm_key_name == key.name))
+        """The VMs with a DEK under any version of *key*; a damaged pending update is left out."""
+        under = sa.and_(vms.c.tpm_key_provider == key.provider, vms.c.tpm_key_name == key.name)
+        return self._select(under, among_others=True)
 
     def keys_in_use(self) -> dict[KeyId, int]:
         """Number of VMs' DEKs by KEK version."""
@@ -87,10 +91,14 @@ class VmStore:
         with writing(self._engine) as connection:
             _set_caching(connection, disk_id, caching)
 
-    def _select(self, condition: sa.ColumnElement[bool]) -> list[Vm]:
+    def _select(self, condition: sa.ColumnElement[bool], *, among_others: bool = False) -> list[Vm]:
+        """Select VMs.
+
+        :param among_others: the damaged pending update of one VM must not stop work on the other VMs.
+        """
         query = sa.select(vms).where(condition).order_by(vms.c.name, vms.c.id)
         with reading(self._engine) as connection:
-            return [_vm(row) for row in connection.execute(query)]
+            return [_vm(row, _pending(row, tolerant=among_others)) for row in connection.execute(query)]
 
 
 def _set_caching(connection: Connection, disk_id: UUID, caching: HostCaching) -> None:
@@ -146,7 +154,17 @@ def _from_json(text: str) -> PendingUpdate:
     return PendingUpdate(properties, document.caching)
 
 
-def _vm(row: Row[Any]) -> Vm:
+def _pending(row: Row[Any], *, tolerant: bool) -> PendingUpdate | None:
+    try:
+        return _from_json(row.pending) if row.pending else None
+    except StoreError as exc:
+        if not tolerant:
+            raise
+        _log.warning("domain %s: %s", row.name, exc)
+        return None
+
+
+def _vm(row: Row[Any], pending: PendingUpdate | None) -> Vm:
     tpm = None
     if row.tpm_ciphertext is not None:
         key = KeyId(row.tpm_key_provider, row.tpm_key_name, row.tpm_key_version)
@@ -157,6 +175,6 @@ def _vm(row: Row[Any]) -> Vm:
         host=row.host,
         properties=VmProperties(row.encryption_at_host, row.size, row.temp_disk_size),
         generation=row.generation,
-        pending=_from_json(row.pending) if row.pending else None,
+        pending=pending,
         tpm=tpm,
     )

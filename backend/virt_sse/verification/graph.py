@@ -237,7 +237,9 @@ def place_of(filename: str) -> Place:
     if filename.startswith("json:"):
         try:
             options = json.loads(filename.removeprefix("json:"))
-        except ValueError:
+        except (ValueError, RecursionError):
+            return Place(filename)
+        if not isinstance(options, dict):
             return Place(filename)
         server = options.get("server")
         path = options.get("filename") or options.get("path") or options.get("server.path")

@@ -34,8 +34,10 @@ def _ask(domain: libvirt.virDomain, command: str, **arguments: object) -> Any:
     request = json.dumps({"execute": command} | ({"arguments": arguments} if arguments else {}))
     try:
         answer = json.loads(libvirt_qemu.qemuMonitorCommand(domain, request, 0))
-    except (libvirt.libvirtError, ValueError) as exc:
+    except (libvirt.libvirtError, ValueError, RecursionError) as exc:
         raise MonitorError(f"QEMU does not answer {command}: {exc}") from exc
+    if not isinstance(answer, dict):
+        raise MonitorError(f"QEMU does not answer {command} with an object")
     if "return" not in answer:
         raise MonitorError(f"{command}: {answer.get('error', {}).get('desc', 'no answer')}")
     return answer["return"]

@@ -209,3 +209,35 @@ def test_a_line_that_is_no_record_is_found(
     assert broken(filled)[:3] == ("audit-0001.jsonl", 1, 1)
     assert broken(filled)[3].startswith("not a record")
     assert [entry.seq for entry in filled.records()][-7:] == list(range(1, 8))
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"time": None},
+        {"time": "yesterday"},
+        {"time": "2026-01-31T12:30:15"},
+        {"time": "0001-01-01T00:00+23:59"},
+        {"time": "9999-12-31T23:59-23:59"},
+        {"time": 5},
+        {"time": ["2026-01-31T12:30:15+00:00"]},
+        {"key": 5},
+        {"disk": {"a": 1}},
+        {"actor": True},
+        {"reason": ["x"]},
+        {"seq": True},
+    ],
+    ids=str,
+)
+def test_a_forged_line_with_odd_fields_is_no_record(folder: Path, forged: dict[str, object]) -> None:
+    """Everyone can compute the hash of a line; the MAC is checked by ``verify`` alone."""
+    log = AuditLog(folder / "audit.jsonl")
+    log.append(make())
+    line, _ = seal({**make(1).as_json(), **forged}, Position(1, "0" * 64), bytes(32))
+    with log.path.open("ab") as file:
+        file.write(line)
+    entries = list(log.records(since=make().time, key="no:key"))
+    entries += log.records(since=make().time)
+    assert [entry.seq for entry in entries] == [1]
+    assert [entry.seq for entry in log.tail(10)] == [1]
+    assert not is_whole(log)

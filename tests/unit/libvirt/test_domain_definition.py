@@ -176,6 +176,48 @@ def test_a_domain_without_a_uuid_is_refused(element: str) -> None:
         _ = definition.uuid
 
 
+@pytest.mark.parametrize("odd", ["virt-sse:zzz", "virt-sse:", f"virt-sse:{DISK}", "virt-sse:zzz:service"])
+def test_what_is_malformed_is_left_out_of_a_salvaged_definition(odd: str) -> None:
+    reference = f"<encryption format='luks'><secret type='passphrase' usage='{odd}'/></encryption>"
+    tpm = "<tpm><backend type='emulator'><encryption secret='odd'/></backend></tpm>"
+    disks = (
+        f"<disk><source file='/a'>{secret()}</source>"
+        f"<backingStore><source file='/b'>{reference}</source></backingStore><target dev='vda'/></disk>"
+        f"<disk><source file='/c'>{reference}</source><target dev='vdb'/></disk>"
+        f"<disk><source file='/d'>{secret('other')}</source><target dev='vdc'/></disk>"
+    )
+    xml = f"<domain><name>d</name><uuid>{ID}</uuid><devices>{disks}{tpm}</devices></domain>"
+    with pytest.raises(InvalidValueError):
+        _ = DomainDefinition.parse(xml).secrets
+    found = DomainDefinition.salvage(xml)
+    assert [(use.target, use.slot) for use in found.our_disks] == [("vda", "service"), ("vdc", "other")]
+    assert {name.slot for name in found.secrets} == {"service", "other"}
+    assert found.unreadable == (odd, odd, "the secret of the TPM")
+    assert [chain.target for chain in found.disk_chains()] == ["vda", "vdb", "vdc"]
+    assert all(link.is_encrypted for chain in found.disk_chains() for link in chain.links)
+    assert found.to_xml() == xml
+
+
+def test_of_a_text_beyond_the_limits_the_secrets_are_salvaged() -> None:
+    odd = secret("odd").replace(str(DISK), "zzz")
+    xml = f"<domain><name>a&amp;b</name><uuid>{ID}</uuid>{'<x>' * 100_000}{secret()}{odd}"
+    with pytest.raises(InvalidValueError):
+        DomainDefinition.parse(xml)
+    found = DomainDefinition.salvage(xml)
+    assert (found.name, found.uuid) == ("a&b", ID)
+    assert [name.usage for name in found.secrets] == [SecretName(DISK, "service").usage]
+    assert len(found.unreadable) == 2
+    for text in ("", "\0", "\ud800", "<a/>", "<!DOCTYPE a><domain/>", "<uuid></uuid>"):
+        assert DomainDefinition.salvage(text).our_disks == ()
+
+
+def test_a_salvaged_definition_of_a_sound_domain_is_the_parsed_one() -> None:
+    xml = domain(*ELEMENTS.values())
+    found = DomainDefinition.salvage(xml)
+    assert found.our_disks == DomainDefinition.parse(xml).our_disks
+    assert found.unreadable == ()
+
+
 def test_an_odd_secret_among_ours_is_an_error_and_among_others_is_none() -> None:
     ours = f"<disk><source file='/a'>{secret()}</source></disk>"
     for odd, is_odd in (("virt-sse:zzz", True), ("virt-sse", False), ("zzz", False)):

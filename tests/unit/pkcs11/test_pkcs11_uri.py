@@ -59,6 +59,8 @@ def test_a_written_uri_is_read_back(uri: TokenUri) -> None:
         ("pkcs11:token=%ff", "not UTF-8"),
         ("pkcs11:slot-id=-1", "decimal"),
         ("pkcs11:slot-id=\u0661", "decimal"),
+        ("pkcs11:slot-id=" + "9" * 5000, "decimal"),
+        ("pkcs11:token=\ud800", "must be UTF-8"),
         ("pkcs11:type=key", "must be one of"),
         ("pkcs11:token=a;;serial=1", "no attribute ''"),
     ],

@@ -176,7 +176,9 @@ def test_a_keyring_truncated_to_any_length_is_refused(directory: Path) -> None:
 
 @pytest.mark.usefixtures("provider")
 @pytest.mark.parametrize(
-    "content", [b"\xff\xfe\xfd", b"null", b"[]", b'"text"', b"{}", b'{"format": "1"}', b'{"format": 1}']
+    "content",
+    [b"\xff\xfe\xfd", b"null", b"[]", b'"text"', b"{}", b'{"format": "1"}', b'{"format": 1}']
+    + [b"9" * 5000, b'{"format": ' + b"9" * 400 + b"}", b"[" * 100_000, b'{"format": "\\ud800"}'],
 )
 def test_a_file_that_is_no_keyring_is_refused(directory: Path, content: bytes) -> None:
     (directory / "keyring.json").write_bytes(content)

@@ -120,6 +120,41 @@ def test_an_erased_image_never_opens_again(tmp_path: Path, image_format: str) ->
     assert len(image.path.read_bytes()) == len(before)
 
 
+@pytest.mark.parametrize("named", [2**63 - 1, 2**64 - 1, 16, 0])
+def test_what_is_erased_is_bounded_by_the_file_and_covers_the_keyslots(tmp_path: Path, named: int) -> None:
+    image = make(tmp_path / "image", "qcow2")
+    with img.opened(image.path) as descriptor:
+        offset, length = img.luks_area(descriptor, DiskFormat.QCOW2)
+    images.rewrite_luks_pointer(image.path, offset, named)
+    before = image.path.read_bytes()
+    img.erase(image.path, DiskFormat.QCOW2)
+    after = image.path.read_bytes()
+    assert len(after) == len(before)
+    same = sum(a == b for a, b in zip(after[offset:][:length], before[offset:][:length], strict=True))
+    assert same < length // 100
+
+
+@pytest.mark.parametrize("offset", [2**63, 2**64 - 1, 2**40])
+def test_a_luks_header_outside_of_the_file_is_damage(tmp_path: Path, offset: int) -> None:
+    image = make(tmp_path / "image", "qcow2")
+    images.rewrite_luks_pointer(image.path, offset, 1 << 20)
+    with img.opened(image.path) as descriptor, pytest.raises(ImageFormatError, match="outside of the file"):
+        img.luks_area(descriptor, DiskFormat.QCOW2)
+    size = image.path.stat().st_size
+    img.erase(image.path, DiskFormat.QCOW2)
+    assert image.path.stat().st_size == size
+    assert b"LUKS" not in image.path.read_bytes()
+
+
+def test_a_size_beyond_any_file_is_damage(tmp_path: Path) -> None:
+    image = make(tmp_path / "image", "qcow2")
+    with image.path.open("r+b") as file:
+        file.seek(24)
+        file.write((2**63).to_bytes(8, "big"))
+    with img.opened(image.path) as descriptor, pytest.raises(ImageFormatError, match="impossible size"):
+        img.usable_size(descriptor, DiskFormat.QCOW2)
+
+
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_an_open_image_is_noticed(tmp_path: Path, image_format: str) -> None:
     image = make(tmp_path / "image", image_format)

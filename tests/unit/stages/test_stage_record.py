@@ -153,3 +153,19 @@ def test_only_durable_stages_keep_acknowledged_writes(
 ) -> None:
     record = dataclasses.replace(RECORD, format=DiskFormat(image_format), stages=below(caching, slot))
     assert Stages(Config.load(tmp_path)).may_restart(record) is kept
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "9" * 5000,
+        "[" * 100_000,
+        '{"domain": "\\ud800"}',
+        '{"owner": [' + "9" * 400 + ", 1]}",
+        '{"owner": [1e999, 1]}',
+    ],
+)
+def test_a_record_with_impossible_values_is_damaged(tmp_path: Path, content: str) -> None:
+    (tmp_path / "stages.json").write_text(content)
+    with pytest.raises(StageError, match="damaged stage record"):
+        StageRecord.read(tmp_path)

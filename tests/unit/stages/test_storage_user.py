@@ -26,13 +26,23 @@ def test_without_a_storage_user_qemus_user_is_taken() -> None:
         assert storage_user(None, QEMU) == User(entry.pw_uid, entry.pw_gid)
 
 
+@pytest.mark.parametrize(
+    "label", ["+" + "9" * 5000 + ":+1", f"+1:+{2**32 - 1}", "+4294967296:+1", "\ud800", "+\u0661:+\u0661"]
+)
+def test_a_label_without_valid_ids_is_refused(label: str) -> None:
+    with pytest.raises(ConfigError, match="not as a numeric user"):
+        User.parse(label)
+
+
 @pytest.mark.parametrize("root", ["0", "00", "root"])
 def test_a_storage_user_is_never_root(root: str) -> None:
     with pytest.raises(ConfigError, match="must not be root"):
         storage_user(root, QEMU)
 
 
-@pytest.mark.parametrize("nobody", ["", "no-such-user", "-1", "١٢"])
+@pytest.mark.parametrize(
+    "nobody", ["", "no-such-user", "-1", "١٢", "9" * 5000, str(2**32 - 1), "\udcff", "a\0b"]
+)
 def test_an_unknown_storage_user_is_refused(nobody: str) -> None:
     with pytest.raises(ConfigError, match="no user"):
         storage_user(nobody, QEMU)

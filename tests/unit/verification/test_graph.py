@@ -135,3 +135,10 @@ def test_the_place_of_a_node_is_found(filename: str, place: Place) -> None:
 def test_a_block_graph_of_an_unknown_form_is_refused() -> None:
     with pytest.raises(MonitorError, match="unknown format"):
         BlockGraph([{"node-name": "x"}], {"nodes": [{"id": 1, "name": "x", "type": "block-driver"}]})
+
+
+@pytest.mark.parametrize(
+    "options", ["[]", "1", "null", "[" * 100_000, '{"a":' * 100_000, "9" * 5000, '"\\ud800"']
+)
+def test_strange_options_in_a_filename_are_a_place(options: str) -> None:
+    assert place_of(f"json:{options}") == Place(f"json:{options}")
