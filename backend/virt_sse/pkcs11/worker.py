@@ -6,9 +6,7 @@ Both ends are the same program, run by the same user: pickled messages are safe.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -18,8 +16,7 @@ from typing import Any
 
 from virt_sse.errors import VirtSseError
 from virt_sse.pkcs11.pins import Attempt, Pin
-
-_PR_SET_DUMPABLE = 4
+from virt_sse.system.process_hardening import protect_memory
 
 Request = tuple[float, Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 """Time limit in seconds, function to call, its positional arguments after the first, its named arguments.
@@ -65,11 +62,7 @@ class CallersPin:
 
 def main() -> None:
     """Serve the socket given by file descriptor as the first argument."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
-        raise OSError(
-            ctypes.get_errno(), "cannot protect the memory of a token's process from other processes"
-        )
+    protect_memory()
     with contextlib.suppress(EOFError, ConnectionError):  # the caller has gone
         _serve(Connection(int(sys.argv[1])))
     os._exit(0)  # skips the module's exit handlers: they may hang, too
