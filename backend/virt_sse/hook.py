@@ -17,9 +17,11 @@ def main() -> int:
     xml = sys.stdin.read()
     from virt_sse import agent_client
     from virt_sse.errors import VirtSseError, report
+    from virt_sse.system.process_hardening import protect_memory
 
     root = Path(os.environ.get("VIRT_SSE_ROOT") or "/")
     try:
+        protect_memory()
         if not agent_client.serve_event(root, event, domain, xml):
             _serve(event, xml)
     except VirtSseError as exc:

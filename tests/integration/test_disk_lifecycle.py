@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ from support import images
 from support.command_line import CommandLine
 from support.images import FORMATS, KeyedImage
 from virt_sse.backend import Backend
+from virt_sse.disks import lifecycle
 from virt_sse.errors import DiskExistsError, DiskInUseError, DiskNotFoundError, ImageError, InvalidValueError
 from virt_sse.host.setup import initialise
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import Disk, NewDisk
+from virt_sse.model.disks import Disk, DiskState, NewDisk
 
 M = 1 << 20
 SIZES = (512, 1024, 3 * 512, M, M + 512, 7 * 1001 * 512, 10 << 30, 64 << 40)
@@ -329,6 +331,48 @@ def test_a_deleted_disk_cannot_be_opened_by_anyone(
     state = [path for path in (root / "var/lib/virt-sse").rglob("*") if path.is_file()]
     backend.close()  # the write-ahead log goes into the store
     assert not images.contains([path for path in state if path.exists()], ciphertext)
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_link_planted_for_an_interrupted_deletion_is_not_followed(
+    backend: Backend, root: Path, tmp_path: Path, link: Callable[[Path, Path], None]
+) -> None:
+    """Users who may write the images' folder made root overwrite any file so."""
+    disk = create(backend, "disk")
+    doomed = disk.path.with_name(f".{disk.id}.erased")
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    backend.host.store.set_state(disk.id, DiskState.DELETING)
+    disk.path.unlink()
+    link(doomed, victim)
+    backend.disks.recover()
+    assert victim.read_bytes() == b"precious"
+    if doomed.exists():  # a hard link may be the disk's image: the administrator decides
+        doomed.unlink()
+        backend.disks.recover()
+    assert backend.disks.all() == []
+    assert images.files_below(disk.path.parent) == []
+
+
+def test_a_link_put_in_place_of_the_image_during_its_deletion_is_not_followed(
+    backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = create(backend, "disk")
+    victim, stolen = tmp_path / "victim", tmp_path / "stolen"
+    victim.write_bytes(b"precious")
+    image = KeyedImage(stolen, "qcow2", images.passphrase(backend, disk))
+
+    def swap(_folder: Path) -> None:
+        doomed = disk.path.with_name(f".{disk.id}.erased")
+        if doomed.exists() and not stolen.exists():
+            doomed.rename(stolen)
+            doomed.symlink_to(victim)
+
+    monkeypatch.setattr(lifecycle, "sync_folder", swap)
+    backend.disks.erase(disk)
+    assert victim.read_bytes() == b"precious"
+    assert not image.opens(), "the image is erased, wherever it is"
+    assert images.files_below(disk.path.parent) == []
 
 
 def test_a_file_that_is_not_the_disks_image_is_not_deleted(backend: Backend) -> None:

@@ -13,6 +13,7 @@ from virt_sse.cli import agent, audit, des, disk, host, key, session, streams, v
 from virt_sse.config import Config
 from virt_sse.errors import InvalidValueError, VirtSseError, report
 from virt_sse.plugins import PluginHost
+from virt_sse.system.process_hardening import protect_memory
 
 _USAGE = 2
 
@@ -58,10 +59,11 @@ def _print_version(wanted: bool) -> None:
 
 
 def main() -> None:
-    """Entry point of ``virt-sse``; exits 1 on errors, 2 on wrong usage."""
+    """Entry point of ``virt-sse``, also of agent and vault; exits 1 on errors, 2 on wrong usage."""
     streams.prepare()
     logging.basicConfig(format="virt-sse: %(levelname)s: %(message)s", level=logging.WARNING)
     try:
+        protect_memory()
         plugins = PluginHost(config := Config.load())
         app = build(plugins)
         for error in plugins.broken:

@@ -293,11 +293,18 @@ class Disks:
         """
         doomed = _doomed(disk)
         try:
-            if envelope_slots.carried_id(disk.path, disk.format) == disk.id:
-                disk.path.rename(doomed)
-                sync_folder(doomed.parent)
+            with contextlib.ExitStack() as stack:
+                image = _open_own(stack, disk, disk.path)
+                if image is not None:
+                    disk.path.rename(doomed)
+                    sync_folder(doomed.parent)
+                else:
+                    image = _open_own(stack, disk, doomed)
+                    if image is None:
+                        image = _open_leftover(stack, doomed)
+                if image is not None:  # by descriptor: the name may meanwhile be a link made by another user
+                    img.erase(Path(f"/proc/self/fd/{image}"), disk.format)
             if os.path.lexists(doomed):
-                img.erase(doomed, disk.format)
                 self._store.drop_deks(disk.id)
                 doomed.unlink()
                 sync_folder(doomed.parent)
@@ -322,3 +329,32 @@ class Disks:
 def _doomed(disk: Disk) -> Path:
     """The path of an image during its erasure."""
     return disk.path.with_name(f".{disk.id}.erased")
+
+
+def _open_own(stack: contextlib.ExitStack, disk: Disk, path: Path) -> int | None:
+    """Open the file at *path*; ``None`` unless the file carries the disk's envelope."""
+    try:
+        descriptor = stack.enter_context(img.opened(path))
+        carried = envelope_slots.read(descriptor, disk.format)
+    except ImageError:
+        return None
+    return descriptor if carried.disk_id == disk.id else None
+
+
+def _open_leftover(stack: contextlib.ExitStack, doomed: Path) -> int | None:
+    """Open an image whose erasure was interrupted and may have removed the envelope.
+
+    ``None`` for a missing file, and for a symbolic link: any user who may write the folder can point a link
+    to any file of the host.
+
+    :raise ImageError: When the file cannot be opened, or has hard links, for the same reason.
+    """
+    if doomed.is_symlink() or not os.path.lexists(doomed):
+        return None
+    descriptor = stack.enter_context(img.opened(doomed, os.O_RDONLY | os.O_NOFOLLOW))
+    if os.fstat(descriptor).st_nlink != 1:
+        raise ImageError(
+            f"{doomed} has further names and may be another file",
+            hint="remove the file, or its other names, to finish the deletion",
+        )
+    return descriptor

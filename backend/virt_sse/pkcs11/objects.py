@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from cryptography.hazmat.primitives.asymmetric import rsa
 from PyKCS11 import (
     CKA_CLASS,
@@ -44,6 +45,8 @@ Template = list[tuple[int, Any]]
 RSA_BITS = (2048, 3072, 4096)
 AES_BYTES = 32
 EXPONENT = 65537
+_MOST_RSA_BYTES = 2048
+"""OpenSSL's limit for a modulus, 16384 bits."""
 
 
 class KeyKind(enum.Enum):
@@ -58,8 +61,8 @@ class TokenKey:
     """State of a key in a token at the time of a lookup. Contains no handle and no secret.
 
     :ivar id: CKA_ID.
-    :ivar n: modulus; RSA keys only.
-    :ivar e: public exponent; RSA keys only.
+    :ivar modulus: big-endian; RSA keys only.
+    :ivar exponent: public exponent, big-endian; RSA keys only.
     :ivar is_enabled: whether the key was usable.
     :ivar is_never_extractable: whether the key has always been inside the token; ``False`` for imported keys.
     :ivar is_extractable: whether the key can leave the token, wrapped or in clear.
@@ -69,11 +72,21 @@ class TokenKey:
     id: bytes
     kind: KeyKind
     bits: int
-    n: int | None
-    e: int | None
+    modulus: Annotated[bytes, msgspec.Meta(max_length=_MOST_RSA_BYTES)] | None
+    exponent: Annotated[bytes, msgspec.Meta(max_length=_MOST_RSA_BYTES)] | None
     is_enabled: bool
     is_never_extractable: bool
     is_extractable: bool
+
+    @property
+    def n(self) -> int | None:
+        """Modulus; RSA keys only."""
+        return None if self.modulus is None else int.from_bytes(self.modulus, "big")
+
+    @property
+    def e(self) -> int | None:
+        """Public exponent; RSA keys only."""
+        return None if self.exponent is None else int.from_bytes(self.exponent, "big")
 
     @property
     def public_key(self) -> rsa.RSAPublicKey:
@@ -141,7 +154,7 @@ def read(session: Any, handle: Any, kind: KeyKind) -> TokenKey | None:
     if not e:
         n, e = _public_numbers(session, label, key_id, n)
     enabled = values[CKA_DECRYPT] is True
-    return TokenKey(label, key_id, kind, n.bit_length(), n, e, enabled, never, not is_inside)
+    return TokenKey(label, key_id, kind, n.bit_length(), _bytes(n), _bytes(e), enabled, never, not is_inside)
 
 
 def public_handles(session: Any, label: str, key_id: bytes) -> list[Any]:
@@ -168,6 +181,11 @@ def _names(label: str | None, key_id: bytes | None) -> Template:
     if key_id is not None:
         names.append((CKA_ID, key_id))
     return names
+
+
+def _bytes(number: int) -> bytes:
+    """Without leading zeros: the same number has the same bytes."""
+    return number.to_bytes((number.bit_length() + 7) // 8, "big")
 
 
 def _number(value: tuple[int, ...] | None) -> int:

@@ -28,8 +28,8 @@ _PATH = (
     "type",
 )
 _QUERY = ("module-name", "module-path", "pin-source")
-_MOST_DIGITS = 20
-"""Of a slot id, an unsigned number of up to 64 bits."""
+_MOST_SLOT = (1 << 64) - 1
+"""PKCS#11 v2.40 §3.2: a ``CK_SLOT_ID`` is an unsigned long."""
 _TYPES = ("cert", "data", "private", "public", "secret-key")
 _PATH_SAFE = ":[]@!$'()*+,=&"
 _QUERY_SAFE = ":[]@!$'()*+,=/?|"
@@ -129,8 +129,10 @@ def _decoded(name: str, raw: str) -> str | bytes | int:
     except UnicodeDecodeError as exc:
         raise InvalidValueError(f"attribute {name!r} of the PKCS#11 URI is not UTF-8") from exc
     if name == "slot-id":
-        if not (text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS):
+        if not (text.isascii() and text.isdigit()):
             raise InvalidValueError("attribute 'slot-id' of the PKCS#11 URI must be a decimal number")
+        if len(text) > len(str(_MOST_SLOT)) or int(text) > _MOST_SLOT:
+            raise InvalidValueError(f"attribute 'slot-id' of the PKCS#11 URI exceeds {_MOST_SLOT}")
         return int(text)
     if name == "type" and text not in _TYPES:
         raise InvalidValueError(f"attribute 'type' of the PKCS#11 URI must be one of {', '.join(_TYPES)}")

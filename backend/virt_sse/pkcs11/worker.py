@@ -1,94 +1,71 @@
-"""Main loop of a PKCS#11 module's process: serve requests from a socket until the caller closes the socket.
-
-Both ends are the same program, run by the same user: pickled messages are safe.
-"""
+"""Main loop of a PKCS#11 module's process: serve calls from a socket until the caller closes the socket."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import resource
 import signal
+import socket
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from collections.abc import Iterator
 from typing import Any
 
 from virt_sse.errors import VirtSseError
+from virt_sse.pkcs11 import messages
+from virt_sse.pkcs11.messages import Channel, PinWanted
 from virt_sse.pkcs11.pins import Attempt, Pin
-
-_PR_SET_DUMPABLE = 4
-
-Request = tuple[float, Callable[..., Any], tuple[Any, ...], dict[str, Any]]
-"""Time limit in seconds, function to call, its positional arguments after the first, its named arguments.
-
-The first argument is a :class:`CallersPin` in the first request, and the first request's result in later
-requests.
-"""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class WorkerAnswer:
-    """Result of a request: an error or a value."""
-
-    value: Any = field(default=None, repr=False)
-    error: VirtSseError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PinWanted:
-    """Asks the caller for the PIN. The worker then sends :attr:`Attempt.outcome`, and later the result."""
-
-    is_last: bool
+from virt_sse.system.process_hardening import protect_memory
 
 
 class CallersPin:
     """Worker side of :class:`~virt_sse.pkcs11.pins.Logins`: the caller reads PINs and counts attempts."""
 
-    def __init__(self, channel: Connection) -> None:
+    def __init__(self, channel: Channel) -> None:
         self._channel = channel
 
     @contextlib.contextmanager
     def attempt(self, *, is_last: bool) -> Iterator[tuple[Pin, Attempt]]:
         left, _ = signal.setitimer(signal.ITIMER_REAL, 0)  # a user may have to type the PIN
-        self._channel.send(PinWanted(is_last))
-        pin = Pin(self._channel.recv_bytes().decode())
+        self._channel.send(messages.encode(PinWanted(is_last)))
+        pin = Pin(self._channel.receive().decode())
         signal.setitimer(signal.ITIMER_REAL, left)
         attempt = Attempt()
         try:
             yield pin, attempt
         finally:
-            self._channel.send(attempt.outcome)
+            self._channel.send(messages.encode(attempt.outcome))
 
 
 def main() -> None:
     """Serve the socket given by file descriptor as the first argument."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
-        raise OSError(
-            ctypes.get_errno(), "cannot protect the memory of a token's process from other processes"
-        )
+    protect_memory()
     with contextlib.suppress(EOFError, ConnectionError):  # the caller has gone
-        _serve(Connection(int(sys.argv[1])))
+        _serve(Channel(socket.socket(fileno=int(sys.argv[1]))))
     os._exit(0)  # skips the module's exit handlers: they may hang, too
 
 
-def _serve(channel: Connection) -> None:
-    made = _answer(channel.recv(), CallersPin(channel))
-    channel.send(WorkerAnswer(error=made.error))
-    while made.error is None:
-        channel.send(_answer(channel.recv(), made.value))
+def _serve(channel: Channel) -> None:
+    """Make an object by the first call, then pass the object to the function of each later call."""
+    try:
+        made = _call(channel.receive(), CallersPin(channel))
+    except VirtSseError as exc:
+        channel.send(messages.refused_frame(exc))
+        return
+    channel.send(messages.returned_frame(None))
+    while True:
+        content = channel.receive()
+        try:
+            frame = messages.returned_frame(_call(content, made))
+        except VirtSseError as exc:
+            frame = messages.refused_frame(exc)
+        channel.send(frame)
 
 
-def _answer(request: Request, subject: Any) -> WorkerAnswer:
-    seconds, work, arguments, named = request
+def _call(content: bytes, subject: Any) -> Any:
+    seconds, work, arguments = messages.read_call(content)
     # Only an unhandled signal ends a call hanging inside a module.
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        return WorkerAnswer(work(subject, *arguments, **named))
-    except VirtSseError as exc:
-        return WorkerAnswer(error=exc)
+        return work(subject, *arguments)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
