@@ -296,7 +296,7 @@ def create_principal(
 def disable_principal(name: PrincipalName, credential: Credential = None) -> None:
     """Disable a principal, with immediate effect, until it is enabled again."""
     with _client(credential) as client:
-        client.change_principal(name, enabled=False, expires=client.get_principal(name).expires)
+        client.disable_principal(name)
     typer.echo(f"disabled principal {name}")
 
 
@@ -304,7 +304,7 @@ def disable_principal(name: PrincipalName, credential: Credential = None) -> Non
 def enable_principal(name: PrincipalName, credential: Credential = None) -> None:
     """Enable a disabled principal."""
     with _client(credential) as client:
-        client.change_principal(name, enabled=True, expires=client.get_principal(name).expires)
+        client.enable_principal(name)
     typer.echo(f"enabled principal {name}")
 
 
