@@ -124,7 +124,7 @@ def init(
     typer.echo(f"made vault {made.settings().url} in {made.path}")
     typer.echo(f"made {made.administrator_path}: keep it secret, it administers the vault")
     typer.echo(
-        f"back up {made.root_key_path} and {made.database_path} separately: "
+        f"back up {made.root_key_path} and, with 'virt-sse vault backup', {made.database_path} separately: "
         "the vault's keys are lost without either file"
     )
     _print_hsm(made)
@@ -198,6 +198,36 @@ def rescue(
 
     add_administrator(VaultDirectory(_directory(directory)), name, file)
     typer.echo(f"made {file}: keep it secret, it administers the vault")
+
+
+@app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(help="The file to create.", show_default=False)],
+    directory: Directory = None,
+) -> None:
+    """Copy the vault's database, on the vault's machine, also while the vault is served."""
+    from virt_sse.vault.backup import back_up
+    from virt_sse.vault.home.layout import VaultDirectory
+
+    vault = VaultDirectory(_directory(directory))
+    back_up(vault, file)
+    typer.echo(f"made {file}: back up {vault.root_key_path} too, apart from it")
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(help="A file made by 'vault backup'.", show_default=False)],
+    directory: Directory = None,
+) -> None:
+    """Restore the database of a vault that has none, while the vault is not served."""
+    from virt_sse.vault.backup import restore as restore_vault
+    from virt_sse.vault.home.layout import VaultDirectory
+
+    vault = VaultDirectory(_directory(directory))
+    restore_vault(vault, file)
+    typer.echo(
+        f"made {vault.database_path}: review 'vault access list', which may have revoked permissions again"
+    )
 
 
 @app.command()
@@ -296,7 +326,7 @@ def create_principal(
 def disable_principal(name: PrincipalName, credential: Credential = None) -> None:
     """Disable a principal, with immediate effect, until it is enabled again."""
     with _client(credential) as client:
-        client.change_principal(name, enabled=False, expires=client.get_principal(name).expires)
+        client.disable_principal(name)
     typer.echo(f"disabled principal {name}")
 
 
@@ -304,7 +334,7 @@ def disable_principal(name: PrincipalName, credential: Credential = None) -> Non
 def enable_principal(name: PrincipalName, credential: Credential = None) -> None:
     """Enable a disabled principal."""
     with _client(credential) as client:
-        client.change_principal(name, enabled=True, expires=client.get_principal(name).expires)
+        client.enable_principal(name)
     typer.echo(f"enabled principal {name}")
 
 

@@ -19,7 +19,7 @@ _ACTOR = "vault"
 def upkeep(vault: Vault, trail: Trail) -> None:
     """Rotate and purge due keys, and destroy leftover key material. Failures are logged and retried later."""
     for name in vault.rotation.due():
-        _attempt(vault, trail, "rotate", name, vault.rotation.rotate)
+        _attempt(vault, trail, "rotate", name, vault.rotation.rotate_due)
     for name in vault.keys.due_for_purge():
         _attempt(vault, trail, "purge", name, vault.keys.purge_due)
     vault.keys.sweep()

@@ -110,9 +110,21 @@ class VaultClient:
 
         :raise PrincipalNotFoundError: When there is no such principal.
         """
-        document = {"enabled": enabled, "expires": expires}
-        answer = self._ask("PATCH", _path("identity/principals", principal), document)
-        return _decoded(answer, PrincipalInfo)
+        return self._change(principal, {"enabled": enabled, "expires": expires})
+
+    def enable_principal(self, principal: str) -> PrincipalInfo:
+        """Enable a principal, and keep its expiry.
+
+        :raise PrincipalNotFoundError: When there is no such principal.
+        """
+        return self._change(principal, {"enabled": True})
+
+    def disable_principal(self, principal: str) -> PrincipalInfo:
+        """Disable a principal, and keep its expiry.
+
+        :raise PrincipalNotFoundError: When there is no such principal.
+        """
+        return self._change(principal, {"enabled": False})
 
     def delete_principal(self, principal: str) -> None:
         """Delete a principal with its permissions; its access tokens are refused from now on.
@@ -148,7 +160,7 @@ class VaultClient:
         :return: all permissions of the principal.
         :raise PrincipalNotFoundError: When there is no such principal.
         """
-        return self.set_permissions(principal, self.permissions(principal) | frozenset(permissions))
+        return self._adjust(principal, "grant", permissions)
 
     def revoke(
         self, principal: str, permissions: Iterable[Permission] | None = None
@@ -159,7 +171,18 @@ class VaultClient:
         :raise PrincipalNotFoundError: When there is no such principal.
         """
         taken = frozenset(Permission) if permissions is None else frozenset(permissions)
-        return self.set_permissions(principal, self.permissions(principal) - taken)
+        return self._adjust(principal, "revoke", taken)
+
+    def _change(self, principal: str, document: Mapping[str, object]) -> PrincipalInfo:
+        answer = self._ask("PATCH", _path("identity/principals", principal), document)
+        return _decoded(answer, PrincipalInfo)
+
+    def _adjust(
+        self, principal: str, change: str, permissions: Iterable[Permission]
+    ) -> frozenset[Permission]:
+        document = {change: sorted(permission.value for permission in permissions)}
+        answer = self._ask("PATCH", _path("access/policies", principal), document)
+        return _decoded(answer, _AccessPolicy).permissions
 
     def new_credential_file(
         self, path: Path, name: str, *, role: Role = Role.NONE, expires: int | None = None

@@ -165,3 +165,26 @@ def test_a_bucket_gives_a_burst_then_its_rate() -> None:
 def test_invalid_limits_are_refused(concurrency: int, rate: float) -> None:
     with pytest.raises(InvalidValueError):
         Limits(concurrency, rate)
+
+
+def test_a_key_disabled_after_the_check_is_not_rotated(vault: Vault, clock: Clock) -> None:
+    vault.keys.create("kek", "RSA", 2048, NewKey())
+    vault.rotation.set_policy("kek", AFTER_30_DAYS)
+    clock.now += 30 * DAY
+    assert vault.rotation.due() == ["kek"]
+    vault.keys.update("kek", "", attributes={"enabled": False}, operations=None, tags=None)
+    with pytest.raises(Refusal, match="no longer due"):
+        vault.rotation.rotate_due("kek")
+    assert len(vault.keys.versions("kek")) == 1
+
+
+def test_a_key_recovered_and_deleted_again_after_the_check_is_not_purged(vault: Vault, clock: Clock) -> None:
+    vault.keys.create("kek", "RSA", 2048, NewKey())
+    vault.keys.delete("kek")
+    clock.now += 90 * DAY
+    assert vault.keys.due_for_purge() == ["kek"]
+    vault.keys.recover("kek")
+    vault.keys.delete("kek")
+    with pytest.raises(Refusal, match="has not ended"):
+        vault.keys.purge_due("kek")
+    assert vault.keys.get_deleted("kek")

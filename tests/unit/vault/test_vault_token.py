@@ -307,12 +307,13 @@ def test_a_key_that_cannot_be_stored_leaves_nothing(
 
 
 def test_a_backup_brings_a_key_back_as_long_as_the_token_has_it(
-    vault: Vault, directory: VaultDirectory, token: LabToken
+    vault: Vault, directory: VaultDirectory, token: LabToken, clock: Clock
 ) -> None:
     record = create(vault)
     vault.rotation.rotate("kek")
     blob = vault.backups.backup("kek")
     vault.keys.delete("kek")
+    clock.now += 91 * DAY
     with away(token):
         vault.keys.purge_due("kek")  # which therefore leaves the keys in the token
         with pytest.raises(FailureRefusal):

@@ -7,10 +7,12 @@ creations.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from virt_sse.vault import properties
 from virt_sse.vault.home.settings import Tier
 from virt_sse.vault.http.calls import Call, Reply
-from virt_sse.vault.identity.principals import Principal
+from virt_sse.vault.identity.principals import Principal, Unchanged
 from virt_sse.vault.refusals import Refusal, bad_parameter, forbidden
 from virt_sse.vault_client.permissions import Permission, Role
 
@@ -53,10 +55,10 @@ def change_principal(call: Call) -> Reply:
     _require_administrator(call)
     principal = _managed(call)
     document = call.document()
-    enabled = document.get("enabled", principal.enabled)
-    if not isinstance(enabled, bool):
+    enabled = document.get("enabled", Unchanged.UNCHANGED)
+    if not isinstance(enabled, bool | Unchanged):
         raise bad_parameter("Property enabled must be true or false.")
-    expires = properties.moment(document, "expires") if "expires" in document else principal.expires
+    expires = properties.moment(document, "expires") if "expires" in document else Unchanged.UNCHANGED
     changed = call.vault.principals.change(principal, enabled=enabled, expires=expires)
     return Reply(principal_document(changed, call.vault.settings.tenant))
 
@@ -78,18 +80,18 @@ def get_policy(call: Call) -> Reply:
 
 def set_policy(call: Call) -> Reply:
     _require_administrator(call)
-    given = call.document().get("permissions")
-    try:
-        permissions = (
-            [Permission(item) for item in given if isinstance(item, str)] if isinstance(given, list) else None
-        )
-    except ValueError:
-        permissions = None
-    if permissions is None or not isinstance(given, list) or len(permissions) != len(given):
-        raise bad_parameter(
-            f"Property permissions must be a list out of {', '.join(p.value for p in Permission)}."
-        )
+    permissions = _permissions(call.document(), "permissions")
     return Reply(_policy(call.vault.principals.grant(_managed(call), permissions)))
+
+
+def adjust_policy(call: Call) -> Reply:
+    """Add and remove permissions: concurrent changes of other permissions are kept."""
+    _require_administrator(call)
+    document = {"grant": [], "revoke": []} | call.document()
+    changed = call.vault.principals.adjust(
+        _managed(call), granted=_permissions(document, "grant"), revoked=_permissions(document, "revoke")
+    )
+    return Reply(_policy(changed))
 
 
 def remove_policy(call: Call) -> Reply:
@@ -150,6 +152,16 @@ def _policy(principal: Principal) -> dict[str, object]:
         "name": principal.name,
         "permissions": [p.value for p in Permission if p in principal.permissions],
     }
+
+
+def _permissions(document: Mapping[str, object], field: str) -> list[Permission]:
+    given = document.get(field)
+    try:
+        if isinstance(given, list) and all(isinstance(item, str) for item in given):
+            return [Permission(item) for item in given]
+    except ValueError:
+        pass
+    raise bad_parameter(f"Property {field} must be a list out of {', '.join(p.value for p in Permission)}.")
 
 
 def _administers(call: Call) -> bool:

@@ -114,5 +114,6 @@ OPERATIONS = (
     _read(_POLICIES, "list-access", identity_api.list_policies, None, _POLICIES),
     _read(_POLICY, "get-access", identity_api.get_policy, None, _POLICY),
     _change("PUT", _POLICY, "set-access", identity_api.set_policy, None, subject=_POLICY),
+    _change("PATCH", _POLICY, "change-access", identity_api.adjust_policy, None, subject=_POLICY),
     _change("DELETE", _POLICY, "remove-access", identity_api.remove_policy, None, subject=_POLICY),
 )

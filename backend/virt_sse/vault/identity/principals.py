@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,13 @@ from virt_sse.vault_client.permissions import Permission, Role
 
 _NAME = re.compile(r"[0-9a-zA-Z][0-9a-zA-Z._-]{0,127}\Z")
 _SHORTEST_RSA = 2048
+
+
+class Unchanged(enum.Enum):
+    """Stands for a property to keep, where ``None`` is a value."""
+
+    UNCHANGED = enum.auto()
+
 
 AssertionKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 
@@ -59,6 +67,7 @@ class Principal:
 class Principals:
     """All principals, cached in memory. Thread-safe.
 
+    Each change is one transaction around reading, checking and writing.
     Methods that change principals raise :class:`~virt_sse.vault.refusals.Refusal`.
     """
 
@@ -84,7 +93,7 @@ class Principals:
         """
         found = self.find(identifier) or next((p for p in self.all() if p.name == identifier), None)
         if found is None:
-            raise Refusal(404, "PrincipalNotFound", f"There is no principal {identifier[:128]!r}.")
+            raise _not_found(identifier)
         return found
 
     def create(
@@ -118,74 +127,81 @@ class Principals:
         values = {column.name: getattr(principal, column.name) for column in tables.principals.c} | {
             "role": role.value
         }
-        with self._lock:
-            if any(p.name == name for p in self._by_id.values()):
+        with self._changing() as connection:
+            if any(p.name == name for p in _read(connection).values()):
                 raise conflict(f"A principal named {name} exists already.", "PrincipalAlreadyExists")
-            with self._changing() as connection:
-                connection.execute(tables.principals.insert().values(values))
-                _set_permissions(connection, principal)
+            connection.execute(tables.principals.insert().values(values))
+            _set_permissions(connection, principal)
         return principal
 
-    def change(self, principal: Principal, *, enabled: bool, expires: int | None) -> Principal:
-        """Enable or disable a principal, and set its expiry."""
-        with self._lock:
-            changed = dataclasses.replace(self._present(principal), enabled=enabled, expires=expires)
-            self._keep_an_administrator(changed)
-            with self._changing() as connection:
-                connection.execute(
-                    tables.principals.update()
-                    .where(tables.principals.c.client_id == principal.client_id)
-                    .values(enabled=enabled, expires=expires)
-                )
+    def change(
+        self,
+        principal: Principal,
+        *,
+        enabled: bool | Unchanged = Unchanged.UNCHANGED,
+        expires: int | Unchanged | None = Unchanged.UNCHANGED,
+    ) -> Principal:
+        """Enable or disable a principal, and set its expiry; properties not given are kept."""
+        with self._changing() as connection:
+            present = _read(connection)
+            changed = _of(present, principal)
+            if not isinstance(enabled, Unchanged):
+                changed = dataclasses.replace(changed, enabled=enabled)
+            if not isinstance(expires, Unchanged):
+                changed = dataclasses.replace(changed, expires=expires)
+            _keep_an_administrator(present, changed)
+            connection.execute(
+                tables.principals.update()
+                .where(tables.principals.c.client_id == changed.client_id)
+                .values(enabled=changed.enabled, expires=changed.expires)
+            )
         return changed
 
     def grant(self, principal: Principal, permissions: Iterable[Permission]) -> Principal:
-        """Set a principal's permissions on keys."""
-        with self._lock:
-            changed = dataclasses.replace(self._present(principal), permissions=frozenset(permissions))
-            with self._changing() as connection:
-                _set_permissions(connection, changed)
-        return changed
+        """Set a principal's permissions on keys, replacing earlier permissions."""
+        granted = frozenset(permissions)
+        return self._set(principal, lambda _present: granted)
+
+    def adjust(
+        self, principal: Principal, *, granted: Iterable[Permission], revoked: Iterable[Permission]
+    ) -> Principal:
+        """Add permissions on keys to a principal, and remove others; permissions not named are kept."""
+        added, removed = frozenset(granted), frozenset(revoked)
+        return self._set(principal, lambda present: (present | added) - removed)
 
     def delete(self, principal: Principal) -> None:
         """Delete a principal with its permissions; its access tokens are invalid from now on."""
-        with self._lock:
-            self._present(principal)
-            self._keep_an_administrator(dataclasses.replace(principal, enabled=False))
-            with self._changing() as connection:
-                connection.execute(
-                    tables.principals.delete().where(tables.principals.c.client_id == principal.client_id)
-                )
+        with self._changing() as connection:
+            present = _read(connection)
+            found = _of(present, principal)
+            _keep_an_administrator(present, dataclasses.replace(found, enabled=False))
+            connection.execute(
+                tables.principals.delete().where(tables.principals.c.client_id == found.client_id)
+            )
 
-    def _present(self, principal: Principal) -> Principal:
-        return self.get(principal.client_id)
-
-    def _keep_an_administrator(self, changed: Principal) -> None:
-        """Refuse to remove the last administrator: nobody could administer the vault any more."""
-        others = [p for p in self.all() if p.client_id != changed.client_id]
-        if changed.role is Role.ADMINISTRATOR and not any(
-            p.role is Role.ADMINISTRATOR and p.enabled and p.expires is None for p in [*others, changed]
-        ):
-            raise forbidden("This is the last administrator.", "LastAdministrator")
+    def _set(
+        self, principal: Principal, permissions: Callable[[frozenset[Permission]], frozenset[Permission]]
+    ) -> Principal:
+        with self._changing() as connection:
+            found = _of(_read(connection), principal)
+            changed = dataclasses.replace(found, permissions=permissions(found.permissions))
+            _set_permissions(connection, changed)
+        return changed
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[Connection]:
-        try:
-            with self._database.writing() as connection:
-                yield connection
-        finally:
-            self._load()
+        """Open a transaction for a change, and reload the cache afterwards."""
+        with self._lock:
+            try:
+                with self._database.writing() as connection:
+                    yield connection
+            finally:  # a commit may succeed although its answer is lost
+                self._load()
 
     def _load(self) -> None:
-        query = sa.select(tables.principals, tables.permissions.c.permission).select_from(
-            tables.principals.outerjoin(tables.permissions)
-        )
-        rows: dict[str, list[Row[Any]]] = {}
         with self._database.reading() as connection:
-            for row in connection.execute(query):
-                rows.setdefault(row.client_id, []).append(row)
-        found = [_principal(group) for group in rows.values()]
-        self._by_id = {p.client_id: p for p in found} | {p.object_id: p for p in found}
+            found = _read(connection)
+        self._by_id = found | {p.object_id: p for p in found.values()}
 
 
 def load_assertion_key(pem: str) -> AssertionKey:
@@ -204,6 +220,38 @@ def load_assertion_key(pem: str) -> AssertionKey:
     raise bad_parameter(
         f"The public key must be of the curve P-256, or RSA of at least {_SHORTEST_RSA} bits."
     )
+
+
+def _read(connection: Connection) -> dict[str, Principal]:
+    """Read all principals, by client id."""
+    query = sa.select(tables.principals, tables.permissions.c.permission).select_from(
+        tables.principals.outerjoin(tables.permissions)
+    )
+    rows: dict[str, list[Row[Any]]] = {}
+    for row in connection.execute(query):
+        rows.setdefault(row.client_id, []).append(row)
+    return {client_id: _principal(group) for client_id, group in rows.items()}
+
+
+def _of(present: Mapping[str, Principal], principal: Principal) -> Principal:
+    """Find the present state of *principal*, by its client id only: its name may have a new owner."""
+    try:
+        return present[principal.client_id]
+    except KeyError:
+        raise _not_found(principal.name) from None
+
+
+def _not_found(identifier: str) -> Refusal:
+    return Refusal(404, "PrincipalNotFound", f"There is no principal {identifier[:128]!r}.")
+
+
+def _keep_an_administrator(present: Mapping[str, Principal], changed: Principal) -> None:
+    """Refuse to remove the last administrator: nobody could administer the vault any more."""
+    others = [p for p in present.values() if p.client_id != changed.client_id]
+    if changed.role is Role.ADMINISTRATOR and not any(
+        p.role is Role.ADMINISTRATOR and p.enabled and p.expires is None for p in [*others, changed]
+    ):
+        raise forbidden("This is the last administrator.", "LastAdministrator")
 
 
 def _set_permissions(connection: Connection, principal: Principal) -> None:

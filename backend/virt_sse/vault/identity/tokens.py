@@ -231,14 +231,21 @@ def bearer(header: str) -> str | None:
     return match[1] if match else None
 
 
-def signing_key(database: Database, sealer: Sealer) -> ec.EllipticCurvePrivateKey:
-    """Load the signing key of access tokens from the database; create it at first use."""
+def signing_key(database: Database, sealer: Sealer, *, create: bool = True) -> ec.EllipticCurvePrivateKey:
+    """Load the signing key of access tokens from the database.
+
+    :param create: create the key at first use.
+    :raise VaultError: When the root key is not the original root key of this database, or the signing key is
+        missing although *create* is false: the database is not a vault's.
+    """
     context = _SIGNING_KEY.encode()
     with database.writing() as connection:
         sealed = connection.scalar(
             sa.select(sealed_secrets.c.sealed).where(sealed_secrets.c.name == _SIGNING_KEY)
         )
         if sealed is None:
+            if not create:
+                raise VaultError("the file is not the database of a vault")
             key = ec.generate_private_key(ec.SECP256R1())
             der = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
             connection.execute(

@@ -34,10 +34,11 @@ class Backups:
 
         :raise Refusal: When there is no such key.
         """
+        versions, policy = self._store.versions_and_policy(check_name(name))
         document = {
             "format": _FORMAT,
-            "policy": self._store.policy(check_name(name)),
-            "versions": [_document(record) for record in self._keys.versions(name)],
+            "policy": policy,
+            "versions": [_document(record) for record in versions],
         }
         return self._sealer.seal(json.dumps(document).encode(), _CONTEXT)
 

@@ -6,6 +6,7 @@ the newest version was made, or a time before it expires; ``expiryTime`` is the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from virt_sse.vault.keys.records import KeyVersion, check_name
 from virt_sse.vault.keys.service import KeyService
 from virt_sse.vault.keys.store import KeyStore
 from virt_sse.vault.properties import integer, string, table
-from virt_sse.vault.refusals import bad_parameter
+from virt_sse.vault.refusals import Refusal, bad_parameter, conflict
 
 _DAY = 86400
 SHORTEST_ROTATION = 7 * _DAY
@@ -73,9 +74,20 @@ class RotationPolicies:
 
         :raise Refusal: When there is no such key.
         """
-        stored = self._store.policy(check_name(name))
-        policy = self._parse(json.loads(stored)) if stored else None
-        return self._keys.rotate(name, expires_after=policy.expiry if policy else None)
+        return self._keys.rotate(name, lambda _newest, policy: self._expiry(policy))
+
+    def rotate_due(self, name: str) -> KeyVersion:
+        """Make a new version if a rotation is due.
+
+        :raise Refusal: When there is no such key, or a concurrent change has made the rotation undue.
+        """
+
+        def expiry(newest: KeyVersion, policy: str | None) -> int | None:
+            if policy is None or not self._parse(json.loads(policy)).due(newest, self._clock()):
+                raise conflict(f"A rotation of key {name} is no longer due.")
+            return self._expiry(policy)
+
+        return self._keys.rotate(name, expiry)
 
     def policy(self, name: str) -> dict[str, object]:
         """Return the policy of a key, by default Azure's default policy.
@@ -93,21 +105,35 @@ class RotationPolicies:
         policy = self._parse(document)
         self._refuse_short(policy)
         now = int(self._clock())
-        before = self._store.policy(check_name(name))
-        created = integer(table(json.loads(before), "attributes"), "created", now) if before else now
-        attributes: dict[str, object] = {"created": created, "updated": now}
+        attributes: dict[str, object] = {"created": now, "updated": now}
         expiry = table(document, "attributes").get("expiryTime")
         if expiry is not None:
             attributes["expiryTime"] = expiry
         kept = {"lifetimeActions": policy.document["lifetimeActions"], "attributes": attributes}
-        self._store.set_policy(name, json.dumps(kept))
+
+        def changed(before: str | None) -> str:
+            if before:
+                attributes["created"] = integer(table(json.loads(before), "attributes"), "created", now)
+            return json.dumps(kept)
+
+        self._store.set_policy(check_name(name), changed)
         return kept
 
     def due(self) -> list[str]:
         """List the names of the keys due for rotation."""
         now = self._clock()
         policies = {name: self._parse(json.loads(stored)) for name, stored in self._store.policies().items()}
-        return [name for name, policy in policies.items() if policy.due(self._store.get(name), now)]
+        due = []
+        for name, policy in policies.items():
+            with contextlib.suppress(Refusal):  # deleted meanwhile
+                if policy.due(self._store.get(name), now):
+                    due.append(name)
+        return due
+
+    def _expiry(self, policy: str | None) -> int | None:
+        """Compute the expiry of a version made now, in seconds since 1970."""
+        lifetime = self._parse(json.loads(policy)).expiry if policy else None
+        return None if lifetime is None else int(self._clock()) + lifetime
 
     def _parse(self, document: Mapping[str, object]) -> RotationPolicy:
         expiry = _seconds(table(document, "attributes"), "expiryTime")

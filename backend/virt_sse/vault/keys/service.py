@@ -62,22 +62,38 @@ class KeyService:
         protection = self._backend_for_new(key_type)
         if bits not in KEY_SIZES:
             raise bad_parameter("An RSA key has 2048, 3072 or 4096 bits.")
-        return self._add(name, protection, new, lambda version: protection.generate(bits, name, version))
+        _check_window(new.attributes)
+        return self._add(name, protection, lambda version: protection.generate(bits, name, version), new)
 
     def import_key(self, name: str, key_type: str, numbers: rsa.RSAPrivateNumbers, new: NewKey) -> KeyVersion:
         """Import a private key, as a new key or a new version of an existing key."""
         protection, private = self._backend_for_new(key_type), private_key(numbers)
-        return self._add(name, protection, new, lambda version: protection.import_key(private, name, version))
+        _check_window(new.attributes)
+        return self._add(name, protection, lambda version: protection.import_key(private, name, version), new)
 
-    def rotate(self, name: str, *, expires_after: int | None = None) -> KeyVersion:
+    def rotate(self, name: str, expiry: Callable[[KeyVersion, str | None], int | None]) -> KeyVersion:
         """Make a new version with the newest version's properties; older versions stay usable.
 
-        :param expires_after: seconds from now to the new version's expiry, from the rotation policy.
+        :param expiry: called with the newest version and the rotation policy in the transaction of the
+            rotation, for the new version's expiry; a refusal prevents the rotation.
         """
         like = self._store.get(check_name(name))
-        expires = None if expires_after is None else int(self._clock()) + expires_after
-        new = NewKey(like.operations, Attributes(expires=expires), like.tags)
-        return self.create(name, like.key_type, like.public.bits, new)
+        protection, bits = self._backend_for_new(like.key_type), like.public.bits
+
+        def add(made: KeyVersion) -> KeyVersion:
+            def rotated(newest: KeyVersion, policy: str | None) -> KeyVersion:
+                if (newest.key_type, newest.public.bits) != (like.key_type, bits):
+                    raise conflict(f"Key {name} was replaced during the rotation.")
+                attributes = Attributes(expires=expiry(newest, policy))
+                return dataclasses.replace(
+                    made, operations=newest.operations, tags=newest.tags, attributes=attributes
+                )
+
+            return self._store.add_rotated(name, rotated)
+
+        return self._add(
+            *(name, protection, lambda version: protection.generate(bits, name, version), NewKey()), add=add
+        )
 
     def get(self, name: str, version: str = "") -> KeyVersion:
         """Return a version, by default the newest; disabled and expired versions included."""
@@ -104,30 +120,31 @@ class KeyService:
 
         :param attributes: fields of :class:`~virt_sse.vault.keys.records.Attributes`.
         """
-        record = self.get(name, version)
-        record = dataclasses.replace(
-            record,
-            attributes=dataclasses.replace(record.attributes, **attributes),  # type: ignore[arg-type] # its fields
-            operations=record.operations if operations is None else operations,
-            tags=record.tags if tags is None else tags,
-            updated=int(self._clock()),
-        )
-        _check_window(record.attributes)
+
+        def changed(record: KeyVersion) -> KeyVersion:
+            record = dataclasses.replace(
+                record,
+                attributes=dataclasses.replace(record.attributes, **attributes),  # type: ignore[arg-type] # its fields
+                operations=record.operations if operations is None else operations,
+                tags=record.tags if tags is None else tags,
+                updated=int(self._clock()),
+            )
+            _check_window(record.attributes)
+            return record
+
         try:
-            self._store.change(record)
+            return self._store.change(check_name(name), check_version(version), changed)
         finally:  # a commit may succeed although its answer is lost
             self._opened.forget(name)
-        return record
 
     def delete(self, name: str) -> tuple[KeyVersion, Deletion]:
         """Delete a key with all its versions, recoverably."""
         now = int(self._clock())
         deletion = Deletion(now, now + self._settings.retention_days * _DAY)
         try:
-            self._store.delete(check_name(name), deletion)
+            return self._store.delete(check_name(name), deletion), deletion
         finally:
             self._opened.forget(name)
-        return self._store.get_deleted(name)
 
     def deleted(self, *, after: str, limit: int) -> list[tuple[KeyVersion, Deletion]]:
         """List the deleted keys with names after *after*, by name."""
@@ -139,8 +156,7 @@ class KeyService:
 
     def recover(self, name: str) -> KeyVersion:
         """Recover a deleted key."""
-        self._store.recover(check_name(name))
-        return self._store.get(name)
+        return self._store.recover(check_name(name))
 
     def purge(self, name: str) -> None:
         """Purge a deleted key irrecoverably; data wrapped with the key is lost."""
@@ -152,20 +168,18 @@ class KeyService:
         self._store.get_deleted(check_name(name))
         for key_type in self._store.key_types(name):
             self._backend_of(key_type).require()
-        self.purge_due(name)
+        self._purge(name, due=None)
 
     def due_for_purge(self) -> list[str]:
         """List the names of the deleted keys whose retention period has ended."""
         return self._store.due_for_purge(int(self._clock()))
 
     def purge_due(self, name: str) -> None:
-        """Purge a key due for purging, whatever the purge protection.
+        """Purge a key whose retention period has ended, whatever the purge protection.
 
         Unreachable material outside the database is destroyed by a later :meth:`sweep`.
         """
-        outside = [each.key_type for each in self._protections.values() if each.outside]
-        self._store.purge(name, kept_outside=outside)
-        self.sweep()
+        self._purge(name, due=int(self._clock()))
 
     def sweep(self) -> None:
         """Destroy material outside the database that no key refers to."""
@@ -238,6 +252,11 @@ class KeyService:
                 return forbidden(f"Operation {operation} is not allowed on an expired key.", "KeyExpired")
         return None
 
+    def _purge(self, name: str, *, due: int | None) -> None:
+        outside = [each.key_type for each in self._protections.values() if each.outside]
+        self._store.purge(name, kept_outside=outside, due=due)
+        self.sweep()
+
     def _open(self, record: KeyVersion) -> OpenedKey:
         backend = self._backend_of(record.key_type)
         return OpenedKey(record, backend.open(record.stored, record.name, record.version))
@@ -283,15 +302,17 @@ class KeyService:
         self,
         name: str,
         protection: Protection,
-        new: NewKey,
         make: Callable[[str], tuple[PublicKey, bytes]],
+        new: NewKey,
+        *,
+        add: Callable[[KeyVersion], KeyVersion] | None = None,
     ) -> KeyVersion:
         """Add a version.
 
         :param make: makes the material of a given version.
+        :param add: stores the version, in one transaction, and returns the stored version.
         """
         version = new_version()
-        _check_window(new.attributes)
         leftover = Leftover(check_name(name), version, protection.key_type)
         with self._disposal.making(leftover) if protection.outside else contextlib.nullcontext():
             public, stored = make(version)
@@ -309,10 +330,9 @@ class KeyService:
                 stored=stored,
             )
             try:
-                self._store.add(record)
+                return (add or self._store.add)(record)
             finally:
                 self._opened.forget(name)
-        return record
 
 
 def _check_window(attributes: Attributes) -> None:

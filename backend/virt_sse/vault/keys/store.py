@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -21,14 +21,19 @@ _NEWEST = versions.c.sequence.desc()
 
 
 class KeyStore:
-    """Queries and changes of keys, each in one transaction."""
+    """Queries and changes of keys, each in one transaction.
+
+    A change that depends on the present state takes a function, called inside the transaction with the state
+    just read: a concurrent change comes before or after, never in between.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def add(self, record: KeyVersion) -> None:
+    def add(self, record: KeyVersion) -> KeyVersion:
         """Add a version, and the key with its first version.
 
+        :return: the version.
         :raise Refusal: When a deleted key has the name.
         """
         with self._database.writing() as connection:
@@ -36,6 +41,20 @@ class KeyStore:
             if not _exists(connection, record.name):
                 connection.execute(keys.insert().values(name=record.name))
             _take_up(connection, [record])
+        return record
+
+    def add_rotated(self, name: str, rotated: Callable[[KeyVersion, str | None], KeyVersion]) -> KeyVersion:
+        """Add a version to a live key.
+
+        :param rotated: makes the new version from the newest version and the rotation policy.
+        :return: the new version.
+        :raise Refusal: When there is no live key of that name.
+        """
+        with self._database.writing() as connection:
+            newest = _live(connection, name, "")
+            record = rotated(newest, _policy(connection, name))
+            _take_up(connection, [record])
+        return record
 
     def restore(self, records: Sequence[KeyVersion], policy: str | None) -> None:
         """Add a key with all versions, oldest first.
@@ -55,25 +74,27 @@ class KeyStore:
 
         :raise Refusal: When the version does not exist, or the key is deleted.
         """
-        query = sa.select(versions).join(keys).where(_LIVE, keys.c.name == name)
-        query = query.where(versions.c.version == version) if version else query.order_by(_NEWEST).limit(1)
         with self._database.reading() as connection:
-            row = connection.execute(query).first()
-        if row is None:
-            raise key_not_found(name, version)
-        return _record(row)
+            return _live(connection, name, version)
 
     def versions(self, name: str) -> list[KeyVersion]:
         """List all versions of a live key, oldest first.
 
         :raise Refusal: When there is no such key.
         """
-        query = sa.select(versions).join(keys).where(_LIVE, keys.c.name == name).order_by(versions.c.sequence)
+        return self.versions_and_policy(name)[0]
+
+    def versions_and_policy(self, name: str) -> tuple[list[KeyVersion], str | None]:
+        """List all versions of a live key, oldest first, with the rotation policy of the same moment.
+
+        :raise Refusal: When there is no such key.
+        """
+        query = sa.select(versions, keys.c.policy).join(keys).where(_LIVE, keys.c.name == name)
         with self._database.reading() as connection:
-            found = [_record(row) for row in connection.execute(query)]
-        if not found:
+            rows = connection.execute(query.order_by(versions.c.sequence)).all()
+        if not rows:
             raise key_not_found(name)
-        return found
+        return [_record(row) for row in rows], rows[0].policy
 
     def newest(self, *, after: str, limit: int) -> list[KeyVersion]:
         """List the newest version of each live key with a name after *after*, by name; at most *limit*."""
@@ -92,60 +113,61 @@ class KeyStore:
 
         :raise Refusal: When no deleted key has that name.
         """
-        query = (
-            sa.select(versions, keys.c.deleted, keys.c.purge)
-            .join(keys)
-            .where(keys.c.deleted.is_not(None), keys.c.name == name)
-            .order_by(_NEWEST)
-            .limit(1)
-        )
         with self._database.reading() as connection:
-            row = connection.execute(query).first()
-        if row is None:
-            raise key_not_found(name)
-        return _record(row), Deletion(row.deleted, row.purge)
+            return _deleted(connection, name)
 
-    def change(self, record: KeyVersion) -> None:
-        """Store the attributes, operations and tags of *record*.
+    def change(self, name: str, version: str, changed: Callable[[KeyVersion], KeyVersion]) -> KeyVersion:
+        """Change the attributes, operations and tags of a version.
 
+        :param version: empty for the newest version.
+        :param changed: makes the changed version from the present version; a refusal changes nothing.
+        :return: the changed version.
         :raise Refusal: When the version does not exist, or the key is deleted.
         """
-        changed = (
-            versions.update()
-            .where(versions.c.name == record.name, versions.c.version == record.version)
-            .where(sa.exists().where(keys.c.name == versions.c.name, _LIVE))
-            .values(
-                enabled=record.attributes.enabled,
-                not_before=record.attributes.not_before,
-                expires=record.attributes.expires,
-                operations=json.dumps(record.operations),
-                tags=json.dumps(dict(record.tags)),
-                updated=record.updated,
-            )
-        )
         with self._database.writing() as connection:
-            if connection.execute(changed).rowcount != 1:
-                raise key_not_found(record.name, record.version)
+            record = changed(_live(connection, name, version))
+            connection.execute(
+                versions.update()
+                .where(versions.c.name == record.name, versions.c.version == record.version)
+                .values(
+                    enabled=record.attributes.enabled,
+                    not_before=record.attributes.not_before,
+                    expires=record.attributes.expires,
+                    operations=json.dumps(record.operations),
+                    tags=json.dumps(dict(record.tags)),
+                    updated=record.updated,
+                )
+            )
+        return record
 
-    def delete(self, name: str, deletion: Deletion) -> None:
+    def delete(self, name: str, deletion: Deletion) -> KeyVersion:
         """Mark a live key as deleted, to be recovered or purged.
 
+        :return: the newest version.
         :raise Refusal: When there is no live key of that name.
         """
-        self._mark(name, _LIVE, deleted=deletion.deleted, purge=deletion.purge)
+        with self._database.writing() as connection:
+            newest = _live(connection, name, "")
+            _mark(connection, name, deleted=deletion.deleted, purge=deletion.purge)
+        return newest
 
-    def recover(self, name: str) -> None:
+    def recover(self, name: str) -> KeyVersion:
         """Mark a deleted key as live again.
 
+        :return: the newest version.
         :raise Refusal: When no deleted key has that name.
         """
-        self._mark(name, keys.c.deleted.is_not(None), deleted=None, purge=None)
+        with self._database.writing() as connection:
+            newest, _ = _deleted(connection, name)
+            _mark(connection, name, deleted=None, purge=None)
+        return newest
 
-    def purge(self, name: str, *, kept_outside: Collection[str]) -> None:
+    def purge(self, name: str, *, kept_outside: Collection[str], due: int | None = None) -> None:
         """Purge a deleted key irrecoverably.
 
         :param kept_outside: types of keys with material outside the database, to be listed as leftover.
-        :raise Refusal: When no deleted key has that name.
+        :param due: purge only if the retention period has ended at this time, in seconds since 1970.
+        :raise Refusal: When no deleted key has that name, or the retention period has not ended.
         """
         columns = ("name", "version", "key_type")
         found = (
@@ -154,10 +176,11 @@ class KeyStore:
             .where(keys.c.name == name, keys.c.deleted.is_not(None), versions.c.key_type.in_(kept_outside))
         )
         with self._database.writing() as connection:
+            _, deletion = _deleted(connection, name)
+            if due is not None and deletion.purge > due:  # recovered and deleted again meanwhile
+                raise conflict(f"The retention period of the deleted key {name} has not ended.")
             connection.execute(leftovers.insert().from_select(columns, found))
-            gone = connection.execute(keys.delete().where(keys.c.name == name, keys.c.deleted.is_not(None)))
-            if gone.rowcount != 1:
-                raise key_not_found(name)
+            connection.execute(keys.delete().where(keys.c.name == name))
 
     def announce(self, leftover: Leftover) -> None:
         """List material as leftover before it is made outside the database, until its version is added."""
@@ -201,17 +224,16 @@ class KeyStore:
         :raise Refusal: When there is no such key.
         """
         with self._database.reading() as connection:
-            row = connection.execute(sa.select(keys.c.policy).where(_LIVE, keys.c.name == name)).first()
-        if row is None:
-            raise key_not_found(name)
-        return None if row.policy is None else str(row.policy)
+            return _policy(connection, name)
 
-    def set_policy(self, name: str, policy: str) -> None:
+    def set_policy(self, name: str, policy: Callable[[str | None], str]) -> None:
         """Store a key's rotation policy.
 
+        :param policy: makes the new policy from the present policy.
         :raise Refusal: When there is no such key.
         """
-        self._mark(name, _LIVE, policy=policy)
+        with self._database.writing() as connection:
+            _mark(connection, name, policy=policy(_policy(connection, name)))
 
     def policies(self) -> dict[str, str]:
         """Return the rotation policies of all live keys that have a policy, by name."""
@@ -226,11 +248,39 @@ class KeyStore:
             every, deleted = connection.execute(query).one()
         return every - deleted, deleted
 
-    def _mark(self, name: str, condition: sa.ColumnElement[bool], **values: object) -> None:
-        with self._database.writing() as connection:
-            changed = connection.execute(keys.update().where(keys.c.name == name, condition).values(**values))
-            if changed.rowcount != 1:
-                raise key_not_found(name)
+
+def _live(connection: Connection, name: str, version: str) -> KeyVersion:
+    query = sa.select(versions).join(keys).where(_LIVE, keys.c.name == name)
+    query = query.where(versions.c.version == version) if version else query.order_by(_NEWEST).limit(1)
+    row = connection.execute(query).first()
+    if row is None:
+        raise key_not_found(name, version)
+    return _record(row)
+
+
+def _deleted(connection: Connection, name: str) -> tuple[KeyVersion, Deletion]:
+    query = (
+        sa.select(versions, keys.c.deleted, keys.c.purge)
+        .join(keys)
+        .where(keys.c.deleted.is_not(None), keys.c.name == name)
+        .order_by(_NEWEST)
+        .limit(1)
+    )
+    row = connection.execute(query).first()
+    if row is None:
+        raise key_not_found(name)
+    return _record(row), Deletion(row.deleted, row.purge)
+
+
+def _policy(connection: Connection, name: str) -> str | None:
+    row = connection.execute(sa.select(keys.c.policy).where(_LIVE, keys.c.name == name)).first()
+    if row is None:
+        raise key_not_found(name)
+    return None if row.policy is None else str(row.policy)
+
+
+def _mark(connection: Connection, name: str, **values: object) -> None:
+    connection.execute(keys.update().where(keys.c.name == name).values(**values))
 
 
 def _newest_of_each(condition: sa.ColumnElement[bool], after: str) -> sa.Select[Any]:
