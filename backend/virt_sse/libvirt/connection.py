@@ -51,14 +51,15 @@ def _open(uri: str) -> libvirt.virConnect:
     :raise LibvirtSilentError: When the limit is over. The attempt goes on in its thread, and a connection
         opened late is closed.
     :raise libvirt.libvirtError: When libvirt refuses.
+    :raise ValueError: When *uri* cannot be passed to libvirt.
     """
     _await_earlier_attempt(uri)
-    answer: queue.SimpleQueue[libvirt.virConnect | libvirt.libvirtError] = queue.SimpleQueue()
+    answer: queue.SimpleQueue[libvirt.virConnect | Exception] = queue.SimpleQueue()
 
     def attempt() -> None:
         try:
             answer.put(libvirt.open(uri))
-        except libvirt.libvirtError as exc:
+        except (libvirt.libvirtError, ValueError) as exc:
             answer.put(exc)
 
     thread = threading.Thread(target=attempt, name="libvirt-open", daemon=True)
@@ -69,7 +70,7 @@ def _open(uri: str) -> libvirt.virConnect:
         with _lock:
             _silent[uri] = thread
         raise _silence(uri, _OPEN_SECONDS) from None
-    if isinstance(opened, libvirt.libvirtError):
+    if isinstance(opened, Exception):
         raise opened
     return opened
 
