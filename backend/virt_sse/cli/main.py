@@ -60,6 +60,7 @@ def _print_version(wanted: bool) -> None:
 def main() -> None:
     """Entry point of ``virt-sse``; exits 1 on errors, 2 on wrong usage."""
     streams.prepare()
+    streams.restrict_umask()
     logging.basicConfig(format="virt-sse: %(levelname)s: %(message)s", level=logging.WARNING)
     try:
         plugins = PluginHost(config := Config.load())
