@@ -59,6 +59,7 @@ class Backend:
         try:
             temp_disks.erase_of_other_boots(config)
             self.disks.recover()
+            self.keys.recover()
         except BaseException:
             self.close()
             raise

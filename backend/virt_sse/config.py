@@ -124,12 +124,12 @@ class Config:
 
         :param root: default ``VIRT_SSE_ROOT``, else ``/``.
         :raise ConfigError: When the file cannot be read, or has an unknown table, unknown option or invalid
-            value.
+            value; or when other users may write the file or its folder.
         """
         root = root if root is not None else Path(os.environ.get("VIRT_SSE_ROOT") or "/")
         path = root / "etc/virt-sse/config.toml"
         try:
-            text = path.read_text("utf-8")
+            text = _read(path)
         except FileNotFoundError:
             text = ""
         except (OSError, UnicodeDecodeError) as exc:
@@ -229,6 +229,28 @@ class Config:
 def _sqlite_url(path: Path) -> str:
     """SQLAlchemy's URL of an SQLite file, with ``?`` and ``%`` escaped."""
     return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")
+
+
+def _read(path: Path) -> str:
+    """The content of the configuration file.
+
+    The file names programs, plugins and places that root's commands use: whoever writes it is root.
+
+    :raise ConfigError: When other users may write the file, or replace the file in its folder.
+    """
+    with path.open("rb") as file:
+        for place, status in ((path, os.fstat(file.fileno())), (path.parent, path.parent.stat())):
+            if status.st_uid not in (0, os.geteuid()):
+                raise ConfigError(
+                    f"{place} belongs to user {status.st_uid}, who may change the configuration",
+                    hint=f"chown root {place}",
+                )
+            if status.st_mode & 0o022:
+                raise ConfigError(
+                    f"other users may write {place} (mode {status.st_mode & 0o7777:04o})",
+                    hint=f"chmod go-w {place}",
+                )
+        return file.read().decode("utf-8")
 
 
 def _cipher(path: Path, text: str) -> Cipher:

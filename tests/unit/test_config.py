@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 
@@ -228,3 +229,30 @@ def test_passwords_and_pins_do_not_show(tmp_path: Path) -> None:
         'store.url = "postgresql://virt-sse:hunter2@db/virt_sse"\nkey-providers.hsm.pin = "hunter2"\n',
     )
     assert "hunter2" not in repr(Config.load(tmp_path))
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o620, 0o602, 0o4777])
+def test_a_file_that_others_may_write_is_refused(tmp_path: Path, mode: int) -> None:
+    path = write(tmp_path, "")
+    path.chmod(mode)
+    with pytest.raises(ConfigError, match=r"other users may write .*config\.toml") as caught:
+        Config.load(tmp_path)
+    assert "chmod go-w" in str(caught.value.hint)
+    path.chmod(0o644)
+    Config.load(tmp_path)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])
+def test_a_file_in_a_folder_that_others_may_write_is_refused(tmp_path: Path, mode: int) -> None:
+    write(tmp_path, "").parent.chmod(mode)
+    with pytest.raises(ConfigError, match="other users may write"):
+        Config.load(tmp_path)
+
+
+@pytest.mark.usefixtures("as_root")
+@pytest.mark.parametrize("name", ["etc/virt-sse/config.toml", "etc/virt-sse"])
+def test_a_file_of_another_user_is_refused(tmp_path: Path, name: str) -> None:
+    write(tmp_path, "")
+    os.chown(tmp_path / name, 65534, 0)
+    with pytest.raises(ConfigError, match="belongs to user 65534"):
+        Config.load(tmp_path)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from virt_sse.config import Config
 from virt_sse.errors import ConfigError, InvalidValueError
+from virt_sse.system.files import shared_folder, write_shared
 
 NAMES = ("virt-sse-agent.socket", "virt-sse-agent.service", "virt-sse-vault.service")
 
@@ -31,13 +32,13 @@ def write_units(directory: Path, config: Config) -> list[Path]:
     }
     written = []
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        shared_folder(directory)
         for name in NAMES:
             text = resources.files("virt_sse.agent").joinpath("units", name).read_text("utf-8")
             for word, value in values.items():
                 text = text.replace(f"@{word}@", _escaped(value))
             path = directory / name
-            path.write_text(text, "utf-8")
+            write_shared(path, text.encode())
             written.append(path)
     except OSError as exc:
         raise ConfigError(f"cannot write units into {directory}: {exc.strerror}") from exc

@@ -61,6 +61,7 @@ def _print_version(wanted: bool) -> None:
 def main() -> None:
     """Entry point of ``virt-sse``, also of agent and vault; exits 1 on errors, 2 on wrong usage."""
     streams.prepare()
+    streams.restrict_umask()
     logging.basicConfig(format="virt-sse: %(levelname)s: %(message)s", level=logging.WARNING)
     try:
         protect_memory()

@@ -27,6 +27,7 @@ import virt_sse
 from virt_sse.cli.main import build
 from virt_sse.config import Config
 from virt_sse.plugins import ENTRY_POINT_GROUP, PluginHost
+from virt_sse.system.files import shared_folder, write_shared
 
 _PROGRAM = "virt-sse"
 _TYPES = {str: "TEXT", int: "INTEGER", float: "NUMBER", Path: "PATH"}
@@ -399,10 +400,10 @@ def main(arguments: Sequence[str]) -> None:
 
 def write_man_pages(directory: Path, root: CommandReference) -> list[Path]:
     """Write the man pages into *directory*, and create the directory if necessary; the files' paths."""
-    directory.mkdir(parents=True, exist_ok=True)
+    shared_folder(directory)
     paths = []
     for name, page in man_pages(root).items():
-        (directory / name).write_text(page, "ascii")
+        write_shared(directory / name, page.encode("ascii"))
         paths.append(directory / name)
     return paths
 

@@ -63,3 +63,8 @@ def prepare() -> None:
     elif isinstance(sys.stdout, io.TextIOWrapper):
         stdout = sys.stdout
         sys.stdout = _StandardOutput(stdout.buffer, stdout.encoding, stdout.errors)
+
+
+def restrict_umask() -> None:
+    """Let no child process make files that other users may write, whatever the caller's umask."""
+    os.umask(os.umask(0o022) | 0o022)

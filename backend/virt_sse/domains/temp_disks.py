@@ -27,7 +27,7 @@ from virt_sse.model.layers import EncryptionType, HostLayer
 from virt_sse.model.vms import temp_disk_id
 from virt_sse.qemu import envelope_slots, img
 from virt_sse.qemu.formatting import Volume, make
-from virt_sse.system.files import private_folder, write_private
+from virt_sse.system.files import private_folder, shared_folder, write_private
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def create(
     path = image(config, vm_id)
     try:
         erase(config, vm_id)
-        path.parent.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+        shared_folder(path.parent.parent, 0o711)
         path.parent.parent.chmod(0o711)
         private_folder(path.parent)
         write_private(path.with_name(_BOOT), _BOOT_ID.read_bytes())

@@ -16,7 +16,7 @@ from virt_sse.model.envelope import DekEntry, Envelope
 from virt_sse.model.keys import WrappedDek
 from virt_sse.model.layers import EncryptionType
 from virt_sse.model.slots import TPM_SLOT
-from virt_sse.system.files import write_private
+from virt_sse.system.files import shared_folder, write_private
 
 _FILE = "virt-sse.envelope"
 _FOLDER_MODE = 0o711
@@ -61,7 +61,7 @@ def write(folder: Path, vm_id: UUID, wrapped: WrappedDek) -> None:
     )
     try:
         for each in (folder.parent, folder):
-            each.mkdir(mode=_FOLDER_MODE, exist_ok=True)
+            shared_folder(each, _FOLDER_MODE)
         write_private(folder / _FILE, envelope.encode())
     except OSError as exc:
         raise EnvelopeError(f"cannot write {folder / _FILE}: {exc.strerror}") from exc

@@ -13,6 +13,7 @@ from virt_sse.keys.host import Host
 from virt_sse.libvirt import hook_script
 from virt_sse.model.disks import PLATFORM_KEY
 from virt_sse.stages.storage_user import DEFAULT_STORAGE_USER
+from virt_sse.system.files import shared_folder, write_shared
 from virt_sse.system.tools import run
 
 APPARMOR_ABSTRACTION = "etc/apparmor.d/abstractions/libvirt-qemu"
@@ -70,10 +71,9 @@ def _allow(local: Path, sockets: Path) -> bool:
     rule = apparmor_rule(sockets)
     if rule in before.splitlines():
         return False
-    local.parent.mkdir(parents=True, exist_ok=True)
-    temporary = local.with_name(f".{local.name}.virt-sse")
-    temporary.write_text(before + ("\n" if before and not before.endswith("\n") else "") + rule + "\n")
-    temporary.rename(local)
+    shared_folder(local.parent)
+    end = "\n" if before and not before.endswith("\n") else ""
+    write_shared(local, f"{before}{end}{rule}\n".encode())
     return True
 
 

@@ -5,20 +5,25 @@ DEKs and data stay as they are; guests do not notice.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from uuid import UUID
 
 from virt_sse.errors import (
+    DiskInUseError,
+    DiskNotFoundError,
     DiskStateError,
     EnvelopeError,
     ImageError,
     KeyDeniedError,
     PolicyError,
+    StoreError,
     VirtSseError,
     VmStateError,
 )
@@ -33,6 +38,7 @@ from virt_sse.model.keys import Dek, KeyId, KeyRef, KeyState
 from virt_sse.model.operations import MoveDisk
 from virt_sse.model.vms import Vm, tpm_context
 from virt_sse.qemu import envelope_slots, img
+from virt_sse.system.files import PRIVATE_FILE, private_folder, sync_folder
 from virt_sse.system.progress import Progress, silent
 
 _log = logging.getLogger(__name__)
@@ -88,6 +94,48 @@ class DekProof:
     problem: str | None
 
 
+class _PendingEnvelopes:
+    """Marks of disks whose store and image are about to be updated one after the other: an empty file each.
+
+    A mark that a killed command leaves behind spares the next command from opening all images.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def all(self) -> list[UUID]:
+        found = []
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for path in sorted(self._folder.iterdir()):
+                with contextlib.suppress(ValueError):
+                    found.append(UUID(path.name))
+        return found
+
+    @contextlib.contextmanager
+    def marked(self, disk_id: UUID) -> Iterator[None]:
+        """Mark a disk. The mark outlives the block if the process is killed or interrupted.
+
+        :raise StoreError: When the mark cannot be made.
+        """
+        path = self._folder / str(disk_id)
+        try:
+            private_folder(self._folder)
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, PRIVATE_FILE))
+            sync_folder(self._folder)
+        except OSError as exc:
+            raise StoreError(f"cannot make {path}: {exc.strerror}") from exc
+        try:
+            yield
+        except Exception:
+            self.remove(disk_id)  # the caller reports the failure
+            raise
+        self.remove(disk_id)
+
+    def remove(self, disk_id: UUID) -> None:
+        with contextlib.suppress(OSError):  # a mark too many costs a look at one image
+            (self._folder / str(disk_id)).unlink(missing_ok=True)
+
+
 def _reason(place: str, error: Exception) -> str:
     """The message of *error*. An unexpected error is logged with its traceback; its text is untrusted."""
     if isinstance(error, VirtSseError):
@@ -124,6 +172,26 @@ class KeyRotation:
         self._keys = host.keys
         self._locks = host.locks
         self._update_tpm_envelope = update_tpm_envelope
+        self._pending = _PendingEnvelopes(host.config.state_directory / "pending-envelopes")
+
+    def recover(self) -> None:
+        """Write the envelopes of images whose store was updated by a command killed before the image.
+
+        Disks locked by other commands are left alone. A failure is logged, and left to the next command.
+        """
+        for disk_id in self._pending.all():
+            try:
+                with self._locks.hold(disk_id):
+                    disk = self._store.get(str(disk_id))
+                    if disk.state is DiskState.READY:
+                        self._update_envelope(disk)
+                    self._pending.remove(disk_id)
+            except DiskInUseError:
+                continue
+            except DiskNotFoundError:
+                self._pending.remove(disk_id)
+            except Exception as exc:  # noqa: BLE001 -- one disk must not stop every command of the host
+                _log.warning("disk %s: %s", disk_id, _reason(f"disk {disk_id}", exc))
 
     def in_use(self) -> list[KeyUse]:
         """Each KEK version in use by disks and VMs; one entry per disk encryption set."""
@@ -248,12 +316,15 @@ class KeyRotation:
                 encryption_type=encryption_set.encryption_type if encryption_set else before.encryption_type,
             )
             changed = after != before
-            if changed:
-                after = replace(after, generation=before.generation + 1)
-                if not self._store.replace(before, after):
-                    raise DiskStateError(f"disk {disk.name!r} was changed by another host at the same time")
-            # Independent of *changed*: a killed run may have updated the store and not the image.
-            return self._update_envelope(after) or changed
+            with self._pending.marked(disk.id) if changed else contextlib.nullcontext():
+                if changed:
+                    after = replace(after, generation=before.generation + 1)
+                    if not self._store.replace(before, after):
+                        raise DiskStateError(
+                            f"disk {disk.name!r} was changed by another host at the same time"
+                        )
+                # Independent of *changed*: a run killed on another host may have updated the store only.
+                return self._update_envelope(after) or changed
 
     def _set_of(self, disk: Disk) -> EncryptionSet | None:
         return self._store.encryption_sets.get(str(disk.set_id)) if disk.set_id else None

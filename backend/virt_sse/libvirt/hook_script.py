@@ -7,13 +7,16 @@ script runs :mod:`virt_sse.hook`.
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
+import stat
 import sys
 from pathlib import Path
 
 from virt_sse.libvirt.secret_name import PREFIX
 from virt_sse.libvirt.vm_metadata import VM_NAMESPACE
+from virt_sse.system.files import shared_folder, write_shared
+
+_MODE = 0o755
 
 EVENTS = ("prepare", "release", "reconnect")
 """Events of interest: a domain is about to start, has ended, was found running by a restarted libvirtd."""
@@ -64,16 +67,13 @@ def script(environment: dict[str, str], stages: Path) -> str:
 def install(path: Path, environment: dict[str, str], stages: Path) -> bool:
     """Install the hook script at *path* with mode 0755.
 
-    :return: whether the file was missing or different.
+    :return: whether the file was missing or different, its mode included: others must not change the script.
     :raise OSError: When the file cannot be written.
     """
     content = script(environment, stages)
     with contextlib.suppress(FileNotFoundError):
-        if path.read_text() == content and os.access(path, os.X_OK):
+        if path.read_text() == content and stat.S_IMODE(path.stat().st_mode) == _MODE:
             return False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(content)
-    temporary.chmod(0o755)
-    temporary.rename(path)
+    shared_folder(path.parent)
+    write_shared(path, content.encode(), _MODE)
     return True

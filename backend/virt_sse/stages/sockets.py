@@ -11,6 +11,7 @@ from pathlib import Path
 
 from virt_sse.errors import StageError
 from virt_sse.libvirt.users import ROOT, User
+from virt_sse.system.files import shared_folder
 
 _BACKLOG = 8
 _LONGEST_SOCKET_PATH = 107
@@ -49,7 +50,8 @@ def make_folders(folder: Path, qemu: User, storage: User) -> None:
         (folder / _GUEST, qemu.gid, 0o710),
         (folder / _STAGES, storage.gid, 0o710),
     ):
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        shared_folder(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
         os.chown(path, ROOT.uid, group)
         path.chmod(mode)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -10,6 +11,9 @@ from pathlib import Path
 
 PRIVATE_FILE = 0o600
 PRIVATE_FOLDER = 0o700
+SHARED_FILE = 0o644
+SHARED_FOLDER = 0o755
+"""Modes of files and folders for all to read. Set explicitly: the umask of the caller may allow writing."""
 
 
 def canonical(path: Path) -> Path:
@@ -22,9 +26,26 @@ def private_folder(path: Path) -> Path:
 
     :raise OSError: When the folder cannot be made.
     """
-    path.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
+    shared_folder(path.parent)
+    path.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
     if path.stat().st_mode & 0o077:
         path.chmod(PRIVATE_FOLDER)
+    return path
+
+
+def shared_folder(path: Path, mode: int = SHARED_FOLDER) -> Path:
+    """Make the folder *path* and missing parents, with *mode* whatever the umask; existing folders stay.
+
+    :raise OSError: When the folder cannot be made.
+    """
+    if not path.is_dir():
+        if path.parent != path:
+            shared_folder(path.parent)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=PRIVATE_FOLDER)  # never open to other users before the next line
+            path.chmod(mode)
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     return path
 
 
@@ -42,12 +63,21 @@ def write_private(path: Path, content: bytes) -> None:
 
     :raise OSError: When there is no room or no permission; *path* is unchanged, the temporary file removed.
     """
+    write_shared(path, content, PRIVATE_FILE)
+
+
+def write_shared(path: Path, content: bytes, mode: int = SHARED_FILE) -> None:
+    """As :func:`write_private`, with *mode* whatever the umask. The file is private until complete.
+
+    :raise OSError: As for :func:`write_private`.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE_FILE)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
+            os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
         temporary.rename(path)
     except BaseException:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
 
 from support import images
 from support.command_line import CommandLine, no_libvirt
+from virt_sse.agent.systemd import write_units
+from virt_sse.backend import Backend
+from virt_sse.cli.reference import command_line, write_man_pages
 from virt_sse.config import Config
 from virt_sse.host import capabilities
-from virt_sse.host.setup import APPARMOR_ABSTRACTION, APPARMOR_LOCAL, apparmor_rule
+from virt_sse.host.setup import APPARMOR_ABSTRACTION, APPARMOR_LOCAL, apparmor_rule, initialise
 from virt_sse.libvirt.capabilities import HostCapabilities
 from virt_sse.libvirt.users import User
 from virt_sse.model.ciphers import KNOWN
+from virt_sse.model.disks import NewDisk
 from virt_sse.stages.storage_user import storage_user
+from virt_sse.system.files import shared_folder
 
 CAPABILITIES = """\
 <capabilities><host>
@@ -63,3 +70,42 @@ def test_the_users_of_qemu_and_of_storage_daemons_are_found() -> None:
     assert qemu == User(64055, 108)
     assert storage_user("1234", qemu) == User(1234, 1234)
     assert storage_user("nobody", qemu).uid == 65534
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o002, 0o022, 0o077])
+def test_modes_are_set_and_not_inherited(tmp_path: Path, mask: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    images.require("qemu-img", "qemu-io", "cryptsetup")
+    root = tmp_path / "root"
+    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", no_libvirt(root))
+    before = os.umask(mask)
+    try:
+        root.mkdir(mode=0o755)
+        (root / APPARMOR_ABSTRACTION).parent.mkdir(parents=True, mode=0o755)
+        (root / APPARMOR_ABSTRACTION).touch()
+        theirs = {path: path.stat().st_mode for path in (root, *root.rglob("*"))}
+        with Backend.open(root) as backend:
+            initialise(backend.host)
+            disks = shared_folder(backend.host.config.disk_directory)
+            backend.disks.create(NewDisk(name="disk", size=1 << 20))
+            units = write_units(root / "units", backend.host.config)
+        write_man_pages(root / "man/man1", command_line())
+    finally:
+        os.umask(before)
+    ours = {path: stat.S_IMODE(path.stat().st_mode) for path in root.rglob("*") if path not in theirs}
+    assert {path: oct(mode) for path, mode in ours.items() if mode & 0o022} == {}
+    assert ours[backend.host.config.hook_path] == 0o755
+    assert ours[backend.host.config.hook_path.parent] == 0o755
+    assert ours[disks] == 0o755
+    assert {ours[path] for path in units} == {0o644}
+    assert ours[root / APPARMOR_LOCAL] == 0o644
+    state = backend.host.config.state_directory
+    assert {mode & 0o077 for path, mode in ours.items() if state in (path, *path.parents)} == {0}
+
+
+def test_the_mode_of_the_hook_script_is_restored(tmp_path: Path) -> None:
+    cli = CommandLine(tmp_path)
+    cli("host", "init")
+    hook = Config.load(tmp_path).hook_path
+    hook.chmod(0o777)
+    assert "libvirt hook" in cli("host", "init")
+    assert stat.S_IMODE(hook.stat().st_mode) == 0o755
