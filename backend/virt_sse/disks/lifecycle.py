@@ -335,10 +335,9 @@ def _open_own(stack: contextlib.ExitStack, disk: Disk, path: Path) -> int | None
     """Open the file at *path*; ``None`` unless the file carries the disk's envelope."""
     try:
         descriptor = stack.enter_context(img.opened(path))
-        carried = envelope_slots.read(descriptor, disk.format)
     except ImageError:
         return None
-    return descriptor if carried.disk_id == disk.id else None
+    return descriptor if envelope_slots.id_in(descriptor, disk.format) == disk.id else None
 
 
 def _open_leftover(stack: contextlib.ExitStack, doomed: Path) -> int | None:

@@ -163,7 +163,9 @@ class VmSettings:
         edit = self._edited(before_update, Stated(after, generation + 1))
         if after.encryption_at_host:
             refuse_plaintext_data(survey(edit.result(), self._host_encryption.files), name)
-        edit.set_sources({disk.id: self._start.source(disk) for disk in disks.values() if disk.id in caching})
+        sources = {disk.id: self._start.source(disk) for disk in disks.values()}
+        edit.set_sources({disk_id: source for disk_id, source in sources.items() if disk_id in caching})
+        edit.state_no_backing(sources)
         definition = edit.result()
 
         vm = dataclasses.replace(vm, name=name, host=host, generation=generation)

@@ -265,6 +265,9 @@ class DomainStart:
         :return: the DEKs for libvirt, by secret name.
         """
         deks = self._unlock(served, domain)
+        if len(deks) > 1:  # the guest's QEMU gets the inner layer; _disk_of has validated the outer header
+            disk = served.disk
+            img.validate(disk.path, disk.format, [deks[entry.slot] for entry in disk.deks])
         if qemu:
             self._stages.start(
                 served.disk,

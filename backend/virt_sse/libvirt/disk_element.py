@@ -106,6 +106,8 @@ def disk_element(source: DiskSource, *, target: str, read_only: bool = False) ->
 def set_source(disk: ET.Element, source: DiskSource) -> None:
     """Replace source and driver options of the ``<disk>`` element *disk*; all other children stay unchanged.
 
+    A disk without ``<backingStore>`` gets an empty one: the disk has no backing file.
+
     :raise InvalidValueError: When *disk* has no driver or no source.
     """
     driver, place = disk.find("driver"), disk.find("source")
@@ -129,6 +131,18 @@ def set_source(disk: ET.Element, source: DiskSource) -> None:
     encryption = ET.SubElement(place, "encryption", format="luks")
     secret = SecretName(source.disk_id, source.slot)
     ET.SubElement(encryption, "secret", type="passphrase", usage=secret.usage)
+    add_backing_store(disk)
+
+
+def add_backing_store(disk: ET.Element) -> None:
+    """Add an empty ``<backingStore>`` to the ``<disk>`` element *disk*, unless the element has one.
+
+    Without, libvirt searches the image's header for backing files, and gives them to QEMU's user.
+    """
+    if disk.find("backingStore") is None:
+        source = disk.find("source")
+        position = len(disk) if source is None else list(disk).index(source) + 1
+        disk.insert(position, ET.Element("backingStore"))
 
 
 def dek_uses(disk: ET.Element) -> Iterator[DomainDisk]:

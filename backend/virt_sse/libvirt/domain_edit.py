@@ -9,7 +9,14 @@ from pathlib import Path
 from uuid import UUID
 
 from virt_sse.errors import InvalidValueError
-from virt_sse.libvirt.disk_element import DiskSource, dek_uses, disk_element, free_target, set_source
+from virt_sse.libvirt.disk_element import (
+    DiskSource,
+    add_backing_store,
+    dek_uses,
+    disk_element,
+    free_target,
+    set_source,
+)
 from virt_sse.libvirt.domain_definition import DomainDefinition, emulated_tpm
 from virt_sse.libvirt.secret_name import PREFIX, SecretName
 from virt_sse.libvirt.vm_metadata import VM_NAMESPACE, VM_PREFIX, Stated, write_metadata
@@ -51,6 +58,16 @@ class DomainEdit:
                 if use.disk_id in sources:
                     set_source(disk, sources[use.disk_id])
                     break
+
+    def state_no_backing(self, sources: Mapping[UUID, DiskSource]) -> None:
+        """Add an empty ``<backingStore>`` to the disks with these ids, unless they have an overlay.
+
+        :raise InvalidValueError: When a secret is malformed.
+        """
+        for disk in self._root.iterfind("./devices/disk"):
+            for use in dek_uses(disk):
+                if use.disk_id in sources and use.source == sources[use.disk_id].place:
+                    add_backing_store(disk)
 
     def set_temp_disk(self, path: Path | None) -> None:
         """Set the image of the VM's temporary disk; ``None`` removes the disk.

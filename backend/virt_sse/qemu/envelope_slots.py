@@ -13,6 +13,7 @@ from pathlib import Path
 from virt_sse.errors import EnvelopeError, ImageError
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.envelope import SLOT_BYTES, SLOT_OFFSETS, Envelope
+from virt_sse.qemu import image_header
 from virt_sse.qemu.img import luks_area, opened
 from virt_sse.system.files import write_at
 
@@ -20,12 +21,16 @@ from virt_sse.system.files import write_at
 def read(descriptor: int, image_format: DiskFormat) -> Envelope:
     """The envelope in the LUKS header of the open image.
 
-    :raise ImageFormatError: When there is no LUKS header.
+    :raise ImageFormatError: When the header is missing, damaged or refused.
     :raise EnvelopeError: When neither slot is valid. A damaged envelope is reported before an empty slot.
     """
+    return _newest(descriptor, luks_area(descriptor, image_format)[0])
+
+
+def _newest(descriptor: int, luks_offset: int) -> Envelope:
     found: list[Envelope] = []
     errors: list[EnvelopeError] = []
-    for slot in _slots(descriptor, luks_area(descriptor, image_format)[0]):
+    for slot in _slots(descriptor, luks_offset):
         try:
             found.append(Envelope.decode(slot))
         except EnvelopeError as exc:
@@ -38,7 +43,7 @@ def read(descriptor: int, image_format: DiskFormat) -> Envelope:
 def read_slots(descriptor: int, image_format: DiskFormat) -> dict[str, Envelope]:
     """The envelopes in the valid slots, by slot name: ``A``, ``B``.
 
-    :raise ImageFormatError: When there is no LUKS header.
+    :raise ImageFormatError: When the header is missing, damaged or refused.
     :raise EnvelopeError: When neither slot is valid.
     """
     found = {}
@@ -51,10 +56,21 @@ def read_slots(descriptor: int, image_format: DiskFormat) -> dict[str, Envelope]
 
 
 def carried_id(path: Path, image_format: DiskFormat) -> uuid.UUID | None:
-    """The disk id in the envelope of the image at *path*; ``None`` without a readable envelope."""
+    """The disk id in the envelope of the image at *path*; ``None`` without a readable envelope.
+
+    Also of an image with a refused header, to be erased.
+    """
     try:
         with opened(path) as descriptor:
-            return read(descriptor, image_format).disk_id
+            return id_in(descriptor, image_format)
+    except ImageError:
+        return None
+
+
+def id_in(descriptor: int, image_format: DiskFormat) -> uuid.UUID | None:
+    """As :func:`carried_id`, for an open image."""
+    try:
+        return _newest(descriptor, image_header.locate(descriptor, image_format)[0]).disk_id
     except ImageError:
         return None
 
@@ -64,7 +80,7 @@ def write(descriptor: int, image_format: DiskFormat, envelope: Envelope) -> None
 
     Also works on an image in use by a running QEMU, which neither reads nor writes the slots.
 
-    :raise ImageFormatError: When there is no LUKS header.
+    :raise ImageFormatError: When the header is missing, damaged or refused.
     :raise EnvelopeError: When the envelope is too large for a slot.
     :raise OSError: When the image cannot be written.
     """

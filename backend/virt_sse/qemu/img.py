@@ -17,7 +17,8 @@ from pathlib import Path
 from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError, ToolError
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
-from virt_sse.qemu import luks, qcow2
+from virt_sse.qemu import image_header, luks, qcow2
+from virt_sse.qemu.serving import served
 from virt_sse.system.files import write_at
 from virt_sse.system.locks import is_locked
 from virt_sse.system.tools import passphrase_descriptor, run, run_with_progress
@@ -26,8 +27,6 @@ _QEMU_LOCKS, _QEMU_LOCKS_LENGTH = 100, 200
 _ERASED_AT_MOST = 4 << 20
 """Upper bound for a LUKS header with its keyslots, and so for the bytes to overwrite."""
 _ERASED_AT_ONCE = 1 << 20
-_LARGEST_SIZE = 2**63 - 1
-"""Largest file offset, and largest integer of the store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +92,70 @@ def secrets_for(deks: Sequence[Dek]) -> Iterator[tuple[list[str], list[int]]]:
 def keys_to(
     path: Path, image_format: DiskFormat, deks: Sequence[Dek]
 ) -> Iterator[tuple[list[str], list[int]]]:
-    """As :func:`secrets_for`, after validating the LUKS header of the image at *path*.
+    """As :func:`secrets_for`, after validating the headers of all volumes of the image at *path*.
 
-    :raise ImageFormatError: When the LUKS header is missing or damaged.
+    The header of an inner volume is ciphertext in the file. A storage daemon opens the volumes around it,
+    read-only, once their own headers are validated.
+
+    :param deks: of all volumes to be opened.
+    :raise ImageFormatError: When a header is missing, damaged or refused (:mod:`.image_header`).
+    :raise ToolError: When the DEKs of outer volumes do not unlock these.
     """
     with opened(path) as image:
-        luks_area(image, image_format)
-    with secrets_for(deks) as secrets:
-        yield secrets
+        image_header.validate(image, image_format)
+    for first in range(len(deks) - 1, 0, -1):
+        outer = deks[first:]
+        with (
+            secrets_for(outer) as (secrets, descriptors),
+            served(block_node(path, image_format, len(outer)), secrets, descriptors) as reader,
+        ):
+            try:
+                image_header.validate_content(reader.read, reader.size, image_format)
+            except ImageFormatError as exc:
+                raise ImageFormatError(f"{path}: in the inner layer: {exc}", hint=exc.hint) from exc
+    with secrets_for(deks) as given:
+        yield given
 
 
-def image_options(path: Path, image_format: DiskFormat, volumes: int) -> str:
-    """Options for ``--image-opts`` to open the image at *path* with the secrets of :func:`secrets_for`.
+def validate(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> None:
+    """Validate the headers of all volumes of the image at *path*, before a guest gets the disk.
+
+    :raise ImageFormatError: When a header is missing, damaged or refused, or an outer volume does not open.
+    """
+    try:
+        with keys_to(path, image_format, deks):
+            pass
+    except ToolError as exc:
+        raise ImageFormatError(f"{path} does not open with its DEK: {exc}") from exc
+
+
+def block_node(path: Path, image_format: DiskFormat, volumes: int) -> dict[str, object]:
+    """QEMU's description of the image at *path*, opened with the secrets of :func:`secrets_for`.
+
+    The description has the whole block graph: QEMU must not take a backing file from a header.
 
     :param volumes: number of LUKS volumes to open, outermost first; below the image's number, the content of
         the opened node is ciphertext.
+    """
+    node: dict[str, object] = {"driver": "file", "filename": str(path)}
+    for number in reversed(range(volumes)):
+        node = {"driver": image_format.qemu_driver, "file": node}
+        if image_format is DiskFormat.QCOW2:
+            node |= {"backing": None, "encrypt": {"format": "luks", "key-secret": f"dek{number}"}}
+        else:
+            node["key-secret"] = f"dek{number}"
+    return node
+
+
+def json_filename(path: Path, image_format: DiskFormat, volumes: int) -> str:
+    """Encode :func:`block_node` as a file name for QEMU's tools (``json:``, qemu-block-drivers(7))."""
+    return "json:" + json.dumps(block_node(path, image_format, volumes))
+
+
+def image_options(path: Path, image_format: DiskFormat, volumes: int) -> str:
+    """Options for ``--image-opts`` and ``--target-image-opts``, as :func:`block_node`, for new images.
+
+    The syntax of options has no null, therefore no way to say that there is no backing file.
     """
     options = []
     for number in range(volumes):
@@ -162,8 +210,8 @@ def decrypt_to(
     """
     with keys_to(source, source_format, deks) as (secrets, descriptors), _locks_named(source):
         run_with_progress(
-            ["qemu-img", "convert", "-p", *secrets, "--image-opts", "-O", target_format]
-            + [image_options(source, source_format, len(deks)), f"/proc/self/fd/{target}"],
+            ["qemu-img", "convert", "-p", *secrets, "-O", target_format]
+            + [json_filename(source, source_format, len(deks)), f"/proc/self/fd/{target}"],
             pass_fds=[*descriptors, target],
             progress=progress,
         )
@@ -178,7 +226,7 @@ def usable_size_within(path: Path, image_format: DiskFormat, deks: Sequence[Dek]
         with keys_to(path, image_format, deks) as (secrets, descriptors):
             answer = run(
                 ["qemu-img", "info", "--output=json", "--force-share", *secrets]
-                + ["--image-opts", image_options(path, image_format, len(deks))],
+                + [json_filename(path, image_format, len(deks))],
                 pass_fds=descriptors,
             )
     except ToolError as exc:
@@ -201,7 +249,7 @@ def resize(path: Path, image_format: DiskFormat, size: int, deks: Sequence[Dek],
     with keys_to(path, image_format, deks) as (secrets, descriptors), _locks_named(path):
         run(
             ["qemu-img", "resize", "-q", *secrets, *(["--shrink"] if shrink else [])]
-            + ["--image-opts", image_options(path, image_format, len(deks)), str(size)],
+            + [json_filename(path, image_format, len(deks)), str(size)],
             pass_fds=descriptors,
         )
 
@@ -221,8 +269,7 @@ def check(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> None:
         try:
             with keys_to(path, image_format, opening) as (secrets, descriptors), _locks_named(path):
                 run(
-                    ["qemu-img", "check", "-q", *secrets]
-                    + ["--image-opts", image_options(path, image_format, len(opening))],
+                    ["qemu-img", "check", "-q", *secrets] + [json_filename(path, image_format, len(opening))],
                     pass_fds=descriptors,
                 )
         except ToolError as exc:
@@ -238,7 +285,7 @@ def check_unlocks(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> 
         with keys_to(path, image_format, deks) as (secrets, descriptors):
             run(
                 ["qemu-io", "--read-only", "--force-share", *secrets, "-c", "read -q 0 512"]
-                + ["--image-opts", image_options(path, image_format, len(deks))],
+                + [json_filename(path, image_format, len(deks))],
                 pass_fds=descriptors,
             )
     except ToolError as exc:
@@ -263,6 +310,8 @@ def refuse_if_open(path: Path) -> None:
 def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
     """Open the image file *path*; an ``OSError`` of the block becomes an :class:`ImageError`.
 
+    An :class:`ImageFormatError` of the block gets the path.
+
     :raise ImageError: When the file is missing, not regular, or cannot be opened.
     """
     try:
@@ -275,6 +324,10 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ImageError(f"{path} is not a regular file")
         yield descriptor
+    except ImageFormatError as exc:
+        if str(path) in str(exc):
+            raise
+        raise ImageFormatError(f"{path}: {exc}", hint=exc.hint) from exc
     except OSError as exc:
         raise ImageError(f"cannot read or write {path}: {exc.strerror}") from exc
     finally:
@@ -294,19 +347,11 @@ def probe_format(descriptor: int) -> DiskFormat:
 
 
 def luks_area(descriptor: int, image_format: DiskFormat) -> tuple[int, int]:
-    """Offset and length, in bytes, of the LUKS header and its keyslots within the file.
+    """Offset and length, in bytes, of the LUKS header and its keyslots within the file; validates the header.
 
-    :raise ImageFormatError: When the header is missing or damaged.
+    :raise ImageFormatError: When the header is missing, damaged or refused (:mod:`.image_header`).
     """
-    if image_format is DiskFormat.QCOW2:
-        area = qcow2.Qcow2Header.read(descriptor).luks
-        if area is None:
-            raise ImageFormatError("a qcow2 image without a LUKS header")
-        if area[0] >= os.fstat(descriptor).st_size:
-            raise ImageFormatError("a qcow2 image with its LUKS header outside of the file")
-        luks.Luks1Header.parse(os.pread(descriptor, luks.HEADER_END, area[0]))
-        return area
-    return 0, luks.Luks1Header.parse(os.pread(descriptor, luks.HEADER_END, 0)).payload_offset
+    return image_header.validate(descriptor, image_format)
 
 
 def usable_size(descriptor: int, image_format: DiskFormat) -> int:
@@ -314,12 +359,10 @@ def usable_size(descriptor: int, image_format: DiskFormat) -> int:
 
     :raise ImageFormatError: When the image is damaged or not in *image_format*.
     """
+    _, header_length = luks_area(descriptor, image_format)
     if image_format is DiskFormat.QCOW2:
-        size = qcow2.Qcow2Header.read(descriptor).size
-        if size > _LARGEST_SIZE:
-            raise ImageFormatError("a qcow2 image with an impossible size")
-        return size
-    size = os.fstat(descriptor).st_size - luks_area(descriptor, image_format)[1]
+        return qcow2.Qcow2Header.read(descriptor).size
+    size = os.fstat(descriptor).st_size - header_length
     if size <= 0:
         raise ImageFormatError("a LUKS image without data after its header")
     return size
@@ -335,9 +378,7 @@ def erase(path: Path, image_format: DiskFormat) -> None:
     """
     with opened(path, os.O_RDWR) as descriptor:
         try:
-            offset, named = luks_area(descriptor, image_format)
-            header = luks.Luks1Header.parse(os.pread(descriptor, luks.HEADER_END, offset))
-            length = max(named, header.payload_offset)  # a qcow2 header may name less than the keyslots
+            offset, length = image_header.locate(descriptor, image_format)
         except ImageFormatError:
             offset, length = 0, _ERASED_AT_MOST
         end = min(offset + min(length, _ERASED_AT_MOST), os.fstat(descriptor).st_size)

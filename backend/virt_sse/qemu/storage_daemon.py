@@ -114,7 +114,7 @@ def _volume(image_format: DiskFormat) -> dict[str, object]:
         "discard": "unmap",
     }
     if image_format is DiskFormat.QCOW2:
-        node["encrypt"] = {"format": "luks", "key-secret": _DEK}
+        node |= {"backing": None, "encrypt": {"format": "luks", "key-secret": _DEK}}
     else:
         node["key-secret"] = _DEK
     return node

@@ -157,6 +157,18 @@ def test_an_edit_sets_the_sources_of_disks() -> None:
     assert again.result() is changed
 
 
+def test_an_edit_states_that_a_disk_has_no_backing_file_unless_an_overlay_has_the_disks_key() -> None:
+    disk = uuid.uuid4()
+    source = DiskSource(disk, "service", "qcow2", Path("/x"))
+    element = disk_element(source, target="vdb").replace("  <backingStore />\n", "")
+    assert "backingStore" not in element
+    for path, is_stated in (("/x", True), ("/x.overlay", False)):
+        definition = DomainDefinition.parse(PLAIN.replace("<tpm ", f"{element.replace('/x', path)}<tpm "))
+        edit = DomainEdit(definition)
+        edit.state_no_backing({disk: source})
+        assert ("backingStore" in edit.result().to_xml()) is is_stated
+
+
 @pytest.mark.parametrize(
     "attributes",
     [

@@ -28,6 +28,7 @@ def image(path: Path, slots: list[str]) -> Path:
     for offset, slot in zip(SLOT_OFFSETS, slots, strict=True):
         content[offset : offset + SLOT_BYTES] = bytes.fromhex(slot).ljust(SLOT_BYTES, b"\0")
     path.write_bytes(content)
+    os.truncate(path, 4 << 20)  # room for the keyslots
     return path
 
 

@@ -151,7 +151,7 @@ def test_a_size_beyond_any_file_is_damage(tmp_path: Path) -> None:
     with image.path.open("r+b") as file:
         file.seek(24)
         file.write((2**63).to_bytes(8, "big"))
-    with img.opened(image.path) as descriptor, pytest.raises(ImageFormatError, match="impossible size"):
+    with img.opened(image.path) as descriptor, pytest.raises(ImageFormatError, match="invalid size"):
         img.usable_size(descriptor, DiskFormat.QCOW2)
 
 
