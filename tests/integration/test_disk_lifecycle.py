@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from virt_sse.errors import DiskExistsError, DiskInUseError, DiskNotFoundError, 
 from virt_sse.host.setup import initialise
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, DiskState, NewDisk
+from virt_sse.qemu import img
 
 M = 1 << 20
 SIZES = (512, 1024, 3 * 512, M, M + 512, 7 * 1001 * 512, 10 << 30, 64 << 40)
@@ -331,6 +333,35 @@ def test_a_deleted_disk_cannot_be_opened_by_anyone(
     state = [path for path in (root / "var/lib/virt-sse").rglob("*") if path.is_file()]
     backend.close()  # the write-ahead log goes into the store
     assert not images.contains([path for path in state if path.exists()], ciphertext)
+
+
+@pytest.mark.parametrize("trick", ["renamed", "linked", "backed"])
+def test_a_source_exchanged_after_its_check_brings_no_other_file_into_the_disk(
+    backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trick: str
+) -> None:
+    """A user who may write the source read any file of root so."""
+    secret = images.make_plain(tmp_path / "secret", "raw", b"\x53" * M)
+    hostile = images.make_plain(tmp_path / "hostile", "qcow2", bytes(M))
+    rebase = ["qemu-img", "rebase", "-u", "-b", secret, "-F", "raw"]
+    subprocess.run([*rebase, hostile], check=True)
+    source = tmp_path / "source"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", source, "1M"], check=True)
+
+    def exchange(*arguments: Any, **options: Any) -> img.ImageInfo:
+        checked = info(*arguments, **options)
+        if trick == "renamed":
+            hostile.rename(source)
+        elif trick == "linked":
+            source.unlink()
+            source.symlink_to(hostile)
+        else:
+            subprocess.run([*rebase, source], check=True)
+        return checked
+
+    info = img.info
+    monkeypatch.setattr(img, "info", exchange)
+    disk = backend.transfer.import_image(NewDisk(name="disk"), source)
+    assert KeyedImage.of(backend, disk).has(0, M, 0)
 
 
 @pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])

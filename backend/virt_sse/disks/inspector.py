@@ -117,12 +117,13 @@ def _others(place: DiskPlace) -> list[Finding]:
         raise ImageError(place.obstacle or "the disk has no data")
     if place.format not in _FORMATS:
         raise ImageError(f"the image format is {place.format}, not {' or '.join(_FORMATS)}")
-    information = img.info(place.path, place.format, shared=True)
-    if information.encrypted:
-        raise ImageError("the image is encrypted, but not by virt-sse")
-    if information.other_files:
-        raise ImageError(f"the image refers to another file, {information.other_files[0]}")
-    return in_unencrypted_image(place.path, place.format)
+    with img.held(place.path) as descriptor:
+        information = img.info(place.path, place.format, shared=True, descriptor=descriptor)
+        if information.encrypted:
+            raise ImageError("the image is encrypted, but not by virt-sse")
+        if information.other_files:
+            raise ImageError(f"the image refers to another file, {information.other_files[0]}")
+        return in_unencrypted_image(place.path, place.format, descriptor=descriptor)
 
 
 def _places(domain: libvirt.virDomain) -> Iterable[DiskPlace]:

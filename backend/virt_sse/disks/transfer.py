@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,26 +49,30 @@ class Transfer:
         :raise VirtSseError: As in :meth:`Disks.create`.
         """
         source = canonical(source)
-        _check_source(source)
-        information = img.info(source, source_format)
-        if information.encrypted:
-            raise ImageFormatError(
-                f"{source} is itself encrypted", hint="'disk adopt' takes over a disk of virt-sse"
-            )
-        if information.other_files and not with_backing:
-            raise ImageFormatError(
-                f"{source} refers to another file, {information.other_files[0]}",
-                hint="pass --with-backing to read the other file, too",
-            )
+        with img.held(source) as descriptor:
+            # The backing files' names are relative to the source's folder: found by the source's path only.
+            held = None if with_backing else descriptor
+            information = img.info(source, source_format, descriptor=held)
+            if information.encrypted:
+                raise ImageFormatError(
+                    f"{source} is itself encrypted", hint="'disk adopt' takes over a disk of virt-sse"
+                )
+            if information.other_files and not with_backing:
+                raise ImageFormatError(
+                    f"{source} refers to another file, {information.other_files[0]}",
+                    hint="pass --with-backing to read the other file, too",
+                )
 
-        def fill(partial: Path, deks: Sequence[Dek]) -> None:
-            img.encrypt_from(source, information.format, partial, new.format, deks, progress)
+            def fill(partial: Path, deks: Sequence[Dek]) -> None:
+                img.encrypt_from(
+                    source, information.format, partial, new.format, deks, progress, descriptor=held
+                )
 
-        return self._disks.create(
-            dataclasses.replace(new, size=information.virtual_size),
-            fill=fill,
-            content=Content(lambda: in_unencrypted_image(source, information.format)),
-        )
+            return self._disks.create(
+                dataclasses.replace(new, size=information.virtual_size),
+                fill=fill,
+                content=Content(lambda: in_unencrypted_image(source, information.format, descriptor=held)),
+            )
 
     def export(
         self, name: str, destination: Path, *, destination_format: str = "qcow2", progress: Progress = silent
@@ -104,16 +107,3 @@ class Transfer:
                 raise
             except ImageError as exc:
                 raise ImageError(f"cannot write {destination}: {exc}") from exc
-
-
-def _check_source(source: Path) -> None:
-    """Refuse sources on which qemu-img would block or never end, e.g. FIFOs and character devices.
-
-    :raise ImageError: When *source* is missing, or neither a file nor a block device.
-    """
-    try:
-        mode = source.stat().st_mode
-    except OSError as exc:
-        raise ImageError(f"cannot read {source}: {exc.strerror}") from exc
-    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-        raise ImageError(f"{source} is neither a file nor a block device")

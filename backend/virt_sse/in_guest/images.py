@@ -22,12 +22,13 @@ def in_image(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> list[
         return inspect(reader.read, reader.size)
 
 
-def in_unencrypted_image(path: Path, image_format: str) -> list[Finding]:
+def in_unencrypted_image(path: Path, image_format: str, *, descriptor: int | None = None) -> list[Finding]:
     """Find in-guest encryption in an unencrypted image or block device.
 
     :param image_format: QEMU's name of the format.
+    :param descriptor: as for :func:`~virt_sse.qemu.reading.unencrypted`.
     :raise ImageError: When the image cannot be read.
     :raise ToolError: When the image is not in *image_format*.
     """
-    with reading.unencrypted(path, image_format) as reader:
+    with reading.unencrypted(path, image_format, descriptor=descriptor) as reader:
         return inspect(reader.read, reader.size)

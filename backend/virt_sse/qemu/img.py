@@ -24,6 +24,9 @@ from virt_sse.system.locks import is_locked
 from virt_sse.system.tools import passphrase_descriptor, run, run_with_progress
 
 _QEMU_LOCKS, _QEMU_LOCKS_LENGTH = 100, 200
+_DESCRIPTORS = "/proc/self/fd/"
+_WITH_BACKING = ("qcow", "qcow2", "qed", "vmdk")
+"""QEMU's drivers with the option ``backing``."""
 _ERASED_AT_MOST = 4 << 20
 """Upper bound for a LUKS header with its keyslots, and so for the bytes to overwrite."""
 _ERASED_AT_ONCE = 1 << 20
@@ -42,16 +45,25 @@ class ImageInfo:
     other_files: tuple[str, ...]
 
 
-def info(path: Path, image_format: str | None = None, *, shared: bool = False) -> ImageInfo:
+def info(
+    path: Path, image_format: str | None = None, *, shared: bool = False, descriptor: int | None = None
+) -> ImageInfo:
     """Query any image with ``qemu-img info``; *image_format* is probed unless given.
 
     :param shared: allow an image that a QEMU process has open for writing.
+    :param descriptor: descriptor to open the image by; *path* then only appears in messages.
     :raise DiskInUseError: When a QEMU process has the image open for writing.
     :raise ToolError: When the image cannot be read as *image_format*.
     """
     chosen = (["-f", image_format] if image_format else []) + (["--force-share"] if shared else [])
+    name = str(path) if descriptor is None else f"{_DESCRIPTORS}{descriptor}"
     with _locks_named(path):
-        answer = json.loads(run(["qemu-img", "info", "--output=json", *chosen, str(path)]))
+        answer = json.loads(
+            run(
+                ["qemu-img", "info", "--output=json", *chosen, name],
+                pass_fds=[] if descriptor is None else [descriptor],
+            )
+        )
     details = answer.get("format-specific", {}).get("data", {})
     others = [
         answer.get("full-backing-filename") or answer.get("backing-filename"),
@@ -62,7 +74,9 @@ def info(path: Path, image_format: str | None = None, *, shared: bool = False) -
         format=answer["format"],
         virtual_size=answer["virtual-size"],
         encrypted=answer.get("encrypted", False),
-        other_files=tuple(other for other in others if other and other != str(path)),
+        other_files=tuple(
+            other.replace(_DESCRIPTORS, f"{path.parent}/") for other in others if other and other != name
+        ),
     )
 
 
@@ -176,22 +190,39 @@ def encrypt_from(
     target_format: DiskFormat,
     deks: Sequence[Dek],
     progress: Callable[[float], None],
+    *,
+    descriptor: int | None = None,
 ) -> None:
     """Write the content of the image *source* into the new encrypted image *target*, of the same size.
 
     :param progress: called with the completed fraction, from 0.0 to 1.0.
+    :param descriptor: descriptor to open the source by, without a backing file; *source* then only appears in
+        messages.
     :raise DiskInUseError: When a QEMU process is writing to *source*.
     :raise ImageError: When there is no room.
     :raise ToolError: When *source* cannot be read.
     """
     zero = ["--target-is-zero"] if target_format is DiskFormat.QCOW2 else []
+    opening = ["-f", source_format, str(source)]
+    if descriptor is not None:
+        opening = [f"json:{without_backing(descriptor, source_format)}"]
     with secrets_for(deks) as (secrets, descriptors), _locks_named(source):
         run_with_progress(
-            ["qemu-img", "convert", "-p", "-n", *zero, *secrets, "-f", source_format]
-            + ["--target-image-opts", str(source), image_options(target, target_format, len(deks))],
-            pass_fds=descriptors,
+            ["qemu-img", "convert", "-p", "-n", *zero, *secrets, "--target-image-opts", *opening]
+            + [image_options(target, target_format, len(deks))],
+            pass_fds=descriptors if descriptor is None else [*descriptors, descriptor],
             progress=progress,
         )
+
+
+def without_backing(descriptor: int, image_format: str) -> str:
+    """A block node, in JSON, for the image open at *descriptor*, whatever backing file its header names."""
+    driver = "host_device" if stat.S_ISBLK(os.fstat(descriptor).st_mode) else "file"
+    file = {"driver": driver, "filename": f"{_DESCRIPTORS}{descriptor}"}
+    node: dict[str, object] = {"driver": image_format, "file": file}
+    if image_format in _WITH_BACKING:
+        node["backing"] = None
+    return json.dumps(node)
 
 
 def decrypt_to(
@@ -330,6 +361,28 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
         raise ImageFormatError(f"{path}: {exc}", hint=exc.hint) from exc
     except OSError as exc:
         raise ImageError(f"cannot read or write {path}: {exc.strerror}") from exc
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[int]:
+    """Hold a foreign image from check to use: another file that takes its name is not read.
+
+    Refuses files on which qemu-img would block or never end, e.g. FIFOs and character devices.
+
+    :return: an ``O_PATH`` descriptor, which opens no device.
+    :raise ImageError: When *path* is missing, or neither a file nor a block device.
+    """
+    try:
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as exc:
+        raise ImageError(f"cannot read {path}: {exc.strerror}") from exc
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise ImageError(f"{path} is neither a file nor a block device")
+        yield descriptor
     finally:
         os.close(descriptor)
 

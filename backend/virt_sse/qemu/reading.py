@@ -33,13 +33,19 @@ def plaintext(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> Iter
 
 
 @contextlib.contextmanager
-def unencrypted(path: Path, image_format: str) -> Iterator[NbdReader]:
+def unencrypted(path: Path, image_format: str, *, descriptor: int | None = None) -> Iterator[NbdReader]:
     """Open the content of the unencrypted image or block device at *path*.
 
     :param image_format: QEMU's name of the format.
+    :param descriptor: descriptor to open the image by, without a backing file.
     :raise ImageError: When *path* cannot be read.
     :raise ToolError: When the image is not in *image_format*.
     """
+    if descriptor is not None:
+        node = json.loads(img.without_backing(descriptor, image_format))
+        with _served(node, [], [descriptor]) as reader:
+            yield reader
+        return
     try:
         mode = path.stat().st_mode
     except OSError as exc:
