@@ -142,3 +142,27 @@ def test_a_backup_is_complete_while_a_writer_is_at_work(tmp_path: Path) -> None:
                     assert of_a == connection.execute("SELECT count(*) FROM b").fetchone()
         finally:
             writer.kill()
+
+
+@pytest.mark.slow
+def test_a_backup_of_a_key_with_many_versions_is_restored() -> None:
+    """1,264 versions fitted into the request of a restore once."""
+    with LabVault() as vault:
+        token = VaultCredential(vault.administrator_path).token()
+        with Raw(vault, token) as raw:
+            assert raw("POST", "/keys/many/create", {"kty": "RSA"}).status == 200
+        vault.stop()
+        columns = "name, key_type, n, e, operations, enabled, created, updated, tags, stored"
+        with closing(sqlite3.connect(vault.directory / "vault.sqlite")) as connection, connection:
+            connection.executemany(
+                f"INSERT INTO versions (version, {columns}) SELECT ?, {columns} FROM versions LIMIT 1",  # noqa: S608
+                [(f"{number:032x}",) for number in range(2000)],
+            )
+        vault.start()
+        with Raw(vault, token) as raw:
+            blob = raw("POST", "/keys/many/backup").body["value"]
+            assert raw("DELETE", "/keys/many").status == 200
+            assert raw("DELETE", "/deletedkeys/many").status == 204
+            assert raw("POST", "/keys/restore", {"value": blob}).status == 200
+        with closing(sqlite3.connect(vault.directory / "vault.sqlite")) as connection:
+            assert connection.execute("SELECT count(*) FROM versions").fetchone() == (2001,)

@@ -154,6 +154,30 @@ def serve(
             "--rate", help="Maximum of requests a second; excess requests get 429. 0: no limit.", min=0
         ),
     ] = 0,
+    connections: Annotated[
+        int,
+        typer.Option(
+            "--connections",
+            help="Maximum of connections; beyond, the connection waiting longest for its client ends.",
+            min=1,
+        ),
+    ] = 1024,
+    connections_per_address: Annotated[
+        int,
+        typer.Option(
+            "--connections-per-address", help="Maximum of connections of one client's address.", min=1
+        ),
+    ] = 256,
+    request_seconds: Annotated[
+        float,
+        typer.Option(
+            "--request-seconds", help="Time for a TLS handshake, and for a request's headers.", min=0.1
+        ),
+    ] = 10.0,
+    idle_seconds: Annotated[
+        float,
+        typer.Option("--idle-seconds", help="Time between two requests of a connection.", min=1),
+    ] = 75.0,
     token_seconds: Annotated[
         int, typer.Option("--token-seconds", help="Lifetime of access tokens.", min=1, max=900)
     ] = 900,
@@ -178,7 +202,14 @@ def serve(
         _directory(directory),
         host=host,
         port=port,
-        limits=Limits(concurrency, rate),
+        limits=Limits(
+            concurrency,
+            rate,
+            connections=connections,
+            connections_per_address=connections_per_address,
+            request_seconds=request_seconds,
+            idle_seconds=idle_seconds,
+        ),
         token_seconds=token_seconds,
         shortest_rotation=shortest_rotation,
         upkeep_seconds=upkeep_seconds,

@@ -18,6 +18,8 @@ from virt_sse.vault.vault import AuditSink
 
 _log = logging.getLogger(__name__)
 
+LOGGER = _log.name
+
 _UNAUTHENTICATED = "unknown"
 
 

@@ -266,6 +266,26 @@ def test_principals_and_permissions_survive_a_restart(directory: VaultDirectory,
         assert again.permissions == frozenset(), "a deleted principal's rights came back"
 
 
+def test_a_new_principal_inherits_nothing_of_a_deleted_one(vault: Vault) -> None:
+    deleted = vault.principals.create("web", new_assertion_key()[1], permissions=[Permission.GET])
+    vault.principals.delete(deleted)
+    for identifier in (deleted.client_id, deleted.object_id, deleted.client_id.replace("-", "").upper()):
+        with pytest.raises(Refusal, match="must not be a UUID"):
+            vault.principals.create(identifier, new_assertion_key()[1])
+    again = vault.principals.create("web", new_assertion_key()[1])
+    for change in (
+        lambda: vault.principals.grant(deleted, [Permission.GET]),
+        lambda: vault.principals.adjust(deleted, granted=[Permission.GET], revoked=[]),
+        lambda: vault.principals.change(deleted, enabled=False),
+        lambda: vault.principals.delete(deleted),
+    ):
+        with pytest.raises(Refusal) as refused:
+            change()
+        assert refused.value.status == 404
+    assert vault.principals.get("web") == again
+    assert again.permissions == frozenset()
+
+
 @pytest.mark.parametrize("name", ["", "-a", "a b", "a/b", "ä", "a" * 129, "a\0"])
 def test_an_invalid_principal_name_is_refused(vault: Vault, name: str) -> None:
     with pytest.raises(Refusal, match="name"):

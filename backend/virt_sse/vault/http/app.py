@@ -25,7 +25,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from virt_sse.vault.http.calls import Call, Reply
-from virt_sse.vault.http.limits import Limiter, Limits
+from virt_sse.vault.http.limits import Limiter, Limits, TooManyRequestsError
 from virt_sse.vault.http.requests import (
     ClientGoneError,
     correlation_of,
@@ -39,7 +39,15 @@ from virt_sse.vault.http.requests import (
 from virt_sse.vault.http.routes import OPERATIONS, Operation
 from virt_sse.vault.identity.principals import Principal
 from virt_sse.vault.identity.tokens import OAuthError, bearer
-from virt_sse.vault.refusals import FailureRefusal, Refusal, bad_parameter, forbidden, internal, unauthorized
+from virt_sse.vault.refusals import (
+    FailureRefusal,
+    Refusal,
+    bad_parameter,
+    forbidden,
+    internal,
+    throttled,
+    unauthorized,
+)
 from virt_sse.vault.trail import AuditedRequest, Trail
 from virt_sse.vault.vault import Vault
 
@@ -95,7 +103,9 @@ class VaultApplication:
             Route(f"/{tenant}/discovery/v2.0/keys", _constant(tokens.jwks())),
             Route("/healthz", _constant({"status": "ok"})),
         ]
-        app = Starlette(routes=routes, exception_handlers={HTTPException: _unroutable})
+        app = Starlette(
+            routes=routes, exception_handlers={HTTPException: _unroutable, TooManyRequestsError: _throttled}
+        )
         app.router.redirect_slashes = False
         return app
 
@@ -272,6 +282,11 @@ def _unroutable(_request: Request, exc: Exception) -> Response:
         ("MethodNotAllowed", "Method not allowed.") if status == 405 else ("NotFound", "No such path.")
     )
     return JSONResponse(Refusal(status, code, message).body(), status)
+
+
+def _throttled(_request: Request, _exc: Exception) -> Response:
+    refusal = throttled(1)
+    return JSONResponse(refusal.body(), refusal.status, {"retry-after": str(refusal.retry_after)})
 
 
 async def _run(pool: Executor, function: Callable[[], T]) -> T:

@@ -11,9 +11,13 @@ from virt_sse.vault import properties
 from virt_sse.vault.http import wire
 from virt_sse.vault.http.calls import Call, Reply
 from virt_sse.vault.keys.records import KeyVersion
-from virt_sse.vault.refusals import bad_parameter
+from virt_sse.vault.refusals import bad_parameter, conflict
+
+BACKUP_LIMIT = 32 << 20
+"""Largest body of a backup's response and of a restore's request, in bytes: about 10,000 versions."""
 
 _DEFAULT_BITS = 2048
+_BACKUP_ENVELOPE = 1024
 _PAGE = 25
 _MOST_RANDOM_BYTES = 128
 
@@ -111,7 +115,10 @@ def recover(call: Call) -> Reply:
 
 
 def backup(call: Call) -> Reply:
-    return Reply({"value": wire.encode(call.vault.backups.backup(call.name))})
+    value = wire.encode(call.vault.backups.backup(call.name))
+    if len(value) > BACKUP_LIMIT - _BACKUP_ENVELOPE:  # restoring it would be refused
+        raise conflict(f"Key {call.name} has too many versions for a backup.")
+    return Reply({"value": value})
 
 
 def restore(call: Call) -> Reply:

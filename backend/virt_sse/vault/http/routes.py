@@ -9,8 +9,6 @@ from virt_sse.vault.http.calls import Handler
 from virt_sse.vault_client.permissions import Permission
 
 _BODY_LIMIT = 64 << 10
-_BACKUP_LIMIT = 4 << 20
-"""A key's backup grows with the number of its versions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +72,7 @@ OPERATIONS = (
         *("POST", "/keys/restore", "restore", key_api.restore, Permission.RESTORE),
         subject=_KEYS,
         slow=True,
-        body_limit=_BACKUP_LIMIT,
+        body_limit=key_api.BACKUP_LIMIT,
     ),
     Operation("POST", "/rng", "random", key_api.random_bytes, Permission.GET, "/rng"),
     _change("POST", f"{_KEY}/create", "create", key_api.create, Permission.CREATE, slow=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import resource
 import signal
 import socket
@@ -16,11 +17,15 @@ import uvicorn
 from virt_sse.audit.log import AuditLog
 from virt_sse.errors import VaultError
 from virt_sse.system.files import write_private
+from virt_sse.vault import trail
 from virt_sse.vault.home.certificates import needs_renewal, new_server_certificate
 from virt_sse.vault.home.layout import VaultDirectory
 from virt_sse.vault.home.settings import VaultSettings, url_of
+from virt_sse.vault.http import connections
 from virt_sse.vault.http.app import VaultApplication
+from virt_sse.vault.http.connections import Acceptor, Connection
 from virt_sse.vault.http.limits import Limits
+from virt_sse.vault.http.log_limit import limited
 from virt_sse.vault.identity.tokens import TOKEN_SECONDS
 from virt_sse.vault.upkeep import upkeep
 from virt_sse.vault.vault import Vault, open_vault
@@ -28,10 +33,12 @@ from virt_sse.vault.vault import Vault, open_vault
 _log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
-_IDLE_SECONDS = 75
 _GRACE_SECONDS = 10
 _FLUSH_SECONDS = 0.05
 _UPKEEP_SECONDS = 30.0
+_HEADERS_LIMIT = 16 << 10
+_LIMITED_LOGGERS = ("uvicorn.error", trail.LOGGER, connections.LOGGER, __name__)
+"""Strangers can cause lines of these loggers."""
 DEFAULT_HOST = "127.0.0.1"
 
 
@@ -66,13 +73,15 @@ def serve(
         _renew_certificate(directory, vault.settings)
         listener = _listen(host, vault.settings.port if port is None else port)
         with listener, contextlib.closing(VaultApplication(vault, limits)) as application:
-            server = _Server(_configuration(directory, application), application, listening, listener)
             _allow_many_connections()
-            asyncio.run(_run(server, listener, directory, vault, upkeep_seconds))
+            config = _configuration(directory, application, limits)
+            server = _Server(config, application, listening, listener, limits)
+            with limited(_LIMITED_LOGGERS):
+                asyncio.run(_run(server, listener, directory, vault, upkeep_seconds))
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, with a callback once it listens, and a clean exit after a signal."""
+    """uvicorn, with limits of connections, a callback once it listens, and a clean exit after a signal."""
 
     def __init__(
         self,
@@ -80,22 +89,30 @@ class _Server(uvicorn.Server):
         application: VaultApplication,
         listening: Callable[[str], None],
         listener: socket.socket,
+        limits: Limits,
     ) -> None:
         super().__init__(config)
+        self._limits = limits
+        self._acceptor: Acceptor | None = None
         self.application = application
         self._listening = listening
         self._listener = listener
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        """Accept connections; in place of uvicorn's own servers, which have no limits."""
+        asyncio.get_running_loop().set_exception_handler(_log_once)
+        self.servers = []
+        self._acceptor = Acceptor(self._listener, self._limits, self.config, self.server_state)
+        self._acceptor.start()
+        self.started = True
         host, port = self._listener.getsockname()[:2]
         self._listening(url_of(host, port))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish running requests, refuse new requests, and close connections without waiting for clients."""
         self.application.limiter.close()
-        for server in self.servers:
-            server.close()
+        if self._acceptor is not None:
+            self._acceptor.close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_GRACE_SECONDS):
                 await self.application.limiter.idle()
@@ -116,6 +133,16 @@ class _Server(uvicorn.Server):
 
     def stop(self) -> None:
         self.should_exit = True
+
+
+def _log_once(_loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
+    """Log an error outside of a request, at most once a minute."""
+    exc = context.get("exception")
+    _log.error(
+        "the vault's server failed: %s: %r",
+        *(context.get("message"), exc),
+        exc_info=exc if isinstance(exc, BaseException) else None,
+    )
 
 
 async def _run(
@@ -149,10 +176,13 @@ def _renew_certificate(directory: VaultDirectory, settings: VaultSettings) -> bo
     return True
 
 
-def _configuration(directory: VaultDirectory, application: VaultApplication) -> uvicorn.Config:
+def _configuration(
+    directory: VaultDirectory, application: VaultApplication, limits: Limits
+) -> uvicorn.Config:
     return uvicorn.Config(
         application.limiter,
-        http="auto",
+        http=Connection,  # never httptools, which does not bound the headers
+        h11_max_incomplete_event_size=_HEADERS_LIMIT,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -161,7 +191,7 @@ def _configuration(directory: VaultDirectory, application: VaultApplication) -> 
         date_header=False,
         proxy_headers=False,
         backlog=_BACKLOG,
-        timeout_keep_alive=_IDLE_SECONDS,
+        timeout_keep_alive=math.ceil(limits.idle_seconds),
         timeout_graceful_shutdown=_GRACE_SECONDS,
         ssl_certfile=directory.server_path,
         ssl_keyfile=directory.server_path,

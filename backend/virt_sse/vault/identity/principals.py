@@ -111,6 +111,12 @@ class Principals:
             raise bad_parameter(
                 "A principal's name is 1 to 128 letters, digits, dots, hyphens and underscores."
             )
+        if _is_id(
+            name
+        ):  # else a grant to the id of a deleted principal would go to the principal of that name
+            raise bad_parameter(
+                "A principal's name must not be a UUID: principals are also named by their ids."
+            )
         load_assertion_key(public_key)
         principal = Principal(
             client_id=str(uuid.uuid4()),
@@ -220,6 +226,14 @@ def load_assertion_key(pem: str) -> AssertionKey:
     raise bad_parameter(
         f"The public key must be of the curve P-256, or RSA of at least {_SHORTEST_RSA} bits."
     )
+
+
+def _is_id(name: str) -> bool:
+    try:
+        uuid.UUID(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _read(connection: Connection) -> dict[str, Principal]:
