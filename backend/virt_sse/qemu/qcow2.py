@@ -144,7 +144,7 @@ def _extensions(
         found.append((kind, cluster[body : body + length]))
         if kind == Extension.LUKS and length == _LUKS_POINTER.size and body + length <= len(cluster):
             luks = _LUKS_POINTER.unpack_from(cluster, body)
-            if max(luks) > _FARTHEST:
+            if luks[0] > _FARTHEST:
                 raise ImageFormatError("a qcow2 image with a LUKS header outside of the file")
         position = body + (length + 7) // 8 * 8
     raise ImageFormatError("a qcow2 image with damaged header extensions")

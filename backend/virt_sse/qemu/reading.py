@@ -6,6 +6,7 @@ If a domain is writing to the image, all data flushed by the guest is visible; l
 from __future__ import annotations
 
 import contextlib
+import json
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,8 +43,8 @@ def unencrypted(path: Path, image_format: str, *, descriptor: int | None = None)
     :raise ToolError: When the image is not in *image_format*.
     """
     if descriptor is not None:
-        node = json.loads(img.without_backing(descriptor, image_format))
-        with _served(node, [], [descriptor]) as reader:
+        node: dict[str, object] = json.loads(img.without_backing(descriptor, image_format))
+        with served(node, [], [descriptor]) as reader:
             yield reader
         return
     try:
@@ -54,6 +55,6 @@ def unencrypted(path: Path, image_format: str, *, descriptor: int | None = None)
         raise ImageError(f"{path} is neither a file nor a block device")
     driver = "host_device" if stat.S_ISBLK(mode) else "file"
     file = {"driver": driver, "filename": str(path)}
-    node: dict[str, object] = {"driver": image_format, "file": file}
+    node = {"driver": image_format, "file": file}
     with served(node, [], []) as reader:
         yield reader
