@@ -31,8 +31,14 @@ def running_site(lab_host: LabHost, acceleration: Callable[[str], Acceleration])
 
 @pytest.fixture
 def site(running_site: StageSite) -> Iterator[StageSite]:
+    disks = running_site.backend.disks
+    before = {disk.id for disk in disks.all()}
     yield running_site
     running_site.forget_domains()
+    for disk in disks.all():
+        if disk.id not in before:  # other tests on the host rotate the keys of all of its disks
+            disk.path.unlink(missing_ok=True)
+            disks.erase(disk)
 
 
 @pytest.fixture
