@@ -59,7 +59,7 @@ class _Slot:
     release: Callable[[], None]
     begun: bool = False
     task: asyncio.Task[None] | None = field(default=None)
-    connection: Connection | None = field(default=None)
+    connection: BoundedConnection | None = field(default=None)
 
     @property
     def waiting(self) -> bool:
@@ -101,7 +101,7 @@ class _Timer:
         self._call()
 
 
-class Connection(H11Protocol):
+class BoundedConnection(H11Protocol):
     """HTTP/1.1 by h11, which bounds the headers, with time limits."""
 
     def __init__(
@@ -239,7 +239,7 @@ class Acceptor:
         slot.begun = True
         try:
             await self._loop.connect_accepted_socket(
-                lambda: Connection(
+                lambda: BoundedConnection(
                     self._config, self._server_state, slot, request_seconds=self._limits.request_seconds
                 ),
                 slot.socket,

@@ -23,7 +23,7 @@ from virt_sse.vault.home.layout import VaultDirectory
 from virt_sse.vault.home.settings import VaultSettings, url_of
 from virt_sse.vault.http import connections
 from virt_sse.vault.http.app import VaultApplication
-from virt_sse.vault.http.connections import Acceptor, Connection
+from virt_sse.vault.http.connections import Acceptor, BoundedConnection
 from virt_sse.vault.http.limits import Limits
 from virt_sse.vault.http.log_limit import limited
 from virt_sse.vault.identity.tokens import TOKEN_SECONDS
@@ -181,7 +181,7 @@ def _configuration(
 ) -> uvicorn.Config:
     return uvicorn.Config(
         application.limiter,
-        http=Connection,  # never httptools, which does not bound the headers
+        http=BoundedConnection,  # never httptools, which does not bound the headers
         h11_max_incomplete_event_size=_HEADERS_LIMIT,
         ws="none",
         lifespan="off",
