@@ -156,8 +156,12 @@ def test_a_damaged_envelope_or_header_is_reported(host: CommandLine, tmp_path: P
     whole = (host.root / "var/lib/libvirt/images/disk.qcow2").read_bytes()
     start = whole.index(b"LUKS\xba\xbe")
     damaged = tmp_path / "damaged.qcow2"
+    both_slots_changed = bytearray(whole)
+    for slot in (start + 1024, start + 2560):
+        both_slots_changed[slot + 100 : slot + 200] = bytes(100)
     for content, reason in (
-        (whole[: start + 1100], "envelope is damaged"),
+        (whole[: start + 1100], "outside of the file"),
+        (both_slots_changed, "envelope is damaged"),
         (whole[: start + 1024] + b"virt-sse\0\x63" * 300 + whole[start + 4024 :], "version 99"),
         (whole[: start + 1024] + bytes(3072) + whole[start + 4096 :], "no envelope"),
         (whole[:start] + b"SKUL" + whole[start + 4 :], "no LUKS header"),
