@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import io
@@ -37,8 +38,20 @@ def _failure_named() -> Iterator[None]:
 
 def _discard_output() -> None:
     """Send buffered output nowhere: the interpreter flushes again at its end, and would report a failure."""
+    _redirect_to_null(1)
+
+
+def _discard_errors() -> None:
+    """Send error text which cannot be written nowhere, for the same reason."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        _redirect_to_null(2)
+
+
+def _redirect_to_null(standard: int) -> None:
     descriptor = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-    os.dup2(descriptor, 1)
+    os.dup2(descriptor, standard)
     os.close(descriptor)
 
 
@@ -58,6 +71,7 @@ def prepare() -> None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115 -- a stream of the whole process
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 -- likewise
+    atexit.register(_discard_errors)
     if sys.stdout is None:
         sys.stdout = _StandardOutput(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), encoding="utf-8")
     elif isinstance(sys.stdout, io.TextIOWrapper):
