@@ -205,7 +205,7 @@ def encrypt_from(
     zero = ["--target-is-zero"] if target_format is DiskFormat.QCOW2 else []
     opening = ["-f", source_format, str(source)]
     if descriptor is not None:
-        opening = [f"json:{without_backing(descriptor, source_format)}"]
+        opening = [f"json:{json.dumps(node_without_backing(descriptor, source_format))}"]
     with secrets_for(deks) as (secrets, descriptors), _locks_named(source):
         run_with_progress(
             ["qemu-img", "convert", "-p", "-n", *zero, *secrets, "--target-image-opts", *opening]
@@ -215,14 +215,14 @@ def encrypt_from(
         )
 
 
-def without_backing(descriptor: int, image_format: str) -> str:
-    """A block node, in JSON, for the image open at *descriptor*, whatever backing file its header names."""
+def node_without_backing(descriptor: int, image_format: str) -> dict[str, object]:
+    """A block node for the foreign image open at *descriptor*, whatever backing file its header names."""
     driver = "host_device" if stat.S_ISBLK(os.fstat(descriptor).st_mode) else "file"
     file = {"driver": driver, "filename": f"{_DESCRIPTORS}{descriptor}"}
     node: dict[str, object] = {"driver": image_format, "file": file}
     if image_format in _WITH_BACKING:
         node["backing"] = None
-    return json.dumps(node)
+    return node
 
 
 def decrypt_to(

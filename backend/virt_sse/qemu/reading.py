@@ -6,7 +6,6 @@ If a domain is writing to the image, all data flushed by the guest is visible; l
 from __future__ import annotations
 
 import contextlib
-import json
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,8 +42,7 @@ def unencrypted(path: Path, image_format: str, *, descriptor: int | None = None)
     :raise ToolError: When the image is not in *image_format*.
     """
     if descriptor is not None:
-        node: dict[str, object] = json.loads(img.without_backing(descriptor, image_format))
-        with served(node, [], [descriptor]) as reader:
+        with served(img.node_without_backing(descriptor, image_format), [], [descriptor]) as reader:
             yield reader
         return
     try:
@@ -55,6 +53,6 @@ def unencrypted(path: Path, image_format: str, *, descriptor: int | None = None)
         raise ImageError(f"{path} is neither a file nor a block device")
     driver = "host_device" if stat.S_ISBLK(mode) else "file"
     file = {"driver": driver, "filename": str(path)}
-    node = {"driver": image_format, "file": file}
+    node: dict[str, object] = {"driver": image_format, "file": file}
     with served(node, [], []) as reader:
         yield reader
