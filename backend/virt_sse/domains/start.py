@@ -83,7 +83,7 @@ class DomainStart:
                     with connected(self._config.libvirt_uri) as connection:
                         self._serve(connection, definition, served)
         except LibvirtSilentError:
-            self._deferred.add(definition)
+            self._deferred.add(definition.uuid)
             raise
 
     def serve(

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from uuid import UUID
 
 from virt_sse.errors import (
@@ -38,7 +37,7 @@ from virt_sse.model.keys import Dek, KeyId, KeyRef, KeyState
 from virt_sse.model.operations import MoveDisk
 from virt_sse.model.vms import Vm, tpm_context
 from virt_sse.qemu import envelope_slots, img
-from virt_sse.system.files import PRIVATE_FILE, private_folder, sync_folder
+from virt_sse.system.marks import Marks
 from virt_sse.system.progress import Progress, silent
 
 _log = logging.getLogger(__name__)
@@ -94,22 +93,11 @@ class DekProof:
     problem: str | None
 
 
-class _PendingEnvelopes:
-    """Marks of disks whose store and image are about to be updated one after the other: an empty file each.
+class _PendingEnvelopes(Marks):
+    """Marks of disks whose store and image are about to be updated one after the other.
 
     A mark that a killed command leaves behind spares the next command from opening all images.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def all(self) -> list[UUID]:
-        found = []
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            for path in sorted(self._folder.iterdir()):
-                with contextlib.suppress(ValueError):
-                    found.append(UUID(path.name))
-        return found
 
     @contextlib.contextmanager
     def marked(self, disk_id: UUID) -> Iterator[None]:
@@ -117,13 +105,10 @@ class _PendingEnvelopes:
 
         :raise StoreError: When the mark cannot be made.
         """
-        path = self._folder / str(disk_id)
         try:
-            private_folder(self._folder)
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, PRIVATE_FILE))
-            sync_folder(self._folder)
+            self.add(disk_id)
         except OSError as exc:
-            raise StoreError(f"cannot make {path}: {exc.strerror}") from exc
+            raise StoreError(f"cannot mark disk {disk_id} in {self.folder}: {exc.strerror}") from exc
         try:
             yield
         except Exception:
@@ -133,7 +118,7 @@ class _PendingEnvelopes:
 
     def remove(self, disk_id: UUID) -> None:
         with contextlib.suppress(OSError):  # a mark too many costs a look at one image
-            (self._folder / str(disk_id)).unlink(missing_ok=True)
+            super().remove(disk_id)
 
 
 def _reason(place: str, error: Exception) -> str:
