@@ -163,12 +163,15 @@ class Inventory:
         self._changed()
 
     def _try_inspect(self, domain: libvirt.virDomain) -> RunningDomain | None:
-        """As :meth:`_inspect`; after an unexpected failure, the domain of the snapshot before, if known."""
+        """As :meth:`_inspect`; after a failure, the domain of the snapshot before, if known.
+
+        :raise libvirt.libvirtError: When the connection to libvirt is lost.
+        """
         try:
             return self._inspect(domain)
-        except (LibvirtError, libvirt.libvirtError):
-            raise
-        except Exception:  # noqa: BLE001 -- one domain must not stop the watch of the others
+        except Exception as exc:  # noqa: BLE001 -- one domain must not stop the watch of the others
+            if isinstance(exc, libvirt.libvirtError) and not domain.connect().isAlive():
+                raise
             uuid = UUID(bytes=domain.UUID())
             self._unreadable += 1
             if (uuid, "") not in self._unclear:

@@ -21,11 +21,12 @@ from virt_sse.errors import (
     EnvelopeError,
     ImageError,
     InvalidValueError,
+    LibvirtError,
     LibvirtSilentError,
     VirtSseError,
 )
 from virt_sse.keys.host import Host
-from virt_sse.libvirt import disk_element
+from virt_sse.libvirt import disk_element, domains
 from virt_sse.libvirt.capabilities import HostCapabilities
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.disk_element import Behind, DiskSource, DomainDisk
@@ -248,13 +249,17 @@ class DomainStart:
 
         :return: the id of the ended domain; ``None`` without such stages.
         :raise DiskInUseError: When the domain with the stages runs.
+        :raise LibvirtError: When libvirt does not say whether the domain runs.
         """
         record = self._stages.record(disk.id)
         if record is None or record.domain_id == domain_id:
             return None
-        with contextlib.suppress(libvirt.libvirtError):
-            if connection.lookupByUUID(record.domain_id.bytes).isActive():
-                raise DiskInUseError(f"disk {disk.name!r} is in use by domain {record.domain!r}")
+        try:
+            is_running = domains.runs(connection, record.domain_id)
+        except libvirt.libvirtError as exc:
+            raise LibvirtError(f"cannot see whether domain {record.domain!r} has ended: {exc}") from exc
+        if is_running:
+            raise DiskInUseError(f"disk {disk.name!r} is in use by domain {record.domain!r}")
         return record.domain_id
 
     def _start(

@@ -61,6 +61,15 @@ def is_active(domain: libvirt.virDomain) -> bool:
     return False
 
 
+def runs(connection: libvirt.virConnect, domain_id: UUID) -> bool:
+    """Whether a domain has the UUID and runs.
+
+    :raise libvirt.libvirtError: When libvirt fails.
+    """
+    domain = find(connection, domain_id)
+    return domain is not None and is_active(domain)
+
+
 def definition(
     domain: libvirt.virDomain, *, inactive: bool = False, secure: bool = False
 ) -> DomainDefinition:

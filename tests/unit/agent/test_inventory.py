@@ -41,6 +41,7 @@ class Domain:
             f"<domain><name>{name}</name><uuid>{self.id}</uuid><devices>{''.join(disks)}</devices></domain>"
         )
         self._name, self._backup = name, backup
+        self.is_connected = True
 
     def UUID(self) -> bytes:
         return self.id.bytes
@@ -53,6 +54,9 @@ class Domain:
 
     def XMLDesc(self) -> str:
         return self.xml
+
+    def connect(self) -> Mock:
+        return Mock(isAlive=Mock(return_value=self.is_connected))
 
     def state(self) -> tuple[int, int]:
         return libvirt.VIR_DOMAIN_RUNNING, 0
@@ -124,15 +128,30 @@ def test_odd_secrets_of_libvirt_are_skipped(inventory: Inventory) -> None:
     assert inventory.snapshot.unreadable == 2
 
 
-def test_after_an_unexpected_failure_the_domain_stays_as_it_was(
-    inventory: Inventory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("failure", [RecursionError, libvirt.libvirtError("internal error")])
+def test_after_a_failure_the_domain_stays_as_it_was(
+    failure: Exception,
+    inventory: Inventory,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     host = Host(Domain("web", disk(OURS)), Domain("db", disk(OURS)))
     take(inventory, host)
     before = inventory.snapshot.domains
-    monkeypatch.setattr(host.domains[0], "state", Mock(side_effect=RecursionError))
+    monkeypatch.setattr(host.domains[0], "state", Mock(side_effect=failure))
     with caplog.at_level(logging.ERROR):
         take(inventory, host)
     assert inventory.snapshot.domains == before
     assert inventory.snapshot.unreadable == 1
     assert "domain-unclear" in caplog.messages
+
+
+def test_a_lost_connection_ends_the_poll(inventory: Inventory, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(Domain("web", disk(OURS)))
+    take(inventory, host)
+    before = inventory.snapshot
+    host.domains[0].is_connected = False
+    monkeypatch.setattr(host.domains[0], "state", Mock(side_effect=libvirt.libvirtError("connection reset")))
+    with pytest.raises(libvirt.libvirtError):
+        take(inventory, host)
+    assert inventory.snapshot is before
