@@ -169,7 +169,7 @@ class Inventory:
         """
         try:
             return self._inspect(domain)
-        except Exception as exc:  # noqa: BLE001 -- one domain must not stop the watch of the others
+        except Exception as exc:
             if isinstance(exc, libvirt.libvirtError) and not domain.connect().isAlive():
                 raise
             uuid = UUID(bytes=domain.UUID())
