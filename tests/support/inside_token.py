@@ -135,3 +135,11 @@ def _library(operations: TokenOperations) -> Any:
 def _slot(operations: TokenOperations) -> int:
     operations.check()
     return operations._connection._slot
+
+
+def can_read(_operations: TokenOperations, path: str) -> bool:
+    try:
+        Path(path).read_bytes()
+    except PermissionError:
+        return False
+    return True

@@ -69,6 +69,12 @@ HsmPinFile = Annotated[
         "--hsm-pin-file", help="A file, 0600, with the user's PIN; its path is stored.", show_default=False
     ),
 ]
+HsmUser = Annotated[
+    str | None,
+    typer.Option(
+        "--hsm-user", help="The user that runs the module, in a process of its own.", show_default="yours"
+    ),
+]
 
 
 @app.command()
@@ -95,6 +101,7 @@ def init(
     hsm_uri: HsmUri = None,
     hsm_module: HsmModule = None,
     hsm_pin_file: HsmPinFile = None,
+    hsm_user: HsmUser = None,
     retention_days: Annotated[
         int, typer.Option("--retention-days", help="Retention of deleted keys: 7 to 90 days.")
     ] = 90,
@@ -119,7 +126,7 @@ def init(
         tenant=tenant,
         retention_days=retention_days,
         purge_protection=purge_protection,
-        hsm=_hsm_options(hsm_uri, hsm_module, hsm_pin_file),
+        hsm=_hsm_options(hsm_uri, hsm_module, hsm_pin_file, hsm_user),
     )
     typer.echo(f"made vault {made.settings().url} in {made.path}")
     typer.echo(f"made {made.administrator_path}: keep it secret, it administers the vault")
@@ -383,13 +390,14 @@ def add_hsm(
     hsm_uri: HsmUri = None,
     hsm_module: HsmModule = None,
     hsm_pin_file: HsmPinFile = None,
+    hsm_user: HsmUser = None,
 ) -> None:
     """Add an HSM to a vault, while the vault is not served. The vault's tier becomes premium."""
     from virt_sse.vault.home.layout import VaultDirectory
     from virt_sse.vault.hsm.access import add_hsm
 
     vault = VaultDirectory(_directory(directory))
-    add_hsm(vault, _hsm_options(hsm_uri, hsm_module, hsm_pin_file))
+    add_hsm(vault, _hsm_options(hsm_uri, hsm_module, hsm_pin_file, hsm_user))
     _print_hsm(vault)
 
 
@@ -403,16 +411,14 @@ def unlock_hsm(directory: Directory = None) -> None:
     typer.echo("the token takes the PIN")
 
 
-def _hsm_options(uri: str | None, module: str | None, pin_file: Path | None) -> dict[str, str]:
-    if uri is None:
-        if module is not None or pin_file is not None:
-            raise InvalidValueError("--hsm-module and --hsm-pin-file need --hsm-uri")
-        return {}
-    options = {"uri": uri}
-    if module is not None:
-        options["module"] = module
-    if pin_file is not None:
-        options["pin-file"] = str(pin_file.absolute())
+def _hsm_options(
+    uri: str | None, module: str | None, pin_file: Path | None, user: str | None
+) -> dict[str, str]:
+    pin = str(pin_file.absolute()) if pin_file else None
+    named = {"uri": uri, "module": module, "pin-file": pin, "user": user}
+    options = {name: value for name, value in named.items() if value is not None}
+    if options and uri is None:
+        raise InvalidValueError("--hsm-module, --hsm-pin-file and --hsm-user need --hsm-uri")
     return options
 
 

@@ -13,8 +13,9 @@ from virt_sse.pkcs11.pins import PinGuard, PinSource
 from virt_sse.pkcs11.softhsm import MODULE_NAME, VARIABLE, TokenFolder
 from virt_sse.pkcs11.token import Token
 from virt_sse.pkcs11.uri import SCHEME, TokenUri
+from virt_sse.pkcs11.worker_user import WorkerUser
 
-_OPTIONS = frozenset({"uri", "module", "pin-file", "softhsm-config", "init-reserved"})
+_OPTIONS = frozenset({"uri", "module", "pin-file", "softhsm-config", "init-reserved", "user"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class TokenOptions:
     :ivar module: path of the PKCS#11 module, or name of an installed module.
     :ivar softhsm_config: SoftHSM's configuration file, in place of the system's.
     :ivar reserved: see :class:`~virt_sse.pkcs11.module.Module`.
+    :ivar user: user of the module's process; ``None`` for the caller's.
     """
 
     folder: TokenFolder
@@ -34,6 +36,7 @@ class TokenOptions:
     pin_file: Path
     softhsm_config: Path | None
     reserved: str | None
+    user: WorkerUser | None
 
     @classmethod
     def parse(cls, table: str, folder: Path, options: Mapping[str, object]) -> Self:
@@ -57,6 +60,7 @@ class TokenOptions:
             pin_file=_pin_file(table, texts.get("pin-file"), uri) or own.pin,
             softhsm_config=config or (own.config if is_own else None),
             reserved=texts.get("init-reserved"),
+            user=_user(table, texts.get("user"), is_own=is_own),
         )
 
     @property
@@ -92,6 +96,7 @@ class TokenOptions:
             guard=self.guard,
             reserved=self.reserved,
             environment={VARIABLE: str(self.softhsm_config)} if self.softhsm_config else {},
+            user=self.user,
         )
 
 
@@ -132,6 +137,20 @@ def _module(table: str, value: str | None, uri: TokenUri | None) -> str:
     if "/" in module and not Path(module).is_absolute():
         raise ConfigError(f"'module' in {table} must be an absolute path or a name")
     return module
+
+
+def _user(table: str, value: str | None, *, is_own: bool) -> WorkerUser | None:
+    if value is None:
+        return None
+    if is_own:
+        raise ConfigError(
+            f"'user' in {table} needs a 'uri'",
+            hint="the files of the token made by 'virt-sse host hsm init' belong to root",
+        )
+    try:
+        return WorkerUser.named(value)
+    except InvalidValueError as exc:
+        raise ConfigError(f"'user' in {table}: {exc}") from exc
 
 
 def _pin_file(table: str, value: str | None, uri: TokenUri | None) -> Path | None:

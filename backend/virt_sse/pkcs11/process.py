@@ -2,7 +2,7 @@
 
 A module that hangs or crashes affects only the calls to this module. Keys which the module keeps in memory,
 as SoftHSM does, stay out of the caller's memory. Initialisation, configuration and login of the module are
-not shared with other code in the caller's process.
+not shared with other code in the caller's process. The process may run as a user of its own.
 
 The module's process is not trusted: see :mod:`virt_sse.pkcs11.messages`. A process that breaks the protocol
 or ignores its time limit is killed.
@@ -28,6 +28,7 @@ from virt_sse.errors import KeyProviderUnavailableError, VirtSseError
 from virt_sse.pkcs11 import messages
 from virt_sse.pkcs11.messages import Channel, MessageError, PinWanted, Refused, Returned
 from virt_sse.pkcs11.pins import GuardedPin
+from virt_sse.pkcs11.worker_user import WorkerUser
 
 S = TypeVar("S")
 P = ParamSpec("P")
@@ -76,6 +77,7 @@ class ModuleProcess(Generic[S]):
     :param logins: the PIN, if the module needs a login. The PIN is read, and its use counted, in this
         process.
     :param environment: variables to set in the module's environment.
+    :param user: user of the process; the caller's by default.
     :param seconds: time limit for making the object.
     """
 
@@ -85,8 +87,10 @@ class ModuleProcess(Generic[S]):
         *arguments: object,
         logins: GuardedPin | None = None,
         environment: Mapping[str, str],
+        user: WorkerUser | None = None,
         seconds: float,
     ) -> None:
+        self._user = user
         self._making_seconds = seconds
         self._make = make
         self.make_of(*arguments)
@@ -153,6 +157,7 @@ class ModuleProcess(Generic[S]):
             self._end()
 
     def _start(self) -> _Running:
+        user = self._user
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -163,11 +168,14 @@ class ModuleProcess(Generic[S]):
                     stdout=subprocess.DEVNULL,
                     start_new_session=True,  # Ctrl-C must not interrupt a write of the token
                     env={**os.environ, **self._environment},
+                    user=user.uid if user else None,
+                    group=user.gid if user else None,
+                    extra_groups=user.groups if user else None,
                 )
-            except OSError as exc:
+            except (OSError, subprocess.SubprocessError) as exc:
                 ours.close()
                 raise KeyProviderUnavailableError(
-                    f"cannot start a process for the PKCS#11 module: {exc.strerror}"
+                    f"cannot start a process for the PKCS#11 module{_as(user)}: {exc}"
                 ) from exc
         return _Running(process, Channel(ours))
 
@@ -250,6 +258,10 @@ class ModuleProcess(Generic[S]):
         if running is not None:
             running.channel.close()
             running.process.poll()  # not a child of this process: makes Popen give up on waiting
+
+
+def _as(user: WorkerUser | None) -> str:
+    return f" as user {user.uid}" if user else ""
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> int:

@@ -16,6 +16,7 @@ from virt_sse.pkcs11.pins import GuardedPin, PinGuard, PinSource
 from virt_sse.pkcs11.process import ModuleProcess
 from virt_sse.pkcs11.rsa_oaep import OaepMode
 from virt_sse.pkcs11.uri import TokenUri
+from virt_sse.pkcs11.worker_user import WorkerUser
 
 __all__ = ["KeyKind", "Token", "TokenKey"]
 
@@ -56,6 +57,7 @@ class Token:
         guard: PinGuard,
         reserved: str | None = None,
         environment: Mapping[str, str] | None = None,
+        user: WorkerUser | None = None,
         seconds: float = SECONDS,
     ) -> Self:
         """Find the token and log in.
@@ -66,6 +68,7 @@ class Token:
         :param guard: counts wrong PINs; each token needs its own.
         :param reserved: see :class:`~virt_sse.pkcs11.module.Module`.
         :param environment: environment variables for the module.
+        :param user: user of the module's process; the caller's by default.
         :param seconds: time limit for each answer of the token.
         :raise ConfigError: When the configured source does not provide a PIN.
         """
@@ -73,6 +76,7 @@ class Token:
             *(TokenOperations, uri, module, reserved),
             logins=GuardedPin(pin, guard),
             environment=environment or {},
+            user=user,
             seconds=seconds,
         )
         token = cls(process, seconds)
