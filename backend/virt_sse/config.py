@@ -22,6 +22,7 @@ from virt_sse.model.ciphers import AES_256_CBC, Cipher
 from virt_sse.model.keys import ProviderConfig
 from virt_sse.model.operations import Site
 from virt_sse.system.documents import DocumentError, from_toml
+from virt_sse.system.permissions import loose_permission
 
 
 class IoErrors(enum.Enum):
@@ -240,16 +241,8 @@ def _read(path: Path) -> str:
     """
     with path.open("rb") as file:
         for place, status in ((path, os.fstat(file.fileno())), (path.parent, path.parent.stat())):
-            if status.st_uid not in (0, os.geteuid()):
-                raise ConfigError(
-                    f"{place} belongs to user {status.st_uid}, who may change the configuration",
-                    hint=f"chown root {place}",
-                )
-            if status.st_mode & 0o022:
-                raise ConfigError(
-                    f"other users may write {place} (mode {status.st_mode & 0o7777:04o})",
-                    hint=f"chmod go-w {place}",
-                )
+            if found := loose_permission(place, status):
+                raise ConfigError(found.problem, hint=found.remedy)
         return file.read().decode("utf-8")
 
 

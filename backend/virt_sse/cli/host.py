@@ -58,6 +58,22 @@ def restore(
 
 
 @app.command()
+def doctor(output: Output = OutputFormat.TABLE) -> None:
+    """Find faults of the set-up, e.g. image folders that other users may write; exit status 1 if any."""
+    from virt_sse.host.doctor import examine
+
+    with backend() as b:
+        faults = examine(b.host)
+    if faults or output is OutputFormat.JSON:
+        rows = [{"part": each.part, "problem": each.problem, "remedy": each.remedy} for each in faults]
+        print_rows(rows, ["part", "problem", "remedy"], output)
+    else:
+        typer.echo("no faults found")
+    if faults:
+        raise typer.Exit(1)
+
+
+@app.command()
 def capabilities(output: Output = OutputFormat.TABLE) -> None:
     """Show the capabilities of this host: ciphers, double encryption, host caches, …"""
     from virt_sse.config import Config

@@ -8,6 +8,7 @@ import pwd
 from collections.abc import Iterator
 from pathlib import Path
 
+from virt_sse.config import Config
 from virt_sse.errors import ConfigError
 from virt_sse.keys.host import Host
 from virt_sse.libvirt import hook_script
@@ -39,9 +40,8 @@ def initialise(host: Host) -> list[str]:
         provider.current_key(PLATFORM_KEY.name)
     elif provider.provision():
         made.append(f"keyring {config.key_provider(PLATFORM_KEY.provider).directory}")
-    environment = {"VIRT_SSE_ROOT": str(config.root), "LIBVIRT_DEFAULT_URI": config.libvirt_uri}
     with _naming(config.hook_path):
-        if hook_script.install(config.hook_path, environment, config.stage_directory):
+        if hook_script.install(config.hook_path, hook_environment(config), config.stage_directory):
             made.append(f"libvirt hook {config.hook_path}")
     local = config.root / APPARMOR_LOCAL
     with _naming(local):
@@ -50,6 +50,11 @@ def initialise(host: Host) -> list[str]:
     if config.root == Path("/") and config.storage_user is None and _make_user():
         made.append(f"user {DEFAULT_STORAGE_USER}")
     return made
+
+
+def hook_environment(config: Config) -> dict[str, str]:
+    """Environment variables of the hook: libvirtd does not pass on its own."""
+    return {"VIRT_SSE_ROOT": str(config.root), "LIBVIRT_DEFAULT_URI": config.libvirt_uri}
 
 
 @contextlib.contextmanager

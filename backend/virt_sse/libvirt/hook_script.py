@@ -70,10 +70,10 @@ def install(path: Path, environment: dict[str, str], stages: Path) -> bool:
     :return: whether the file was missing or different, its mode included: others must not change the script.
     :raise OSError: When the file cannot be written.
     """
-    content = script(environment, stages)
+    content = script(environment, stages).encode()
     with contextlib.suppress(FileNotFoundError):
-        if path.read_text() == content and stat.S_IMODE(path.stat().st_mode) == _MODE:
+        if path.read_bytes() == content and stat.S_IMODE(path.stat().st_mode) == _MODE:
             return False
     shared_folder(path.parent)
-    write_shared(path, content.encode(), _MODE)
+    write_shared(path, content, _MODE)
     return True
