@@ -24,7 +24,6 @@ from virt_sse.errors import (
     KeyOperationUnsupportedError,
     KeyProviderUnavailableError,
     UnwrapError,
-    VaultError,
     VirtSseError,
 )
 from virt_sse.vault.home.sealing import Sealer
@@ -42,6 +41,8 @@ ANCHOR = b"anchor"
 
 _HASHES = {"RSA-OAEP": "sha1", "RSA-OAEP-256": "sha256"}
 _LONGEST_LABEL = 64
+_MOST_EXPONENT_BITS = 32
+"""The database has room for 63; larger exponents only make encryption slow."""
 
 
 class HsmRefusal(FailureRefusal):
@@ -208,9 +209,14 @@ def _id(version: str) -> bytes:
 
 
 def _public(key: TokenKey) -> PublicKey:
-    if key.n is None or key.e is None:
-        raise VaultError("a key of the vault in the HSM token is not an RSA key")
-    return PublicKey(key.n, key.e)
+    """The public half as the token states it, if usable: a refusal here, not a failure at each later use."""
+    try:
+        numbers = key.public_key.public_numbers()
+    except ValueError as exc:
+        raise HsmRefusal(f"the token states an impossible RSA key: {exc}") from exc
+    if numbers.e.bit_length() > _MOST_EXPONENT_BITS:
+        raise HsmRefusal(f"the token states an RSA exponent of {numbers.e.bit_length()} bits")
+    return PublicKey(numbers.n, numbers.e)
 
 
 def _fingerprint(public: PublicKey) -> str:
