@@ -15,6 +15,13 @@ from virt_sse.host.setup import initialise
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regenerate-golden", action="store_true", help="write tests/golden anew")
+    parser.addoption("--fuzz-seconds", type=float, default=0.5, help="duration of each fuzzer")
+
+
+@pytest.fixture
+def fuzz_seconds(request: pytest.FixtureRequest) -> float:
+    """How long to fuzz each parser."""
+    return float(request.config.getoption("--fuzz-seconds"))
 
 
 @pytest.fixture

@@ -20,12 +20,13 @@ SOCKET = "run/virt-sse/agent.sock"
 """Path of the agent's Unix socket, relative to the root."""
 
 TIMEOUT_SECONDS = 30.0
-_LONGEST_SECONDS = 1e9
+LONGEST_SECONDS = 1e9
 """Sockets overflow with a longer timeout."""
 
 _CREDENTIALS = struct.Struct("3i")
 """``struct ucred`` (unix(7)): process, user, group."""
 
+_LONGEST_ANSWER = 16 << 20
 _STATUS_LINE_PARTS = 2
 _OK = 200
 
@@ -67,8 +68,8 @@ def ask(path: Path, method: str, target: str, body: bytes = b"", *, timeout: flo
         return answer
     try:
         document = json.loads(answer)
-        message, hint = str(document["error"]), document.get("hint")
-    except (ValueError, TypeError, KeyError, AttributeError):
+        message, hint = str(document["error"]), document.get("hint") and str(document["hint"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         message, hint = f"the agent answered with status {status}", None
     raise VirtSseError(message, hint=hint)
 
@@ -100,7 +101,7 @@ def configured_timeout(root: Path) -> float:
             import tomllib
 
             timeout = tomllib.loads(text)["agent"]["timeout"]
-            if type(timeout) in (int, float) and 0 < timeout < _LONGEST_SECONDS:
+            if type(timeout) in (int, float) and 0 < timeout < LONGEST_SECONDS:
                 return float(timeout)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
@@ -124,16 +125,21 @@ def _connected(path: Path, timeout: float) -> Iterator[socket.socket]:
 
 
 def _read(connection: socket.socket, deadline: float) -> bytes:
-    """Read until the peer closes the connection."""
-    received = b""
+    """Read until the peer closes the connection.
+
+    :raise ValueError: When the peer sends more than :data:`_LONGEST_ANSWER` bytes.
+    """
+    received = bytearray()
     while True:
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
         connection.settimeout(left)
         if not (part := connection.recv(1 << 16)):
-            return received
+            return bytes(received)
         received += part
+        if len(received) > _LONGEST_ANSWER:
+            raise ValueError(f"the answer has more than {_LONGEST_ANSWER >> 20} MiB")
 
 
 def _parse(response: bytes) -> tuple[int, bytes]:

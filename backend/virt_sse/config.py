@@ -16,7 +16,7 @@ from uuid import UUID
 
 import msgspec
 
-from virt_sse.agent_client import SOCKET, TIMEOUT_SECONDS
+from virt_sse.agent_client import LONGEST_SECONDS, SOCKET, TIMEOUT_SECONDS
 from virt_sse.errors import ConfigError, InvalidValueError
 from virt_sse.model.ciphers import AES_256_CBC, Cipher
 from virt_sse.model.keys import ProviderConfig
@@ -52,7 +52,12 @@ def _one_of(kind: type[enum.Enum]) -> str:
 _LONGEST_RECONNECT = 3600
 _UNKNOWN = re.compile(r"object contains unknown field `(.*)`")
 _STRING = msgspec.Meta(description="a string")
-_Seconds = Annotated[float, msgspec.Meta(gt=0, description="a number of seconds above 0")]
+_Seconds = Annotated[
+    float,
+    msgspec.Meta(
+        gt=0, lt=LONGEST_SECONDS, description=f"a number of seconds above 0, below {LONGEST_SECONDS:.0f}"
+    ),
+]
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):

@@ -238,9 +238,14 @@ class LabUnavailableError(LabError):
     """The machine lacks a requirement of the lab, named in the message."""
 
 
+def printable(text: str) -> str:
+    """*text* with control characters and lone surrogates escaped: images and servers wrote a part of it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def report(error: VirtSseError) -> None:
     """Print *error* and its hint, if any, to standard error. For use by the edge only."""
     with contextlib.suppress(OSError):  # no other place is left to report to
-        print(f"virt-sse: error: {error}", file=sys.stderr)  # noqa: T201 -- this is the edge
+        print(f"virt-sse: error: {printable(str(error))}", file=sys.stderr)  # noqa: T201 -- this is the edge
         if error.hint:
-            print(f"virt-sse: hint: {error.hint}", file=sys.stderr)  # noqa: T201 -- likewise
+            print(f"virt-sse: hint: {printable(error.hint)}", file=sys.stderr)  # noqa: T201 -- likewise

@@ -14,7 +14,7 @@ from pathlib import Path
 def main() -> int:
     """Serve an event: arguments as libvirt gives them to a hook, the domain's XML on standard input."""
     _, domain, event, *_ = sys.argv
-    xml = sys.stdin.read()
+    xml = sys.stdin.buffer.read().decode(errors="surrogateescape")  # the parser refuses surrogates
     from virt_sse import agent_client
     from virt_sse.errors import VirtSseError, report
     from virt_sse.system.process_hardening import protect_memory

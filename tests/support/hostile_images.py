@@ -154,7 +154,7 @@ LUKS: dict[str, tuple[int, str, int, str]] = {
     "payload beyond": (104, ">I", 0xFFFFFFFF, "unexpected offsets"),
     "keyslot beyond": (208 + 40, ">I", 0xFFFFFFFF, "unexpected offsets"),
     "key length": (108, ">I", 0xFFFFFFFF, "unexpected offsets"),
-    "cipher": (8, ">I", 0x6E756C6C, "with the cipher null"),  # "null"
+    "cipher": (8, ">I", 0x6E756C6C, "with the cipher 'null"),  # "null"
     "hash": (72, ">I", 0x73686135, "with the hash 'sha5"),
     "version": (6, ">H", 2, "LUKS version 2"),
 }

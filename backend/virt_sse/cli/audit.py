@@ -15,7 +15,7 @@ import typer
 
 from virt_sse.cli import session
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_json, print_rows
-from virt_sse.errors import AuditError, InvalidValueError
+from virt_sse.errors import AuditError, InvalidValueError, printable
 
 if TYPE_CHECKING:
     from virt_sse.audit.log import AuditLog
@@ -139,11 +139,7 @@ def _row(entry: AuditEntry) -> dict[str, str]:
     if fields["slot"]:
         disk += "/" + fields["slot"]
     row = {column: fields[column] or "" for column in _COLUMNS} | {"key": key, "disk": disk}
-    return {column: _printable(text) for column, text in row.items()}
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return {column: printable(text) for column, text in row.items()}
 
 
 def _time(text: str) -> datetime:
@@ -157,7 +153,7 @@ def _time(text: str) -> datetime:
         return time if time.tzinfo else time.astimezone()
     except (ValueError, OverflowError) as exc:
         raise InvalidValueError(
-            f"invalid time {text!r}", hint="say 30m, 12h, 7d or 2026-01-31T12:00Z"
+            f"invalid time {text[:40]!r}", hint="say 30m, 12h, 7d or 2026-01-31T12:00Z"
         ) from exc
 
 
@@ -173,12 +169,12 @@ def _uuid(text: str) -> UUID:
     try:
         return UUID(text)
     except ValueError as exc:
-        raise InvalidValueError(f"invalid correlation id {text!r}") from exc
+        raise InvalidValueError(f"invalid correlation id {text[:80]!r}") from exc
 
 
 def _position(text: str) -> Position:
     from virt_sse.audit.record import Position
 
     if not (match := re.fullmatch(r"(\d{1,18}):([0-9a-f]{64})", text, re.ASCII)):
-        raise InvalidValueError(f"invalid position {text!r}", hint="'virt-sse audit verify' prints one")
+        raise InvalidValueError(f"invalid position {text[:100]!r}", hint="'virt-sse audit verify' prints one")
     return Position(int(match[1]), match[2])

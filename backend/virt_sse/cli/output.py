@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from virt_sse.errors import printable
+
 if TYPE_CHECKING:
     from virt_sse.system.progress import Progress
 
@@ -34,16 +36,15 @@ def print_rows(rows: Sequence[Mapping[str, object]], columns: Sequence[str], out
         print_json(rows)
         return
     table = [[column.upper() for column in columns]]
-    table += [
-        [str(row[column] if row[column] not in (None, "") else "-") for column in columns] for row in rows
-    ]
+    table += [[_cell(row[column]) for column in columns] for row in rows]
     widths = [max(len(line[index]) for line in table) for index in range(len(columns))]
     for line in table:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _cell(value: object) -> str:
-    return "-" if value in (None, "") else str(value)
+    """Text for a terminal; names may come from an image or a server."""
+    return "-" if value in (None, "") else printable(str(value))
 
 
 def print_fields(fields: Mapping[str, object], output: OutputFormat) -> None:
@@ -55,7 +56,11 @@ def print_fields(fields: Mapping[str, object], output: OutputFormat) -> None:
     for name, value in fields.items():
         values = value if isinstance(value, list) else [value]
         for line in values or [None]:
-            text = " ".join(f"{k}={v}" for k, v in line.items()) if isinstance(line, dict) else _cell(line)
+            text = (
+                printable(" ".join(f"{k}={v}" for k, v in line.items()))
+                if isinstance(line, dict)
+                else _cell(line)
+            )
             typer.echo(f"{name.ljust(width)}  {text}")
             name = ""  # a list's further lines have no name in front
 

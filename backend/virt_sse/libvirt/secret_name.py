@@ -11,6 +11,7 @@ from typing import Self
 from uuid import UUID, uuid5
 
 PREFIX = "virt-sse:"
+_LONGEST_SHOWN = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,10 @@ class SecretName:
         if not usage.startswith(PREFIX):
             return None
         owner, _, slot = usage.removeprefix(PREFIX).partition(":")
+        if not slot.isprintable():
+            raise ValueError(f"invalid slot in {usage[:_LONGEST_SHOWN]!r}")
         if not slot:
-            raise ValueError(f"no slot in {usage!r}")
+            raise ValueError(f"no slot in {usage[:_LONGEST_SHOWN]!r}")
         return cls(UUID(owner), slot)
 
     @property

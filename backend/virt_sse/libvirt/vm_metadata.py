@@ -18,6 +18,7 @@ from virt_sse.model.vms import VmProperties, check_size_name
 VM_NAMESPACE = "https://virt-sse.invalid/vm/1"
 VM_PREFIX = "virt-sse"
 _TAG = f"{{{VM_NAMESPACE}}}vm"
+_LONGEST_REASON = 200
 _SWITCH = {"on": True, "off": False}
 
 
@@ -51,12 +52,22 @@ def read_metadata(domain: ET.Element) -> Stated | None:
             VmProperties(
                 _SWITCH[element.get("encryption-at-host", "")],
                 check_size_name(size) if size is not None else None,
-                check_size(int(temp_size)) if temp_size is not None else None,
+                check_size(_number(temp_size, digits=15)) if temp_size is not None else None,
             ),
-            int(element.get("generation", "")),
+            _number(element.get("generation", ""), digits=9),  # fits into the store's column
         )
     except (ValueError, KeyError, InvalidValueError) as exc:
-        raise InvalidValueError(f"the domain's metadata is invalid: {exc}") from exc
+        raise InvalidValueError(f"the domain's metadata is invalid: {str(exc)[:_LONGEST_REASON]}") from exc
+
+
+def _number(text: str, *, digits: int) -> int:
+    """Read a number as written by :func:`write_metadata`.
+
+    :raise ValueError: When *text* is anything else, or has more than *digits* digits.
+    """
+    if not (text.isascii() and text.isdigit()) or len(text) > digits:
+        raise ValueError(f"{text[:40]!r} is not a number of at most {digits} digits")
+    return int(text)
 
 
 def write_metadata(domain: ET.Element, stated: Stated) -> None:

@@ -34,7 +34,7 @@ class Cipher:
                 if text in (str(cipher), f"{algorithm}-{mode}"):
                     return cipher
         raise InvalidValueError(
-            f"unknown cipher {text!r}", hint=f"known ciphers: {', '.join(map(str, KNOWN))}"
+            f"unknown cipher {text[:40]!r}", hint=f"known ciphers: {', '.join(map(str, KNOWN))}"
         )
 
     def __str__(self) -> str:

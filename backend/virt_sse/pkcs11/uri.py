@@ -82,7 +82,7 @@ class TokenUri:
                         "a PKCS#11 URI may not hold a PIN", hint="name a file with the PIN in 'pin-source'"
                     )
                 if name not in known or not equals:
-                    raise InvalidValueError(f"a PKCS#11 URI has no attribute {name!r} here")
+                    raise InvalidValueError(f"a PKCS#11 URI has no attribute {name[:40]!r} here")
                 if name.replace("-", "_") in values:
                     raise InvalidValueError(f"attribute {name!r} is repeated in the PKCS#11 URI")
                 values[name.replace("-", "_")] = _decoded(name, raw)

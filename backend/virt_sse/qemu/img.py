@@ -13,12 +13,16 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import msgspec
 
 from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError, ToolError
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.qemu import image_header, luks, qcow2
 from virt_sse.qemu.serving import served
+from virt_sse.system.documents import DocumentError, from_json
 from virt_sse.system.files import write_at
 from virt_sse.system.locks import is_locked
 from virt_sse.system.tools import passphrase_descriptor, run, run_with_progress
@@ -45,6 +49,30 @@ class ImageInfo:
     other_files: tuple[str, ...]
 
 
+class _Extent(msgspec.Struct, frozen=True):
+    filename: str | None = None
+
+
+class _Details(msgspec.Struct, frozen=True, rename="kebab"):
+    data_file: str | None = None
+    extents: tuple[_Extent, ...] = ()
+
+
+class _Specific(msgspec.Struct, frozen=True):
+    data: _Details = _Details()
+
+
+class _Info(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """The answer of ``qemu-img info`` (QEMU ``qapi/block-core.json``, ``ImageInfo``)."""
+
+    format: str
+    virtual_size: Annotated[int, msgspec.Meta(ge=0)]
+    encrypted: bool = False
+    backing_filename: str | None = None
+    full_backing_filename: str | None = None
+    format_specific: _Specific = _Specific()
+
+
 def info(
     path: Path, image_format: str | None = None, *, shared: bool = False, descriptor: int | None = None
 ) -> ImageInfo:
@@ -58,22 +86,32 @@ def info(
     chosen = (["-f", image_format] if image_format else []) + (["--force-share"] if shared else [])
     name = str(path) if descriptor is None else f"{_DESCRIPTORS}{descriptor}"
     with _locks_named(path):
-        answer = json.loads(
-            run(
-                ["qemu-img", "info", "--output=json", *chosen, name],
-                pass_fds=[] if descriptor is None else [descriptor],
-            )
+        answer = run(
+            ["qemu-img", "info", "--output=json", *chosen, name],
+            pass_fds=[] if descriptor is None else [descriptor],
         )
-    details = answer.get("format-specific", {}).get("data", {})
+    return _image_info(answer, name, path)
+
+
+def _image_info(answer: str, name: str, path: Path) -> ImageInfo:
+    """Read the answer of ``qemu-img info`` for the file *name*.
+
+    :raise ToolError: When the answer is not of QEMU's schema.
+    """
+    try:
+        found = from_json(answer.encode(), _Info)
+    except DocumentError as exc:
+        raise ToolError(f"qemu-img describes {path} in an unknown format: {exc}") from exc
+    details = found.format_specific.data
     others = [
-        answer.get("full-backing-filename") or answer.get("backing-filename"),
-        details.get("data-file"),
-        *(extent.get("filename") for extent in details.get("extents", ())),
+        found.full_backing_filename or found.backing_filename,
+        details.data_file,
+        *(extent.filename for extent in details.extents),
     ]
     return ImageInfo(
-        format=answer["format"],
-        virtual_size=answer["virtual-size"],
-        encrypted=answer.get("encrypted", False),
+        format=found.format,
+        virtual_size=found.virtual_size,
+        encrypted=found.encrypted,
         other_files=tuple(
             other.replace(_DESCRIPTORS, f"{path.parent}/") for other in others if other and other != name
         ),

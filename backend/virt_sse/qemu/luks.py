@@ -119,8 +119,10 @@ class Luks1Header:
             raise ImageFormatError("a LUKS header with an unexpected number of stripes")
         cipher_name, cipher_mode = _text(fields[2]), _text(fields[3])
         if (f"{cipher_name}-{cipher_mode}", volume_key_bytes * 8) not in _CIPHERS:
-            cipher = f"{cipher_name}-{cipher_mode} and a key of {volume_key_bytes} bytes"
-            raise ImageFormatError(f"a LUKS header with the cipher {cipher}")
+            cipher = f"{cipher_name}-{cipher_mode}"
+            raise ImageFormatError(
+                f"a LUKS header with the cipher {cipher!r} and a key of {volume_key_bytes} bytes"
+            )
         return cls(
             cipher_name=cipher_name,
             cipher_mode=cipher_mode,

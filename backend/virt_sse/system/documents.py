@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 _INTEGERS = range(-(2**63), 2**64)
 _LONGEST_MESSAGE = 200
+_LONGEST_NAME = 80
 
 
 class DocumentError(ValueError):
@@ -72,12 +73,12 @@ def convert(value: object, kind: type[T]) -> T:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise DocumentError(f"duplicate field {next(name for name in names if names.count(name) > 1)!r}")
-    for name in found:
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
+            raise DocumentError(f"duplicate field {name[:_LONGEST_NAME]!r}")
         name.encode()
+        found[name] = value
     return found
 
 
@@ -97,6 +98,8 @@ def _check_scalars(value: object, place: str = "$") -> None:
                 _check_scalars(each, f"{place}[{number}]")
         case str():
             value.encode()
+            if "\0" in value:  # neither paths nor PostgreSQL can hold one
+                problem = "character NUL"
         case int() if value not in _INTEGERS:
             problem = "integer out of the range of 64 bits"
         case float() if not math.isfinite(value):

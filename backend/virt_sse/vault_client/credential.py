@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -24,6 +26,10 @@ _GRANT = "client_credentials"
 _ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 _DENIALS = ("invalid_client", "unauthorized_client", "access_denied")
 """Codes of RFC 6749 §5.2 for a denial. A proxy's error page or a wrong clock is no denial."""
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*", re.ASCII)
+"""An access token (RFC 6750 §2.1)."""
+_LIFETIMES = range(10 * 366 * 86400)
+"""Lifetimes of access tokens in seconds; with a longer one, times overflow."""
 _RENEW_BEFORE = 0.2
 """Fraction of an access token's lifetime; with less than this left, a new token is requested."""
 
@@ -146,12 +152,26 @@ class VaultCredential:
             raise KeyProviderUnavailableError(
                 f"the key vault {self._file.vault_url} gave no token ({describe(answer)})"
             )
-        body = answer.body
-        token, seconds = body.get("access_token"), body.get("expires_in")
-        if not isinstance(token, str) or not isinstance(seconds, int):
-            raise KeyProviderUnavailableError(f"the key vault {self._file.vault_url} gave no token")
+        token, seconds = issued_token(answer.body, self._file.vault_url)
         self._renew_at = asked + seconds * (1 - _RENEW_BEFORE)
         return token, int(now) + seconds
+
+
+def issued_token(body: Mapping[str, object], url: str) -> tuple[str, int]:
+    """The access token in the body of an answer, and its lifetime in seconds.
+
+    :param url: the vault's, for the error.
+    :raise KeyProviderUnavailableError: When the body has no access token.
+    """
+    token, seconds = body.get("access_token"), body.get("expires_in")
+    if (
+        not isinstance(token, str)
+        or not _TOKEN.fullmatch(token)
+        or not isinstance(seconds, int)
+        or seconds not in _LIFETIMES
+    ):
+        raise KeyProviderUnavailableError(f"the key vault {url} gave no token")
+    return token, seconds
 
 
 class AsyncVaultCredential:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import jwt
 import msgspec
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -100,7 +101,7 @@ class CredentialFile(
         """
         try:
             key = load_pem_private_key(self.private_key.encode(), None)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, UnsupportedAlgorithm):
             raise CredentialError("the credential file's private key cannot be read") from None
         if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
             raise CredentialError("the credential file's private key is neither EC nor RSA")
@@ -113,7 +114,12 @@ class CredentialFile(
             "exp": now + _ASSERTION_SECONDS,
             "jti": secrets.token_hex(16),
         }
-        return jwt.encode(claims, key, "ES256" if isinstance(key, ec.EllipticCurvePrivateKey) else "PS256")
+        try:
+            return jwt.encode(
+                claims, key, "ES256" if isinstance(key, ec.EllipticCurvePrivateKey) else "PS256"
+            )
+        except jwt.InvalidKeyError:
+            raise CredentialError("the credential file's private key is not of the curve P-256") from None
 
     def covers(self, url: str) -> bool:
         """Check that *url* belongs to the file's vault; tokens and assertions must not go to another URL."""

@@ -18,6 +18,7 @@ from virt_sse.errors import (
     PrincipalNotFoundError,
     VaultError,
     VirtSseError,
+    printable,
 )
 from virt_sse.vault_client.credential_file import CredentialFile, origin
 
@@ -82,11 +83,7 @@ class VaultConnection:
             raise KeyProviderUnavailableError(f"the key vault {url} does not answer: {_reason(exc)}") from exc
         finally:
             connection.close()
-        try:
-            document = json.loads(content) if content else {}
-        except (ValueError, RecursionError):
-            document = {}
-        response = Response(answer.status, document if isinstance(document, dict) else {})
+        response = Response(answer.status, document_of(content))
         if response.status == 429 or response.status >= 500:
             raise KeyProviderUnavailableError(f"the key vault {url} cannot answer now ({describe(response)})")
         return response
@@ -94,13 +91,25 @@ class VaultConnection:
     def _trust(self) -> ssl.SSLContext:
         with self._lock:
             if self._context is None:
+                authority = self._credential.ca_certificate
+                if not authority:  # OpenSSL would trust the system's authorities
+                    raise VaultError("the credential file has no CA certificate")
                 try:
-                    context = ssl.create_default_context(cadata=self._credential.ca_certificate)
-                except ssl.SSLError as exc:
+                    context = ssl.create_default_context(cadata=authority)
+                except (ssl.SSLError, TypeError) as exc:
                     raise VaultError("the credential file's CA certificate cannot be read") from exc
                 context.minimum_version = ssl.TLSVersion.TLSv1_2
                 self._context = context
             return self._context
+
+
+def document_of(content: bytes) -> Mapping[str, object]:
+    """The JSON object in the body of a response; empty if *content* is anything else."""
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 def checked(response: Response) -> Mapping[str, object]:
@@ -128,7 +137,7 @@ def describe(response: Response) -> str:
         inner = error.get("innererror")
         code = inner.get("code") if isinstance(inner, dict) else error.get("code")
         said = f"{code}: {error.get('message')}"
-    text = " ".join(str(said).split())[:300].rstrip(".") if said else ""
+    text = printable(" ".join(str(said).split())[:300].rstrip(".")) if said else ""
     return f"{response.status} {text}".rstrip()
 
 

@@ -7,6 +7,7 @@ command of QEMU 4.0 and later, reports edges.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections import defaultdict
@@ -22,6 +23,8 @@ Answer = Mapping[str, Any]
 
 _CIPHERTEXT_EDGES = frozenset({"file", "data-file", "header"})
 """Edges from an encrypting node to its ciphertext. The backing file, in contrast, is read unchanged."""
+_MOST_LEVELS, _MOST_EDGES = 100, 10_000
+_LONGEST_REASON = 200
 _DATALESS = frozenset({"null-co", "null-aio"})
 
 
@@ -96,20 +99,51 @@ class BlockGraph:
             self._children: dict[int, list[tuple[str, int]]] = defaultdict(list)
             self._parents: dict[int, list[tuple[str, int]]] = defaultdict(list)
             for edge in graph["edges"]:
-                self._children[edge["parent"]].append((edge["name"], edge["child"]))
-                self._parents[edge["child"]].append((edge["name"], edge["parent"]))
+                name = str(edge["name"])
+                self._children[edge["parent"]].append((name, edge["child"]))
+                self._parents[edge["child"]].append((name, edge["parent"]))
             self._backups = {job["id"] for job in jobs if job["type"] == "backup"}
-            self._exported = {export["node-name"]: export.get("id", "") for export in exports}
-        except (KeyError, TypeError, ValueError) as exc:
-            raise MonitorError(f"QEMU describes its block nodes in an unknown format: {exc!r}") from exc
+            self._exported = {export["node-name"]: str(export.get("id", "")) for export in exports}
+            self._check_edges()
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+            reason = repr(exc)[:_LONGEST_REASON]
+            raise MonitorError(f"QEMU describes its block nodes in an unknown format: {reason}") from exc
+
+    def _check_edges(self) -> None:
+        """Check that the graph can be followed: a QEMU process under a guest's control may describe any.
+
+        :raise KeyError: When an edge has no vertex.
+        :raise ValueError: When the graph has a cycle, or is too large to be followed.
+        """
+        above = {vertex: len(self._parents.get(vertex, ())) for vertex in self._vertices}
+        level, seen, depth = [vertex for vertex, parents in above.items() if not parents], 0, 0
+        while level:
+            seen, depth, following = seen + len(level), depth + 1, []
+            for vertex in level:
+                for _, child in self._children.get(vertex, ()):
+                    above[child] -= 1
+                    if not above[child]:
+                        following.append(child)
+            level = following
+        edges = sum(map(len, self._children.values()))
+        if seen != len(self._vertices) or set(self._children) - set(above) or depth > _MOST_LEVELS:
+            raise ValueError("the graph has a cycle or too many levels")
+        if edges > _MOST_EDGES:
+            raise ValueError(f"the graph has {edges} edges")
 
     def stored(self) -> list[Vertex]:
         """The nodes with data outside of QEMU, e.g. in a file or behind a socket."""
         return [vertex for vertex in self._vertices.values() if self._is_stored(vertex)]
 
     def volumes_over(self, stored: Vertex) -> list[tuple[Vertex, ...]]:
-        """The encrypting nodes above *stored*, bottom up; a tuple for each use of *stored*."""
-        return list(self._climb(stored.id, ()))
+        """The encrypting nodes above *stored*, bottom up; a tuple for each use of *stored*.
+
+        :raise MonitorError: When there are more uses than a graph of QEMU's has.
+        """
+        found = list(itertools.islice(self._climb(stored.id, ()), _MOST_EDGES + 1))
+        if len(found) > _MOST_EDGES:
+            raise MonitorError("QEMU describes its block nodes in a graph too large to be followed")
+        return found
 
     def exposures(self, volume: Vertex) -> list[Exposure]:
         """All further places, encrypted or not, with data of the encrypting node *volume*."""
@@ -145,11 +179,14 @@ class BlockGraph:
 
     def _images(self, vertex: int) -> Iterator[Vertex]:
         """The stored nodes with data written by a node, without the backing file."""
-        for name, child in self._children[vertex]:
-            if name in _CIPHERTEXT_EDGES:
-                if self._is_stored(self._vertices[child]):
-                    yield self._vertices[child]
-                yield from self._images(child)
+        seen, pending = {vertex}, [vertex]
+        while pending:
+            for name, child in self._children[pending.pop()]:
+                if name in _CIPHERTEXT_EDGES and child not in seen:
+                    seen.add(child)
+                    pending.append(child)
+                    if self._is_stored(self._vertices[child]):
+                        yield self._vertices[child]
 
     def _is_stored(self, vertex: Vertex) -> bool:
         return (
@@ -254,12 +291,12 @@ def place_of(filename: str) -> Place:
 def _vertex(vertex: Answer, node: Answer | None) -> Vertex:
     kind = str(vertex["type"])
     if kind != "block-driver" or node is None:
-        return Vertex(vertex["id"], vertex["name"], kind)
+        return Vertex(vertex["id"], str(vertex["name"]), kind)
     return Vertex(
         id=vertex["id"],
-        name=vertex["name"],
+        name=str(vertex["name"]),
         kind=kind,
-        driver=node["drv"],
+        driver=str(node["drv"]),
         place=place_of(node["file"]),
         cipher=cipher_of(node),
     )

@@ -39,5 +39,7 @@ def _ask(domain: libvirt.virDomain, command: str, **arguments: object) -> Any:
     if not isinstance(answer, dict):
         raise MonitorError(f"QEMU does not answer {command} with an object")
     if "return" not in answer:
-        raise MonitorError(f"{command}: {answer.get('error', {}).get('desc', 'no answer')}")
+        error = answer.get("error")
+        reason = error.get("desc", "no answer") if isinstance(error, dict) else "no answer"
+        raise MonitorError(f"{command}: {reason}")
     return answer["return"]

@@ -67,7 +67,7 @@ class HsmSimulatedKeyProvider(KeyProvider):
         rest = TokenUri(object=uri.object, id=uri.id, type=uri.type)
         if not uri.object or uri != rest or uri.type not in (None, "private", "secret-key"):
             raise InvalidValueError(
-                f"{text!r} is not the PKCS#11 URI of a key by 'object', perhaps with its 'id'",
+                f"{text[:200]!r} is not the PKCS#11 URI of a key by 'object', perhaps with its 'id'",
                 hint=f"name the token by 'uri' in [key-providers.{cls.name}]",
             )
         return uri.object, uri.id.hex() if uri.id else None

@@ -135,7 +135,7 @@ class Keyring:
             ) from exc
         if not hmac.compare_digest(content.root_key_check.encode(), root_key.check(content.id).encode()):
             raise KeyringError(
-                f"the root key does not match the platform's keyring {content.id} ({path})",
+                f"the root key does not match the platform's keyring {content.id[:80]!r} ({path})",
                 hint="restore both files from the same backup",
             )
         return cls(content.id, root_key, content.keys)

@@ -80,6 +80,8 @@ class VaultSettings(
             raise InvalidValueError(
                 f"vault name {self.name[:80]!r} must be 3 to 24 letters, digits and single hyphens"
             )
+        if not _is_url(self.url):
+            raise InvalidValueError(f"invalid URL of the vault {self.url[:80]!r}")
         if not self.hosts:
             raise InvalidValueError("a vault needs at least one host name")
         try:
@@ -134,6 +136,13 @@ class VaultSettings(
             return from_json(document, cls)
         except DocumentError as exc:
             raise VaultError(f"cannot read the vault's settings: {exc}") from exc
+
+
+def _is_url(url: str) -> bool:
+    try:
+        return urlsplit(url).port is None or bool(urlsplit(url).hostname)
+    except ValueError:
+        return False
 
 
 def _is_address(host: str) -> bool:

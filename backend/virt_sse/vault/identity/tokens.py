@@ -204,7 +204,7 @@ class TokenIssuer:
 
     def _first_time(self, client_id: str, jti: str, expires: int) -> bool:
         """Record the use of an assertion for as long as it is valid; return whether this is its first use."""
-        digest = hashlib.sha256(f"{client_id}\0{jti}".encode()).digest()
+        digest = hashlib.sha256(f"{client_id}\0{jti}".encode(errors="surrogatepass")).digest()
         with self._database.writing() as connection:
             old = int(self._clock()) - 2 * _SKEW_SECONDS
             connection.execute(assertions.delete().where(assertions.c.expires < old))
