@@ -6,6 +6,7 @@ holder's process id in the caller's PID namespace. A PID file, by contrast, can 
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import select
@@ -19,12 +20,14 @@ from pathlib import Path
 
 from virt_sse.errors import StageError, ToolError
 from virt_sse.libvirt.users import User
-from virt_sse.stages import launch
+from virt_sse.stages import launch, seccomp
 from virt_sse.system.files import PRIVATE_FILE
 from virt_sse.system.locks import holder
 
 _KILL_AFTER_SECONDS = 5.0
 _LOG_TAIL = 2000
+_MOST_THREADS = 512
+"""Of a process with a user of its own. A QEMU process has a pool of 64; nbdkit has 16 per connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +65,16 @@ class LockedProcess:
             return ""
         return " ".join(text.split())
 
-    def start(self, command: Command, user: User, *, image: int | None = None) -> None:
+    def start(
+        self, command: Command, user: User, *, image: int | None = None, is_own_user: bool = False
+    ) -> None:
         """Start the program as *user*; the process must not run yet.
 
+        The program has no network, cannot start processes, and is limited in memory. Without libseccomp, the
+        program starts without a seccomp filter.
+
         :param image: the descriptor of an image to lock as QEMU does.
+        :param is_own_user: whether no other process has the user; the number of threads is limited then.
         :raise ToolError: When the program is not installed.
         :raise StageError: When the program cannot be started.
         """
@@ -86,6 +95,8 @@ class LockedProcess:
             "listening": command.listening,
             "uid": user.uid,
             "gid": user.gid,
+            "threads": _MOST_THREADS if is_own_user else None,
+            "filter": _filter(),
             "environment": dict(command.environment or {}),
             "command": [program, *command.arguments[1:]],
         }
@@ -139,6 +150,14 @@ class LockedProcess:
                 continue
             finally:
                 os.close(handle)
+
+
+def _filter() -> str | None:
+    """The seccomp filter in base64; ``None`` without libseccomp."""
+    try:
+        return base64.b64encode(seccomp.stage_filter()).decode()
+    except ToolError:
+        return None
 
 
 def _end(handle: int, patience: float) -> None:
