@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from virt_sse.model.ciphers import AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.qemu import img, luks
-from virt_sse.stages import seccomp
+from virt_sse.stages import launch, seccomp
 from virt_sse.stages.storage_user import is_mapped, storage_user
 from virt_sse.system.files import write_at
 from virt_sse.system.tools import run
@@ -50,7 +51,7 @@ def probe(config: Config) -> list[Capability]:
     ]
     with ThreadPoolExecutor() as pool:
         found += pool.map(_cipher, ciphers.KNOWN)
-    return [*found, *_libvirt(config), seccomp_capability(), *_apparmor(config)]
+    return [*found, *_libvirt(config), seccomp_capability(), _landlock(), *_apparmor(config)]
 
 
 def _tool(name: str, tool: str, *arguments: str) -> Capability:
@@ -129,6 +130,13 @@ def seccomp_capability() -> Capability:
     except ToolError as exc:
         return Capability(name, available=False, detail=str(exc))
     return Capability(name, available=True, detail="libseccomp")
+
+
+def _landlock() -> Capability:
+    version = launch.landlock_version(ctypes.CDLL(None, use_errno=True))
+    found = version >= 1
+    detail = f"version {version}" if found else "the kernel has no Landlock, or it is disabled"
+    return Capability("Landlock for storage processes", available=found, detail=detail)
 
 
 def _apparmor(config: Config) -> list[Capability]:

@@ -52,6 +52,9 @@ class HostCacheProcess(StageProcess[HostCache]):
             self._folder.mkdir(mode=PRIVATE_FOLDER)
         os.chown(self._folder, self.place.user.uid, self.place.user.gid, follow_symlinks=False)
 
+    def writable(self) -> Sequence[Path]:
+        return [*super().writable(), self._folder]
+
     def command(self, listening: Sequence[int]) -> Command:
         (served,) = listening
         return Command(

@@ -66,14 +66,21 @@ class LockedProcess:
         return " ".join(text.split())
 
     def start(
-        self, command: Command, user: User, *, image: int | None = None, is_own_user: bool = False
+        self,
+        command: Command,
+        user: User,
+        *,
+        image: int | None = None,
+        writable: Sequence[Path] = (),
+        is_own_user: bool = False,
     ) -> None:
         """Start the program as *user*; the process must not run yet.
 
-        The program has no network, cannot start processes, and is limited in memory. Without libseccomp, the
-        program starts without a seccomp filter.
+        The program has no network, cannot start processes, and is limited in memory and in files. Without
+        libseccomp the program starts without a seccomp filter; without Landlock, with all files of the user.
 
         :param image: the descriptor of an image to lock as QEMU does.
+        :param writable: the files and folders that the program may change.
         :param is_own_user: whether no other process has the user; the number of threads is limited then.
         :raise ToolError: When the program is not installed.
         :raise StageError: When the program cannot be started.
@@ -97,6 +104,8 @@ class LockedProcess:
             "gid": user.gid,
             "threads": _MOST_THREADS if is_own_user else None,
             "filter": _filter(),
+            "readable": [program, *_libraries(program)],
+            "writable": [str(path) for path in writable],
             "environment": dict(command.environment or {}),
             "command": [program, *command.arguments[1:]],
         }
@@ -150,6 +159,12 @@ class LockedProcess:
                 continue
             finally:
                 os.close(handle)
+
+
+def _libraries(program: str) -> list[str]:
+    """The folders of a program's own libraries, e.g. /opt/qemu/lib."""
+    prefix = Path(program).resolve().parent.parent
+    return [str(prefix / name) for name in ("lib", "lib64", "share")]
 
 
 def _filter() -> str | None:

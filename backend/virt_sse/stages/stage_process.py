@@ -171,6 +171,10 @@ class StageProcess(ABC, Generic[StageT]):
         """Listening sockets for the process to inherit."""
         return [self.place.served]
 
+    def writable(self) -> Sequence[Path]:
+        """The files and folders that the process may change: Landlock denies all others."""
+        return [self.place.source.path] if isinstance(self.place.source, ImageSource) else []
+
     @abstractmethod
     def command(self, listening: Sequence[int]) -> Command:
         """The program to run.

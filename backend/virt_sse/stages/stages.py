@@ -322,6 +322,7 @@ def _launch(stage: StageProcess[Any], path: Path, dek: Dek | None, image: int | 
                 stage.command(listening),
                 stage.place.user,
                 image=image,
+                writable=stage.writable(),
                 is_own_user=stage.place.is_own_user,
             )
         try:

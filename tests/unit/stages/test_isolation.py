@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -23,7 +24,8 @@ from virt_sse.config import Config
 from virt_sse.errors import StageError
 from virt_sse.libvirt.users import User
 from virt_sse.model.layers import HostCaching
-from virt_sse.stages import Stages, seccomp
+from virt_sse.stages import Stages, launch, seccomp
+from virt_sse.stages.launch import landlock_version
 from virt_sse.stages.locked_process import Command, LockedProcess
 from virt_sse.verification.stage_evidence import StageEvidence
 from virt_sse.verification.verdict import DiskVerdict
@@ -72,9 +74,11 @@ def users(disk: StagedDisk) -> dict[str, User]:
 
 
 def has_processes(uid: int) -> bool:
-    return any(
-        path.stat().st_uid == uid for path in Path("/proc").iterdir() if path.name.isdigit() and path.exists()
-    )
+    try:
+        os.getpriority(os.PRIO_USER, uid)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def owner(disk: StagedDisk) -> int:
@@ -215,6 +219,8 @@ def test_a_record_from_before_is_managed_on(make: Make, config: Config, user: Us
     disk.stages = Stages(config)
     assert problems(disk) == []
     kill(disk, "cache")
+    os.chown(config.cache_directory, user.uid, user.uid)
+    config.cache_directory.chmod(0o700)
     disk.stages.restart(disk.disk.id, disk.deks)
     assert status(pid_of(disk, "cache"))["Uid"].split()[0] == str(user.uid)
     assert "failed" not in disk.guest_io("write -P 0x5a 0 64k", "flush")
@@ -341,10 +347,99 @@ def test_a_process_has_no_network_even_without_a_filter(
         seccomp.stage_filter.cache_clear()
 
 
+FILES = """
+import errno, os, sys
+own, folder, other, pid = sys.argv[1:4] + [int(sys.argv[4])]
+def attempt(name, action):
+    try: action()
+    except OSError as error: print(name, errno.errorcode[error.errno])
+    else: print(name, "ok")
+attempt("own", lambda: os.truncate(own, 5))
+attempt("new", lambda: os.unlink(os.fspath(open(folder + "/new", "w").name)))
+attempt("other", lambda: open(other))
+attempt("replace", lambda: os.rename(own, own + ".old"))
+attempt("passwd", lambda: open("/etc/passwd"))
+attempt("tmp", lambda: open("/tmp/new", "w"))
+attempt("memory", lambda: open(f"/proc/{pid}/mem"))
+attempt("signal", lambda: os.kill(pid, 0))
+"""
+
+
+def test_a_process_reaches_only_its_own_files_even_of_its_own_user(
+    process: LockedProcess, folder: Path, user: User
+) -> None:
+    if landlock_version(ctypes.CDLL(None)) < 6:
+        pytest.skip("the kernel's Landlock is older than version 6")
+    place, own, other = folder / "cache", folder / "cache/own", folder / "cache/other"
+    place.mkdir()
+    inner = place / "folder"
+    inner.mkdir()
+    for path in (own, other):
+        path.touch()
+    for path in (place, own, other, inner):
+        os.chown(path, user.uid, user.gid)
+    with subprocess.Popen(["sleep", "60"], user=user.uid, group=user.gid) as neighbour:
+        arguments = [str(own), str(inner), str(other), str(neighbour.pid)]
+        process.start(Command([*PYTHON, FILES, *arguments]), user, writable=[own, inner])
+        said = wait_end(process)
+        neighbour.kill()
+    denied = ("other", "replace", "passwd", "tmp", "memory")
+    assert said == " ".join(["own ok new ok", *(f"{name} EACCES" for name in denied), "signal EPERM"])
+    assert own.stat().st_size == 5
+
+
+def test_a_kernel_without_landlock_or_with_an_older_version_is_no_hindrance(folder: Path) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    class OlderKernel:
+        """The kernel, with an older version of Landlock."""
+
+        prctl = libc.prctl
+
+        def __init__(self, version: int) -> None:
+            self._version = version
+
+        def syscall(self, number: int, *arguments: object) -> int:
+            is_asked_for_version = number == 444 and arguments[0] is None
+            return self._version if is_asked_for_version else int(libc.syscall(number, *arguments))
+
+    found = landlock_version(libc)
+    assert launch._landlock(OlderKernel(-1), ["/usr"], [str(folder)]) is None  # type: ignore[arg-type]
+    for version in range(1, found + 1):
+        ruleset = launch._landlock(OlderKernel(version), ["/usr"], [str(folder)])  # type: ignore[arg-type]
+        assert ruleset is not None
+        os.close(ruleset)
+
+
+def test_a_filter_that_ends_processes_for_landlock_is_no_hindrance(
+    process: LockedProcess, folder: Path, user: User
+) -> None:
+    """As in a unit of systemd whose SystemCallFilter= lacks Landlock's calls."""
+    if not seccomp.is_available():
+        pytest.skip("libseccomp.so.2 is not installed")
+    script = (
+        "import ctypes\n"
+        "library = ctypes.CDLL('libseccomp.so.2')\n"
+        "library.seccomp_init.restype = ctypes.c_void_p\n"
+        "context = ctypes.c_void_p(library.seccomp_init(0x7fff0000))\n"
+        "number = library.seccomp_syscall_resolve_name(b'landlock_create_ruleset')\n"
+        "assert library.seccomp_rule_add(context, 0x80000000, number, 0) == 0\n"
+        "assert library.seccomp_load(context) == 0\n"
+        "from pathlib import Path\n"
+        "from virt_sse.libvirt.users import User\n"
+        "from virt_sse.stages.locked_process import Command, LockedProcess\n"
+        f"process = LockedProcess(Path({str(folder)!r}) / 'storage')\n"
+        f"process.start(Command(['sleep', '60']), User({user.uid}, {user.gid}))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert process.pid()
+
+
 def test_the_agents_unit_allows_the_isolation(process: LockedProcess, folder: Path, user: User) -> None:
     unit = resources.files("virt_sse.agent").joinpath("units/virt-sse-agent.service").read_text()
     settings = dict(line.split("=", 1) for line in unit.splitlines() if line[:1].isalpha() and "=" in line)
     assert settings["RestrictNamespaces"] == "net"
+    assert "landlock_restrict_self" in settings["SystemCallFilter"].split()
     capabilities = settings["CapabilityBoundingSet"].lower().replace("cap_", "+").replace(" ", ",")
     script = (
         "import os\n"

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,8 @@ from virt_sse.model.keys import Dek
 from virt_sse.model.layers import HostCaching
 from virt_sse.qemu import img, qcow2, qmp
 from virt_sse.stages import Stages
+from virt_sse.stages.locked_process import Command
+from virt_sse.stages.storage_daemon import StorageDaemonProcess
 
 NONE, READ_ONLY, READ_WRITE = HostCaching
 Make = Callable[..., StagedDisk]
@@ -284,21 +286,20 @@ class TestNothingIsLeftOfAStartThatFails:
         assert disk.stages.records() == []
 
 
-def test_a_daemon_that_hangs_once_is_started_again(
-    make: Make, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_daemon_that_hangs_once_is_started_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = make("raw")
-    daemon = shutil.which("qemu-storage-daemon")
-    (folder / "bin").mkdir()
-    (folder / "bin/qemu-storage-daemon").write_text(
-        f'#!/bin/sh\n[ -e {folder}/hung ] && exec {daemon} "$@"\n: >{folder}/hung; exec sleep 60\n'
-    )
-    (folder / "bin/qemu-storage-daemon").chmod(0o755)
-    folder.chmod(0o777)
-    monkeypatch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
+    command, programs = StorageDaemonProcess.command, []
+
+    def hangs_once(process: StorageDaemonProcess, listening: Sequence[int]) -> Command:
+        asked = command(process, listening)
+        arguments = asked.arguments if programs else ["sleep", "60"]
+        programs.append(arguments[0])
+        return dataclasses.replace(asked, arguments=arguments)
+
+    monkeypatch.setattr(StorageDaemonProcess, "command", hangs_once)
     monkeypatch.setattr(qmp, "_TIMEOUT", 2.0)
     disk.start()
-    assert (folder / "hung").exists()
+    assert programs == ["sleep", "qemu-storage-daemon"]
     assert len(disk.pids()) == 1
     assert "read 512/512" in disk.guest_io("read 0 512")
 
