@@ -8,7 +8,7 @@ Run as a script, with the standard library alone. The argument is a JSON object 
 - ``uid``, ``gid``: the user and group that run the program.
 - ``listening``: null, or a listening socket: the program's descriptor 3 (sd_listen_fds(3)).
 - ``threads``: null, or the maximum number of threads of the user.
-- ``filter``: null, or a seccomp filter, a BPF program in base64.
+- ``filter``: null, or a seccomp filter, a BPF program in hexadecimal.
 - ``readable``, ``writable``: paths of the files and folders that the program may read, or change, beside
   system files; see :func:`_landlock`.
 - ``environment``: environment variables to set.
@@ -17,7 +17,6 @@ Run as a script, with the standard library alone. The argument is a JSON object 
 
 from __future__ import annotations
 
-import base64
 import ctypes
 import fcntl
 import json
@@ -109,7 +108,7 @@ def main() -> None:
     if ruleset is not None and libc.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0) != 0:
         raise OSError(ctypes.get_errno(), "cannot restrict the process by Landlock")
     if asked["filter"] is not None:
-        _filter(libc, base64.b64decode(asked["filter"]))
+        _filter(libc, bytes.fromhex(asked["filter"]))
     os.execve(asked["command"][0], asked["command"], environment)  # noqa: S606 -- no shell is wanted
 
 

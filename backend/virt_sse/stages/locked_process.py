@@ -6,7 +6,6 @@ holder's process id in the caller's PID namespace. A PID file, by contrast, can 
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import select
@@ -168,9 +167,9 @@ def _libraries(program: str) -> list[str]:
 
 
 def _filter() -> str | None:
-    """The seccomp filter in base64; ``None`` without libseccomp."""
+    """The seccomp filter in hexadecimal; ``None`` without libseccomp."""
     try:
-        return base64.b64encode(seccomp.stage_filter()).decode()
+        return seccomp.stage_filter().hex()
     except ToolError:
         return None
 

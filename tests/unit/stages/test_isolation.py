@@ -184,7 +184,12 @@ def test_an_image_belongs_to_a_host_cache_while_in_use(make: Make) -> None:
     """nbdkit opens the file for each connection."""
     disk = make(double=False, caching=READ_ONLY)
     disk.start()
-    assert owner(disk) == users(disk)["cache"].uid
+    user = users(disk)["cache"]
+    assert owner(disk) == user.uid
+    os.chown(disk.disk.path, 0, 0)
+    assert "can't open" in disk.guest_io("read 0 512")
+    os.chown(disk.disk.path, user.uid, user.gid)
+    assert "read 512/512" in disk.guest_io("read 0 512")
     disk.stop()
     assert owner(disk) == 0
 
