@@ -50,6 +50,9 @@ def _one_of(kind: type[enum.Enum]) -> str:
 
 
 _LONGEST_RECONNECT = 3600
+_UIDS = re.compile(r"(\d{1,10})-(\d{1,10})", re.ASCII)
+_STORAGE_UIDS = range(2_100_000_000, 2_100_065_536)
+"""Outside of the ranges of distributions, of systemd (DynamicUser, nspawn), of subuid(5) and of SSSD."""
 _UNKNOWN = re.compile(r"object contains unknown field `(.*)`")
 _STRING = msgspec.Meta(description="a string")
 _Seconds = Annotated[
@@ -97,8 +100,8 @@ class Config:
     :ivar infrastructure_cipher: cipher of the second layer of double encryption.
     :ivar io_errors: reaction to failed reads and writes of a guest.
     :ivar reconnect_seconds: how long requests of a guest wait for the restart of a failed storage process.
-    :ivar storage_user: user name or id of storage processes; for ``None`` see
-        :func:`virt_sse.stages.storage_user.storage_user`.
+    :ivar storage_uids: user ids for storage processes, a different id for each process.
+    :ivar storage_user: user name or id of all storage processes; for ``None`` see *storage_uids*.
     :ivar operator_credential: credential for creating and deleting the sets' identities in a key vault.
     :ivar policy_tables: file of supported features by region that replaces the built-in ``cloud.toml``.
     :ivar enforce_policy: whether the cloud's rules, in part defined by the policy tables, are enforced.
@@ -114,6 +117,7 @@ class Config:
     infrastructure_cipher: Cipher = AES_256_CBC
     io_errors: IoErrors = IoErrors.PAUSE
     reconnect_seconds: int = 30
+    storage_uids: range = _STORAGE_UIDS
     storage_user: str | None = None
     subscription: str = "default"
     region: str = "default"
@@ -153,6 +157,7 @@ class Config:
             infrastructure_cipher=_cipher(path, disks.infrastructure_cipher),
             io_errors=IoErrors(disks.io_errors or "pause"),
             reconnect_seconds=disks.reconnect_seconds,
+            storage_uids=_uids(path, host.storage_uids),
             storage_user=host.storage_user,
             operator_credential=Path(
                 sets.operator_credential or root / "etc/virt-sse/identity-operator.json"
@@ -214,7 +219,7 @@ class Config:
 
     @property
     def cache_directory(self) -> Path:
-        """Folder of host caches, unnamed files; mode 0700, owned by the user of storage processes."""
+        """Folder of host caches, unnamed files; a folder per disk, private to the user of its cache."""
         return self.root / "var/cache/virt-sse"
 
     @property
@@ -258,6 +263,18 @@ def _cipher(path: Path, text: str) -> Cipher:
         raise ConfigError(f"{path}: 'infrastructure-cipher' in [disks]: {exc}", hint=exc.hint) from exc
 
 
+def _uids(path: Path, text: str) -> range:
+    """The user ids of *text*, ``FIRST-LAST``; without root and ``(uid_t) -1``."""
+    if not text:
+        return _STORAGE_UIDS
+    match = _UIDS.fullmatch(text)
+    if not match or not 0 < int(match[1]) <= int(match[2]) < 2**32 - 1:
+        raise ConfigError(
+            f"{path}: 'storage-uids' in [host] must be FIRST-LAST, from 1 to {2**32 - 2}, not {text[:80]!r}"
+        )
+    return range(int(match[1]), int(match[2]) + 1)
+
+
 class _Store(_Table, frozen=True):
     url: str = ""
 
@@ -283,6 +300,7 @@ class _Plugins(_Table, frozen=True):
 class _Host(_Table, frozen=True):
     subscription: str = ""
     region: str = ""
+    storage_uids: str = ""
     storage_user: str | None = None
 
 

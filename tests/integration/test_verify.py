@@ -26,7 +26,7 @@ import virt_sse.agent.overlay_commit_record
 import virt_sse.agent.overwrite
 from support.agent_site import wait_for_event
 from support.faults import crash_points, dies_at
-from support.stage_site import STORAGE_USER, StageSite, stage_site
+from support.stage_site import StageSite, stage_site
 from support.waiting import wait_until
 from virt_sse.agent.overlay_commit import OverlayCommit
 from virt_sse.agent.overlay_commit_record import OverlayCommitRecord
@@ -41,15 +41,11 @@ from virt_sse.qemu import formatting
 from virt_sse.qemu.formatting import Volume
 
 M = 1 << 20
-CONFIG = f"""\
-[host]
-storage-user = "{STORAGE_USER}"
-"""
 
 
 @pytest.fixture(scope="module")
 def running_site(lab_host: LabHost, acceleration: Callable[[str], Acceleration]) -> Iterator[StageSite]:
-    with stage_site(lab_host, acceleration("boot-sector"), CONFIG) as site:
+    with stage_site(lab_host, acceleration("boot-sector"), "") as site:
         yield site
 
 
@@ -277,12 +273,12 @@ def test_a_copy_that_took_the_place_of_a_disk_is_found(site: StageSite) -> None:
 @contextlib.contextmanager
 def agent(site: StageSite, policy: str) -> Iterator[LabAgent]:
     path = site.backend.host.config.root / "etc/virt-sse/config.toml"
-    path.write_text(CONFIG + f'[agent]\npoll-seconds = 0.3\nplaintext = "{policy}"\n')
+    path.write_text(f'[agent]\npoll-seconds = 0.3\nplaintext = "{policy}"\n')
     try:
         with LabAgent(site.host) as running:
             yield running
     finally:
-        path.write_text(CONFIG)
+        path.write_text("")
 
 
 def test_the_agent_reports_a_link_once_and_pauses_the_guest_while_the_link_exists(site: StageSite) -> None:

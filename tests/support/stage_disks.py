@@ -118,6 +118,7 @@ class StagedDisk:
         return [
             self.config.stage_directory / str(self.disk.id),
             self.config.socket_directory / str(self.disk.id),
+            self.config.cache_directory / str(self.disk.id),
         ]
 
     def assert_nothing_is_left(self) -> None:

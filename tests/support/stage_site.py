@@ -27,10 +27,7 @@ from virt_sse.model.keys import Dek
 from virt_sse.model.layers import EncryptionType
 from virt_sse.stages.locked_process import LockedProcess
 
-STORAGE_USER = 64901
-CONFIG = f"""\
-[host]
-storage-user = "{STORAGE_USER}"
+CONFIG = """\
 [agent]
 poll-seconds = 0.2
 """

@@ -125,7 +125,7 @@ OPTIONS = {
         "reconnect-seconds": "3600",
     },
     "plugins": {"required": "['a', 'b']"},
-    "host": {"subscription": "'s'", "region": "'r'", "storage-user": "'64055'"},
+    "host": {"subscription": "'s'", "region": "'r'", "storage-uids": "'7-9'", "storage-user": "'64055'"},
     "encryption-sets": {"limit": "0", "operator-credential": "'/c'"},
     "policy": {"tables": "'/t'", "enforce": "false"},
     "agent": {
@@ -158,6 +158,7 @@ TEXT, NUMBER, SECONDS = {"string", "empty string"}, {"integer", "zero"}, {"integ
 VALID = {
     "infrastructure-cipher": {"empty string"},
     "io-errors": {"empty string"},
+    "storage-uids": {"empty string"},
     "reconnect-seconds": {"integer"},
     "required": {"list of strings", "empty list"},
     "limit": NUMBER,
@@ -184,6 +185,7 @@ def test_every_option_is_accepted(tmp_path: Path) -> None:
         infrastructure_cipher=AES_256_XTS,
         io_errors=IoErrors.REPORT,
         reconnect_seconds=3600,
+        storage_uids=range(7, 10),
         storage_user="64055",
         subscription="s",
         region="r",
@@ -193,6 +195,24 @@ def test_every_option_is_accepted(tmp_path: Path) -> None:
         required_plugins=("a", "b"),
         agent=AgentConfig(1.0, 0.5, 1000.0, 7.0, PlaintextPolicy.PAUSE),
     )
+
+
+@pytest.mark.parametrize(
+    "uids",
+    ["7", "9-7", "0-9", f"7-{2**32 - 1}", "7-9-11", " 7-9", "-7-9", "\u0667-9", "7-" + "9" * 5000, "a-b"],
+)
+def test_an_invalid_range_of_user_ids_is_refused(tmp_path: Path, uids: str) -> None:
+    write(tmp_path, f"[host]\nstorage-uids = '{uids}'")
+    with pytest.raises(ConfigError, match=r"'storage-uids' in \[host\] must be FIRST-LAST"):
+        Config.load(tmp_path)
+
+
+def test_the_range_of_user_ids_has_a_default_apart_from_other_ranges(tmp_path: Path) -> None:
+    found = Config.load(tmp_path).storage_uids
+    nspawn, sssd = range(524_288, 1_879_048_192), range(200_000, 2_000_200_001)
+    for other in (range(65_536), nspawn, sssd, range(2_147_352_576, 2**32)):
+        assert found[-1] < other[0] or found[0] > other[-1]
+    assert len(found) == 65_536
 
 
 @pytest.mark.parametrize(("table", "option"), ALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from virt_sse.errors import ToolError, VirtSseError
 from virt_sse.host.setup import APPARMOR_ABSTRACTION, APPARMOR_LOCAL, apparmor_rule
 from virt_sse.libvirt.capabilities import HostCapabilities
 from virt_sse.libvirt.connection import connected
+from virt_sse.libvirt.users import User
 from virt_sse.model import ciphers
 from virt_sse.model.ciphers import AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.qemu import img, luks
-from virt_sse.stages.storage_user import storage_user
+from virt_sse.stages import launch, seccomp
+from virt_sse.stages.storage_user import is_mapped, storage_user
 from virt_sse.system.files import write_at
 from virt_sse.system.tools import run
 
@@ -48,7 +51,7 @@ def probe(config: Config) -> list[Capability]:
     ]
     with ThreadPoolExecutor() as pool:
         found += pool.map(_cipher, ciphers.KNOWN)
-    return found + _libvirt(config) + _apparmor(config)
+    return [*found, *_libvirt(config), seccomp_capability(), _landlock(), *_apparmor(config)]
 
 
 def _tool(name: str, tool: str, *arguments: str) -> Capability:
@@ -89,11 +92,9 @@ def _libvirt(config: Config) -> list[Capability]:
         with connected(config.libvirt_uri) as connection:
             version = connection.getLibVersion()
             qemu = HostCapabilities.of(connection).qemu_user
-        storage = storage_user(config.storage_user, qemu)
     except VirtSseError as exc:
         return [Capability("libvirt", available=False, detail=str(exc))]
     said = f"{version // 1_000_000}.{version // 1000 % 1000}.{version % 1000}"
-    own = storage.uid != qemu.uid
     return [
         Capability("libvirt", available=True, detail=said),
         Capability(
@@ -101,14 +102,41 @@ def _libvirt(config: Config) -> list[Capability]:
             available=version >= _RECONNECTING_LIBVIRT,
             detail=said if version >= _RECONNECTING_LIBVIRT else f"needs libvirt 9.5, this is {said}",
         ),
-        Capability(
-            "storage processes under their own user",
-            available=own,
-            detail=f"uid {storage.uid}"
-            if own
-            else f"uid {qemu.uid}, the same as QEMU; 'virt-sse host init' creates a user",
-        ),
+        users_capability(config, qemu),
     ]
+
+
+def users_capability(config: Config, qemu: User) -> Capability:
+    """Whether each storage process has a user of its own."""
+    name = "a user per storage process"
+    if config.storage_user is None:
+        uids = config.storage_uids
+        text = f"uids {uids[0]}-{uids[-1]}"
+        available = is_mapped(uids)
+        return Capability(name, available, text if available else f"the user namespace has no {text}")
+    try:
+        user = storage_user(config.storage_user)
+    except VirtSseError as exc:
+        return Capability(name, available=False, detail=str(exc))
+    also = ", the same as QEMU" if user.uid == qemu.uid else ""
+    return Capability(name, available=False, detail=f"uid {user.uid} for all ('storage-user'){also}")
+
+
+def seccomp_capability() -> Capability:
+    """Whether storage processes run under a seccomp filter."""
+    name = "seccomp filter for storage processes"
+    try:
+        seccomp.stage_filter()
+    except ToolError as exc:
+        return Capability(name, available=False, detail=str(exc))
+    return Capability(name, available=True, detail="libseccomp")
+
+
+def _landlock() -> Capability:
+    version = launch.landlock_version(ctypes.CDLL(None, use_errno=True))
+    found = version >= 1
+    detail = f"version {version}" if found else "the kernel has no Landlock, or it is disabled"
+    return Capability("Landlock for storage processes", available=found, detail=detail)
 
 
 def _apparmor(config: Config) -> list[Capability]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import pwd
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +11,7 @@ from virt_sse.errors import ConfigError
 from virt_sse.keys.host import Host
 from virt_sse.libvirt import hook_script
 from virt_sse.model.disks import PLATFORM_KEY
-from virt_sse.stages.storage_user import DEFAULT_STORAGE_USER
 from virt_sse.system.files import shared_folder, write_shared
-from virt_sse.system.tools import run
 
 APPARMOR_ABSTRACTION = "etc/apparmor.d/abstractions/libvirt-qemu"
 """The AppArmor profile of every QEMU process started by libvirt, on Debian and Ubuntu."""
@@ -24,13 +20,12 @@ APPARMOR_LOCAL = "etc/apparmor.d/local/abstractions/libvirt-qemu"
 
 
 def initialise(host: Host) -> list[str]:
-    """Create the missing parts of a host: keyring, libvirt hook, AppArmor rule, user of storage processes.
+    """Create the missing parts of a host: keyring, libvirt hook, AppArmor rule.
 
     :return: the created parts, in words.
     :raise KeyringError: When part of the keyring is missing, or disks are under a missing keyring: a keyring
         is never created again.
     :raise ConfigError: When a file cannot be written.
-    :raise ToolError: When the user of storage processes cannot be created.
     """
     made = []
     config, store = host.config, host.store
@@ -47,8 +42,6 @@ def initialise(host: Host) -> list[str]:
     with _naming(local):
         if (config.root / APPARMOR_ABSTRACTION).exists() and _allow(local, config.socket_directory):
             made.append(f"AppArmor rule in {local}")
-    if config.root == Path("/") and config.storage_user is None and _make_user():
-        made.append(f"user {DEFAULT_STORAGE_USER}")
     return made
 
 
@@ -79,18 +72,4 @@ def _allow(local: Path, sockets: Path) -> bool:
     shared_folder(local.parent)
     end = "\n" if before and not before.endswith("\n") else ""
     write_shared(local, f"{before}{end}{rule}\n".encode())
-    return True
-
-
-def _make_user() -> bool:
-    """Create the user of storage processes; whether the user was missing."""
-    with contextlib.suppress(KeyError):
-        pwd.getpwnam(DEFAULT_STORAGE_USER)
-        return False
-    if os.geteuid() != 0:
-        return False
-    run(
-        ["useradd", "--system", "--user-group", "--no-create-home", "--home-dir", "/nonexistent"]
-        + ["--shell", "/usr/sbin/nologin", DEFAULT_STORAGE_USER]
-    )
     return True

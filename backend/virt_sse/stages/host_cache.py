@@ -5,13 +5,16 @@ The cache is an unnamed file, and ends with the process (nbdkit-cache-filter(1))
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
+from virt_sse.libvirt.users import ROOT
 from virt_sse.model.layers import HostCache, HostCaching
 from virt_sse.stages.locked_process import Command
 from virt_sse.stages.stage_process import ExpectedEvidence, ExportSource, RecordField, StageProcess
-from virt_sse.system.files import private_folder
+from virt_sse.system.files import PRIVATE_FOLDER, shared_folder
 
 _IMAGE_BLOCK = "cache-min-block-size=4096"
 """Block size above an image; nbdkit's default is 65536. A write of part of a block reads the rest first.
@@ -20,6 +23,7 @@ With 4096, random writes of 4 KiB are twice as fast. The price: 64 MiB of memory
 and sequential writes at 0.6 of the speed without a cache. Above an export, each block written through takes a
 round trip: sequential writes would fall to 15 MiB/s.
 """
+_PASS_THROUGH = 0o711
 _MODES = {HostCaching.READ_ONLY: "cache=writethrough", HostCaching.READ_WRITE: "cache=writeback"}
 
 
@@ -48,15 +52,22 @@ class HostCacheProcess(StageProcess[HostCache]):
         return self.stage.caching is HostCaching.READ_ONLY
 
     def prepare(self) -> None:
-        folder = private_folder(self.place.cache_directory)
-        os.chown(folder, self.place.user.uid, self.place.user.gid)
+        parent = shared_folder(self.place.cache_directory)
+        os.chown(parent, ROOT.uid, ROOT.gid)  # earlier versions gave the folder to their single user
+        parent.chmod(_PASS_THROUGH)
+        with contextlib.suppress(FileExistsError):
+            self._folder.mkdir(mode=PRIVATE_FOLDER)
+        os.chown(self._folder, self.place.user.uid, self.place.user.gid, follow_symlinks=False)
+
+    def writable(self) -> Sequence[Path]:
+        return [*super().writable(), self._folder]
 
     def command(self, listening: Sequence[int]) -> Command:
         (served,) = listening
         return Command(
             ["nbdkit", "--foreground", "--filter=cache", *self._source(), self._mode, "cache-on-read=true"],
             listening=served,
-            environment={"TMPDIR": str(self.place.cache_directory)},
+            environment={"TMPDIR": str(self._folder)},
         )
 
     def evidence(self) -> ExpectedEvidence:
@@ -64,10 +75,14 @@ class HostCacheProcess(StageProcess[HostCache]):
         if isinstance(self.place.source, ExportSource):
             problem = f"the host cache is not on the socket {self.place.source.socket}"
             arguments[f"socket={self.place.source.socket}"] = problem
-        folder = self.place.cache_directory
+        folder = self.place.cache_directory  # earlier versions had no folder per disk
         return ExpectedEvidence(
             data=f"the host cache, in {folder}", arguments=arguments, unnamed_files=folder
         )
+
+    @property
+    def _folder(self) -> Path:
+        return self.place.cache_directory / str(self.place.disk_id)
 
     @property
     def _mode(self) -> str:

@@ -19,12 +19,14 @@ from pathlib import Path
 
 from virt_sse.errors import StageError, ToolError
 from virt_sse.libvirt.users import User
-from virt_sse.stages import launch
+from virt_sse.stages import launch, seccomp
 from virt_sse.system.files import PRIVATE_FILE
 from virt_sse.system.locks import holder
 
 _KILL_AFTER_SECONDS = 5.0
 _LOG_TAIL = 2000
+_MOST_THREADS = 512
+"""Of a process with a user of its own. A QEMU process has a pool of 64; nbdkit has 16 per connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +64,23 @@ class LockedProcess:
             return ""
         return " ".join(text.split())
 
-    def start(self, command: Command, user: User, *, image: int | None = None) -> None:
+    def start(
+        self,
+        command: Command,
+        user: User,
+        *,
+        image: int | None = None,
+        writable: Sequence[Path] = (),
+        is_own_user: bool = False,
+    ) -> None:
         """Start the program as *user*; the process must not run yet.
 
+        The program has no network, cannot start processes, and is limited in memory and in files. Without
+        libseccomp the program starts without a seccomp filter; without Landlock, with all files of the user.
+
         :param image: the descriptor of an image to lock as QEMU does.
+        :param writable: the files and folders that the program may change.
+        :param is_own_user: whether no other process has the user; the number of threads is limited then.
         :raise ToolError: When the program is not installed.
         :raise StageError: When the program cannot be started.
         """
@@ -86,6 +101,10 @@ class LockedProcess:
             "listening": command.listening,
             "uid": user.uid,
             "gid": user.gid,
+            "threads": _MOST_THREADS if is_own_user else None,
+            "filter": _filter(),
+            "readable": [program, *_libraries(program)],
+            "writable": [str(path) for path in writable],
             "environment": dict(command.environment or {}),
             "command": [program, *command.arguments[1:]],
         }
@@ -139,6 +158,20 @@ class LockedProcess:
                 continue
             finally:
                 os.close(handle)
+
+
+def _libraries(program: str) -> list[str]:
+    """The folders of a program's own libraries, e.g. /opt/qemu/lib."""
+    prefix = Path(program).resolve().parent.parent
+    return [str(prefix / name) for name in ("lib", "lib64", "share")]
+
+
+def _filter() -> str | None:
+    """The seccomp filter in hexadecimal; ``None`` without libseccomp."""
+    try:
+        return seccomp.stage_filter().hex()
+    except ToolError:
+        return None
 
 
 def _end(handle: int, patience: float) -> None:

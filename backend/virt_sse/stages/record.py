@@ -5,8 +5,10 @@ Written as ``stages.json``; records of running domains outlive upgrades, so fiel
 
 from __future__ import annotations
 
+import functools
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Self, cast
 from uuid import UUID
@@ -37,6 +39,7 @@ class _CommonFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     qemu: tuple[_UserId, _UserId]
     storage: tuple[_UserId, _UserId]
     guest_slot: str
+    users: dict[str, tuple[_UserId, _UserId]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,9 @@ class StageRecord:
 
     :ivar owner: owner of the image before the stages were started.
     :ivar qemu: user of the domain's QEMU.
-    :ivar storage: user of the stage processes.
+    :ivar storage: user of the process next to the storage.
+    :ivar users: user of each process by the name of its kind; empty in the records of earlier
+        versions: all processes run as *storage* then.
     :ivar guest_slot: slot of the DEK for the guest's QEMU.
     :ivar stages: the stages below the guest's QEMU, guest first.
     """
@@ -60,6 +65,16 @@ class StageRecord:
     storage: User
     guest_slot: str
     stages: tuple[Stage, ...]
+    users: Mapping[str, User] = field(default_factory=dict)
+
+    def user(self, name: str) -> User:
+        """The user of the process of the kind *name*."""
+        return self.users.get(name, self.storage)
+
+    @property
+    def user_ids(self) -> set[int]:
+        """The user ids of all stage processes."""
+        return {self.storage.uid, *(user.uid for user in self.users.values())}
 
     @classmethod
     def read(cls, folder: Path, kinds: StageKinds = STAGE_KINDS) -> Self | None:
@@ -91,6 +106,7 @@ class StageRecord:
             storage=User(*found.storage),
             guest_slot=found.guest_slot,
             stages=tuple(stage for stage in stages if stage is not None),
+            users={name: User(*user) for name, user in found.users.items()},
         )
 
     def write(self, folder: Path, kinds: StageKinds = STAGE_KINDS) -> None:
@@ -110,6 +126,7 @@ class StageRecord:
             "qemu": [self.qemu.uid, self.qemu.gid],
             "storage": [self.storage.uid, self.storage.gid],
             "guest-slot": self.guest_slot,
+            "users": {name: [user.uid, user.gid] for name, user in self.users.items()},
         }
         for kind in kinds:
             stage = next((each for each in self.stages if isinstance(each, kind.stage_type)), None)
@@ -117,6 +134,7 @@ class StageRecord:
         write_private(folder / RECORD_NAME, json.dumps(fields).encode())
 
 
+@functools.cache
 def _document_type(kinds: StageKinds) -> type[_CommonFields]:
     fields = [(each.name, each.type, each.default) for each in (kind.record_field for kind in kinds)]
     made = msgspec.defstruct(

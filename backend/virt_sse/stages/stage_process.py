@@ -54,8 +54,9 @@ class StagePlace:
     :ivar source: where the process reads and writes the disk's data.
     :ivar served: the socket at which the process serves the disk by NBD, under the disk's id as export name.
     :ivar user: the user that runs the process.
+    :ivar is_own_user: whether no other process has this user.
     :ivar folder: private folder, root's, for locks, logs and monitor sockets of the disk's stage processes.
-    :ivar cache_directory: the host's folder for host caches.
+    :ivar cache_directory: the host's folder for host caches, with a folder per disk.
     """
 
     disk_id: UUID
@@ -63,6 +64,7 @@ class StagePlace:
     source: ImageSource | ExportSource
     served: ListeningSocket
     user: User
+    is_own_user: bool
     folder: Path
     cache_directory: Path
 
@@ -117,8 +119,9 @@ class StageProcess(ABC, Generic[StageT]):
     :cvar stage_type: the kind's part of a layer's plan.
     :cvar record_field: the kind's field of the disk's stage record.
     :cvar inner_socket: name of the socket if another stage process is between the process and the guest.
-    :cvar is_qemu: whether QEMU's block layer opens the image: QEMU locks an image and grows a qcow2 file
-        by itself; for any other program the host does both.
+    :cvar is_qemu: whether QEMU's block layer opens the image: QEMU opens the image once, locks the image and
+        grows a qcow2 file by itself. For any other program the host locks and grows the image, and the
+        program's user owns the image as long as the program runs: nbdkit opens the image per connection.
     :cvar growth_hint: how to grow a disk if the process cannot grow (:meth:`growable`).
     """
 
@@ -167,6 +170,10 @@ class StageProcess(ABC, Generic[StageT]):
     def sockets(self) -> Sequence[ListeningSocket]:
         """Listening sockets for the process to inherit."""
         return [self.place.served]
+
+    def writable(self) -> Sequence[Path]:
+        """The files and folders that the process may change: Landlock denies all others."""
+        return [self.place.source.path] if isinstance(self.place.source, ImageSource) else []
 
     @abstractmethod
     def command(self, listening: Sequence[int]) -> Command:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from virt_sse.config import Config
 from virt_sse.errors import DiskInUseError, StageError, VirtSseError
-from virt_sse.libvirt.users import User
+from virt_sse.libvirt.users import ROOT, User
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk
 from virt_sse.model.keys import Dek
-from virt_sse.model.layers import LayerPlan
+from virt_sse.model.layers import LayerPlan, Stage
 from virt_sse.qemu import img, qcow2
 from virt_sse.qemu.formatting import header_length
 from virt_sse.qemu.qmp import MonitorSilentError
@@ -26,11 +27,17 @@ from virt_sse.stages.locked_process import LockedProcess
 from virt_sse.stages.record import StageRecord
 from virt_sse.stages.sockets import ListeningSocket
 from virt_sse.stages.stage_process import ExportSource, ImageSource, StagePlace, StageProcess
-from virt_sse.stages.storage_user import storage_user
+from virt_sse.stages.storage_user import own_users, storage_user
 from virt_sse.system.locks import DiskLocks
 
 _log = logging.getLogger(__name__)
 
+_USERS = UUID(int=0)
+"""Stands for the user ids of the host's stage processes, among the locks of disks."""
+_DENIED_HINT = (
+    "each storage process has a user id of its own: all users must be able to pass the image's folders "
+    "(chmod o+x); or set 'storage-user' in [host]"
+)
 LOST_WRITES = "unflushed writes are lost: the domain must be stopped and started"
 
 
@@ -84,17 +91,20 @@ class Stages:
         source: ImageSource | ExportSource = ImageSource(record.image)
         for position, stage in reversed(list(enumerate(record.stages))):
             kind = kind_of(stage, self.kinds)
+            user = record.user(kind.name)
             if position == 0:
                 served = ListeningSocket(self.guest_socket(record.disk_id), record.qemu)
             else:
                 path = sockets.inner_socket(self._sockets(record.disk_id), kind.inner_socket)
-                served = ListeningSocket(path, record.storage)
+                client = kind_of(record.stages[position - 1], self.kinds)
+                served = ListeningSocket(path, record.user(client.name))
             place = StagePlace(
                 disk_id=record.disk_id,
                 format=record.format,
                 source=source,
                 served=served,
-                user=record.storage,
+                user=user,
+                is_own_user=self._config.storage_user is None and user.uid in self._config.storage_uids,
                 folder=self._folder(record.disk_id),
                 cache_directory=self._config.cache_directory,
             )
@@ -147,23 +157,27 @@ class Stages:
             self._stop(disk.id, before)
             with img.opened(disk.path) as image:
                 status = os.fstat(image)
-            record = StageRecord(
-                disk_id=disk.id,
-                domain_id=domain_id,
-                domain=domain,
-                image=disk.path,
-                format=disk.format,
-                owner=User(status.st_uid, status.st_gid),
-                qemu=qemu,
-                storage=storage_user(self._config.storage_user, qemu),
-                guest_slot=guest.slot,
-                stages=below,
-            )
+            is_left_over = status.st_uid in self._config.storage_uids  # by a host that lost power
             try:
-                record.write(self._folder(disk.id), self.kinds)
+                with self._locks.hold(_USERS, wait=True):
+                    users = self._choose_users(disk.id, below, qemu)
+                    record = StageRecord(
+                        disk_id=disk.id,
+                        domain_id=domain_id,
+                        domain=domain,
+                        image=disk.path,
+                        format=disk.format,
+                        owner=ROOT if is_left_over else User(status.st_uid, status.st_gid),
+                        qemu=qemu,
+                        storage=users[kind_of(below[-1], self.kinds).name],
+                        guest_slot=guest.slot,
+                        stages=below,
+                        users=users,
+                    )
+                    record.write(self._folder(disk.id), self.kinds)
                 self._start(record, deks, size=disk.size)
             except BaseException as exc:
-                self._stop(disk.id, record)
+                self._stop(disk.id, self.record(disk.id))
                 if isinstance(exc, OSError):
                     raise StageError(f"cannot serve disk {disk.name!r}: {exc}") from exc
                 raise
@@ -241,26 +255,44 @@ class Stages:
                     )
                 volume.grow(room, disk.id)
 
+    def _choose_users(self, disk_id: UUID, stages: Sequence[Stage], qemu: User) -> dict[str, User]:
+        """A user for each process, by the name of its kind; to be recorded under the same lock.
+
+        :raise VirtSseError: By meaning, when there is none.
+        """
+        names = [kind_of(stage, self.kinds).name for stage in stages]
+        if self._config.storage_user is not None:
+            return dict.fromkeys(names, storage_user(self._config.storage_user))
+        taken = {qemu.uid}.union(*(record.user_ids for record in self.records()))
+        return own_users(self._config.storage_uids, disk_id, names, taken)
+
     def _start(self, record: StageRecord, deks: Mapping[str, Dek], *, size: int) -> None:
         img.refuse_if_open(record.image)  # QEMU's driver for raw LUKS would not
         sockets.make_folders(self._sockets(record.disk_id), record.qemu, record.storage)
         processes = self.processes(record)
         with img.opened(record.image, os.O_RDWR) as image:
             img.luks_area(image, record.format)  # never give away a file without our LUKS header
-            os.fchown(image, record.storage.uid, record.storage.gid)
             if not processes[-1].is_qemu and record.format is DiskFormat.QCOW2:
                 _extend(image, size)
-            for each in reversed(processes):
-                needs_lock = each is processes[-1] and not each.is_qemu
-                dek = None if each.slot is None else deks[each.slot]
-                _launch(each, record.image, dek, image if needs_lock else None)
+            os.fchown(image, record.storage.uid, record.storage.gid)
+            try:
+                for each in reversed(processes):
+                    needs_lock = each is processes[-1] and not each.is_qemu
+                    dek = None if each.slot is None else deks[each.slot]
+                    _launch(each, record.image, dek, image if needs_lock else None)
+                    if each.is_qemu:  # the process keeps the image open
+                        _give_back(image, record)
+            except BaseException:
+                _give_back(image, record)
+                raise
 
     def _stop(self, disk_id: UUID, record: StageRecord | None) -> None:
         self._end_processes(disk_id)
         if record:
             with contextlib.suppress(VirtSseError), img.opened(record.image) as image:
-                if os.fstat(image).st_uid == record.storage.uid:
-                    os.fchown(image, record.owner.uid, record.owner.gid)
+                _give_back(image, record)
+        # The cache's user may have put links there: rmtree follows none.
+        shutil.rmtree(self._config.cache_directory / str(disk_id), ignore_errors=True)
         _remove_tree(self._sockets(disk_id))
         _remove_tree(self._folder(disk_id))
 
@@ -286,7 +318,13 @@ def _launch(stage: StageProcess[Any], path: Path, dek: Dek | None, image: int | 
     for is_last in (False, True):
         with contextlib.ExitStack() as open_sockets:
             listening = [open_sockets.enter_context(sockets.listening(each)) for each in stage.sockets()]
-            stage.process.start(stage.command(listening), stage.place.user, image=image)
+            stage.process.start(
+                stage.command(listening),
+                stage.place.user,
+                image=image,
+                writable=stage.writable(),
+                is_own_user=stage.place.is_own_user,
+            )
         try:
             stage.await_serving(dek)
             return
@@ -297,7 +335,14 @@ def _launch(stage: StageProcess[Any], path: Path, dek: Dek | None, image: int | 
                 stage.process.stop()
                 continue
             detail = f" ({log})" if log else " (the process has ended)" if has_ended else ""
-            raise StageError(f"the {stage.title} cannot serve {path}: {exc}{detail}") from exc
+            text = f"the {stage.title} cannot serve {path}: {exc}{detail}"
+            raise StageError(text, hint=_DENIED_HINT if "Permission denied" in text else None) from exc
+
+
+def _give_back(image: int, record: StageRecord) -> None:
+    """Return the image's ownership, if a stage process has it."""
+    if os.fstat(image).st_uid == record.storage.uid:
+        os.fchown(image, record.owner.uid, record.owner.gid)
 
 
 def _room(disk: Disk, size: int) -> int:

@@ -67,10 +67,10 @@ def has_open(pid: int, path: Path) -> bool:
 
 
 def listens_at(pid: int, path: Path) -> bool:
-    """Whether a process holds the listening socket at *path*."""
+    """Whether a process holds the listening socket at *path*, made in our network namespace."""
     inodes = set()
     with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in (_PROC / str(pid) / "net/unix").read_text("utf-8", errors="replace").splitlines()[1:]:
+        for line in (_PROC / "self/net/unix").read_text("utf-8", errors="replace").splitlines()[1:]:
             fields = line.split(maxsplit=7)
             if len(fields) == 8 and int(fields[3], 16) & _LISTENS and fields[7] == str(path):
                 inodes.add(f"socket:[{fields[6]}]")

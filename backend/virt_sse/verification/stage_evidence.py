@@ -21,6 +21,7 @@ from virt_sse.qemu.storage_daemon import FILE_NODE, VOLUME_NODE, StorageDaemon
 from virt_sse.stages import Stages
 from virt_sse.stages.stage_process import ExportSource, ImageSource, StageProcess
 from virt_sse.verification.graph import cipher_of, place_of
+from virt_sse.verification.isolation import check_isolation
 from virt_sse.verification.processes import OpenFile, command_line, has_open, listens_at, open_files
 from virt_sse.verification.sector_sample import sample_sectors
 from virt_sse.verification.verdict import DataPlace, DiskVerdict, Layer
@@ -50,6 +51,8 @@ class StageEvidence:
             if verdict.expect(pid is not None, f"the {process.title} does not run"):
                 verdict.expect(bool(pid), f"the {process.title} cannot be seen from here")
                 _check_process(verdict, disk, process, pid or None)
+                if pid and record.users:  # else started by an earlier version
+                    check_isolation(verdict, process, pid)
 
     def check_ended(self, verdict: DiskVerdict, disk: Disk, vm_id: UUID) -> bool:
         """Check a stopped domain's disk; whether stage processes may still use the image."""
@@ -135,7 +138,7 @@ def _check_files(
     verdict: DiskVerdict, disk: Disk, process: StageProcess[Any], folder: Path, pid: int
 ) -> None:
     title = process.title
-    found = [file for file in open_files(pid) if Path(file.name).parent == folder]
+    found = [file for file in open_files(pid) if Path(file.name).is_relative_to(folder)]
     verdict.expect(bool(found), f"the {title} has no file in {folder}")
     for file in found:
         verdict.expect(file.is_unnamed, f"the {title}'s file {file.name} has a name")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import stat
@@ -16,11 +17,13 @@ from virt_sse.backend import Backend
 from virt_sse.cli.reference import command_line, write_man_pages
 from virt_sse.config import Config
 from virt_sse.host import capabilities
+from virt_sse.host.capabilities import Capability
 from virt_sse.host.setup import APPARMOR_ABSTRACTION, APPARMOR_LOCAL, apparmor_rule, initialise
 from virt_sse.libvirt.capabilities import HostCapabilities
 from virt_sse.libvirt.users import User
 from virt_sse.model.ciphers import KNOWN
 from virt_sse.model.disks import NewDisk
+from virt_sse.stages import seccomp
 from virt_sse.stages.storage_user import storage_user
 from virt_sse.system.files import shared_folder
 
@@ -62,14 +65,41 @@ def test_no_cipher_is_available_without_qemus_tools(monkeypatch: pytest.MonkeyPa
     """The tool itself is not there: that says nothing of ciphers, and none is claimed."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("LIBVIRT_DEFAULT_URI", no_libvirt(tmp_path))
-    assert not any(each.available for each in capabilities.probe(Config.load(tmp_path)))
+    found = capabilities.probe(Config.load(tmp_path))
+    kernels = ("seccomp filter for storage processes", "Landlock for storage processes")
+    assert [each.name for each in found if each.available and each.name not in kernels] == []
 
 
 def test_the_users_of_qemu_and_of_storage_daemons_are_found() -> None:
     qemu = HostCapabilities.parse(CAPABILITIES).qemu_user
     assert qemu == User(64055, 108)
-    assert storage_user("1234", qemu) == User(1234, 1234)
-    assert storage_user("nobody", qemu).uid == 65534
+    assert storage_user("1234") == User(1234, 1234)
+    assert storage_user("nobody").uid == 65534
+
+
+def test_whether_each_storage_process_has_a_user_is_told() -> None:
+    def found(config: Config) -> Capability:
+        return capabilities.users_capability(config, User(64055, 108))
+
+    config = Config.load(Path("/nonexistent"))
+    assert found(config) == Capability(
+        "a user per storage process", available=True, detail="uids 2100000000-2100065535"
+    )
+    shared = found(dataclasses.replace(config, storage_user="64055"))
+    assert not shared.available
+    assert shared.detail == "uid 64055 for all ('storage-user'), the same as QEMU"
+    assert not found(dataclasses.replace(config, storage_user="no-such-user")).available
+
+
+def test_a_missing_libseccomp_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seccomp, "_LIBRARY", "no-such-library.so")
+    seccomp.stage_filter.cache_clear()
+    try:
+        found = capabilities.seccomp_capability()
+    finally:
+        seccomp.stage_filter.cache_clear()
+    assert not found.available
+    assert found.detail == "no-such-library.so is not installed"
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o002, 0o022, 0o077])

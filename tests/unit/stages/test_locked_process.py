@@ -97,7 +97,11 @@ def test_a_running_process_is_not_started_again(process: LockedProcess, user: Us
 
 
 def test_a_process_that_ignores_its_end_is_killed(process: LockedProcess, user: User) -> None:
-    process.start(say("trap '' TERM; echo ready; while :; do sleep 0.05; done"), user)
+    stubborn = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    process.start(Command([os.path.realpath(sys.executable), "-I", "-S", "-c", stubborn]), user)
     wait_until(lambda: process.log == "ready", "the program is ready")
     began = time.monotonic()
     process.stop(patience=0.2)

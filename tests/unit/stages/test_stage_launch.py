@@ -92,7 +92,7 @@ def test_a_listening_socket_is_its_descriptor_3(process: LockedProcess, folder: 
         listener.listen()
         process.start(
             Command(
-                ["sh", "-c", "echo $LISTEN_FDS $(($LISTEN_PID - $$)); readlink /proc/$$/fd/3"],
+                ["sh", "-c", "echo $LISTEN_FDS $(($LISTEN_PID - $$)); exec readlink /proc/$$/fd/3"],
                 listening=listener.fileno(),
             ),
             user,

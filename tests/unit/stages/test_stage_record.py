@@ -27,6 +27,7 @@ RECORD = StageRecord(
     storage=User(990, 990),
     guest_slot="service",
     stages=(HostCache(HostCaching.READ_ONLY), StorageNode("infrastructure")),
+    users={"cache": User(991, 990), "storage": User(990, 990)},
 )
 WRITTEN = {
     "disk": "00000000-0000-0000-0000-000000000001",
@@ -40,8 +41,9 @@ WRITTEN = {
     "caching": "ReadOnly",
     "guest-slot": "service",
     "storage-slot": "infrastructure",
+    "users": {"cache": [991, 990], "storage": [990, 990]},
 }
-"""The record as version 0.1 has written it; running domains have such records across an upgrade."""
+"""The record as written; running domains have such records across an upgrade."""
 
 JSON_VALUES = (
     *(None, True, 1, -1, 1.5, "text", {}, {"a": 1}),
@@ -53,6 +55,7 @@ VALID = {
     ("guest-slot", "text"),
     ("storage-slot", "text"),
     ("storage-slot", None),
+    ("users", "{}"),
 }
 
 
@@ -76,6 +79,16 @@ def test_a_record_is_read_as_written(tmp_path: Path, slot: str | None, caching: 
     assert StageRecord.read(folder) == record
 
 
+def test_a_record_from_before_each_process_had_a_user_is_read(tmp_path: Path) -> None:
+    before = {name: value for name, value in WRITTEN.items() if name != "users"}
+    (tmp_path / "stages.json").write_text(json.dumps(before))
+    record = StageRecord.read(tmp_path)
+    assert record == dataclasses.replace(RECORD, users={})
+    assert record
+    assert record.user("cache") == record.user("storage") == User(990, 990)
+    assert record.user_ids == {990}
+
+
 def test_an_invalid_record_is_refused(tmp_path: Path) -> None:
     assert StageRecord.read(tmp_path) is None
     RECORD.write(tmp_path)
@@ -92,7 +105,7 @@ def test_an_invalid_record_is_refused(tmp_path: Path) -> None:
         json.dumps(written | {"unknown": 1}).encode(),
         *(
             json.dumps({key: value for key, value in written.items() if key != name}).encode()
-            for name in written
+            for name in written.keys() - {"users"}
         ),
     ):
         path.write_bytes(content)
@@ -117,7 +130,7 @@ def test_a_mistyped_field_is_named_and_stops_its_own_disk_only(
     folder.mkdir()
     (folder / "stages.json").write_text(json.dumps(WRITTEN | {name: value}))
     damaged: list[StageError] = []
-    if isinstance(value, str | None) and (name, value) in VALID:
+    if (name, value if isinstance(value, str | None) else json.dumps(value)) in VALID:
         assert len(stages.records(damaged.append)) == 2
         assert damaged == []
         return

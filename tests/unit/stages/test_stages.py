@@ -8,7 +8,7 @@ import subprocess
 import sys
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,8 @@ from virt_sse.model.keys import Dek
 from virt_sse.model.layers import HostCaching
 from virt_sse.qemu import img, qcow2, qmp
 from virt_sse.stages import Stages
+from virt_sse.stages.locked_process import Command
+from virt_sse.stages.storage_daemon import StorageDaemonProcess
 
 NONE, READ_ONLY, READ_WRITE = HostCaching
 Make = Callable[..., StagedDisk]
@@ -41,9 +43,9 @@ MODULES = [
 
 
 @pytest.fixture
-def config(folder: Path, user: User) -> Config:
+def config(folder: Path, as_root: None) -> Config:
     images.require("qemu-storage-daemon", "qemu-io", "qemu-img", "cryptsetup", "nbdkit")
-    return dataclasses.replace(Config.load(folder), storage_user=str(user.uid))
+    return Config.load(folder)
 
 
 @pytest.fixture
@@ -91,14 +93,19 @@ def test_data_written_by_a_guest_is_in_the_image(
         img.check(disk.disk.path, disk.disk.format, list(disk.deks.values()))
 
 
-def test_files_and_processes_have_least_rights(make: Make, user: User) -> None:
+def test_files_and_processes_have_least_rights(make: Make) -> None:
     disk = make("raw", caching=READ_ONLY)
     disk.start()
-    storage = User(user.uid, user.uid)  # as the configuration has it, by one number
-    for pid in disk.pids():
-        assert status(pid)["Uid"].split()[0] == str(user.uid)
+    (record,) = disk.stages.records()
+    cache, storage = record.user("cache"), record.user("storage")
+    for name, user in (("cache", cache), ("storage", storage)):
+        pid = disk.process(name).pid()
+        assert pid
+        assert status(pid)["Uid"].split() == [str(user.uid)] * 4
+        assert status(pid)["Gid"].split() == [str(storage.gid)] * 4
+    assert len({cache.uid, storage.uid, QEMU.uid, 0}) == 4
     owner = disk.disk.path.stat()
-    assert (owner.st_uid, images.mode(disk.disk.path)) == (user.uid, 0o600)
+    assert (owner.st_uid, owner.st_gid, images.mode(disk.disk.path)) == (0, 0, 0o600)
     sockets = disk.config.socket_directory / str(disk.disk.id)
     found = {
         path.name: (images.mode(path), path.stat().st_uid, path.stat().st_gid) for path in sockets.iterdir()
@@ -110,11 +117,11 @@ def test_files_and_processes_have_least_rights(make: Make, user: User) -> None:
     outsider = User(64999, 64999)
     reached = {
         (who.uid, path)
-        for who in (QEMU, storage, outsider)
+        for who in (QEMU, cache, storage, outsider)
         for path in (guest, inner, monitor)
         if can_connect(who, path)
     }
-    assert reached == {(QEMU.uid, guest), (storage.uid, inner)}
+    assert reached == {(QEMU.uid, guest), (cache.uid, inner)}
 
 
 def can_connect(user: User, path: Path) -> bool:
@@ -137,12 +144,15 @@ def test_a_cache_holds_ciphertext_in_a_file_without_a_name(
     disk.start()
     said = disk.guest_io("write -P 0x5a 0 1M", "flush", "read -P 0x5a 0 1M")
     assert said.count("1 MiB") >= 2, said
-    cached = files_without_a_name(disk, disk.config.cache_directory)
+    folder = disk.config.cache_directory / str(disk.disk.id)
+    cached = files_without_a_name(disk, folder)
     assert cached
     assert sum(path.stat().st_blocks * 512 for path in cached) >= M
     assert not images.contains(cached, b"\x5a" * 32)
-    assert list(disk.config.cache_directory.iterdir()) == []
-    assert images.mode(disk.config.cache_directory) == 0o700
+    assert list(folder.iterdir()) == []
+    assert images.mode(folder) == 0o700
+    assert images.mode(disk.config.cache_directory) == 0o711
+    assert disk.config.cache_directory.stat().st_uid == 0
     if double:
         # The cache is above the storage daemon: what it holds is the disk's own ciphertext.
         assert b"LUKS\xba\xbe" in b"".join(path.read_bytes() for path in cached)
@@ -276,21 +286,20 @@ class TestNothingIsLeftOfAStartThatFails:
         assert disk.stages.records() == []
 
 
-def test_a_daemon_that_hangs_once_is_started_again(
-    make: Make, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_daemon_that_hangs_once_is_started_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = make("raw")
-    daemon = shutil.which("qemu-storage-daemon")
-    (folder / "bin").mkdir()
-    (folder / "bin/qemu-storage-daemon").write_text(
-        f'#!/bin/sh\n[ -e {folder}/hung ] && exec {daemon} "$@"\n: >{folder}/hung; exec sleep 60\n'
-    )
-    (folder / "bin/qemu-storage-daemon").chmod(0o755)
-    folder.chmod(0o777)
-    monkeypatch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
+    command, programs = StorageDaemonProcess.command, []
+
+    def hangs_once(process: StorageDaemonProcess, listening: Sequence[int]) -> Command:
+        asked = command(process, listening)
+        arguments = asked.arguments if programs else ["sleep", "60"]
+        programs.append(arguments[0])
+        return dataclasses.replace(asked, arguments=arguments)
+
+    monkeypatch.setattr(StorageDaemonProcess, "command", hangs_once)
     monkeypatch.setattr(qmp, "_TIMEOUT", 2.0)
     disk.start()
-    assert (folder / "hung").exists()
+    assert programs == ["sleep", "qemu-storage-daemon"]
     assert len(disk.pids()) == 1
     assert "read 512/512" in disk.guest_io("read 0 512")
 
