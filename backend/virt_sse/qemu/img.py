@@ -298,9 +298,9 @@ def usable_size_within(path: Path, image_format: DiskFormat, deks: Sequence[Dek]
                 + [json_filename(path, image_format, len(deks))],
                 pass_fds=descriptors,
             )
+            return _image_info(answer, "", path).virtual_size
     except ToolError as exc:
         raise ImageFormatError(f"{path} does not open with its DEK: {exc}") from exc
-    return int(json.loads(answer)["virtual-size"])
 
 
 def resize(path: Path, image_format: DiskFormat, size: int, deks: Sequence[Dek], *, shrink: bool) -> None:

@@ -44,6 +44,8 @@ def copy_database(source: Path, target: Path) -> None:
         finally:
             os.close(descriptor)
         publish(temporary, target)
+    except UnicodeDecodeError as exc:  # by sqlite3, from SQLite's message with a damaged name
+        raise sqlite3.DatabaseError("the database is damaged") from exc
     finally:
         remove_database(temporary)
 
