@@ -37,6 +37,7 @@ class _CommonFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     qemu: tuple[_UserId, _UserId]
     storage: tuple[_UserId, _UserId]
     guest_slot: str
+    gated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ class StageRecord:
     :ivar storage: user of the stage processes.
     :ivar guest_slot: slot of the DEK for the guest's QEMU.
     :ivar stages: the stages below the guest's QEMU, guest first.
+    :ivar gated: whether a gate stands before the stage process next to the guest
+        (:mod:`~virt_sse.stages.gate`); processes started by earlier versions have none.
     """
 
     disk_id: UUID
@@ -60,6 +63,7 @@ class StageRecord:
     storage: User
     guest_slot: str
     stages: tuple[Stage, ...]
+    gated: bool = True
 
     @classmethod
     def read(cls, folder: Path, kinds: StageKinds = STAGE_KINDS) -> Self | None:
@@ -91,6 +95,7 @@ class StageRecord:
             storage=User(*found.storage),
             guest_slot=found.guest_slot,
             stages=tuple(stage for stage in stages if stage is not None),
+            gated=found.gated,
         )
 
     def write(self, folder: Path, kinds: StageKinds = STAGE_KINDS) -> None:
@@ -110,6 +115,7 @@ class StageRecord:
             "qemu": [self.qemu.uid, self.qemu.gid],
             "storage": [self.storage.uid, self.storage.gid],
             "guest-slot": self.guest_slot,
+            "gated": self.gated,
         }
         for kind in kinds:
             stage = next((each for each in self.stages if isinstance(each, kind.stage_type)), None)
