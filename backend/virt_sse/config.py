@@ -207,6 +207,10 @@ class Config:
         """Folder of records about the processes between QEMU and the storage; mode 0700."""
         return self.root / "run/virt-sse/stages"
 
+    def qemu_pid_file(self, domain: str) -> Path:
+        """libvirt's pid file of a domain's QEMU, which QEMU's process has locked."""
+        return self.root / f"run/libvirt/qemu/{domain}.pid"
+
     @property
     def deferred_start_directory(self) -> Path:
         """Notes about domains to be started once libvirtd answers; mode 0700."""

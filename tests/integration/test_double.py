@@ -77,7 +77,7 @@ def test_a_guest_on_two_disks_has_its_stages_from_start_to_end(site: StageSite) 
 
 
 def assert_out_of_qemus_reach(site: StageSite, disks: list[Disk]) -> None:
-    """QEMU's user comes to the guest's socket, and to nothing else of a stage."""
+    """QEMU's user connects to the guest's socket and is not served, and comes to nothing else of a stage."""
     config = site.backend.host.config
     for disk in disks:
         monitor = config.stage_directory / str(disk.id) / "qmp"
@@ -90,7 +90,9 @@ def assert_out_of_qemus_reach(site: StageSite, disks: list[Disk]) -> None:
         script = (
             "import os, socket, sys\n"
             f"os.setgroups([]); os.setgid({record.qemu.gid}); os.setuid({record.qemu.uid})\n"
-            "for path in sys.argv[1:]:\n"
+            "client = socket.socket(socket.AF_UNIX); client.connect(sys.argv[1])\n"
+            "print('reached' if client.recv(1) else 'not served')\n"
+            "for path in sys.argv[2:]:\n"
             "    try: socket.socket(socket.AF_UNIX).connect(path) if 'image' not in path else open(path)\n"
             "    except PermissionError: print('refused')\n"
             "    else: print('reached')"
@@ -98,7 +100,7 @@ def assert_out_of_qemus_reach(site: StageSite, disks: list[Disk]) -> None:
         done = subprocess.run(
             [sys.executable, "-S", "-c", script, guest, monitor, disk.path], capture_output=True, text=True
         )
-        assert done.stdout.split() == ["reached", "refused", "refused"], done.stderr
+        assert done.stdout.splitlines() == ["not served", "refused", "refused"], done.stderr
         with socket.socket(socket.AF_UNIX) as root:
             root.connect(str(monitor))
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from support.domain_qemu import as_qemu
 from support.waiting import wait_until
 from virt_sse.config import Config
 from virt_sse.libvirt.users import User
@@ -131,7 +132,8 @@ class StagedDisk:
         """The output of qemu-io with the service DEK, at the socket for a guest's QEMU."""
         socket = self.stages.guest_socket(self.disk.id)
         node = f"file.driver=nbd,file.server.type=unix,file.server.path={socket},file.export={self.disk.id}"
-        return self._io(commands, [self.deks["service"]], f"{self._driver('')},{node}")
+        qemu = as_qemu(self.config.qemu_pid_file("web"))
+        return self._io(commands, [self.deks["service"]], f"{self._driver('')},{node}", qemu)
 
     def image_io(self, *commands: str) -> str:
         """The output of qemu-io with all DEKs, on the image."""
@@ -144,11 +146,11 @@ class StagedDisk:
         )
 
     @staticmethod
-    def _io(commands: Sequence[str], deks: Sequence[Dek], options: str) -> str:
+    def _io(commands: Sequence[str], deks: Sequence[Dek], options: str, within: Sequence[str] = ()) -> str:
         arguments = [part for command in commands for part in ("-c", command)]
         with img.secrets_for(deks) as (secrets, descriptors):
             done = subprocess.run(
-                ["qemu-io", *secrets, *arguments, "--image-opts", options],
+                [*within, "qemu-io", *secrets, *arguments, "--image-opts", options],
                 pass_fds=descriptors,
                 capture_output=True,
                 text=True,

@@ -1,4 +1,4 @@
-"""Restarts dead stage processes under running guests, and ends stage processes without a domain.
+"""Restarts dead stage processes and gates under running guests, and ends stage processes without a domain.
 
 The libvirt hook starts and ends stage processes. The agent handles the cases without a hook: a process
 died, or a domain ended while neither agent nor libvirtd ran.
@@ -18,6 +18,7 @@ from virt_sse.agent.snapshot_worker import SnapshotWorker
 from virt_sse.domains.start import DomainStart
 from virt_sse.errors import StageError, VirtSseError
 from virt_sse.stages import Stages
+from virt_sse.stages.gate_process import GATE
 from virt_sse.stages.record import StageRecord
 from virt_sse.stages.stages import LOST_WRITES
 
@@ -40,22 +41,32 @@ class StageWatch(SnapshotWorker[UUID]):
         self._tried: dict[UUID, float] = {}
         self._lost: set[tuple[UUID, int]] = set()
         self._damaged: frozenset[str] = frozenset()
+        self._refused: dict[UUID, list[str]] = {}
 
     def keep(self, snapshot: InventorySnapshot) -> None:
-        """Restart dead processes, unless data is lost, and end unused processes; once for each snapshot."""
+        """Restart dead processes and gates, unless data is lost, and end unused processes.
+
+        Does so once for each snapshot.
+        """
         if not self._is_new(snapshot):
             return
         now = time.monotonic()
         running = {domain.uuid: domain for domain in snapshot.domains}
         unused = {}
+        refused = {}
         damaged: list[StageError] = []
         for record in self._stages.records(damaged.append):
             domain = running.get(record.domain_id)
             if domain is None or all(use.disk_id != record.disk_id for use in domain.uses):
                 unused[record.disk_id] = record
-            elif dead := self._stages.dead(record):
+                continue
+            refused[record.disk_id] = self._report_refused(record)
+            if dead := self._stages.dead(record):
                 self._revive(record, domain, dead, now)
+            elif self._stages.lacks_gate(record) and self._is_due(record, now):
+                self._pool.submit(self._restart_gate, record)
         self._report(damaged)
+        self._refused = refused
         self._lost &= {(use.disk_id, domain.run) for domain in snapshot.domains for use in domain.uses}
         for disk_id in self._overdue(unused, now):
             del self._unused[disk_id]
@@ -74,9 +85,25 @@ class StageWatch(SnapshotWorker[UUID]):
                 self._lost.add((record.disk_id, domain.run))
                 self._metrics.actions.labels("stage-lost").inc()
                 _log.error("stage-lost", extra=fields(_details(record, dead) | {"reason": LOST_WRITES}))
-        elif self._tried.get(record.disk_id, 0.0) <= now:
-            self._tried[record.disk_id] = now + _AGAIN_SECONDS
+        elif self._is_due(record, now):
             self._pool.submit(self._restart, record, domain, dead)
+
+    def _is_due(self, record: StageRecord, now: float) -> bool:
+        """Whether a restart for the disk is due; if so, the next restart is due later."""
+        if self._tried.get(record.disk_id, 0.0) > now:
+            return False
+        self._tried[record.disk_id] = now + _AGAIN_SECONDS
+        return True
+
+    def _report_refused(self, record: StageRecord) -> list[str]:
+        """Log the processes that were refused at the disk's socket, each once: all of them."""
+        gate = self._stages.gate(record)
+        refused = gate.refused() if gate else []
+        for process in refused:
+            if process not in self._refused.get(record.disk_id, []):
+                details = {"disk": record.disk_id, "domain": record.domain, "reason": process}
+                _log.warning("stage-client-refused", extra=fields(details))
+        return refused
 
     def _restart(self, record: StageRecord, domain: RunningDomain, dead: list[str]) -> None:
         try:
@@ -88,6 +115,16 @@ class StageWatch(SnapshotWorker[UUID]):
         else:
             self._metrics.actions.labels("restart-stage").inc()
             _log.info("stage-restarted", extra=fields(_details(record, dead) | {"resumed": went_on}))
+
+    def _restart_gate(self, record: StageRecord) -> None:
+        try:
+            self._stages.restart_gate(record.disk_id)
+        except VirtSseError as exc:
+            details = _details(record, [GATE]) | {"reason": str(exc)}
+            _log.warning("stage-not-restarted", extra=fields(details))
+        else:
+            self._metrics.actions.labels("restart-gate").inc()
+            _log.info("gate-restarted", extra=fields(_details(record, [GATE])))
 
     def _end(self, record: StageRecord) -> None:
         try:

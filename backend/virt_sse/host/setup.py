@@ -59,7 +59,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def apparmor_rule(sockets: Path) -> str:
-    """The AppArmor rule for QEMU's connections to stages; file modes limit each QEMU to its own disks."""
+    """The AppArmor rule for QEMU's connections to stages; gates limit each QEMU to its own disks."""
     return f'"{sockets}/*/guest/nbd" rw,'
 
 

@@ -58,11 +58,14 @@ class LockedProcess:
     @property
     def log(self) -> str:
         """The end of the program's output, without line breaks."""
+        return " ".join(self.output()[-_LOG_TAIL:].split())
+
+    def output(self) -> str:
+        """The program's output."""
         try:
-            text = self._log.read_bytes()[-_LOG_TAIL:].decode(errors="replace")
+            return self._log.read_bytes().decode(errors="replace")
         except OSError:
             return ""
-        return " ".join(text.split())
 
     def start(
         self,
@@ -70,6 +73,7 @@ class LockedProcess:
         user: User,
         *,
         image: int | None = None,
+        gated: int | None = None,
         writable: Sequence[Path] = (),
         is_own_user: bool = False,
     ) -> None:
@@ -79,6 +83,7 @@ class LockedProcess:
         libseccomp the program starts without a seccomp filter; without Landlock, with all files of the user.
 
         :param image: the descriptor of an image to lock as QEMU does.
+        :param gated: a listening socket of *command* that gets connections from a gate only.
         :param writable: the files and folders that the program may change.
         :param is_own_user: whether no other process has the user; the number of threads is limited then.
         :raise ToolError: When the program is not installed.
@@ -87,18 +92,11 @@ class LockedProcess:
         program = shutil.which(command.arguments[0])
         if program is None:
             raise ToolError(f"{command.arguments[0]} is not installed")
-        try:
-            lock = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
-            log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, PRIVATE_FILE)
-        except OSError as exc:
-            raise StageError(f"cannot start {command.arguments[0]}: {exc}") from exc
-        ready, readied = os.pipe()
         given = [*command.descriptors, *(fd for fd in (command.listening, image) if fd is not None)]
         asked = {
-            "ready": readied,
-            "lock": lock,
             "image": image,
             "listening": command.listening,
+            "gated": gated,
             "uid": user.uid,
             "gid": user.gid,
             "threads": _MOST_THREADS if is_own_user else None,
@@ -108,19 +106,37 @@ class LockedProcess:
             "environment": dict(command.environment or {}),
             "command": [program, *command.arguments[1:]],
         }
+        self.start_script(launch.__file__, [json.dumps(asked)], given, title=command.arguments[0])
+
+    def start_script(
+        self, script: str, arguments: Sequence[str], descriptors: Sequence[int], *, title: str
+    ) -> None:
+        """Start a Python script that becomes the process; return once the script has reported itself ready.
+
+        :param script: gets the descriptor to write to, the descriptor of the file to lock, and *arguments*;
+            uses the standard library only.
+        :param title: names the process in messages.
+        :raise StageError: When the script cannot be started, or ends before it is ready.
+        """
+        try:
+            lock = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
+            log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, PRIVATE_FILE)
+        except OSError as exc:
+            raise StageError(f"cannot start {title}: {exc}") from exc
+        ready, readied = os.pipe()
         try:
             subprocess.run(
-                [sys.executable, "-I", "-S", launch.__file__, json.dumps(asked)],
+                [sys.executable, "-I", "-S", script, str(readied), str(lock), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=[readied, lock, *given],
+                pass_fds=[readied, lock, *descriptors],
                 check=False,
             )
             os.close(readied)
             readied = -1
             if not os.read(ready, 1):
-                raise StageError(f"cannot start {command.arguments[0]}: {self.log or 'no output'}")
+                raise StageError(f"cannot start {title}: {self.log or 'no output'}")
         finally:
             for descriptor in (ready, readied, lock, log):
                 if descriptor >= 0:

@@ -40,6 +40,7 @@ class _CommonFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     storage: tuple[_UserId, _UserId]
     guest_slot: str
     users: dict[str, tuple[_UserId, _UserId]] = {}
+    gated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,8 @@ class StageRecord:
         versions: all processes run as *storage* then.
     :ivar guest_slot: slot of the DEK for the guest's QEMU.
     :ivar stages: the stages below the guest's QEMU, guest first.
+    :ivar gated: whether a gate stands before the stage process next to the guest
+        (:mod:`~virt_sse.stages.gate`); processes started by earlier versions have none.
     """
 
     disk_id: UUID
@@ -66,6 +69,7 @@ class StageRecord:
     guest_slot: str
     stages: tuple[Stage, ...]
     users: Mapping[str, User] = field(default_factory=dict)
+    gated: bool = True
 
     def user(self, name: str) -> User:
         """The user of the process of the kind *name*."""
@@ -107,6 +111,7 @@ class StageRecord:
             guest_slot=found.guest_slot,
             stages=tuple(stage for stage in stages if stage is not None),
             users={name: User(*user) for name, user in found.users.items()},
+            gated=found.gated,
         )
 
     def write(self, folder: Path, kinds: StageKinds = STAGE_KINDS) -> None:
@@ -127,6 +132,7 @@ class StageRecord:
             "storage": [self.storage.uid, self.storage.gid],
             "guest-slot": self.guest_slot,
             "users": {name: [user.uid, user.gid] for name, user in self.users.items()},
+            "gated": self.gated,
         }
         for kind in kinds:
             stage = next((each for each in self.stages if isinstance(each, kind.stage_type)), None)

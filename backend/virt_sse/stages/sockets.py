@@ -39,6 +39,11 @@ def inner_socket(folder: Path, name: str) -> Path:
     return folder / _STAGES / name
 
 
+def gated_socket(folder: Path) -> Path:
+    """The socket of a stage process behind a gate, in the disk's private *folder*."""
+    return folder / "nbd"
+
+
 def make_folders(folder: Path, qemu: User, storage: User) -> None:
     """Make a disk's *folder* of sockets; QEMU and stage processes may pass through, not create files.
 

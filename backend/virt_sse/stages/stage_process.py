@@ -168,7 +168,7 @@ class StageProcess(ABC, Generic[StageT]):
         """
 
     def sockets(self) -> Sequence[ListeningSocket]:
-        """Listening sockets for the process to inherit."""
+        """Listening sockets for the process to inherit, the NBD server's first."""
         return [self.place.served]
 
     def writable(self) -> Sequence[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import shutil
@@ -22,6 +23,7 @@ from virt_sse.qemu import img, qcow2
 from virt_sse.qemu.formatting import header_length
 from virt_sse.qemu.qmp import MonitorSilentError
 from virt_sse.stages import sockets
+from virt_sse.stages.gate_process import GATE, GateProcess
 from virt_sse.stages.kinds import STAGE_KINDS, StageKinds, guest_and_below, kind_of
 from virt_sse.stages.locked_process import LockedProcess
 from virt_sse.stages.record import StageRecord
@@ -92,8 +94,10 @@ class Stages:
         for position, stage in reversed(list(enumerate(record.stages))):
             kind = kind_of(stage, self.kinds)
             user = record.user(kind.name)
-            if position == 0:
-                served = ListeningSocket(self.guest_socket(record.disk_id), record.qemu)
+            if position == 0 and record.gated:
+                served = ListeningSocket(sockets.gated_socket(self._folder(record.disk_id)), ROOT)
+            elif position == 0:
+                served = self._guest_listening(record)
             else:
                 path = sockets.inner_socket(self._sockets(record.disk_id), kind.inner_socket)
                 client = kind_of(record.stages[position - 1], self.kinds)
@@ -112,9 +116,34 @@ class Stages:
             source = ExportSource(served.path, str(record.disk_id))
         return found
 
+    def gate(self, record: StageRecord) -> GateProcess | None:
+        """The gate before the stage processes of *record*, running or not; ``None`` if made without."""
+        if not record.gated:
+            return None
+        return GateProcess(
+            folder=self._folder(record.disk_id),
+            guest=self._guest_listening(record),
+            qemu_pid_file=self._config.qemu_pid_file(record.domain),
+        )
+
     def dead(self, record: StageRecord) -> list[str]:
         """The names of dead processes of *record*."""
         return [each.name for each in self.processes(record) if each.process.pid() is None]
+
+    def lacks_gate(self, record: StageRecord) -> bool:
+        """Whether the gate of *record* has died: the guest cannot connect again then."""
+        gate = self.gate(record)
+        return gate is not None and gate.process.pid() is None
+
+    def restart_gate(self, disk_id: UUID) -> None:
+        """Start a disk's gate again, if the gate has died and the stage processes have not.
+
+        :raise StageError: When the gate cannot be started.
+        """
+        with self._locks.hold(disk_id, wait=True):
+            record = self.record(disk_id)
+            if record and not self.dead(record):
+                self._restart_gate(record)
 
     def dek_slots(self, record: StageRecord) -> list[str]:
         """Slots of the DEKs for the processes of *record*."""
@@ -195,7 +224,9 @@ class Stages:
             if not self.may_restart(record):
                 raise StageError(LOST_WRITES)
             self._end_processes(disk_id)
+            record = dataclasses.replace(record, gated=True)
             try:
+                record.write(self._folder(disk_id), self.kinds)
                 self._start(record, deks, size=0)
             except OSError as exc:
                 raise StageError(f"cannot serve disk {disk_id}: {exc}") from exc
@@ -253,6 +284,7 @@ class Stages:
                         f"the volume that holds disk {disk.name!r} cannot grow under a running guest",
                         hint="stop the domain first; with libvirt 9.5 or newer, QEMU can connect again",
                     )
+                self._restart_gate(record)  # QEMU is about to connect again
                 volume.grow(room, disk.id)
 
     def _choose_users(self, disk_id: UUID, stages: Sequence[Stage], qemu: User) -> dict[str, User]:
@@ -279,7 +311,8 @@ class Stages:
                 for each in reversed(processes):
                     needs_lock = each is processes[-1] and not each.is_qemu
                     dek = None if each.slot is None else deks[each.slot]
-                    _launch(each, record.image, dek, image if needs_lock else None)
+                    gate = self.gate(record) if each is processes[0] else None
+                    _launch(each, record.image, dek, image if needs_lock else None, gate)
                     if each.is_qemu:  # the process keeps the image open
                         _give_back(image, record)
             except BaseException:
@@ -298,8 +331,20 @@ class Stages:
 
     def _end_processes(self, disk_id: UUID) -> None:
         """End the processes of all kinds, recorded or not; guest first, in the direction of writes."""
-        for kind in self.kinds:
-            LockedProcess(self._folder(disk_id) / kind.name).stop()
+        for name in (GATE, *(kind.name for kind in self.kinds)):
+            LockedProcess(self._folder(disk_id) / name).stop()
+
+    def _restart_gate(self, record: StageRecord) -> None:
+        gate = self.gate(record)
+        if gate is None or gate.process.pid() is not None:
+            return
+        try:
+            gate.start(self.processes(record)[0].process)
+        except OSError as exc:
+            raise StageError(f"cannot start the gate of disk {record.disk_id}: {exc}") from exc
+
+    def _guest_listening(self, record: StageRecord) -> ListeningSocket:
+        return ListeningSocket(self.guest_socket(record.disk_id), record.qemu)
 
     def _sockets(self, disk_id: UUID) -> Path:
         return self._config.socket_directory / str(disk_id)
@@ -308,11 +353,14 @@ class Stages:
         return self._config.stage_directory / str(disk_id)
 
 
-def _launch(stage: StageProcess[Any], path: Path, dek: Dek | None, image: int | None) -> None:
+def _launch(
+    stage: StageProcess[Any], path: Path, dek: Dek | None, image: int | None, gate: GateProcess | None
+) -> None:
     """Start a process; return once the process serves the disk.
 
     :param path: of the disk's image, for messages.
     :param image: descriptor of the image, if the image has to be locked on the program's behalf.
+    :param gate: the gate before the process.
     """
     stage.prepare()
     for is_last in (False, True):
@@ -322,10 +370,13 @@ def _launch(stage: StageProcess[Any], path: Path, dek: Dek | None, image: int | 
                 stage.command(listening),
                 stage.place.user,
                 image=image,
+                gated=listening[0] if gate else None,
                 writable=stage.writable(),
                 is_own_user=stage.place.is_own_user,
             )
         try:
+            if gate:
+                gate.start(stage.process)
             stage.await_serving(dek)
             return
         except VirtSseError as exc:

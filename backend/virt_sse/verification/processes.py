@@ -89,7 +89,7 @@ def command_line(pid: int) -> list[str]:
 def qemu_process(config: Config, name: str, vm_id: UUID) -> int | None:
     """The pid of a domain's QEMU, from libvirt's pid file; ``None`` if not visible in this PID namespace."""
     try:
-        pid = int((config.root / "run/libvirt/qemu" / f"{name}.pid").read_text())
+        pid = int(config.qemu_pid_file(name).read_text())
     except (OSError, ValueError):
         return None
     return pid if str(vm_id) in command_line(pid) else None

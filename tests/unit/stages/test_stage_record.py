@@ -74,16 +74,16 @@ def test_a_record_is_read_as_written(tmp_path: Path, slot: str | None, caching: 
     assert {path.name: mode(path) for path in folder.iterdir()} == {"stages.json": 0o600}
     assert mode(folder) == mode(folder.parent) == 0o700
     written = json.loads((folder / "stages.json").read_bytes())
-    assert written == WRITTEN | {"caching": caching, "storage-slot": slot}
+    assert written == WRITTEN | {"gated": True, "caching": caching, "storage-slot": slot}
     (folder / "stages.json").write_text(json.dumps(WRITTEN | {"caching": caching, "storage-slot": slot}))
-    assert StageRecord.read(folder) == record
+    assert StageRecord.read(folder) == dataclasses.replace(record, gated=False)
 
 
 def test_a_record_from_before_each_process_had_a_user_is_read(tmp_path: Path) -> None:
     before = {name: value for name, value in WRITTEN.items() if name != "users"}
     (tmp_path / "stages.json").write_text(json.dumps(before))
     record = StageRecord.read(tmp_path)
-    assert record == dataclasses.replace(RECORD, users={})
+    assert record == dataclasses.replace(RECORD, users={}, gated=False)
     assert record
     assert record.user("cache") == record.user("storage") == User(990, 990)
     assert record.user_ids == {990}
@@ -94,7 +94,7 @@ def test_an_invalid_record_is_refused(tmp_path: Path) -> None:
     RECORD.write(tmp_path)
     path = tmp_path / "stages.json"
     written = json.loads(path.read_bytes())
-    assert written == WRITTEN
+    assert written == WRITTEN | {"gated": True}
     for content in (
         b"",
         b"\xff",
@@ -105,7 +105,7 @@ def test_an_invalid_record_is_refused(tmp_path: Path) -> None:
         json.dumps(written | {"unknown": 1}).encode(),
         *(
             json.dumps({key: value for key, value in written.items() if key != name}).encode()
-            for name in written.keys() - {"users"}
+            for name in WRITTEN.keys() - {"users"}
         ),
     ):
         path.write_bytes(content)

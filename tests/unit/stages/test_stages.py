@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import virt_sse.stages.gate_process
 import virt_sse.stages.host_cache
 import virt_sse.stages.sockets
 import virt_sse.stages.stages
@@ -36,6 +37,7 @@ Make = Callable[..., StagedDisk]
 MODULES = [
     virt_sse.stages.stages,
     virt_sse.stages.sockets,
+    virt_sse.stages.gate_process,
     virt_sse.stages.host_cache,
     virt_sse.stages.storage_daemon,
 ]
@@ -113,15 +115,16 @@ def test_files_and_processes_have_least_rights(make: Make) -> None:
     assert found == {"guest": (0o710, 0, QEMU.gid), "stages": (0o710, 0, storage.gid)}
     assert images.mode(disk.config.stage_directory) == 0o700
     guest, inner = sockets / "guest/nbd", sockets / "stages/nbd"
-    monitor = disk.config.stage_directory / str(disk.disk.id) / "qmp"
+    folder = disk.config.stage_directory / str(disk.disk.id)
     outsider = User(64999, 64999)
     reached = {
         (who.uid, path)
         for who in (QEMU, cache, storage, outsider)
-        for path in (guest, inner, monitor)
+        for path in (guest, inner, folder / "qmp", folder / "nbd")
         if can_connect(who, path)
     }
     assert reached == {(QEMU.uid, guest), (cache.uid, inner)}
+    assert can_connect(User(0, 0), folder / "nbd")
 
 
 def can_connect(user: User, path: Path) -> bool:

@@ -1,0 +1,138 @@
+"""An escaped guest, a process of QEMU's user, at the NBD sockets of other domains' disks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from support.stage_site import StageSite, stage_site
+from support.waiting import wait_until
+from virt_sse.domains.settings import VmChanges
+from virt_sse.lab.acceleration import Acceleration
+from virt_sse.lab.agents import LabAgent
+from virt_sse.lab.host import QEMU_USER, LabHost
+from virt_sse.model.disks import Disk
+from virt_sse.model.layers import HostCaching
+from virt_sse.stages.locked_process import LockedProcess
+
+M = 1 << 20
+ATTACK = """\
+import os, socket, sys
+os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[1]))
+print("ready", flush=True)
+tried = 0
+while True:
+    for path in sys.argv[3:]:
+        client = socket.socket(socket.AF_UNIX)
+        client.settimeout(60)
+        try:
+            client.connect(path)
+            tried += 1
+            if client.recv(1): print("served", path, flush=True)
+        except OSError: pass
+        finally: client.close()
+        if tried == 1: print("connected", flush=True); tried += 1
+"""
+
+
+@pytest.fixture(scope="module")
+def running_site(lab_host: LabHost, acceleration: Callable[[str], Acceleration]) -> Iterator[StageSite]:
+    with stage_site(lab_host, acceleration("boot-sector")) as site:
+        yield site
+
+
+@pytest.fixture
+def site(running_site: StageSite) -> Iterator[StageSite]:
+    yield running_site
+    running_site.forget_domains()
+    assert running_site.left() == {}
+
+
+@contextlib.contextmanager
+def attacked(site: StageSite, *disks: Disk) -> Iterator[None]:
+    """An escaped guest that connects to the disks' sockets all the time; asserts that it is never served."""
+    user = pwd.getpwnam(QEMU_USER)
+    sockets = [str(site.backend.host.stages.guest_socket(disk.id)) for disk in disks]
+    command = ["python3", "-I", "-S", "-c", ATTACK, str(user.pw_uid), str(user.pw_gid), *sockets]
+    attack = subprocess.Popen(site.host.command(command), stdout=subprocess.PIPE, text=True)
+    assert attack.stdout
+    try:
+        assert attack.stdout.readline() == "ready\n"
+        yield
+    finally:
+        attack.kill()
+        said = attack.communicate()[0]
+    assert said == "connected\n", said
+
+
+def gate(site: StageSite, disk: Disk) -> LockedProcess:
+    return LockedProcess(site.backend.host.config.stage_directory / str(disk.id) / "gate")
+
+
+def test_domains_start_together_and_are_used_under_attack(site: StageSite) -> None:
+    disks = [site.disk("qcow2", size=M), site.disk("raw", size=M)]
+    guests = [site.guest(disk) for disk in disks]
+    with attacked(site, *disks):
+        starts = [site.popen("virsh", "start", guest.name, "--paused") for guest in guests]
+        for start in starts:
+            said = start.communicate(timeout=60)[0]
+            assert start.returncode == 0, said
+        for guest in guests:
+            assert "wrote 4096" in site.qemu_io(guest, "write -P 0x5a 0 4096")
+            assert "failed" not in site.qemu_io(guest, "read -P 0x5a 0 4096")
+        for disk in disks:
+            (refused,) = gate(site, disk).output().splitlines()
+            assert f"of user {pwd.getpwnam(QEMU_USER).pw_uid}, '" in refused
+        for guest in guests:
+            guest.destroy()
+    for disk in disks:
+        site.backend.disks.check(disk.name)
+
+
+@pytest.mark.parametrize("caching", [HostCaching.READ_ONLY, HostCaching.READ_WRITE])
+@pytest.mark.parametrize("double", [False, True])
+def test_a_cached_disk_is_used_under_attack(site: StageSite, double: bool, caching: HostCaching) -> None:
+    disk = site.disk("qcow2", size=M) if double else site.single_disk("qcow2", size=M)
+    guest = site.guest(disk)
+    site.backend.vms.update(guest.name, VmChanges(encryption_at_host=True, caching={"vda": caching}))
+    with attacked(site, disk):
+        site.start_paused(guest)
+        assert "wrote 4096" in site.qemu_io(guest, "write -P 0x5a 0 4096")
+    guest.destroy()
+
+
+def test_a_killed_gate_is_replaced_under_the_guest(site: StageSite) -> None:
+    disk = site.disk("raw", size=M)
+    guest = site.guest(disk)
+    with LabAgent(site.host):
+        site.start_paused(guest)
+        pid = gate(site, disk).pid()
+        assert pid
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: gate(site, disk).pid() not in (None, pid), "the agent has started a new gate")
+        assert "wrote 4096" in site.qemu_io(guest, "write -P 0x5a 0 4096")
+        with attacked(site, disk):
+            wait_until(lambda: gate(site, disk).output(), "the new gate refuses")
+        guest.destroy()
+
+
+def test_an_escaped_guest_does_not_hold_up_a_domain_with_an_unreachable_gate(site: StageSite) -> None:
+    """The gate is killed before QEMU connects: the start fails, the next start works."""
+    disk = site.disk("raw", size=M)
+    guest = site.guest(disk)
+    start = site.popen("virsh", "start", guest.name, "--paused")
+    wait_until(lambda: gate(site, disk).pid(), "the gate runs")
+    os.kill(gate(site, disk).pid() or 0, signal.SIGKILL)
+    start.communicate(timeout=60)
+    if guest.is_active():
+        guest.destroy()
+    assert site.left() == {}
+    site.start_paused(guest)
+    assert Path(site.backend.host.stages.guest_socket(disk.id)).is_socket()
