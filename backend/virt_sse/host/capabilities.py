@@ -18,6 +18,7 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.qemu import img, luks
 from virt_sse.stages.storage_user import storage_user
+from virt_sse.system.confinement import Confinement
 from virt_sse.system.files import write_at
 from virt_sse.system.tools import run
 
@@ -42,6 +43,7 @@ def probe(config: Config) -> list[Capability]:
     """Probe all capabilities; takes about a second."""
     found = [
         _tool("disks", "qemu-img"),
+        _tool("confined tools", "bwrap"),
         _tool("double encryption", "qemu-storage-daemon"),
         _tool("host caches", "nbdkit", "--filter=cache", "null"),
         _tool("encrypted TPM state", "swtpm"),
@@ -53,7 +55,7 @@ def probe(config: Config) -> list[Capability]:
 
 def _tool(name: str, tool: str, *arguments: str) -> Capability:
     try:
-        said = run([tool, *arguments, "--version"], timeout=20)
+        said = run([tool, *arguments, "--version"], confinement=None, timeout=20)
     except VirtSseError as exc:
         return Capability(name, available=False, detail=str(exc))
     return Capability(name, available=True, detail=said.splitlines()[0] if said else tool)
@@ -74,6 +76,7 @@ def _cipher(cipher: Cipher) -> Capability:
             run(
                 ["qemu-io", "--read-only", *secrets, "-c", "read -q 0 512", "--image-opts"]
                 + [img.image_options(Path(f"/proc/self/fd/{image}"), DiskFormat.RAW, 1)],
+                confinement=Confinement(),
                 pass_fds=[*descriptors, image],
             )
     except ToolError as exc:

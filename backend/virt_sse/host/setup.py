@@ -86,6 +86,7 @@ def _make_user() -> bool:
         return False
     run(
         ["useradd", "--system", "--user-group", "--no-create-home", "--home-dir", "/nonexistent"]
-        + ["--shell", "/usr/sbin/nologin", DEFAULT_STORAGE_USER]
+        + ["--shell", "/usr/sbin/nologin", DEFAULT_STORAGE_USER],
+        confinement=None,
     )
     return True
