@@ -18,6 +18,7 @@
     ├── VerificationError            a domain differs from its specification
     ├── ImageError                   the image file cannot be made, read or written
     │   ├── ImageFormatError         the image is malformed for its format
+    │   │   └── OtherFileError       the image refers to another file
     │   └── EnvelopeError            the wrapped DEKs in its header cannot be read
     ├── KeyProviderError
     │   ├── KeyNotFoundError         the provider has no such key or version
@@ -132,6 +133,17 @@ class ImageError(VirtSseError):
 
 class ImageFormatError(ImageError):
     """The image is malformed for its format, or lacks a LUKS header."""
+
+
+class OtherFileError(ImageFormatError):
+    """An image cannot be read without another file, e.g. an external data file or an extent.
+
+    :ivar name: the other file, as named by the image.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"the image refers to another file, {name}")
+        self.name = name
 
 
 class EnvelopeError(ImageError):

@@ -38,7 +38,10 @@ def measure(bench: Run) -> Iterator[Row]:
     with private_backend(bench.scratch / "data") as backend:
         for image_format in DiskFormat:
             plain = folder / f"disk.{image_format.value}"
-            run(["qemu-img", "create", "-q", "-f", image_format.value, str(plain), str(size)])
+            run(
+                ["qemu-img", "create", "-q", "-f", image_format.value, str(plain), str(size)],
+                confinement=None,
+            )
             disk = backend.disks.create(NewDisk(name=image_format.value, size=size, format=image_format))
             luks = f"driver={image_format.qemu_driver},{ENCRYPTION[image_format]}"
             with contextlib.ExitStack() as stack:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from virt_sse.disks.lifecycle import Disks
-from virt_sse.errors import DiskExistsError, ImageError, ImageFormatError
+from virt_sse.errors import DiskExistsError, ImageError, ImageFormatError, OtherFileError
 from virt_sse.in_guest.images import in_unencrypted_image
 from virt_sse.keys.host import Host
 from virt_sse.model.content import Content
@@ -49,29 +50,40 @@ class Transfer:
         :raise VirtSseError: As in :meth:`Disks.create`.
         """
         source = canonical(source)
-        with img.held(source) as descriptor:
-            # The backing files' names are relative to the source's folder: found by the source's path only.
-            held = None if with_backing else descriptor
-            information = img.info(source, source_format, descriptor=held)
+        with contextlib.ExitStack() as stack:
+            descriptor = stack.enter_context(img.held(source))
+            files = stack.enter_context(img.with_other_files(source, source_format)) if with_backing else None
+            try:
+                information = img.info(source, source_format, descriptor=descriptor, others=files or ())
+            except OtherFileError as exc:
+                raise _refers_to(source, exc.name) from exc
             if information.encrypted:
                 raise ImageFormatError(
                     f"{source} is itself encrypted", hint="'disk adopt' takes over a disk of virt-sse"
                 )
             if information.other_files and not with_backing:
-                raise ImageFormatError(
-                    f"{source} refers to another file, {information.other_files[0]}",
-                    hint="pass --with-backing to read the other file, too",
-                )
+                raise _refers_to(source, information.other_files[0])
 
             def fill(partial: Path, deks: Sequence[Dek]) -> None:
                 img.encrypt_from(
-                    source, information.format, partial, new.format, deks, progress, descriptor=held
+                    source,
+                    information.format,
+                    partial,
+                    new.format,
+                    deks,
+                    progress,
+                    descriptor=descriptor,
+                    others=files,
                 )
 
             return self._disks.create(
                 dataclasses.replace(new, size=information.virtual_size),
                 fill=fill,
-                content=Content(lambda: in_unencrypted_image(source, information.format, descriptor=held)),
+                content=Content(
+                    lambda: in_unencrypted_image(
+                        source, information.format, descriptor=descriptor, others=files
+                    )
+                ),
             )
 
     def export(
@@ -107,3 +119,9 @@ class Transfer:
                 raise
             except ImageError as exc:
                 raise ImageError(f"cannot write {destination}: {exc}") from exc
+
+
+def _refers_to(source: Path, other: str) -> ImageFormatError:
+    return ImageFormatError(
+        f"{source} refers to another file, {other}", hint="pass --with-backing to read the other file, too"
+    )

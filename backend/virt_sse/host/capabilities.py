@@ -21,6 +21,7 @@ from virt_sse.model.keys import Dek
 from virt_sse.qemu import img, luks
 from virt_sse.stages import launch, seccomp
 from virt_sse.stages.storage_user import is_mapped, storage_user
+from virt_sse.system.confinement import Confinement
 from virt_sse.system.files import write_at
 from virt_sse.system.tools import run
 
@@ -45,6 +46,7 @@ def probe(config: Config) -> list[Capability]:
     """Probe all capabilities; takes about a second."""
     found = [
         _tool("disks", "qemu-img"),
+        _tool("confined tools", "bwrap"),
         _tool("double encryption", "qemu-storage-daemon"),
         _tool("host caches", "nbdkit", "--filter=cache", "null"),
         _tool("encrypted TPM state", "swtpm"),
@@ -56,7 +58,7 @@ def probe(config: Config) -> list[Capability]:
 
 def _tool(name: str, tool: str, *arguments: str) -> Capability:
     try:
-        said = run([tool, *arguments, "--version"], timeout=20)
+        said = run([tool, *arguments, "--version"], confinement=None, timeout=20)
     except VirtSseError as exc:
         return Capability(name, available=False, detail=str(exc))
     return Capability(name, available=True, detail=said.splitlines()[0] if said else tool)
@@ -77,6 +79,7 @@ def _cipher(cipher: Cipher) -> Capability:
             run(
                 ["qemu-io", "--read-only", *secrets, "-c", "read -q 0 512", "--image-opts"]
                 + [img.image_options(Path(f"/proc/self/fd/{image}"), DiskFormat.RAW, 1)],
+                confinement=Confinement(),
                 pass_fds=[*descriptors, image],
             )
     except ToolError as exc:

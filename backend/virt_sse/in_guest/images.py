@@ -10,6 +10,7 @@ from virt_sse.model.content import Finding
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.qemu import reading
+from virt_sse.system.confinement import BoundFile
 
 
 def in_image(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> list[Finding]:
@@ -22,13 +23,16 @@ def in_image(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> list[
         return inspect(reader.read, reader.size)
 
 
-def in_unencrypted_image(path: Path, image_format: str, *, descriptor: int | None = None) -> list[Finding]:
+def in_unencrypted_image(
+    path: Path, image_format: str, *, descriptor: int, others: Sequence[BoundFile] | None = None
+) -> list[Finding]:
     """Find in-guest encryption in an unencrypted image or block device.
 
     :param image_format: QEMU's name of the format.
-    :param descriptor: as for :func:`~virt_sse.qemu.reading.unencrypted`.
+    :param descriptor: descriptor of the image.
+    :param others: as for :func:`~virt_sse.qemu.reading.unencrypted`.
     :raise ImageError: When the image cannot be read.
     :raise ToolError: When the image is not in *image_format*.
     """
-    with reading.unencrypted(path, image_format, descriptor=descriptor) as reader:
+    with reading.unencrypted(path, image_format, descriptor=descriptor, others=others) as reader:
         return inspect(reader.read, reader.size)

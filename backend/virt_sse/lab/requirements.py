@@ -10,6 +10,7 @@ from virt_sse.errors import LabUnavailableError
 PACKAGES = {
     "apt-get": "apt",
     "as": "binutils",
+    "bwrap": "bubblewrap",
     "busybox": "busybox-static",
     "cpio": "cpio",
     "dpkg": "dpkg",

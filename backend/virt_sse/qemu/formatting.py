@@ -13,6 +13,7 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.qemu import luks, qcow2
 from virt_sse.qemu.img import image_options, luks_area, secrets_for
+from virt_sse.system.confinement import Confinement
 from virt_sse.system.files import PRIVATE_FILE, write_at
 from virt_sse.system.tools import run
 
@@ -96,6 +97,7 @@ def _make_volume(descriptor: int, image_format: DiskFormat, size: int, volume: V
     else:
         run(
             ["qemu-img", "create", "-q", "-f", "qcow2", f"/proc/self/fd/{descriptor}", str(size)],
+            confinement=Confinement(written=_written(size)),
             pass_fds=[descriptor],
         )
         qcow2.add_luks_header(descriptor, header)
@@ -120,6 +122,7 @@ def _make_with_qemu(
                     ["qemu-img", "create", "-q", "-f", image_format.qemu_driver, *secrets]
                     + ["-o", ",".join(f"{option}={value}" for option, value in options.items())]
                     + [f"/proc/self/fd/{target}", str(size)],
+                    confinement=Confinement(written=_written(size)),
                     pass_fds=[*descriptors, target],
                 )
             return
@@ -129,6 +132,11 @@ def _make_with_qemu(
     raise ToolError(f"qemu-img failed {_FORMATTER_TRIES} times to measure this machine's speed") from because
 
 
+def _written(size: int) -> int:
+    """Bound for the file of an image of *size* bytes, headers and tables included."""
+    return size + size // 8 + (64 << 20)
+
+
 def _copy_into(target: int, image_format: DiskFormat, content: int, dek: Dek) -> None:
     """Write *content* to the beginning of the new volume *target*."""
     zero = ["--target-is-zero"] if image_format is DiskFormat.QCOW2 else []
@@ -136,5 +144,6 @@ def _copy_into(target: int, image_format: DiskFormat, content: int, dek: Dek) ->
         run(
             ["qemu-img", "convert", "-n", *zero, *secrets, "-f", "raw", "--target-image-opts"]
             + [f"/proc/self/fd/{content}", image_options(Path(f"/proc/self/fd/{target}"), image_format, 1)],
+            confinement=Confinement(written=_written(os.fstat(target).st_size + os.fstat(content).st_size)),
             pass_fds=[*descriptors, content, target],
         )

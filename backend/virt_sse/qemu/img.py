@@ -9,26 +9,33 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 
-from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError, ToolError
+from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError, OtherFileError, ToolError
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.qemu import image_header, luks, qcow2
 from virt_sse.qemu.serving import served
+from virt_sse.system.confinement import BoundFile, Confinement
 from virt_sse.system.documents import DocumentError, from_json
 from virt_sse.system.files import write_at
 from virt_sse.system.locks import is_locked
 from virt_sse.system.tools import passphrase_descriptor, run, run_with_progress
 
 _QEMU_LOCKS, _QEMU_LOCKS_LENGTH = 100, 200
-_DESCRIPTORS = "/proc/self/fd/"
+_NOT_OPENED = re.compile(r"Could not open '(.*?)': (?:No such file or directory|Permission denied)")
+_MOST_FILES = 256
+"""Upper bound for a chain of backing files."""
+_QUERY_SECONDS = 120.0
+_STALLED_SECONDS, _SLOWEST = 600.0, 10 << 20
+"""A conversion reports each percent: time for one, in addition to the time at this rate in bytes/s."""
 _WITH_BACKING = ("qcow", "qcow2", "qed", "vmdk")
 """QEMU's drivers with the option ``backing``."""
 _ERASED_AT_MOST = 4 << 20
@@ -41,12 +48,14 @@ class ImageInfo:
     """Properties of an image according to ``qemu-img info``; sizes in bytes.
 
     :ivar other_files: further files with content of the image: backing file, data file, extents.
+    :ivar backing_file: the backing file among them.
     """
 
     format: str
     virtual_size: int
     encrypted: bool
     other_files: tuple[str, ...]
+    backing_file: str | None = None
 
 
 class _Extent(msgspec.Struct, frozen=True):
@@ -74,27 +83,38 @@ class _Info(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
 
 
 def info(
-    path: Path, image_format: str | None = None, *, shared: bool = False, descriptor: int | None = None
+    path: Path,
+    image_format: str | None = None,
+    *,
+    shared: bool = False,
+    descriptor: int | None = None,
+    others: Iterable[BoundFile] = (),
 ) -> ImageInfo:
     """Query any image with ``qemu-img info``; *image_format* is probed unless given.
 
     :param shared: allow an image that a QEMU process has open for writing.
-    :param descriptor: descriptor to open the image by; *path* then only appears in messages.
+    :param descriptor: descriptor of the image, if already open.
+    :param others: further files that the image may name.
     :raise DiskInUseError: When a QEMU process has the image open for writing.
+    :raise ImageError: When *path* cannot be opened, or is neither a file nor a block device.
+    :raise OtherFileError: When the image cannot be read without a file that is not in *others*.
     :raise ToolError: When the image cannot be read as *image_format*.
     """
+    if descriptor is None:
+        with held(path) as found:
+            return info(path, image_format, shared=shared, descriptor=found, others=others)
     chosen = (["-f", image_format] if image_format else []) + (["--force-share"] if shared else [])
-    name = str(path) if descriptor is None else f"{_DESCRIPTORS}{descriptor}"
-    with _locks_named(path):
+    with _locks_named(path), _others_named(path):
         answer = run(
-            ["qemu-img", "info", "--output=json", *chosen, name],
-            pass_fds=[] if descriptor is None else [descriptor],
+            ["qemu-img", "info", "--output=json", *chosen, str(path)],
+            confinement=Confinement(files=[*others, BoundFile(path, descriptor)]),
+            timeout=_QUERY_SECONDS,
         )
-    return _image_info(answer, name, path)
+    return _image_info(answer, path)
 
 
-def _image_info(answer: str, name: str, path: Path) -> ImageInfo:
-    """Read the answer of ``qemu-img info`` for the file *name*.
+def _image_info(answer: str, path: Path) -> ImageInfo:
+    """Read the answer of ``qemu-img info`` for the image at *path*.
 
     :raise ToolError: When the answer is not of QEMU's schema.
     """
@@ -103,19 +123,62 @@ def _image_info(answer: str, name: str, path: Path) -> ImageInfo:
     except DocumentError as exc:
         raise ToolError(f"qemu-img describes {path} in an unknown format: {exc}") from exc
     details = found.format_specific.data
-    others = [
-        found.full_backing_filename or found.backing_filename,
-        details.data_file,
-        *(extent.filename for extent in details.extents),
-    ]
+    backing = found.full_backing_filename or found.backing_filename
+    others = [backing, details.data_file, *(extent.filename for extent in details.extents)]
     return ImageInfo(
         format=found.format,
         virtual_size=found.virtual_size,
         encrypted=found.encrypted,
-        other_files=tuple(
-            other.replace(_DESCRIPTORS, f"{path.parent}/") for other in others if other and other != name
-        ),
+        other_files=tuple(other for other in others if other and other != str(path)),
+        backing_file=backing,
     )
+
+
+@contextlib.contextmanager
+def with_other_files(path: Path, image_format: str | None) -> Iterator[list[BoundFile]]:
+    """Open all files that the image at *path* names: its backing chain, data files and extents.
+
+    :raise ImageError: When the image names more than files and block devices of this host.
+    """
+    with contextlib.ExitStack() as stack:
+        files: dict[str, BoundFile] = {}
+
+        def add(name: str) -> None:
+            if not name.startswith("/") or len(files) >= _MOST_FILES:
+                reason = (
+                    "too many files" if name.startswith("/") else f"{name}, which is no file of this host"
+                )
+                raise ImageFormatError(f"{path} refers to {reason}")
+            files[name] = BoundFile(Path(name), stack.enter_context(held(Path(name))))
+
+        pending: list[tuple[str, str | None]] = [(str(path), image_format)]
+        while pending:
+            name, own_format = pending.pop()
+            try:
+                found = info(Path(name), own_format, others=files.values())
+            except OtherFileError as exc:
+                if exc.name in files:
+                    raise
+                add(exc.name)
+                pending.append((name, own_format))
+                continue
+            for other in set(found.other_files) - files.keys() - {str(path)}:
+                add(other)
+                if other == found.backing_file:
+                    pending.append((other, None))
+        yield list(files.values())
+
+
+@contextlib.contextmanager
+def _others_named(path: Path) -> Iterator[None]:
+    """Turn QEMU's failure to open a file other than *path* into an :class:`OtherFileError`."""
+    try:
+        yield
+    except ToolError as exc:
+        others = [name for name in _NOT_OPENED.findall(str(exc)) if name != str(path)]
+        if others:
+            raise OtherFileError(others[-1]) from exc
+        raise
 
 
 @contextlib.contextmanager
@@ -140,33 +203,56 @@ def secrets_for(deks: Sequence[Dek]) -> Iterator[tuple[list[str], list[int]]]:
         yield arguments, descriptors
 
 
+@dataclass(frozen=True, slots=True)
+class Unlocking:
+    """What a QEMU tool needs to open a validated image with its keys.
+
+    :ivar secrets: arguments that define the secret objects.
+    :ivar descriptors: descriptors of the secrets, to be inherited by the tool.
+    :ivar image: the validated image, read-only for the tool.
+    """
+
+    secrets: list[str]
+    descriptors: list[int]
+    image: BoundFile
+
+
 @contextlib.contextmanager
 def keys_to(
-    path: Path, image_format: DiskFormat, deks: Sequence[Dek]
-) -> Iterator[tuple[list[str], list[int]]]:
+    path: Path, image_format: DiskFormat, deks: Sequence[Dek], *, writable: bool = False
+) -> Iterator[Unlocking]:
     """As :func:`secrets_for`, after validating the headers of all volumes of the image at *path*.
 
     The header of an inner volume is ciphertext in the file. A storage daemon opens the volumes around it,
     read-only, once their own headers are validated.
 
     :param deks: of all volumes to be opened.
+    :param writable: let the tool write to the image.
     :raise ImageFormatError: When a header is missing, damaged or refused (:mod:`.image_header`).
     :raise ToolError: When the DEKs of outer volumes do not unlock these.
     """
-    with opened(path) as image:
-        image_header.validate(image, image_format)
-    for first in range(len(deks) - 1, 0, -1):
-        outer = deks[first:]
-        with (
-            secrets_for(outer) as (secrets, descriptors),
-            served(block_node(path, image_format, len(outer)), secrets, descriptors) as reader,
-        ):
-            try:
-                image_header.validate_content(reader.read, reader.size, image_format)
-            except ImageFormatError as exc:
-                raise ImageFormatError(f"{path}: in the inner layer: {exc}", hint=exc.hint) from exc
-    with secrets_for(deks) as given:
-        yield given
+    with contextlib.ExitStack() as stack:
+        with opened(path) as descriptor:
+            image_header.validate(descriptor, image_format)
+            held_open = os.dup(descriptor)
+        stack.callback(os.close, held_open)
+        for first in range(len(deks) - 1, 0, -1):
+            outer = deks[first:]
+            with (
+                secrets_for(outer) as (secrets, descriptors),
+                served(
+                    block_node(path, image_format, len(outer)),
+                    secrets,
+                    descriptors,
+                    [BoundFile(path, held_open)],
+                ) as reader,
+            ):
+                try:
+                    image_header.validate_content(reader.read, reader.size, image_format)
+                except ImageFormatError as exc:
+                    raise ImageFormatError(f"{path}: in the inner layer: {exc}", hint=exc.hint) from exc
+        secrets, descriptors = stack.enter_context(secrets_for(deks))
+        yield Unlocking(secrets, descriptors, BoundFile(path, held_open, writable))
 
 
 def validate(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> None:
@@ -229,34 +315,54 @@ def encrypt_from(
     deks: Sequence[Dek],
     progress: Callable[[float], None],
     *,
-    descriptor: int | None = None,
+    descriptor: int,
+    others: Sequence[BoundFile] | None = None,
 ) -> None:
     """Write the content of the image *source* into the new encrypted image *target*, of the same size.
 
     :param progress: called with the completed fraction, from 0.0 to 1.0.
-    :param descriptor: descriptor to open the source by, without a backing file; *source* then only appears in
-        messages.
+    :param descriptor: descriptor of the source.
+    :param others: further files that the source may name, backing files included; by default none.
     :raise DiskInUseError: When a QEMU process is writing to *source*.
     :raise ImageError: When there is no room.
-    :raise ToolError: When *source* cannot be read.
+    :raise ToolError: When *source* cannot be read, or reading stalls.
     """
     zero = ["--target-is-zero"] if target_format is DiskFormat.QCOW2 else []
     opening = ["-f", source_format, str(source)]
-    if descriptor is not None:
-        opening = [f"json:{json.dumps(node_without_backing(descriptor, source_format))}"]
-    with secrets_for(deks) as (secrets, descriptors), _locks_named(source):
+    if others is None:
+        opening = [f"json:{json.dumps(node_without_backing(source, descriptor, source_format))}"]
+    with (
+        secrets_for(deks) as (secrets, descriptors),
+        opened(target, os.O_RDWR) as written,
+        _locks_named(source),
+    ):
+        size = max(os.fstat(written).st_size, usable_size(written, target_format))
+        files = [*(others or ()), BoundFile(source, descriptor), BoundFile(target, written, writable=True)]
         run_with_progress(
             ["qemu-img", "convert", "-p", "-n", *zero, *secrets, "--target-image-opts", *opening]
             + [image_options(target, target_format, len(deks))],
-            pass_fds=descriptors if descriptor is None else [*descriptors, descriptor],
+            confinement=_working(size, *files),
+            pass_fds=descriptors,
             progress=progress,
+            stalled_after=_stalled_after(size),
         )
 
 
-def node_without_backing(descriptor: int, image_format: str) -> dict[str, object]:
-    """A block node for the foreign image open at *descriptor*, whatever backing file its header names."""
+def _working(size: int, *files: BoundFile) -> Confinement:
+    """Limits of a tool that reads or writes images of *size* bytes throughout: its tables grow with them."""
+    return Confinement(
+        files=files, memory=(2 << 30) + size // 1024, cpu_seconds=None, written=size + size // 8 + (64 << 20)
+    )
+
+
+def _stalled_after(size: int) -> float:
+    return _STALLED_SECONDS + size / 100 / _SLOWEST
+
+
+def node_without_backing(path: Path, descriptor: int, image_format: str) -> dict[str, object]:
+    """A block node for the foreign image *path*, open at *descriptor*, without the header's backing file."""
     driver = "host_device" if stat.S_ISBLK(os.fstat(descriptor).st_mode) else "file"
-    file = {"driver": driver, "filename": f"{_DESCRIPTORS}{descriptor}"}
+    file = {"driver": driver, "filename": str(path)}
     node: dict[str, object] = {"driver": image_format, "file": file}
     if image_format in _WITH_BACKING:
         node["backing"] = None
@@ -275,14 +381,17 @@ def decrypt_to(
 
     :raise DiskInUseError: When a QEMU process is writing to *source*.
     :raise ImageError: When there is no room.
-    :raise ToolError: When *source* cannot be read.
+    :raise ToolError: When *source* cannot be read, or reading stalls.
     """
-    with keys_to(source, source_format, deks) as (secrets, descriptors), _locks_named(source):
+    size = usable_size_within(source, source_format, deks)
+    with keys_to(source, source_format, deks) as keys, _locks_named(source):
         run_with_progress(
-            ["qemu-img", "convert", "-p", *secrets, "-O", target_format]
+            ["qemu-img", "convert", "-p", *keys.secrets, "-O", target_format]
             + [json_filename(source, source_format, len(deks)), f"/proc/self/fd/{target}"],
-            pass_fds=[*descriptors, target],
+            confinement=_working(size, keys.image),
+            pass_fds=[*keys.descriptors, target],
             progress=progress,
+            stalled_after=_stalled_after(size),
         )
 
 
@@ -292,13 +401,15 @@ def usable_size_within(path: Path, image_format: DiskFormat, deks: Sequence[Dek]
     :raise ImageFormatError: When the image is damaged or *deks* do not unlock its volumes.
     """
     try:
-        with keys_to(path, image_format, deks) as (secrets, descriptors):
+        with keys_to(path, image_format, deks) as keys:
             answer = run(
-                ["qemu-img", "info", "--output=json", "--force-share", *secrets]
+                ["qemu-img", "info", "--output=json", "--force-share", *keys.secrets]
                 + [json_filename(path, image_format, len(deks))],
-                pass_fds=descriptors,
+                confinement=Confinement(files=[keys.image]),
+                pass_fds=keys.descriptors,
+                timeout=_QUERY_SECONDS,
             )
-            return _image_info(answer, "", path).virtual_size
+            return _image_info(answer, path).virtual_size
     except ToolError as exc:
         raise ImageFormatError(f"{path} does not open with its DEK: {exc}") from exc
 
@@ -310,16 +421,18 @@ def resize(path: Path, image_format: DiskFormat, size: int, deks: Sequence[Dek],
     :raise DiskInUseError: When a QEMU process has the image open.
     """
     refuse_if_open(path)
+    with opened(path) as descriptor:
+        room = usable_size(descriptor, image_format)
     if len(deks) > 1 and image_format is DiskFormat.QCOW2:  # a raw outer volume grows with its content
-        with opened(path) as descriptor:
-            room, needed = usable_size(descriptor, image_format), qcow2.most_room(size)
+        needed = qcow2.most_room(size)
         if needed > room:
             resize(path, image_format, needed, deks[-1:], shrink=False)
-    with keys_to(path, image_format, deks) as (secrets, descriptors), _locks_named(path):
+    with keys_to(path, image_format, deks, writable=True) as keys, _locks_named(path):
         run(
-            ["qemu-img", "resize", "-q", *secrets, *(["--shrink"] if shrink else [])]
+            ["qemu-img", "resize", "-q", *keys.secrets, *(["--shrink"] if shrink else [])]
             + [json_filename(path, image_format, len(deks)), str(size)],
-            pass_fds=descriptors,
+            confinement=_working(max(room, qcow2.most_room(size)), keys.image),
+            pass_fds=keys.descriptors,
         )
 
 
@@ -336,10 +449,12 @@ def check(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> None:
     for volume in range(len(deks)):
         opening = deks[volume:]
         try:
-            with keys_to(path, image_format, opening) as (secrets, descriptors), _locks_named(path):
+            with keys_to(path, image_format, opening) as keys, _locks_named(path):
                 run(
-                    ["qemu-img", "check", "-q", *secrets] + [json_filename(path, image_format, len(opening))],
-                    pass_fds=descriptors,
+                    ["qemu-img", "check", "-q", *keys.secrets]
+                    + [json_filename(path, image_format, len(opening))],
+                    confinement=_working(path.stat().st_size, keys.image),
+                    pass_fds=keys.descriptors,
                 )
         except ToolError as exc:
             raise ImageFormatError(f"{path} is damaged: {exc}") from exc
@@ -351,11 +466,13 @@ def check_unlocks(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> 
     :raise ImageFormatError: When the image is damaged or does not open with *deks*.
     """
     try:
-        with keys_to(path, image_format, deks) as (secrets, descriptors):
+        with keys_to(path, image_format, deks) as keys:
             run(
-                ["qemu-io", "--read-only", "--force-share", *secrets, "-c", "read -q 0 512"]
+                ["qemu-io", "--read-only", "--force-share", *keys.secrets, "-c", "read -q 0 512"]
                 + [json_filename(path, image_format, len(deks))],
-                pass_fds=descriptors,
+                confinement=Confinement(files=[keys.image]),
+                pass_fds=keys.descriptors,
+                timeout=_QUERY_SECONDS,
             )
     except ToolError as exc:
         raise ImageFormatError(f"{path} does not open with its DEK: {exc}") from exc

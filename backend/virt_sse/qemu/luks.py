@@ -159,6 +159,7 @@ def make_header(cipher: Cipher, dek: Dek) -> bytes:
             + ["--cipher", cipher.cryptsetup, "--key-size", str(cipher.volume_key_bits), "--hash", "sha256"]
             + ["--pbkdf-force-iterations", str(_PBKDF2_ITERATIONS), "--align-payload", "8"]
             + ["--key-file", "-", f"/proc/self/fd/{memory}"],
+            confinement=None,  # the file in memory is this process's own
             stdin=dek.passphrase,
             pass_fds=[memory],
         )

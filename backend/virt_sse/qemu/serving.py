@@ -15,22 +15,32 @@ from tempfile import TemporaryDirectory
 
 from virt_sse.errors import ImageError, ToolError
 from virt_sse.qemu.nbd import NbdReader
+from virt_sse.system.confinement import BoundFile, Confinement
 from virt_sse.system.tools import running
 
 _EXPORT = "image"
+_CPU_SECONDS = 600
+"""Bound for reading samples of an image."""
 
 
 @contextlib.contextmanager
 def served(
-    node: dict[str, object], secrets: Sequence[str], descriptors: Sequence[int]
+    node: dict[str, object],
+    secrets: Sequence[str],
+    descriptors: Sequence[int],
+    files: Sequence[BoundFile],
 ) -> Iterator[NbdReader]:
-    """Open the content of the block node *node* in a new storage daemon."""
+    """Open the content of the block node *node* in a new storage daemon, which can open *files* only."""
     node |= {"node-name": _EXPORT, "read-only": True, "force-share": True}
     export = f"type=nbd,id={_EXPORT},node-name={_EXPORT},name={_EXPORT},writable=off"
     with _connected_socket() as (listening, connection):
         arguments = ["qemu-storage-daemon", *secrets, "--blockdev", json.dumps(node)]
         arguments += ["--nbd-server", f"addr.type=fd,addr.str={listening.fileno()}", "--export", export]
-        with running(arguments, pass_fds=[*descriptors, listening.fileno()]) as daemon:
+        with running(
+            arguments,
+            confinement=Confinement(files=files, cpu_seconds=_CPU_SECONDS),
+            pass_fds=[*descriptors, listening.fileno()],
+        ) as daemon:
             listening.close()  # else a failure of the daemon would leave the connection waiting
             try:
                 reader = NbdReader(connection, _EXPORT)

@@ -1,17 +1,32 @@
-"""External tools: run as subprocesses, with passphrases passed through pipes."""
+"""External tools: run as subprocesses, with passphrases passed through pipes.
+
+Every call states a :class:`~virt_sse.system.confinement.Confinement`, or ``None`` for a tool that reads no
+image but those made by this process.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
+import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
 from virt_sse.errors import ImageError, ToolError
+from virt_sse.system.confinement import Confinement, command, end_confined, tool_environment
 
+_LEASH = ("setpriv", "--pdeathsig", "KILL", "--")
 _COMMAND_NOT_FOUND = 127
 """Exit status of setpriv when the tool is not found."""
+_LIMITS = {
+    128 + signal.SIGXCPU: "took too much processor time",
+    128 + signal.SIGXFSZ: "wrote more than its file may hold",
+}
+"""Exit statuses of bwrap for a tool that was ended at a limit."""
+_FILE_GONE = ("Can't find source path", "Race condition binding")
+"""bwrap's words for a bound file that no longer has its name."""
 _ENDING_SECONDS = 2.0
 _MOST_ERRORS = 1 << 16
 
@@ -19,68 +34,67 @@ _MOST_ERRORS = 1 << 16
 def run(
     arguments: Sequence[str],
     *,
+    confinement: Confinement | None,
     stdin: bytes = b"",
     pass_fds: Sequence[int] = (),
     timeout: float | None = None,
 ) -> str:
     """Run a tool to completion and return its standard output.
 
-    The tool is killed when the calling thread ends (``setpriv --pdeathsig``): a killed command leaves no
-    process behind.
+    The tool is killed when the calling thread ends: a killed command leaves no process behind.
 
     :raise ImageError: When the tool fails because the disk is full.
     :raise ToolError: When the tool is missing, fails, or takes longer than *timeout* seconds.
     """
-    try:
-        done = subprocess.run(
-            _leashed(arguments),
-            input=stdin,
-            capture_output=True,
-            pass_fds=pass_fds,
-            timeout=timeout,
-            check=False,
-            env=_environment(),
-        )
-    except FileNotFoundError as exc:
-        raise ToolError("setpriv is not installed") from exc
-    except subprocess.TimeoutExpired as exc:
-        raise ToolError(f"{arguments[0]} did not finish within {timeout:g} s") from exc
-    if done.returncode != 0:
-        raise failure(arguments[0], done.returncode, done.stderr.decode(errors="replace"))
-    return done.stdout.decode(errors="replace")
+    with _started(
+        arguments,
+        confinement,
+        pass_fds,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        try:
+            output, errors = process.communicate(stdin, timeout)
+        except subprocess.TimeoutExpired as exc:
+            raise ToolError(f"{arguments[0]} did not finish within {timeout:g} s") from exc
+    if process.returncode != 0:
+        raise failure(arguments[0], process.returncode, errors.decode(errors="replace"))
+    return output.decode(errors="replace")
 
 
 def run_with_progress(
-    arguments: Sequence[str], *, pass_fds: Sequence[int], progress: Callable[[float], None]
+    arguments: Sequence[str],
+    *,
+    confinement: Confinement | None,
+    pass_fds: Sequence[int],
+    progress: Callable[[float], None],
+    stalled_after: float,
 ) -> None:
     """Run a qemu-img command with ``-p`` and report the completed fraction, from 0.0 to 1.0.
 
+    :param stalled_after: seconds without progress, which qemu-img reports in steps of 1 %, until the tool is
+        killed.
     :raise ImageError: When the tool fails because the disk is full.
-    :raise ToolError: When the tool is missing or fails.
+    :raise ToolError: When the tool is missing, fails or stalls.
     """
-    with contextlib.ExitStack() as stack:
-        errors = stack.enter_context(os.fdopen(os.memfd_create("stderr"), "w+b"))
-        try:
-            process = stack.enter_context(
-                subprocess.Popen(
-                    _leashed(arguments),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    pass_fds=pass_fds,
-                    env=_environment(),
-                )
-            )
-        except FileNotFoundError as exc:
-            raise ToolError("setpriv is not installed") from exc
-        stack.callback(process.kill)
+    with (
+        os.fdopen(os.memfd_create("stderr"), "w+b") as errors,
+        _started(
+            arguments, confinement, pass_fds, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
+        ) as process,
+    ):
         assert process.stdout is not None  # noqa: S101 -- PIPE above
         pending = b""
-        while chunk := os.read(process.stdout.fileno(), 4096):
+        while select.select([process.stdout], [], [], stalled_after)[0]:
+            if not (chunk := os.read(process.stdout.fileno(), 4096)):
+                break
             *lines, pending = (pending + chunk).replace(b"\n", b"\r").split(b"\r")
             for line in lines:
                 with contextlib.suppress(ValueError):
                     progress(float(line.strip().removeprefix(b"(").removesuffix(b"/100%)")) / 100)
+        else:
+            raise ToolError(f"{arguments[0]} made no progress for {stalled_after:g} s")
         if process.wait() != 0:
             errors.seek(0)
             raise failure(arguments[0], process.returncode, errors.read().decode(errors="replace"))
@@ -105,35 +119,76 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(arguments: Sequence[str], *, pass_fds: Sequence[int]) -> Iterator[Running]:
+def running(
+    arguments: Sequence[str], *, confinement: Confinement | None, pass_fds: Sequence[int]
+) -> Iterator[Running]:
     """Run a tool during the block and kill the tool at the end of the block or of the calling thread.
 
-    :raise ToolError: When setpriv is missing. A failure of the tool itself: see :meth:`Running.failure`.
+    :raise ToolError: When the tool is missing. A failure of the tool itself: see :meth:`Running.failure`.
     """
-    with os.fdopen(os.memfd_create("stderr"), "w+b") as errors:
+    with (
+        os.fdopen(os.memfd_create("stderr"), "w+b") as errors,
+        _started(
+            arguments,
+            confinement,
+            pass_fds,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        ) as process,
+    ):
+        yield Running(arguments[0], process, errors)
+
+
+@contextlib.contextmanager
+def _started(
+    arguments: Sequence[str],
+    confinement: Confinement | None,
+    pass_fds: Sequence[int],
+    *,
+    stdin: int,
+    stdout: int,
+    stderr: int | BinaryIO,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a tool; at the end of the block, kill the tool and wait until the tool has ended."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    with os.fdopen(reading, "rb") as report:
         try:
+            if confinement is None:
+                wrapped, environment = [*_LEASH, *arguments], {**os.environ, "LC_ALL": "C"}
+            else:
+                wrapped, environment = command(arguments, confinement, report_to=writing), tool_environment()
+                pass_fds = [*pass_fds, *confinement.descriptors]
+                if "bwrap" in wrapped:
+                    pass_fds.append(writing)
             process = subprocess.Popen(
-                _leashed(arguments),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                pass_fds=pass_fds,
-                env=_environment(),
+                wrapped, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=pass_fds, env=environment
             )
         except FileNotFoundError as exc:
-            raise ToolError("setpriv is not installed") from exc
+            raise ToolError(f"{wrapped[0]} is not installed") from exc
+        finally:
+            os.close(writing)
         with process:
             try:
-                yield Running(arguments[0], process, errors)
+                yield process
             finally:
-                process.kill()
+                if process.poll() is None:
+                    if confinement is None or not end_confined(process.pid, report.fileno()):
+                        process.kill()
+                    process.wait()
 
 
 def failure(tool: str, status: int, stderr: str) -> ImageError | ToolError:
     """The error for a tool's exit status and standard error."""
     if status == _COMMAND_NOT_FOUND:
         return ToolError(f"{tool} is not installed")
+    if limit := _LIMITS.get(status if status > 0 else 128 - status):
+        return ToolError(f"{tool} {limit}")
     reason = " ".join(stderr.split()) or f"exit status {status}"
+    if reason.startswith("bwrap: "):
+        if any(sign in reason for sign in _FILE_GONE):
+            return ImageError("the image was removed or replaced while in use")
+        return ToolError(f"cannot confine {tool}: {reason}")
     if "No space left on device" in reason:
         return ImageError("no space left on device")
     return ToolError(f"{tool}: {reason.removeprefix(f'{tool}: ')}")
@@ -149,12 +204,3 @@ def passphrase_descriptor(passphrase: bytes) -> Iterator[int]:
         yield reading
     finally:
         os.close(reading)
-
-
-def _leashed(arguments: Sequence[str]) -> list[str]:
-    return ["setpriv", "--pdeathsig", "KILL", "--", *arguments]
-
-
-def _environment() -> dict[str, str]:
-    """The environment with English messages, because virt-sse parses some."""
-    return {**os.environ, "LC_ALL": "C"}

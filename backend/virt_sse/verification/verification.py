@@ -13,7 +13,7 @@ from virt_sse.domains import temp_disks
 from virt_sse.domains.data_on_host import HostData
 from virt_sse.domains.settings import VmSettings
 from virt_sse.domains.start import DomainStart
-from virt_sse.errors import VirtSseError
+from virt_sse.errors import OtherFileError, VirtSseError
 from virt_sse.keys.host import Host
 from virt_sse.libvirt import domains
 from virt_sse.libvirt.connection import connected
@@ -257,6 +257,8 @@ def _backing_files(path: Path) -> Iterator[Path]:
     while pending and len(found) < _LONGEST_CHAIN:
         try:
             references = img.info(pending.pop(), shared=True).other_files
+        except OtherFileError as exc:
+            references = (exc.name,)
         except VirtSseError:
             continue
         for backing in (place_of(reference).path for reference in references):

@@ -175,7 +175,7 @@ _INFO = {
 
 
 def _info(text: str) -> None:
-    found = img._image_info(text, "/image", Path("/image"))
+    found = img._image_info(text, Path("/image"))
     assert found.virtual_size >= 0
     assert isinstance(found.format, str)
 

@@ -11,7 +11,7 @@ from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError, ToolEr
 from virt_sse.model.ciphers import AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
-from virt_sse.qemu import formatting, img
+from virt_sse.qemu import formatting, img, reading
 from virt_sse.qemu.formatting import Volume
 
 M = 1 << 20
@@ -74,9 +74,11 @@ def test_info_tells_format_size_and_encryption(tmp_path: Path) -> None:
     assert img.info(make(tmp_path / "luks", "raw").path).encrypted
     vmdk = images.make_plain(tmp_path / "vmdk", "vmdk", bytes(M))
     assert img.info(vmdk).other_files == ()
-    for path, image_format in ((tmp_path / "missing", None), (plain, "vdi"), (plain, "nonsense")):
+    for image_format in ("vdi", "nonsense"):
         with pytest.raises(ToolError, match="qemu-img: "):
-            img.info(path, image_format)
+            img.info(plain, image_format)
+    with pytest.raises(ImageError, match="missing: No such file"):
+        img.info(tmp_path / "missing")
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
@@ -206,3 +208,11 @@ def test_a_raw_image_that_ends_within_its_header_is_refused(tmp_path: Path) -> N
 def test_errors_of_qemus_formatter_are_reported(tmp_path: Path) -> None:
     with pytest.raises(ToolError, match="cannot make a LUKS image with rot13-256-xts"):
         make(tmp_path / "image", "raw", M, Cipher("rot13-256", "xts"))
+
+
+def test_nothing_holds_an_image_after_it_was_read(tmp_path: Path) -> None:
+    image = make(tmp_path / "image", "raw")
+    for _ in range(20):
+        with reading.plaintext(image.path, DiskFormat.RAW, [DEK]) as reader:
+            reader.read(0, 512)
+        img.refuse_if_open(image.path)

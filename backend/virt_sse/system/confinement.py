@@ -1,0 +1,182 @@
+"""Confinement of tools that parse images, by bubblewrap (bwrap(1)), setpriv(1) and prlimit(1).
+
+Storage and guests write images, and so control a parser with a fault. A confined tool
+
+- sees the programs and libraries of ``/usr``, read-only, an empty network, its own processes, and the files
+  of its :class:`Confinement`. Each file is bound by a descriptor: another file under the same name is not
+  reachable.
+- runs as :data:`TOOL_ID`, a user without files or processes. Images belong to root or to QEMU's user,
+  therefore the tool keeps CAP_DAC_OVERRIDE, which the mounts restrict to the bound files.
+  CAP_DAC_READ_SEARCH would be worse: open_by_handle_at(2) then finds every file of a mounted filesystem.
+- has limits of memory, processor time and length of files, and leaves no core.
+
+Without root's rights, user and capabilities stay as they are; the mounts are as for root where the kernel
+allows unprivileged user namespaces, and else the host's.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from virt_sse.errors import ToolError
+
+TOOL_ID = 65533
+"""User and group of confined tools: outside of the ranges of distributions, systemd and ``storage_user``."""
+_OPEN_FILES = 256
+_MOST_WRITTEN = 1 << 20
+"""Bound for a tool that only reads; standard error may be a file in memory."""
+_CAPABILITY = "dac_override"
+_FOR_SETPRIV = ("CAP_DAC_OVERRIDE", "CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP")
+_SYSTEM = (
+    *("--ro-bind", "/usr", "/usr", "--symlink", "usr/bin", "/bin", "--symlink", "usr/lib", "/lib"),
+    *("--symlink", "usr/lib64", "/lib64", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"),
+    *("--proc", "/proc", "--dev", "/dev"),
+)
+_NAMESPACES = ("--unshare-ipc", "--unshare-net", "--unshare-pid")
+_READ_ONLY = ("--remount-ro", "/proc", "--remount-ro", "/dev", "--remount-ro", "/")
+
+
+@dataclass(frozen=True, slots=True)
+class BoundFile:
+    """A file or block device that a confined tool can open.
+
+    :ivar path: name for the tool, and in its messages.
+    :ivar descriptor: open descriptor of the file, also ``O_PATH``; the file must have a name.
+    :ivar writable: allow writing. A block device is always writable: the kernel has no read-only view of one.
+    """
+
+    path: Path
+    descriptor: int
+    writable: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Confinement:
+    """The files that a tool can open, and its limits.
+
+    :ivar memory: address space in bytes (``RLIMIT_AS``).
+    :ivar cpu_seconds: processor time (``RLIMIT_CPU``); ``None`` for a tool whose work has no bound.
+    :ivar written: largest length of a file that the tool writes, in bytes (``RLIMIT_FSIZE``).
+    """
+
+    files: Sequence[BoundFile] = field(default=())
+    memory: int = 1 << 30
+    cpu_seconds: int | None = 60
+    written: int = _MOST_WRITTEN
+
+    @property
+    def descriptors(self) -> list[int]:
+        """The descriptors to pass to :func:`command`'s process."""
+        return [file.descriptor for file in self.files]
+
+
+def command(arguments: Sequence[str], confinement: Confinement, *, report_to: int) -> list[str]:
+    """The command that runs the tool *arguments* confined.
+
+    :param report_to: descriptor of a pipe to :func:`end_confined`.
+    :raise ToolError: When the tool or bubblewrap is not installed.
+    """
+    found = shutil.which(arguments[0])
+    if found is None:
+        raise ToolError(f"{arguments[0]} is not installed")
+    tool = os.path.realpath(found)
+    limited = [
+        *("prlimit", f"--as={confinement.memory}", f"--fsize={max(confinement.written, _MOST_WRITTEN)}"),
+        *("--core=0", f"--nofile={_OPEN_FILES}"),
+        *(
+            []
+            if confinement.cpu_seconds is None
+            else [f"--cpu={confinement.cpu_seconds}:{confinement.cpu_seconds + 1}"]
+        ),  # SIGXCPU, then SIGKILL
+    ]
+    root = os.geteuid() == 0
+    if not root and not _works_unprivileged():
+        return [*limited, "setpriv", "--pdeathsig", "KILL", "--no-new-privs", "--", *arguments]
+    if shutil.which("bwrap") is None:
+        raise ToolError("bwrap is not installed", hint="install the package bubblewrap")
+    binds = [part for file in confinement.files for part in _bind(file)]
+    if not Path(tool).is_relative_to("/usr"):
+        binds += ["--ro-bind", tool, tool]
+    confined = [
+        "bwrap",
+        *("--die-with-parent", "--info-fd", str(report_to)),
+        *_NAMESPACES,
+        *_SYSTEM,
+        *binds,
+        *_READ_ONLY,
+        "--cap-drop",
+        "ALL",
+    ]
+    if not root:
+        return [*limited, *confined, "--", tool, *arguments[1:]]
+    only = f"-all,+{_CAPABILITY}"
+    unprivileged = [
+        *("/usr/bin/setpriv", f"--reuid={TOOL_ID}", f"--regid={TOOL_ID}", "--clear-groups", "--no-new-privs"),
+        *(f"--inh-caps={only}", f"--ambient-caps={only}", f"--bounding-set={only}", "--"),
+    ]
+    kept = [part for capability in _FOR_SETPRIV for part in ("--cap-add", capability)]
+    return [*limited, *confined, *kept, "--", *unprivileged, tool, *arguments[1:]]
+
+
+def end_confined(pid: int, report: int) -> bool:
+    """Kill the tool confined by the bwrap process *pid*, which ends once the tool has ended.
+
+    A killed bwrap would end before the tool, whose locks on images would then remain for a moment.
+
+    :param report: reading end of the pipe. bwrap reports before the tool runs; the tool keeps the pipe.
+    :return: whether bwrap had started the tool.
+    """
+    said = b""
+    while b"}" not in said and (chunk := os.read(report, 4096)):
+        said += chunk
+    try:
+        first = int(json.loads(said.partition(b"}")[0] + b"}")["child-pid"])
+        descriptor = os.pidfd_open(first)
+    except (ValueError, ProcessLookupError):
+        return False
+    try:
+        parent = Path(f"/proc/{first}/stat").read_text("ascii").rsplit(") ", 1)[1].split()[1]
+        if int(parent) != pid:
+            return False
+        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def tool_environment() -> dict[str, str]:
+    """The environment of a confined tool: English messages, because virt-sse parses some."""
+    return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+
+
+def _bind(file: BoundFile) -> list[str]:
+    """Options of bwrap that make *file* appear under its path.
+
+    bwrap refuses a bound file that is not the descriptor's. Such binds cannot be opened as devices; the
+    descriptor's name of a device lies in ``/dev``, where root alone renames.
+    """
+    name = str(file.path.absolute())
+    if stat.S_ISBLK(os.fstat(file.descriptor).st_mode):
+        return ["--dev-bind", f"/proc/self/fd/{file.descriptor}", name]
+    return ["--bind-fd" if file.writable else "--ro-bind-fd", str(file.descriptor), name]
+
+
+@functools.cache
+def _works_unprivileged() -> bool:
+    """Whether bwrap can make namespaces for this user: distributions restrict them."""
+    trial = ["bwrap", *_NAMESPACES, *_SYSTEM, "--", "/usr/bin/true"]
+    try:
+        return subprocess.run(trial, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
