@@ -53,17 +53,20 @@ def check_host(site: FileSite, disks: Mapping[str, bytes], *, optional: Collecti
         log = AuditLog(site.root / "var/log/virt-sse/audit.jsonl", key=site.state / "audit.key")
         if log.path.exists():
             assert log.verify().broken is None, log.verify().broken
-    check_files(site)
+    check_plaintext(site)
     return set(found)
 
 
-def check_files(site: FileSite) -> None:
-    """Check that no unfinished file and no plaintext is left on the host."""
+def check_plaintext(site: FileSite) -> None:
+    """Check that no file of the host has plaintext."""
     for path in site.root.rglob("*"):
-        assert not _TEMPORARY.match(path.name), f"{path} is left"
         if path.is_file():
             assert PATTERN not in path.read_bytes(), f"plaintext in {path}"
-    for path in site.out.rglob("*"):
+
+
+def check_files(site: FileSite) -> None:
+    """Check that no unfinished file is left once the command has been repeated."""
+    for path in (*site.root.rglob("*"), *site.out.rglob("*")):
         assert not _TEMPORARY.match(path.name), f"{path} is left"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from soak.invariants import check_files, check_host, is_whole_database
+from soak.invariants import check_host, is_whole_database
 from soak.sites import KINDS, PLAIN, FileSite, Kind, M, content
 from virt_sse.backend import Backend
 from virt_sse.model.disks import PLATFORM_KEY
@@ -333,9 +333,8 @@ def _vault_init() -> FileOperation:
         site.await_quiet()
         if not (site.state / "vault/vault.json").exists():
             return False
-        administrator = site.out / f"{uuid.uuid4()}.json"
+        administrator = site.out / f"a-{uuid.uuid4()}.json"
         site.cli("vault", "rescue", administrator.stem, "--file", administrator)
-        check_files(site)
         return True
 
     return FileOperation("vault-init", prepare, lambda _: ["vault", "init"], check, ("already",))
@@ -353,7 +352,6 @@ def _vault_files(name: str, arguments: list[str], *, restores: bool = False) -> 
 
     def check(site: FileSite) -> bool:
         site.await_quiet()
-        check_files(site)
         if name == "vault-rescue":
             return (site.out / "file").exists()
         return is_whole_database(site.state / "vault/vault.sqlite" if restores else site.out / "file")
@@ -381,7 +379,6 @@ def _hsm_init() -> FileOperation:
         site.await_quiet()
         site.cli("host", "hsm", "init")
         site.cli("host", "hsm", "status")
-        check_files(site)
         return True
 
     return FileOperation("hsm-init", FileSite.bring_host, lambda _: ["host", "hsm", "init"], check)
