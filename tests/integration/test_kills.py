@@ -51,9 +51,10 @@ def test_the_soak_finds_what_a_kill_leaves(attempts: Attempts, planted: str) -> 
 
 
 def test_kill_points_are_repeatable_and_cover_the_operation() -> None:
-    measured = Measured(0.5, 2.0, 40)
+    measured = Measured(0.5, 2.0, ("write", "fsync", "write", "rename"))
     points = [KillPoint.choose(Random(seed), measured) for seed in range(400)]  # noqa: S311 -- a seed
     assert points == [KillPoint.choose(Random(seed), measured) for seed in range(400)]  # noqa: S311
-    assert {point.at for point in points if point.by is KillBy.CALL} == set(range(1, 41))
+    by_call = {(point.call, point.at) for point in points if point.by is KillBy.CALL}
+    assert by_call == {("write", 1), ("fsync", 1), ("write", 2), ("rename", 1)}
     assert all(0.5 <= point.at <= 2.0 for point in points if point.by is KillBy.TIME)
     assert [KillPoint.parse(str(point)) for point in points] == points

@@ -46,13 +46,10 @@ def main() -> int:
 def _run(tasks: list[Task], workers: int, at: KillPoint | None) -> list[tuple[str, Outcome | Failure]]:
     """Do *tasks* in *workers* processes, each with sites of its own."""
     context = multiprocessing.get_context("fork")
-    waiting: Any = context.Queue()
     done: Any = context.Queue()
-    for task in tasks:
-        waiting.put(task)
-    processes = [
-        context.Process(target=_work, args=(waiting, done, at)) for _ in range(min(workers, len(tasks)))
-    ]
+    operations = sorted({name for name, _ in tasks})  # each stays with one worker, which measures it once
+    shares = [[task for task in tasks if operations.index(task[0]) % workers == n] for n in range(workers)]
+    processes = [context.Process(target=_work, args=(share, done, at)) for share in shares if share]
     for process in processes:
         process.start()
     results = []
@@ -75,15 +72,11 @@ def _run(tasks: list[Task], workers: int, at: KillPoint | None) -> list[tuple[st
     return results
 
 
-def _work(waiting: Any, done: Any, at: KillPoint | None) -> None:
+def _work(tasks: list[Task], done: Any, at: KillPoint | None) -> None:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="virt-sse-soak-")))
         attempts = Attempts(FileSite(folder, stack))
-        while True:
-            try:
-                name, seed = waiting.get(timeout=0.5)
-            except queue.Empty:
-                return
+        for name, seed in tasks:
             done.put((name, attempts(_BY_NAME[name], seed, at)))
 
 
@@ -107,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=2, help="number of processes (default: 2)")
     parser.add_argument("--operation", help="only operations with this in their name")
     parser.add_argument("--only", metavar="OPERATION:SEED", help="only this kill")
-    parser.add_argument("--at", type=KillPoint.parse, metavar="POINT", help="the moment, as printed: call=37")
+    parser.add_argument(
+        "--at", type=KillPoint.parse, metavar="POINT", help="the moment, as printed: call=fsync:3"
+    )
     return parser
 
 

@@ -50,26 +50,28 @@ class Measured:
 
     :ivar begins: seconds from the start to the first call.
     :ivar ends: seconds from the start to the end.
-    :ivar calls: number of calls of the main thread.
+    :ivar calls: the names of the calls of the main thread, in order.
     """
 
     begins: float
     ends: float
-    calls: int
+    calls: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class KillPoint:
     """The moment of a kill.
 
-    :ivar at: seconds, or the number of a call from 1.
+    :ivar at: seconds, or the number of the call among those of the same name, from 1.
+    :ivar call: name of the call, if any.
     """
 
     by: KillBy
     at: float
+    call: str = ""
 
     def __str__(self) -> str:
-        return f"{self.by.value}={self.at:g}"
+        return f"{self.by.value}={self.call}{':' if self.call else ''}{self.at:g}"
 
     @classmethod
     def parse(cls, text: str) -> KillPoint:
@@ -77,8 +79,9 @@ class KillPoint:
 
         :raise ValueError: When *text* is no kill point.
         """
-        by, _, at = text.partition("=")
-        return cls(KillBy(by), float(at))
+        by, _, moment = text.partition("=")
+        call, _, at = moment.rpartition(":")
+        return cls(KillBy(by), float(at), call)
 
     @classmethod
     def choose(cls, chance: Random, measured: Measured) -> KillPoint:
@@ -86,14 +89,16 @@ class KillPoint:
         by = chance.choice((KillBy.CALL, KillBy.CALL, KillBy.ANY_CALL, KillBy.TIME))
         if by is KillBy.TIME:
             return cls(by, round(chance.uniform(measured.begins, measured.ends), 3))
-        return cls(by, chance.randint(1, max(1, measured.calls)))
+        position = chance.randrange(len(measured.calls))
+        call = measured.calls[position]
+        return cls(by, measured.calls[: position + 1].count(call), call)
 
     def around(self, command: Vector) -> list[str]:
         """The argument vector that runs *command* up to the kill."""
         if self.by is KillBy.TIME:
             return ["timeout", "--foreground", "-s", "KILL", f"{self.at:g}", *map(str, command)]
         everything = ["-f", "--seccomp-bpf"] if self.by is KillBy.ANY_CALL else []
-        inject = f"inject={CALLS}:signal=KILL:when={self.at:g}"
+        inject = f"inject={self.call}:signal=KILL:when={int(self.at)}"
         return ["strace", *everything, "-qqq", "-o", "/dev/null", "-e", inject, *map(str, command)]
 
 
@@ -147,5 +152,6 @@ def measure(
         if (found := re.match(r"([0-9.]+) (\w+)", line))
     ]
     began, last = times[0][0], times[-1][0]
-    calls = [time for time, name in times if name not in ("execve", "exit_group")]
-    return Measured(calls[0] - began, last - began, len(calls)), ended
+    calls = [(time, name) for time, name in times if name not in ("execve", "exit_group")]
+    names = tuple(name for _, name in calls)
+    return Measured(calls[0][0] - began, last - began, names), ended
