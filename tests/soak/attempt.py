@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from random import Random
 
 from soak.invariants import check_files
@@ -52,7 +54,9 @@ class Attempts:
             return self._attempt(operation, point)
         except Exception as exc:  # noqa: BLE001 -- every failure is reported, and the soak goes on
             notes = "".join(f" [{note}]" for note in getattr(exc, "__notes__", ()))
-            return Failure(operation.name, seed, point, f"{type(exc).__name__}: {exc}{notes}")
+            where = traceback.extract_tb(exc.__traceback__)[-1]
+            place = f"{Path(where.filename).name}:{where.lineno}"
+            return Failure(operation.name, seed, point, f"{type(exc).__name__} at {place}: {exc}{notes}")
 
     def _command(self, operation: FileOperation) -> list[str]:
         return [str(PROGRAM), *map(str, operation.arguments(self._site))]
