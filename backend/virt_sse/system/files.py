@@ -133,7 +133,11 @@ def _new_temporary(path: Path) -> tuple[Path, int]:
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(_SUFFIX_BYTES)}")
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE_FILE)
-        if _locked(descriptor) and os.fstat(descriptor).st_nlink:
+        try:
+            is_ours = _locked(descriptor) and os.fstat(descriptor).st_nlink
+        except OSError:  # without locks, no process removes the files of others
+            is_ours = True
+        if is_ours:
             return temporary, descriptor
         os.close(descriptor)  # another process took the file, not locked yet, for an abandoned one
         temporary.unlink(missing_ok=True)
@@ -154,11 +158,14 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def _locked(descriptor: int) -> bool:
-    """Lock a file, if no other process has it locked: whether this process has the lock."""
+    """Lock a file, if no other process has it locked: whether this process has the lock.
+
+    :raise OSError: When the file system has no locks.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as exc:
-        return exc.errno not in (errno.EAGAIN, errno.EACCES)  # a file system without locks
+    except BlockingIOError:
+        return False
     return True
 
 
