@@ -401,7 +401,7 @@ OPERATIONS: tuple[FileOperation, ...] = (
         "hsm-create-key",
         ["host", "hsm", "create", "more", "--size", "2048"],
         *_of("hsm"),
-        refusals=("exist",),
+        refusals=("already holds",),
     ),
     _des_create(),
     _des_delete(),
