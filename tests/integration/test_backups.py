@@ -13,10 +13,16 @@ from subprocess import DEVNULL, PIPE, Popen
 
 import pytest
 
+import virt_sse.host.backup
 from support.command_line import PROGRAM, CommandLine, no_libvirt
+from support.faults import crash_points, dies_at
 from support.vault_tools import OAEP, Raw, new_name
 from support.waiting import wait_until
+from virt_sse.backend import Backend
+from virt_sse.errors import StoreError
+from virt_sse.host.backup import back_up_store, restore_store
 from virt_sse.lab.vaults import LabVault
+from virt_sse.system import files, sqlite_backup
 from virt_sse.vault_client.administration import VaultClient
 from virt_sse.vault_client.credential import VaultCredential
 from virt_sse.vault_client.permissions import USE
@@ -166,3 +172,50 @@ def test_a_backup_of_a_key_with_many_versions_is_restored() -> None:
             assert raw("POST", "/keys/restore", {"value": blob}).status == 200
         with closing(sqlite3.connect(vault.directory / "vault.sqlite")) as connection:
             assert connection.execute("SELECT count(*) FROM versions").fetchone() == (2001,)
+
+
+@pytest.mark.slow
+def test_a_killed_backup_is_whole_or_absent_and_leaves_no_other_file(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "backups"
+    folder.mkdir()
+    with Backend.open(root) as backend:
+        config = backend.host.config
+
+    def back_up() -> None:
+        (folder / "store").unlink(missing_ok=True)
+        back_up_store(config, folder / "store")
+
+    modules = (virt_sse.host.backup, sqlite_backup, files)
+    points = crash_points(modules, back_up)
+    for point in points[:: len(points) // 20]:
+        assert dies_at(point, modules, back_up)
+        assert [path.name for path in folder.iterdir()] in ([], ["store"])
+        if (folder / "store").exists():
+            assert_single_private_file(folder / "store")
+            (folder / "store").unlink()
+
+
+@pytest.mark.slow
+def test_a_killed_restore_is_repeated_and_leaves_no_other_file(root: Path, tmp_path: Path) -> None:
+    with Backend.open(root) as backend:
+        config = backend.host.config
+    back_up_store(config, tmp_path / "backup")
+    store = root / "var/lib/virt-sse/store.sqlite"
+
+    def restore() -> None:
+        move_away(store, tmp_path / "old")
+        restore_store(config, tmp_path / "backup")
+
+    (tmp_path / "old").mkdir()
+    modules = (virt_sse.host.backup, sqlite_backup, files)
+    points = crash_points(modules, restore)
+    for point in points[:: len(points) // 10]:
+        shutil.rmtree(tmp_path / "old")
+        (tmp_path / "old").mkdir()
+        assert dies_at(point, modules, restore)
+        if store.exists():
+            with pytest.raises(StoreError, match="the host has a store"):
+                restore_store(config, tmp_path / "backup")
+        else:
+            restore_store(config, tmp_path / "backup")
+        assert [path.name for path in store.parent.iterdir() if path.name.startswith(".")] == []

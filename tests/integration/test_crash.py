@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from support import images
 from support.command_line import PROGRAM
 from support.faults import crash_points, dies_at
+from support.forking import run_forked
 from support.images import KeyedImage
 from virt_sse.backend import Backend
 from virt_sse.disks import creation, lifecycle, transfer
@@ -23,6 +25,7 @@ from virt_sse.keys import rewrap
 from virt_sse.model import envelope
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import PLATFORM_KEY, Disk, DiskState, NewDisk
+from virt_sse.model.layers import EncryptionType
 from virt_sse.qemu import envelope_slots, img, qcow2
 from virt_sse.store import store
 from virt_sse.system import files
@@ -190,6 +193,35 @@ def test_a_killed_rotation_is_finished_by_the_next(root: Path) -> None:
         whole(backend, "disk", 0x66)
 
     scene.kills(lambda b: b.keys.rotate(PLATFORM_KEY), check)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("image_format", "size"), [("qcow2", 2 * M), ("raw", M // 2)])
+def test_after_a_killed_resize_of_a_double_disk_the_store_has_its_size(
+    root: Path, image_format: str, size: int
+) -> None:
+    with Backend.open(root) as backend:
+        initialise(backend.host)
+        backend.sets.create(
+            "double",
+            provider="platform-managed",
+            key="default",
+            encryption_type=EncryptionType.PLATFORM_AND_CUSTOMER_KEYS,
+        )
+        kind = DiskFormat(image_format)
+        backend.disks.create(NewDisk(name="disk", size=M, format=kind, encryption_set="double"))
+
+    def act() -> None:
+        store.Store.set_size = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        with Backend.open(root) as backend:
+            backend.disks.resize("disk", size, shrink=True)
+
+    assert run_forked(act) == -signal.SIGKILL
+    with Backend.open(root) as backend:
+        disk = backend.disks.get("disk")
+        deks = backend.host.keys.unwrap_all(disk)
+        assert disk.size == img.usable_size_within(disk.path, disk.format, deks) == size
+        assert list((root / "var/lib/virt-sse/pending-resizes").glob("*")) == []
 
 
 @pytest.mark.slow

@@ -25,6 +25,8 @@ from virt_sse.errors import (
     EnvelopeError,
     ImageError,
     InvalidValueError,
+    KeyProviderError,
+    StoreError,
     VirtSseError,
 )
 from virt_sse.in_guest.images import in_image
@@ -45,6 +47,7 @@ from virt_sse.model.operations import CreateDisk, DeleteDisk, ResizeDisk
 from virt_sse.model.slots import TEMP_SLOT
 from virt_sse.qemu import envelope_slots, img
 from virt_sse.system.files import sync_folder
+from virt_sse.system.marks import Marks
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +77,7 @@ class Disks:
         self._sets = sets
         self._attachments = attachments
         self._creation = Creation(host, sets)
+        self._resizing = Marks(host.config.state_directory / "pending-resizes")
 
     def all(self) -> list[Disk]:
         """All disks, by name."""
@@ -110,6 +114,7 @@ class Disks:
                 _log.warning("disk %s stays %s: %s", disk.name, disk.state.value, exc)
             except Exception:  # noqa: BLE001 -- one disk must not stop every command of the host
                 _log.exception("disk %s stays %s", disk.name, disk.state.value)
+        self._recover_sizes()
 
     def _recover_disk(self, disk: Disk) -> None:
         with self._locks.hold(disk.id):
@@ -201,7 +206,8 @@ class Disks:
     def _refresh(self, disk: Disk) -> Disk:
         """The disk with the real size of its image, after an interrupted resize or a resize by other tools.
 
-        Missing or damaged images change nothing, nor do images with several layers: their size is encrypted.
+        Missing or damaged images change nothing, nor do images with several layers: their size is encrypted,
+        see :meth:`_size_marked`.
         """
         if disk.state is not DiskState.READY or len(disk.deks) > 1:
             return disk
@@ -229,11 +235,53 @@ class Disks:
                     hint="data beyond the new size is lost; pass --shrink to confirm",
                 )
             self._plugins.validate(ResizeDisk(current, size))
-            if not self._attachments.resize_live(current, size):
-                deks = self._keys.unwrap_all(current)
-                img.resize(current.path, current.format, size, deks, shrink=shrink)
-            self._store.set_size(current.id, size)
+            with self._size_marked(current):
+                if not self._attachments.resize_live(current, size):
+                    deks = self._keys.unwrap_all(current)
+                    img.resize(current.path, current.format, size, deks, shrink=shrink)
+                self._store.set_size(current.id, size)
             return self._refresh(dataclasses.replace(current, size=size))
+
+    @contextlib.contextmanager
+    def _size_marked(self, disk: Disk) -> Iterator[None]:
+        """Mark a disk with several layers, whose size only the DEKs tell, while the size may change.
+
+        The mark outlives the block if the process is killed or the block fails after the keys were used.
+
+        :raise StoreError: When the mark cannot be made.
+        """
+        if len(disk.deks) > 1:
+            try:
+                self._resizing.add(disk.id)
+            except OSError as exc:
+                raise StoreError(
+                    f"cannot mark disk {disk.name!r} in {self._resizing.folder}: {exc.strerror}"
+                ) from exc
+        try:
+            yield
+        except KeyProviderError:  # before the image was changed
+            self._resizing.remove(disk.id)
+            raise
+        self._resizing.remove(disk.id)
+
+    def _recover_sizes(self) -> None:
+        """Store the sizes of images that a killed or failed command may have resized."""
+        for disk_id in self._resizing.all():
+            try:
+                with self._locks.hold(disk_id):
+                    disk = self._store.get(str(disk_id))
+                    if disk.state is DiskState.READY:
+                        deks = self._keys.unwrap_all(disk)
+                        self._store.set_size(disk_id, img.usable_size_within(disk.path, disk.format, deks))
+                    self._resizing.remove(disk_id)
+            except DiskInUseError:
+                continue
+            except DiskNotFoundError:
+                self._resizing.remove(disk_id)
+            except VirtSseError as exc:
+                _log.warning("disk %s: the size after an interrupted resize is unknown: %s", disk_id, exc)
+            except Exception:  # noqa: BLE001 -- one disk must not stop every command of the host
+                _log.exception("disk %s: the size after an interrupted resize is unknown", disk_id)
 
     def check(self, name: str) -> None:
         """Check a disk's image: intact, opens with the DEK, carries the wrapped DEKs of the store.

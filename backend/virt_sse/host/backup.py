@@ -16,7 +16,7 @@ from virt_sse.config import Config
 from virt_sse.errors import AgentError, StoreError
 from virt_sse.store.engine import open_engine
 from virt_sse.system.files import PRIVATE_FILE, private_folder, publish
-from virt_sse.system.sqlite_backup import copy_database, present_files, remove_database, temporary_name
+from virt_sse.system.sqlite_backup import candidate_path, copy_database, present_files, remove_database
 
 
 def back_up_store(config: Config, file: Path) -> None:
@@ -39,13 +39,14 @@ def restore_store(config: Config, file: Path) -> None:
     try:
         private_folder(database.parent)
         with _without_agent(config):
+            candidate = candidate_path(database)
+            candidate.with_suffix(".lock").unlink(missing_ok=True)
             present = present_files(database)
             if present:
                 raise StoreError(
                     f"the host has a store: {', '.join(str(path) for path in present)}",
                     hint="move all of these files away first",
                 )
-            candidate = temporary_name(database)
             try:
                 _copy(file, candidate, doing)
                 _check(candidate, file)

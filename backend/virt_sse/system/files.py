@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +63,8 @@ def sync_folder(path: Path) -> None:
 def write_private(path: Path, content: bytes) -> None:
     """Write *content* to *path*, mode 0600, atomically: temporary file, sync, rename, sync of the folder.
 
+    The temporary file of a killed process is removed when *path* is written next.
+
     :raise OSError: When there is no room or no permission; *path* is unchanged, the temporary file removed.
     """
     write_shared(path, content, PRIVATE_FILE)
@@ -71,19 +75,98 @@ def write_shared(path: Path, content: bytes, mode: int = SHARED_FILE) -> None:
 
     :raise OSError: As for :func:`write_private`.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE_FILE)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+    _remove_abandoned(path)
+    temporary, descriptor = _new_temporary(path)
+    with os.fdopen(descriptor, "wb") as file:  # open, and so locked, until the file has its name
+        try:
             file.write(content)
             file.flush()
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
-        temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            temporary.rename(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     sync_folder(path.parent)
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write *content* to the new file *path*, mode 0600, durably; a killed process leaves no part.
+
+    :raise FileExistsError: When *path* exists; an existing file is never replaced.
+    :raise OSError: When there is no room or no permission; no file is left.
+    """
+    try:
+        unnamed = os.open(path.parent, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, PRIVATE_FILE)
+    except OSError as exc:
+        if exc.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+    else:
+        with os.fdopen(unnamed, "wb") as file:
+            _write_through(file.fileno(), content)
+            publish(Path(f"/proc/self/fd/{file.fileno()}"), path)
+        return
+    _remove_abandoned(path)
+    temporary, named = _new_temporary(path)  # e.g. on NFS
+    with os.fdopen(named, "wb") as file:
+        try:
+            _write_through(file.fileno(), content)
+            publish(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _write_through(descriptor: int, content: bytes) -> None:
+    write_at(descriptor, content, 0)
+    os.fsync(descriptor)
+
+
+_SUFFIX_BYTES = 8
+_SUFFIX = re.compile(f"[0-9a-f]{{{2 * _SUFFIX_BYTES}}}")
+
+
+def _new_temporary(path: Path) -> tuple[Path, int]:
+    """Make a temporary file beside *path*, locked while its descriptor is open.
+
+    The lock tells other processes that the file is being written, and ends with this process.
+    """
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(_SUFFIX_BYTES)}")
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE_FILE)
+        try:
+            is_ours = _locked(descriptor) and os.fstat(descriptor).st_nlink
+        except OSError:  # without locks, no process removes the files of others
+            is_ours = True
+        if is_ours:
+            return temporary, descriptor
+        os.close(descriptor)  # another process took the file, not locked yet, for an abandoned one
+        temporary.unlink(missing_ok=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove temporary files for *path* left behind by killed processes; they may hold secrets."""
+    prefix = f".{path.name}."
+    for abandoned in path.parent.iterdir():
+        if abandoned.name.startswith(prefix) and _SUFFIX.fullmatch(abandoned.name, len(prefix)):
+            with contextlib.suppress(OSError):
+                descriptor = os.open(abandoned, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    if _locked(descriptor):
+                        abandoned.unlink()
+                finally:
+                    os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    """Lock a file, if no other process has it locked: whether this process has the lock.
+
+    :raise OSError: When the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -1,20 +1,23 @@
 """Copies of SQLite databases, made with SQLite's backup API while other processes use the database.
 
-A plain copy of a database in WAL mode lacks the newest transactions, or mixes old and new pages.
+A plain copy of a database in WAL mode lacks the newest transactions, or mixes old and new pages. The copy
+is made in memory: a killed process leaves no part of a copy, which no later command would find.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import secrets
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from virt_sse.system.files import PRIVATE_FILE, publish
+from virt_sse.system.files import write_new
 
 _BUSY_SECONDS = 30
+_JOURNAL_VERSIONS = slice(18, 20)
+"""Read and write version in the header (SQLite's database file format, §1.3.4)."""
+_NO_WAL = b"\1\1"
 _SIDE_FILES = ("-wal", "-shm", "-journal")
 
 
@@ -29,30 +32,27 @@ def copy_database(source: Path, target: Path) -> None:
     source.stat()
     if target.is_symlink() or target.exists():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-    temporary = temporary_name(target)
-    os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE_FILE))
     try:
-        with closing(_connect(source, "ro")) as read, closing(_connect(temporary, "rw")) as written:
-            read.backup(written)
-            written.execute("PRAGMA journal_mode=DELETE").close()  # else a reader needs a writable folder
-            found = written.execute("PRAGMA integrity_check(1)").fetchall()
+        with closing(_connect(source)) as read, closing(sqlite3.connect(":memory:")) as copied:
+            read.backup(copied)
+            found = copied.execute("PRAGMA integrity_check(1)").fetchall()
             if found != [("ok",)]:
                 raise sqlite3.DatabaseError(f"the database is damaged: {found[0][0]}")
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        publish(temporary, target)
+            content = bytearray(copied.serialize())
     except UnicodeDecodeError as exc:  # by sqlite3, from SQLite's message with a damaged name
         raise sqlite3.DatabaseError("the database is damaged") from exc
-    finally:
-        remove_database(temporary)
+    content[_JOURNAL_VERSIONS] = _NO_WAL  # else a reader needs a writable folder
+    write_new(target, bytes(content))
 
 
-def temporary_name(path: Path) -> Path:
-    """Make a hidden name, unique to the caller, beside *path*."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+def candidate_path(path: Path) -> Path:
+    """The hidden path, beside *path*, of a database that is checked before it is restored.
+
+    The caller holds a lock. A file of a killed restore is removed.
+    """
+    candidate = path.with_name(f".{path.name}.restoring")
+    remove_database(candidate)
+    return candidate
 
 
 def present_files(path: Path) -> list[Path]:
@@ -67,7 +67,7 @@ def remove_database(path: Path) -> None:
         each.unlink(missing_ok=True)
 
 
-def _connect(path: Path, mode: str) -> sqlite3.Connection:
+def _connect(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=_BUSY_SECONDS, isolation_level=None
+        f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=_BUSY_SECONDS, isolation_level=None
     )

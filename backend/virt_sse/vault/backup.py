@@ -8,7 +8,7 @@ from pathlib import Path
 
 from virt_sse.errors import VaultError
 from virt_sse.system.files import publish
-from virt_sse.system.sqlite_backup import copy_database, present_files, remove_database, temporary_name
+from virt_sse.system.sqlite_backup import candidate_path, copy_database, present_files, remove_database
 from virt_sse.vault.home.database import Database
 from virt_sse.vault.home.layout import VaultDirectory
 from virt_sse.vault.home.sealing import TOKENS
@@ -33,13 +33,13 @@ def restore(directory: VaultDirectory, file: Path) -> None:
     """
     settings = directory.settings()
     with directory.lock():
+        candidate = candidate_path(directory.database_path)
         present = present_files(directory.database_path)
         if present:
             raise VaultError(
                 f"the vault has a database: {', '.join(str(path) for path in present)}",
                 hint="move all of these files away first",
             )
-        candidate = temporary_name(directory.database_path)
         try:
             _copy(file, candidate, "restore the vault from")
             with closing(Database(candidate)) as database:

@@ -442,8 +442,12 @@ def test_a_filter_that_ends_processes_for_landlock_is_no_hindrance(
 
 def test_the_agents_unit_allows_the_isolation(process: LockedProcess, folder: Path, user: User) -> None:
     unit = resources.files("virt_sse.agent").joinpath("units/virt-sse-agent.service").read_text()
-    settings = dict(line.split("=", 1) for line in unit.splitlines() if line[:1].isalpha() and "=" in line)
-    assert settings["RestrictNamespaces"] == "net"
+    settings: dict[str, str] = {}
+    for line in unit.splitlines():
+        if line[:1].isalpha() and "=" in line:
+            name, value = line.split("=", 1)
+            settings[name] = f"{settings.get(name, '')} {value}".strip()
+    assert "net" in settings["RestrictNamespaces"].split()
     assert "landlock_restrict_self" in settings["SystemCallFilter"].split()
     capabilities = settings["CapabilityBoundingSet"].lower().replace("cap_", "+").replace(" ", ",")
     script = (

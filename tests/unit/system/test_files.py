@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import errno
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from support.faults import no_file_beyond
+from support.forking import Report, fork
 from virt_sse.system.files import (
     canonical,
     private_folder,
@@ -14,6 +17,7 @@ from virt_sse.system.files import (
     sync_folder,
     unnamed_file,
     write_at,
+    write_new,
     write_private,
 )
 
@@ -145,3 +149,68 @@ def test_publishing_never_replaces_an_existing_file(tmp_path: Path) -> None:
     with unnamed_file(tmp_path) as descriptor, pytest.raises(FileExistsError):
         publish(Path(f"/proc/self/fd/{descriptor}"), path)
     assert path.read_bytes() == b"theirs"
+
+
+def test_the_temporary_file_of_a_killed_process_is_removed_by_the_next_write(tmp_path: Path) -> None:
+    path = tmp_path / "root.key"
+    write_private(path, b"before")
+    child = fork(lambda report: _killed_before_rename(path, report))
+    assert list(child.lines()) == ["about to rename"]
+    child.wait()
+    (left,) = (each for each in tmp_path.iterdir() if each != path)
+    assert left.read_bytes() == b"key"
+    other = tmp_path / f".other{left.name.removeprefix('.root.key')}"
+    other.touch()
+    write_private(path, b"after")
+    assert sorted(tmp_path.iterdir()) == sorted([path, other])
+    assert path.read_bytes() == b"after"
+
+
+def _killed_before_rename(path: Path, report: Report) -> None:
+    def die(*_: object) -> None:
+        report("about to rename")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Path.rename = die  # type: ignore[assignment, method-assign] -- in this process, which ends
+    write_private(path, b"key")
+
+
+def test_the_temporary_file_of_a_running_process_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "root.key"
+    written: list[list[Path]] = []
+    rename = Path.rename
+
+    def write_another(source: Path, target: Path) -> Path:
+        if not written:
+            written.append([])
+            write_private(path, b"second")
+            written[0] = [each for each in tmp_path.iterdir() if each != path]
+        return rename(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", write_another)
+        write_private(path, b"first")
+    assert len(written[0]) == 1
+    assert path.read_bytes() == b"first"
+
+
+@pytest.mark.parametrize("is_supported", [True, False])
+def test_a_new_file_is_whole_and_never_replaces_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_supported: bool
+) -> None:
+    if not is_supported:  # as on NFS
+        opened = os.open
+
+        def refuse(path: object, flags: int, mode: int = 0o777, **options: int) -> int:
+            if flags & os.O_TMPFILE == os.O_TMPFILE:
+                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+            return opened(path, flags, mode, **options)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(os, "open", refuse)
+    path = tmp_path / "backup"
+    write_new(path, b"whole")
+    assert (path.read_bytes(), mode(path)) == (b"whole", 0o600)
+    with pytest.raises(FileExistsError):
+        write_new(path, b"other")
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == b"whole"

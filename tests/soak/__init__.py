@@ -1,0 +1,1 @@
+"""Kills at seeded random moments, over every operation: ``python -m soak``, from the folder ``tests``."""

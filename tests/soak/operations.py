@@ -1,0 +1,417 @@
+"""The operations that are killed, with their preparation, and the check of the host afterwards."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from soak.invariants import check_host, is_whole_database
+from soak.sites import KINDS, PLAIN, FileSite, Kind, M, content
+from virt_sse.backend import Backend
+from virt_sse.model.disks import PLATFORM_KEY
+
+
+@dataclass(frozen=True, slots=True)
+class FileOperation:
+    """A command on a host's files.
+
+    :ivar prepare: brings the host into the state before the command.
+    :ivar arguments: of ``virt-sse``.
+    :ivar check: checks the host after the kill; whether the command has taken effect.
+    :ivar refusals: parts of messages with which the same command may be refused once it has taken effect.
+    """
+
+    name: str
+    prepare: Callable[[FileSite], None]
+    arguments: Callable[[FileSite], list[str | Path]]
+    check: Callable[[FileSite], bool]
+    refusals: tuple[str, ...] = ()
+
+
+def _contents(*kinds: Kind, **more: bytes) -> Mapping[str, bytes]:
+    return {kind.name: content() for kind in kinds} | more
+
+
+def _chosen(kind: Kind) -> list[str | Path]:
+    chosen: list[str | Path] = ["--des", kind.encryption_set] if kind.encryption_set else []
+    return ["--format", kind.format, *chosen]
+
+
+def _create(kind: Kind) -> FileOperation:
+    return FileOperation(
+        f"disk-create-{kind.name}",
+        lambda site: site.bring_host(*((kind,) if kind.encryption_set == "hsm" else ())),
+        lambda _: ["disk", "create", "new", "-s", "1M", *_chosen(kind)],
+        lambda site: (
+            "new"
+            in check_host(
+                site,
+                _contents(*((kind,) if kind.encryption_set == "hsm" else ()), new=b""),
+                optional=["new"],
+            )
+        ),
+        ("exist",),
+    )
+
+
+def _import(kind: Kind) -> FileOperation:
+    return FileOperation(
+        f"disk-import-{kind.name}",
+        lambda site: site.bring_host(*((kind,) if kind.encryption_set == "hsm" else ())),
+        lambda site: ["disk", "import", "new", site.source, "--source-format", "raw", *_chosen(kind)],
+        lambda site: (
+            "new"
+            in check_host(
+                site,
+                _contents(*((kind,) if kind.encryption_set == "hsm" else ()), new=content()),
+                optional=["new"],
+            )
+        ),
+        ("exist",),
+    )
+
+
+def _export(kind: Kind) -> FileOperation:
+    def check(site: FileSite) -> bool:
+        out = site.out / "plain.raw"
+        check_host(site, _contents(kind))
+        assert list(site.out.iterdir()) in ([], [out])
+        if not out.exists():
+            return False
+        assert out.read_bytes() == content()
+        assert out.stat().st_mode & 0o777 == 0o600
+        return True
+
+    return FileOperation(
+        f"disk-export-{kind.name}",
+        lambda site: site.bring_host(kind),
+        lambda site: ["disk", "export", kind.name, site.out / "plain.raw", "--plaintext", "--format", "raw"],
+        check,
+        ("exists already",),
+    )
+
+
+def _size(site: FileSite, name: str) -> int:
+    with Backend.open(site.root) as backend:
+        return backend.disks.get(name).size
+
+
+def _resize(kind: Kind, size: int) -> FileOperation:
+    """After a kill the disk may have either size; if the store is behind, :meth:`Disks.get` mends it."""
+
+    def check(site: FileSite) -> bool:
+        check_host(site, _contents(kind))
+        found = _size(site, kind.name)
+        assert found in (M, size), f"{found} bytes"
+        return found == size
+
+    word = "grow" if size > M else "shrink"
+    return FileOperation(
+        f"disk-{word}-{kind.name}",
+        lambda site: site.bring_host(kind),
+        lambda _: ["disk", "resize", kind.name, str(size), *(["--shrink"] if size < M else [])],
+        check,
+    )
+
+
+def _check(kind: Kind) -> FileOperation:
+    def check(site: FileSite) -> bool:
+        check_host(site, _contents(kind))
+        return False
+
+    return FileOperation(
+        f"disk-check-{kind.name}",
+        lambda site: site.bring_host(kind),
+        lambda _: ["disk", "check", kind.name],
+        check,
+    )
+
+
+def _delete(kind: Kind) -> FileOperation:
+    def check(site: FileSite) -> bool:
+        return not check_host(site, _contents(kind), optional=[kind.name])
+
+    def prepare(site: FileSite) -> None:
+        site.bring_host(kind)
+
+    return FileOperation(
+        f"disk-delete-{kind.name}", prepare, lambda _: ["disk", "delete", kind.name], check, ("no disk",)
+    )
+
+
+def _adopt(kind: Kind) -> FileOperation:
+    def prepare(site: FileSite) -> None:
+        site.bring_host(kind)
+        image = site.images / f"{kind.name}.{kind.format}"
+        image.rename(image.with_stem("moved"))
+
+    def check(site: FileSite) -> bool:
+        moved = site.images / f"moved.{kind.format}"
+        with Backend.open(site.root) as backend:
+            done = backend.disks.get(kind.name).path == moved
+        if not done:  # the store still has the old place: move the image back for the check
+            image = site.images / f"{kind.name}.{kind.format}"
+            moved.rename(image)
+            check_host(site, _contents(kind))
+            image.rename(moved)
+            return False
+        check_host(site, _contents(kind))
+        return True
+
+    return FileOperation(
+        f"disk-adopt-{kind.name}",
+        prepare,
+        lambda site: ["disk", "adopt", site.images / f"moved.{kind.format}"],
+        check,
+        ("the store has this disk",),
+    )
+
+
+def _update(kind: Kind) -> FileOperation:
+    target = "double" if kind.encryption_set == "double" else "other"
+
+    def check(site: FileSite) -> bool:
+        check_host(site, _contents(kind))
+        with Backend.open(site.root) as backend:
+            disk = backend.disks.get(kind.name)
+            return disk.set_id == backend.sets.get(target).id
+
+    return FileOperation(
+        f"disk-update-{kind.name}",
+        lambda site: site.bring_host(kind),
+        lambda _: ["disk", "update", kind.name, "--des", target],
+        check,
+    )
+
+
+def _keep(
+    name: str, arguments: list[str | Path], *kinds: Kind, refusals: tuple[str, ...] = ()
+) -> FileOperation:
+    """A command that leaves the disks as they are."""
+
+    def check(site: FileSite) -> bool:
+        check_host(site, _contents(*kinds))
+        return False
+
+    return FileOperation(name, lambda site: site.bring_host(*kinds), lambda _: arguments, check, refusals)
+
+
+def _vault_rotation() -> FileOperation:
+    def prepare(site: FileSite) -> None:
+        site.bring_host(*_of("customer"))
+        with Backend.open(site.root) as backend:
+            site.keys.rotate(backend.sets.get("customer").key.name)
+
+    def check(site: FileSite) -> bool:
+        check_host(site, _contents(*_of("customer")))
+        with Backend.open(site.root) as backend:
+            wanted = backend.sets.wanted_key(backend.sets.get("customer"))
+            return {use.key for use in backend.keys.in_use()} == {wanted}
+
+    return FileOperation("des-rotate-customer", prepare, lambda _: ["des", "rotate", "customer"], check)
+
+
+def _platform_rotation() -> FileOperation:
+    kinds = (*PLAIN, *_of("double"))
+
+    def check(site: FileSite) -> bool:
+        check_host(site, _contents(*kinds))
+        with Backend.open(site.root) as backend:
+            assert backend.keys.rewrap(PLATFORM_KEY).failed == {}
+        check_host(site, _contents(*kinds))
+        return False
+
+    arguments: list[str | Path] = ["key", "rotate", "--provider", "platform-managed"]
+    return FileOperation(
+        "key-rotate-platform", lambda site: site.bring_host(*kinds), lambda _: arguments, check
+    )
+
+
+def _of(encryption_set: str) -> tuple[Kind, ...]:
+    return tuple(kind for kind in KINDS if kind.encryption_set == encryption_set)
+
+
+def _sets(site: FileSite) -> set[str]:
+    with Backend.open(site.root) as backend:
+        return {each.name for each in backend.sets.all()}
+
+
+def _des_create() -> FileOperation:
+    def check(site: FileSite) -> bool:
+        check_host(site, {})
+        done = "new" in _sets(site)
+        if done:
+            site.grant("new")  # its identity is there
+            with Backend.open(site.root) as backend:
+                assert backend.host.config.identity(backend.sets.get("new").id).exists()
+        return done
+
+    return FileOperation(
+        "des-create-customer",
+        FileSite.bring_host,
+        lambda site: ["des", "create", "new", "--key", f"{site.vault.url}/keys/any"],
+        check,
+        ("exists",),
+    )
+
+
+def _des_delete() -> FileOperation:
+    def prepare(site: FileSite) -> None:
+        site.bring_host()
+        site.cli("des", "create", "doomed", "--key", f"{site.vault.url}/keys/any")
+
+    def check(site: FileSite) -> bool:
+        check_host(site, {})
+        return "doomed" not in _sets(site)
+
+    return FileOperation(
+        "des-delete", prepare, lambda _: ["des", "delete", "doomed"], check, ("no disk encryption set",)
+    )
+
+
+def _des_update() -> FileOperation:
+    def prepare(site: FileSite) -> None:
+        site.bring_host(*_of("customer"))
+        (site.out.parent / "url").write_text(site.keys.new_key())
+
+    def check(site: FileSite) -> bool:
+        check_host(site, _contents(*_of("customer")))
+        return False
+
+    return FileOperation(
+        "des-update-key",
+        prepare,
+        lambda site: ["des", "update", "customer", "--key", (site.out.parent / "url").read_text()],
+        check,
+    )
+
+
+def _host_backup() -> FileOperation:
+    def check(site: FileSite) -> bool:
+        check_host(site, _contents(*PLAIN))
+        return is_whole_database(site.out / "backup")
+
+    return FileOperation(
+        "host-backup",
+        lambda site: site.bring_host(*PLAIN),
+        lambda site: ["host", "backup", site.out / "backup"],
+        check,
+        ("File exists",),
+    )
+
+
+def _host_restore() -> FileOperation:
+    def prepare(site: FileSite) -> None:
+        site.bring_host(*PLAIN)
+        site.cli("host", "backup", site.out / "backup")
+        for path in site.state.glob("store.sqlite*"):
+            path.unlink()
+
+    def check(site: FileSite) -> bool:
+        site.await_quiet()
+        if (site.state / "store.sqlite").exists():
+            check_host(site, _contents(*PLAIN))
+            return True
+        return False
+
+    return FileOperation(
+        "host-restore",
+        prepare,
+        lambda site: ["host", "restore", site.out / "backup"],
+        check,
+        ("the host has a store",),
+    )
+
+
+def _vault_init() -> FileOperation:
+    def prepare(site: FileSite) -> None:
+        site.bring("empty", lambda: None)
+
+    def check(site: FileSite) -> bool:
+        site.await_quiet()
+        if not (site.state / "vault/vault.json").exists():
+            return False
+        administrator = site.out / f"a-{uuid.uuid4()}.json"
+        site.cli("vault", "rescue", administrator.stem, "--file", administrator)
+        return True
+
+    return FileOperation("vault-init", prepare, lambda _: ["vault", "init"], check, ("already",))
+
+
+def _vault_files(name: str, arguments: list[str], *, restores: bool = False) -> FileOperation:
+    """A command on the files of a vault that is not served."""
+
+    def prepare(site: FileSite) -> None:
+        site.bring("vault", lambda: site.cli("vault", "init"))
+        if restores:
+            site.cli("vault", "backup", site.out / "file")
+            for path in site.state.glob("vault/vault.sqlite*"):
+                path.unlink()
+
+    def check(site: FileSite) -> bool:
+        site.await_quiet()
+        if name == "vault-rescue":
+            return (site.out / "file").exists()
+        return is_whole_database(site.state / "vault/vault.sqlite" if restores else site.out / "file")
+
+    refusals = ("has a database", "exists")
+    return FileOperation(name, prepare, lambda site: [*arguments, site.out / "file"], check, refusals)
+
+
+def _host_init() -> FileOperation:
+    def check(site: FileSite) -> bool:
+        site.await_quiet()
+        site.cli("host", "init")
+        site.cli("disk", "create", "new", "-s", "1M")
+        check_host(site, {"new": b""})
+        site.cli("disk", "delete", "new")
+        return True
+
+    return FileOperation(
+        "host-init", lambda site: site.bring("empty", lambda: None), lambda _: ["host", "init"], check
+    )
+
+
+def _hsm_init() -> FileOperation:
+    def check(site: FileSite) -> bool:
+        site.await_quiet()
+        site.cli("host", "hsm", "init")
+        site.cli("host", "hsm", "status")
+        return True
+
+    return FileOperation("hsm-init", FileSite.bring_host, lambda _: ["host", "hsm", "init"], check)
+
+
+OPERATIONS: tuple[FileOperation, ...] = (
+    *map(_create, KINDS),
+    *map(_import, KINDS),
+    *map(_export, KINDS),
+    *(_resize(kind, size) for kind in KINDS[:4] for size in (2 * M, M // 2)),
+    *map(_check, KINDS[2:4]),
+    *map(_delete, KINDS),
+    *map(_adopt, KINDS[:6]),
+    *map(_update, KINDS[:6]),
+    _platform_rotation(),
+    _vault_rotation(),
+    _keep("key-rotate-hsm", ["key", "rotate", "disks", "--provider", "hsm-simulated"], *_of("hsm")),
+    _keep("key-rewrap", ["key", "rewrap", "--provider", "platform-managed"], *PLAIN),
+    _keep(
+        "hsm-create-key",
+        ["host", "hsm", "create", "more", "--size", "2048"],
+        *_of("hsm"),
+        refusals=("already holds",),
+    ),
+    _des_create(),
+    _des_delete(),
+    _des_update(),
+    _host_backup(),
+    _host_restore(),
+    _host_init(),
+    _hsm_init(),
+    _vault_files("vault-backup", ["vault", "backup"]),
+    _vault_files("vault-restore", ["vault", "restore"], restores=True),
+    _vault_files("vault-rescue", ["vault", "rescue", "second", "--file"]),
+    _vault_init(),
+)
