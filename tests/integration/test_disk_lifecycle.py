@@ -277,6 +277,7 @@ def test_a_resize_by_another_program_is_seen(backend: Backend) -> None:
         image = KeyedImage.of(backend, disk)
         resize = ["qemu-img", "resize", "-q", "--object", image.secret, "--image-opts", image.options, "3M"]
         subprocess.run(resize, check=True)
+        assert [listed.size for listed in backend.disks.all() if listed.id == disk.id] == [M]
         assert backend.disks.get(image_format).size == 3 * M
     assert [disk.size for disk in backend.disks.all()] == [3 * M, 3 * M]
 

@@ -164,7 +164,7 @@ def adopt(
 
 @app.command(name="list")
 def list_(output: Output = OutputFormat.TABLE) -> None:
-    """List all disks."""
+    """List all disks as stored, without a look at their images."""
     with backend() as b:
         disks = b.disks.all()
     print_rows(

@@ -76,11 +76,11 @@ class Disks:
         self._creation = Creation(host, sets)
 
     def all(self) -> list[Disk]:
-        """All disks, by name."""
-        return [self._refresh(disk) for disk in self._store.all()]
+        """All disks, by name, as stored: no image is opened, so a hung storage cannot hang a listing."""
+        return self._store.all()
 
     def get(self, name: str) -> Disk:
-        """The disk of that name or id."""
+        """The disk of that name or id, with the real size of its image."""
         return self._refresh(self._store.get(name))
 
     def with_ids(self, ids: Collection[uuid.UUID]) -> list[Disk]:

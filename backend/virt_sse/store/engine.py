@@ -16,7 +16,7 @@ from virt_sse.system.files import PRIVATE_FILE, private_folder
 from virt_sse.system.migrations import UnknownRevisionError, revision_of, upgrade
 from virt_sse.system.sqlite import READ_ONLY, reason, sqlite_engine
 
-SCHEMA = "0003"
+SCHEMA = "0004"
 """The newest migration. A constant, so that up-to-date stores are recognised without importing Alembic."""
 
 _DEVELOPMENT_SCHEMAS = ("0001", "0002")

@@ -74,13 +74,10 @@ class Store:
         """
         found: list[Disk] = []
         with contextlib.suppress(UnicodeEncodeError):  # not UTF-8, therefore no disk name
-            found = self._select(disks.c.name == name)
-        if not found:
-            with contextlib.suppress(ValueError):
-                found = self._select(disks.c.id == UUID(name))
+            found = self._select(_is_called(name))
         if not found:
             raise DiskNotFoundError(f"no disk {name[:80]!r}", hint="'virt-sse disk list' shows all disks")
-        return found[0]
+        return next((disk for disk in found if disk.name == name), found[0])
 
     def with_ids(self, ids: Collection[UUID]) -> list[Disk]:
         """The existing disks among *ids*, sorted by name."""
@@ -111,6 +108,13 @@ class Store:
     def in_set(self, set_id: UUID) -> list[Disk]:
         """The disks in an encryption set, sorted by name."""
         return self._select(disks.c.encryption_set_id == set_id)
+
+    def sizes_of_sets(self) -> dict[UUID, int]:
+        """Number of disks by encryption set; sets without disks are left out."""
+        column = disks.c.encryption_set_id
+        query = sa.select(column, sa.func.count()).group_by(column)
+        with reading(self._engine) as connection:
+            return {set_id: count for set_id, count in connection.execute(query) if set_id}
 
     def keys_in_use(self) -> dict[tuple[KeyId, UUID | None], int]:
         """Number of DEKs by KEK version and the encryption set whose identity uses the KEK."""
@@ -204,6 +208,14 @@ class Store:
             for row in connection.execute(query):
                 rows.setdefault(row.id, []).append(row)
         return [_disk(group) for group in rows.values()]
+
+
+def _is_called(name: str) -> sa.ColumnElement[bool]:
+    """The condition that a disk has the name or id *name*. A name may look like the id of another disk."""
+    try:
+        return sa.or_(disks.c.name == name, disks.c.id == UUID(name))
+    except ValueError:
+        return disks.c.name == name
 
 
 def _insert_deks(connection: Connection, disk_id: UUID, deks: tuple[DekEntry, ...]) -> None:
