@@ -17,6 +17,7 @@ from support.command_line import CommandLine
 from support.images import FORMATS, KeyedImage
 from virt_sse.backend import Backend
 from virt_sse.disks import lifecycle
+from virt_sse.disks.stored_images import image_state
 from virt_sse.errors import DiskExistsError, DiskInUseError, DiskNotFoundError, ImageError, InvalidValueError
 from virt_sse.host.setup import initialise
 from virt_sse.model.disk_format import DiskFormat
@@ -427,6 +428,6 @@ def test_a_file_that_is_not_the_disks_image_is_not_deleted(backend: Backend) -> 
 def test_a_disk_is_found_by_its_id(backend: Backend) -> None:
     disk = create(backend, "disk")
     assert backend.disks.get(str(disk.id)) == disk
-    assert backend.disks.image_state(disk) == "present"
+    assert image_state(disk) == "present"
     disk.path.unlink()
-    assert backend.disks.image_state(disk) == f"image {disk.path} is missing"
+    assert image_state(disk) == f"image {disk.path} is missing"

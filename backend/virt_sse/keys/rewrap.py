@@ -185,7 +185,7 @@ class KeyRotation:
         self._keys = host.keys
         self._locks = host.locks
         self._update_tpm_envelope = update_tpm_envelope
-        self._pending = _PendingEnvelopes(host.config.state_directory / "pending-envelopes")
+        self._pending = _PendingEnvelopes(host.pending_envelopes)
 
     def recover(self) -> None:
         """Write the envelopes of images whose store was updated by a command killed before the image.
