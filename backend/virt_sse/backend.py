@@ -46,6 +46,7 @@ class Backend:
         self, config: Config, plugins: PluginHost | None = None, *, component: Component = Component.HOST
     ) -> None:
         host = self.host = Host.open(config, plugins, component=component)
+        host.opened_store.full()
         self.host_encryption = HostEncryption(host)
         self.keys = KeyRotation(host, self.host_encryption.update_tpm_envelope)
         self.sets = EncryptionSets(host, self.keys)

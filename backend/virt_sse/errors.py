@@ -39,6 +39,7 @@
     ├── OutputError                  standard output cannot be written: a full disk, a closed descriptor
     ├── StageError                   a process between QEMU and the storage does not start, or has failed
     ├── MonitorError                 a QEMU process refuses a QMP command, or has ended
+    │   └── MonitorSilentError       no process answers at a monitor's socket
     ├── LibvirtError
     │   └── LibvirtUnavailableError  no libvirt daemon answers
     │       └── LibvirtSilentError   a libvirt daemon accepts connections and does not answer
@@ -224,6 +225,10 @@ class StageError(VirtSseError):
 
 class MonitorError(VirtSseError):
     """A QEMU process refuses a QMP command, or has ended."""
+
+
+class MonitorSilentError(MonitorError):
+    """No QEMU process answers at the monitor's socket, or the process ends before its greeting."""
 
 
 class LibvirtError(VirtSseError):

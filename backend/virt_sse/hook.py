@@ -6,13 +6,21 @@ The event goes to the agent. If no agent answers, this process serves the event 
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from virt_sse.domains.start import DomainStart
 
 
 def main() -> int:
     """Serve an event: arguments as libvirt gives them to a hook, the domain's XML on standard input."""
+    gc.disable()  # this process ends soon: collections would only delay the domain
     _, domain, event, *_ = sys.argv
     xml = sys.stdin.buffer.read().decode(errors="surrogateescape")  # the parser refuses surrogates
     from virt_sse import agent_client
@@ -39,13 +47,36 @@ def _serve(event: str, xml: str) -> None:
 
         release(Config.load(), DomainDefinition.salvage(xml))
     elif event in ("prepare", "reconnect"):
-        from virt_sse.backend import Backend
-
-        with Backend.open() as backend:
+        with _domain_start() as start:
             if event == "prepare":
-                backend.domains.prepare(DomainDefinition.parse(xml))
+                start.prepare(DomainDefinition.parse(xml))
             else:
-                backend.domains.reconnect(DomainDefinition.salvage(xml))
+                start.reconnect(DomainDefinition.salvage(xml))
+
+
+@contextlib.contextmanager
+def _domain_start() -> Iterator[DomainStart]:
+    """The start of domains, without the other services of the backend, which take long to load.
+
+    Where killed commands left work, the whole backend is opened, and finishes the work first.
+    """
+    from virt_sse.audit.record import Component
+    from virt_sse.config import Config
+    from virt_sse.domains import temp_disks
+    from virt_sse.domains.host_encryption import HostEncryption
+    from virt_sse.domains.start import DomainStart
+    from virt_sse.keys.host import Host
+
+    config = Config.load()
+    with contextlib.closing(Host.open(config, component=Component.HOST)) as host:
+        if not host.has_unfinished_work():
+            temp_disks.erase_of_other_boots(config)
+            yield DomainStart(host, HostEncryption(host))
+            return
+    from virt_sse.backend import Backend
+
+    with Backend(config) as backend:
+        yield backend.domains
 
 
 if __name__ == "__main__":

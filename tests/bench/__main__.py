@@ -29,6 +29,7 @@ import hsm
 import layers
 import machine
 import rewrap
+import scale
 import start
 import virt_sse
 from measurement import Bench, Row, Run
@@ -45,6 +46,7 @@ BENCHES: Mapping[str, Bench] = {
     "data": data.measure,
     "layers": layers.measure,
     "rewrap": rewrap.measure,
+    "scale": scale.measure,
     "customer": customer.measure,
     "hsm": hsm.measure,
 }

@@ -17,6 +17,7 @@ from support.command_line import CommandLine
 from support.images import FORMATS, KeyedImage
 from virt_sse.backend import Backend
 from virt_sse.disks import lifecycle
+from virt_sse.disks.stored_images import image_state
 from virt_sse.errors import DiskExistsError, DiskInUseError, DiskNotFoundError, ImageError, InvalidValueError
 from virt_sse.host.setup import initialise
 from virt_sse.model.disk_format import DiskFormat
@@ -277,6 +278,7 @@ def test_a_resize_by_another_program_is_seen(backend: Backend) -> None:
         image = KeyedImage.of(backend, disk)
         resize = ["qemu-img", "resize", "-q", "--object", image.secret, "--image-opts", image.options, "3M"]
         subprocess.run(resize, check=True)
+        assert [listed.size for listed in backend.disks.all() if listed.id == disk.id] == [M]
         assert backend.disks.get(image_format).size == 3 * M
     assert [disk.size for disk in backend.disks.all()] == [3 * M, 3 * M]
 
@@ -431,6 +433,6 @@ def test_a_file_that_is_not_the_disks_image_is_not_deleted(backend: Backend) -> 
 def test_a_disk_is_found_by_its_id(backend: Backend) -> None:
     disk = create(backend, "disk")
     assert backend.disks.get(str(disk.id)) == disk
-    assert backend.disks.image_state(disk) == "present"
+    assert image_state(disk) == "present"
     disk.path.unlink()
-    assert backend.disks.image_state(disk) == f"image {disk.path} is missing"
+    assert image_state(disk) == f"image {disk.path} is missing"

@@ -40,7 +40,7 @@ from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import PLATFORM_KEY, NewDisk
 from virt_sse.model.layers import HostCaching
-from virt_sse.store import Store
+from virt_sse.store.store import Store
 
 Accelerate = Callable[[str], Acceleration]
 

@@ -64,7 +64,10 @@ class AutomaticRotation:
         current = all(disk.deks and disk.deks[0].wrapped.key == wanted for disk in disks)
         if current and encryption_set.id in self._complete:
             return
-        report = self._backend.sets.rotate(str(encryption_set.id))
+        # An image may also be older than the store without a mark: replaced by a copy from before a rotation.
+        report = self._backend.sets.rotate(
+            str(encryption_set.id), every_image=encryption_set.id not in self._complete
+        )
         if report.failed:
             self._complete.discard(encryption_set.id)
             _log.warning("rotation-failed", extra=fields(details | {"failed": report.failed}))

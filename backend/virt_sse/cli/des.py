@@ -59,7 +59,8 @@ def create(
 def list_(output: Output = OutputFormat.TABLE) -> None:
     """List all sets."""
     with backend() as b:
-        rows = [_fields(each) | {"disks": len(b.sets.disks(each.name))} for each in b.sets.all()]
+        sizes = b.sets.sizes()
+        rows = [_fields(each) | {"disks": sizes.get(each.id, 0)} for each in b.sets.all()]
     print_rows(rows, ("name", "provider", "key", "auto-rotation", "revocation", "disks"), output)
 
 
@@ -114,14 +115,17 @@ def update(
 def rotate(
     name: Name,
     prove: Annotated[
-        bool, typer.Option("--prove", help="Afterwards try every wrapped DEK, and show the key of each.")
+        bool,
+        typer.Option(
+            "--prove", help="Look at every image, afterwards try every wrapped DEK, and show the key of each."
+        ),
     ] = False,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Rewrap a set's DEKs with the current version of the key, or continue an interrupted rotation."""
     with backend() as b:
         with progress_bar("rewrapping") as progress:
-            report = b.sets.rotate(name, progress=progress)
+            report = b.sets.rotate(name, every_image=prove, progress=progress)
         if not prove:
             print_report({"set": name}, report, output)
             return

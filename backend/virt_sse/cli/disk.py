@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from virt_sse.cli.output import Output, OutputFormat, human_size, print_fields, print_rows, progress_bar
-from virt_sse.cli.session import backend
+from virt_sse.cli.session import backend, host, listed_disks
 from virt_sse.cli.vm_inspect import disk_inspect
 from virt_sse.errors import InvalidValueError, LibvirtUnavailableError, PolicyError
 from virt_sse.model.ciphers import Cipher
@@ -164,11 +164,9 @@ def adopt(
 
 @app.command(name="list")
 def list_(output: Output = OutputFormat.TABLE) -> None:
-    """List all disks."""
-    with backend() as b:
-        disks = b.disks.all()
+    """List all disks as stored, without a look at their images."""
     print_rows(
-        [_fields(disk) | {"size": _size(disk, output)} for disk in disks],
+        [_fields(disk) | {"size": _size(disk, output)} for disk in listed_disks()],
         ("name", "size", "format", "state", "key", "path"),
         output,
     )
@@ -177,10 +175,13 @@ def list_(output: Output = OutputFormat.TABLE) -> None:
 @app.command()
 def show(name: Name, output: Output = OutputFormat.TABLE) -> None:
     """Show a disk: its image, its keys and their states, its domains."""
-    with backend() as b:
-        disk = b.disks.get(name)
-        fields = _fields(disk) | {"size": _size(disk, output), "image": b.disks.image_state(disk)}
-        states = b.host.keys.key_states(disk)
+    from virt_sse.disks.stored_images import image_state, with_real_size
+    from virt_sse.libvirt import disk_users
+
+    with host() as h:
+        disk = with_real_size(h, h.store_reads.get(name))
+        fields = _fields(disk) | {"size": _size(disk, output), "image": image_state(disk)}
+        states = h.keys.key_states(disk)
         fields["deks"] = [
             {
                 "slot": entry.slot,
@@ -192,7 +193,7 @@ def show(name: Name, output: Output = OutputFormat.TABLE) -> None:
             for entry in disk.deks
         ]
         try:
-            fields["domains"] = b.hotplug.users(disk)
+            fields["domains"] = disk_users.names(h.config.libvirt_uri, disk.id)
         except LibvirtUnavailableError:
             fields["domains"] = None
     print_fields(fields, output)

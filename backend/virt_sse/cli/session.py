@@ -12,6 +12,8 @@ from virt_sse.plugins import PluginHost
 
 if TYPE_CHECKING:
     from virt_sse.backend import Backend
+    from virt_sse.keys.host import Host
+    from virt_sse.model.disks import Disk
 
 _host: ContextVar[tuple[Config, PluginHost]] = ContextVar("host")
 
@@ -34,6 +36,40 @@ def config() -> Config:
 def plugins() -> PluginHost:
     """The plugins of this command."""
     return _host.get()[1]
+
+
+def listed_disks() -> list[Disk]:
+    """All disks, by name, as stored; from the backend if it may have a killed command's work to finish.
+
+    :raise StoreError: When the store cannot be opened.
+    """
+    from virt_sse.model.disks import DiskState
+    from virt_sse.store import LazyStore
+
+    with contextlib.closing(LazyStore(config().store_url)) as store:
+        disks = store.reads().all()
+    if all(disk.state is DiskState.READY for disk in disks):
+        return disks
+    with backend() as b:
+        return b.disks.all()
+
+
+@contextlib.contextmanager
+def host() -> Iterator[Host]:
+    """The host of this command, without the services of the backend, for commands that look at a disk.
+
+    Where killed commands left work, the backend finishes the work first.
+
+    :raise StoreError: When the store cannot be opened.
+    """
+    from virt_sse.audit.record import Component
+    from virt_sse.keys.host import Host
+
+    with contextlib.closing(Host.open(config(), plugins(), component=Component.HOST)) as opened:
+        if opened.has_unfinished_work():
+            with backend():
+                pass
+        yield opened
 
 
 @contextlib.contextmanager

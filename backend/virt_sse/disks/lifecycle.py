@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from virt_sse.disks.creation import Creation, Fill
+from virt_sse.disks.stored_images import with_real_size
 from virt_sse.errors import (
     DiskExistsError,
     DiskInUseError,
@@ -69,6 +70,7 @@ class Disks:
     """
 
     def __init__(self, host: Host, sets: EncryptionSets, attachments: Attachments) -> None:
+        self._host = host
         self._config = host.config
         self._store = host.store
         self._plugins = host.plugins
@@ -77,15 +79,15 @@ class Disks:
         self._sets = sets
         self._attachments = attachments
         self._creation = Creation(host, sets)
-        self._resizing = Marks(host.config.state_directory / "pending-resizes")
+        self._resizing = Marks(host.pending_resizes)
 
     def all(self) -> list[Disk]:
-        """All disks, by name."""
-        return [self._refresh(disk) for disk in self._store.all()]
+        """All disks, by name, as stored: no image is opened, so a hung storage cannot hang a listing."""
+        return self._store.all()
 
     def get(self, name: str) -> Disk:
-        """The disk of that name or id."""
-        return self._refresh(self._store.get(name))
+        """The disk of that name or id, with the real size of its image."""
+        return with_real_size(self._host, self._store.get(name))
 
     def with_ids(self, ids: Collection[uuid.UUID]) -> list[Disk]:
         """The disks with these ids, as stored; unknown ids are left out."""
@@ -193,31 +195,6 @@ class Disks:
                 hint="pass --des with a set that may use the disk's key",
             ) from exc
 
-    def image_state(self, disk: Disk) -> str:
-        """The state of the disk's image by its envelope, without a key: ``present``, or an error message."""
-        try:
-            with img.opened(disk.path) as descriptor:
-                if envelope_slots.read(descriptor, disk.format).disk_id != disk.id:
-                    return f"{disk.path} is the image of another disk"
-        except ImageError as exc:
-            return str(exc)
-        return "present"
-
-    def _refresh(self, disk: Disk) -> Disk:
-        """The disk with the real size of its image, after an interrupted resize or a resize by other tools.
-
-        Missing or damaged images change nothing, nor do images with several layers: their size is encrypted,
-        see :meth:`_size_marked`.
-        """
-        if disk.state is not DiskState.READY or len(disk.deks) > 1:
-            return disk
-        with contextlib.suppress(ImageError), img.opened(disk.path) as descriptor:
-            size = img.usable_size(descriptor, disk.format)
-            if size != disk.size:
-                self._store.set_size(disk.id, size)
-                return dataclasses.replace(disk, size=size)
-        return disk
-
     def resize(self, name: str, size: int, *, shrink: bool = False) -> Disk:
         """Resize a disk to *size* bytes, also while a domain uses the disk.
 
@@ -228,7 +205,7 @@ class Disks:
         disk = self._store.get(name)
         check_size(size)
         with self.usable(disk) as current:
-            current = self._refresh(current)
+            current = with_real_size(self._host, current)
             if size < current.size and not shrink:
                 raise InvalidValueError(
                     f"disk {disk.name!r} has {current.size} bytes, more than {size}",
@@ -240,7 +217,7 @@ class Disks:
                     deks = self._keys.unwrap_all(current)
                     img.resize(current.path, current.format, size, deks, shrink=shrink)
                 self._store.set_size(current.id, size)
-            return self._refresh(dataclasses.replace(current, size=size))
+            return with_real_size(self._host, dataclasses.replace(current, size=size))
 
     @contextlib.contextmanager
     def _size_marked(self, disk: Disk) -> Iterator[None]:

@@ -45,7 +45,8 @@ class HostEncryption:
 
     def __init__(self, host: Host) -> None:
         self._config = host.config
-        self._store = host.store
+        self._host = host
+        self._reads = host.store_reads
         self._plugins = host.plugins
         self._keys = host.keys
         self._locks = DiskLocks(host.config.state_directory / "vms.lock")
@@ -61,7 +62,7 @@ class HostEncryption:
         with contextlib.ExitStack() as undo:
             with self.locked(vm_id, name):
                 metadata = definition.stated
-                vm = self.finish_or_undo_update(self._store.vms.find(vm_id), metadata)
+                vm = self.finish_or_undo_update(self._reads.vms.find(vm_id), metadata)
                 properties = agreed_properties(name, vm, metadata)
                 disks = self.disks(definition)
                 refuse_unencrypted(name, properties, disks, has_temp_disk=bool(definition.temp_disks))
@@ -90,7 +91,7 @@ class HostEncryption:
         deks = {}
         for secret in wanted:
             if secret.slot == TPM_SLOT:
-                dek = self.tpm_dek(self._store.vms.find(vm_id), name)
+                dek = self.tpm_dek(self._reads.vms.find(vm_id), name)
             else:
                 dek = temp_disks.unlock(self._config, self._keys, vm_id, name)
             deks[secret] = dek
@@ -124,15 +125,15 @@ class HostEncryption:
             return vm
         number = vm.generation + 1
         if metadata and metadata.generation == number and metadata.properties == vm.pending.properties:
-            return self._store.vms.commit(vm)
+            return self._host.store.vms.commit(vm)
         undone = dataclasses.replace(vm, pending=None)
-        self._store.vms.put(undone)
+        self._host.store.vms.put(undone)
         return undone
 
     def disks(self, definition: DomainDefinition) -> tuple[Disk, ...]:
         """List the domain's disks of virt-sse. Disks unknown to the store are left out."""
         ids = {use.disk_id for use in definition.our_disks}
-        return tuple(self._store.with_ids(ids))
+        return tuple(self._reads.with_ids(ids))
 
     def tpm_dek(self, vm: Vm | None, name: str) -> Dek:
         """Unwrap the DEK of a VM's TPM.
@@ -166,7 +167,7 @@ class HostEncryption:
                 key = self._keys.current_key(PLATFORM_KEY)
                 wrapped = self._keys.wrap(Dek.generate(), key, context=tpm_context(vm.id))
         vm = dataclasses.replace(vm, tpm=wrapped)
-        self._store.vms.put(vm)
+        self._host.store.vms.put(vm)
         return vm
 
     def carry_tpm_dek(self, vm: Vm) -> None:
@@ -189,7 +190,7 @@ class HostEncryption:
         """Record the VM's name and this host in the store."""
         located = dataclasses.replace(vm, name=name, host=host)
         if located != vm:
-            self._store.vms.put(located)
+            self._host.store.vms.put(located)
         return located
 
     def _serve(
@@ -223,7 +224,7 @@ class HostEncryption:
         secret, name = definition.tpm_secret, definition.name
         if secret is None:
             return
-        for other in self._store.vms.all():
+        for other in self._host.store.vms.all():
             if other.id != definition.uuid and secret == SecretName(other.id, TPM_SLOT).uuid:
                 raise InvalidValueError(
                     f"the TPM of domain {name!r} has the key of the TPM of domain {other.name!r}",

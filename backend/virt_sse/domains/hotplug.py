@@ -21,9 +21,9 @@ from virt_sse.errors import (
     LibvirtUnavailableError,
 )
 from virt_sse.keys.host import Host
-from virt_sse.libvirt import domains
+from virt_sse.libvirt import disk_users, domains
 from virt_sse.libvirt.connection import connected
-from virt_sse.libvirt.disk_element import DomainDisk, disk_element
+from virt_sse.libvirt.disk_element import disk_element
 from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.secrets import drop_secret
 from virt_sse.model.disks import Disk, DiskState
@@ -58,8 +58,7 @@ class Hotplug:
 
         :raise LibvirtUnavailableError: When libvirt does not answer.
         """
-        with connected(self._uri) as connection:
-            return sorted(domain.name() for domain in _using(connection, disk))
+        return disk_users.names(self._uri, disk.id)
 
     def attach(
         self,
@@ -83,7 +82,7 @@ class Hotplug:
         if disk.state is not DiskState.READY:
             raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
         with connected(self._uri) as connection:
-            if users := [domain.name() for domain in _using(connection, disk)]:
+            if users := [domain.name() for domain in disk_users.using(connection, disk.id)]:
                 raise DiskInUseError(f"disk {disk.name!r} is attached to domain {users[0]!r}")
             domain = domains.lookup(connection, domain_name)
             definition = domains.definition(domain)
@@ -99,7 +98,7 @@ class Hotplug:
                 if domain.isActive():
                     undo.callback(self._forget, domain, disk)
                     self._start.serve(connection, domains.definition(domain), [source.use(target)])
-                domain.attachDeviceFlags(element, sum(_definitions(domain)))
+                domain.attachDeviceFlags(element, sum(disk_users.definitions(domain)))
                 undo.pop_all()
         return target
 
@@ -112,7 +111,11 @@ class Hotplug:
         disk = self._store.get(name)
         with connected(self._uri) as connection:
             domain = domains.lookup(connection, domain_name)
-            found = [(flag, use) for flag in _definitions(domain) for use in _uses(domain, flag, disk)]
+            found = [
+                (flag, use)
+                for flag in disk_users.definitions(domain)
+                for use in disk_users.uses(domain, flag, disk.id)
+            ]
             if not found:
                 raise DiskNotFoundError(f"domain {domain_name!r} does not have disk {disk.name!r}")
             for definition, use in found:
@@ -134,7 +137,7 @@ class Hotplug:
     def _await_unplug(self, domain: libvirt.virDomain, disk: Disk) -> None:
         """Wait until the guest releases the disk: unplugging needs the cooperation of a running guest."""
         deadline = time.monotonic() + _UNPLUG_SECONDS
-        while domains.is_active(domain) and _uses(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE, disk):
+        while domains.is_active(domain) and disk_users.uses(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE, disk.id):
             if time.monotonic() > deadline:
                 raise LibvirtError(
                     f"the guest in domain {domain.name()!r} did not release disk {disk.name!r} "
@@ -152,9 +155,9 @@ class Hotplug:
         """
         try:
             with connected(self._uri) as connection:
-                for domain in _using(connection, disk):
+                for domain in disk_users.using(connection, disk.id):
                     if domain.isActive():
-                        (use, *_) = _uses(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE, disk)
+                        (use, *_) = disk_users.uses(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE, disk.id)
                         self._stages.grow(disk, size, reconnects=use.reconnects)
                         _block_resize(domain, use.target, size)
                         return True
@@ -189,32 +192,3 @@ def _ending_is_fine(domain: libvirt.virDomain, definition: int) -> Iterator[None
                 return
             time.sleep(0.05)
         raise
-
-
-def _definitions(domain: libvirt.virDomain) -> list[int]:
-    """List the definitions of a domain as libvirt flags: persistent, live, or both."""
-    flags = []
-    if domain.isPersistent():
-        flags.append(libvirt.VIR_DOMAIN_AFFECT_CONFIG)
-    if domain.isActive():
-        flags.append(libvirt.VIR_DOMAIN_AFFECT_LIVE)
-    return flags
-
-
-def _uses(domain: libvirt.virDomain, flag: int, disk: Disk) -> list[DomainDisk]:
-    """List the uses of the disk in a definition of the domain.
-
-    :param flag: selects the definition, as in :func:`_definitions`.
-    """
-    definition = domains.definition(domain, inactive=flag == libvirt.VIR_DOMAIN_AFFECT_CONFIG)
-    return [use for use in definition.our_disks if use.disk_id == disk.id]
-
-
-def _using(connection: libvirt.virConnect, disk: Disk) -> list[libvirt.virDomain]:
-    """List the domains with the disk in any definition."""
-    found = []
-    for domain in connection.listAllDomains():
-        with domains.gone_is_fine():
-            if any(_uses(domain, flag, disk) for flag in _definitions(domain)):
-                found.append(domain)
-    return found

@@ -63,7 +63,7 @@ class DomainStart:
 
     def __init__(self, host: Host, host_encryption: HostEncryption) -> None:
         self._config = host.config
-        self._store = host.store
+        self._store = host.store_reads
         self._plugins = host.plugins
         self._keys = host.keys
         self._stages = host.stages

@@ -13,11 +13,11 @@ import os
 from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from virt_sse.config import Config
 from virt_sse.errors import DiskInUseError, ImageError, VirtSseError
-from virt_sse.keys.access import KeyAccess
 from virt_sse.libvirt.users import User
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.envelope import DekEntry, Envelope
@@ -28,6 +28,9 @@ from virt_sse.model.vms import temp_disk_id
 from virt_sse.qemu import envelope_slots, img
 from virt_sse.qemu.formatting import Volume, make
 from virt_sse.system.files import private_folder, shared_folder, write_private
+
+if TYPE_CHECKING:
+    from virt_sse.keys.access import KeyAccess  # at a domain's end, the hook does without
 
 _log = logging.getLogger(__name__)
 

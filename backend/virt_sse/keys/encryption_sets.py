@@ -75,6 +75,10 @@ class EncryptionSets:
         """The disks in a set, by name."""
         return self._store.in_set(self.get(name).id)
 
+    def sizes(self) -> dict[uuid.UUID, int]:
+        """Number of disks by set id; sets without disks are left out."""
+        return self._store.sizes_of_sets()
+
     def move_disk(self, disk: str, name: str) -> Disk:
         """Move a disk into a set, also while a domain uses the disk.
 
@@ -164,9 +168,12 @@ class EncryptionSets:
         """
         return self._keys.wrapping_key(encryption_set.key, encryption_set)
 
-    def rotate(self, name: str, *, progress: Progress = silent) -> RewrapReport:
-        """Rewrap the DEKs of a set's disks with the wanted key version; continues an interrupted run."""
-        return self._rotation.rewrap_disks(self.disks(name), progress)
+    def rotate(self, name: str, *, every_image: bool = False, progress: Progress = silent) -> RewrapReport:
+        """Rewrap the DEKs of a set's disks with the wanted key version; continues an interrupted run.
+
+        :param every_image: see :meth:`KeyRotation.rewrap_disks`.
+        """
+        return self._rotation.rewrap_disks(self.disks(name), progress, every_image=every_image)
 
     def prove(self, name: str, *, progress: Progress = silent) -> list[DekProof]:
         """Unwrap every stored copy of the DEKs of a set's disks, to find copies under an older key."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 from virt_sse.audit.log import AuditLog
 from virt_sse.audit.record import Component
@@ -11,8 +12,12 @@ from virt_sse.config import Config
 from virt_sse.keys.access import KeyAccess
 from virt_sse.plugins import PluginHost
 from virt_sse.stages import Stages
-from virt_sse.store import Store
+from virt_sse.store import LazyStore, StoreReads
 from virt_sse.system.locks import DiskLocks
+from virt_sse.system.marks import Marks
+
+if TYPE_CHECKING:
+    from virt_sse.store.store import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,25 +28,55 @@ class Host:
     """
 
     config: Config
-    store: Store
+    opened_store: LazyStore
     plugins: PluginHost
     keys: KeyAccess
     locks: DiskLocks
     stages: Stages
 
+    @property
+    def store(self) -> Store:
+        """The store, opened at its first use.
+
+        :raise StoreError: When the store cannot be opened.
+        """
+        return self.opened_store.full()
+
+    @property
+    def store_reads(self) -> StoreReads:
+        """The store for queries alone, without SQLAlchemy where possible."""
+        return self.opened_store.reads()
+
+    @property
+    def pending_envelopes(self) -> Path:
+        """Folder with marks of disks whose store may be newer than the image; see :class:`KeyRotation`."""
+        return self.config.state_directory / "pending-envelopes"
+
+    @property
+    def pending_resizes(self) -> Path:
+        """Folder with marks of disks whose size in the store may be wrong; see :class:`Disks`."""
+        return self.config.state_directory / "pending-resizes"
+
+    def has_unfinished_work(self) -> bool:
+        """Whether the backend may find work of killed commands to finish or undo.
+
+        :raise StoreError: When the store cannot be opened.
+        """
+        marked = any(Marks(folder).all() for folder in (self.pending_envelopes, self.pending_resizes))
+        return marked or bool(self.store_reads.unfinished())
+
     @classmethod
     def open(cls, config: Config, plugins: PluginHost | None = None, *, component: Component) -> Self:
-        """Open the store and load the plugins of the host described by *config*.
+        """Load the plugins of the host described by *config*.
 
         :param plugins: default: the installed ones. :meth:`close` closes them in either case.
         :param component: the component named in the audit records of key uses.
-        :raise StoreError: When the store cannot be opened.
         :raise PluginError: When a required plugin is broken.
         """
         plugins = plugins or PluginHost(config)
         return cls(
             config=config,
-            store=Store(config.store_url),
+            opened_store=LazyStore(config.store_url),
             plugins=plugins,
             keys=KeyAccess(plugins, AuditLog.of_host(config), component=component),
             locks=DiskLocks(config.state_directory / "disks.lock"),
@@ -50,5 +85,5 @@ class Host:
 
     def close(self) -> None:
         """Close the store and the key providers."""
-        self.store.close()
+        self.opened_store.close()
         self.plugins.close()

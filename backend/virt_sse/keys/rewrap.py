@@ -9,9 +9,10 @@ import contextlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from uuid import UUID
 
 from virt_sse.errors import (
@@ -97,11 +98,20 @@ class _PendingEnvelopes(Marks):
     """Marks of disks whose store and image are about to be updated one after the other.
 
     A mark that a killed command leaves behind spares the next command from opening all images.
+
+    :ivar failed: marks of disks whose update failed, for the next rotation. Recovery leaves these disks
+        alone: otherwise every command would wait for a storage that hangs.
     """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.failed = Marks(folder.with_name("failed-envelopes"))
 
     @contextlib.contextmanager
     def marked(self, disk_id: UUID) -> Iterator[None]:
         """Mark a disk. The mark outlives the block if the process is killed or interrupted.
+
+        If the block fails, the mark moves to :attr:`failed`; the caller reports the failure.
 
         :raise StoreError: When the mark cannot be made.
         """
@@ -112,13 +122,21 @@ class _PendingEnvelopes(Marks):
         try:
             yield
         except Exception:
-            self.remove(disk_id)  # the caller reports the failure
+            with contextlib.suppress(OSError):  # without room for a second mark, the first one stays
+                self.failed.add(disk_id)
+                super().remove(disk_id)
             raise
         self.remove(disk_id)
 
     def remove(self, disk_id: UUID) -> None:
-        with contextlib.suppress(OSError):  # a mark too many costs a look at one image
+        """Remove both marks of a disk, if any. A mark too many costs no more than a look at one image."""
+        with contextlib.suppress(OSError):
             super().remove(disk_id)
+            self.failed.remove(disk_id)
+
+    def of_disks(self, disks: Collection[Disk]) -> set[UUID]:
+        """The ids among *disks* with a mark, of either kind."""
+        return {disk.id for disk in disks} & {*self.all(), *self.failed.all()}
 
 
 def _reason(place: str, error: Exception) -> str:
@@ -144,6 +162,16 @@ class _Targets:
             self._known[key, encryption_set] = self.keys.wrapping_key(key, encryption_set)
         return self._known[key, encryption_set]
 
+    def are_met(self, disk: Disk, encryption_set: EncryptionSet | None) -> bool:
+        """Whether a disk is ready and all its DEKs are under the wanted versions; ``False`` if unknown."""
+        try:
+            return disk.state is DiskState.READY and all(
+                entry.wrapped.key == self.of(disk, position, None if position else encryption_set)
+                for position, entry in enumerate(disk.deks)
+            )
+        except VirtSseError:  # reported for each disk by its own rewrap
+            return False
+
 
 class KeyRotation:
     """Rotates KEKs and rewraps the DEKs under them. A killed run is continued by the next.
@@ -157,7 +185,7 @@ class KeyRotation:
         self._keys = host.keys
         self._locks = host.locks
         self._update_tpm_envelope = update_tpm_envelope
-        self._pending = _PendingEnvelopes(host.config.state_directory / "pending-envelopes")
+        self._pending = _PendingEnvelopes(host.pending_envelopes)
 
     def recover(self) -> None:
         """Write the envelopes of images whose store was updated by a command killed before the image.
@@ -192,37 +220,57 @@ class KeyRotation:
 
         :raise KeyProviderError: When the provider refuses, or its keys are rotated elsewhere.
         """
-        return self._keys.rotate(key), self._rewrap_all(key, progress)
+        return self._keys.rotate(key), self._rewrap_all(key, progress, every_image=False)
 
     def rewrap(self, key: KeyRef, *, progress: Progress = silent) -> RewrapReport:
         """Rewrap all DEKs under *key* with its current version, e.g. after an interrupted rotation.
 
+        Looks at every image, and mends damaged or outdated envelopes.
+
         :raise KeyProviderError: When the provider cannot name the current version.
         """
         self._keys.current_key(key)
-        return self._rewrap_all(key, progress)
+        return self._rewrap_all(key, progress, every_image=True)
 
-    def _rewrap_all(self, key: KeyRef, progress: Progress) -> RewrapReport:
-        return self.rewrap_disks(self._store.under_key(key), progress) + self._rewrap_tpms(key)
+    def _rewrap_all(self, key: KeyRef, progress: Progress, *, every_image: bool) -> RewrapReport:
+        disks = self._store.under_key(key)
+        return self.rewrap_disks(disks, progress, every_image=every_image) + self._rewrap_tpms(key)
 
-    def rewrap_disks(self, disks: Sequence[Disk], progress: Progress) -> RewrapReport:
-        """Rewrap the DEKs of *disks* with the wanted versions of their keys, in the store and the images."""
+    def rewrap_disks(
+        self, disks: Sequence[Disk], progress: Progress, *, every_image: bool = False
+    ) -> RewrapReport:
+        """Rewrap the DEKs of *disks* with the wanted versions of their keys, in the store and the images.
+
+        :param every_image: also look at the images of disks which are current according to the store. By
+            default, only the images left behind by a failed or killed update are opened.
+        """
         targets = _Targets(self._keys)
+        due = disks if every_image else self._due(disks, targets)
         outcomes: dict[str, bool | str] = {}
         pool = ThreadPoolExecutor(_AT_ONCE, "rewrap")
         try:
             for disk, outcome in zip(
-                disks, pool.map(lambda disk: self._try_rewrap(disk, targets), disks), strict=True
+                due, pool.map(lambda disk: self._try_rewrap(disk, targets), due), strict=True
             ):
                 outcomes[disk.name] = outcome
-                progress(len(outcomes) / len(disks))
+                progress(len(outcomes) / len(due))
         finally:
             pool.shutdown(cancel_futures=True)
         return RewrapReport(
             rewrapped=sum(outcome is True for outcome in outcomes.values()),
-            current=sum(outcome is False for outcome in outcomes.values()),
+            current=len(disks) - len(due) + sum(outcome is False for outcome in outcomes.values()),
             failed={name: outcome for name, outcome in outcomes.items() if isinstance(outcome, str)},
         )
+
+    def _due(self, disks: Sequence[Disk], targets: _Targets) -> list[Disk]:
+        """The disks to rewrap, without a look at any image: all but those current in store and image."""
+        marked = self._pending.of_disks(disks)
+        sets = {each.id: each for each in self._store.encryption_sets.all()}
+        return [
+            disk
+            for disk in disks
+            if disk.id in marked or not targets.are_met(disk, sets.get(disk.set_id) if disk.set_id else None)
+        ]
 
     def _try_rewrap(self, disk: Disk, targets: _Targets) -> bool | str:
         """Rewrap one disk: whether anything changed, or the error message."""
@@ -308,8 +356,10 @@ class KeyRotation:
                         raise DiskStateError(
                             f"disk {disk.name!r} was changed by another host at the same time"
                         )
-                # Independent of *changed*: a run killed on another host may have updated the store only.
-                return self._update_envelope(after) or changed
+                # Independent of *changed*: a failed or killed run may have updated the store only.
+                written = self._update_envelope(after)
+            self._pending.remove(disk.id)
+            return written or changed
 
     def _set_of(self, disk: Disk) -> EncryptionSet | None:
         return self._store.encryption_sets.get(str(disk.set_id)) if disk.set_id else None

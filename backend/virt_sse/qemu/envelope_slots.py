@@ -92,7 +92,7 @@ def write(descriptor: int, image_format: DiskFormat, envelope: Envelope) -> None
         current, other = other, current
     for offset in (other, current):
         write_at(descriptor, content, luks_offset + offset)
-        os.fsync(descriptor)
+        os.fdatasync(descriptor)  # the content, and where it lies; times of the file may be lost
 
 
 def _slots(descriptor: int, luks_offset: int) -> list[bytes]:

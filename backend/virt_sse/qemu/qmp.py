@@ -11,16 +11,12 @@ from typing import Any
 
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError
 
-from virt_sse.errors import MonitorError
+from virt_sse.errors import MonitorError, MonitorSilentError
 
 _TIMEOUT = 20.0
 """Seconds until a monitor's process counts as hung."""
 
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # its log messages are also raised as exceptions
-
-
-class MonitorSilentError(MonitorError):
-    """No QEMU process answers at the monitor's socket, or the process ends before its greeting."""
 
 
 class Monitor:

@@ -1,22 +1,24 @@
 """qemu-storage-daemon(1): opens a LUKS volume outside of guests, and exports its content by NBD.
 
-The daemon gets the image's path and the DEK by QMP, never on its command line.
+The daemon gets the image's path and the DEK by QMP, never on its command line. The QMP client and asyncio are
+imported at their first use: most starts of domains need no daemon, and wait for the import.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from uuid import UUID
 
 from virt_sse.errors import MonitorError
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
-from virt_sse.qemu.qmp import Monitor, connected
+
+if TYPE_CHECKING:
+    from virt_sse.qemu.qmp import Monitor
 
 T = TypeVar("T")
 
@@ -72,6 +74,7 @@ class StorageDaemon:
 
     def grow(self, size: int, disk_id: UUID) -> None:
         """Grow the volume to *size* bytes, unless large enough. Growing disconnects the client."""
+        import asyncio
 
         async def do(monitor: Monitor) -> None:
             if await _size(monitor) >= size:
@@ -99,6 +102,10 @@ class StorageDaemon:
         return self._do(do)
 
     def _do(self, do: Callable[[Monitor], Awaitable[T]]) -> T:
+        import asyncio
+
+        from virt_sse.qemu.qmp import connected
+
         async def connect_and_do() -> T:
             async with connected(self.monitor) as monitor:
                 return await do(monitor)

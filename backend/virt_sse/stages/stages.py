@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 from virt_sse.config import Config
-from virt_sse.errors import DiskInUseError, StageError, VirtSseError
+from virt_sse.errors import DiskInUseError, MonitorSilentError, StageError, VirtSseError
 from virt_sse.libvirt.users import ROOT, User
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk
@@ -21,7 +21,6 @@ from virt_sse.model.keys import Dek
 from virt_sse.model.layers import LayerPlan, Stage
 from virt_sse.qemu import img, qcow2
 from virt_sse.qemu.formatting import header_length
-from virt_sse.qemu.qmp import MonitorSilentError
 from virt_sse.stages import sockets
 from virt_sse.stages.gate_process import GATE, GateProcess
 from virt_sse.stages.kinds import STAGE_KINDS, StageKinds, guest_and_below, kind_of

@@ -1,5 +1,52 @@
-"""The store: an index of all disks and their wrapped DEKs. Never contains an unwrapped DEK."""
+"""The store: an index of all disks and their wrapped DEKs. Never contains an unwrapped DEK.
 
-from virt_sse.store.store import Store
+:class:`LazyStore` opens the store as far as a command needs it.
+"""
 
-__all__ = ["Store"]
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from virt_sse.store.reader import StoreReader, StoreReads
+
+if TYPE_CHECKING:
+    from virt_sse.store.store import Store
+
+__all__ = ["LazyStore", "StoreReads"]
+
+
+class LazyStore:
+    """A store, opened at its first use.
+
+    :param url: SQLAlchemy URL.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._lock = threading.Lock()
+        self._store: Store | None = None
+
+    def full(self) -> Store:
+        """The whole store, with SQLAlchemy.
+
+        :raise StoreError: When the database cannot be opened.
+        """
+        with self._lock:
+            if self._store is None:
+                from virt_sse.store.store import Store
+
+                self._store = Store(self._url)
+            return self._store
+
+    def reads(self) -> StoreReads:
+        """The store for queries: without SQLAlchemy if the store is in SQLite, current, and not yet open.
+
+        :raise StoreError: When the database cannot be opened.
+        """
+        return (None if self._store else StoreReader.of(self._url)) or self.full()
+
+    def close(self) -> None:
+        """Close all connections."""
+        if self._store:
+            self._store.close()

@@ -12,17 +12,13 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 
 from virt_sse.errors import StoreError
+from virt_sse.store.schema import BUSY_TIMEOUT_SECONDS, SCHEMA
 from virt_sse.system.files import PRIVATE_FILE, private_folder
 from virt_sse.system.migrations import UnknownRevisionError, revision_of, upgrade
 from virt_sse.system.sqlite import READ_ONLY, reason, sqlite_engine
 
-SCHEMA = "0003"
-"""The newest migration. A constant, so that up-to-date stores are recognised without importing Alembic."""
-
 _DEVELOPMENT_SCHEMAS = ("0001", "0002")
 _MIGRATIONS = Path(__file__).parent / "migrations"
-
-_BUSY_TIMEOUT_SECONDS = 30
 
 
 def open_engine(url: str) -> Engine:
@@ -47,7 +43,7 @@ def _open_sqlite(url: URL) -> Engine:
     if not path.is_absolute():
         raise StoreError("the store's SQLite file needs an absolute path")
     private_folder(path.parent)
-    engine = sqlite_engine(url, busy_seconds=_BUSY_TIMEOUT_SECONDS)
+    engine = sqlite_engine(url, busy_seconds=BUSY_TIMEOUT_SECONDS)
     try:
         with _first_use(path), engine.begin() as connection:
             _migrate(connection)

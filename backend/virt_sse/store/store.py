@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Row
+from sqlalchemy.engine import Connection
 
 from virt_sse.errors import DiskExistsError, DiskNotFoundError
-from virt_sse.model.ciphers import Cipher
-from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import Disk, DiskSku, DiskState
+from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.envelope import DekEntry
-from virt_sse.model.keys import KeyId, KeyRef, WrappedDek
-from virt_sse.model.layers import EncryptionType, HostCaching
+from virt_sse.model.keys import KeyId, KeyRef
 from virt_sse.store.encryption_sets import EncryptionSetStore
 from virt_sse.store.engine import open_engine, reading, writing
+from virt_sse.store.rows import disks_of
 from virt_sse.store.tables import disks, wrapped_deks
 from virt_sse.store.vms import VmStore
 
@@ -74,13 +70,10 @@ class Store:
         """
         found: list[Disk] = []
         with contextlib.suppress(UnicodeEncodeError):  # not UTF-8, therefore no disk name
-            found = self._select(disks.c.name == name)
-        if not found:
-            with contextlib.suppress(ValueError):
-                found = self._select(disks.c.id == UUID(name))
+            found = self._select(_is_called(name))
         if not found:
             raise DiskNotFoundError(f"no disk {name[:80]!r}", hint="'virt-sse disk list' shows all disks")
-        return found[0]
+        return next((disk for disk in found if disk.name == name), found[0])
 
     def with_ids(self, ids: Collection[UUID]) -> list[Disk]:
         """The existing disks among *ids*, sorted by name."""
@@ -111,6 +104,13 @@ class Store:
     def in_set(self, set_id: UUID) -> list[Disk]:
         """The disks in an encryption set, sorted by name."""
         return self._select(disks.c.encryption_set_id == set_id)
+
+    def sizes_of_sets(self) -> dict[UUID, int]:
+        """Number of disks by encryption set; sets without disks are left out."""
+        column = disks.c.encryption_set_id
+        query = sa.select(column, sa.func.count()).group_by(column)
+        with reading(self._engine) as connection:
+            return {set_id: count for set_id, count in connection.execute(query) if set_id}
 
     def keys_in_use(self) -> dict[tuple[KeyId, UUID | None], int]:
         """Number of DEKs by KEK version and the encryption set whose identity uses the KEK."""
@@ -199,11 +199,16 @@ class Store:
             .where(condition)
             .order_by(disks.c.name, wrapped_deks.c.position)
         )
-        rows: dict[UUID, list[Row[Any]]] = {}
         with reading(self._engine) as connection:
-            for row in connection.execute(query):
-                rows.setdefault(row.id, []).append(row)
-        return [_disk(group) for group in rows.values()]
+            return disks_of(connection.execute(query))
+
+
+def _is_called(name: str) -> sa.ColumnElement[bool]:
+    """The condition that a disk has the name or id *name*. A name may look like the id of another disk."""
+    try:
+        return sa.or_(disks.c.name == name, disks.c.id == UUID(name))
+    except ValueError:
+        return disks.c.name == name
 
 
 def _insert_deks(connection: Connection, disk_id: UUID, deks: tuple[DekEntry, ...]) -> None:
@@ -221,33 +226,3 @@ def _insert_deks(connection: Connection, disk_id: UUID, deks: tuple[DekEntry, ..
                 key_version=entry.wrapped.key.version,
             )
         )
-
-
-def _disk(rows: list[Row[Any]]) -> Disk:
-    """A disk from its rows, one per DEK; during a deletion the DEKs may be gone."""
-    first = rows[0]
-    return Disk(
-        id=first.id,
-        name=first.name,
-        path=Path(first.path),
-        format=DiskFormat(first.format),
-        size=first.size,
-        state=DiskState(first.state),
-        encryption_type=EncryptionType(first.encryption_type),
-        created=datetime.fromisoformat(first.created),
-        generation=first.generation,
-        sku=DiskSku(first.sku),
-        set_id=first.encryption_set_id,
-        caching=HostCaching(first.caching),
-        deks=tuple(
-            DekEntry(
-                row.slot,
-                Cipher.parse(row.cipher),
-                WrappedDek(
-                    row.ciphertext, row.algorithm, KeyId(row.key_provider, row.key_name, row.key_version)
-                ),
-            )
-            for row in rows
-            if row.slot is not None
-        ),
-    )

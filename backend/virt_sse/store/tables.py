@@ -53,6 +53,7 @@ disks = Table(
     Column("sku", String(32), nullable=False, server_default="Premium_LRS"),
     Column("encryption_set_id", Uuid, ForeignKey("encryption_sets.id")),
     Column("caching", String(16), nullable=False, server_default="None"),
+    Index("disks_by_encryption_set", "encryption_set_id"),
 )
 
 wrapped_deks = Table(

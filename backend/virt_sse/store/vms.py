@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-from typing import Any
 from uuid import UUID
 
-import msgspec
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine, Row
+from sqlalchemy.engine import Connection, Engine
 
-from virt_sse.errors import StoreError
 from virt_sse.model.keys import KeyId, KeyRef, WrappedDek
 from virt_sse.model.layers import HostCaching
-from virt_sse.model.vms import PendingUpdate, Vm, VmProperties
+from virt_sse.model.vms import Vm
 from virt_sse.store.engine import reading, writing
+from virt_sse.store.rows import pending_to_json, vm_of
 from virt_sse.store.tables import disks, vms
-from virt_sse.system.documents import DocumentError, from_json
-
-_log = logging.getLogger(__name__)
 
 
 class VmStore:
@@ -98,7 +92,7 @@ class VmStore:
         """
         query = sa.select(vms).where(condition).order_by(vms.c.name, vms.c.id)
         with reading(self._engine) as connection:
-            return [_vm(row, _pending(row, tolerant=among_others)) for row in connection.execute(query)]
+            return [vm_of(row, tolerant=among_others) for row in connection.execute(query)]
 
 
 def _set_caching(connection: Connection, disk_id: UUID, caching: HostCaching) -> None:
@@ -113,7 +107,7 @@ def _values(vm: Vm) -> dict[str, object]:
         "size": vm.properties.size,
         "temp_disk_size": vm.properties.temp_disk_size,
         "generation": vm.generation,
-        "pending": _to_json(vm.pending) if vm.pending else None,
+        "pending": pending_to_json(vm.pending) if vm.pending else None,
         **_tpm_values(vm.tpm),
     }
 
@@ -126,55 +120,3 @@ def _tpm_values(wrapped: WrappedDek | None) -> dict[str, object]:
         "tpm_key_name": wrapped.key.name if wrapped else None,
         "tpm_key_version": wrapped.key.version if wrapped else None,
     }
-
-
-class _Pending(msgspec.Struct, frozen=True, rename="kebab"):
-    """A :class:`PendingUpdate` in JSON."""
-
-    encryption_at_host: bool
-    size: str | None
-    temp_disk_size: int | None
-    caching: dict[UUID, HostCaching]
-
-
-def _to_json(pending: PendingUpdate) -> str:
-    properties = pending.properties
-    document = _Pending(
-        properties.encryption_at_host, properties.size, properties.temp_disk_size, dict(pending.caching)
-    )
-    return msgspec.json.encode(document).decode()
-
-
-def _from_json(text: str) -> PendingUpdate:
-    try:
-        document = from_json(text.encode(), _Pending)
-    except DocumentError as exc:
-        raise StoreError(f"the store has an invalid pending update of a VM: {exc}") from exc
-    properties = VmProperties(document.encryption_at_host, document.size, document.temp_disk_size)
-    return PendingUpdate(properties, document.caching)
-
-
-def _pending(row: Row[Any], *, tolerant: bool) -> PendingUpdate | None:
-    try:
-        return _from_json(row.pending) if row.pending else None
-    except StoreError as exc:
-        if not tolerant:
-            raise
-        _log.warning("domain %s: %s", row.name, exc)
-        return None
-
-
-def _vm(row: Row[Any], pending: PendingUpdate | None) -> Vm:
-    tpm = None
-    if row.tpm_ciphertext is not None:
-        key = KeyId(row.tpm_key_provider, row.tpm_key_name, row.tpm_key_version)
-        tpm = WrappedDek(row.tpm_ciphertext, row.tpm_algorithm, key)
-    return Vm(
-        id=row.id,
-        name=row.name,
-        host=row.host,
-        properties=VmProperties(row.encryption_at_host, row.size, row.temp_disk_size),
-        generation=row.generation,
-        pending=pending,
-        tpm=tpm,
-    )

@@ -23,7 +23,7 @@ from virt_sse.model.keys import KeyId, KeyRef, WrappedDek
 from virt_sse.model.layers import HostCaching
 from virt_sse.model.slots import TEMP_SLOT, TPM_SLOT
 from virt_sse.model.vms import PendingUpdate, Vm, VmProperties, check_size_name, temp_disk_id
-from virt_sse.store import Store
+from virt_sse.store.store import Store
 
 ID = uuid.UUID("b6a1c5f2-3f4d-4a0b-9c57-0f0f5f0e7c11")
 PLAIN = f"""\

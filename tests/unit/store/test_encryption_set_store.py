@@ -18,7 +18,7 @@ from virt_sse.errors import (
 from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.model.keys import KeyRef
 from virt_sse.model.layers import EncryptionType
-from virt_sse.store import Store
+from virt_sse.store.store import Store
 
 
 @pytest.fixture

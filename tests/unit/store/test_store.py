@@ -25,8 +25,8 @@ from virt_sse.model.disks import Disk, DiskSku, DiskState
 from virt_sse.model.envelope import DekEntry
 from virt_sse.model.keys import KeyId, KeyRef, WrappedDek
 from virt_sse.model.layers import EncryptionType
-from virt_sse.store import Store
-from virt_sse.store.engine import SCHEMA
+from virt_sse.store.schema import SCHEMA
+from virt_sse.store.store import Store
 from virt_sse.store.tables import metadata
 from virt_sse.system.migrations import alembic_config
 
