@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from support import images
-from support.command_line import PROGRAM
+from support.command_line import PROGRAM, CommandLine
 from support.faults import crash_points, dies_at
 from support.forking import run_forked
 from support.images import KeyedImage
@@ -217,6 +218,8 @@ def test_after_a_killed_resize_of_a_double_disk_the_store_has_its_size(
             backend.disks.resize("disk", size, shrink=True)
 
     assert run_forked(act) == -signal.SIGKILL
+    (listed,) = json.loads(CommandLine(root)("disk", "list", "--output", "json"))
+    assert listed["size"] == size, "listings finish the work of killed commands, too"
     with Backend.open(root) as backend:
         disk = backend.disks.get("disk")
         deks = backend.host.keys.unwrap_all(disk)

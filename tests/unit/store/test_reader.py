@@ -77,7 +77,7 @@ def test_the_answers_are_those_of_the_store(
     assert query(reader_of(path)) == query(store)
 
 
-@pytest.mark.parametrize("name", ["two", str(uuid.uuid4()), "", "one\udcff"])
+@pytest.mark.parametrize("name", ["two", str(uuid.UUID(int=7)), "", "one\udcff"])
 def test_an_unknown_disk_is_the_same_error(path: Path, store: Store, name: str) -> None:
     store.add(ONE)
     messages = []
