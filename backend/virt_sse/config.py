@@ -178,6 +178,11 @@ class Config:
         return self.root / "var/lib/virt-sse"
 
     @property
+    def pending_resizes(self) -> Path:
+        """Folder with marks of disks whose size in the store may be wrong, after a kill; mode 0700."""
+        return self.state_directory / "pending-resizes"
+
+    @property
     def log_directory(self) -> Path:
         """Folder of the audit log; mode 0700."""
         return self.root / "var/log/virt-sse"

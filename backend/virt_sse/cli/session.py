@@ -45,10 +45,12 @@ def listed_disks() -> list[Disk]:
     """
     from virt_sse.model.disks import DiskState
     from virt_sse.store import LazyStore
+    from virt_sse.system.marks import Marks
 
     with contextlib.closing(LazyStore(config().store_url)) as store:
         disks = store.reads().all()
-    if all(disk.state is DiskState.READY for disk in disks):
+    is_resized = Marks(config().pending_resizes).all()
+    if not is_resized and all(disk.state is DiskState.READY for disk in disks):
         return disks
     with backend() as b:
         return b.disks.all()

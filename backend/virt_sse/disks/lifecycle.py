@@ -27,6 +27,7 @@ from virt_sse.errors import (
     ImageError,
     InvalidValueError,
     KeyProviderError,
+    PolicyError,
     StoreError,
     VirtSseError,
 )
@@ -35,6 +36,7 @@ from virt_sse.keys.encryption_sets import EncryptionSets
 from virt_sse.keys.host import Host
 from virt_sse.model.content import Content
 from virt_sse.model.disks import (
+    PLATFORM_KEY,
     Disk,
     DiskState,
     NewDisk,
@@ -44,6 +46,8 @@ from virt_sse.model.disks import (
 )
 from virt_sse.model.encryption_sets import EncryptionSet
 from virt_sse.model.envelope import Envelope
+from virt_sse.model.keys import KeyRef
+from virt_sse.model.layers import EncryptionType, LayerChoice
 from virt_sse.model.operations import CreateDisk, DeleteDisk, ResizeDisk
 from virt_sse.model.slots import TEMP_SLOT
 from virt_sse.qemu import envelope_slots, img
@@ -79,7 +83,7 @@ class Disks:
         self._sets = sets
         self._attachments = attachments
         self._creation = Creation(host, sets)
-        self._resizing = Marks(host.pending_resizes)
+        self._resizing = Marks(host.config.pending_resizes)
 
     def all(self) -> list[Disk]:
         """All disks, by name, as stored: no image is opened, so a hung storage cannot hang a listing."""
@@ -134,7 +138,7 @@ class Disks:
         :param name: default: the name in the envelope.
         :param encryption_set: name or id; default: the set in the envelope.
         :raise ImageFormatError: When the image is not encrypted, or the DEK does not open the image.
-        :raise EnvelopeError: When the envelope cannot be read.
+        :raise EnvelopeError: When the envelope cannot be read, or has other layers than its type.
         :raise EncryptionSetNotFoundError: When the store lacks the set in the envelope and no set is given.
         :raise DiskExistsError: When the store has the disk, the name or the path.
         :raise KeyProviderError: When the DEK cannot be unwrapped, e.g. because it is under another host's
@@ -162,6 +166,7 @@ class Disks:
         )
         if not disk.deks:
             raise EnvelopeError(f"the envelope of {path} holds no DEK")
+        self._check_layers(disk)
         with self._locks.hold(disk.id):
             deks = self._keys.unwrap_all(disk)
             img.check_unlocks(path, image_format, deks)
@@ -182,6 +187,28 @@ class Disks:
                     raise DiskExistsError(f"the store has this disk as {known.name!r}, at {known.path}")
                 self._store.set_path(disk.id, path)
             return self._store.get(str(disk.id))
+
+    def _check_layers(self, disk: Disk) -> None:
+        """Compare the DEKs of an adopted disk with the plan of its encryption type.
+
+        Whoever can write to the image chooses the type, the slots and the ciphers in the envelope.
+
+        :raise EnvelopeError: When slots, ciphers or keys differ from the plan.
+        """
+        differs = EnvelopeError(
+            f"the layers in the envelope of {disk.path} are not those of {disk.encryption_type.value}",
+            hint="the envelope was changed: restore the image from a backup",
+        )
+        layer = self._plugins.encryption_layer(disk.encryption_type)
+        try:
+            plan = layer.plan(LayerChoice(disk.key, disk.deks[-1].cipher))
+        except PolicyError as exc:
+            raise differs from exc
+        planned = [(spec.slot, spec.cipher, spec.key) for spec in plan.deks]
+        found = [(e.slot, e.cipher, KeyRef(e.wrapped.key.provider, e.wrapped.key.name)) for e in disk.deks]
+        is_platform = disk.encryption_type is EncryptionType.PLATFORM_KEY
+        if found != planned or (is_platform and disk.key != PLATFORM_KEY):
+            raise differs
 
     def _set_of(self, carried: Envelope, given: EncryptionSet | None) -> uuid.UUID | None:
         """The id of the encryption set of an adopted disk."""

@@ -52,17 +52,12 @@ class Host:
         """Folder with marks of disks whose store may be newer than the image; see :class:`KeyRotation`."""
         return self.config.state_directory / "pending-envelopes"
 
-    @property
-    def pending_resizes(self) -> Path:
-        """Folder with marks of disks whose size in the store may be wrong; see :class:`Disks`."""
-        return self.config.state_directory / "pending-resizes"
-
     def has_unfinished_work(self) -> bool:
         """Whether the backend may find work of killed commands to finish or undo.
 
         :raise StoreError: When the store cannot be opened.
         """
-        marked = any(Marks(folder).all() for folder in (self.pending_envelopes, self.pending_resizes))
+        marked = any(Marks(folder).all() for folder in (self.pending_envelopes, self.config.pending_resizes))
         return marked or bool(self.store_reads.unfinished())
 
     @classmethod

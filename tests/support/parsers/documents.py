@@ -25,7 +25,7 @@ from virt_sse.model.vms import PendingUpdate, VmProperties
 from virt_sse.pkcs11.options import TokenOptions
 from virt_sse.pkcs11.uri import TokenUri
 from virt_sse.stages.record import RECORD_NAME, StageRecord
-from virt_sse.store import vms
+from virt_sse.store import rows
 from virt_sse.system.documents import DocumentError, from_json
 from virt_sse_plugins.key_providers.hsm_simulated import HsmSimulatedKeyProvider
 from virt_sse_plugins.key_providers.key_urls import KeyVaultKey
@@ -242,9 +242,9 @@ PARSERS = [
     Parser("cipher", texts(Cipher.parse), [b"aes-256-xts", b"serpent-256-cbc-essiv:sha256"]),
     Parser(
         "pending-update",
-        always(lambda content: vms._from_json(content.decode(errors="replace"))),
+        always(lambda content: rows._from_json(content.decode(errors="replace"))),
         [
-            vms._to_json(
+            rows.pending_to_json(
                 PendingUpdate(
                     VmProperties(True, "Standard_D2s_v3", 1 << 30), {uuid.UUID(int=1): HostCaching.NONE}
                 )

@@ -1,0 +1,65 @@
+"""An envelope whose layers are not those of its encryption type is not adopted."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support import images
+from virt_sse.backend import Backend
+from virt_sse.errors import EnvelopeError
+from virt_sse.model.ciphers import AES_256_CBC
+from virt_sse.model.disks import NewDisk
+from virt_sse.model.envelope import Envelope
+from virt_sse.model.layers import EncryptionType
+from virt_sse.qemu import envelope_slots, img
+
+M = 1 << 20
+
+
+def _with_type(encryption_type: EncryptionType) -> Callable[[Envelope], Envelope]:
+    return lambda envelope: dataclasses.replace(envelope, encryption_type=encryption_type)
+
+
+def _with_two_slots(envelope: Envelope) -> Envelope:
+    (entry,) = envelope.deks
+    return dataclasses.replace(envelope, deks=(entry, dataclasses.replace(entry, slot="infrastructure")))
+
+
+def _with_slot_of_the_outer_layer(envelope: Envelope) -> Envelope:
+    (entry,) = envelope.deks
+    return dataclasses.replace(envelope, deks=(dataclasses.replace(entry, slot="infrastructure"),))
+
+
+def _with_cipher_of_the_outer_layer(envelope: Envelope) -> Envelope:
+    (entry,) = envelope.deks
+    return dataclasses.replace(envelope, deks=(dataclasses.replace(entry, cipher=AES_256_CBC),))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(_with_type(EncryptionType.PLATFORM_AND_CUSTOMER_KEYS), id="double with one slot"),
+        pytest.param(_with_two_slots, id="single with two slots"),
+        pytest.param(_with_slot_of_the_outer_layer, id="foreign slot"),
+        pytest.param(_with_cipher_of_the_outer_layer, id="foreign cipher"),
+    ],
+)
+def test_an_envelope_with_other_layers_than_its_type_is_not_adopted(
+    root: Path, backend: Backend, change: Callable[[Envelope], Envelope]
+) -> None:
+    images.require("qemu-img", "qemu-io", "cryptsetup")
+    disk = backend.disks.create(NewDisk(name="disk", size=M))
+    backend.host.store.remove(disk.id)
+    with img.opened(disk.path, os.O_RDWR) as descriptor:
+        envelope_slots.write(descriptor, disk.format, change(disk.envelope))
+    with pytest.raises(EnvelopeError, match="layers in the envelope"):
+        backend.disks.adopt(disk.path)
+    assert backend.disks.all() == []
+    with img.opened(disk.path, os.O_RDWR) as descriptor:
+        envelope_slots.write(descriptor, disk.format, disk.envelope)
+    assert backend.disks.adopt(disk.path).deks == disk.deks
