@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
 from virt_sse.errors import ImageError, ToolError
+from virt_sse.system import acceleration
 
 _COMMAND_NOT_FOUND = 127
 """Exit status of setpriv when the tool is not found."""
@@ -39,7 +40,7 @@ def run(
             pass_fds=pass_fds,
             timeout=timeout,
             check=False,
-            env=_environment(),
+            env=_environment(arguments[0]),
         )
     except FileNotFoundError as exc:
         raise ToolError("setpriv is not installed") from exc
@@ -68,7 +69,7 @@ def run_with_progress(
                     stdout=subprocess.PIPE,
                     stderr=errors,
                     pass_fds=pass_fds,
-                    env=_environment(),
+                    env=_environment(arguments[0]),
                 )
             )
         except FileNotFoundError as exc:
@@ -118,7 +119,7 @@ def running(arguments: Sequence[str], *, pass_fds: Sequence[int]) -> Iterator[Ru
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 pass_fds=pass_fds,
-                env=_environment(),
+                env=_environment(arguments[0]),
             )
         except FileNotFoundError as exc:
             raise ToolError("setpriv is not installed") from exc
@@ -155,6 +156,9 @@ def _leashed(arguments: Sequence[str]) -> list[str]:
     return ["setpriv", "--pdeathsig", "KILL", "--", *arguments]
 
 
-def _environment() -> dict[str, str]:
+def _environment(tool: str) -> dict[str, str]:
     """The environment with English messages, because virt-sse parses some."""
-    return {**os.environ, "LC_ALL": "C"}
+    found = {**os.environ, "LC_ALL": "C"}
+    if tool.startswith("qemu-"):
+        found |= acceleration.environment(found)
+    return found
