@@ -7,14 +7,18 @@ nettle load the library without effect.
 
 from __future__ import annotations
 
+import os
 import re
 import stat
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from virt_sse.errors import ToolError
 from virt_sse.system.permissions import loose_folder_permission, loose_permission
 
 LIBRARY = Path(__file__).with_name("libvirt_sse_xts.so")
+_SECONDS = 20
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
@@ -55,6 +59,34 @@ def obstacle(path: Path = LIBRARY) -> str | None:
     if re.search(r"[\s:]", str(path)):
         return f"the path {path} has a space or a colon, which LD_PRELOAD does not allow"
     return None
+
+
+def path_in_qemu() -> str | None:
+    """The library's path in qemu-img, such as ``vaes512``; ``None`` if the library leaves XTS to nettle.
+
+    :raise ToolError: When qemu-img does not start, or does not load the library.
+    """
+    with os.fdopen(os.memfd_create("statistics"), "w+b") as file:
+        statistics = {"VIRT_SSE_XTS_STATISTICS": f"/proc/self/fd/{file.fileno()}"}
+        try:
+            subprocess.run(
+                ["qemu-img", "--version"],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                pass_fds=[file.fileno()],
+                timeout=_SECONDS,
+                check=True,
+                env={**os.environ, **environment(os.environ), **statistics},
+            )
+        except FileNotFoundError as exc:
+            raise ToolError("qemu-img is not installed") from exc
+        except subprocess.SubprocessError as exc:
+            raise ToolError(f"qemu-img with {LIBRARY} failed: {exc}") from exc
+        file.seek(0)
+        path, *_ = file.read().decode().split() or [""]
+    if not path:
+        raise ToolError(f"qemu-img does not load {LIBRARY}")
+    return None if path == "nettle" else path
 
 
 def environment(inherited: Mapping[str, str] | None = None) -> dict[str, str]:

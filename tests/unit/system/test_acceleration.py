@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from cryptography.hazmat.primitives.ciphers import algorithms, modes
 from support import images
 from support.images import KeyedImage
 from support.nettle_xts import Statistics
+from virt_sse.errors import ToolError
 from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
@@ -113,6 +115,26 @@ def library() -> Path:
 
 def test_only_qemus_tools_load_the_library(library: Path) -> None:
     assert str(library) not in tools.run(["env"])
+
+
+def test_qemu_takes_the_path_that_the_environment_asks_for(
+    library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert acceleration.path_in_qemu()
+    monkeypatch.setenv("VIRT_SSE_XTS", "portable")
+    assert acceleration.path_in_qemu() == "portable"
+    monkeypatch.setenv("VIRT_SSE_XTS", "nettle")
+    assert acceleration.path_in_qemu() is None
+
+
+def test_a_file_that_is_no_library_is_reported_and_stops_no_tool(
+    candidate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images.require("qemu-img")
+    monkeypatch.setattr(acceleration, "LIBRARY", candidate)
+    with pytest.raises(ToolError, match=re.escape(f"qemu-img does not load {candidate}")):
+        acceleration.path_in_qemu()
+    assert tools.run(["qemu-img", "--version"]).startswith("qemu-img version")
 
 
 @pytest.mark.slow
