@@ -31,6 +31,7 @@ import machine
 import rewrap
 import start
 import virt_sse
+import xts
 from measurement import Bench, Row, Run
 from virt_sse.cli.output import OutputFormat, print_rows
 from virt_sse.errors import LabUnavailableError, VirtSseError, report
@@ -47,6 +48,7 @@ BENCHES: Mapping[str, Bench] = {
     "rewrap": rewrap.measure,
     "customer": customer.measure,
     "hsm": hsm.measure,
+    "xts": xts.measure,
 }
 
 
