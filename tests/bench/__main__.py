@@ -32,6 +32,7 @@ import rewrap
 import scale
 import start
 import virt_sse
+import xts
 from measurement import Bench, Row, Run
 from virt_sse.cli.output import OutputFormat, print_rows
 from virt_sse.errors import LabUnavailableError, VirtSseError, report
@@ -49,6 +50,7 @@ BENCHES: Mapping[str, Bench] = {
     "scale": scale.measure,
     "customer": customer.measure,
     "hsm": hsm.measure,
+    "xts": xts.measure,
 }
 
 

@@ -14,7 +14,7 @@ from support.domain_qemu import as_qemu
 from support.waiting import wait_until
 from virt_sse.config import Config
 from virt_sse.libvirt.users import User
-from virt_sse.model.ciphers import AES_256_CBC, AES_256_XTS
+from virt_sse.model.ciphers import AES_256_CBC, AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.envelope import DekEntry
@@ -51,6 +51,7 @@ class StagedDisk:
         double: bool = True,
         caching: HostCaching = HostCaching.NONE,
         kinds: StageKinds = STAGE_KINDS,
+        infrastructure_cipher: Cipher = AES_256_CBC,
     ) -> None:
         self.config = config
         self.stages = Stages(config, kinds=kinds)
@@ -61,7 +62,7 @@ class StagedDisk:
             below.append(HostCache(caching))
         if double:
             self.deks["infrastructure"] = Dek.generate()
-            volumes.append(Volume(AES_256_CBC, self.deks["infrastructure"]))
+            volumes.append(Volume(infrastructure_cipher, self.deks["infrastructure"]))
             below.append(StorageNode("infrastructure"))
         self.plan = LayerPlan(deks=(), stages=(GuestNode("service"), *below))
         disk_id = uuid.uuid4()

@@ -21,6 +21,7 @@ from virt_sse.model.keys import Dek
 from virt_sse.qemu import img, luks
 from virt_sse.stages import launch, seccomp
 from virt_sse.stages.storage_user import is_mapped, storage_user
+from virt_sse.system import acceleration
 from virt_sse.system.confinement import Confinement
 from virt_sse.system.files import write_at
 from virt_sse.system.tools import run
@@ -53,7 +54,14 @@ def probe(config: Config) -> list[Capability]:
     ]
     with ThreadPoolExecutor() as pool:
         found += pool.map(_cipher, ciphers.KNOWN)
-    return [*found, *_libvirt(config), seccomp_capability(), _landlock(), *_apparmor(config)]
+    return [
+        *found,
+        xts_capability(),
+        *_libvirt(config),
+        seccomp_capability(),
+        _landlock(),
+        *_apparmor(config),
+    ]
 
 
 def _tool(name: str, tool: str, *arguments: str) -> Capability:
@@ -88,6 +96,20 @@ def _cipher(cipher: Cipher) -> Capability:
     finally:
         os.close(image)
     return Capability(name, available=True, detail="QEMU")
+
+
+def xts_capability() -> Capability:
+    """Whether QEMU's tools and storage processes encrypt XTS with virt-sse's library."""
+    name = "accelerated XTS"
+    if reason := acceleration.obstacle():
+        return Capability(name, available=False, detail=reason)
+    try:
+        path = acceleration.path_in_qemu()
+    except VirtSseError as exc:
+        return Capability(name, available=False, detail=str(exc))
+    if path is None:
+        return Capability(name, available=False, detail="QEMU does not use nettle, or a self-test failed")
+    return Capability(name, available=True, detail=path)
 
 
 def _libvirt(config: Config) -> list[Capability]:

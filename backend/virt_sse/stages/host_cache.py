@@ -14,6 +14,7 @@ from virt_sse.libvirt.users import ROOT
 from virt_sse.model.layers import HostCache, HostCaching
 from virt_sse.stages.locked_process import Command
 from virt_sse.stages.stage_process import ExpectedEvidence, ExportSource, RecordField, StageProcess
+from virt_sse.system import acceleration
 from virt_sse.system.files import PRIVATE_FOLDER, shared_folder
 
 _IMAGE_BLOCK = "cache-min-block-size=4096"
@@ -67,7 +68,7 @@ class HostCacheProcess(StageProcess[HostCache]):
         return Command(
             ["nbdkit", "--foreground", "--filter=cache", *self._source(), self._mode, "cache-on-read=true"],
             listening=served,
-            environment={"TMPDIR": str(self._folder)},
+            environment={"TMPDIR": str(self._folder), **acceleration.ALLOCATOR},
         )
 
     def evidence(self) -> ExpectedEvidence:

@@ -37,12 +37,14 @@ class Command:
     :ivar descriptors: descriptors for the program to inherit.
     :ivar listening: a listening socket for descriptor 3, announced by ``LISTEN_FDS`` (sd_listen_fds(3)).
     :ivar environment: environment variables to set, beside ``PATH``.
+    :ivar readable: files that the program reads, beside its libraries.
     """
 
     arguments: Sequence[str]
     descriptors: Sequence[int] = ()
     listening: int | None = None
     environment: Mapping[str, str] | None = None
+    readable: Sequence[Path] = ()
 
 
 class LockedProcess:
@@ -101,7 +103,7 @@ class LockedProcess:
             "gid": user.gid,
             "threads": _MOST_THREADS if is_own_user else None,
             "filter": _filter(),
-            "readable": [program, *_libraries(program)],
+            "readable": [program, *_libraries(program), *map(str, command.readable)],
             "writable": [str(path) for path in writable],
             "environment": dict(command.environment or {}),
             "command": [program, *command.arguments[1:]],

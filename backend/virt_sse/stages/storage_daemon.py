@@ -13,6 +13,7 @@ from virt_sse.qemu.storage_daemon import StorageDaemon, arguments
 from virt_sse.stages.locked_process import Command
 from virt_sse.stages.sockets import ListeningSocket
 from virt_sse.stages.stage_process import ExpectedEvidence, ImageSource, RecordField, StageProcess
+from virt_sse.system import acceleration
 
 
 class StorageDaemonProcess(StageProcess[StorageNode]):
@@ -47,7 +48,13 @@ class StorageDaemonProcess(StageProcess[StorageNode]):
 
     def command(self, listening: Sequence[int]) -> Command:
         served, monitor = listening
-        return Command(arguments(monitor, served), [monitor, served])
+        library = acceleration.library()
+        return Command(
+            arguments(monitor, served),
+            [monitor, served],
+            environment=acceleration.environment(),
+            readable=[library] if library else [],
+        )
 
     def await_serving(self, dek: Dek | None) -> None:
         source = self.place.source

@@ -23,10 +23,12 @@ from support.waiting import wait_until
 from virt_sse.config import Config
 from virt_sse.errors import StageError
 from virt_sse.libvirt.users import User
+from virt_sse.model.ciphers import AES_256_XTS
 from virt_sse.model.layers import HostCaching
 from virt_sse.stages import Stages, launch, seccomp
 from virt_sse.stages.launch import landlock_version
 from virt_sse.stages.locked_process import Command, LockedProcess
+from virt_sse.system import acceleration
 from virt_sse.verification.stage_evidence import StageEvidence
 from virt_sse.verification.verdict import DiskVerdict
 
@@ -89,6 +91,25 @@ def problems(disk: StagedDisk) -> list[str]:
     verdict = DiskVerdict("vda")
     StageEvidence(disk.stages).check(verdict, disk.disk, disk.plan, DOMAIN)
     return verdict.problems
+
+
+@pytest.mark.parametrize("image_format", images.FORMATS)
+def test_a_storage_daemon_encrypts_with_the_xts_library(config: Config, image_format: str) -> None:
+    """As its own user, under the filter, Landlock and the memory limit; read again without the library."""
+    library = acceleration.library()
+    if library is None:
+        pytest.skip(f"the XTS library: {acceleration.obstacle()}")
+    disk = StagedDisk(config, image_format, infrastructure_cipher=AES_256_XTS)
+    try:
+        disk.start()
+        assert str(library) in Path(f"/proc/{pid_of(disk, 'storage')}/maps").read_text()
+        assert "wrote 1048576/1048576" in disk.guest_io("write -P 0x5a 0 1M")
+        assert problems(disk) == []
+    finally:
+        disk.stop()
+    said = disk.image_io("read -P 0x5a 0 1M")
+    assert "read 1048576/1048576" in said
+    assert "failed" not in said
 
 
 REACH = """
