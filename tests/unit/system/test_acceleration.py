@@ -18,17 +18,16 @@ from support import images
 from support.images import KeyedImage
 from support.nettle_xts import Statistics
 from virt_sse.errors import ToolError
-from virt_sse.model.ciphers import Cipher
+from virt_sse.model.ciphers import AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.qemu import formatting, img
 from virt_sse.qemu.formatting import Volume
-from virt_sse.system import acceleration, tools
+from virt_sse.system import acceleration, confinement, tools
+from virt_sse.system.confinement import Confinement
 
 SIZE = 3 << 20
 SECTOR = 512
-PAYLOAD = 2 << 20
-"""Where cryptsetup lets the data of a LUKS1 volume begin."""
 DEK = Dek.generate()
 SEED = 21
 
@@ -114,7 +113,7 @@ def library() -> Path:
 
 
 def test_only_qemus_tools_load_the_library(library: Path) -> None:
-    assert str(library) not in tools.run(["env"])
+    assert str(library) not in tools.run(["env"], confinement=Confinement())
 
 
 def test_qemu_takes_the_path_that_the_environment_asks_for(
@@ -134,7 +133,7 @@ def test_a_file_that_is_no_library_is_reported_and_stops_no_tool(
     monkeypatch.setattr(acceleration, "LIBRARY", candidate)
     with pytest.raises(ToolError, match=re.escape(f"qemu-img does not load {candidate}")):
         acceleration.path_in_qemu()
-    assert tools.run(["qemu-img", "--version"]).startswith("qemu-img version")
+    assert tools.run(["qemu-img", "--version"], confinement=Confinement()).startswith("qemu-img version")
 
 
 @pytest.mark.slow
@@ -159,25 +158,38 @@ def test_images_are_the_same_with_and_without_the_library(
     plain, image, back = tmp_path / "plain", tmp_path / "image", tmp_path / "back"
     plain.write_bytes(random.Random(SEED).randbytes(SIZE))  # noqa: S311 -- repeatable
     formatting.make(image, DiskFormat(image_format), SIZE, [Volume(Cipher.parse(cipher), DEK)])
-    monkeypatch.setenv("VIRT_SSE_XTS_STATISTICS", str(tmp_path / "statistics"))
-
-    img.encrypt_from(plain, "raw", image, DiskFormat(image_format), [DEK], lambda _: None)
+    with monkeypatch.context() as counted:
+        count(counted, tmp_path)
+        encrypt(plain, image, DiskFormat(image_format))
     assert used(tmp_path) == is_fast
     assert KeyedImage(image, image_format, DEK.passphrase).equals(plain)
 
     monkeypatch.setattr(acceleration, "LIBRARY", tmp_path / "absent")
     same = tmp_path / "same"
     same.write_bytes(image.read_bytes())
-    img.encrypt_from(plain, "raw", same, DiskFormat(image_format), [DEK], lambda _: None)
+    encrypt(plain, same, DiskFormat(image_format))
     if image_format == "raw":
         assert same.read_bytes() == image.read_bytes()
     monkeypatch.undo()
 
-    monkeypatch.setenv("VIRT_SSE_XTS_STATISTICS", str(tmp_path / "statistics"))
+    count(monkeypatch, tmp_path)
     with back.open("w+b") as file:
         img.decrypt_to(same, DiskFormat(image_format), file.fileno(), "raw", [DEK], lambda _: None)
     assert used(tmp_path) == is_fast
     assert back.read_bytes() == plain.read_bytes()
+
+
+def count(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Make confined tools of QEMU write the library's counts to ``statistics`` in *folder*."""
+    variables = {**acceleration.environment(), "VIRT_SSE_XTS_STATISTICS": str(folder / "statistics")}
+    monkeypatch.setattr(acceleration, "environment", lambda: variables)
+    bound = ("--bind", str(folder), str(folder))
+    monkeypatch.setattr(confinement, "_SYSTEM", (*confinement._SYSTEM, *bound))
+
+
+def encrypt(plain: Path, image: Path, image_format: DiskFormat) -> None:
+    with img.held(plain) as source:
+        img.encrypt_from(plain, "raw", image, image_format, [DEK], lambda _: None, descriptor=source)
 
 
 def used(folder: Path) -> bool:
@@ -190,27 +202,22 @@ def used(folder: Path) -> bool:
     return process.fast > 0
 
 
-@pytest.mark.parametrize("key_bits", [256, 512])
 def test_cryptsetups_volume_key_decrypts_what_the_library_encrypted(
-    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key_bits: int
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OpenSSL decrypts each sector with the number of the sector as tweak (dm-crypt's plain64)."""
     plain, image = tmp_path / "plain", tmp_path / "image"
     content = random.Random(SEED).randbytes(1 << 20)  # noqa: S311 -- repeatable
     plain.write_bytes(content)
-    with image.open("xb") as file:
-        file.truncate(4 << 20)
-    cryptsetup("luksFormat", "--type", "luks1", "--key-size", str(key_bits), "--hash", "sha256", image)
-    with image.open("r+b") as file:
-        file.truncate(PAYLOAD + len(content))
-    monkeypatch.setenv("VIRT_SSE_XTS_STATISTICS", str(tmp_path / "statistics"))
-    img.encrypt_from(plain, "raw", image, DiskFormat.RAW, [DEK], lambda _: None)
+    formatting.make(image, DiskFormat.RAW, len(content), [Volume(AES_256_XTS, DEK)])
+    count(monkeypatch, tmp_path)
+    encrypt(plain, image, DiskFormat.RAW)
     (process,) = Statistics.read(tmp_path / "statistics")
     assert process.fast >= len(content) // SECTOR
     assert (process.portable, process.nettle) == (0, 0)
     cryptsetup("luksDump", "--dump-volume-key", "--volume-key-file", tmp_path / "key", image)
     volume_key = (tmp_path / "key").read_bytes()
-    assert len(volume_key) * 8 == key_bits
+    assert len(volume_key) == 64
     ciphertext = image.read_bytes()[-len(content) :]
     for number in range(len(content) // SECTOR):
         sector = slice(number * SECTOR, (number + 1) * SECTOR)
@@ -221,18 +228,7 @@ def test_cryptsetups_volume_key_decrypts_what_the_library_encrypted(
 
 def cryptsetup(command: str, *arguments: str | Path) -> None:
     subprocess.run(
-        [
-            "cryptsetup",
-            command,
-            "--batch-mode",
-            "--pbkdf-force-iterations",
-            "1000",
-            "--key-file",
-            "-",
-            *arguments,
-        ]
-        if command == "luksFormat"
-        else ["cryptsetup", command, "--batch-mode", "--key-file", "-", *arguments],
+        ["cryptsetup", command, "--batch-mode", "--key-file", "-", *arguments],
         input=DEK.passphrase,
         check=True,
     )

@@ -87,7 +87,7 @@ def test_a_tool_sees_its_files_alone_and_has_one_capability(
     limits = seen["limits"]
     assert limits["RLIMIT_CPU"] == [7, 8]
     assert limits["RLIMIT_FSIZE"] == [3 * M] * 2
-    assert limits["RLIMIT_AS"] == [1 << 30] * 2
+    assert limits["RLIMIT_AS"] == [2 << 30] * 2
     assert limits["RLIMIT_CORE"] == [0, 0]
     assert limits["RLIMIT_NOFILE"] == [256, 256]
 
@@ -131,7 +131,7 @@ def test_a_tool_at_its_limits_is_ended_and_the_limit_named(tmp_path: Path) -> No
     image = tmp_path / "image"
     image.touch()
     with pytest.raises(ToolError, match="MemoryError"):
-        python("bytearray(1 << 30)", Confinement())
+        python("bytearray(2 << 30)", Confinement())
     with pytest.raises(ToolError, match=r"^sh took too much processor time$"):
         run(["sh", "-c", "while :; do :; done"], confinement=Confinement(cpu_seconds=1))
     with bound(image, writable=True) as file, pytest.raises(ToolError, match=r"^sh wrote more than its file"):
