@@ -25,10 +25,12 @@ from virt_sse.errors import (
     EnvelopeError,
     ImageError,
     InvalidValueError,
+    StaleImageError,
     VirtSseError,
 )
 from virt_sse.in_guest.images import in_image
 from virt_sse.keys.encryption_sets import EncryptionSets
+from virt_sse.keys.freshness import with_newer_envelope
 from virt_sse.keys.host import Host
 from virt_sse.model.content import Content
 from virt_sse.model.disks import (
@@ -41,6 +43,8 @@ from virt_sse.model.disks import (
 )
 from virt_sse.model.encryption_sets import EncryptionSet
 from virt_sse.model.envelope import Envelope
+from virt_sse.model.keys import KeyRef
+from virt_sse.model.layers import DekSpec, LayerChoice
 from virt_sse.model.operations import CreateDisk, DeleteDisk, ResizeDisk
 from virt_sse.model.slots import TEMP_SLOT
 from virt_sse.qemu import envelope_slots, img
@@ -71,6 +75,7 @@ class Disks:
         self._plugins = host.plugins
         self._keys = host.keys
         self._locks = host.locks
+        self._freshness = host.freshness
         self._sets = sets
         self._attachments = attachments
         self._creation = Creation(host, sets)
@@ -119,13 +124,17 @@ class Disks:
             elif current.state is DiskState.DELETING:
                 self._finish_deletion(current)
 
-    def adopt(self, path: Path, *, name: str | None = None, encryption_set: str | None = None) -> Disk:
+    def adopt(
+        self, path: Path, *, name: str | None = None, encryption_set: str | None = None, trust: bool = False
+    ) -> Disk:
         """Add the disk with the image at *path* to the store, from the envelope in the image.
 
         If the store knows the disk by another path and no image is left there, the store takes the new path.
 
         :param name: default: the name in the envelope.
         :param encryption_set: name or id; default: the set in the envelope.
+        :param trust: take over an image without a valid seal of this host, or an older image; audited.
+        :raise StaleImageError: When the image is such an image, without *trust*.
         :raise ImageFormatError: When the image is not encrypted, or the DEK does not open the image.
         :raise EnvelopeError: When the envelope cannot be read.
         :raise EncryptionSetNotFoundError: When the store lacks the set in the envelope and no set is given.
@@ -135,9 +144,8 @@ class Disks:
         """
         given = self._sets.usable(encryption_set) if encryption_set is not None else None
         path = check_path(path)
-        with img.opened(path) as descriptor:
-            image_format = img.probe_format(descriptor)
-            carried = envelope_slots.read(descriptor, image_format)
+        found = self._freshness.carried_by(path)
+        image_format, carried = found.format, found.envelope
         if any(entry.slot == TEMP_SLOT for entry in carried.deks):
             raise ImageError(f"{path} is the temporary disk of a VM; it is erased when the VM ends")
         disk = Disk(
@@ -155,6 +163,9 @@ class Disks:
         )
         if not disk.deks:
             raise EnvelopeError(f"the envelope of {path} holds no DEK")
+        if not trust:
+            self._freshness.refuse_untrusted(path, found)
+        self._check_plan(disk)
         with self._locks.hold(disk.id):
             deks = self._keys.unwrap_all(disk)
             img.check_unlocks(path, image_format, deks)
@@ -163,18 +174,62 @@ class Disks:
             self._plugins.validate(
                 CreateDisk(disk.name, disk.size, path, image_format, disk.encryption_type, disk.key, content)
             )
-            if disk.envelope != carried:
-                with img.opened(path, os.O_RDWR) as descriptor:
-                    envelope_slots.write(descriptor, image_format, disk.envelope)
             try:
                 known = self._store.get(str(disk.id))
             except DiskNotFoundError:
-                self._store.add(disk)
+                known = None
+            if known and (known.path == path or os.path.lexists(known.path)):
+                raise DiskExistsError(f"the store has this disk as {known.name!r}, at {known.path}")
+            if trust:
+                self._keys.note_trust(disk, f"adopted from {path}, {found.authenticity}")
+            if trust or disk.envelope != carried:
+                self._freshness.trust(disk)
             else:
-                if known.path == path or os.path.lexists(known.path):
-                    raise DiskExistsError(f"the store has this disk as {known.name!r}, at {known.path}")
+                self._freshness.note_new(disk)
+            if known:
                 self._store.set_path(disk.id, path)
+            else:
+                self._store.add(disk)
             return self._store.get(str(disk.id))
+
+    def trust(self, name: str) -> Disk:
+        """Take a disk's image as it is for the newest, e.g. after a restore from a backup; audited.
+
+        The image must open with the DEKs in the store, and gets the store's envelope.
+
+        :raise ImageError: When the image does not open, or is the image of another disk.
+        :raise KeyProviderError: When a DEK cannot be unwrapped.
+        """
+        with self.usable(self._store.get(name)) as current:
+            img.check_unlocks(current.path, current.format, self._keys.unwrap_all(current))
+            try:
+                self._freshness.check(current)
+                reason = "the last known image"
+            except StaleImageError as exc:
+                reason = str(exc)
+            self._keys.note_trust(current, reason)
+            self._freshness.trust(current)
+            return current
+
+    def _check_plan(self, disk: Disk) -> None:
+        """Compare the DEKs in an envelope with the plan of its encryption type.
+
+        :raise EnvelopeError: When DEKs are missing or too many, or a slot, cipher or key differs.
+        """
+        layer = self._plugins.encryption_layer(disk.encryption_type)
+        own, *below = disk.deks
+        cipher = below[-1].cipher if below else self._config.infrastructure_cipher
+        planned = layer.plan(LayerChoice(disk.key, cipher)).deks
+        found = tuple(
+            DekSpec(entry.slot, KeyRef(entry.wrapped.key.provider, entry.wrapped.key.name), entry.cipher)
+            for entry in (own, *below)
+        )
+        if found != planned:
+            slots = ", ".join(f"{spec.slot} ({spec.cipher})" for spec in found)
+            raise EnvelopeError(
+                f"the envelope of {disk.path} has the DEKs {slots}, unlike a disk of type "
+                f"{disk.encryption_type.value}"
+            )
 
     def _set_of(self, carried: Envelope, given: EncryptionSet | None) -> uuid.UUID | None:
         """The id of the encryption set of an adopted disk."""
@@ -236,13 +291,17 @@ class Disks:
             return self._refresh(dataclasses.replace(current, size=size))
 
     def check(self, name: str) -> None:
-        """Check a disk's image: intact, opens with the DEK, carries the wrapped DEKs of the store.
+        """Check a disk's image: intact, opens with the DEK, last known, has the store's wrapped DEKs.
 
+        :raise StaleImageError: When the image is not the last known or a newer one.
         :raise ImageError: When the image fails the check.
         :raise DiskInUseError: When a QEMU process has the image open.
         """
         with self.usable(self._store.get(name)) as current:
             img.check(current.path, current.format, self._keys.unwrap_all(current))
+            found = self._freshness.check(current)
+            if found and found.uses is not None:
+                current = with_newer_envelope(self._store, current, found.envelope)
             with img.opened(current.path) as descriptor:
                 carried = envelope_slots.read(descriptor, current.format)
             if carried != current.envelope:
@@ -310,6 +369,7 @@ class Disks:
                 sync_folder(doomed.parent)
         except OSError as exc:
             raise ImageError(f"cannot remove {disk.path}: {exc.strerror}") from exc
+        self._freshness.forget(disk)
         self._store.remove(disk.id)
 
     @contextlib.contextmanager
