@@ -183,7 +183,7 @@ class Disks:
             if trust:
                 self._keys.note_trust(disk, f"adopted from {path}, {found.authenticity}")
             if trust or disk.envelope != carried:
-                self._freshness.trust(disk)
+                self._freshness.trust(disk, img.validate(path, image_format, deks))
             else:
                 self._freshness.note_new(disk)
             if known:
@@ -201,14 +201,15 @@ class Disks:
         :raise KeyProviderError: When a DEK cannot be unwrapped.
         """
         with self.usable(self._store.get(name)) as current:
-            img.check_unlocks(current.path, current.format, self._keys.unwrap_all(current))
+            deks = self._keys.unwrap_all(current)
+            img.check_unlocks(current.path, current.format, deks)
             try:
                 self._freshness.check(current)
                 reason = "the last known image"
             except StaleImageError as exc:
                 reason = str(exc)
             self._keys.note_trust(current, reason)
-            self._freshness.trust(current)
+            self._freshness.trust(current, img.validate(current.path, current.format, deks))
             return current
 
     def _check_plan(self, disk: Disk) -> None:
@@ -298,8 +299,11 @@ class Disks:
         :raise DiskInUseError: When a QEMU process has the image open.
         """
         with self.usable(self._store.get(name)) as current:
-            img.check(current.path, current.format, self._keys.unwrap_all(current))
+            deks = self._keys.unwrap_all(current)
+            img.check(current.path, current.format, deks)
             found = self._freshness.check(current)
+            inner = img.validate(current.path, current.format, deks)
+            self._freshness.check_inner(current, inner, always_refuse=True)
             if found and found.uses is not None:
                 current = with_newer_envelope(self._store, current, found.envelope)
             with img.opened(current.path) as descriptor:

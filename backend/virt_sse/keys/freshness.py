@@ -169,6 +169,25 @@ class ImageFreshness:
         inner = found.state.inner if found.state else None
         self._states.put(disk.id, ImageState(found.next_use, carried.header, inner))
 
+    def check_inner(self, disk: Disk, digest: bytes | None, *, always_refuse: bool = False) -> None:
+        """Compare the header of the innermost of nested volumes with the last known; note the first seen.
+
+        :param digest: of the header, from :func:`virt_sse.qemu.img.validate`; ``None``: no inner volume.
+        :param always_refuse: whatever the policy says.
+        :raise StaleImageError: When the headers differ, and policy refuses.
+        """
+        with self._locks.hold(disk.id, wait=True):
+            state = self._states.get(disk.id)
+            if digest is None or state is None or digest == state.inner:
+                return
+            if state.inner is None:
+                self._states.put(disk.id, replace(state, inner=digest))
+                return
+        problem = "the LUKS header of the inner layer was changed by something else than virt-sse"
+        if always_refuse:
+            raise _stale(disk, problem)
+        self._refuse(disk, problem)
+
     def end_use(self, disk_id: UUID, path: Path) -> None:
         """Count the end of a use: older copies made during the use are then noticed. Failures are logged.
 
@@ -204,23 +223,23 @@ class ImageFreshness:
                 self._refuse(disk, found.problem)
                 envelope_slots.write(descriptor, disk.format, disk.envelope)
                 return
-            self._seal(disk, descriptor, found)
+            self._seal(disk, descriptor, found, found.state.inner if found.state else None)
 
-    def trust(self, disk: Disk) -> None:
+    def trust(self, disk: Disk, inner: bytes | None) -> None:
         """Take the image of the disk as it is for the newest, with the store's envelope.
 
         The caller checks that the DEK opens the image.
 
+        :param inner: digest of the innermost of nested LUKS headers, as for :meth:`check_inner`.
         :raise ImageError: When the image cannot be read or written, or is the image of another disk.
         """
         with self._locks.hold(disk.id, wait=True), img.opened(disk.path, os.O_RDWR) as descriptor:
-            self._seal(disk, descriptor, self._examine(disk, descriptor))
+            self._seal(disk, descriptor, self._examine(disk, descriptor), inner)
 
-    def _seal(self, disk: Disk, descriptor: int, found: _Examined) -> None:
+    def _seal(self, disk: Disk, descriptor: int, found: _Examined, inner: bytes | None) -> None:
         sealing = (self.key, found.next_use)
         envelope_slots.write(descriptor, disk.format, disk.envelope, sealing)
         sealed = envelope_slots.read_sealed(descriptor, disk.format, self.key)
-        inner = found.state.inner if found.state else None
         self._states.put(disk.id, ImageState(found.next_use, sealed.header, inner))
 
     def _examine(self, disk: Disk, descriptor: int) -> _Examined:
@@ -271,7 +290,7 @@ def _problem(disk: Disk, carried: CarriedEnvelope, state: ImageState | None) -> 
     if state and carried.header != state.header:
         return "the LUKS header was changed by something else than virt-sse"
     if carried.foreign:
-        return "the envelope was sealed by another host"
+        return "the envelope was sealed with the host key of another host"
     if state is None and carried.envelope.has_same_keys(disk.envelope):
         return None  # made before images had seals
     return "the envelope has no valid seal of this host"

@@ -21,6 +21,7 @@ from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError, ToolEr
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.qemu import image_header, luks, qcow2
+from virt_sse.qemu.header_digest import header_digest
 from virt_sse.qemu.serving import served
 from virt_sse.system.documents import DocumentError, from_json
 from virt_sse.system.files import write_at
@@ -146,13 +147,25 @@ def keys_to(
 ) -> Iterator[tuple[list[str], list[int]]]:
     """As :func:`secrets_for`, after validating the headers of all volumes of the image at *path*.
 
-    The header of an inner volume is ciphertext in the file. A storage daemon opens the volumes around it,
-    read-only, once their own headers are validated.
-
     :param deks: of all volumes to be opened.
     :raise ImageFormatError: When a header is missing, damaged or refused (:mod:`.image_header`).
     :raise ToolError: When the DEKs of outer volumes do not unlock these.
     """
+    _validate_volumes(path, image_format, deks)
+    with secrets_for(deks) as given:
+        yield given
+
+
+def _validate_volumes(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> bytes | None:
+    """Validate the headers of all volumes of the image at *path*.
+
+    The header of an inner volume is ciphertext in the file. A storage daemon opens the volumes around it,
+    read-only, once their own headers are validated.
+
+    :return: digest of the innermost LUKS header; ``None`` without an inner volume.
+    :raise: As :func:`keys_to`.
+    """
+    digest = None
     with opened(path) as image:
         image_header.validate(image, image_format)
     for first in range(len(deks) - 1, 0, -1):
@@ -162,21 +175,21 @@ def keys_to(
             served(block_node(path, image_format, len(outer)), secrets, descriptors) as reader,
         ):
             try:
-                image_header.validate_content(reader.read, reader.size, image_format)
+                offset, _ = image_header.validate_content(reader.read, reader.size, image_format)
+                digest = header_digest(reader.read, offset)
             except ImageFormatError as exc:
                 raise ImageFormatError(f"{path}: in the inner layer: {exc}", hint=exc.hint) from exc
-    with secrets_for(deks) as given:
-        yield given
+    return digest
 
 
-def validate(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> None:
+def validate(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> bytes | None:
     """Validate the headers of all volumes of the image at *path*, before a guest gets the disk.
 
+    :return: digest of the innermost LUKS header; ``None`` without an inner volume.
     :raise ImageFormatError: When a header is missing, damaged or refused, or an outer volume does not open.
     """
     try:
-        with keys_to(path, image_format, deks):
-            pass
+        return _validate_volumes(path, image_format, deks)
     except ToolError as exc:
         raise ImageFormatError(f"{path} does not open with its DEK: {exc}") from exc
 

@@ -141,6 +141,27 @@ def test_a_header_rebuilt_by_a_holder_of_the_dek_is_refused(backend: Backend, di
             command()
 
 
+def test_a_rebuilt_inner_header_is_refused(backend: Backend, tmp_path: Path) -> None:
+    kind = EncryptionType.PLATFORM_AND_CUSTOMER_KEYS
+    backend.sets.create("double", provider="platform-managed", key="default", encryption_type=kind)
+    disk = backend.disks.create(NewDisk(name="disk", size=M, format=DiskFormat.RAW, encryption_set="double"))
+    inner, outer = backend.host.keys.unwrap_all(disk)
+    backend.disks.check("disk")
+    rebuilt = tmp_path / "header"
+    header = luks.make_header(disk.deks[0].cipher, inner)
+    rebuilt.write_bytes(header)
+    image = images.KeyedImage(disk.path, "raw", outer.passphrase)
+    assert image.io(f"write -s {rebuilt} 0 {len(header)}").returncode == 0
+    img.check_unlocks(disk.path, disk.format, [inner, outer])
+    start(backend)
+    with pytest.raises(StaleImageError, match="header of the inner layer"):
+        backend.host.freshness.check_inner(disk, img.validate(disk.path, disk.format, [inner, outer]))
+    with pytest.raises(StaleImageError, match="header of the inner layer"):
+        backend.disks.check("disk")
+    backend.disks.trust("disk")
+    backend.disks.check("disk")
+
+
 def test_removed_seals_and_a_wiped_envelope_are_refused(backend: Backend, raw: Disk) -> None:
     without_seals(raw)
     for command in everywhere(backend):
@@ -319,11 +340,11 @@ def test_another_host_key_needs_trust(backend: Backend, raw: Disk, tmp_path: Pat
     for name in ("host.key", f"image-states/{raw.id}"):
         (twin / "var/lib/virt-sse" / name).unlink()
     with Backend.open(twin) as other:
-        with pytest.raises(StaleImageError, match="sealed by another host"):
+        with pytest.raises(StaleImageError, match="with the host key of another host"):
             start(other)
         other.disks.trust("disk")
         start(other)
-    with pytest.raises(StaleImageError, match="sealed by another host"):
+    with pytest.raises(StaleImageError, match="with the host key of another host"):
         start(backend)
 
 
