@@ -18,7 +18,7 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import PLATFORM_KEY, Disk, NewDisk
 from virt_sse.model.envelope import Envelope
 from virt_sse.model.keys import KeyRef
-from virt_sse.model.seal import SealKey
+from virt_sse.model.seal import SEAL_OFFSETS, SealKey
 from virt_sse.qemu import envelope_slots
 
 M = 1 << 20
@@ -65,7 +65,7 @@ def test_every_disk_comes_under_the_new_version(backend: Backend, disks: list[Di
         differing = [i for i, (a, b) in enumerate(zip(content, before[disk.path], strict=True)) if a != b]
         start = content.index(b"LUKS\xba\xbe")
         assert differing
-        assert start + 1024 <= min(differing) <= max(differing) < start + 4096
+        assert start + SEAL_OFFSETS[0] <= min(differing) <= max(differing) < start + 4096
         backend.disks.check(disk.name)
     assert not images.contains([disk.path for disk in disks], *base64s(disks))
     assert [KeyedImage.of(backend, disk).has(0, M, n) for n, disk in enumerate(disks, start=1)] == [True] * 2

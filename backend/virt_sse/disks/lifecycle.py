@@ -201,6 +201,7 @@ class Disks:
         :raise KeyProviderError: When a DEK cannot be unwrapped.
         """
         with self.usable(self._store.get(name)) as current:
+            current = self._with_newer_envelope(current)
             deks = self._keys.unwrap_all(current)
             img.check_unlocks(current.path, current.format, deks)
             try:
@@ -211,6 +212,14 @@ class Disks:
             self._keys.note_trust(current, reason)
             self._freshness.trust(current, img.validate(current.path, current.format, deks))
             return current
+
+    def _with_newer_envelope(self, disk: Disk) -> Disk:
+        """Take over the image's envelope if authentic and newer than the store's."""
+        with contextlib.suppress(ImageError):  # left to the caller's checks
+            found = self._freshness.check(disk)
+            if found and found.uses is not None:
+                return with_newer_envelope(self._store, disk, found.envelope)
+        return disk
 
     def _check_plan(self, disk: Disk) -> None:
         """Compare the DEKs in an envelope with the plan of its encryption type.
@@ -299,13 +308,12 @@ class Disks:
         :raise DiskInUseError: When a QEMU process has the image open.
         """
         with self.usable(self._store.get(name)) as current:
+            current = self._with_newer_envelope(current)
             deks = self._keys.unwrap_all(current)
             img.check(current.path, current.format, deks)
-            found = self._freshness.check(current)
+            self._freshness.check(current)
             inner = img.validate(current.path, current.format, deks)
             self._freshness.check_inner(current, inner, always_refuse=True)
-            if found and found.uses is not None:
-                current = with_newer_envelope(self._store, current, found.envelope)
             with img.opened(current.path) as descriptor:
                 carried = envelope_slots.read(descriptor, current.format)
             if carried != current.envelope:

@@ -18,6 +18,7 @@ from virt_sse.backend import Backend
 from virt_sse.errors import EnvelopeError, ImageError, ImageFormatError, StaleImageError, VirtSseError
 from virt_sse.host.setup import initialise
 from virt_sse.keys import freshness, image_state_files
+from virt_sse.keys.freshness import with_newer_envelope
 from virt_sse.model.ciphers import AES_256_CBC
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import PLATFORM_KEY, Disk, NewDisk
@@ -332,6 +333,32 @@ def test_hosts_with_the_same_host_key_take_each_others_newer_images(
         for host in (backend, other):
             with pytest.raises(StaleImageError):
                 start(host)
+
+
+TAKING = {
+    "start": lambda host, disk: with_newer_envelope(
+        host.host.store, disk, host.host.freshness.begin_use(disk)
+    ),
+    "check": lambda host, _: host.disks.check("disk"),
+    "trust": lambda host, _: host.disks.trust("disk"),
+}
+
+
+@pytest.mark.parametrize("name", TAKING)
+def test_an_envelope_rotated_by_another_host_with_the_key_is_taken(
+    root: Path, backend: Backend, raw: Disk, tmp_path: Path, name: str
+) -> None:
+    state, twin = root / "var/lib/virt-sse", tmp_path / "twin"
+    shutil.copytree(state, twin / "var/lib/virt-sse")
+    backend.keys.rotate(PLATFORM_KEY)
+    keyring = "platform-managed"
+    shutil.copytree(state / keyring, twin / "var/lib/virt-sse" / keyring, dirs_exist_ok=True)
+    with Backend.open(twin) as other:
+        assert other.disks.get("disk").generation == 1
+        TAKING[name](other, other.disks.get("disk"))
+        assert other.disks.get("disk") == backend.disks.get("disk")
+        other.disks.check("disk")
+    start(backend)
 
 
 def test_another_host_key_needs_trust(backend: Backend, raw: Disk, tmp_path: Path, root: Path) -> None:
