@@ -32,6 +32,13 @@ class IoErrors(enum.Enum):
     REPORT = "report"
 
 
+class StaleImages(enum.Enum):
+    """Reaction to an image that is older than the last known, or was not sealed by this host."""
+
+    REFUSE = "refuse"
+    WARN = "warn"
+
+
 class PlaintextPolicy(enum.Enum):
     """Reaction of the agent to an unencrypted image that receives data of an encrypted disk."""
 
@@ -102,6 +109,7 @@ class Config:
     :ivar reconnect_seconds: how long requests of a guest wait for the restart of a failed storage process.
     :ivar storage_uids: user ids for storage processes, a different id for each process.
     :ivar storage_user: user name or id of all storage processes; for ``None`` see *storage_uids*.
+    :ivar stale_images: reaction to an image that is not the last known image of its disk.
     :ivar operator_credential: credential for creating and deleting the sets' identities in a key vault.
     :ivar policy_tables: file of supported features by region that replaces the built-in ``cloud.toml``.
     :ivar enforce_policy: whether the cloud's rules, in part defined by the policy tables, are enforced.
@@ -119,6 +127,7 @@ class Config:
     reconnect_seconds: int = 30
     storage_uids: range = _STORAGE_UIDS
     storage_user: str | None = None
+    stale_images: StaleImages = StaleImages.REFUSE
     subscription: str = "default"
     region: str = "default"
     encryption_set_limit: int = 50
@@ -159,6 +168,7 @@ class Config:
             reconnect_seconds=disks.reconnect_seconds,
             storage_uids=_uids(path, host.storage_uids),
             storage_user=host.storage_user,
+            stale_images=StaleImages(host.stale_images),
             operator_credential=Path(
                 sets.operator_credential or root / "etc/virt-sse/identity-operator.json"
             ),
@@ -311,6 +321,9 @@ class _Host(_Table, frozen=True):
     region: str = ""
     storage_uids: str = ""
     storage_user: str | None = None
+    stale_images: Annotated[Literal["refuse", "warn"], msgspec.Meta(description=_one_of(StaleImages))] = (
+        "refuse"
+    )
 
 
 class _EncryptionSets(_Table, frozen=True):

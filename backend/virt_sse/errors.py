@@ -151,6 +151,14 @@ class EnvelopeError(ImageError):
     """The wrapped DEKs in an image's header cannot be read."""
 
 
+class StaleImageError(ImageError):
+    """The image is older than the last known, or was not sealed by this host."""
+
+
+class HostKeyError(VirtSseError):
+    """The host key, or the record of an image's last known state, cannot be read or written."""
+
+
 class KeyProviderError(VirtSseError):
     """A key provider refused or failed."""
 

@@ -251,7 +251,8 @@ def test_another_host_cannot_adopt_a_disk(backend: Backend, virt_sse: CommandLin
     with Backend.open(tmp_path / "other") as other:
         initialise(other.host)
     theirs = CommandLine(tmp_path / "other")
-    message = theirs.refuses("disk", "adopt", disk.path)
+    assert "sealed by another host" in theirs.refuses("disk", "adopt", disk.path)
+    message = theirs.refuses("disk", "adopt", disk.path, "--trust")
     assert "no version" in message
     assert "another host's keyring" in message
     assert virt_sse("disk", "check", "disk") == "disk disk: ok\n"

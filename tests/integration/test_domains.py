@@ -315,3 +315,33 @@ def test_a_lost_store_is_rebuilt_from_an_image(
     operator.virt_sse("disk", "adopt", operator.host.images / f"{name}.qcow2")
     operator.virsh("start", name)
     assert "verified" in guest.wait_shutoff()
+
+
+@pytest.mark.parametrize("boundary", ["start", "stop"])
+def test_an_image_put_back_is_refused_until_trusted(
+    operator: Operator, acceleration: Accelerate, name: str, boundary: str
+) -> None:
+    element = operator.import_boot_sector(name, stays=True)
+    image = operator.host.images / f"{name}.qcow2"
+    guest = Guest(operator.host, name, acceleration=acceleration("boot-sector"), disks=[element])
+    older = image.read_bytes()
+    guest.start()
+    guest.wait_for("boot-sector: done")
+    if boundary == "stop":
+        older = image.read_bytes()
+    operator.virsh("destroy", name)
+    newest = image.read_bytes()
+    image.write_bytes(older)
+    refused = operator.virsh("start", name, status=1)
+    assert "an older copy of the image" in refused
+    assert f"virt-sse disk trust {name}" in refused
+    assert "an older copy of the image" in operator.virt_sse("vm", "verify", name, status=1)
+    image.write_bytes(newest)
+    operator.virt_sse("vm", "verify", name)
+    operator.virsh("start", name)
+    operator.virsh("destroy", name)
+    image.write_bytes(older)
+    operator.virt_sse("disk", "trust", name)
+    operator.virsh("start", name)
+    operator.virsh("destroy", name)
+    assert operator.secrets() == []

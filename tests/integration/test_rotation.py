@@ -18,6 +18,7 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import PLATFORM_KEY, Disk, NewDisk
 from virt_sse.model.envelope import Envelope
 from virt_sse.model.keys import KeyRef
+from virt_sse.model.seal import SEAL_OFFSETS, SealKey
 from virt_sse.qemu import envelope_slots
 
 M = 1 << 20
@@ -64,7 +65,7 @@ def test_every_disk_comes_under_the_new_version(backend: Backend, disks: list[Di
         differing = [i for i, (a, b) in enumerate(zip(content, before[disk.path], strict=True)) if a != b]
         start = content.index(b"LUKS\xba\xbe")
         assert differing
-        assert start + 1024 <= min(differing) <= max(differing) < start + 4096
+        assert start + SEAL_OFFSETS[0] <= min(differing) <= max(differing) < start + 4096
         backend.disks.check(disk.name)
     assert not images.contains([disk.path for disk in disks], *base64s(disks))
     assert [KeyedImage.of(backend, disk).has(0, M, n) for n, disk in enumerate(disks, start=1)] == [True] * 2
@@ -125,15 +126,18 @@ def test_a_missing_image_is_reported_and_mended_later(
     assert not images.contains([missing.path], *base64s(disks))
 
 
-def test_a_damaged_envelope_is_mended_and_a_foreign_image_left_alone(
+def test_a_damaged_envelope_is_mended_once_trusted_and_a_foreign_image_left_alone(
     backend: Backend, disks: list[Disk], tmp_path: Path
 ) -> None:
     disk = disks[1]
     assert disk.format is DiskFormat.RAW
     whole = disk.path.read_bytes()
     disk.path.write_bytes(whole[:1024] + bytes(3072) + whole[4096:])
-    assert backend.keys.rewrap(PLATFORM_KEY).rewrapped == 1
-    assert disk.path.read_bytes() == whole
+    (reason,) = backend.keys.rewrap(PLATFORM_KEY).failed.values()
+    assert "not the last known image" in reason, "an older image may hide behind a wiped envelope"
+    backend.disks.trust(disk.name)
+    backend.disks.check(disk.name)
+    assert disk.path.read_bytes()[1024:] == whole[1024:]
 
     foreign = tmp_path / "foreign"
     foreign.write_bytes(bytes(4 * M))
@@ -190,9 +194,11 @@ def test_one_bad_disk_does_not_stop_a_rotation(
         if os.fstat(descriptor).st_ino == bad.path.stat().st_ino:
             raise error
 
-    def failing_write(descriptor: int, image_format: DiskFormat, envelope: Envelope) -> None:
+    def failing_write(
+        descriptor: int, image_format: DiskFormat, envelope: Envelope, sealing: tuple[SealKey, int]
+    ) -> None:
         refused(descriptor)
-        write(descriptor, image_format, envelope)
+        write(descriptor, image_format, envelope, sealing)
 
     def failing_read(descriptor: int, image_format: DiskFormat) -> dict[str, Envelope]:
         refused(descriptor)

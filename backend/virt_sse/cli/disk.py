@@ -154,11 +154,25 @@ def adopt(
             "--des", help="A set with access to the disk's key; default: the set in the image's envelope."
         ),
     ] = None,
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust", help="Adopt an image of another host, or an older image; noted in the audit log."
+        ),
+    ] = False,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Add a disk to the store after a lost store or a moved image, from its image and the key provider."""
     with backend() as b:
-        disk = b.disks.adopt(path, name=name, encryption_set=des)
+        disk = b.disks.adopt(path, name=name, encryption_set=des, trust=trust)
+    _print_disk(disk, output)
+
+
+@app.command()
+def trust(name: Name, output: Output = OutputFormat.TABLE) -> None:
+    """Take a disk's image as it is, e.g. restored from a backup, if the DEK opens the image; audited."""
+    with backend() as b:
+        disk = b.disks.trust(name)
     _print_disk(disk, output)
 
 

@@ -63,6 +63,7 @@ class Creation:
         self._plugins = host.plugins
         self._keys = host.keys
         self._locks = host.locks
+        self._freshness = host.freshness
         self._sets = sets
 
     def create(self, new: NewDisk, *, fill: Fill | None = None, content: Content | None = None) -> Disk:
@@ -83,7 +84,7 @@ class Creation:
         with self._locks.hold(disk.id):
             self._store.add(disk)
             try:
-                _write_image(disk, checked.plan, deks, fill)
+                self._write_image(disk, checked.plan, deks, fill)
             finally:
                 self.settle(disk)
         if isinstance(new.place, StoragePool):
@@ -153,36 +154,36 @@ class Creation:
         """
         _remove(_partial(disk))
         if envelope_slots.carried_id(disk.path, disk.format) == disk.id:
+            self._freshness.note_new(disk)
             self._store.set_state(disk.id, DiskState.READY)
         else:
             self._store.remove(disk.id)
 
+    def _write_image(self, disk: Disk, plan: LayerPlan, deks: Sequence[Dek], fill: Fill | None) -> None:
+        """Write the image of a new disk and give the complete image its name.
 
-def _write_image(disk: Disk, plan: LayerPlan, deks: Sequence[Dek], fill: Fill | None) -> None:
-    """Write the image of a new disk and give the complete image its name.
-
-    :raise DiskExistsError: When the name is taken.
-    :raise ImageError: When the image cannot be written.
-    """
-    partial = _partial(disk)
-    try:
-        make(
-            partial,
-            disk.format,
-            disk.size,
-            [Volume(spec.cipher, dek) for spec, dek in zip(plan.deks, deks, strict=True)],
-        )
-        if fill:
-            fill(partial, deks)
-        with img.opened(partial, os.O_RDWR) as descriptor:
-            envelope_slots.write(descriptor, disk.format, disk.envelope)
-        publish(partial, disk.path)
-    except FileExistsError as exc:
-        raise DiskExistsError(f"{disk.path} exists already") from exc
-    except OSError as exc:
-        raise ImageError(f"cannot make {disk.path}: {exc.strerror}") from exc
-    except ImageError as exc:
-        raise ImageError(f"cannot make {disk.path}: {exc}") from exc
+        :raise DiskExistsError: When the name is taken.
+        :raise ImageError: When the image cannot be written.
+        """
+        partial = _partial(disk)
+        try:
+            make(
+                partial,
+                disk.format,
+                disk.size,
+                [Volume(spec.cipher, dek) for spec, dek in zip(plan.deks, deks, strict=True)],
+            )
+            if fill:
+                fill(partial, deks)
+            with img.opened(partial, os.O_RDWR) as descriptor:
+                self._freshness.seal_new(descriptor, disk)
+            publish(partial, disk.path)
+        except FileExistsError as exc:
+            raise DiskExistsError(f"{disk.path} exists already") from exc
+        except OSError as exc:
+            raise ImageError(f"cannot make {disk.path}: {exc.strerror}") from exc
+        except ImageError as exc:
+            raise ImageError(f"cannot make {disk.path}: {exc}") from exc
 
 
 def _partial(disk: Disk) -> Path:

@@ -28,11 +28,13 @@ from virt_sse.errors import (
     InvalidValueError,
     KeyProviderError,
     PolicyError,
+    StaleImageError,
     StoreError,
     VirtSseError,
 )
 from virt_sse.in_guest.images import in_image
 from virt_sse.keys.encryption_sets import EncryptionSets
+from virt_sse.keys.freshness import with_newer_envelope
 from virt_sse.keys.host import Host
 from virt_sse.model.content import Content
 from virt_sse.model.disks import (
@@ -80,6 +82,7 @@ class Disks:
         self._plugins = host.plugins
         self._keys = host.keys
         self._locks = host.locks
+        self._freshness = host.freshness
         self._sets = sets
         self._attachments = attachments
         self._creation = Creation(host, sets)
@@ -130,13 +133,17 @@ class Disks:
             elif current.state is DiskState.DELETING:
                 self._finish_deletion(current)
 
-    def adopt(self, path: Path, *, name: str | None = None, encryption_set: str | None = None) -> Disk:
+    def adopt(
+        self, path: Path, *, name: str | None = None, encryption_set: str | None = None, trust: bool = False
+    ) -> Disk:
         """Add the disk with the image at *path* to the store, from the envelope in the image.
 
         If the store knows the disk by another path and no image is left there, the store takes the new path.
 
         :param name: default: the name in the envelope.
         :param encryption_set: name or id; default: the set in the envelope.
+        :param trust: take over an image without a valid seal of this host, or an older image; audited.
+        :raise StaleImageError: When the image is such an image, without *trust*.
         :raise ImageFormatError: When the image is not encrypted, or the DEK does not open the image.
         :raise EnvelopeError: When the envelope cannot be read, or has other layers than its type.
         :raise EncryptionSetNotFoundError: When the store lacks the set in the envelope and no set is given.
@@ -146,9 +153,8 @@ class Disks:
         """
         given = self._sets.usable(encryption_set) if encryption_set is not None else None
         path = check_path(path)
-        with img.opened(path) as descriptor:
-            image_format = img.probe_format(descriptor)
-            carried = envelope_slots.read(descriptor, image_format)
+        found = self._freshness.carried_by(path)
+        image_format, carried = found.format, found.envelope
         if any(entry.slot == TEMP_SLOT for entry in carried.deks):
             raise ImageError(f"{path} is the temporary disk of a VM; it is erased when the VM ends")
         disk = Disk(
@@ -166,6 +172,8 @@ class Disks:
         )
         if not disk.deks:
             raise EnvelopeError(f"the envelope of {path} holds no DEK")
+        if not trust:
+            self._freshness.refuse_untrusted(path, found)
         self._check_layers(disk)
         with self._locks.hold(disk.id):
             deks = self._keys.unwrap_all(disk)
@@ -175,18 +183,52 @@ class Disks:
             self._plugins.validate(
                 CreateDisk(disk.name, disk.size, path, image_format, disk.encryption_type, disk.key, content)
             )
-            if disk.envelope != carried:
-                with img.opened(path, os.O_RDWR) as descriptor:
-                    envelope_slots.write(descriptor, image_format, disk.envelope)
             try:
                 known = self._store.get(str(disk.id))
             except DiskNotFoundError:
-                self._store.add(disk)
+                known = None
+            if known and (known.path == path or os.path.lexists(known.path)):
+                raise DiskExistsError(f"the store has this disk as {known.name!r}, at {known.path}")
+            if trust:
+                self._keys.note_trust(disk, f"adopted from {path}, {found.authenticity}")
+            if trust or disk.envelope != carried:
+                self._freshness.trust(disk, img.validate(path, image_format, deks))
             else:
-                if known.path == path or os.path.lexists(known.path):
-                    raise DiskExistsError(f"the store has this disk as {known.name!r}, at {known.path}")
+                self._freshness.note_new(disk)
+            if known:
                 self._store.set_path(disk.id, path)
+            else:
+                self._store.add(disk)
             return self._store.get(str(disk.id))
+
+    def trust(self, name: str) -> Disk:
+        """Take a disk's image as it is for the newest, e.g. after a restore from a backup; audited.
+
+        The image must open with the DEKs in the store, and gets the store's envelope.
+
+        :raise ImageError: When the image does not open, or is the image of another disk.
+        :raise KeyProviderError: When a DEK cannot be unwrapped.
+        """
+        with self.usable(self._store.get(name)) as current:
+            current = self._with_newer_envelope(current)
+            deks = self._keys.unwrap_all(current)
+            img.check_unlocks(current.path, current.format, deks)
+            try:
+                self._freshness.check(current)
+                reason = "the last known image"
+            except StaleImageError as exc:
+                reason = str(exc)
+            self._keys.note_trust(current, reason)
+            self._freshness.trust(current, img.validate(current.path, current.format, deks))
+            return current
+
+    def _with_newer_envelope(self, disk: Disk) -> Disk:
+        """Take over the image's envelope if authentic and newer than the store's."""
+        with contextlib.suppress(ImageError):  # left to the caller's checks
+            found = self._freshness.check(disk)
+            if found and found.uses is not None:
+                return with_newer_envelope(self._host.opened_store, disk, found.envelope)
+        return disk
 
     def _check_layers(self, disk: Disk) -> None:
         """Compare the DEKs of an adopted disk with the plan of its encryption type.
@@ -288,13 +330,19 @@ class Disks:
                 _log.exception("disk %s: the size after an interrupted resize is unknown", disk_id)
 
     def check(self, name: str) -> None:
-        """Check a disk's image: intact, opens with the DEK, carries the wrapped DEKs of the store.
+        """Check a disk's image: intact, opens with the DEK, last known, has the store's wrapped DEKs.
 
+        :raise StaleImageError: When the image is not the last known or a newer one.
         :raise ImageError: When the image fails the check.
         :raise DiskInUseError: When a QEMU process has the image open.
         """
         with self.usable(self._store.get(name)) as current:
-            img.check(current.path, current.format, self._keys.unwrap_all(current))
+            current = self._with_newer_envelope(current)
+            deks = self._keys.unwrap_all(current)
+            img.check(current.path, current.format, deks)
+            self._freshness.check(current)
+            inner = img.validate(current.path, current.format, deks)
+            self._freshness.check_inner(current, inner, always_refuse=True)
             with img.opened(current.path) as descriptor:
                 carried = envelope_slots.read(descriptor, current.format)
             if carried != current.envelope:
@@ -362,6 +410,7 @@ class Disks:
                 sync_folder(doomed.parent)
         except OSError as exc:
             raise ImageError(f"cannot remove {disk.path}: {exc.strerror}") from exc
+        self._freshness.forget(disk)
         self._store.remove(disk.id)
 
     @contextlib.contextmanager

@@ -50,6 +50,7 @@ class Hotplug:
         self._store = host.store
         self._plugins = host.plugins
         self._stages = host.stages
+        self._freshness = host.freshness
         self._start = start
         self._inspector = inspector
 
@@ -126,6 +127,7 @@ class Hotplug:
             with _ending_is_fine(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE):
                 self._await_unplug(domain, disk)
             self._forget(domain, disk)
+        self._freshness.end_use(disk.id, disk.path)
         self._store.vms.set_caching(disk.id, HostCaching.NONE)
 
     def _forget(self, domain: libvirt.virDomain, disk: Disk) -> None:

@@ -1,4 +1,4 @@
-"""The end of a domain: removes the domain's stages, temporary disk and secrets.
+"""The end of a domain: removes the domain's stages, temporary disk and secrets, and counts its disks' use.
 
 Needs no store and no key. The libvirt hook therefore loads neither when the agent does not run.
 """
@@ -9,6 +9,7 @@ import contextlib
 
 from virt_sse.config import Config
 from virt_sse.domains import temp_disks
+from virt_sse.keys.freshness import ImageFreshness
 from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.secrets import drop_secrets
@@ -27,14 +28,15 @@ def release(config: Config, definition: DomainDefinition) -> None:
     :raise VirtSseError: When a part cannot be removed; the other parts are removed.
     """
     domain_id, stages = definition.uuid, Stages(config)
-    given = {
-        SecretName(record.disk_id, record.guest_slot)
-        for record in stages.records()
-        if record.domain_id == domain_id
-    }
+    records = [record for record in stages.records() if record.domain_id == domain_id]
+    given = {SecretName(record.disk_id, record.guest_slot) for record in records}
+    images = {use.disk_id: use.source for use in definition.our_disks if use.source}
+    images |= {record.disk_id: record.image for record in records}
     if temp_disks.exists(config, domain_id):
         given.add(SecretName(temp_disk_id(domain_id), TEMP_SLOT))
     with contextlib.ExitStack() as all_parts:  # runs in the opposite order
+        for disk_id, image in images.items():
+            all_parts.callback(ImageFreshness(config).end_use, disk_id, image)
         all_parts.callback(_drop_secrets, config, definition, given)
         all_parts.callback(temp_disks.erase, config, domain_id)
         all_parts.callback(stages.stop_domain, domain_id)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from uuid import UUID
 
 import libvirt
@@ -25,6 +25,7 @@ from virt_sse.errors import (
     LibvirtSilentError,
     VirtSseError,
 )
+from virt_sse.keys.freshness import with_newer_envelope
 from virt_sse.keys.host import Host
 from virt_sse.libvirt import disk_element, domains
 from virt_sse.libvirt.capabilities import HostCapabilities
@@ -64,8 +65,10 @@ class DomainStart:
     def __init__(self, host: Host, host_encryption: HostEncryption) -> None:
         self._config = host.config
         self._store = host.store_reads
+        self._opened_store = host.opened_store
         self._plugins = host.plugins
         self._keys = host.keys
+        self._freshness = host.freshness
         self._stages = host.stages
         self._host_encryption = host_encryption
         self._deferred = DeferredStarts(host.config)
@@ -269,10 +272,12 @@ class DomainStart:
 
         :return: the DEKs for libvirt, by secret name.
         """
+        served = self._begin_use(served)
         deks = self._unlock(served, domain)
         if len(deks) > 1:  # the guest's QEMU gets the inner layer; _disk_of has validated the outer header
             disk = served.disk
-            img.validate(disk.path, disk.format, [deks[entry.slot] for entry in disk.deks])
+            inner = img.validate(disk.path, disk.format, [deks[entry.slot] for entry in disk.deks])
+            self._freshness.check_inner(disk, inner)
         if qemu:
             self._stages.start(
                 served.disk,
@@ -284,6 +289,16 @@ class DomainStart:
                 replacing=replacing,
             )
         return _for_libvirt(served, deks)
+
+    def _begin_use(self, served: _Served) -> _Served:
+        """Refuse a stale image, and take over an envelope that is newer than the store's.
+
+        :raise StaleImageError: When the image is not the last known or a newer one, and policy refuses.
+        """
+        carried = self._freshness.begin_use(served.disk)
+        if carried is None:
+            return served
+        return replace(served, disk=with_newer_envelope(self._opened_store, served.disk, carried))
 
     def _unlock(self, served: _Served, domain: str) -> dict[str, Dek]:
         """Unwrap the disk's DEKs; by slot."""

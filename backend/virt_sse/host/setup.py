@@ -20,11 +20,12 @@ APPARMOR_LOCAL = "etc/apparmor.d/local/abstractions/libvirt-qemu"
 
 
 def initialise(host: Host) -> list[str]:
-    """Create the missing parts of a host: keyring, libvirt hook, AppArmor rule.
+    """Create the missing parts of a host: keyring, host key, libvirt hook, AppArmor rule.
 
     :return: the created parts, in words.
     :raise KeyringError: When part of the keyring is missing, or disks are under a missing keyring: a keyring
         is never created again.
+    :raise HostKeyError: When the host key cannot be written.
     :raise ConfigError: When a file cannot be written.
     """
     made = []
@@ -35,6 +36,8 @@ def initialise(host: Host) -> list[str]:
         provider.current_key(PLATFORM_KEY.name)
     elif provider.provision():
         made.append(f"keyring {config.key_provider(PLATFORM_KEY.provider).directory}")
+    if host.freshness.host_key.provision():
+        made.append(f"host key {host.freshness.host_key.path}")
     with _naming(config.hook_path):
         if hook_script.install(config.hook_path, hook_environment(config), config.stage_directory):
             made.append(f"libvirt hook {config.hook_path}")

@@ -22,6 +22,9 @@ from virt_sse.plugins import PluginHost
 
 _log = logging.getLogger(__name__)
 
+TRUST = "trust"
+"""The action of records about images taken as they are."""
+
 T = TypeVar("T", Dek, WrappedDek, KeyId)
 
 
@@ -129,6 +132,27 @@ class KeyAccess:
         return self._use(
             KeyAction.ROTATE, key, None, lambda: self._plugins.key_provider(key.provider).rotate(key.name)
         )
+
+    def note_trust(self, disk: Disk, reason: str) -> None:
+        """Record that an administrator takes an image as it is.
+
+        :param reason: what about the image could not be checked.
+        :raise AuditError: When the decision cannot be recorded; it is refused then.
+        """
+        with correlated() as correlation:
+            self._audit.append(
+                AuditRecord(
+                    component=self._component,
+                    actor=process_actor(),
+                    action=TRUST,
+                    key=f"{disk.key.provider}:{disk.key.name}",
+                    disk=disk.id,
+                    source=os.uname().nodename,
+                    result=Result.ALLOWED,
+                    reason=reason,
+                    correlation=correlation,
+                )
+            )
 
     def _use(
         self, action: KeyAction, key: KeyId | KeyRef, context: DekContext | None, use: Callable[[], T]

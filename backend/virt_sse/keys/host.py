@@ -10,6 +10,7 @@ from virt_sse.audit.log import AuditLog
 from virt_sse.audit.record import Component
 from virt_sse.config import Config
 from virt_sse.keys.access import KeyAccess
+from virt_sse.keys.freshness import ImageFreshness
 from virt_sse.plugins import PluginHost
 from virt_sse.stages import Stages
 from virt_sse.store import LazyStore, StoreReads
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """Configuration, store, plugins, key access, disk locks and stages of a host.
+    """Configuration, store, plugins, key access, disk locks, stages and freshness of images of a host.
 
     Every service takes a ``Host`` as its first parameter.
     """
@@ -33,6 +34,7 @@ class Host:
     keys: KeyAccess
     locks: DiskLocks
     stages: Stages
+    freshness: ImageFreshness
 
     @property
     def store(self) -> Store:
@@ -76,6 +78,7 @@ class Host:
             keys=KeyAccess(plugins, AuditLog.of_host(config), component=component),
             locks=DiskLocks(config.state_directory / "disks.lock"),
             stages=Stages(config),
+            freshness=ImageFreshness(config),
         )
 
     def close(self) -> None:

@@ -184,6 +184,7 @@ class KeyRotation:
         self._plugins = host.plugins
         self._keys = host.keys
         self._locks = host.locks
+        self._freshness = host.freshness
         self._update_tpm_envelope = update_tpm_envelope
         self._pending = _PendingEnvelopes(host.pending_envelopes)
 
@@ -412,10 +413,10 @@ class KeyRotation:
                     return False
                 if carried and carried.disk_id != disk.id:
                     raise ImageError(f"{disk.path} is the image of another disk than {disk.name!r}")
-                envelope_slots.write(descriptor, disk.format, disk.envelope)
+                self._freshness.write_envelope(disk, descriptor)
                 return True
         except ImageError as exc:
-            raise ImageError(f"cannot update the envelope in the image: {exc}") from exc
+            raise ImageError(f"cannot update the envelope in the image: {exc}", hint=exc.hint) from exc
 
     def _try_prove(self, disk: Disk, targets: _Targets) -> list[DekProof]:
         try:

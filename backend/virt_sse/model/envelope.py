@@ -10,9 +10,9 @@ cryptsetup. The gap holds two slots of 1,536 bytes, at offsets 1024 and 2560. Ea
     n   body: JSON, UTF-8
     32  SHA-256 of everything before
 
-The valid slot with the highest generation is current. A write replaces the other slot first, makes the write
-durable, and then replaces the current slot: a torn write leaves a valid slot, and a complete write leaves no
-copy of the old content.
+The valid slot with the highest use counter (:mod:`virt_sse.model.seal`) and generation is current. A write
+replaces the other slot first, makes the write durable, and then replaces the current slot: a torn write
+leaves a valid slot, and a complete write leaves no copy of the old content.
 """
 
 from __future__ import annotations
@@ -75,6 +75,18 @@ class Envelope:
     generation: int
     deks: tuple[DekEntry, ...]
 
+    def has_same_keys(self, other: Envelope) -> bool:
+        """Whether *other* has the same layers, wrapped DEKs and generation.
+
+        Each host chooses name and encryption set of a shared image's disk.
+        """
+        return (self.disk_id, self.encryption_type, self.generation, self.deks) == (
+            other.disk_id,
+            other.encryption_type,
+            other.generation,
+            other.deks,
+        )
+
     def encode(self) -> bytes:
         """The content of a slot, :data:`SLOT_BYTES` long.
 
@@ -118,6 +130,14 @@ class Envelope:
             )
         except (ValueError, InvalidValueError) as exc:
             raise EnvelopeError(f"invalid envelope: {exc}") from exc
+
+
+def sealed_part(slot: bytes) -> bytes:
+    """The part of a slot authenticated by its seal: prefix and body."""
+    if len(slot) < _PREFIX.size:
+        return slot
+    _, _, length, _ = _PREFIX.unpack_from(slot)
+    return slot[: _PREFIX.size + length]
 
 
 class _Dek(msgspec.Struct, frozen=True):

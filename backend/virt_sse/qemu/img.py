@@ -22,6 +22,7 @@ from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError, OtherF
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.qemu import image_header, luks, qcow2
+from virt_sse.qemu.header_digest import header_digest
 from virt_sse.qemu.serving import served
 from virt_sse.system.confinement import BoundFile, Confinement
 from virt_sse.system.documents import DocumentError, from_json
@@ -223,9 +224,6 @@ def keys_to(
 ) -> Iterator[Unlocking]:
     """As :func:`secrets_for`, after validating the headers of all volumes of the image at *path*.
 
-    The header of an inner volume is ciphertext in the file. A storage daemon opens the volumes around it,
-    read-only, once their own headers are validated.
-
     :param deks: of all volumes to be opened.
     :param writable: let the tool write to the image.
     :raise ImageFormatError: When a header is missing, damaged or refused (:mod:`.image_header`).
@@ -233,36 +231,49 @@ def keys_to(
     """
     with contextlib.ExitStack() as stack:
         with opened(path) as descriptor:
-            image_header.validate(descriptor, image_format)
+            _validate_volumes(path, descriptor, image_format, deks)
             held_open = os.dup(descriptor)
         stack.callback(os.close, held_open)
-        for first in range(len(deks) - 1, 0, -1):
-            outer = deks[first:]
-            with (
-                secrets_for(outer) as (secrets, descriptors),
-                served(
-                    block_node(path, image_format, len(outer)),
-                    secrets,
-                    descriptors,
-                    [BoundFile(path, held_open)],
-                ) as reader,
-            ):
-                try:
-                    image_header.validate_content(reader.read, reader.size, image_format)
-                except ImageFormatError as exc:
-                    raise ImageFormatError(f"{path}: in the inner layer: {exc}", hint=exc.hint) from exc
         secrets, descriptors = stack.enter_context(secrets_for(deks))
         yield Unlocking(secrets, descriptors, BoundFile(path, held_open, writable))
 
 
-def validate(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> None:
+def _validate_volumes(path: Path, image: int, image_format: DiskFormat, deks: Sequence[Dek]) -> bytes | None:
+    """Validate the headers of all volumes of the open image.
+
+    The header of an inner volume is ciphertext in the file. A storage daemon opens the volumes around it,
+    read-only, once their own headers are validated.
+
+    :return: digest of the innermost LUKS header; ``None`` without an inner volume.
+    :raise: As :func:`keys_to`.
+    """
+    digest = None
+    image_header.validate(image, image_format)
+    for first in range(len(deks) - 1, 0, -1):
+        outer = deks[first:]
+        with (
+            secrets_for(outer) as (secrets, descriptors),
+            served(
+                block_node(path, image_format, len(outer)), secrets, descriptors, [BoundFile(path, image)]
+            ) as reader,
+        ):
+            try:
+                offset, _ = image_header.validate_content(reader.read, reader.size, image_format)
+                digest = header_digest(reader.read, offset)
+            except ImageFormatError as exc:
+                raise ImageFormatError(f"{path}: in the inner layer: {exc}", hint=exc.hint) from exc
+    return digest
+
+
+def validate(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> bytes | None:
     """Validate the headers of all volumes of the image at *path*, before a guest gets the disk.
 
+    :return: digest of the innermost LUKS header; ``None`` without an inner volume.
     :raise ImageFormatError: When a header is missing, damaged or refused, or an outer volume does not open.
     """
     try:
-        with keys_to(path, image_format, deks):
-            pass
+        with opened(path) as image:
+            return _validate_volumes(path, image, image_format, deks)
     except ToolError as exc:
         raise ImageFormatError(f"{path} does not open with its DEK: {exc}") from exc
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from uuid import UUID
 
-from virt_sse.errors import EnvelopeError, ImageError, VirtSseError
+from virt_sse.errors import EnvelopeError, ImageError, StaleImageError, VirtSseError
 from virt_sse.keys.access import KeyAccess
+from virt_sse.keys.freshness import ImageFreshness
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk
 from virt_sse.model.envelope import Envelope
@@ -18,8 +19,8 @@ from virt_sse.verification.verdict import DataPlace, DiskVerdict, Layer
 IMAGE, WITHIN = "image", "within that"
 
 
-def check_image(verdict: DiskVerdict, disk: Disk) -> None:
-    """Check the cipher of the image's outermost volume and the wrapped DEKs in its envelope."""
+def check_image(verdict: DiskVerdict, disk: Disk, freshness: ImageFreshness) -> None:
+    """Check the cipher of the image's outermost volume, the DEKs in its envelope, and its freshness."""
     entry = disk.deks[-1]
     carried = _check(verdict, disk.path, disk.format, disk.id)
     cipher, key = _cipher(verdict, disk.path, disk.format), str(entry.wrapped.key)
@@ -31,6 +32,12 @@ def check_image(verdict: DiskVerdict, disk: Disk) -> None:
     if carried and carried.disk_id == disk.id:
         is_same = carried.deks == disk.deks
         verdict.expect(is_same, "the wrapped DEKs in the image differ from the store")
+        try:
+            freshness.check(disk)
+        except StaleImageError as exc:
+            verdict.expect(False, str(exc))
+        except VirtSseError as exc:
+            verdict.expect(False, f"cannot check the age of the image: {exc}")
 
 
 def check_within(verdict: DiskVerdict, disk: Disk, keys: KeyAccess, domain: str) -> None:

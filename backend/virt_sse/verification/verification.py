@@ -69,6 +69,7 @@ class Verification:
         self._store = host.store
         self._plugins = host.plugins
         self._keys = host.keys
+        self._freshness = host.freshness
         self._stages = host.stages
         self._start = start
         self._evidence = StageEvidence(host.stages)
@@ -152,7 +153,7 @@ class Verification:
         else:
             running.check_open(verdict, disk.path)
         self._evidence.check(verdict, disk, plan, subject.id)
-        check_image(verdict, disk)
+        check_image(verdict, disk, self._freshness)
 
     def _check_temporary(
         self, verdict: DiskVerdict, subject: _Subject, chain: DiskChain, running: RunningDisks
@@ -198,7 +199,7 @@ class Verification:
                 f"the definition has the DEK in slot {link.slot!r}, not {source.slot!r}",
             )
         is_used = self._evidence.check_ended(verdict, disk, subject.id)
-        check_image(verdict, disk)
+        check_image(verdict, disk, self._freshness)
         if not is_used:
             check_within(verdict, disk, self._keys, subject.name)
 

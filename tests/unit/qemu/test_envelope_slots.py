@@ -14,6 +14,7 @@ from virt_sse.errors import EnvelopeError, ImageFormatError
 from virt_sse.model import envelope
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.envelope import SLOT_BYTES, SLOT_OFFSETS, Envelope
+from virt_sse.model.seal import SEAL_BYTES, SEAL_OFFSETS
 from virt_sse.qemu import envelope_slots
 from virt_sse.qemu.luks import FIRST_KEYSLOT, HEADER_END
 from virt_sse.system import files
@@ -67,7 +68,9 @@ def test_the_vectors_are_read_as_recorded(name: str, tmp_path: Path) -> None:
 
 def test_the_slots_lie_in_the_gap() -> None:
     first, second = SLOT_OFFSETS
-    assert first >= HEADER_END
+    assert SEAL_OFFSETS[0] >= HEADER_END
+    assert SEAL_OFFSETS[0] + SEAL_BYTES <= SEAL_OFFSETS[1]
+    assert SEAL_OFFSETS[1] + SEAL_BYTES <= first
     assert first + SLOT_BYTES <= second
     assert second + SLOT_BYTES <= FIRST_KEYSLOT
 
@@ -79,7 +82,7 @@ def test_a_written_envelope_is_read_back(descriptor: int) -> None:
     envelope_slots.write(descriptor, DiskFormat.RAW, newer)
     assert envelope_slots.read(descriptor, DiskFormat.RAW) == newer
     after = os.pread(descriptor, 1 << 20, 0)
-    assert after[: SLOT_OFFSETS[0]] == before[: SLOT_OFFSETS[0]]
+    assert after[: SEAL_OFFSETS[0]] == before[: SEAL_OFFSETS[0]]
     assert after[FIRST_KEYSLOT:] == before[FIRST_KEYSLOT:]
     old = bytes.fromhex(CASES["both slots alike"]["slots"][0])
     assert old[20:] not in after
@@ -100,9 +103,10 @@ def test_a_write_that_is_killed_leaves_the_old_or_the_new(name: str, tmp_path: P
 
     image(path, CASES[name]["slots"])
     seen = set()
-    for point in crash_points([envelope, files], write):
+    modules = [envelope, envelope_slots, files]
+    for point in crash_points(modules, write):
         image(path, CASES[name]["slots"])
-        assert dies_at(point, [envelope, files], write)
+        assert dies_at(point, modules, write)
         try:
             seen.add(read(path).generation)
         except EnvelopeError:

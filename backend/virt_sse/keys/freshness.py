@@ -1,0 +1,303 @@
+"""The freshness of images: notices an image, a LUKS header or an envelope that is older than the last known.
+
+Each use of an image, i.e. start, stop and change of the envelope, writes a seal with a higher use counter
+(:mod:`virt_sse.model.seal`) into the image, and then the counter into a file of this host. A process killed
+in between leaves an image ahead of the file. An authentic image with a higher counter is therefore accepted:
+only hosts with the host key can write such an image.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from virt_sse.config import Config, StaleImages
+from virt_sse.errors import (
+    DiskStateError,
+    EnvelopeError,
+    HostKeyError,
+    ImageError,
+    StaleImageError,
+    VirtSseError,
+)
+from virt_sse.keys.image_state_files import HostKeyFile, ImageStateFiles
+from virt_sse.model.disks import Disk
+from virt_sse.model.envelope import Envelope
+from virt_sse.model.image_states import ImageState
+from virt_sse.model.seal import SealKey
+from virt_sse.qemu import envelope_slots, img
+from virt_sse.qemu.envelope_slots import CarriedEnvelope
+from virt_sse.system.locks import DiskLocks
+
+if TYPE_CHECKING:
+    from virt_sse.store import LazyStore
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Examined:
+    """An image compared with its last known state.
+
+    :ivar carried: ``None`` without a readable envelope.
+    :ivar state: ``None`` before the first use.
+    :ivar problem: the reason why the image is not the last known or a newer one.
+    """
+
+    carried: CarriedEnvelope | None
+    state: ImageState | None
+    problem: str | None
+
+    @property
+    def next_use(self) -> int:
+        carried = self.carried.uses if self.carried else None
+        return max(carried or 0, self.state.uses if self.state else 0) + 1
+
+
+class ImageFreshness:
+    """Seals the images of a host and compares them with their last known states.
+
+    A lock per disk, held for single reads and writes of the seals only, orders concurrent processes.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.host_key = HostKeyFile(config.state_directory / "host.key")
+        self._states = ImageStateFiles(config.state_directory / "image-states")
+        self._locks = DiskLocks(config.state_directory / "image-states.lock")
+        self._policy = config.stale_images
+
+    @cached_property
+    def key(self) -> SealKey:
+        """The key of the seals; made at the first use.
+
+        :raise HostKeyError: When the host key cannot be read or made.
+        """
+        self.host_key.provision()
+        key = self.host_key.load()
+        if key is None:
+            raise HostKeyError(f"the host key {self.host_key.path} was removed")
+        return key
+
+    def carried_by(self, path: Path) -> CarriedEnvelope:
+        """The envelope in the image at *path*, an authentic envelope before any other.
+
+        :raise ImageError: When image or envelope cannot be read.
+        """
+        with img.opened(path) as descriptor:
+            return envelope_slots.read_sealed(descriptor, img.probe_format(descriptor), self.key)
+
+    def refuse_untrusted(self, path: Path, carried: CarriedEnvelope) -> None:
+        """Refuse an image from elsewhere, or older than the last known image of the disk.
+
+        :raise StaleImageError: When the image is not authentic, or is older.
+        """
+        state = self._states.get(carried.envelope.disk_id)
+        if carried.uses is None:
+            problem = "was sealed by another host" if carried.foreign else "has no seal of this host"
+        elif state and carried.uses < state.uses:
+            problem = f"is older than the last known, use {carried.uses} of {state.uses}"
+        else:
+            return
+        raise StaleImageError(
+            f"the envelope of {path} {problem}",
+            hint="pass --trust if you know where the image comes from",
+        )
+
+    def seal_new(self, descriptor: int, disk: Disk) -> None:
+        """Write the first envelope into the open image of a new disk.
+
+        :raise ImageError: When the image cannot be written.
+        """
+        envelope_slots.write(descriptor, disk.format, disk.envelope, (self.key, 1))
+
+    def note_new(self, disk: Disk) -> None:
+        """Record the state of a complete new image, unless known.
+
+        :raise VirtSseError: When the image cannot be read or the state cannot be written.
+        """
+        with self._locks.hold(disk.id, wait=True):
+            if self._states.get(disk.id) is None and (uses := (carried := self.carried_by(disk.path)).uses):
+                self._states.put(disk.id, ImageState(uses, carried.header))
+
+    def forget(self, disk: Disk) -> None:
+        """Forget the image of a deleted disk."""
+        self._states.remove(disk.id)
+
+    def check(self, disk: Disk) -> CarriedEnvelope | None:
+        """Compare the disk's image with its last known state; changes nothing.
+
+        :return: the image's envelope; ``None`` without a readable envelope.
+        :raise StaleImageError: When the image is not the last known or a newer one.
+        :raise ImageError: When the image cannot be read.
+        """
+        with self._locks.hold(disk.id, wait=True), img.opened(disk.path) as descriptor:
+            found = self._examine(disk, descriptor)
+        if found.problem:
+            raise _stale(disk, found.problem)
+        return found.carried
+
+    def begin_use(self, disk: Disk) -> Envelope | None:
+        """Compare the disk's image with its last known state, and count a use of the image.
+
+        An image that this host cannot write is compared only: its guest cannot write either.
+
+        :return: the image's envelope if authentic.
+        :raise StaleImageError: When the image is not the last known or a newer one, and policy refuses.
+        :raise ImageError: When the image cannot be read or written.
+        """
+        is_writable = os.access(disk.path, os.W_OK)
+        flags = os.O_RDWR if is_writable else os.O_RDONLY
+        with self._locks.hold(disk.id, wait=True), img.opened(disk.path, flags) as descriptor:
+            found = self._examine(disk, descriptor)
+            if found.problem:
+                self._refuse(disk, found.problem)
+                return None
+            if found.carried is None:
+                return None
+            if is_writable:
+                self._count_use(disk, descriptor, found, found.carried)
+            return found.carried.envelope
+
+    def _count_use(self, disk: Disk, descriptor: int, found: _Examined, carried: CarriedEnvelope) -> None:
+        sealing = (self.key, found.next_use)
+        envelope_slots.advance(descriptor, disk.format, carried.envelope, sealing)
+        inner = found.state.inner if found.state else None
+        self._states.put(disk.id, ImageState(found.next_use, carried.header, inner))
+
+    def check_inner(self, disk: Disk, digest: bytes | None, *, always_refuse: bool = False) -> None:
+        """Compare the header of the innermost of nested volumes with the last known; note the first seen.
+
+        :param digest: of the header, from :func:`virt_sse.qemu.img.validate`; ``None``: no inner volume.
+        :param always_refuse: whatever the policy says.
+        :raise StaleImageError: When the headers differ, and policy refuses.
+        """
+        with self._locks.hold(disk.id, wait=True):
+            state = self._states.get(disk.id)
+            if digest is None or state is None or digest == state.inner:
+                return
+            if state.inner is None:
+                self._states.put(disk.id, replace(state, inner=digest))
+                return
+        problem = "the LUKS header of the inner layer was changed by something else than virt-sse"
+        if always_refuse:
+            raise _stale(disk, problem)
+        self._refuse(disk, problem)
+
+    def end_use(self, disk_id: UUID, path: Path) -> None:
+        """Count the end of a use: older copies made during the use are then noticed. Failures are logged.
+
+        :param path: of the image; a file that is no authentic image of the disk stays untouched.
+        """
+        try:
+            key = self.host_key.load()
+            if key is None:
+                return
+            with self._locks.hold(disk_id, wait=True), img.opened(path, os.O_RDWR) as descriptor:
+                image_format = img.probe_format(descriptor)
+                carried = envelope_slots.read_sealed(descriptor, image_format, key)
+                state = self._states.get(disk_id)
+                if state is None or carried.uses is None or carried.envelope.disk_id != disk_id:
+                    return
+                if carried.uses < state.uses:
+                    return
+                envelope_slots.advance(descriptor, image_format, carried.envelope, (key, carried.uses + 1))
+                self._states.put(disk_id, ImageState(carried.uses + 1, carried.header, state.inner))
+        except VirtSseError as exc:
+            _log.warning("the end of the use of disk %s is not counted: %s", disk_id, exc)
+
+    def write_envelope(self, disk: Disk, descriptor: int) -> None:
+        """Write the disk's envelope into the open image, and count the change.
+
+        :raise StaleImageError: When the image is not the last known or a newer one, and policy refuses.
+        :raise ImageError: When the image cannot be written.
+        """
+        with self._locks.hold(disk.id, wait=True):
+            found = self._examine(disk, descriptor)
+            is_foreign = found.carried is not None and found.carried.foreign
+            if found.problem and (found.state or is_foreign):
+                self._refuse(disk, found.problem)
+                envelope_slots.write(descriptor, disk.format, disk.envelope)
+                return
+            self._seal(disk, descriptor, found, found.state.inner if found.state else None)
+
+    def trust(self, disk: Disk, inner: bytes | None) -> None:
+        """Take the image of the disk as it is for the newest, with the store's envelope.
+
+        The caller checks that the DEK opens the image.
+
+        :param inner: digest of the innermost of nested LUKS headers, as for :meth:`check_inner`.
+        :raise ImageError: When the image cannot be read or written, or is the image of another disk.
+        """
+        with self._locks.hold(disk.id, wait=True), img.opened(disk.path, os.O_RDWR) as descriptor:
+            self._seal(disk, descriptor, self._examine(disk, descriptor), inner)
+
+    def _seal(self, disk: Disk, descriptor: int, found: _Examined, inner: bytes | None) -> None:
+        sealing = (self.key, found.next_use)
+        envelope_slots.write(descriptor, disk.format, disk.envelope, sealing)
+        sealed = envelope_slots.read_sealed(descriptor, disk.format, self.key)
+        self._states.put(disk.id, ImageState(found.next_use, sealed.header, inner))
+
+    def _examine(self, disk: Disk, descriptor: int) -> _Examined:
+        """Compare the open image with the last known state.
+
+        :raise ImageError: When the image cannot be read, or is the image of another disk.
+        """
+        state = self._states.get(disk.id)
+        try:
+            carried = envelope_slots.read_sealed(descriptor, disk.format, self.key)
+        except EnvelopeError as exc:
+            return _Examined(None, state, str(exc) if state else None)
+        if carried.envelope.disk_id != disk.id:
+            raise ImageError(f"{disk.path} is the image of another disk than {disk.name!r}")
+        return _Examined(carried, state, _problem(disk, carried, state))
+
+    def _refuse(self, disk: Disk, problem: str) -> None:
+        error = _stale(disk, problem)
+        if self._policy is StaleImages.REFUSE:
+            raise error
+        _log.warning("%s", error)
+
+
+def with_newer_envelope(store: LazyStore, disk: Disk, carried: Envelope) -> Disk:
+    """Take over an authentic envelope that is newer than the store's, into the store.
+
+    Another host with the same host key rotated a key, or the store was restored from a backup.
+
+    :return: the disk as stored.
+    :raise DiskStateError: When the envelope is of another encryption type, or the disk changed meanwhile.
+    """
+    if carried.has_same_keys(disk.envelope) or carried.generation < disk.generation:
+        return disk
+    newer = replace(disk, deks=carried.deks, generation=carried.generation)
+    if carried.encryption_type is not disk.encryption_type or not store.full().replace(disk, newer):
+        raise DiskStateError(f"disk {disk.name!r} was changed by another host at the same time")
+    return newer
+
+
+def _problem(disk: Disk, carried: CarriedEnvelope, state: ImageState | None) -> str | None:
+    """The reason why an image is not the last known or a newer one, if any."""
+    if carried.uses is not None:
+        if state and carried.uses < state.uses:
+            return f"an older copy of the image, use {carried.uses} of {state.uses}"
+        if state is None and carried.envelope.generation < disk.generation:
+            return "an older copy of the image, with keys from before a rotation"
+        return None
+    if state and carried.header != state.header:
+        return "the LUKS header was changed by something else than virt-sse"
+    if carried.foreign:
+        return "the envelope was sealed with the host key of another host"
+    if state is None and carried.envelope.has_same_keys(disk.envelope):
+        return None  # made before images had seals
+    return "the envelope has no valid seal of this host"
+
+
+def _stale(disk: Disk, problem: str) -> StaleImageError:
+    return StaleImageError(
+        f"{disk.path} is not the last known image of disk {disk.name!r}: {problem}",
+        hint=f"if the image was restored on purpose, run 'virt-sse disk trust {disk.name}'",
+    )

@@ -1,0 +1,112 @@
+"""Files of a host about the freshness of its images: the host key, and the last known state of each image.
+
+The files are apart from the store: an image must not pass as new because the store was lost or restored from
+a backup, and the end of a domain does not load the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from pathlib import Path
+from uuid import UUID
+
+import msgspec
+
+from virt_sse.errors import HostKeyError
+from virt_sse.model.image_states import ImageState
+from virt_sse.model.seal import HOST_KEY_BYTES, SealKey
+from virt_sse.system.documents import DocumentError, from_json
+from virt_sse.system.files import private_folder, publish, write_private
+
+
+class HostKeyFile:
+    """The host key: 32 random bytes, mode 0600. Hosts that share images get a copy of the same file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def provision(self) -> bool:
+        """Make the key unless the file exists: whether made.
+
+        :raise HostKeyError: When the file cannot be written.
+        """
+        if self.path.exists():
+            return False
+        candidate = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}")
+        try:
+            private_folder(self.path.parent)
+            write_private(candidate, secrets.token_bytes(HOST_KEY_BYTES))
+            try:
+                publish(candidate, self.path)  # another process may have made the key meanwhile
+            except FileExistsError:
+                return False
+            finally:
+                candidate.unlink()
+        except OSError as exc:
+            raise HostKeyError(f"cannot make the host key {self.path}: {exc.strerror}") from exc
+        return True
+
+    def load(self) -> SealKey | None:
+        """The key of the seals; ``None`` without a host key.
+
+        :raise HostKeyError: When the file cannot be read, or is no host key.
+        """
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            raise HostKeyError(f"cannot read the host key {self.path}: {exc.strerror}") from exc
+        if len(content) != HOST_KEY_BYTES:
+            raise HostKeyError(
+                f"{self.path} holds {len(content)} bytes instead of {HOST_KEY_BYTES}",
+                hint="restore the host key from a backup",
+            )
+        return SealKey.of_host_key(content)
+
+
+class _State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An :class:`ImageState` in JSON."""
+
+    uses: int
+    header: bytes
+    inner: bytes | None = None
+
+
+class ImageStateFiles:
+    """The last known state of each image; a file per disk, named by the disk's id, replaced atomically."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def get(self, disk_id: UUID) -> ImageState | None:
+        """The state of a disk's image; ``None`` before its first use.
+
+        :raise HostKeyError: When the file cannot be read.
+        """
+        path = self._folder / str(disk_id)
+        try:
+            found = from_json(path.read_bytes(), _State)
+        except FileNotFoundError:
+            return None
+        except (OSError, DocumentError) as exc:
+            raise HostKeyError(f"cannot read {path}: {exc}") from exc
+        return ImageState(found.uses, found.header, found.inner)
+
+    def put(self, disk_id: UUID, state: ImageState) -> None:
+        """Replace the state of a disk's image, durably.
+
+        :raise HostKeyError: When the file cannot be written.
+        """
+        content = msgspec.json.encode(_State(state.uses, state.header, state.inner))
+        path = self._folder / str(disk_id)
+        try:
+            write_private(private_folder(self._folder) / path.name, content)
+        except OSError as exc:
+            raise HostKeyError(f"cannot write {path}: {exc.strerror}") from exc
+
+    def remove(self, disk_id: UUID) -> None:
+        """Forget a disk that is deleted for good."""
+        with contextlib.suppress(OSError):
+            (self._folder / str(disk_id)).unlink()
