@@ -426,6 +426,10 @@ def test_the_host_key_is_private_made_once_and_not_printed(root: Path, backend: 
     assert key.material.hex() not in repr(key)
     assert content not in (key.material, key.id)
     assert not backend.host.freshness.host_key.provision()
+    path.chmod(0o640)
+    with Backend.open(root) as again, pytest.raises(VirtSseError, match="open to other users"):
+        _ = again.host.freshness.key
+    path.chmod(0o600)
     path.write_bytes(content[:31])
     with Backend.open(root) as again, pytest.raises(VirtSseError, match="31 bytes instead of 32"):
         _ = again.host.freshness.key
