@@ -102,14 +102,14 @@ class ImageStateFiles:
         return ImageState(found.uses, found.header, found.inner)
 
     def put(self, disk_id: UUID, state: ImageState) -> None:
-        """Replace the state of a disk's image, durably.
+        """Replace the state of a disk's image. After a power loss the state before may be back.
 
         :raise HostKeyError: When the file cannot be written.
         """
         content = msgspec.json.encode(_State(state.uses, state.header, state.inner))
         path = self._folder / str(disk_id)
         try:
-            write_private(private_folder(self._folder) / path.name, content)
+            write_private(private_folder(self._folder) / path.name, content, sync_name=False)
         except OSError as exc:
             raise HostKeyError(f"cannot write {path}: {exc.strerror}") from exc
 
