@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import os
 import pwd
 import re
@@ -306,3 +307,22 @@ def test_linux_plugs_discards_on_and_grows_a_double_disk(
         wait_until(lambda: not site.left(), "nothing is left of guests and stages")
     assert owner(disk) == 0
     site.backend.disks.check(disk.name)
+
+
+def test_start_and_stop_of_a_double_disk_are_counted(site: StageSite) -> None:
+    disk = site.disk("raw", size=M)
+    guest = site.guest(disk)
+    state = site.host.root / "var/lib/virt-sse/image-states" / str(disk.id)
+
+    def uses() -> tuple[int, bool]:
+        document = json.loads(state.read_bytes())
+        return document["uses"], document["inner"] is not None
+
+    assert uses() == (1, False)
+    site.start_paused(guest)
+    assert uses() == (2, True)
+    guest.destroy()
+    wait_until(lambda: uses() == (3, True), "the stop is counted")
+    site.virt_sse("disk", "check", disk.name)
+    site.start_paused(guest)
+    guest.destroy()

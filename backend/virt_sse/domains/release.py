@@ -30,12 +30,17 @@ def release(config: Config, definition: DomainDefinition) -> None:
     domain_id, stages = definition.uuid, Stages(config)
     records = [record for record in stages.records() if record.domain_id == domain_id]
     given = {SecretName(record.disk_id, record.guest_slot) for record in records}
-    images = {use.disk_id: use.source for use in definition.our_disks if use.source}
-    images |= {record.disk_id: record.image for record in records}
+    images = {(record.disk_id, record.image) for record in records}
+    staged = {record.disk_id for record in records}
+    images |= {
+        (use.disk_id, use.source)
+        for use in definition.our_disks
+        if use.source and use.disk_id not in staged  # else the source is a socket
+    }
     if temp_disks.exists(config, domain_id):
         given.add(SecretName(temp_disk_id(domain_id), TEMP_SLOT))
     with contextlib.ExitStack() as all_parts:  # runs in the opposite order
-        for disk_id, image in images.items():
+        for disk_id, image in images:
             all_parts.callback(ImageFreshness(config).end_use, disk_id, image)
         all_parts.callback(_drop_secrets, config, definition, given)
         all_parts.callback(temp_disks.erase, config, domain_id)

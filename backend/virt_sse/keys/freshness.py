@@ -207,6 +207,8 @@ class ImageFreshness:
                     return
                 envelope_slots.advance(descriptor, image_format, carried.envelope, (key, carried.uses + 1))
                 self._states.put(disk_id, ImageState(carried.uses + 1, carried.header, state.inner))
+        except EnvelopeError:
+            return  # no image of the disk, e.g. an overlay
         except VirtSseError as exc:
             _log.warning("the end of the use of disk %s is not counted: %s", disk_id, exc)
 

@@ -7,6 +7,7 @@ a backup, and the end of a domain does not load the store.
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 from pathlib import Path
 from uuid import UUID
@@ -18,6 +19,8 @@ from virt_sse.model.image_states import ImageState
 from virt_sse.model.seal import HOST_KEY_BYTES, SealKey
 from virt_sse.system.documents import DocumentError, from_json
 from virt_sse.system.files import private_folder, publish, write_private
+
+_OTHERS = 0o077
 
 
 class HostKeyFile:
@@ -53,11 +56,15 @@ class HostKeyFile:
         :raise HostKeyError: When the file cannot be read, or is no host key.
         """
         try:
-            content = self.path.read_bytes()
+            with self.path.open("rb") as file:
+                is_open_to_others = os.fstat(file.fileno()).st_mode & _OTHERS
+                content = file.read()
         except FileNotFoundError:
             return None
         except OSError as exc:
             raise HostKeyError(f"cannot read the host key {self.path}: {exc.strerror}") from exc
+        if is_open_to_others:
+            raise HostKeyError(f"{self.path} is open to other users", hint=f"chmod 600 {self.path}")
         if len(content) != HOST_KEY_BYTES:
             raise HostKeyError(
                 f"{self.path} holds {len(content)} bytes instead of {HOST_KEY_BYTES}",
@@ -95,14 +102,14 @@ class ImageStateFiles:
         return ImageState(found.uses, found.header, found.inner)
 
     def put(self, disk_id: UUID, state: ImageState) -> None:
-        """Replace the state of a disk's image, durably.
+        """Replace the state of a disk's image. After a power loss the state before may be back.
 
         :raise HostKeyError: When the file cannot be written.
         """
         content = msgspec.json.encode(_State(state.uses, state.header, state.inner))
         path = self._folder / str(disk_id)
         try:
-            write_private(private_folder(self._folder) / path.name, content)
+            write_private(private_folder(self._folder) / path.name, content, sync_name=False)
         except OSError as exc:
             raise HostKeyError(f"cannot write {path}: {exc.strerror}") from exc
 

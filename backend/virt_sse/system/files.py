@@ -60,17 +60,18 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_private(path: Path, content: bytes) -> None:
+def write_private(path: Path, content: bytes, *, sync_name: bool = True) -> None:
     """Write *content* to *path*, mode 0600, atomically: temporary file, sync, rename, sync of the folder.
 
     The temporary file of a killed process is removed when *path* is written next.
 
+    :param sync_name: sync the folder; otherwise *path* may have the old content after a power loss.
     :raise OSError: When there is no room or no permission; *path* is unchanged, the temporary file removed.
     """
-    write_shared(path, content, PRIVATE_FILE)
+    write_shared(path, content, PRIVATE_FILE, sync_name=sync_name)
 
 
-def write_shared(path: Path, content: bytes, mode: int = SHARED_FILE) -> None:
+def write_shared(path: Path, content: bytes, mode: int = SHARED_FILE, *, sync_name: bool = True) -> None:
     """As :func:`write_private`, with *mode* whatever the umask. The file is private until complete.
 
     :raise OSError: As for :func:`write_private`.
@@ -87,7 +88,8 @@ def write_shared(path: Path, content: bytes, mode: int = SHARED_FILE) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    sync_folder(path.parent)
+    if sync_name:
+        sync_folder(path.parent)
 
 
 def write_new(path: Path, content: bytes) -> None:

@@ -287,7 +287,7 @@ def test_an_envelope_unlike_its_type_is_refused_even_if_trusted(
     kind = plan.get("encryption_type", raw.encryption_type)
     forge(raw, deks=deks, encryption_type=kind)
     backend.host.store.remove(raw.id)
-    with pytest.raises(EnvelopeError, match="unlike a disk of type"):
+    with pytest.raises(EnvelopeError, match="the layers in the envelope of .* are not those of"):
         backend.disks.adopt(raw.path, trust=True)
     assert backend.disks.all() == []
 
@@ -426,6 +426,10 @@ def test_the_host_key_is_private_made_once_and_not_printed(root: Path, backend: 
     assert key.material.hex() not in repr(key)
     assert content not in (key.material, key.id)
     assert not backend.host.freshness.host_key.provision()
+    path.chmod(0o640)
+    with Backend.open(root) as again, pytest.raises(VirtSseError, match="open to other users"):
+        _ = again.host.freshness.key
+    path.chmod(0o600)
     path.write_bytes(content[:31])
     with Backend.open(root) as again, pytest.raises(VirtSseError, match="31 bytes instead of 32"):
         _ = again.host.freshness.key
