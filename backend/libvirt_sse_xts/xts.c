@@ -24,7 +24,7 @@
 
 #include "aes.h"
 
-#define EXPORTED __attribute__((visibility("default")))
+#define EXPORTED __attribute__((visibility("default"))) /* with version NETTLE_8, see nettle_8.map */
 
 typedef void cipher_function(const void *context, size_t length, uint8_t *dst, const uint8_t *src);
 typedef void encrypt_function(
@@ -260,11 +260,11 @@ EXPORTED void nettle_xts_decrypt_message(
 /* A function of nettle, also of a nettle that was loaded with a module of QEMU. */
 static void *find(const char *name)
 {
-    void *found = dlsym(RTLD_NEXT, name);
+    void *found = dlvsym(RTLD_NEXT, name, "NETTLE_8");
     if (!found) {
         void *library = dlopen("libnettle.so.8", RTLD_LAZY | RTLD_NOLOAD);
         if (library)
-            found = dlsym(library, name);
+            found = dlvsym(library, name, "NETTLE_8");
     }
     return found;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import shutil
 import subprocess
@@ -103,6 +104,15 @@ def test_other_ciphers_take_the_portable_path(library: Path, tmp_path: Path, cip
     assert (statistics.fast, statistics.portable, statistics.nettle) == (0, len(asked), 0)
 
 
+def test_no_other_interface_of_nettle_is_replaced(library: Path) -> None:
+    handle = ctypes.CDLL(str(library))._handle
+    find = ctypes.CDLL(None).dlvsym
+    find.restype, find.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p)
+    for name in (b"nettle_xts_encrypt_message", b"nettle_xts_decrypt_message"):
+        assert find(handle, name, b"NETTLE_8")
+        assert not find(handle, name, b"NETTLE_9")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "right", "wrong", "path"),
@@ -125,6 +135,7 @@ def test_a_path_that_fails_its_self_test_is_not_used(
     (source / file).write_text(content.replace(right, wrong))
     broken = tmp_path / "broken.so"
     options = ["-std=gnu11", "-O1", "-shared", "-fPIC", "-fvisibility=hidden"]
+    options += [f"-Wl,--version-script={source / 'nettle_8.map'}"]
     subprocess.run(["gcc", *options, "-o", broken, source / "xts.c"], check=True)
     results, statistics = process(broken, messages(), tmp_path)
     assert statistics.path in path.split()
