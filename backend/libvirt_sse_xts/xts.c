@@ -25,6 +25,8 @@
 #include "aes.h"
 
 #define EXPORTED __attribute__((visibility("default"))) /* with version NETTLE_8, see nettle_8.map */
+#define ENCRYPT "nettle_xts_encrypt_message"
+#define DECRYPT "nettle_xts_decrypt_message"
 
 typedef void cipher_function(const void *context, size_t length, uint8_t *dst, const uint8_t *src);
 typedef void encrypt_function(
@@ -218,14 +220,30 @@ static bool suitable(size_t length, const uint8_t *dst, const uint8_t *src)
         && (to == from || from - to >= length);
 }
 
+/* A function of nettle; the second way finds a nettle that was loaded later, with a module of QEMU. */
+static void *find(const char *name)
+{
+    void *found = dlvsym(RTLD_NEXT, name, "NETTLE_8");
+    if (!found) {
+        void *library = dlopen("libnettle.so.8", RTLD_LAZY | RTLD_NOLOAD);
+        if (library)
+            found = dlvsym(library, name, "NETTLE_8");
+    }
+    return found;
+}
+
+/* Nettle's own XTS. The functions are looked up again if nettle was loaded after this library. */
 static void by_nettle(
     bool encrypt, const void *context, const void *tweak_context, cipher_function *cipher,
     cipher_function *tweak_cipher, const uint8_t *tweak, size_t length, uint8_t *dst, const uint8_t *src)
 {
-    if (encrypt)
-        nettle.encrypt(context, tweak_context, cipher, tweak, length, dst, src);
-    else
-        nettle.decrypt(context, tweak_context, cipher, tweak_cipher, tweak, length, dst, src);
+    if (encrypt) {
+        encrypt_function *own = nettle.encrypt ? nettle.encrypt : (encrypt_function *)find(ENCRYPT);
+        own(context, tweak_context, cipher, tweak, length, dst, src);
+    } else {
+        decrypt_function *own = nettle.decrypt ? nettle.decrypt : (decrypt_function *)find(DECRYPT);
+        own(context, tweak_context, cipher, tweak_cipher, tweak, length, dst, src);
+    }
 }
 
 static void message(
@@ -255,18 +273,6 @@ EXPORTED void nettle_xts_decrypt_message(
     const uint8_t *tweak, size_t length, uint8_t *dst, const uint8_t *src)
 {
     message(false, context, tweak_context, cipher, tweak_cipher, tweak, length, dst, src);
-}
-
-/* A function of nettle, also of a nettle that was loaded with a module of QEMU. */
-static void *find(const char *name)
-{
-    void *found = dlvsym(RTLD_NEXT, name, "NETTLE_8");
-    if (!found) {
-        void *library = dlopen("libnettle.so.8", RTLD_LAZY | RTLD_NOLOAD);
-        if (library)
-            found = dlvsym(library, name, "NETTLE_8");
-    }
-    return found;
 }
 
 /* Fill the probes for one length of key: 0 for 128 bits, 1 for 256. False if nettle's AES differs from FIPS 197,
@@ -347,8 +353,8 @@ __attribute__((constructor)) static void choose_path(void)
 {
     statistics = secure_getenv("VIRT_SSE_XTS_STATISTICS");
     const char *wanted = secure_getenv("VIRT_SSE_XTS");
-    nettle.encrypt = (encrypt_function *)find("nettle_xts_encrypt_message");
-    nettle.decrypt = (decrypt_function *)find("nettle_xts_decrypt_message");
+    nettle.encrypt = (encrypt_function *)find(ENCRYPT);
+    nettle.decrypt = (decrypt_function *)find(DECRYPT);
     if ((wanted && strcmp(wanted, "nettle") == 0) || !nettle.encrypt || !nettle.decrypt
         || !fill_probes(0) || !fill_probes(1))
         return;

@@ -104,6 +104,12 @@ def test_other_ciphers_take_the_portable_path(library: Path, tmp_path: Path, cip
     assert (statistics.fast, statistics.portable, statistics.nettle) == (0, len(asked), 0)
 
 
+def test_a_nettle_that_is_loaded_later_does_the_work(library: Path, tmp_path: Path) -> None:
+    results, statistics = process(library, messages(), tmp_path, late=True)
+    assert results == [by_openssl(message) for message in messages()]
+    assert (statistics.path, statistics.nettle) == ("nettle", len(messages()))
+
+
 def test_no_other_interface_of_nettle_is_replaced(library: Path) -> None:
     handle = ctypes.CDLL(str(library))._handle
     find = ctypes.CDLL(None).dlvsym
