@@ -9,15 +9,6 @@
 #define GROUP 8
 #define EACH _Pragma("GCC unroll 16") for
 
-TARGET static inline __attribute__((always_inline)) V NAME(cipher_one)(
-    const bool encrypt, const int rounds, const V *keys, V block)
-{
-    block = XOR(block, keys[0]);
-    EACH (int round = 1; round < rounds; round++)
-        block = encrypt ? ENC(block, keys[round]) : DEC(block, keys[round]);
-    return encrypt ? ENC_LAST(block, keys[rounds]) : DEC_LAST(block, keys[rounds]);
-}
-
 /* The tweaks of the next GROUP * LANES blocks: times x^(GROUP * LANES), a shift by LANES bytes. */
 TARGET static inline __attribute__((always_inline)) V NAME(next)(V tweak, V polynomial)
 {
@@ -26,26 +17,27 @@ TARGET static inline __attribute__((always_inline)) V NAME(next)(V tweak, V poly
 
 /* Fewer than GROUP * LANES blocks at a message's end. */
 TARGET static __attribute__((noinline)) void NAME(rest)(
-    bool encrypt, int rounds, const V *keys, const V *tweaks, size_t blocks, uint8_t *dst, const uint8_t *src)
+    bool encrypt, struct schedule data, const uint8_t *tweaks, size_t blocks, uint8_t *dst, const uint8_t *src)
 {
-    for (; blocks > 0; tweaks++) {
-        uint8_t partial[16 * LANES];
+    uint8_t partial[16 * LANES];
+    while (blocks > 0) {
         size_t length = 16 * (blocks < LANES ? blocks : LANES);
         memcpy(partial, src, length);
         if (length < sizeof partial)
             memset(partial + length, 0, sizeof partial - length);
-        V block = XOR(LOAD(partial), *tweaks);
-        if (rounds == 10)
-            block = encrypt ? NAME(cipher_one)(true, 10, keys, block) : NAME(cipher_one)(false, 10, keys, block);
-        else
-            block = encrypt ? NAME(cipher_one)(true, 14, keys, block) : NAME(cipher_one)(false, 14, keys, block);
-        STORE(partial, XOR(block, *tweaks));
+        V block = XOR(XOR(LOAD(partial), LOAD(tweaks)), BROADCAST(key(data, 0)));
+        for (int round = 1; round < data.rounds; round++)
+            block = encrypt ? ENC(block, BROADCAST(key(data, round))) : DEC(block, BROADCAST(key(data, round)));
+        V last = BROADCAST(key(data, data.rounds));
+        block = encrypt ? ENC_LAST(block, last) : DEC_LAST(block, last);
+        STORE(partial, XOR(block, LOAD(tweaks)));
         memcpy(dst, partial, length);
+        tweaks += sizeof partial;
         dst += length;
         src += length;
         blocks -= length / 16;
-        explicit_bzero(partial, sizeof partial);
     }
+    explicit_bzero(partial, sizeof partial);
 }
 
 TARGET static inline __attribute__((always_inline)) void NAME(message)(
@@ -78,12 +70,11 @@ TARGET static inline __attribute__((always_inline)) void NAME(message)(
                 tweaks[i] = NAME(next)(tweaks[i], polynomial);
     }
     if (blocks > 0) {
-        V kept[15], kept_tweaks[GROUP];
-        memcpy(kept, keys, sizeof(V) * (rounds + 1));
-        memcpy(kept_tweaks, tweaks, sizeof tweaks);
-        NAME(rest)(encrypt, rounds, kept, kept_tweaks, blocks, dst, src);
+        uint8_t kept[16 * LANES * GROUP];
+        EACH (int i = 0; i < GROUP; i++)
+            STORE(kept + 16 * LANES * i, tweaks[i]);
+        NAME(rest)(encrypt, data, kept, blocks, dst, src);
         explicit_bzero(kept, sizeof kept);
-        explicit_bzero(kept_tweaks, sizeof kept_tweaks);
     }
 }
 

@@ -9,7 +9,7 @@
  *
  * All other messages go to nettle: lengths that are no multiple of 16, buffers that overlap partly, and, after
  * a failed self-test, every message. Constant in time as far as the cipher function is; no system call after
- * the library is loaded; key schedules are read in place.
+ * the library is loaded; key schedules are read in place; the stack is wiped.
  *
  * Environment, for tests: VIRT_SSE_XTS selects a path (nettle, portable, aesni, vaes256, vaes512), and
  * VIRT_SSE_XTS_STATISTICS names a file to which the numbers of calls are appended at exit.
@@ -24,7 +24,9 @@
 
 #include "aes.h"
 
-#define EXPORTED __attribute__((visibility("default")))
+#define EXPORTED __attribute__((visibility("default"))) /* with version NETTLE_8, see nettle_8.map */
+#define ENCRYPT "nettle_xts_encrypt_message"
+#define DECRYPT "nettle_xts_decrypt_message"
 
 typedef void cipher_function(const void *context, size_t length, uint8_t *dst, const uint8_t *src);
 typedef void encrypt_function(
@@ -144,6 +146,13 @@ static enum layout layout_of(cipher_function *cipher)
     return NONE;
 }
 
+/* Overwrite the stack below the caller: the kernels' frames, with spilled round keys, are shorter. */
+static __attribute__((noinline)) void wipe_stack(void)
+{
+    uint8_t frame[1280];
+    explicit_bzero(frame, sizeof frame);
+}
+
 static bool aes(
     const struct kernel *kernel, bool encrypt, const void *context, const void *tweak_context,
     cipher_function *cipher, cipher_function *tweak_cipher,
@@ -155,6 +164,7 @@ static bool aes(
         return false;
     kernel->xts(
         encrypt, schedule_in(context, data), schedule_in(tweak_context, tweaks), tweak, length / BLOCK, dst, src);
+    wipe_stack();
     return true;
 }
 
@@ -210,14 +220,30 @@ static bool suitable(size_t length, const uint8_t *dst, const uint8_t *src)
         && (to == from || from - to >= length);
 }
 
+/* A function of nettle; the second way finds a nettle that was loaded later, with a module of QEMU. */
+static void *find(const char *name)
+{
+    void *found = dlvsym(RTLD_NEXT, name, "NETTLE_8");
+    if (!found) {
+        void *library = dlopen("libnettle.so.8", RTLD_LAZY | RTLD_NOLOAD);
+        if (library)
+            found = dlvsym(library, name, "NETTLE_8");
+    }
+    return found;
+}
+
+/* Nettle's own XTS. The functions are looked up again if nettle was loaded after this library. */
 static void by_nettle(
     bool encrypt, const void *context, const void *tweak_context, cipher_function *cipher,
     cipher_function *tweak_cipher, const uint8_t *tweak, size_t length, uint8_t *dst, const uint8_t *src)
 {
-    if (encrypt)
-        nettle.encrypt(context, tweak_context, cipher, tweak, length, dst, src);
-    else
-        nettle.decrypt(context, tweak_context, cipher, tweak_cipher, tweak, length, dst, src);
+    if (encrypt) {
+        encrypt_function *own = nettle.encrypt ? nettle.encrypt : (encrypt_function *)find(ENCRYPT);
+        own(context, tweak_context, cipher, tweak, length, dst, src);
+    } else {
+        decrypt_function *own = nettle.decrypt ? nettle.decrypt : (decrypt_function *)find(DECRYPT);
+        own(context, tweak_context, cipher, tweak_cipher, tweak, length, dst, src);
+    }
 }
 
 static void message(
@@ -247,18 +273,6 @@ EXPORTED void nettle_xts_decrypt_message(
     const uint8_t *tweak, size_t length, uint8_t *dst, const uint8_t *src)
 {
     message(false, context, tweak_context, cipher, tweak_cipher, tweak, length, dst, src);
-}
-
-/* A function of nettle, also of a nettle that was loaded with a module of QEMU. */
-static void *find(const char *name)
-{
-    void *found = dlsym(RTLD_NEXT, name);
-    if (!found) {
-        void *library = dlopen("libnettle.so.8", RTLD_LAZY | RTLD_NOLOAD);
-        if (library)
-            found = dlsym(library, name);
-    }
-    return found;
 }
 
 /* Fill the probes for one length of key: 0 for 128 bits, 1 for 256. False if nettle's AES differs from FIPS 197,
@@ -339,8 +353,8 @@ __attribute__((constructor)) static void choose_path(void)
 {
     statistics = secure_getenv("VIRT_SSE_XTS_STATISTICS");
     const char *wanted = secure_getenv("VIRT_SSE_XTS");
-    nettle.encrypt = (encrypt_function *)find("nettle_xts_encrypt_message");
-    nettle.decrypt = (decrypt_function *)find("nettle_xts_decrypt_message");
+    nettle.encrypt = (encrypt_function *)find(ENCRYPT);
+    nettle.decrypt = (decrypt_function *)find(DECRYPT);
     if ((wanted && strcmp(wanted, "nettle") == 0) || !nettle.encrypt || !nettle.decrypt
         || !fill_probes(0) || !fill_probes(1))
         return;

@@ -18,6 +18,7 @@ from pathlib import Path
 
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p)
 _LONGEST_CONTEXT = 8192
+NETTLE = "libnettle.so.8"
 _SCHEDULES = {"aes128": 176, "aes256": 240, "serpent": 528, "twofish": 4256}
 
 
@@ -65,17 +66,24 @@ class Statistics:
 
 
 def process(
-    library: Path, messages: Sequence[Message], folder: Path, *, path: str | None = None, threads: int = 1
+    library: Path,
+    messages: Sequence[Message],
+    folder: Path,
+    *,
+    path: str | None = None,
+    threads: int = 1,
+    late: bool = False,
 ) -> tuple[list[bytes], Statistics]:
     """The results of *messages* in a process with *library*.
 
     :param path: the library's path to use instead of the fastest.
     :param threads: the number of threads, each of which processes all messages.
+    :param late: load nettle after the library, as a module of QEMU would.
     """
     statistics = folder / "statistics"
     statistics.unlink(missing_ok=True)
     environment = {
-        "LD_PRELOAD": f"{library}:libnettle.so.8",
+        "LD_PRELOAD": str(library) if late else f"{library}:{NETTLE}",
         "VIRT_SSE_XTS_STATISTICS": str(statistics),
         **({"VIRT_SSE_XTS": path} if path else {}),
     }
@@ -95,7 +103,8 @@ class _Nettle:
     """Nettle's functions in this process; XTS is the preloaded library's."""
 
     def __init__(self) -> None:
-        self._process = ctypes.CDLL(None)
+        self._xts = ctypes.CDLL(None)
+        self._nettle = ctypes.CDLL(NETTLE)
         self._functions: dict[str, Callable[..., None]] = {}
 
     def result(self, message: Message) -> bytes:
@@ -112,7 +121,7 @@ class _Nettle:
         at = ctypes.addressof(target) + message.offset
         if message.in_place:
             ctypes.memmove(at, data, len(data))
-        self._process[f"nettle_xts_{operations[0]}_message"](
+        self._xts[f"nettle_xts_{operations[0]}_message"](
             *contexts,
             *functions,
             bytes.fromhex(message.tweak),
@@ -127,17 +136,17 @@ class _Nettle:
     def _context(self, message: Message, key: bytes, *, decrypt: bool) -> ctypes.Array[ctypes.c_char]:
         context = ctypes.create_string_buffer(_LONGEST_CONTEXT)
         if message.cipher not in ("aes128", "aes256"):
-            self._process[f"nettle_{message.cipher}_set_key"](context, ctypes.c_size_t(len(key)), key)
+            self._nettle[f"nettle_{message.cipher}_set_key"](context, ctypes.c_size_t(len(key)), key)
         elif message.through_wrappers:
-            self._process[f"nettle_{message.cipher}_set_encrypt_key"](context, key)
+            self._nettle[f"nettle_{message.cipher}_set_encrypt_key"](context, key)
             second = ctypes.c_void_p(ctypes.addressof(context) + _SCHEDULES[message.cipher])
-            self._process[f"nettle_{message.cipher}_set_decrypt_key"](second, key)
+            self._nettle[f"nettle_{message.cipher}_set_decrypt_key"](second, key)
         else:
-            self._process[f"nettle_{message.cipher}_set_{'de' if decrypt else 'en'}crypt_key"](context, key)
+            self._nettle[f"nettle_{message.cipher}_set_{'de' if decrypt else 'en'}crypt_key"](context, key)
         return context
 
     def _cipher(self, message: Message, operation: str) -> Callable[..., None]:
-        function = self._process[f"nettle_{message.cipher}_{operation}"]
+        function = self._nettle[f"nettle_{message.cipher}_{operation}"]
         if not message.through_wrappers:
             return function
         is_second = operation == "decrypt" and message.cipher.startswith("aes")

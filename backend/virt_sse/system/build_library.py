@@ -1,4 +1,4 @@
-"""The build command for ``libvirt_sse_xts.so``; used by setuptools only, see ``pyproject.toml``."""
+"""The build command for ``libvirt_sse_xts.so``; used by setuptools only, see ``setup.py``."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from virt_sse.model.ciphers import KNOWN
 from virt_sse.model.disks import NewDisk
 from virt_sse.stages import seccomp
 from virt_sse.stages.storage_user import storage_user
+from virt_sse.system import acceleration
 from virt_sse.system.files import shared_folder
 
 CAPABILITIES = """\
@@ -57,6 +58,7 @@ def test_the_hosts_capabilities_are_found(tmp_path: Path) -> None:
     assert found["disks"]["available"]
     assert {f"cipher {cipher}" for cipher in KNOWN} <= found.keys()
     assert found["cipher aes-256-xts"]["available"]
+    assert found["accelerated XTS"]["available"] == (acceleration.library() is not None)
     assert not found["libvirt"]["available"]
     assert "does not answer" in found["libvirt"]["detail"]
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+import shutil
+import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
+from support.folders import REPOSITORY
 from support.nettle_xts import Message, process
 from virt_sse.system import acceleration
 
@@ -98,6 +102,50 @@ def test_other_ciphers_take_the_portable_path(library: Path, tmp_path: Path, cip
     expected, _ = process(library, asked, tmp_path, path="nettle")
     assert results == expected
     assert (statistics.fast, statistics.portable, statistics.nettle) == (0, len(asked), 0)
+
+
+def test_a_nettle_that_is_loaded_later_does_the_work(library: Path, tmp_path: Path) -> None:
+    results, statistics = process(library, messages(), tmp_path, late=True)
+    assert results == [by_openssl(message) for message in messages()]
+    assert (statistics.path, statistics.nettle) == ("nettle", len(messages()))
+
+
+def test_no_other_interface_of_nettle_is_replaced(library: Path) -> None:
+    handle = ctypes.CDLL(str(library))._handle
+    find = ctypes.CDLL(None).dlvsym
+    find.restype, find.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p)
+    for name in (b"nettle_xts_encrypt_message", b"nettle_xts_decrypt_message"):
+        assert find(handle, name, b"NETTLE_8")
+        assert not find(handle, name, b"NETTLE_9")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "right", "wrong", "path"),
+    [
+        ("kernel.h", "SHIFT_RIGHT(tweak, 16 - LANES)", "SHIFT_RIGHT(tweak, 15)", "aesni portable"),
+        ("kernel.h", "ENC_LAST(state[i]", "ENC(state[i]", "portable"),
+        ("xts.c", "0x87 & -carry", "0x86 & -carry", "nettle"),
+        ("xts.c", "0x69, 0xc4, 0xe0", "0x69, 0xc4, 0xe1", "nettle"),
+    ],
+)
+def test_a_path_that_fails_its_self_test_is_not_used(
+    tmp_path: Path, file: str, right: str, wrong: str, path: str
+) -> None:
+    """The library, built with a fault, still gives right results, on a slower path."""
+    if not shutil.which("gcc"):
+        pytest.skip("gcc is not installed")
+    source = shutil.copytree(REPOSITORY / "backend/libvirt_sse_xts", tmp_path / "source")
+    content = (source / file).read_text()
+    assert content.count(right) == 1
+    (source / file).write_text(content.replace(right, wrong))
+    broken = tmp_path / "broken.so"
+    options = ["-std=gnu11", "-O1", "-shared", "-fPIC", "-fvisibility=hidden"]
+    options += [f"-Wl,--version-script={source / 'nettle_8.map'}"]
+    subprocess.run(["gcc", *options, "-o", broken, source / "xts.c"], check=True)
+    results, statistics = process(broken, messages(), tmp_path)
+    assert statistics.path in path.split()
+    assert results == [by_openssl(message) for message in messages()]
 
 
 def test_threads_do_not_disturb_each_other(library: Path, tmp_path: Path) -> None:
