@@ -287,7 +287,7 @@ def test_an_envelope_unlike_its_type_is_refused_even_if_trusted(
     kind = plan.get("encryption_type", raw.encryption_type)
     forge(raw, deks=deks, encryption_type=kind)
     backend.host.store.remove(raw.id)
-    with pytest.raises(EnvelopeError, match="the layers in the envelope of .* are not those of"):
+    with pytest.raises(EnvelopeError, match=r"the layers in the envelope of .* are not those of"):
         backend.disks.adopt(raw.path, trust=True)
     assert backend.disks.all() == []
 
