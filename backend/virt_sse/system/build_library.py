@@ -1,4 +1,4 @@
-"""The build command for ``libvirt_sse_xts.so``; used by setuptools only, see ``setup.py``."""
+"""The build command for ``libvirt_sse_xts.so``; used by setuptools only."""
 
 from __future__ import annotations
 
