@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import multiprocessing
 import queue
 import sys
@@ -19,10 +20,15 @@ from typing import Any
 
 from soak.attempt import Attempts, Failure, Outcome
 from soak.kill_points import KillPoint
-from soak.operations import OPERATIONS
+from soak.operations import OPERATIONS, FileOperation
 from soak.sites import FileSite
+from soak.vault_attempt import VaultAttempts
+from soak.vault_operations import VAULT_OPERATIONS, VaultOperation
+from soak.vault_site import VaultSite
 
-_BY_NAME = {operation.name: operation for operation in OPERATIONS}
+_BY_NAME: dict[str, FileOperation | VaultOperation] = {
+    operation.name: operation for operation in (*OPERATIONS, *VAULT_OPERATIONS)
+}
 Task = tuple[str, int]
 
 
@@ -75,9 +81,19 @@ def _run(tasks: list[Task], workers: int, at: KillPoint | None) -> list[tuple[st
 def _work(tasks: list[Task], done: Any, at: KillPoint | None) -> None:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="virt-sse-soak-")))
-        attempts = Attempts(FileSite(folder, stack))
+        files = functools.cache(lambda: Attempts(FileSite(_made(folder / "files"), stack)))
+        vaults = functools.cache(lambda: VaultAttempts(VaultSite(_made(folder / "vault"), stack)))
         for name, seed in tasks:
-            done.put((name, attempts(_BY_NAME[name], seed, at)))
+            operation = _BY_NAME[name]
+            if isinstance(operation, FileOperation):
+                done.put((name, files()(operation, seed, at)))
+            else:
+                done.put((name, vaults()(operation, seed, at)))
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def _report(results: list[tuple[str, Outcome | Failure]], seconds: float) -> None:

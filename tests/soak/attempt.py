@@ -32,6 +32,14 @@ class Failure:
     point: KillPoint | None
     error: str
 
+    @classmethod
+    def of(cls, error: Exception, operation: str, seed: int, point: KillPoint | None) -> Failure:
+        """The failure that *error* reports."""
+        notes = "".join(f" [{note}]" for note in getattr(error, "__notes__", ()))
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(where.filename).name}:{where.lineno}"
+        return cls(operation, seed, point, f"{type(error).__name__} at {place}: {error}{notes}")
+
     def __str__(self) -> str:
         at = f" --at {self.point}" if self.point else ""
         again = f"python -m soak --only {self.operation}:{self.seed}{at}"
@@ -53,10 +61,7 @@ class Attempts:
             point = at or KillPoint.choose(Random(f"{operation.name}:{seed}"), measured)  # noqa: S311 -- a seed
             return self._attempt(operation, point)
         except Exception as exc:  # noqa: BLE001 -- every failure is reported, and the soak goes on
-            notes = "".join(f" [{note}]" for note in getattr(exc, "__notes__", ()))
-            where = traceback.extract_tb(exc.__traceback__)[-1]
-            place = f"{Path(where.filename).name}:{where.lineno}"
-            return Failure(operation.name, seed, point, f"{type(exc).__name__} at {place}: {exc}{notes}")
+            return Failure.of(exc, operation.name, seed, point)
 
     def _command(self, operation: FileOperation) -> list[str]:
         return [str(PROGRAM), *map(str, operation.arguments(self._site))]

@@ -98,8 +98,11 @@ class KillPoint:
         if self.by is KillBy.TIME:
             return ["timeout", "--foreground", "-s", "KILL", f"{self.at:g}", *map(str, command)]
         everything = ["-f", "--seccomp-bpf"] if self.by is KillBy.ANY_CALL else []
-        inject = f"inject={self.call}:signal=KILL:when={int(self.at)}"
-        return ["strace", *everything, "-qqq", "-o", "/dev/null", "-e", inject, *map(str, command)]
+        return ["strace", *everything, "-qqq", "-o", "/dev/null", *self.injection(), *map(str, command)]
+
+    def injection(self) -> list[str]:
+        """The options of strace that kill before the call."""
+        return ["-e", f"inject={self.call}:signal=KILL:when={int(self.at)}"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,13 +23,14 @@ from virt_sse.errors import (
 from virt_sse.keys.host import Host
 from virt_sse.libvirt import disk_users, domains
 from virt_sse.libvirt.connection import connected
-from virt_sse.libvirt.disk_element import disk_element
+from virt_sse.libvirt.disk_element import DiskSource, DomainDisk, disk_element
 from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.secrets import drop_secret
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.layers import HostCaching
 from virt_sse.model.operations import AttachDisk
 from virt_sse.model.vms import VmProperties
+from virt_sse.system.files import canonical
 
 _UNPLUG_SECONDS = 20.0
 """Maximum time for a guest to release a disk."""
@@ -72,10 +73,14 @@ class Hotplug:
     ) -> str:
         """Attach a disk to a domain: in its persistent definition, and at once if the domain runs.
 
+        If only one definition of a running domain has the disk, the disk is added to the other definition: a
+        killed :meth:`attach` or :meth:`detach` leaves such a domain.
+
         :param target: the disk's name in the guest; default: the first free virtio name.
         :param caching: host caching of the disk, in a domain with encryption at host.
         :return: the target.
-        :raise DiskInUseError: When a domain has the disk already.
+        :raise DiskInUseError: When another domain has the disk, or this domain has the disk in all
+            definitions, or with other options.
         :raise PolicyError: When a rule refuses; or with *caching*, if the domain has no encryption at host.
         :raise LibvirtError: When no such domain exists, or libvirt refuses.
         """
@@ -83,28 +88,41 @@ class Hotplug:
         if disk.state is not DiskState.READY:
             raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
         with connected(self._uri) as connection:
-            if users := [domain.name() for domain in disk_users.using(connection, disk.id)]:
-                raise DiskInUseError(f"disk {disk.name!r} is attached to domain {users[0]!r}")
+            users = {user.name() for user in disk_users.using(connection, disk.id)}
+            if users - {domain_name}:
+                raise DiskInUseError(f"disk {disk.name!r} is attached to domain {min(users)!r}")
             domain = domains.lookup(connection, domain_name)
+            uses = {flag: disk_users.uses(domain, flag, disk.id) for flag in disk_users.definitions(domain)}
+            missing = [flag for flag, found in uses.items() if not found]
+            if not missing:
+                raise DiskInUseError(f"disk {disk.name!r} is attached to domain {domain_name!r}")
             definition = domains.definition(domain)
             at_host = definition.has_encryption_at_host
             content = self._inspector.content(disk, domain_name)
             self._plugins.validate(AttachDisk(disk, domain_name, at_host, content))
             refuse_unencrypted(domain_name, VmProperties(at_host), (disk,), has_temp_disk=False)
-            self._store.vms.set_caching(disk.id, caching)
-            target = target or definition.free_target()
             source = self._start.source(disk)
+            present = next((use for found in uses.values() for use in found), None)
+            target = target or (present.target if present else definition.free_target())
+            if present and not _is_use(present, source, target=target, read_only=read_only):
+                raise DiskInUseError(
+                    f"domain {domain_name!r} has disk {disk.name!r} as {present.target} with other options",
+                    hint=f"'virt-sse disk detach {disk.name} {domain_name}' removes the disk from the domain",
+                )
+            self._store.vms.set_caching(disk.id, caching)
             element = disk_element(source, target=target, read_only=read_only)
             with contextlib.ExitStack() as undo:
-                if domain.isActive():
+                if libvirt.VIR_DOMAIN_AFFECT_LIVE in missing:
                     undo.callback(self._forget, domain, disk)
                     self._start.serve(connection, domains.definition(domain), [source.use(target)])
-                domain.attachDeviceFlags(element, sum(disk_users.definitions(domain)))
+                domain.attachDeviceFlags(element, sum(missing))
                 undo.pop_all()
         return target
 
     def detach(self, name: str, domain_name: str) -> None:
         """Detach a disk from a domain: from its persistent definition, and at once if the domain runs.
+
+        If no domain has the disk any more, secrets and stages left by a killed command are removed.
 
         :raise DiskNotFoundError: When the domain does not have the disk.
         :raise LibvirtError: When libvirt refuses, or the guest does not release the disk in time.
@@ -118,6 +136,8 @@ class Hotplug:
                 for use in disk_users.uses(domain, flag, disk.id)
             ]
             if not found:
+                if not disk_users.using(connection, disk.id):
+                    self._forget(domain, disk)
                 raise DiskNotFoundError(f"domain {domain_name!r} does not have disk {disk.name!r}")
             for definition, use in found:
                 with _ending_is_fine(domain, definition):
@@ -166,6 +186,12 @@ class Hotplug:
         except LibvirtUnavailableError:
             pass  # QEMU's lock on the image shows whether a domain uses the disk
         return False
+
+
+def _is_use(present: DomainDisk, source: DiskSource, *, target: str, read_only: bool) -> bool:
+    """Whether a domain has the disk just as :meth:`Hotplug.attach` would attach the disk."""
+    place = present.source and canonical(present.source)
+    return (place, present.target, present.read_only) == (source.place, target, read_only)
 
 
 def _block_resize(domain: libvirt.virDomain, target: str, size: int) -> None:

@@ -26,6 +26,7 @@ class DomainDisk:
     :ivar source: path of the image, or of the NBD server's Unix socket; ``None`` for any other source.
     :ivar target: the disk's name in the guest, e.g. ``vda``.
     :ivar reconnects: whether QEMU reconnects to a restarted NBD server (libvirt 9.5 and later).
+    :ivar read_only: whether the guest can only read the disk.
     """
 
     disk_id: UUID
@@ -33,6 +34,7 @@ class DomainDisk:
     source: Path | None
     target: str
     reconnects: bool = False
+    read_only: bool = False
 
     @property
     def secret(self) -> SecretName:
@@ -75,7 +77,7 @@ class DiskSource:
         return self.behind.socket if self.behind else self.path
 
     def use(self, target: str) -> DomainDisk:
-        """The use of the DEK that :func:`disk_element` writes."""
+        """The use of the DEK that :func:`disk_element` writes for a disk that is not read-only."""
         return DomainDisk(self.disk_id, self.slot, self.place, target, reconnects=self.behind is not None)
 
 
@@ -153,8 +155,14 @@ def dek_uses(disk: ET.Element) -> Iterator[DomainDisk]:
     for place in (disk, *disk.iter("backingStore"), *disk.iter("mirror")):
         for secret in encryption_secrets(place):
             if name := secret_name(secret):
-                reconnects = place.find("source/reconnect") is not None
-                yield DomainDisk(name.owner, name.slot, _source(place), target_of(disk), reconnects)
+                yield DomainDisk(
+                    name.owner,
+                    name.slot,
+                    _source(place),
+                    target_of(disk),
+                    reconnects=place.find("source/reconnect") is not None,
+                    read_only=disk.find("readonly") is not None,
+                )
 
 
 def encryption_secrets(place: ET.Element) -> list[ET.Element]:

@@ -53,7 +53,8 @@ def test_written_disk_elements_are_found_again(name: str) -> None:
     assert target is not None
     expected = place.get("file") or BEHIND.socket
     reconnects = place.find("reconnect") is not None
-    assert use == DomainDisk(DISK, "service", Path(expected), target.get("dev", ""), reconnects)
+    read_only = element.find("readonly") is not None
+    assert use == DomainDisk(DISK, "service", Path(expected), target.get("dev", ""), reconnects, read_only)
 
 
 def our_disks(xml: str) -> list[DomainDisk]:
