@@ -43,6 +43,7 @@ from virt_sse.model.operations import UnlockDisk
 from virt_sse.qemu import envelope_slots, img
 from virt_sse.stages.record import StageRecord
 from virt_sse.system.files import canonical
+from virt_sse.system.locks import DiskLocks
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class DomainStart:
         self._keys = host.keys
         self._freshness = host.freshness
         self._stages = host.stages
+        self._starting = DiskLocks(host.config.stage_directory.parent / "starts.lock")
         self._host_encryption = host_encryption
         self._deferred = DeferredStarts(host.config)
 
@@ -270,8 +272,17 @@ class DomainStart:
     ) -> dict[SecretName, Dek]:
         """Start the disk's stages.
 
+        One start at a time: the validation of a second start would have the image open when the stages of the
+        first begin, and both starts would be refused.
+
         :return: the DEKs for libvirt, by secret name.
         """
+        with self._starting.hold(served.disk.id, wait=True):
+            return self._start_alone(served, domain, domain_id, qemu, replacing)
+
+    def _start_alone(
+        self, served: _Served, domain: str, domain_id: UUID, qemu: User | None, replacing: UUID | None
+    ) -> dict[SecretName, Dek]:
         served = self._begin_use(served)
         deks = self._unlock(served, domain)
         if len(deks) > 1:  # the guest's QEMU gets the inner layer; _disk_of has validated the outer header
