@@ -24,14 +24,15 @@ from virt_sse.stages.locked_process import LockedProcess
 
 M = 1 << 20
 ATTACK = """\
-import os, socket, sys
-os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[1]))
+import os, pwd, select, socket, sys
+name = pwd.getpwuid(int(sys.argv[1])).pw_name
+os.initgroups(name, int(sys.argv[2])); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[1]))
 print("ready", flush=True)
 tried = 0
-while True:
+while not select.select([0], [], [], 0)[0]:  # until standard input is closed
     for path in sys.argv[3:]:
         client = socket.socket(socket.AF_UNIX)
-        client.settimeout(60)
+        client.settimeout(5)
         try:
             client.connect(path)
             tried += 1
@@ -61,14 +62,15 @@ def attacked(site: StageSite, *disks: Disk) -> Iterator[None]:
     user = pwd.getpwnam(QEMU_USER)
     sockets = [str(site.backend.host.stages.guest_socket(disk.id)) for disk in disks]
     command = ["python3", "-I", "-S", "-c", ATTACK, str(user.pw_uid), str(user.pw_gid), *sockets]
-    attack = subprocess.Popen(site.host.command(command), stdout=subprocess.PIPE, text=True)
+    attack = subprocess.Popen(
+        site.host.command(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert attack.stdout
     try:
         assert attack.stdout.readline() == "ready\n"
         yield
     finally:
-        attack.kill()
-        said = attack.communicate()[0]
+        said = attack.communicate(timeout=60)[0]  # a kill would end nsenter only
     assert said == "connected\n", said
 
 
@@ -88,6 +90,7 @@ def test_domains_start_together_and_are_used_under_attack(site: StageSite) -> No
             assert "wrote 4096" in site.qemu_io(guest, "write -P 0x5a 0 4096")
             assert "failed" not in site.qemu_io(guest, "read -P 0x5a 0 4096")
         for disk in disks:
+            wait_until(lambda disk=disk: gate(site, disk).output(), "the gate has refused a process")
             (refused,) = gate(site, disk).output().splitlines()
             assert f"of user {pwd.getpwnam(QEMU_USER).pw_uid}, '" in refused
         for guest in guests:
