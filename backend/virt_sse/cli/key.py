@@ -9,7 +9,7 @@ import typer
 from virt_sse.cli import vault_keys
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend
-from virt_sse.cli.vault import Credential
+from virt_sse.cli.vault_options import Credential
 from virt_sse.errors import VirtSseError
 from virt_sse.model.keys import KeyRef
 
