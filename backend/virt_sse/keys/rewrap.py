@@ -193,7 +193,7 @@ class KeyRotation:
         self._locks = host.locks
         self._freshness = host.freshness
         self._update_tpm_envelope = update_tpm_envelope
-        self._pending = _PendingEnvelopes(host.pending_envelopes)
+        self._pending = _PendingEnvelopes(host.config.pending_envelopes)
 
     def recover(self) -> None:
         """Write the envelopes of images whose store was updated by a command killed before the image.
