@@ -188,6 +188,11 @@ class Config:
         return self.root / "var/lib/virt-sse"
 
     @property
+    def pending_envelopes(self) -> Path:
+        """Folder with marks of disks whose store may be newer than the image, after a kill; mode 0700."""
+        return self.state_directory / "pending-envelopes"
+
+    @property
     def pending_resizes(self) -> Path:
         """Folder with marks of disks whose size in the store may be wrong, after a kill; mode 0700."""
         return self.state_directory / "pending-resizes"

@@ -43,15 +43,12 @@ def listed_disks() -> list[Disk]:
 
     :raise StoreError: When the store cannot be opened.
     """
-    from virt_sse.model.disks import DiskState
+    from virt_sse.keys.unfinished_work import has_unfinished_work
     from virt_sse.store import LazyStore
-    from virt_sse.system.marks import Marks
 
     with contextlib.closing(LazyStore(config().store_url)) as store:
-        disks = store.reads().all()
-    is_resized = Marks(config().pending_resizes).all()
-    if not is_resized and all(disk.state is DiskState.READY for disk in disks):
-        return disks
+        if not has_unfinished_work(config(), store.reads()):
+            return store.reads().all()
     with backend() as b:
         return b.disks.all()
 

@@ -192,7 +192,7 @@ class Disks:
             if trust:
                 self._keys.note_trust(disk, f"adopted from {path}, {found.authenticity}")
             if trust or disk.envelope != carried:
-                self._freshness.trust(disk, img.validate(path, image_format, deks))
+                self._freshness.trust(disk, img.validate(path, image_format, deks[1:]))
             else:
                 self._freshness.note_new(disk)
             if known:
@@ -219,7 +219,7 @@ class Disks:
             except StaleImageError as exc:
                 reason = str(exc)
             self._keys.note_trust(current, reason)
-            self._freshness.trust(current, img.validate(current.path, current.format, deks))
+            self._freshness.trust(current, img.validate(current.path, current.format, deks[1:]))
             return current
 
     def _with_newer_envelope(self, disk: Disk) -> Disk:
@@ -341,8 +341,8 @@ class Disks:
             deks = self._keys.unwrap_all(current)
             img.check(current.path, current.format, deks)
             self._freshness.check(current)
-            inner = img.validate(current.path, current.format, deks)
-            self._freshness.check_inner(current, inner, always_refuse=True)
+            headers = img.validate(current.path, current.format, deks[1:])
+            self._freshness.check_inner(current, headers, always_refuse=True)
             with img.opened(current.path) as descriptor:
                 carried = envelope_slots.read(descriptor, current.format)
             if carried != current.envelope:

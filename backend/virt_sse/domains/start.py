@@ -287,8 +287,8 @@ class DomainStart:
         deks = self._unlock(served, domain)
         if len(deks) > 1:  # the guest's QEMU gets the inner layer; _disk_of has validated the outer header
             disk = served.disk
-            inner = img.validate(disk.path, disk.format, [deks[entry.slot] for entry in disk.deks])
-            self._freshness.check_inner(disk, inner)
+            outer = [deks[entry.slot] for entry in disk.deks[1:]]
+            self._freshness.check_inner(disk, img.validate(disk.path, disk.format, outer))
         if qemu:
             self._stages.start(
                 served.disk,

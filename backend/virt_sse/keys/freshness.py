@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,7 @@ from virt_sse.model.image_states import ImageState
 from virt_sse.model.seal import SealKey
 from virt_sse.qemu import envelope_slots, img
 from virt_sse.qemu.envelope_slots import CarriedEnvelope
+from virt_sse.qemu.volume_header import VolumeHeader
 from virt_sse.system.locks import DiskLocks
 
 if TYPE_CHECKING:
@@ -169,24 +171,39 @@ class ImageFreshness:
         inner = found.state.inner if found.state else None
         self._states.put(disk.id, ImageState(found.next_use, carried.header, inner))
 
-    def check_inner(self, disk: Disk, digest: bytes | None, *, always_refuse: bool = False) -> None:
+    def check_inner(
+        self, disk: Disk, headers: Sequence[VolumeHeader], *, always_refuse: bool = False
+    ) -> None:
         """Compare the header of the innermost of nested volumes with the last known; note the first seen.
 
-        :param digest: of the header, from :func:`virt_sse.qemu.img.validate`; ``None``: no inner volume.
+        :param headers: of the disk's volumes, innermost first.
         :param always_refuse: whatever the policy says.
         :raise StaleImageError: When the headers differ, and policy refuses.
         """
+        digest = _inner(headers)
         with self._locks.hold(disk.id, wait=True):
             state = self._states.get(disk.id)
-            if digest is None or state is None or digest == state.inner:
-                return
-            if state.inner is None:
+            if digest and state and state.inner is None:
                 self._states.put(disk.id, replace(state, inner=digest))
                 return
-        problem = "the LUKS header of the inner layer was changed by something else than virt-sse"
-        if always_refuse:
-            raise _stale(disk, problem)
-        self._refuse(disk, problem)
+        try:
+            self.compare_inner(disk, headers)
+        except StaleImageError as exc:
+            if always_refuse or self._policy is StaleImages.REFUSE:
+                raise
+            _log.warning("%s", exc)
+
+    def compare_inner(self, disk: Disk, headers: Sequence[VolumeHeader]) -> None:
+        """Compare the header of the innermost of nested volumes with the last known; changes nothing.
+
+        :param headers: of the disk's volumes, innermost first.
+        :raise StaleImageError: When the headers differ.
+        """
+        digest, state = _inner(headers), self._states.get(disk.id)
+        if digest and state and state.inner not in (None, digest):
+            raise _stale(
+                disk, "the LUKS header of the inner layer was changed by something else than virt-sse"
+            )
 
     def end_use(self, disk_id: UUID, path: Path) -> None:
         """Count the end of a use: older copies made during the use are then noticed. Failures are logged.
@@ -227,16 +244,16 @@ class ImageFreshness:
                 return
             self._seal(disk, descriptor, found, found.state.inner if found.state else None)
 
-    def trust(self, disk: Disk, inner: bytes | None) -> None:
+    def trust(self, disk: Disk, headers: Sequence[VolumeHeader]) -> None:
         """Take the image of the disk as it is for the newest, with the store's envelope.
 
         The caller checks that the DEK opens the image.
 
-        :param inner: digest of the innermost of nested LUKS headers, as for :meth:`check_inner`.
+        :param headers: of the image's volumes, innermost first.
         :raise ImageError: When the image cannot be read or written, or is the image of another disk.
         """
         with self._locks.hold(disk.id, wait=True), img.opened(disk.path, os.O_RDWR) as descriptor:
-            self._seal(disk, descriptor, self._examine(disk, descriptor), inner)
+            self._seal(disk, descriptor, self._examine(disk, descriptor), _inner(headers))
 
     def _seal(self, disk: Disk, descriptor: int, found: _Examined, inner: bytes | None) -> None:
         sealing = (self.key, found.next_use)
@@ -263,6 +280,11 @@ class ImageFreshness:
         if self._policy is StaleImages.REFUSE:
             raise error
         _log.warning("%s", error)
+
+
+def _inner(headers: Sequence[VolumeHeader]) -> bytes | None:
+    """Digest of the innermost header; ``None`` without nested volumes, whose only header is in the seal."""
+    return headers[0].digest if len(headers) > 1 else None
 
 
 def with_newer_envelope(store: LazyStore, disk: Disk, carried: Envelope) -> Disk:

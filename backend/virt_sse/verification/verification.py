@@ -154,6 +154,7 @@ class Verification:
             running.check_open(verdict, disk.path)
         self._evidence.check(verdict, disk, plan, subject.id)
         check_image(verdict, disk, self._freshness)
+        check_within(verdict, disk, self._keys, self._freshness, subject.name)
 
     def _check_temporary(
         self, verdict: DiskVerdict, subject: _Subject, chain: DiskChain, running: RunningDisks
@@ -201,7 +202,7 @@ class Verification:
         is_used = self._evidence.check_ended(verdict, disk, subject.id)
         check_image(verdict, disk, self._freshness)
         if not is_used:
-            check_within(verdict, disk, self._keys, subject.name)
+            check_within(verdict, disk, self._keys, self._freshness, subject.name)
 
     def _check_foreign_definition(self, verdict: DiskVerdict, subject: _Subject, chain: DiskChain) -> None:
         """Check a foreign disk in a definition, and disks of virt-sse among the image's backing files."""
