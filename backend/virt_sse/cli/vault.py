@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from virt_sse.vault.home.layout import VaultDirectory
     from virt_sse.vault_client.administration import PrincipalInfo, VaultClient
 
-app = typer.Typer(help="The embedded key vault.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 access = typer.Typer(
     help="Permissions of principals on the vault's keys.", no_args_is_help=True, rich_markup_mode=None
 )
