@@ -34,8 +34,8 @@ def measure(bench: Run) -> Iterator[Row]:
         plain = _domain("plain", guests.disk_xml(host.images / "plain.img"))
         ours, peer = alternate(
             bench.amount(50, quick=20),
-            _event(hook, "prepare", plain),
-            _event(Path("/bin/true"), "prepare", plain),
+            event(hook, "prepare", plain),
+            event(Path("/bin/true"), "prepare", plain),
         )
         yield Row(
             "hook/not-ours", "hook, domain without our disks", ours, peer, "/bin/true", Target(seconds=0.06)
@@ -43,11 +43,11 @@ def measure(bench: Run) -> Iterator[Row]:
 
         sets = {"single": None, "double": double_set(backend)}
         with closing(host.connect()) as connection:
-            domains = {name: _defined(connection, backend, name, chosen) for name, chosen in sets.items()}
+            domains = {name: defined(connection, backend, name, chosen) for name, chosen in sets.items()}
             yield from _rows(bench, hook, "hook", "no agent", domains)
             with LabAgent(host):
                 yield from _rows(bench, hook, "agent", "agent", domains)
-            _event(hook, "prepare", domains["single"])()
+            event(hook, "prepare", domains["single"])()
             disk = backend.disks.get("single")
             if str(SecretName(disk.id, disk.deks[0].slot).uuid) not in connection.listSecrets():
                 raise LabError("the hook did not set a secret")
@@ -55,22 +55,22 @@ def measure(bench: Run) -> Iterator[Row]:
 
 def _rows(bench: Run, hook: Path, served: str, description: str, domains: Mapping[str, str]) -> Iterator[Row]:
     events = {
-        (name, event): _event(hook, event, xml)
+        (name, operation): event(hook, operation, xml)
         for name, xml in domains.items()
-        for event in ("prepare", "release")
+        for operation in ("prepare", "release")
     }
     took = alternate(bench.amount(15, quick=4), *events.values())
-    for (name, event), measured in zip(events, took, strict=True):
-        aim = _AIMS[served] if (name, event) == ("single", "prepare") else None
+    for (name, operation), measured in zip(events, took, strict=True):
+        aim = _AIMS[served] if (name, operation) == ("single", "prepare") else None
         yield Row(
-            f"hook/{served}/{event}-{name}",
-            f"hook {event}, one {name} disk, {description}",
+            f"hook/{served}/{operation}-{name}",
+            f"hook {operation}, one {name} disk, {description}",
             measured,
             target=aim,
         )
 
 
-def _defined(connection: libvirt.virConnect, backend: Backend, name: str, encryption_set: str | None) -> str:
+def defined(connection: libvirt.virConnect, backend: Backend, name: str, encryption_set: str | None) -> str:
     """The definition of a domain with a disk, exactly as written by libvirt: the hook relies on this form."""
     backend.disks.create(NewDisk(name=name, size=1 << 20, encryption_set=encryption_set))
     definition: str = connection.defineXML(_domain(name, backend.domains.disk_element(name))).XMLDesc()
@@ -81,7 +81,7 @@ def _domain(name: str, disk: str) -> str:
     return guests.domain_xml(name, domain_type="qemu", disks=[disk], serial_log=Path("/dev/null"))
 
 
-def _event(hook: Path, operation: str, xml: str) -> Callable[[], object]:
+def event(hook: Path, operation: str, xml: str) -> Callable[[], object]:
     """Call the hook with libvirt's arguments and libvirt's nearly empty environment."""
     command = [str(hook), "domain", operation, "begin", "-"]
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LC_ALL": "C"}
