@@ -16,7 +16,7 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, DiskSku, NewDisk, StoragePool, parse_size
 from virt_sse.model.layers import HostCaching
 
-app = typer.Typer(help="Encrypted disks.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
 Name = Annotated[str, typer.Argument(help="The disk's name or id.", show_default=False)]

@@ -13,7 +13,7 @@ from virt_sse.cli.vault_hsm import HsmModule, HsmPinFile, HsmUri, HsmUser, hsm_o
 from virt_sse.cli.vault_options import Credential, Directory, open_client, vault_folder
 from virt_sse.errors import InvalidValueError
 
-app = typer.Typer(help="The embedded key vault.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(vault_access.app, name="access")
 app.add_typer(vault_principals.app, name="principal")
 app.add_typer(vault_hsm.app, name="hsm")
