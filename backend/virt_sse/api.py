@@ -23,6 +23,7 @@ from virt_sse.errors import (
 )
 from virt_sse.hookspecs import RegisterEncryptionLayer, RegisterKeyProvider, hookimpl
 from virt_sse.model.ciphers import AES_256_XTS, Cipher
+from virt_sse.model.cloud import CloudProfile, size_version
 from virt_sse.model.content import Content, EncryptionKind, Finding, described
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import PLATFORM_KEY, Disk, DiskSku, DiskState
@@ -55,6 +56,8 @@ from virt_sse.model.operations import (
     CreateDisk,
     CreateEncryptionSet,
     DeleteDisk,
+    Derive,
+    Derived,
     ExportDisk,
     MoveDisk,
     Operation,
@@ -75,6 +78,7 @@ __all__ = [
     "PRIVATE_FOLDER",
     "AttachDisk",
     "Cipher",
+    "CloudProfile",
     "ConfigError",
     "Content",
     "CreateDisk",
@@ -83,6 +87,8 @@ __all__ = [
     "DekContext",
     "DekSpec",
     "DeleteDisk",
+    "Derive",
+    "Derived",
     "Disk",
     "DiskFormat",
     "DiskSku",
@@ -137,6 +143,7 @@ __all__ = [
     "from_toml",
     "hookimpl",
     "private_folder",
+    "size_version",
     "sync_folder",
     "write_private",
 ]

@@ -325,6 +325,18 @@ def test_a_definition_that_writes_memory_to_the_host_is_refused(
         assert "virsh edit" in refused
 
 
+def test_a_size_that_encrypts_its_temporary_disk_needs_no_encryption_at_host(
+    operator: VmOperator, acceleration: Accelerate, name: str
+) -> None:
+    operator.define(_guest(operator, acceleration, name))
+    wanted = VmChanges(size="Standard_D2ds_v5", temp_disk_size=1 << 20)
+    assert operator.update(name, wanted).problem is None
+    with operator.prepared(name):
+        (disk,) = operator.temp_disks.glob("*/disk.raw")
+        assert disk.read_bytes().startswith(b"LUKS\xba\xbe")
+    assert "temporary disk" in operator.refuses(name, VmChanges(size="Standard_D2ds_v4"))
+
+
 def test_host_caching_and_temporary_disks_need_encryption_at_host(
     operator: VmOperator, acceleration: Accelerate, name: str
 ) -> None:

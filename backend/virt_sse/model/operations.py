@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from virt_sse.model.disks import DiskSku
 from virt_sse.model.keys import KeyRef
 from virt_sse.model.layers import EncryptionType
 
@@ -21,21 +23,24 @@ if TYPE_CHECKING:
 class Site:
     """Location of a host: all disks and VMs of a host are in one region.
 
-    :ivar tables: the site's own file of supported features by region, if any.
+    :ivar tables: the site's own file of supported features by region, if any; replaces the profile.
     :ivar enforce: whether the cloud's rules are enforced.
+    :ivar profile: name of the built-in tables to follow.
     """
 
     subscription: str = "default"
     region: str = "default"
     tables: Path | None = None
     enforce: bool = True
+    profile: str = "current"
 
 
 @dataclass(frozen=True, slots=True)
 class CreateDisk:
-    """Create a disk of *size* bytes, import an image or adopt a disk.
+    """Create a disk of *size* bytes, import an image, copy a disk or adopt a disk.
 
     :ivar content: content of the new disk; ``None`` for an empty disk.
+    :ivar copy_of: the disk that is copied.
     """
 
     name: str
@@ -45,6 +50,35 @@ class CreateDisk:
     encryption_type: EncryptionType
     key: KeyRef
     content: Content | None = field(default=None, compare=False, repr=False)
+    sku: DiskSku = DiskSku.PREMIUM_SSD
+    copy_of: Disk | None = None
+
+
+class Derived(enum.Enum):
+    """Kinds of objects made from a disk. A copy of a disk is no such object: a copy is a new disk."""
+
+    SNAPSHOT = "snapshot"
+    IMAGE = "image"
+    DISK = "disk"
+
+
+@dataclass(frozen=True, slots=True)
+class Derive:
+    """Make a snapshot or an image of a disk, or a disk from a snapshot or an image.
+
+    :ivar kind: the kind of the new object.
+    :ivar source: name of the disk, snapshot or image.
+    :ivar source_type: its encryption type.
+    :ivar source_key: its own key, the KEK of the first layer.
+    """
+
+    kind: Derived
+    name: str
+    source: str
+    source_type: EncryptionType
+    source_key: KeyRef
+    encryption_type: EncryptionType
+    key: KeyRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +175,7 @@ class StartVm:
 
 Operation = (
     CreateDisk
+    | Derive
     | ResizeDisk
     | ExportDisk
     | DeleteDisk
