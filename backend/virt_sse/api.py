@@ -23,7 +23,7 @@ from virt_sse.errors import (
 )
 from virt_sse.hookspecs import RegisterEncryptionLayer, RegisterKeyProvider, hookimpl
 from virt_sse.model.ciphers import AES_256_XTS, Cipher
-from virt_sse.model.cloud import CloudProfile, size_version
+from virt_sse.model.cloud import CloudProfile, DriverOptions, size_version
 from virt_sse.model.content import Content, EncryptionKind, Finding, described
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import PLATFORM_KEY, Disk, DiskSku, DiskState
@@ -56,8 +56,6 @@ from virt_sse.model.operations import (
     CreateDisk,
     CreateEncryptionSet,
     DeleteDisk,
-    Derive,
-    Derived,
     ExportDisk,
     MoveDisk,
     Operation,
@@ -87,13 +85,12 @@ __all__ = [
     "DekContext",
     "DekSpec",
     "DeleteDisk",
-    "Derive",
-    "Derived",
     "Disk",
     "DiskFormat",
     "DiskSku",
     "DiskState",
     "DocumentError",
+    "DriverOptions",
     "EncryptionKind",
     "EncryptionLayer",
     "EncryptionSet",

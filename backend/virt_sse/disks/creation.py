@@ -72,13 +72,11 @@ class Creation:
         *,
         fill: Fill | None = None,
         content: Content | None = None,
-        copy_of: Disk | None = None,
     ) -> Disk:
         """Create a disk.
 
         :param fill: writes the first content; default: the disk is empty.
         :param content: this content, for policies.
-        :param copy_of: the disk with this content, for policies.
         :raise InvalidValueError: When name, size or place is invalid.
         :raise EncryptionSetNotFoundError: When the set does not exist.
         :raise DiskExistsError: When the name or the path is taken.
@@ -86,7 +84,7 @@ class Creation:
         :raise KeyProviderError: When the DEK cannot be wrapped.
         :raise ImageError: When the image cannot be written.
         """
-        checked = self._check(new, content, copy_of)
+        checked = self._check(new, content)
         deks = [Dek.generate() for _ in checked.plan.deks]
         disk = self._with_wrapped_deks(checked, deks)
         with self._locks.hold(disk.id):
@@ -99,7 +97,7 @@ class Creation:
             refresh_pool(self._config.libvirt_uri, new.place.name)
         return self._store.get(str(disk.id))
 
-    def _check(self, new: NewDisk, content: Content | None, copy_of: Disk | None) -> _Checked:
+    def _check(self, new: NewDisk, content: Content | None) -> _Checked:
         """Check everything about a new disk that can be checked before anything is written."""
         encryption_set = self._sets.usable(new.encryption_set) if new.encryption_set is not None else None
         check_name(new.name)
@@ -110,7 +108,7 @@ class Creation:
         key = encryption_set.key if encryption_set else PLATFORM_KEY
         encryption_type = encryption_set.encryption_type if encryption_set else EncryptionType.PLATFORM_KEY
         self._plugins.validate(
-            CreateDisk(new.name, size, path, new.format, encryption_type, key, content, new.sku, copy_of)
+            CreateDisk(new.name, size, path, new.format, encryption_type, key, content, new.sku, new.source)
         )
         layer = self._plugins.encryption_layer(encryption_type)
         cipher = new.infrastructure_cipher or self._config.infrastructure_cipher

@@ -106,13 +106,12 @@ class Disks:
         *,
         fill: Fill | None = None,
         content: Content | None = None,
-        copy_of: Disk | None = None,
     ) -> Disk:
         """Create a disk; see :meth:`Creation.create`.
 
         :raise VirtSseError: By meaning.
         """
-        return self._creation.create(new, fill=fill, content=content, copy_of=copy_of)
+        return self._creation.create(new, fill=fill, content=content)
 
     def recover(self) -> None:
         """Finish or undo the work of killed commands. Disks locked by other commands are left alone.

@@ -111,11 +111,12 @@ class Transfer:
 
             return self._disks.create(
                 dataclasses.replace(
-                    new, size=img.usable_size_within(source.path, source.format, source_deks)
+                    new,
+                    size=img.usable_size_within(source.path, source.format, source_deks),
+                    source=source,
                 ),
                 fill=fill,
                 content=Content(lambda: in_image(source.path, source.format, source_deks)),
-                copy_of=source,
             )
 
     def export(

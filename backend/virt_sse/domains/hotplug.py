@@ -116,7 +116,9 @@ class Hotplug:
                     hint=f"'virt-sse disk detach {disk.name} {domain_name}' removes the disk from the domain",
                 )
             self._store.vms.set_caching(disk.id, caching)
-            element = disk_element(source, target=target, read_only=read_only)
+            element = disk_element(
+                source, target=target, read_only=read_only, options=self._start.driver_options(disk)
+            )
             with contextlib.ExitStack() as undo:
                 if libvirt.VIR_DOMAIN_AFFECT_LIVE in missing:
                     undo.callback(self._forget, domain, disk)

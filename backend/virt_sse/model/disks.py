@@ -133,6 +133,7 @@ class NewDisk:
         ``None``: the configured cipher.
     :ivar place: path of the image, or the storage pool to create the image in; ``None``: the configured
         folder.
+    :ivar source: the disk with the original content, if any.
     """
 
     name: str
@@ -142,6 +143,7 @@ class NewDisk:
     encryption_set: str | None = None
     infrastructure_cipher: Cipher | None = None
     place: Path | StoragePool | None = None
+    source: Disk | None = None
 
 
 def check_name(name: str) -> str:

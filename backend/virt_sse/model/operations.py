@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +39,7 @@ class CreateDisk:
     """Create a disk of *size* bytes, import an image, copy a disk or adopt a disk.
 
     :ivar content: content of the new disk; ``None`` for an empty disk.
-    :ivar copy_of: the disk that is copied.
+    :ivar source: the disk with the original content, if any.
     """
 
     name: str
@@ -51,34 +50,7 @@ class CreateDisk:
     key: KeyRef
     content: Content | None = field(default=None, compare=False, repr=False)
     sku: DiskSku = DiskSku.PREMIUM_SSD
-    copy_of: Disk | None = None
-
-
-class Derived(enum.Enum):
-    """Kinds of objects made from a disk. A copy of a disk is no such object: a copy is a new disk."""
-
-    SNAPSHOT = "snapshot"
-    IMAGE = "image"
-    DISK = "disk"
-
-
-@dataclass(frozen=True, slots=True)
-class Derive:
-    """Make a snapshot or an image of a disk, or a disk from a snapshot or an image.
-
-    :ivar kind: the kind of the new object.
-    :ivar source: name of the disk, snapshot or image.
-    :ivar source_type: its encryption type.
-    :ivar source_key: its own key, the KEK of the first layer.
-    """
-
-    kind: Derived
-    name: str
-    source: str
-    source_type: EncryptionType
-    source_key: KeyRef
-    encryption_type: EncryptionType
-    key: KeyRef
+    source: Disk | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +147,6 @@ class StartVm:
 
 Operation = (
     CreateDisk
-    | Derive
     | ResizeDisk
     | ExportDisk
     | DeleteDisk

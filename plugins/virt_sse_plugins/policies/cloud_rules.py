@@ -10,8 +10,6 @@ from virt_sse.api import (
     CloudProfile,
     CreateDisk,
     CreateEncryptionSet,
-    Derive,
-    Derived,
     Disk,
     DiskSku,
     EncryptionSet,
@@ -42,8 +40,6 @@ def validate(operation: Operation, site: Site) -> None:
             _check_double(target.encryption_type, site)
             _check_double_sku(target.encryption_type, disk.name, disk.sku, site)
             _check_not_turned_off(disk, target)
-        case Derive():
-            _check_same_key(operation)
         case UpdateVm(after=properties) | StartVm(properties=properties) if properties.encryption_at_host:
             tables = Tables.of(site)
             _check_region(tables, site)
@@ -88,26 +84,6 @@ def _check_not_turned_off(disk: Disk, target: EncryptionSet) -> None:
             f"disk {disk.name!r} is under a customer's key: customer-managed keys cannot be turned off",
             hint=f"copy the disk: 'virt-sse disk copy {disk.name} NEW --des {target.name}'",
         )
-
-
-def _check_same_key(operation: Derive) -> None:
-    """Refuse an object derived from an object under a customer's key, unless under the same key."""
-    before = (operation.source_type, operation.source_key)
-    if operation.source_type is EncryptionType.PLATFORM_KEY or before == (
-        operation.encryption_type,
-        operation.key,
-    ):
-        return
-    source = {
-        Derived.SNAPSHOT: "the disk",
-        Derived.IMAGE: "its source",
-        Derived.DISK: "its image or snapshot",
-    }
-    raise PolicyError(
-        f"{operation.kind.value} {operation.name!r} must be under the customer's key of "
-        f"{source[operation.kind]}, {operation.source!r}",
-        hint=f"the key is {operation.source_key}",
-    )
 
 
 def _check_region(tables: Tables, site: Site) -> None:

@@ -9,11 +9,20 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import msgspec
 
-from virt_sse.api import CloudProfile, DiskSku, DocumentError, PolicyError, Site, from_toml, size_version
+from virt_sse.api import (
+    CloudProfile,
+    DiskSku,
+    DocumentError,
+    DriverOptions,
+    PolicyError,
+    Site,
+    from_toml,
+    size_version,
+)
 
 CURRENT = Path(__file__).with_name("current.toml")
 """The profile of a site without a configured profile."""
@@ -24,6 +33,17 @@ OWN_REGION = "default"
 _ANY_REGION = "*"
 
 _SIZE = re.compile(r"(?:Standard|Basic)_([A-Z]+)\d+(?:-\d+)?([a-z]*)(?:_[A-Z]+\d+)?(?:_(v\d+))?(?:_Promo)?")
+
+
+_Limit = Literal[
+    "total-bytes-sec",
+    "read-bytes-sec",
+    "write-bytes-sec",
+    "total-iops-sec",
+    "read-iops-sec",
+    "write-iops-sec",
+]
+"""Limits of libvirt's ``<iotune>``."""
 
 
 class Region(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
@@ -65,6 +85,17 @@ class _Versions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=
     temporary_disk_encrypted_from: int | None = None
 
 
+class _Sku(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
+    cache: Literal["none", "writeback", "writethrough", "directsync"] | None = None
+    io: Literal["native", "threads", "io_uring"] | None = None
+    iothread: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    iotune: dict[_Limit, Annotated[int, msgspec.Meta(ge=1)]] = {}
+
+    def options(self) -> DriverOptions:
+        limits = {name.replace("-", "_"): value for name, value in self.iotune.items()}
+        return DriverOptions(self.cache, self.io, self.iothread, limits)
+
+
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
     regions: dict[str, Region] = {}
     sizes: tuple[_Sizes, ...] = ()
@@ -75,6 +106,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="keb
     limits: _Limits = _Limits()
     revocation: _Revocation = _Revocation()
     versions: _Versions = _Versions()
+    skus: dict[DiskSku, _Sku] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +187,7 @@ class Tables:
                 sets_per_region=file.limits.sets_per_region,
                 spared_skus=file.revocation.spared_skus,
                 temp_disk_encrypted_from=file.versions.temporary_disk_encrypted_from,
+                drivers={sku: options.options() for sku, options in file.skus.items()},
             ),
         )
 

@@ -11,7 +11,7 @@ import pytest
 from virt_sse.config import Config
 from virt_sse.errors import ConfigError, PolicyError
 from virt_sse.model.ciphers import AES_256_XTS
-from virt_sse.model.cloud import CloudProfile
+from virt_sse.model.cloud import CloudProfile, DriverOptions
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, DiskSku, DiskState
 from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
@@ -22,8 +22,6 @@ from virt_sse.model.operations import (
     AttachDisk,
     CreateDisk,
     CreateEncryptionSet,
-    Derive,
-    Derived,
     MoveDisk,
     Operation,
     StartVm,
@@ -239,31 +237,6 @@ def test_a_customer_managed_key_cannot_be_turned_off(tmp_path: Path) -> None:
     site.allows(MoveDisk(disk(), encryption_set(EncryptionType.CUSTOMER_KEY, KeyRef("hsm-simulated", "key"))))
 
 
-@pytest.mark.parametrize("kind", Derived)
-def test_snapshots_images_and_their_disks_have_the_customers_key_of_their_source(
-    tmp_path: Path, kind: Derived
-) -> None:
-    customer = EncryptionType.CUSTOMER_KEY
-    site = Site(tmp_path, "")
-    site.allows(
-        Derive(kind, "new", "web", customer, KEY, customer, KEY),
-        Derive(
-            kind,
-            "new",
-            "web",
-            EncryptionType.PLATFORM_KEY,
-            KeyRef("platform-managed", "default"),
-            DOUBLE,
-            KEY,
-        ),
-    )
-    for target in ((customer, KeyRef("customer-managed", "other")), (DOUBLE, KEY)):
-        site.refuses(
-            Derive(kind, "new", "web", customer, KEY, *target),
-            f"{kind.value} 'new' must be under the customer's key of",
-        )
-
-
 def test_a_site_replaces_the_tables(tmp_path: Path) -> None:
     tables = tmp_path / "cloud.toml"
     tables.write_text(
@@ -303,3 +276,26 @@ def test_every_series_of_the_table_is_found_by_its_own_name(profile: str) -> Non
     assert len(tables.series) > 30
     for series in tables.series:
         assert tables.series_of(series.name) is not None
+
+
+def test_every_sku_has_driver_options_that_a_site_may_replace(tmp_path: Path) -> None:
+    drivers = Site(tmp_path, "").profile.drivers
+    assert drivers.keys() == set(DiskSku)
+    assert drivers[DiskSku.PREMIUM_SSD] == DriverOptions()
+    assert drivers[DiskSku.ULTRA] == DriverOptions(cache="none", io="native")
+    assert drivers[DiskSku.STANDARD_HDD].iotune == {"total_iops_sec": 500, "total_bytes_sec": 60_000_000}
+    tables = tmp_path / "cloud.toml"
+    site = f'[policy]\ntables = "{tables}"\n'
+    tables.write_text("[skus.Premium_LRS]\niothread = 2\niotune.read-iops-sec = 9\n")
+    expected = DriverOptions(iothread=2, iotune={"read_iops_sec": 9})
+    assert Site(tmp_path, site).profile.drivers == {DiskSku.PREMIUM_SSD: expected}
+    for wrong in (
+        'Premium_LRS.cache = "unsafe"',
+        "Premium_LRS.iothread = 0",
+        "Premium_LRS.iotune.speed = 1",
+        "Premium_LRS.iotune.total-iops-sec = -1",
+        "Gold_LRS = {}",
+    ):
+        tables.write_text(f"[skus]\n{wrong}\n")
+        with pytest.raises(PolicyError, match="are invalid"):
+            _ = Site(tmp_path, site).profile
