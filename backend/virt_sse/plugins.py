@@ -12,6 +12,7 @@ import pluggy
 
 from virt_sse import hookspecs
 from virt_sse.errors import ConfigError, KeyDeniedError, PluginError, PolicyError
+from virt_sse.model.cloud import CloudProfile
 from virt_sse.model.layers import EncryptionLayer, HostLayer
 from virt_sse.system.entry_points import installed_entry_points
 
@@ -314,6 +315,30 @@ class PluginHost:
                 raise PolicyError(
                     f"policy plugin {implementation.plugin_name!r} returned a value instead of raising"
                 )
+
+    def cloud_profile(self) -> CloudProfile:
+        """The limits and exceptions of the cloud that the site follows; none without a plugin.
+
+        The built-in plugins answer last.
+
+        :raise PolicyError: When a plugin fails or returns anything else.
+        """
+        implementations = self._manager.hook.virt_sse_cloud_profile.get_hookimpls()
+        for implementation in sorted(
+            implementations, key=lambda each: each.plugin_name.startswith("builtin-")
+        ):
+            try:
+                answer = _call(implementation, site=self._config.site)
+            except PolicyError:
+                raise
+            except Exception as exc:
+                plugin = implementation.plugin_name
+                raise PolicyError(f"policy plugin {plugin!r} failed: {type(exc).__name__}: {exc}") from exc
+            if isinstance(answer, CloudProfile):
+                return answer
+            if answer is not None:
+                raise PolicyError(f"policy plugin {implementation.plugin_name!r} returned no cloud profile")
+        return CloudProfile()
 
     def key_event(self, event: KeyEvent) -> None:
         """Pass *event* to every observer; exceptions of an observer are logged and isolated."""

@@ -66,7 +66,13 @@ class Creation:
         self._freshness = host.freshness
         self._sets = sets
 
-    def create(self, new: NewDisk, *, fill: Fill | None = None, content: Content | None = None) -> Disk:
+    def create(
+        self,
+        new: NewDisk,
+        *,
+        fill: Fill | None = None,
+        content: Content | None = None,
+    ) -> Disk:
         """Create a disk.
 
         :param fill: writes the first content; default: the disk is empty.
@@ -101,7 +107,9 @@ class Creation:
         path = check_path(self._image_path(new))
         key = encryption_set.key if encryption_set else PLATFORM_KEY
         encryption_type = encryption_set.encryption_type if encryption_set else EncryptionType.PLATFORM_KEY
-        self._plugins.validate(CreateDisk(new.name, size, path, new.format, encryption_type, key, content))
+        self._plugins.validate(
+            CreateDisk(new.name, size, path, new.format, encryption_type, key, content, new.sku, new.source)
+        )
         layer = self._plugins.encryption_layer(encryption_type)
         cipher = new.infrastructure_cipher or self._config.infrastructure_cipher
         plan = layer.plan(LayerChoice(key, cipher))

@@ -33,7 +33,7 @@ from virt_sse.errors import (
     VirtSseError,
 )
 from virt_sse.in_guest.images import in_image
-from virt_sse.keys.encryption_sets import EncryptionSets
+from virt_sse.keys.encryption_sets import EncryptionSets, refuse_moved
 from virt_sse.keys.freshness import with_newer_envelope
 from virt_sse.keys.host import Host
 from virt_sse.model.content import Content
@@ -100,7 +100,13 @@ class Disks:
         """The disks with these ids, as stored; unknown ids are left out."""
         return self._store.with_ids(ids)
 
-    def create(self, new: NewDisk, *, fill: Fill | None = None, content: Content | None = None) -> Disk:
+    def create(
+        self,
+        new: NewDisk,
+        *,
+        fill: Fill | None = None,
+        content: Content | None = None,
+    ) -> Disk:
         """Create a disk; see :meth:`Creation.create`.
 
         :raise VirtSseError: By meaning.
@@ -175,6 +181,8 @@ class Disks:
         if not trust:
             self._freshness.refuse_untrusted(path, found)
         self._check_layers(disk)
+        if disk.set_id:
+            refuse_moved(disk, self._sets.get(str(disk.set_id)), self._config)
         with self._locks.hold(disk.id):
             deks = self._keys.unwrap_all(disk)
             img.check_unlocks(path, image_format, deks)

@@ -35,6 +35,7 @@ from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.secrets import set_secrets
 from virt_sse.libvirt.users import User
+from virt_sse.model.cloud import DriverOptions
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.events import audit_context
 from virt_sse.model.keys import Dek
@@ -168,8 +169,17 @@ class DomainStart:
         :raise DiskNotFoundError: When the store has no such disk.
         :raise InvalidValueError: When *target* is not a valid name of a disk in a guest.
         """
-        source = self.source(self._store.get(name))
-        return disk_element.disk_element(source, target=target, read_only=read_only)
+        disk = self._store.get(name)
+        return disk_element.disk_element(
+            self.source(disk), target=target, read_only=read_only, options=self.driver_options(disk)
+        )
+
+    def driver_options(self, disk: Disk) -> DriverOptions | None:
+        """The driver options of the disk's SKU, by the cloud profile.
+
+        :raise PolicyError: When the profile cannot be read.
+        """
+        return self._plugins.cloud_profile().drivers.get(disk.sku)
 
     def _source(self, disk: Disk, plan: LayerPlan) -> DiskSource:
         guest, *below = plan.stages

@@ -305,7 +305,7 @@ class KeyRotation:
         if before != after:
             raise PolicyError(
                 f"disk {disk.name!r} has {before} encryption, set {encryption_set.name!r} is for {after}",
-                hint="export the disk and import it into the set",
+                hint=f"copy the disk: 'virt-sse disk copy {disk.name} NEW --des {encryption_set.name}'",
             )
         content = Content(lambda: in_image(disk.path, disk.format, self._unwrap_all(disk, encryption_set)))
         self._plugins.validate(MoveDisk(disk, encryption_set, content))

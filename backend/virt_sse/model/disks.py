@@ -40,11 +40,12 @@ class DiskState(enum.Enum):
 
 
 class DiskSku(enum.Enum):
-    """Storage class, by the cloud's names. A revocation leaves a domain with an ultra disk running."""
+    """Storage class, by the cloud's names."""
 
     STANDARD_HDD = "Standard_LRS"
     STANDARD_SSD = "StandardSSD_LRS"
     PREMIUM_SSD = "Premium_LRS"
+    PREMIUM_SSD_V2 = "PremiumV2_LRS"
     ULTRA = "UltraSSD_LRS"
 
 
@@ -132,6 +133,7 @@ class NewDisk:
         ``None``: the configured cipher.
     :ivar place: path of the image, or the storage pool to create the image in; ``None``: the configured
         folder.
+    :ivar source: the disk with the original content, if any.
     """
 
     name: str
@@ -141,6 +143,7 @@ class NewDisk:
     encryption_set: str | None = None
     infrastructure_cipher: Cipher | None = None
     place: Path | StoragePool | None = None
+    source: Disk | None = None
 
 
 def check_name(name: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from virt_sse.model.disks import DiskSku
 from virt_sse.model.keys import KeyRef
 from virt_sse.model.layers import EncryptionType
 
@@ -21,21 +22,24 @@ if TYPE_CHECKING:
 class Site:
     """Location of a host: all disks and VMs of a host are in one region.
 
-    :ivar tables: the site's own file of supported features by region, if any.
+    :ivar tables: the site's own file of supported features by region, if any; replaces the profile.
     :ivar enforce: whether the cloud's rules are enforced.
+    :ivar profile: name of the built-in tables to follow.
     """
 
     subscription: str = "default"
     region: str = "default"
     tables: Path | None = None
     enforce: bool = True
+    profile: str = "current"
 
 
 @dataclass(frozen=True, slots=True)
 class CreateDisk:
-    """Create a disk of *size* bytes, import an image or adopt a disk.
+    """Create a disk of *size* bytes, import an image, copy a disk or adopt a disk.
 
     :ivar content: content of the new disk; ``None`` for an empty disk.
+    :ivar source: the disk with the original content, if any.
     """
 
     name: str
@@ -45,6 +49,8 @@ class CreateDisk:
     encryption_type: EncryptionType
     key: KeyRef
     content: Content | None = field(default=None, compare=False, repr=False)
+    sku: DiskSku = DiskSku.PREMIUM_SSD
+    source: Disk | None = None
 
 
 @dataclass(frozen=True, slots=True)
