@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from virt_sse.disks.lifecycle import Disks
+from virt_sse.disks.stored_images import usable
 from virt_sse.errors import DiskExistsError, ImageError, ImageFormatError, OtherFileError
 from virt_sse.in_guest.images import in_unencrypted_image
 from virt_sse.keys.host import Host
@@ -26,6 +27,7 @@ class Transfer:
 
     def __init__(self, host: Host, disks: Disks) -> None:
         self._store = host.store
+        self._host = host
         self._plugins = host.plugins
         self._keys = host.keys
         self._disks = disks
@@ -101,7 +103,7 @@ class Transfer:
         disk = self._store.get(name)
         if os.path.lexists(destination):
             raise DiskExistsError(f"{destination} exists already")
-        with self._disks.usable(disk) as current:
+        with usable(self._host, disk) as current:
             self._plugins.validate(ExportDisk(current, destination))
             deks = self._keys.unwrap_all(current)
             try:
