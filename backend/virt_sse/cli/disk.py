@@ -192,7 +192,10 @@ def export(
 def adopt(
     path: Annotated[Path, typer.Argument(help="The image of an unlisted disk.", show_default=False)],
     name: Annotated[
-        str | None, typer.Option("--name", help="Default: the name in the image's envelope.")
+        str | None,
+        typer.Option(
+            "--name", help="Default: the name in the image's envelope. A moved disk keeps its name."
+        ),
     ] = None,
     des: Annotated[
         str | None,
@@ -203,7 +206,8 @@ def adopt(
     trust: Annotated[
         bool,
         typer.Option(
-            "--trust", help="Adopt an image of another host, or an older image; noted in the audit log."
+            "--trust",
+            help="Adopt an image of another host or of a deleted disk, or an older image; audited.",
         ),
     ] = False,
     output: Output = OutputFormat.TABLE,

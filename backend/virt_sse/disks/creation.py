@@ -34,7 +34,7 @@ from virt_sse.model.envelope import DekEntry
 from virt_sse.model.keys import Dek, DekContext
 from virt_sse.model.layers import EncryptionType, LayerChoice, LayerPlan
 from virt_sse.model.operations import CreateDisk
-from virt_sse.qemu import envelope_slots, img
+from virt_sse.qemu import img
 from virt_sse.qemu.formatting import Volume, make
 from virt_sse.system.files import publish
 
@@ -156,12 +156,14 @@ class Creation:
         )
 
     def settle(self, disk: Disk) -> None:
-        """End a creation: the disk is ready if its image has its name; otherwise the creation is undone.
+        """End a creation or adoption: the disk is ready if its image is complete; otherwise undo either.
+
+        A complete image has the disk's envelope, sealed by this host. Undoing an adoption leaves the image.
 
         :raise ImageError: When the partial image cannot be removed.
         """
         _remove(_partial(disk))
-        if envelope_slots.carried_id(disk.path, disk.format) == disk.id:
+        if self._freshness.has_sealed(disk):
             self._freshness.note_new(disk)
             self._store.set_state(disk.id, DiskState.READY)
         else:

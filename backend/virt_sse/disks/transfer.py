@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from virt_sse.disks.lifecycle import Disks
+from virt_sse.disks.stored_images import usable
 from virt_sse.errors import DiskExistsError, ImageError, ImageFormatError, OtherFileError
 from virt_sse.in_guest.images import in_image, in_unencrypted_image
 from virt_sse.keys.host import Host
@@ -26,6 +27,7 @@ class Transfer:
 
     def __init__(self, host: Host, disks: Disks) -> None:
         self._store = host.store
+        self._host = host
         self._plugins = host.plugins
         self._keys = host.keys
         self._freshness = host.freshness
@@ -97,7 +99,7 @@ class Transfer:
         :raise StaleImageError: When the source's image is not the last known or a newer one.
         :raise VirtSseError: As in :meth:`Disks.create`.
         """
-        with self._disks.usable(self._store.get(name)) as source:
+        with usable(self._host, self._store.get(name)) as source:
             img.refuse_if_open(source.path)
             self._freshness.check(source)
             source_deks = self._keys.unwrap_all(source)
@@ -134,7 +136,7 @@ class Transfer:
         disk = self._store.get(name)
         if os.path.lexists(destination):
             raise DiskExistsError(f"{destination} exists already")
-        with self._disks.usable(disk) as current:
+        with usable(self._host, disk) as current:
             self._plugins.validate(ExportDisk(current, destination))
             deks = self._keys.unwrap_all(current)
             try:

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_TIME = "%Y-%m-%d %H:%M UTC"
+
 
 @dataclass(frozen=True, slots=True)
 class _Examined:
@@ -94,21 +96,22 @@ class ImageFreshness:
             return envelope_slots.read_sealed(descriptor, img.probe_format(descriptor), self.key)
 
     def refuse_untrusted(self, path: Path, carried: CarriedEnvelope) -> None:
-        """Refuse an image from elsewhere, or older than the last known image of the disk.
+        """Refuse an image from elsewhere, older than the last known image of the disk, or of a deleted disk.
 
-        :raise StaleImageError: When the image is not authentic, or is older.
+        :raise StaleImageError: When the image is not authentic, or is such an image.
         """
         state = self._states.get(carried.envelope.disk_id)
-        if carried.uses is None:
+        hint = "pass --trust if you know where the image comes from"
+        if state and state.deleted:
+            problem = f"is of a disk that was deleted on this host, at {state.deleted:{_TIME}}"
+            hint = "to bring the disk back on purpose, e.g. from a backup, pass --trust"
+        elif carried.uses is None:
             problem = "was sealed by another host" if carried.foreign else "has no seal of this host"
         elif state and carried.uses < state.uses:
             problem = f"is older than the last known, use {carried.uses} of {state.uses}"
         else:
             return
-        raise StaleImageError(
-            f"the envelope of {path} {problem}",
-            hint="pass --trust if you know where the image comes from",
-        )
+        raise StaleImageError(f"the envelope of {path} {problem}", hint=hint)
 
     def seal_new(self, descriptor: int, disk: Disk) -> None:
         """Write the first envelope into the open image of a new disk.
@@ -116,6 +119,17 @@ class ImageFreshness:
         :raise ImageError: When the image cannot be written.
         """
         envelope_slots.write(descriptor, disk.format, disk.envelope, (self.key, 1))
+
+    def has_sealed(self, disk: Disk) -> bool:
+        """Whether the disk's image has the disk's envelope, with a seal of this host, and is not stale.
+
+        :raise HostKeyError: When the host key cannot be read.
+        """
+        try:
+            found = self.check(disk)
+        except ImageError:
+            return False
+        return found is not None and found.uses is not None and found.envelope == disk.envelope
 
     def note_new(self, disk: Disk) -> None:
         """Record the state of a complete new image, unless known.
@@ -126,9 +140,13 @@ class ImageFreshness:
             if self._states.get(disk.id) is None and (uses := (carried := self.carried_by(disk.path)).uses):
                 self._states.put(disk.id, ImageState(uses, carried.header))
 
-    def forget(self, disk: Disk) -> None:
-        """Forget the image of a deleted disk."""
-        self._states.remove(disk.id)
+    def note_deleted(self, disk: Disk) -> None:
+        """Note that the disk is deleted: copies of its image then need trust. A failure is logged."""
+        try:
+            with self._locks.hold(disk.id, wait=True):
+                self._states.mark_deleted(disk.id)
+        except VirtSseError as exc:
+            _log.warning("the deletion of disk %s is not noted: %s", disk.id, exc)
 
     def check(self, disk: Disk) -> CarriedEnvelope | None:
         """Compare the disk's image with its last known state; changes nothing.
@@ -183,7 +201,7 @@ class ImageFreshness:
         digest = _inner(headers)
         with self._locks.hold(disk.id, wait=True):
             state = self._states.get(disk.id)
-            if digest and state and state.inner is None:
+            if digest and state and state.inner is None and not state.deleted:
                 self._states.put(disk.id, replace(state, inner=digest))
                 return
         try:
@@ -219,6 +237,8 @@ class ImageFreshness:
                 carried = envelope_slots.read_sealed(descriptor, image_format, key)
                 state = self._states.get(disk_id)
                 if state is None or carried.uses is None or carried.envelope.disk_id != disk_id:
+                    return
+                if state.deleted:
                     return
                 if carried.uses < state.uses:
                     return
@@ -305,6 +325,8 @@ def with_newer_envelope(store: LazyStore, disk: Disk, carried: Envelope) -> Disk
 
 def _problem(disk: Disk, carried: CarriedEnvelope, state: ImageState | None) -> str | None:
     """The reason why an image is not the last known or a newer one, if any."""
+    if state and state.deleted:
+        return f"a copy of the image of a disk that was deleted at {state.deleted:{_TIME}}"
     if carried.uses is not None:
         if state and carried.uses < state.uses:
             return f"an older copy of the image, use {carried.uses} of {state.uses}"
