@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -20,6 +21,7 @@ import pytest
 
 from support.images import require
 from support.leftovers import Leftovers
+from support.waiting import wait_until
 
 VICTIMS = ("caller", "first", "second", "third")
 """Generations of processes: virt-sse, the child of virt-sse, and so on."""
@@ -30,6 +32,7 @@ from pathlib import Path
 from virt_sse.system.confinement import BoundFile, Confinement
 from virt_sse.system.tools import run
 image = Path(sys.argv[1])
+sys.excepthook = lambda *_: None
 run(["sleep", "60"], confinement=Confinement(files=[BoundFile(image, os.open(image, os.O_RDWR), True)]))
 """
 
@@ -40,7 +43,7 @@ class Kill:
 
     :ivar call: name of a system call for strace, or ``all``.
     :ivar at: the number of the call in each process, from 1; the process stops after this call.
-    :ivar stop: the number of the stop, from 1; earlier stops are continued. With less stops, the tool runs.
+    :ivar stop: the number of the stop, from 1; earlier stops are continued. With fewer stops, the tool runs.
     """
 
     call: str
@@ -53,12 +56,11 @@ class Kill:
 
 
 FEW = [
-    Kill("clone", 1, 2, "second"),  # bwrap, before its child may continue
-    Kill("clone", 1, 2, "caller"),
-    Kill("clone", 1, 1, "first"),  # unshare, before its child asks for the signal
     Kill("prctl", 1, 1, "caller"),  # setpriv
+    Kill("prctl", 1, 2, "first"),  # unshare's child
     Kill("all", 600, 1, "third"),  # the tool runs
 ]
+_SLOW_WRITES = ("-e", "inject=write:delay_enter=500000")
 
 
 def _kills() -> list[Kill]:
@@ -70,26 +72,56 @@ def _kills() -> list[Kill]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def _tools() -> None:
+    require("bwrap", "setpriv", "prlimit", "unshare", "strace")
+
+
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0, reason="needs root: other users may lack the right to make namespaces"
+)
+
+
+@needs_root
 @pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: other users may lack the right to make namespaces")
 @pytest.mark.parametrize("kill", _kills(), ids=str)
 def test_no_process_is_left(tmp_path: Path, kill: Kill) -> None:
-    require("bwrap", "setpriv", "prlimit", "unshare", "strace")
-    image = tmp_path / "image"
+    stops = ("-e", f"inject={kill.call}:signal=STOP:when={kill.at}")
+    with _traced(tmp_path / "image", stops) as (strace, leftovers):
+        processes = _reach(kill, strace)
+        os.kill(processes[min(VICTIMS.index(kill.victim), len(processes) - 1)], signal.SIGKILL)
+        leftovers.check(meanwhile=lambda: _continue_all(leftovers))
+
+
+@needs_root
+@pytest.mark.root
+@pytest.mark.parametrize("victim", ["bwrap", "caller"])
+def test_a_killed_bwrap_leaves_no_waiting_child(tmp_path: Path, victim: str) -> None:
+    """bwrap's child waits until bwrap writes to an eventfd."""
+    with _traced(tmp_path / "image", _SLOW_WRITES) as (strace, leftovers):
+        found: list[int] = []
+
+        def is_reached() -> bool:
+            found[:] = _generations(strace)
+            return [_name(pid) for pid in found[-2:]] == ["bwrap", "bwrap"]
+
+        wait_until(is_reached, "bwrap has a child")
+        os.kill(found[-2] if victim == "bwrap" else found[0], signal.SIGKILL)
+        leftovers.check(seconds=10)
+
+
+@contextlib.contextmanager
+def _traced(image: Path, options: Sequence[str]) -> Iterator[tuple[int, Leftovers]]:
+    """A process that runs a confined tool under strace with *options*: strace's process ID."""
     image.touch()
     leftovers = Leftovers()
-    stops = ["-e", f"inject={kill.call}:signal=STOP:when={kill.at}"]
-    trace = ["strace", "-f", "-qqq", "-o", os.devnull, *stops, sys.executable, "-c", SCRIPT, str(image)]
+    trace = ["strace", "-f", "-qqq", "-o", os.devnull, *options, sys.executable, "-c", SCRIPT, str(image)]
     with subprocess.Popen(trace, stderr=subprocess.DEVNULL) as strace:
         try:
-            processes = _reach(kill, strace.pid)
-            victim = processes[min(VICTIMS.index(kill.victim), len(processes) - 1)]
-            os.kill(victim, signal.SIGKILL)
-            leftovers.check(meanwhile=lambda: _continue_all(leftovers))
-        except BaseException:
+            yield strace.pid, leftovers
+        finally:
             for pid in leftovers.found():
                 _signal(pid, signal.SIGKILL)
-            raise
 
 
 def _reach(kill: Kill, strace: int) -> list[int]:
@@ -125,6 +157,12 @@ def _is_tool(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes() == b"/usr/bin/sleep\x0060\x00" and _state(pid) == "S"
     return False
+
+
+def _name(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
 
 
 def _state(pid: int) -> str:
