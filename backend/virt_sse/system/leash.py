@@ -6,8 +6,8 @@
 
 The kernel kills a process at the end of its parent if the process has asked for the signal (PR_SET_PDEATHSIG
 in prctl(2)); a request after the parent's end has no effect. Therefore the command begins only once all
-requests are made and all parents still run: the gate reports its process ID, and waits for an answer. Without
-the thread's process, the gate reads end of file instead, and exits.
+requests are made and all parents still run: the gate reports, and waits for an answer. Without the thread's
+process, the gate reads end of file instead, and exits.
 
 With a namespace, the command is the first process of a PID namespace. Once the first process has ended, the
 kernel ends all processes of the namespace (pid_namespaces(7)), whatever call they are blocked in.
@@ -21,18 +21,22 @@ import select
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import BinaryIO
 
 from virt_sse.errors import ToolError
 
 _SIGNALLED = ("setpriv", "--pdeathsig", "KILL", "--")
-_GATE = 'read -r pid _ </proc/self/stat && echo "$pid" >"$1" && read -r _ <"$2" && shift 2 && exec "$@"'
+_GATE = 'echo >"$1" && read -r _ <"$2" && shift 2 && exec "$@"'
 
 
 def namespace() -> list[str]:
-    """The beginning of a command that makes a PID namespace; an ordinary user needs a user namespace, too."""
+    """The beginning of a command that makes a PID namespace; an ordinary user needs a user namespace, too.
+
+    bwrap reads its child's folder in /proc: /proc must be the namespace's.
+    """
     user = [] if os.geteuid() == 0 else ["--user", "--map-current-user"]
-    return ["unshare", *user, "--pid", "--fork", "--kill-child", "--"]
+    return ["unshare", *user, "--pid", "--fork", "--kill-child", "--mount-proc", "--"]
 
 
 @contextlib.contextmanager
@@ -74,10 +78,11 @@ def leashed(
         with process:
             first = None
             try:
-                first = _first_process(reports)
-                if first is not None and process.poll() is None:
-                    with contextlib.suppress(BrokenPipeError):
-                        answers.write(b"\n")
+                if reports.readline():  # otherwise standard error contains the reason
+                    first = _first_process(process.pid, in_namespace=in_namespace)
+                    if process.poll() is None:
+                        with contextlib.suppress(BrokenPipeError):
+                            answers.write(b"\n")
                 yield process
             finally:
                 if first is None:
@@ -87,11 +92,13 @@ def leashed(
                 process.wait()
 
 
-def _first_process(reports: BinaryIO) -> int | None:
-    """A pidfd of the gate; ``None`` when the gate was not reached: standard error contains the reason."""
+def _first_process(pid: int, *, in_namespace: bool) -> int | None:
+    """A pidfd of the gate; ``None`` if the gate has ended, or if the kernel has no lists of children."""
     try:
-        return os.pidfd_open(int(reports.readline()))
-    except (ValueError, ProcessLookupError):
+        if in_namespace:
+            pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii"))
+        return os.pidfd_open(pid)
+    except (FileNotFoundError, ValueError, ProcessLookupError):
         return None
 
 
