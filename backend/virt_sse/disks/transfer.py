@@ -103,8 +103,8 @@ class Transfer:
             img.refuse_if_open(source.path)
             self._freshness.check(source)
             source_deks = self._keys.unwrap_all(source)
-            inner = img.validate(source.path, source.format, source_deks)
-            self._freshness.check_inner(source, inner, always_refuse=True)
+            headers = img.validate(source.path, source.format, source_deks[1:])
+            self._freshness.check_inner(source, headers, always_refuse=True)
 
             def fill(partial: Path, deks: Sequence[Dek]) -> None:
                 img.encrypt_again(
