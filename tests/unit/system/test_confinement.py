@@ -60,7 +60,7 @@ def bound(path: Path, *, writable: bool = False, name: Path | None = None) -> It
 
 
 def python(script: str, confinement: Confinement) -> str:
-    return run(["python3", "-I", "-S", "-c", script], confinement=confinement)
+    return run(["/usr/bin/python3", "-I", "-S", "-c", script], confinement=confinement)
 
 
 @needs_bwrap
