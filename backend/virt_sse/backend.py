@@ -7,6 +7,7 @@ from typing import Self
 
 from virt_sse.audit.record import Component
 from virt_sse.config import Config
+from virt_sse.disks.certificates import DeletionCertificates
 from virt_sse.disks.inspector import Inspector
 from virt_sse.disks.lifecycle import Disks
 from virt_sse.disks.transfer import Transfer
@@ -27,7 +28,8 @@ class Backend:
 
     :ivar host: configuration, store, plugins, key access, locks, stages.
     :ivar disks: create, list, adopt, resize, check and delete disks.
-    :ivar transfer: import and export.
+    :ivar transfer: import, copy and export.
+    :ivar certificates: certificates about deleted disks.
     :ivar inspector: in-guest encryption on disks.
     :ivar sets: disk encryption sets.
     :ivar keys: KEKs in use, rotation, rewrapping.
@@ -53,7 +55,8 @@ class Backend:
         self.inspector = Inspector(host)
         self.domains = DomainStart(host, self.host_encryption)
         self.hotplug = Hotplug(host, self.domains, self.inspector)
-        self.disks = Disks(host, self.sets, self.hotplug)
+        self.certificates = DeletionCertificates(host)
+        self.disks = Disks(host, self.sets, self.hotplug, self.certificates)
         self.transfer = Transfer(host, self.disks)
         self.vms = VmSettings(host, self.domains, self.host_encryption, self.inspector)
         self.verification = Verification(host, self.domains, self.vms)

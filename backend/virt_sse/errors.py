@@ -35,6 +35,7 @@
     ├── AgentError                   the agent cannot serve, or an untrusted process answers in its place
     │   └── AgentUnavailableError    no agent answers
     ├── AuditError                   a key use cannot be recorded, or the audit log is damaged
+    ├── CertificateError             a deletion certificate is missing, malformed or altered
     ├── StoreError
     ├── OutputError                  standard output cannot be written: a full disk, a closed descriptor
     ├── StageError                   a process between QEMU and the storage does not start, or has failed
@@ -217,6 +218,10 @@ class AgentUnavailableError(AgentError):
 
 class AuditError(VirtSseError):
     """A key use cannot be recorded and is therefore refused, or the audit log is unreadable or damaged."""
+
+
+class CertificateError(VirtSseError):
+    """A deletion certificate is missing, malformed, altered, or signed with another key."""
 
 
 class StoreError(VirtSseError):

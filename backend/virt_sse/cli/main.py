@@ -22,6 +22,7 @@ _USAGE = 2
 _NOUNS = {
     "agent": "The daemon that serves the libvirt hook and watches keys.",
     "audit": "The record of every key use, allowed or refused.",
+    "certificate": "Certificates about deleted disks.",
     "des": "Disk encryption sets.",
     "disk": "Encrypted disks.",
     "host": "This host.",

@@ -153,6 +153,7 @@ class Creation:
             deks=tuple(entries),
             sku=checked.new.sku,
             set_id=checked.encryption_set.id if checked.encryption_set else None,
+            origin_id=source.origin_id or source.id if (source := checked.new.source) else None,
         )
 
     def settle(self, disk: Disk) -> None:

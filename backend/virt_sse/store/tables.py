@@ -53,7 +53,17 @@ disks = Table(
     Column("sku", String(32), nullable=False, server_default="Premium_LRS"),
     Column("encryption_set_id", Uuid, ForeignKey("encryption_sets.id")),
     Column("caching", String(16), nullable=False, server_default="None"),
+    Column("origin_id", Uuid),
     Index("disks_by_encryption_set", "encryption_set_id"),
+)
+
+certificates = Table(
+    "certificates",
+    metadata,
+    Column("disk_id", Uuid, primary_key=True),
+    Column("name", String(80), nullable=False),
+    Column("document", Text, nullable=False),
+    Column("issued", String(40)),
 )
 
 wrapped_deks = Table(
