@@ -14,6 +14,7 @@ from virt_sse.disks.transfer import Transfer
 from virt_sse.domains import temp_disks
 from virt_sse.domains.host_encryption import HostEncryption
 from virt_sse.domains.hotplug import Hotplug
+from virt_sse.domains.scale_sets import ScaleSets
 from virt_sse.domains.settings import VmSettings
 from virt_sse.domains.start import DomainStart
 from virt_sse.keys.encryption_sets import EncryptionSets
@@ -37,6 +38,7 @@ class Backend:
     :ivar host_encryption: temporary disks and TPM state of domains.
     :ivar hotplug: attach and detach disks.
     :ivar vms: settings of domains.
+    :ivar scale_sets: domains from one definition and one disk.
     :ivar verification: ``vm verify``.
     :param plugins: default: the installed plugins.
     :param component: the component named in the audit records of key uses.
@@ -59,6 +61,7 @@ class Backend:
         self.disks = Disks(host, self.sets, self.hotplug, self.certificates)
         self.transfer = Transfer(host, self.disks)
         self.vms = VmSettings(host, self.domains, self.host_encryption, self.inspector)
+        self.scale_sets = ScaleSets(host, self.disks, self.transfer, self.domains, self.vms)
         self.verification = Verification(host, self.domains, self.vms)
         try:
             temp_disks.erase_of_other_boots(config)

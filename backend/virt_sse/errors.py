@@ -10,6 +10,8 @@
     ├── EncryptionSetNotFoundError
     ├── EncryptionSetExistsError     the name is taken
     ├── EncryptionSetInUseError      the set contains disks
+    ├── ScaleSetNotFoundError
+    ├── ScaleSetExistsError          the name is taken
     ├── DiskNotFoundError
     ├── DiskExistsError              the name or the path is taken
     ├── DiskStateError               the disk's state does not allow the operation
@@ -103,6 +105,14 @@ class EncryptionSetExistsError(VirtSseError):
 
 class EncryptionSetInUseError(VirtSseError):
     """The disk encryption set contains disks."""
+
+
+class ScaleSetNotFoundError(VirtSseError):
+    """No scale set has the given name."""
+
+
+class ScaleSetExistsError(VirtSseError):
+    """The name of the scale set is taken."""
 
 
 class DiskNotFoundError(VirtSseError):

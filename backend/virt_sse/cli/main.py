@@ -29,6 +29,7 @@ _NOUNS = {
     "key": "The keys of this host's disks, and the keys in a key vault.",
     "vault": "The embedded key vault.",
     "vm": "Virtual machines: libvirt's domains.",
+    "vmss": "Scale sets: many domains from one definition and one disk.",
 }
 """The nouns with their help texts; the commands of a noun are in the module of the same name."""
 

@@ -136,6 +136,7 @@ class NewDisk:
     :ivar place: path of the image, or the storage pool to create the image in; ``None``: the configured
         folder.
     :ivar source: the disk with the original content, if any.
+    :ivar id: an id that no disk ever had; ``None``: a new one.
     """
 
     name: str
@@ -146,6 +147,7 @@ class NewDisk:
     infrastructure_cipher: Cipher | None = None
     place: Path | StoragePool | None = None
     source: Disk | None = None
+    id: UUID | None = None
 
 
 def check_name(name: str) -> str:

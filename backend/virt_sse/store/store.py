@@ -18,6 +18,7 @@ from virt_sse.store.certificates import CertificateStore
 from virt_sse.store.encryption_sets import EncryptionSetStore
 from virt_sse.store.engine import open_engine, reading, writing
 from virt_sse.store.rows import disks_of
+from virt_sse.store.scale_sets import ScaleSetStore
 from virt_sse.store.tables import disks, wrapped_deks
 from virt_sse.store.vms import VmStore
 
@@ -33,6 +34,7 @@ class Store:
         self.encryption_sets = EncryptionSetStore(self._engine)
         self.vms = VmStore(self._engine)
         self.certificates = CertificateStore(self._engine)
+        self.scale_sets = ScaleSetStore(self._engine)
 
     def close(self) -> None:
         """Close all connections."""

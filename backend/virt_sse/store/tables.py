@@ -66,6 +66,29 @@ certificates = Table(
     Column("issued", String(40)),
 )
 
+scale_sets = Table(
+    "scale_sets",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", String(80), nullable=False, unique=True),
+    Column("definition", Text, nullable=False),
+    Column("image_id", Uuid, nullable=False),
+    Column("size", Integer, nullable=False),
+    Column("encryption_at_host", Boolean, nullable=False),
+    Column("created", String(40), nullable=False),
+    Column("is_deleting", Boolean, nullable=False),
+)
+
+scale_set_instances = Table(
+    "scale_set_instances",
+    metadata,
+    Column("set_id", Uuid, ForeignKey("scale_sets.id"), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("domain_id", Uuid, nullable=False),
+    Column("disk_id", Uuid, nullable=False),
+    Column("encryption_at_host", Boolean, nullable=False),
+)
+
 wrapped_deks = Table(
     "wrapped_deks",
     metadata,
