@@ -10,6 +10,7 @@ import pytest
 
 from support import images
 from support.command_line import CommandLine
+from support.lab_operator import Operator
 from virt_sse.backend import Backend
 from virt_sse.disks import lifecycle
 from virt_sse.errors import CertificateError, HostKeyError, ImageError
@@ -121,3 +122,20 @@ def test_an_error_after_the_erasure_leaves_the_certificate_to_the_next_command(
         backend.certificates.get("disk")
     backend.disks.recover()
     assert verified(backend, "disk").statement.image == "erased"
+
+
+@pytest.mark.slow
+def test_the_command_deletes_and_writes_the_certificate(
+    operator: Operator, name: str, tmp_path: Path
+) -> None:
+    operator.create(name, "--size", "1M")
+    file = tmp_path / "certificate.json"
+    operator.virt_sse("disk", "delete", name, "--certificate", file, "--dry-run")
+    assert not file.exists()
+    assert "cannot make a file" in operator.virt_sse(
+        "disk", "delete", name, "--certificate", tmp_path / "none/x", status=1
+    )
+    operator.virt_sse("disk", "delete", name, "--certificate", file)
+    assert images.mode(file) == 0o600
+    found = json.loads(operator.virt_sse("certificate", "verify", file, "-o", "json"))
+    assert (found["disk-name"], found["image"], found["remaining"]) == (name, "erased", [])

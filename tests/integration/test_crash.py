@@ -71,8 +71,13 @@ class Scene:
         shutil.rmtree(self.root, ignore_errors=True)
         shutil.copytree(self._template, self.root)
 
-    def kills(self, action: Callable[[Backend], object], check: Callable[[Backend], object]) -> None:
-        """Kill *action* before one line after the other, and see *check* hold for the next command."""
+    def kills(
+        self, action: Callable[[Backend], object], check: Callable[[Backend], object], tried: int = POINTS
+    ) -> None:
+        """Kill *action* before one line after the other, and see *check* hold for the next command.
+
+        :param tried: number of lines.
+        """
 
         def act() -> None:
             with Backend.open(self.root) as backend:
@@ -80,7 +85,7 @@ class Scene:
 
         points = crash_points(MODULES, act)
         self.reset()
-        for point in points[:: max(1, len(points) // POINTS)]:
+        for point in points[:: max(1, len(points) // tried)]:
             assert dies_at(point, MODULES, act), f"line event {point} did not come"
             with Backend.open(self.root) as backend:
                 try:
@@ -146,7 +151,7 @@ def test_a_killed_copy_leaves_the_source_and_a_whole_disk_or_nothing(root: Path)
             whole(backend, name, 0x66)
         outcomes.add(len(found))
 
-    scene.kills(lambda b: b.transfer.copy("disk", NewDisk(name="copy")), check)
+    scene.kills(lambda b: b.transfer.copy("disk", NewDisk(name="copy")), check, tried=15)
     assert outcomes == {1, 2}
 
 
@@ -202,7 +207,7 @@ def test_a_killed_deletion_is_certified_as_soon_as_the_disk_is_gone(root: Path) 
             whole(backend, "disk", 0x66)
         outcomes.add(bool(issued))
 
-    scene.kills(lambda b: b.disks.erase(b.disks.get("disk"), certified=True), check)
+    scene.kills(lambda b: b.disks.erase(b.disks.get("disk"), certified=True), check, tried=15)
     assert outcomes == {True, False}
 
 
