@@ -7,12 +7,14 @@ from typing import Self
 
 from virt_sse.audit.record import Component
 from virt_sse.config import Config
+from virt_sse.disks.certificates import DeletionCertificates
 from virt_sse.disks.inspector import Inspector
 from virt_sse.disks.lifecycle import Disks
 from virt_sse.disks.transfer import Transfer
 from virt_sse.domains import temp_disks
 from virt_sse.domains.host_encryption import HostEncryption
 from virt_sse.domains.hotplug import Hotplug
+from virt_sse.domains.scale_sets import ScaleSets
 from virt_sse.domains.settings import VmSettings
 from virt_sse.domains.start import DomainStart
 from virt_sse.keys.encryption_sets import EncryptionSets
@@ -27,7 +29,8 @@ class Backend:
 
     :ivar host: configuration, store, plugins, key access, locks, stages.
     :ivar disks: create, list, adopt, resize, check and delete disks.
-    :ivar transfer: import and export.
+    :ivar transfer: import, copy and export.
+    :ivar certificates: certificates about deleted disks.
     :ivar inspector: in-guest encryption on disks.
     :ivar sets: disk encryption sets.
     :ivar keys: KEKs in use, rotation, rewrapping.
@@ -35,6 +38,7 @@ class Backend:
     :ivar host_encryption: temporary disks and TPM state of domains.
     :ivar hotplug: attach and detach disks.
     :ivar vms: settings of domains.
+    :ivar scale_sets: domains from one definition and one disk.
     :ivar verification: ``vm verify``.
     :param plugins: default: the installed plugins.
     :param component: the component named in the audit records of key uses.
@@ -53,9 +57,11 @@ class Backend:
         self.inspector = Inspector(host)
         self.domains = DomainStart(host, self.host_encryption)
         self.hotplug = Hotplug(host, self.domains, self.inspector)
-        self.disks = Disks(host, self.sets, self.hotplug)
+        self.certificates = DeletionCertificates(host)
+        self.disks = Disks(host, self.sets, self.hotplug, self.certificates)
         self.transfer = Transfer(host, self.disks)
         self.vms = VmSettings(host, self.domains, self.host_encryption, self.inspector)
+        self.scale_sets = ScaleSets(host, self.disks, self.transfer, self.domains, self.vms)
         self.verification = Verification(host, self.domains, self.vms)
         try:
             temp_disks.erase_of_other_boots(config)

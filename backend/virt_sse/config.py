@@ -197,6 +197,11 @@ class Config:
         return self.state_directory / "pending-envelopes"
 
     @property
+    def signing_key(self) -> Path:
+        """The key that signs deletion certificates; made at the first use."""
+        return self.state_directory / "certificate.key"
+
+    @property
     def pending_resizes(self) -> Path:
         """Folder with marks of disks whose size in the store may be wrong, after a kill; mode 0700."""
         return self.state_directory / "pending-resizes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +11,12 @@ import typer
 from virt_sse.cli.output import Output, OutputFormat, human_size, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend, host, listed_disks
 from virt_sse.cli.vm_inspect import disk_inspect
-from virt_sse.errors import InvalidValueError, LibvirtUnavailableError, PolicyError
+from virt_sse.errors import CertificateError, InvalidValueError, LibvirtUnavailableError, PolicyError
 from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, DiskSku, NewDisk, StoragePool, parse_size
 from virt_sse.model.layers import EncryptionType, HostCaching
+from virt_sse.system.files import write_new
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -320,10 +322,22 @@ def delete(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and report only; change nothing.")
     ] = False,
+    certificate: Annotated[
+        Path | None,
+        typer.Option(
+            "--certificate",
+            help="Write a signed certificate of the deletion to this new file.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Delete a disk for good: wipe its keyslots, forget its DEK, remove its image."""
     with backend() as b:
-        disk = b.disks.delete(name, dry_run=dry_run)
+        if certificate is not None:
+            _refuse_taken(certificate)
+        disk = b.disks.delete(name, dry_run=dry_run, certified=certificate is not None)
+        if certificate is not None and not dry_run:
+            _write_certificate(certificate, b.certificates.get(str(disk.id)).encode(), disk)
     typer.echo(f"{'would erase' if dry_run else 'erased'} disk {disk.name} ({disk.path})")
 
 
@@ -360,6 +374,24 @@ def detach(name: Name, domain: DomainName) -> None:
     with backend() as b:
         b.hotplug.detach(name, domain)
     typer.echo(f"detached disk {name} from domain {domain}")
+
+
+def _refuse_taken(file: Path) -> None:
+    """Refuse a file that exists or cannot be made, before the deletion begins."""
+    if os.path.lexists(file):
+        raise CertificateError(f"{file} exists already")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise CertificateError(f"cannot make a file in {file.parent}")
+
+
+def _write_certificate(file: Path, content: bytes, disk: Disk) -> None:
+    try:
+        write_new(file, content)
+    except OSError as exc:
+        raise CertificateError(
+            f"erased disk {disk.name}, but cannot write {file}: {exc.strerror}",
+            hint=f"'virt-sse certificate show {disk.id}' prints the certificate",
+        ) from exc
 
 
 def _is_for_platform_key(des: str | None, encryption_type: EncryptionType | None) -> bool:

@@ -129,7 +129,7 @@ class Creation:
 
     def _with_wrapped_deks(self, checked: _Checked, deks: Sequence[Dek]) -> Disk:
         """The disk to be created, with its DEKs wrapped."""
-        disk_id = uuid.uuid4()
+        disk_id = checked.new.id or uuid.uuid4()
         entries = []
         for position, (spec, dek) in enumerate(zip(checked.plan.deks, deks, strict=True)):
             acting = checked.encryption_set if position == 0 else None  # see Disk.identity_for
@@ -153,6 +153,7 @@ class Creation:
             deks=tuple(entries),
             sku=checked.new.sku,
             set_id=checked.encryption_set.id if checked.encryption_set else None,
+            origin_id=source.origin_id or source.id if (source := checked.new.source) else None,
         )
 
     def settle(self, disk: Disk) -> None:

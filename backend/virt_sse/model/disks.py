@@ -59,6 +59,7 @@ class Disk:
     :ivar set_id: id of the disk encryption set that provides the disk's own key; ``None`` for the
         platform's key.
     :ivar caching: host caching in a domain; ``NONE`` unless the domain has encryption at host.
+    :ivar origin_id: id of the first disk in a line of copies that leads to this disk; may be deleted by now.
     """
 
     id: UUID
@@ -74,6 +75,7 @@ class Disk:
     sku: DiskSku = DiskSku.PREMIUM_SSD
     set_id: UUID | None = None
     caching: HostCaching = HostCaching.NONE
+    origin_id: UUID | None = None
 
     def dek(self, slot: str) -> DekEntry:
         """The wrapped DEK in *slot*.
@@ -134,6 +136,7 @@ class NewDisk:
     :ivar place: path of the image, or the storage pool to create the image in; ``None``: the configured
         folder.
     :ivar source: the disk with the original content, if any.
+    :ivar id: an id that no disk ever had; ``None``: a new one.
     """
 
     name: str
@@ -144,6 +147,7 @@ class NewDisk:
     infrastructure_cipher: Cipher | None = None
     place: Path | StoragePool | None = None
     source: Disk | None = None
+    id: UUID | None = None
 
 
 def check_name(name: str) -> str:

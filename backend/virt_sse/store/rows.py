@@ -51,6 +51,7 @@ def _disk(rows: Sequence[Any]) -> Disk:
         sku=DiskSku(first.sku),
         set_id=first.encryption_set_id,
         caching=HostCaching(first.caching),
+        origin_id=first.origin_id,
         deks=tuple(
             DekEntry(
                 row.slot,
