@@ -14,7 +14,7 @@ from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.envelope import DekEntry, Envelope
 from virt_sse.model.keys import DekContext, KeyRef
-from virt_sse.model.layers import EncryptionType, HostCaching
+from virt_sse.model.layers import EncryptionType, HostCaching, Placement
 from virt_sse.system.files import canonical
 
 PLATFORM_KEY = KeyRef("platform-managed", "default")
@@ -59,6 +59,7 @@ class Disk:
     :ivar set_id: id of the disk encryption set that provides the disk's own key; ``None`` for the
         platform's key.
     :ivar caching: host caching in a domain; ``NONE`` unless the domain has encryption at host.
+    :ivar placement: of the disk's encryption set; ``None`` for the host's configured placement.
     """
 
     id: UUID
@@ -74,6 +75,7 @@ class Disk:
     sku: DiskSku = DiskSku.PREMIUM_SSD
     set_id: UUID | None = None
     caching: HostCaching = HostCaching.NONE
+    placement: Placement | None = None
 
     def dek(self, slot: str) -> DekEntry:
         """The wrapped DEK in *slot*.
