@@ -210,19 +210,16 @@ class Verification:
         verdict.expect(
             position is not None, f"the definition has {link.place}, which is not encrypted by virt-sse"
         )
-        if position is not None:
+        if position is not None and (link.slot is None) != (source.slot is None):
+            wanted = self._start.placement(disk).value
+            verdict.expect(False, f"the definition is not for placement {wanted}, as asked for")
+        elif position is not None:
             is_in_place = link.path is not None and canonical(link.path) == canonical(source.place)
             verdict.expect(is_in_place, f"the definition has the disk at {link.place}, not at {source.place}")
-            if None in (link.slot, source.slot):
-                wanted = self._start.placement(disk).value
-                verdict.expect(
-                    link.slot == source.slot, f"the definition is not for placement {wanted}, as asked for"
-                )
-            else:
-                verdict.expect(
-                    link.slot == source.slot,
-                    f"the definition has the DEK in slot {link.slot!r}, not {source.slot!r}",
-                )
+            verdict.expect(
+                link.slot == source.slot,
+                f"the definition has the DEK in slot {link.slot!r}, not {source.slot!r}",
+            )
         is_used = self._evidence.check_ended(verdict, disk, subject.id)
         check_image(verdict, disk, self._freshness)
         if not is_used:
