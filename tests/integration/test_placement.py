@@ -129,6 +129,7 @@ def test_the_qemu_of_a_guest_holds_no_key(site: StageSite) -> None:
     for number, disk in enumerate(disks):
         slots = [entry.slot for entry in disk.deks]
         expected = [*(("storage daemon", slot) for slot in slots), ("image", slots[-1])]
+        expected += [("within that", slot) for slot in slots[:-1]]
         assert layers(site, guest, number) == expected
 
     wanted = [keys(site, disk) for disk in disks]
