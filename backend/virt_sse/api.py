@@ -49,6 +49,7 @@ from virt_sse.model.layers import (
     HostLayer,
     LayerChoice,
     LayerPlan,
+    Placement,
     StorageNode,
 )
 from virt_sse.model.operations import (
@@ -119,6 +120,7 @@ __all__ = [
     "LayerPlan",
     "MoveDisk",
     "Operation",
+    "Placement",
     "PolicyError",
     "ProviderConfig",
     "RegisterEncryptionLayer",

@@ -1,4 +1,4 @@
-"""The data path through two layers, and through host caches: against a single layer, and plain.
+"""The data path through two layers, host caches and a storage daemon: against a single layer, and plain.
 
 A storage daemon with the LUKS node takes the place of the guest's QEMU; all stages below are the real stages.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from data import ENCRYPTION, FILL, LOADS, rate
@@ -16,20 +17,37 @@ from measurement import Row, Run
 from storage_daemon import Export, drive, exported, require_tools
 from virt_sse.backend import Backend
 from virt_sse.lab.requirements import require
+from virt_sse.libvirt.secret_name import plain_export
 from virt_sse.libvirt.users import User
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import PLATFORM_KEY, Disk, NewDisk
-from virt_sse.model.layers import HostCaching, LayerChoice
+from virt_sse.model.layers import HostCaching, LayerChoice, Placement
 from virt_sse.system.tools import run
 
 _MIB = 1 << 20
 _QEMU = User(64055, 64055)
 """User of QEMU for the stages; also the stages' own user if the host has no user for stages."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """A stack of stages."""
+
+    what: str
+    is_double: bool = False
+    caching: HostCaching = HostCaching.NONE
+    placement: Placement = Placement.GUEST
+
+
 _WAYS = {
-    "double": ("two layers", True, HostCaching.NONE),
-    "read-only": ("host cache ReadOnly", False, HostCaching.READ_ONLY),
-    "read-write": ("host cache ReadWrite", False, HostCaching.READ_WRITE),
-    "double-read-only": ("two layers, host cache ReadOnly", True, HostCaching.READ_ONLY),
+    "double": _Way("two layers", is_double=True),
+    "storage": _Way("placement storage", placement=Placement.STORAGE),
+    "double-storage": _Way("two layers, placement storage", is_double=True, placement=Placement.STORAGE),
+    "read-only": _Way("host cache ReadOnly", caching=HostCaching.READ_ONLY),
+    "read-write": _Way("host cache ReadWrite", caching=HostCaching.READ_WRITE),
+    "double-read-only": _Way(
+        "two layers, host cache ReadOnly", is_double=True, caching=HostCaching.READ_ONLY
+    ),
 }
 
 
@@ -68,33 +86,33 @@ def _measure_format(
             exported(f"driver={name},file.driver=file,file.filename={plain},discard=unmap", folder)
         )
     }
-    for way, (_, is_double, caching) in {"single": ("", False, HostCaching.NONE), **_WAYS}.items():
+    for name_of_way, way in {"single": _Way("single"), **_WAYS}.items():
         disk = backend.disks.create(
             NewDisk(
-                name=f"{name}-{way}",
+                name=f"{name}-{name_of_way}",
                 size=size,
                 format=image_format,
-                encryption_set=double if is_double else None,
+                encryption_set=double if way.is_double else None,
             )
         )
-        exports[way] = stack.enter_context(_served(backend, disk, caching, folder))
+        exports[name_of_way] = stack.enter_context(_served(backend, disk, way, folder))
     for export in exports.values():
         drive(export, FILL, size, runtime=None)
     for load_name, (description, load) in LOADS.items():
         found = {
-            way: drive(export, load, size, runtime=bench.amount(2, quick=1))
-            for way, export in exports.items()
+            each: drive(export, load, size, runtime=bench.amount(2, quick=1))
+            for each, export in exports.items()
         }
-        for way, (what, _, _) in _WAYS.items():
+        for name_of_way, way in _WAYS.items():
             yield Row(
-                f"layers/{name}/{way}/{load_name}",
-                f"{name}, {what}, {description}",
-                rate(found[way]),
+                f"layers/{name}/{name_of_way}/{load_name}",
+                f"{name}, {way.what}, {description}",
+                rate(found[name_of_way]),
                 rate(found["single"]),
                 "a single layer",
                 details={
                     "plain_mib_s": rate(found["plain"]).value,
-                    "cpu_s_per_gib": found[way].cpu_seconds_per_gib,
+                    "cpu_s_per_gib": found[name_of_way].cpu_seconds_per_gib,
                     "peer_cpu_s_per_gib": found["single"].cpu_seconds_per_gib,
                     "plain_cpu_s_per_gib": found["plain"].cpu_seconds_per_gib,
                 },
@@ -102,30 +120,34 @@ def _measure_format(
 
 
 @contextlib.contextmanager
-def _served(backend: Backend, disk: Disk, caching: HostCaching, folder: Path) -> Iterator[Export]:
+def _served(backend: Backend, disk: Disk, way: _Way, folder: Path) -> Iterator[Export]:
     """Export of the disk as seen by its guest, on top of the disk's running stages."""
     layer = backend.host.plugins.encryption_layer(disk.encryption_type)
-    plan = layer.plan(LayerChoice(PLATFORM_KEY, disk.deks[-1].cipher))
-    plan = backend.host.plugins.host_layer().cache(plan, caching)
+    plan = layer.plan(LayerChoice(PLATFORM_KEY, disk.deks[-1].cipher, way.placement))
+    plan = backend.host.plugins.host_layer().cache(plan, way.caching)
+    is_plain = way.placement is Placement.STORAGE
     deks = {entry.slot: dek_of(backend, disk, entry.slot) for entry in disk.deks}
     stages = backend.host.stages
     with contextlib.ExitStack() as stack:
         stages.start(disk, plan, deks, domain_id=uuid.uuid4(), domain="bench", qemu=_QEMU)
         stack.callback(stages.stop, disk.id)
-        if len(plan.stages) > 1:
+        if is_plain or len(plan.stages) > 1:
             socket = stages.guest_socket(disk.id)
             file = {
                 "driver": "nbd",
                 "server.type": "unix",
                 "server.path": str(socket),
-                "export": str(disk.id),
+                "export": plain_export(disk.id) if is_plain else str(disk.id),
             }
         else:
             file = {"driver": "file", "filename": str(disk.path)}
-        node = f"driver={disk.format.qemu_driver},{ENCRYPTION[disk.format]},discard=unmap,"
+        layer_of_guest = f"driver={disk.format.qemu_driver},{ENCRYPTION[disk.format]}"
+        node = f"{'driver=raw' if is_plain else layer_of_guest},discard=unmap,"
         node += ",".join(f"file.{option}={value}" for option, value in file.items())
         below = _pids(backend, disk)
-        yield stack.enter_context(exported(node, folder, dek=deks["service"], below=below))
+        yield stack.enter_context(
+            exported(node, folder, dek=None if is_plain else deks["service"], below=below)
+        )
 
 
 def _pids(backend: Backend, disk: Disk) -> list[int]:

@@ -93,18 +93,21 @@ class StageSite:
     def virsh(self, *arguments: str | Path, status: int = 0) -> str:
         return self.run("virsh", *arguments, status=status)
 
-    def disk(self, image_format: str = "qcow2", *, size: int | None = None) -> Disk:
-        """A double disk: empty and of *size* bytes, or with a boot-sector guest that runs until stopped."""
+    def disk(
+        self, image_format: str = "qcow2", *, size: int | None = None, encryption_set: str | None = None
+    ) -> Disk:
+        """A disk, double by default: empty and of *size* bytes, or with a boot-sector guest that stays."""
         name = f"d{uuid.uuid4().hex[:8]}"
-        kind = DiskFormat(image_format)
-        if size is not None:
-            return self.backend.disks.create(
-                NewDisk(name=name, size=size, format=kind, encryption_set=self.set)
-            )
-        source = boot_sector_image(stays=True)
-        return self.backend.transfer.import_image(
-            NewDisk(name=name, format=kind, encryption_set=self.set), source, source_format="raw"
+        new = NewDisk(
+            name=name,
+            size=size,
+            format=DiskFormat(image_format),
+            encryption_set=encryption_set or self.set,
         )
+        if size is not None:
+            return self.backend.disks.create(new)
+        source = boot_sector_image(stays=True)
+        return self.backend.transfer.import_image(new, source, source_format="raw")
 
     def single_disk(self, image_format: str = "qcow2", *, size: int = 8 << 20) -> Disk:
         """An empty disk with one layer, outside of the site's set."""

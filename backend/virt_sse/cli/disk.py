@@ -247,6 +247,7 @@ def show(name: Name, output: Output = OutputFormat.TABLE) -> None:
     with host() as h:
         disk = with_real_size(h, h.store_reads.get(name))
         fields = _fields(disk) | {"size": _size(disk, output), "image": image_state(disk)}
+        fields["placement"] = (disk.placement or h.config.placement).value
         states = h.keys.key_states(disk)
         fields["deks"] = [
             {

@@ -80,6 +80,10 @@ def update(
             help="Host caching of a disk: None, ReadOnly or ReadWrite. May be repeated.",
         ),
     ] = None,
+    refresh_disks: Annotated[
+        bool,
+        typer.Option("--refresh-disks", help="Adapt the disks in the definition to a changed placement."),
+    ] = False,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Change the settings of a domain that is shut off; they apply from its next start."""
@@ -94,6 +98,7 @@ def update(
         if temp_disk_size == _NONE
         else parse_size(temp_disk_size),
         caching=dict(_caching(each) for each in disk_caching or ()),
+        refresh_disks=refresh_disks,
     )
     if changes == VmChanges():
         raise InvalidValueError("nothing to change", hint="'virt-sse vm update --help' lists the settings")

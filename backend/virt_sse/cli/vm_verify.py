@@ -85,7 +85,7 @@ def _place(target: str, place: DataPlace) -> dict[str, object]:
 
 
 def _asked(disk: DiskVerdict) -> str:
-    return f"{disk.target}: {disk.asked}, host caching {disk.caching}"
+    return f"{disk.target}: {disk.asked}, placement {disk.placement}, host caching {disk.caching}"
 
 
 def _with_hyphens(value: object) -> object:

@@ -152,7 +152,8 @@ class Hotplug:
                 raise DiskNotFoundError(f"domain {domain_name!r} does not have disk {disk.name!r}")
             for definition, use in found:
                 with _ending_is_fine(domain, definition):
-                    source = self._start.source(disk)
+                    # libvirt finds the disk by its target. The disk's present source may be another.
+                    source = DiskSource(disk.id, use.slot, disk.format.value, disk.path)
                     element = disk_element(source, target=use.target, read_only=False)
                     domain.detachDeviceFlags(element, definition)
             with _ending_is_fine(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE):

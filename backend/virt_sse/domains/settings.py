@@ -37,6 +37,7 @@ from virt_sse.keys.host import Host
 from virt_sse.libvirt import domains
 from virt_sse.libvirt.capabilities import HostCapabilities
 from virt_sse.libvirt.connection import connected
+from virt_sse.libvirt.disk_element import DiskSource
 from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.domain_edit import DomainEdit
 from virt_sse.libvirt.snapshots import SnapshotFiles
@@ -63,12 +64,15 @@ class VmChanges:
     """Changes by an update.
 
     :ivar caching: new host caching by the disk's name in the guest.
+    :ivar refresh_disks: whether to change the sources of disks with another placement than the definition's.
+        A change of placement needs this once.
     """
 
     encryption_at_host: bool | Keep = KEEP
     size: str | Keep | None = KEEP
     temp_disk_size: int | Keep | None = KEEP
     caching: Mapping[str, HostCaching] = field(default_factory=dict)
+    refresh_disks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +168,10 @@ class VmSettings:
         if after.encryption_at_host:
             refuse_plaintext_data(survey(edit.result(), self._host_encryption.files), name)
         sources = {disk.id: self._start.source(disk) for disk in disks.values()}
-        edit.set_sources({disk_id: source for disk_id, source in sources.items() if disk_id in caching})
+        changed = set(caching)
+        if changes.refresh_disks:
+            changed |= _moved(before_update, sources)
+        edit.set_sources({disk_id: source for disk_id, source in sources.items() if disk_id in changed})
         edit.state_no_backing(sources)
         definition = edit.result()
 
@@ -278,6 +285,16 @@ class VmSettings:
         for vm in stale:
             if vm.host == here and not (vm.tpm and self._has_tpm_state(vm.id)):
                 self._store.vms.remove(vm.id)
+
+
+def _moved(definition: DomainDefinition, sources: Mapping[UUID, DiskSource]) -> set[UUID]:
+    """The disks, without overlays, whose placement differs between definition and *sources*."""
+    found = set()
+    for chain in definition.disk_chains():
+        source = sources.get(chain.disk_id) if chain.disk_id and chain.ours == 0 else None
+        if source and (chain.links[0].slot is None) != (source.slot is None):
+            found.add(source.disk_id)
+    return found
 
 
 def _before(name: str, vm: Vm | None, metadata: Stated | None, changes: VmChanges) -> VmProperties:

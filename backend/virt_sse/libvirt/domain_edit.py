@@ -12,10 +12,10 @@ from virt_sse.errors import InvalidValueError
 from virt_sse.libvirt.disk_element import (
     DiskSource,
     add_backing_store,
-    dek_uses,
     disk_element,
     free_target,
     set_source,
+    uses_of,
 )
 from virt_sse.libvirt.domain_definition import DomainDefinition, emulated_tpm
 from virt_sse.libvirt.secret_name import PREFIX, SecretName
@@ -54,7 +54,7 @@ class DomainEdit:
         :raise InvalidValueError: When a secret is malformed, or a disk has no driver or no source.
         """
         for disk in self._root.iterfind("./devices/disk"):
-            for use in dek_uses(disk):
+            for use in uses_of(disk):
                 if use.disk_id in sources:
                     set_source(disk, sources[use.disk_id])
                     break
@@ -65,7 +65,7 @@ class DomainEdit:
         :raise InvalidValueError: When a secret is malformed.
         """
         for disk in self._root.iterfind("./devices/disk"):
-            for use in dek_uses(disk):
+            for use in uses_of(disk):
                 if use.disk_id in sources and use.source == sources[use.disk_id].place:
                     add_backing_store(disk)
 

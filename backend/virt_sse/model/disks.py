@@ -14,7 +14,7 @@ from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.envelope import DekEntry, Envelope
 from virt_sse.model.keys import DekContext, KeyRef
-from virt_sse.model.layers import EncryptionType, HostCaching
+from virt_sse.model.layers import EncryptionType, HostCaching, Placement
 from virt_sse.system.files import canonical
 
 PLATFORM_KEY = KeyRef("platform-managed", "default")
@@ -60,6 +60,7 @@ class Disk:
         platform's key.
     :ivar caching: host caching in a domain; ``NONE`` unless the domain has encryption at host.
     :ivar origin_id: id of the first disk in a line of copies that leads to this disk; may be deleted by now.
+    :ivar placement: of the disk's encryption set; ``None`` for the host's configured placement.
     """
 
     id: UUID
@@ -76,6 +77,7 @@ class Disk:
     set_id: UUID | None = None
     caching: HostCaching = HostCaching.NONE
     origin_id: UUID | None = None
+    placement: Placement | None = None
 
     def dek(self, slot: str) -> DekEntry:
         """The wrapped DEK in *slot*.

@@ -19,7 +19,7 @@ from virt_sse.store.encryption_sets import EncryptionSetStore
 from virt_sse.store.engine import open_engine, reading, writing
 from virt_sse.store.rows import disks_of
 from virt_sse.store.scale_sets import ScaleSetStore
-from virt_sse.store.tables import disks, wrapped_deks
+from virt_sse.store.tables import disks, encryption_sets, wrapped_deks
 from virt_sse.store.vms import VmStore
 
 
@@ -218,8 +218,14 @@ class Store:
 
     def _select(self, condition: sa.ColumnElement[bool]) -> list[Disk]:
         # A single statement, so that a disk and its DEKs are consistent.
+        placement = (
+            sa.select(encryption_sets.c.placement)
+            .where(encryption_sets.c.id == disks.c.encryption_set_id)
+            .scalar_subquery()
+            .label("placement")
+        )
         query = (
-            sa.select(disks, wrapped_deks)
+            sa.select(disks, wrapped_deks, placement)
             .select_from(disks.outerjoin(wrapped_deks))
             .where(condition)
             .order_by(disks.c.name, wrapped_deks.c.position)

@@ -36,6 +36,7 @@ encryption_sets = Table(
     Column("revocation", String(16), nullable=False),
     Column("grace_seconds", Integer, nullable=False),
     Column("created", String(40), nullable=False),
+    Column("placement", String(16)),
 )
 
 disks = Table(

@@ -40,6 +40,7 @@ class DiskVerdict:
     :ivar disk: name of a managed disk.
     :ivar asked: requested encryption type.
     :ivar caching: requested host caching.
+    :ivar placement: requested placement of the DEKs.
     :ivar problems: differences from the request, as text.
     """
 
@@ -47,6 +48,7 @@ class DiskVerdict:
     disk: str | None = None
     asked: str | None = None
     caching: str | None = None
+    placement: str | None = None
     layers: list[Layer] = field(default_factory=list)
     places: list[DataPlace] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import uuid
@@ -54,6 +55,9 @@ _STAGES = StageRecord(
     storage=User(990, 990),
     guest_slot="service",
     stages=(HostCache(HostCaching.READ_ONLY), StorageNode("infrastructure")),
+)
+_STAGES_BELOW_QEMU = dataclasses.replace(
+    _STAGES, guest_slot=None, stages=(StorageNode("service"), StorageNode("infrastructure"))
 )
 _OVERLAYS = OverlayCommitRecord(
     domain_id=uuid.UUID(int=2),
@@ -212,7 +216,7 @@ PARSERS = [
     Parser(
         "stage-record",
         _in_file(f"stages/{RECORD_NAME}", _stages),
-        [_written(_STAGES.write, RECORD_NAME)],
+        [_written(each.write, RECORD_NAME) for each in (_STAGES, _STAGES_BELOW_QEMU)],
         (StageError,),
         document=True,
     ),
