@@ -1,7 +1,8 @@
 """``python tests/bench``: speed of virt-sse, as ratios to peers measured in the same run.
 
-A missed target is marked but is not a failure. The exit status is 1 when a benchmark ends with an error. A
-benchmark is skipped, with a message, if the machine lacks its tools.
+The first table has all rows, the second the figures with a target. A missed target is marked but is not a
+failure. The exit status is 1 when a benchmark ends with an error. A benchmark is skipped, with a message, if
+the machine lacks its tools.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ import data
 import domain
 import hook
 import hsm
-import layers
 import machine
+import plot
+import process
 import rewrap
 import scale
 import start
+import transfer
 import virt_sse
-import xts
 from measurement import Bench, Row, Run
 from virt_sse.cli.output import OutputFormat, print_rows
 from virt_sse.errors import LabUnavailableError, VirtSseError, report
@@ -45,12 +47,12 @@ BENCHES: Mapping[str, Bench] = {
     "hook": hook.measure,
     "command": command.measure,
     "data": data.measure,
-    "layers": layers.measure,
+    "process": process.measure,
+    "import": transfer.measure,
     "rewrap": rewrap.measure,
     "scale": scale.measure,
     "customer": customer.measure,
     "hsm": hsm.measure,
-    "xts": xts.measure,
 }
 
 
@@ -92,6 +94,8 @@ def main() -> int:
         "failed": results.failed,
     }
     arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+    if arguments.plot:
+        arguments.plot.write_text(plot.svg(document))
     return 1 if results.failed else 0
 
 
@@ -108,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--json", type=Path, default=Path("bench-results.json"), metavar="PATH", help="default %(default)s"
     )
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="write the figures with a target as SVG")
     return parser
 
 
@@ -147,7 +152,9 @@ def _print(results: Results, facts: Mapping[str, object], took: float) -> None:
     rows = [row.as_cells() for row in results.rows]
     if rows:
         print_rows(rows, list(rows[0]), OutputFormat.TABLE)
-        print("\nratio: speed relative to the peer; 2x is twice as fast, 0.5x half as fast")
+        print("\nratio: speed relative to the peer; 2x is twice as fast, 0.5x half as fast\n")
+    if aims := [row.as_aim() for row in results.rows if row.target]:
+        print_rows(aims, list(aims[0]), OutputFormat.TABLE)
     for state, reasons in (("skipped", results.skipped), ("failed", results.failed)):
         for name, reason in reasons.items():
             print(f"{state}: {name}: {reason}")
