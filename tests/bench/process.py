@@ -64,7 +64,7 @@ def measure(bench: Run) -> Iterator[Row]:
     """
     if reason := acceleration.obstacle():
         raise LabUnavailableError(f"the XTS library: {reason}")
-    size = bench.amount(512, quick=64) * _MIB
+    size = bench.amount(256, quick=64) * _MIB
     folder = bench.scratch / "process"
     folder.mkdir()
     caches = [("page cache", "writeback")]
