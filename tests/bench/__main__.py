@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -77,25 +77,25 @@ def main() -> int:
     try:
         with _scratch() as scratch:
             facts = machine.facts(scratch)
-            results = _measure(arguments.only or list(BENCHES), Run(arguments.quick, scratch))
+            results = Results()
+            for name in arguments.only or BENCHES:
+                _measure(name, Run(arguments.quick, scratch), results)
+                document = {
+                    "version": virt_sse.__version__,
+                    "began": began.isoformat(timespec="seconds"),
+                    "seconds": round(time.monotonic() - clock, 1),
+                    "quick": arguments.quick,
+                    "machine": facts,
+                    "rows": [row.as_json() for row in results.rows],
+                    "skipped": results.skipped,
+                    "failed": results.failed,
+                }
+                arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+                if arguments.plot:
+                    arguments.plot.write_text(plot.svg(document))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    took = time.monotonic() - clock
-
-    _print(results, facts, took)
-    document = {
-        "version": virt_sse.__version__,
-        "began": began.isoformat(timespec="seconds"),
-        "seconds": round(took, 1),
-        "quick": arguments.quick,
-        "machine": facts,
-        "rows": [row.as_json() for row in results.rows],
-        "skipped": results.skipped,
-        "failed": results.failed,
-    }
-    arguments.json.write_text(json.dumps(document, indent=2) + "\n")
-    if arguments.plot:
-        arguments.plot.write_text(plot.svg(document))
+    _print(results, facts, time.monotonic() - clock)
     return 1 if results.failed else 0
 
 
@@ -133,18 +133,16 @@ def _scratch() -> Iterator[Path]:
         directory.remove()
 
 
-def _measure(names: Sequence[str], run: Run) -> Results:
-    results = Results()
-    for name in names:
-        print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        try:
-            results.rows.extend(BENCHES[name](run))
-        except LabUnavailableError as exc:
-            results.skipped[name] = str(exc)
-        except VirtSseError as exc:
-            report(exc)
-            results.failed[name] = str(exc)
-    return results
+def _measure(name: str, run: Run, results: Results) -> None:
+    """Add the rows of a benchmark, or why there are none."""
+    print(f"measuring {name} ...", file=sys.stderr, flush=True)
+    try:
+        results.rows.extend(BENCHES[name](run))
+    except LabUnavailableError as exc:
+        results.skipped[name] = str(exc)
+    except VirtSseError as exc:
+        report(exc)
+        results.failed[name] = str(exc)
 
 
 def _print(results: Results, facts: Mapping[str, object], took: float) -> None:

@@ -59,7 +59,7 @@ def measure(bench: Run) -> Iterator[Row]:
 def _compare(
     bench: Run, maker: DiskMaker, configurations: Sequence[Configuration], size: int, *, direct: bool
 ) -> Iterator[Row]:
-    seconds = bench.amount(800, quick=200) / 1000
+    seconds = bench.amount(500, quick=200) / 1000
     with contextlib.ExitStack() as stack:
         exports = {
             each.name: stack.enter_context(maker.export(each, direct=direct)) for each in configurations
