@@ -26,6 +26,7 @@ import data
 import domain
 import hook
 import hsm
+import iothreads
 import layers
 import machine
 import rewrap
@@ -50,6 +51,7 @@ BENCHES: Mapping[str, Bench] = {
     "scale": scale.measure,
     "customer": customer.measure,
     "hsm": hsm.measure,
+    "iothreads": iothreads.measure,
     "xts": xts.measure,
 }
 
