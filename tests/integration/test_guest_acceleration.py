@@ -146,9 +146,13 @@ def test_data_is_the_same_with_and_without_the_library(site: StageSite, library:
 
 def test_variables_of_the_domain_stay_as_they_were(site: StageSite, library: GuestLibrary) -> None:
     guest = site.guest(site.single_disk())
-    before = define(site, guest, {"MALLOC_ARENA_MAX": "4", "PULSE_SERVER": "none"})
+    define(site, guest, {"MALLOC_ARENA_MAX": "4", "PULSE_SERVER": "none"})
+    attach = ("disk", "attach", site.single_disk().name, guest.name)
+    assert f"'virt-sse vm update {guest.name} --accelerate on'" in site.virt_sse(*attach)
+    before = str(site.virsh("dumpxml", "--inactive", guest.name))
+    site.virt_sse("vm", "update", guest.name, "--accelerate", "on")
     update(site, guest, UPDATE_ON)
-    update(site, guest, UPDATE_ON)
+    assert not site.backend.hotplug.gains_by_acceleration(guest.name)
     definition = site.host.virsh("dumpxml", "--inactive", guest.name).stdout
     assert definition.count(str(library.path)) == 1
     assert definition.count("MALLOC_ARENA_MAX") == 1

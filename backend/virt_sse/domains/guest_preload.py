@@ -1,4 +1,4 @@
-"""Code that the dynamic linker loads into a domain's QEMU: virt-sse's XTS library, and foreign libraries.
+"""Code that a domain's QEMU loads because of its environment: virt-sse's XTS library, and foreign libraries.
 
 QEMU holds keys, and preloaded code sees the keys. :func:`refuse_unsafe` is applied before QEMU gets a key.
 """

@@ -159,7 +159,8 @@ class Hotplug:
         with connected(self._uri) as connection:
             domain = domains.lookup(connection, domain_name)
             definition = domains.definition(domain, inactive=bool(domain.isPersistent()))
-        return bool(definition.our_disks) and not definition.loaded_code
+        uses_deks = any(use.slot for use in definition.our_disks)
+        return uses_deks and not definition.loaded_code
 
     def _set_of(self, disk: Disk) -> EncryptionSet | None:
         return self._store.encryption_sets.get(str(disk.set_id)) if disk.set_id else None

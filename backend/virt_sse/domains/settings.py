@@ -86,7 +86,8 @@ class VmView:
     :ivar disks: virt-sse's disks by the name in the guest.
     :ivar tpm_key: the KEK over the DEK of the TPM, if virt-sse encrypts the TPM's state.
     :ivar is_accelerated: whether the definition asks for the XTS library in the domain's QEMU.
-    :ivar library: the XTS library in the running QEMU; ``None`` if the process is not visible.
+    :ivar library: the XTS library in the running QEMU; ``None`` if the process is not visible, and in the
+        list of all domains.
     :ivar at_rest: data of the guest at host_data on this host; empty in the list of all domains.
     """
 
@@ -271,7 +272,8 @@ class VmSettings:
         except (PolicyError, InvalidValueError) as exc:
             problem = exc
         library = self._config.guest_library
-        pid = qemu_process(self._config.qemu_pid_file(name), vm_id) if is_active else None
+        is_wanted = is_active and with_host_data
+        pid = qemu_process(self._config.qemu_pid_file(name), vm_id) if is_wanted else None
         return VmView(
             id=vm_id,
             name=name,

@@ -20,8 +20,14 @@ QEMU_PREFIX = "qemu"
 PRELOAD = "LD_PRELOAD"
 _COMMAND_LINE = f"{{{QEMU_NAMESPACE}}}commandline"
 _VARIABLE = f"{{{QEMU_NAMESPACE}}}env"
-_SEPARATORS = {PRELOAD: r"[\s:]+", "LD_AUDIT": r":", "LD_LIBRARY_PATH": r"[:;]"}
-"""Variables of ld.so(8) that name libraries, or folders with libraries."""
+_SEPARATORS = {
+    PRELOAD: r"[\s:]+",
+    "LD_AUDIT": r":",
+    "LD_LIBRARY_PATH": r"[:;]",
+    "GCONV_PATH": r":",
+    "QEMU_MODULE_DIR": r"\0",
+}
+"""Variables of ld.so(8), iconv(3) and QEMU that name libraries, or folders with libraries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +51,7 @@ def variables(domain: ET.Element) -> list[tuple[str, str]]:
 
 
 def loaded_code(environment: Iterable[tuple[str, str]]) -> tuple[LoadedCode, ...]:
-    """The code that the dynamic linker loads because of the variables *environment*."""
+    """The code that QEMU loads because of the variables *environment*."""
     return tuple(
         LoadedCode(variable, name)
         for variable, value in environment

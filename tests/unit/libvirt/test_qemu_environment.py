@@ -92,11 +92,13 @@ def test_a_library_added_beside_ours_stays(value: str) -> None:
     assert names_and_values(changed(with_both, preloaded=False)) == [("LD_PRELOAD", "/own.so")]
 
 
-def test_all_variables_of_the_dynamic_linker_are_seen() -> None:
+def test_all_variables_that_make_qemu_load_code_are_seen() -> None:
     environment = [
         ("LD_PRELOAD", "/a.so:libb.so  /c.so"),
         ("LD_AUDIT", "/d.so:/e.so"),
         ("LD_LIBRARY_PATH", "/f:/g"),
+        ("GCONV_PATH", "/h"),
+        ("QEMU_MODULE_DIR", "/i: j"),
         ("LD_BIND_NOW", "1"),
         ("PATH", "/bin"),
     ]
@@ -108,5 +110,7 @@ def test_all_variables_of_the_dynamic_linker_are_seen() -> None:
         ("LD_AUDIT", "/e.so"),
         ("LD_LIBRARY_PATH", "/f"),
         ("LD_LIBRARY_PATH", "/g"),
+        ("GCONV_PATH", "/h"),
+        ("QEMU_MODULE_DIR", "/i: j"),
     ]
     assert domain(env("LD_AUDIT", "/x.so")).loaded_code[0].name == "/x.so"
