@@ -23,6 +23,7 @@ from virt_sse.model.keys import ProviderConfig
 from virt_sse.model.layers import Placement
 from virt_sse.model.operations import Site
 from virt_sse.system.documents import DocumentError, from_toml
+from virt_sse.system.guest_library import GuestLibrary
 from virt_sse.system.permissions import loose_permission
 
 
@@ -219,6 +220,11 @@ class Config:
     def hook_path(self) -> Path:
         """The libvirt qemu hook, installed by ``virt-sse host init``."""
         return self.root / "etc/libvirt/hooks/qemu.d/virt-sse"
+
+    @property
+    def guest_library(self) -> GuestLibrary:
+        """The XTS library for guests' QEMU processes; may not be installed."""
+        return GuestLibrary.of(self.root, self.state_directory)
 
     @property
     def agent_socket(self) -> Path:

@@ -27,6 +27,7 @@ import data
 import domain
 import hook
 import hsm
+import iothreads
 import machine
 import plot
 import process
@@ -53,6 +54,7 @@ BENCHES: Mapping[str, Bench] = {
     "scale": scale.measure,
     "customer": customer.measure,
     "hsm": hsm.measure,
+    "iothreads": iothreads.measure,
 }
 
 

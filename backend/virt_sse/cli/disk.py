@@ -343,10 +343,19 @@ def delete(
 
 
 @app.command()
-def xml(name: Name, target: Target = "vda", read_only: ReadOnly = False) -> None:
+def xml(
+    name: Name,
+    target: Target = "vda",
+    read_only: ReadOnly = False,
+    iothread: Annotated[
+        int | None,
+        typer.Option("--iothread", min=1, help="The iothread of the domain that serves the disk."),
+    ] = None,
+) -> None:
     """Print the <disk> element for using a disk in a domain."""
     with backend() as b:
-        typer.echo(b.domains.disk_element(name, target=target, read_only=read_only), nl=False)
+        element = b.domains.disk_element(name, target=target, read_only=read_only, iothread=iothread)
+    typer.echo(element, nl=False)
 
 
 @app.command()
@@ -362,11 +371,28 @@ def attach(
         HostCaching,
         typer.Option("--caching", help="Host caching of the disk, in a domain with encryption at host."),
     ] = HostCaching.NONE,
+    iothread: Annotated[
+        str | None,
+        typer.Option(
+            "--iothread",
+            metavar="N|new|auto",
+            help="The domain's iothread that serves the disk. auto: an iothread without a disk, else a new "
+            "iothread up to the host's number of processors, else the iothread with the fewest disks.",
+        ),
+    ] = None,
 ) -> None:
     """Attach a disk to a domain: in its persistent definition, and at once if the domain runs."""
+    from virt_sse.libvirt.iothreads import parse_choice
+
+    chosen = None if iothread is None else parse_choice(iothread)
     with backend() as b:
-        target = b.hotplug.attach(name, domain, target=target, read_only=read_only, caching=caching)
+        target = b.hotplug.attach(
+            name, domain, target=target, read_only=read_only, caching=caching, iothread=chosen
+        )
+        gains = b.hotplug.gains_by_acceleration(domain)
     typer.echo(f"attached disk {name} to domain {domain} as {target}")
+    if gains:
+        typer.echo(f"faster from the next start after 'virt-sse vm update {domain} --accelerate on'")
 
 
 @app.command()

@@ -13,6 +13,7 @@ import libvirt
 
 from virt_sse.config import IoErrors
 from virt_sse.domains.deferred_starts import DeferredStarts
+from virt_sse.domains.guest_preload import refuse_unsafe
 from virt_sse.domains.host_encryption import HostEncryption
 from virt_sse.errors import (
     DiskInUseError,
@@ -84,6 +85,7 @@ class DomainStart:
 
         :raise VirtSseError: When any part cannot be served; the domain must not start then.
         """
+        refuse_unsafe(self._config.guest_library, definition)
         try:
             with self._host_encryption.prepared(definition):
                 if uses := definition.our_disks:
@@ -102,6 +104,7 @@ class DomainStart:
         :param definition: the live definition of the domain; may be without the disks.
         :raise VirtSseError: When a disk cannot be served.
         """
+        refuse_unsafe(self._config.guest_library, definition)
         self._serve(connection, definition, self._look_up(uses, definition.name))
 
     def _serve(
@@ -175,15 +178,22 @@ class DomainStart:
         """
         return self._source(disk, self.plan(disk))
 
-    def disk_element(self, name: str, *, target: str = "vda", read_only: bool = False) -> str:
+    def disk_element(
+        self, name: str, *, target: str = "vda", read_only: bool = False, iothread: int | None = None
+    ) -> str:
         """Make the ``<disk>`` element for a disk, given by name or id (libvirt formatdomain).
 
         :raise DiskNotFoundError: When the store has no such disk.
-        :raise InvalidValueError: When *target* is not a valid name of a disk in a guest.
+        :raise InvalidValueError: When *target* is not a valid name of a disk in a guest, or names a bus
+            without iothreads for disks.
         """
         disk = self._store.get(name)
         return disk_element.disk_element(
-            self.source(disk), target=target, read_only=read_only, options=self.driver_options(disk)
+            self.source(disk),
+            target=target,
+            read_only=read_only,
+            iothread=iothread,
+            options=self.driver_options(disk),
         )
 
     def driver_options(self, disk: Disk) -> DriverOptions | None:

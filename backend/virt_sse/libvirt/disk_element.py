@@ -30,6 +30,7 @@ class DomainDisk:
     :ivar target: the disk's name in the guest, e.g. ``vda``.
     :ivar reconnects: whether QEMU reconnects to a restarted NBD server (libvirt 9.5 and later).
     :ivar read_only: whether the guest can only read the disk.
+    :ivar iothread: number of the iothread that serves the disk; ``None`` for QEMU's main thread.
     """
 
     disk_id: UUID
@@ -38,6 +39,7 @@ class DomainDisk:
     target: str
     reconnects: bool = False
     read_only: bool = False
+    iothread: str | None = None
 
     @property
     def secret(self) -> SecretName | None:
@@ -91,7 +93,12 @@ class DiskSource:
 
 
 def disk_element(
-    source: DiskSource, *, target: str, read_only: bool = False, options: DriverOptions | None = None
+    source: DiskSource,
+    *,
+    target: str,
+    read_only: bool = False,
+    iothread: int | None = None,
+    options: DriverOptions | None = None,
 ) -> str:
     """Return the ``<disk>`` element with which a domain uses an encrypted disk.
 
@@ -100,13 +107,21 @@ def disk_element(
     that encrypted VM state is a multiple of the sector size.
 
     :param target: the name in the guest; its first two letters select the bus.
+    :param iothread: the iothread of the domain that serves the disk.
     :param options: options of the driver.
-    :raise InvalidValueError: When *target* is invalid.
+    :raise InvalidValueError: When *target* is invalid, or selects a bus whose disks have no iothread.
     """
     if not _TARGET.fullmatch(target):
         raise InvalidValueError(f"invalid target {target[:20]!r}", hint="e.g. vdb, sda or hda")
     disk = ET.Element("disk", type="file", device="disk", snapshot="no")
-    ET.SubElement(disk, "driver", name="qemu")
+    driver = ET.SubElement(disk, "driver", name="qemu")
+    if iothread is not None:
+        if _BUSES[target[:2]] != "virtio":
+            raise InvalidValueError(
+                f"no iothread can serve {target}: only virtio disks have an iothread of their own",
+                hint="choose a target such as vdb; with virtio-scsi the iothread belongs to the <controller>",
+            )
+        driver.set("iothread", str(iothread))
     ET.SubElement(disk, "source")
     set_source(disk, source)
     _set_options(disk, options or DriverOptions(), is_image=source.behind is None)
@@ -198,6 +213,7 @@ def uses_of(disk: ET.Element) -> Iterator[DomainDisk]:
                 target_of(disk),
                 reconnects=place.find("source/reconnect") is not None,
                 read_only=disk.find("readonly") is not None,
+                iothread=_iothread(disk),
             )
 
 
@@ -225,6 +241,11 @@ def plain_disk(source: ET.Element) -> UUID | None:
         return exported_disk(source.get("name", ""))
     except ValueError as exc:
         raise InvalidValueError(f"the domain names an unknown NBD export: {exc}") from exc
+
+
+def _iothread(disk: ET.Element) -> str | None:
+    driver = disk.find("driver")
+    return driver.get("iothread") if driver is not None else None
 
 
 def encryption_secrets(place: ET.Element) -> list[ET.Element]:

@@ -12,11 +12,12 @@ from typing import Self
 from uuid import UUID
 
 from virt_sse.errors import InvalidValueError
-from virt_sse.libvirt import disk_chains, disk_element
+from virt_sse.libvirt import disk_chains, disk_element, iothreads, qemu_environment
 from virt_sse.libvirt.disk_chains import BackupJob, DiskChain
 from virt_sse.libvirt.disk_element import DomainDisk, drop_malformed_names
 from virt_sse.libvirt.disk_places import DiskPlace, disk_place
 from virt_sse.libvirt.guest_data import GuestData
+from virt_sse.libvirt.qemu_environment import LoadedCode
 from virt_sse.libvirt.secret_name import PREFIX, SecretName
 from virt_sse.libvirt.users import User
 from virt_sse.libvirt.vm_metadata import Stated, read_metadata
@@ -184,6 +185,13 @@ class DomainDefinition:
         """
         return disk_element.free_target(self._root)
 
+    def iothreads(self) -> Mapping[int, int]:
+        """The numbers of disks by iothread.
+
+        :raise InvalidValueError: When a number is malformed.
+        """
+        return iothreads.iothreads(self._root)
+
     @property
     def qemu_user(self) -> User | None:
         """User and group of the QEMU process, once libvirt has begun to start the domain (``<seclabel>``).
@@ -193,6 +201,11 @@ class DomainDefinition:
         for label in self._root.iterfind("./seclabel[@model='dac']/label"):
             return User.parse(label.text or "")
         return None
+
+    @cached_property
+    def loaded_code(self) -> tuple[LoadedCode, ...]:
+        """The libraries that variables of the definition make QEMU load."""
+        return qemu_environment.loaded_code(qemu_environment.variables(self._root))
 
     @cached_property
     def stated(self) -> Stated | None:

@@ -21,9 +21,10 @@ from virt_sse.qemu.storage_daemon import FILE_NODE, VOLUME_NODE, StorageDaemon, 
 from virt_sse.stages import Stages
 from virt_sse.stages.kinds import guest_and_below
 from virt_sse.stages.stage_process import ExportSource, ImageSource, StageProcess
+from virt_sse.system.running_process import command_line
 from virt_sse.verification.graph import BlockGraph
 from virt_sse.verification.isolation import check_isolation
-from virt_sse.verification.processes import OpenFile, command_line, has_open, listens_at, open_files
+from virt_sse.verification.processes import OpenFile, has_open, listens_at, open_files
 from virt_sse.verification.sector_sample import sample_sectors
 from virt_sse.verification.verdict import DataPlace, DiskVerdict, Layer
 

@@ -71,9 +71,24 @@ class AtRestFinding:
 
 
 @dataclass(frozen=True, slots=True)
+class ProcessCode:
+    """The XTS library in a process that encrypts the domain's data.
+
+    :ivar process: ``guest's QEMU``, or the kind of stage process with the disk's target.
+    :ivar library: the value of a :class:`~virt_sse.system.guest_library.LibraryInUse`.
+    """
+
+    process: str
+    pid: int
+    library: str
+
+
+@dataclass(frozen=True, slots=True)
 class DomainVerdict:
     """The result for a domain.
 
+    :ivar accelerate: whether the definition asks for the XTS library in the domain's QEMU.
+    :ivar processes: the processes visible in this PID namespace.
     :ivar places: places with data of all disks.
     :ivar problems: problems of the domain itself, without its disks' problems.
     """
@@ -85,6 +100,8 @@ class DomainVerdict:
     places: tuple[DataPlace, ...] = ()
     at_rest: tuple[AtRestFinding, ...] = ()
     problems: tuple[str, ...] = ()
+    accelerate: bool = False
+    processes: tuple[ProcessCode, ...] = ()
 
     @property
     def all_problems(self) -> list[str]:

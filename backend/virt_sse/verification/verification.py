@@ -26,14 +26,22 @@ from virt_sse.model.slots import TEMP_SLOT
 from virt_sse.model.vms import temp_disk_id
 from virt_sse.qemu import img
 from virt_sse.system.files import canonical
+from virt_sse.system.running_process import qemu_process
 from virt_sse.verification.chains import plaintext_links, serial
+from virt_sse.verification.code import code_problems, stage_processes
 from virt_sse.verification.graph import place_of
 from virt_sse.verification.image_evidence import check_image, check_temporary, check_within
 from virt_sse.verification.monitor import block_graph, secret_objects
-from virt_sse.verification.processes import qemu_process
 from virt_sse.verification.running_disks import GUEST_QEMU, RunningDisks
 from virt_sse.verification.stage_evidence import StageEvidence
-from virt_sse.verification.verdict import AtRestFinding, DataPlace, DiskVerdict, DomainVerdict, Layer
+from virt_sse.verification.verdict import (
+    AtRestFinding,
+    DataPlace,
+    DiskVerdict,
+    DomainVerdict,
+    Layer,
+    ProcessCode,
+)
 
 _LONGEST_CHAIN = 32
 TEMPORARY = "(temporary)"
@@ -91,7 +99,13 @@ class Verification:
             definition = domains.definition(domain, inactive=not runs)
             subject = _Subject(view.id, name, definition, at_host, strict or at_host, self._store.all())
             disks = list(self._running(subject, domain) if runs else self._defined(subject))
+            pid = qemu_process(self._config.qemu_pid_file(name), view.id) if runs else None
+        library = self._config.guest_library
+        processes = list(stage_processes(self._stages, library, definition)) if runs else []
+        if pid and view.library:
+            processes.insert(0, ProcessCode(GUEST_QEMU, pid, view.library.value))
         problems = [str(view.problem)] if view.problem else []
+        problems += code_problems(view, library, definition, pid)
         # The survey's disks are left out: their verdicts are more precise.
         host_data = [each for each in view.at_rest if not each.name.startswith("disk ")]
         problems += [
@@ -105,10 +119,12 @@ class Verification:
             places=(DataPlace("the guest's memory, and its QEMU's", True),) if runs else (),
             at_rest=tuple(_finding(each) for each in host_data),
             problems=tuple(dict.fromkeys(problems)),
+            accelerate=view.is_accelerated,
+            processes=tuple(processes),
         )
 
     def _running(self, subject: _Subject, domain: libvirt.virDomain) -> Iterator[DiskVerdict]:
-        pid = qemu_process(self._config, subject.name, subject.id)
+        pid = qemu_process(self._config.qemu_pid_file(subject.name), subject.id)
         running = RunningDisks(block_graph(domain), secret_objects(domain), pid)
         listed = set()
         for chain in subject.definition.disk_chains(domains.running_backup(domain)):

@@ -31,6 +31,7 @@ ELEMENTS = {
     "disk-raw-read-only-scsi": disk_element(
         source('/srv/a & b\'s "disk" <1>, ä.raw'), target="sdb", read_only=True
     ),
+    "disk-with-an-iothread": disk_element(source("/srv/db.qcow2", "qcow2"), target="vdb", iothread=3),
     "disk-behind-a-socket": disk_element(
         source("/var/lib/libvirt/images/db-01.qcow2", "qcow2", behind=BEHIND, error_policy="stop"),
         target="vda",
@@ -67,7 +68,11 @@ def test_written_disk_elements_are_found_again(name: str) -> None:
     reconnects = place.find("reconnect") is not None
     read_only = element.find("readonly") is not None
     slot = "service" if place.find("encryption") is not None else None
-    assert use == DomainDisk(DISK, slot, Path(expected), target.get("dev", ""), reconnects, read_only)
+    driver = element.find("driver")
+    assert driver is not None
+    iothread = driver.get("iothread")
+    name = target.get("dev", "")
+    assert use == DomainDisk(DISK, slot, Path(expected), name, reconnects, read_only, iothread)
     assert (use.secret is None) == (slot is None)
     assert DomainDefinition.parse(domain(ELEMENTS[name])).mentions_us
 
@@ -168,6 +173,13 @@ def test_a_document_that_is_not_domain_xml_is_refused(text: str) -> None:
 def test_an_invalid_target_is_refused(target: str) -> None:
     with pytest.raises(InvalidValueError, match="invalid target"):
         disk_element(source("/x"), target=target)
+
+
+@pytest.mark.parametrize("target", ["sda", "hda"])
+def test_only_virtio_disks_have_an_iothread(target: str) -> None:
+    with pytest.raises(InvalidValueError, match="only virtio disks") as caught:
+        disk_element(source("/x"), target=target, iothread=1)
+    assert "<controller>" in str(caught.value.hint)
 
 
 def test_the_bus_follows_the_target() -> None:
