@@ -71,8 +71,8 @@ def test_written_disk_elements_are_found_again(name: str) -> None:
     driver = element.find("driver")
     assert driver is not None
     iothread = driver.get("iothread")
-    name = target.get("dev", "")
-    assert use == DomainDisk(DISK, slot, Path(expected), name, reconnects, read_only, iothread)
+    device = target.get("dev", "")
+    assert use == DomainDisk(DISK, slot, Path(expected), device, reconnects, read_only, iothread)
     assert (use.secret is None) == (slot is None)
     assert DomainDefinition.parse(domain(ELEMENTS[name])).mentions_us
 
