@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from support.stage_site import StageSite, stage_site
+from support.stage_site import StageSite, owner, stage_site
 from support.waiting import wait_until
 from virt_sse.domains.settings import VmChanges
 from virt_sse.lab.acceleration import Acceleration
@@ -21,6 +21,7 @@ from virt_sse.lab.host import QEMU_USER, LabHost
 from virt_sse.model.disks import Disk
 from virt_sse.model.layers import HostCaching
 from virt_sse.stages.locked_process import LockedProcess
+from virt_sse.stages.record import RECORD_NAME
 
 M = 1 << 20
 ATTACK = """\
@@ -139,3 +140,21 @@ def test_an_escaped_guest_does_not_hold_up_a_domain_with_an_unreachable_gate(sit
     assert site.left() == {}
     site.start_paused(guest)
     assert Path(site.backend.host.stages.guest_socket(disk.id)).is_socket()
+
+
+@pytest.mark.parametrize("with_gate", [True, False])
+def test_the_processes_of_a_damaged_record_end_with_the_domain(site: StageSite, with_gate: bool) -> None:
+    disk, cached = site.disk("raw", size=M), site.single_disk("raw", size=M)
+    guest = site.guest(disk, cached)
+    caching = {"vdb": HostCaching.READ_ONLY}
+    site.backend.vms.update(guest.name, VmChanges(encryption_at_host=True, caching=caching))
+    site.start_paused(guest)
+    for each in (disk, cached):
+        (site.backend.host.config.stage_directory / str(each.id) / RECORD_NAME).write_text("{")
+        if not with_gate:
+            os.kill(gate(site, each).pid() or 0, signal.SIGKILL)
+    guest.destroy()
+    assert site.left() == {}
+    assert [owner(disk), owner(cached)] == [0, 0]
+    site.start_paused(guest)
+    guest.destroy()
