@@ -112,7 +112,7 @@ def test_a_killed_gate_is_replaced_under_the_guest(site: StageSite) -> None:
         wait_until(lambda: gate(site, disk).pid() not in (None, pid), "the agent has started a new gate")
         assert "wrote 4096" in site.qemu_io(guest, "write -P 0x5a 0 4096")
         with attacked(site, disk):
-            wait_until(lambda: gate(site, disk).output(), "the new gate refuses")
+            wait_until(lambda: "of user" in gate(site, disk).output(), "the new gate refuses")
         guest.destroy()
 
 
