@@ -8,11 +8,13 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import libvirt_qemu
+import pytest
 
 from support.agent_site import forget_domains, prepared, secret_usages
 from support.waiting import wait_until
@@ -230,3 +232,20 @@ def show(site: StageSite, disk: Disk) -> dict[str, object]:
 def owner(disk: Disk) -> int:
     """The user ID of the owner of the disk's image."""
     return disk.path.stat().st_uid
+
+
+def stage_site_fixtures() -> tuple[Any, Any]:
+    """The fixtures ``running_site`` and ``site`` of a module whose tests share a site, and leave nothing."""
+
+    @pytest.fixture(scope="module", name="running_site")
+    def running_site(lab_host: LabHost, acceleration: Callable[[str], Acceleration]) -> Iterator[StageSite]:
+        with stage_site(lab_host, acceleration("boot-sector")) as site:
+            yield site
+
+    @pytest.fixture(name="site")
+    def site(running_site: StageSite) -> Iterator[StageSite]:
+        yield running_site
+        running_site.forget_domains()
+        assert running_site.left() == {}
+
+    return running_site, site

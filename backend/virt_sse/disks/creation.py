@@ -82,11 +82,13 @@ class Creation:
         :raise DiskExistsError: When the name or the path is taken.
         :raise PolicyError: When a rule refuses the disk.
         :raise KeyProviderError: When the DEK cannot be wrapped.
+        :raise EnvelopeError: When the wrapped DEKs have no room in an image.
         :raise ImageError: When the image cannot be written.
         """
         checked = self._check(new, content)
         deks = [Dek.generate() for _ in checked.plan.deks]
         disk = self._with_wrapped_deks(checked, deks)
+        disk.envelope.encode()  # refuses what has no room in the image, before anything is made
         with self._locks.hold(disk.id):
             self._store.add(disk)
             try:

@@ -44,6 +44,9 @@ def release(config: Config, definition: DomainDefinition) -> None:
             all_parts.callback(ImageFreshness(config).end_use, disk_id, image)
         all_parts.callback(_drop_secrets, config, definition, given)
         all_parts.callback(temp_disks.erase, config, domain_id)
+        all_parts.callback(
+            stages.stop_damaged, definition.name, {use.disk_id for use in definition.our_disks}
+        )
         all_parts.callback(stages.stop_domain, domain_id)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -22,7 +22,7 @@ from virt_sse.model.layers import LayerPlan, Stage
 from virt_sse.qemu import img, qcow2
 from virt_sse.qemu.formatting import header_length
 from virt_sse.stages import sockets
-from virt_sse.stages.gate_process import GATE, GateProcess
+from virt_sse.stages.gate_process import GATE, GateProcess, admitted_by
 from virt_sse.stages.kinds import STAGE_KINDS, StageKinds, by_process, guest_and_below, kind_of
 from virt_sse.stages.locked_process import LockedProcess
 from virt_sse.stages.record import StageRecord
@@ -62,12 +62,8 @@ class Stages:
 
         :param damaged: called for each unreadable record; these records are left out.
         """
-        try:
-            folders = sorted(self._config.stage_directory.iterdir())
-        except FileNotFoundError:
-            return []
         found = []
-        for folder in folders:
+        for folder in self._folders():
             try:
                 record = StageRecord.read(folder, self.kinds)
             except StageError as exc:
@@ -78,6 +74,12 @@ class Stages:
             else:
                 found += [record] if record else []
         return found
+
+    def _folders(self) -> list[Path]:
+        try:
+            return sorted(self._config.stage_directory.iterdir())
+        except FileNotFoundError:
+            return []
 
     def record(self, disk_id: UUID) -> StageRecord | None:
         """The record of a disk; ``None`` if the disk has no stage processes.
@@ -260,6 +262,53 @@ class Stages:
         if failed:
             raise failed
 
+    def stop_damaged(self, domain: str, disk_ids: Collection[UUID]) -> None:
+        """End the stage processes of an ended domain's disks whose records are damaged; each is logged.
+
+        The gate tells the domain of the processes. Without a gate, the ended domain's definition does.
+
+        :param domain: name of the ended domain.
+        :param disk_ids: the disks in its definition.
+        :raise StageError: When some cannot be ended from here; the rest are ended.
+        """
+        failed: VirtSseError | None = None
+        for folder in self._folders():
+            try:
+                disk_id = UUID(folder.name)
+                with self._locks.hold(disk_id, wait=True):
+                    reason = self._damage(disk_id)
+                    if reason and self._served(folder, domain, is_defined=disk_id in disk_ids):
+                        self._return_images(disk_id)
+                        self._stop(disk_id, None)
+                        _log.warning("ended the processes of disk %s, domain %s: %s", disk_id, domain, reason)
+            except ValueError:  # no folder of ours
+                continue
+            except VirtSseError as exc:
+                failed = exc
+            except OSError as exc:
+                failed = StageError(f"cannot end the processes in {folder}: {exc}")
+        if failed:
+            raise failed
+
+    def _damage(self, disk_id: UUID) -> str | None:
+        """The reason why the disk's record cannot be read, if so."""
+        try:
+            self.record(disk_id)
+        except StageError as exc:
+            return str(exc)
+        return None
+
+    def _served(self, folder: Path, domain: str, *, is_defined: bool) -> bool:
+        """Whether the processes in *folder* serve a domain, as far as can be told without their record."""
+        admits = admitted_by(folder)
+        return is_defined if admits is None else admits == self._config.qemu_pid_file(domain)
+
+    def _return_images(self, disk_id: UUID) -> None:
+        """Return the images that the disk's processes own to root: only the record has the owner before."""
+        for kind in self.kinds:
+            if pid := LockedProcess(self._folder(disk_id) / kind.name).pid():
+                _return_images_of(pid)
+
     def grow(self, disk: Disk, size: int, *, reconnects: bool) -> None:
         """Grow the volumes below the guest's QEMU, while a guest uses the disk, for *size* usable bytes.
 
@@ -402,6 +451,19 @@ def _give_back(image: int, record: StageRecord) -> None:
     """Return the image's ownership, if a stage process has it."""
     if os.fstat(image).st_uid == record.storage.uid:
         os.fchown(image, record.owner.uid, record.owner.gid)
+
+
+def _return_images_of(pid: int) -> None:
+    """Return the images that a process has open, and owns, to root."""
+    folder = Path(f"/proc/{pid}")
+    with contextlib.suppress(OSError):  # the process has ended
+        user = folder.stat().st_uid
+        for entry in (folder / "fd").iterdir():
+            with contextlib.suppress(VirtSseError), img.opened(entry) as image:
+                status = os.fstat(image)
+                if status.st_uid == user and status.st_nlink:
+                    img.luks_area(image, img.probe_format(image))
+                    os.fchown(image, ROOT.uid, ROOT.gid)
 
 
 def _room(disk: Disk, size: int) -> int:
