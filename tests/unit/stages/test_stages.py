@@ -422,7 +422,7 @@ class TestGrowth:
         disk.start()
         before = disk.daemon().sizes()
         disk.stages.grow(disk.disk, 2 * M, reconnects=False)
-        assert disk.daemon().size() == before
+        assert disk.daemon().sizes() == before
 
     def test_a_volume_below_a_cache_does_not_grow(self, make: Make) -> None:
         disk = make("raw", caching=READ_ONLY)
