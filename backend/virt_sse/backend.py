@@ -7,6 +7,9 @@ from typing import Self
 
 from virt_sse.audit.record import Component
 from virt_sse.config import Config
+from virt_sse.copies.in_place import InPlace
+from virt_sse.copies.reencryption import ReencryptionService
+from virt_sse.copies.settlement import Settlement
 from virt_sse.disks.certificates import DeletionCertificates
 from virt_sse.disks.inspector import Inspector
 from virt_sse.disks.lifecycle import Disks
@@ -31,6 +34,8 @@ class Backend:
     :ivar disks: create, list, adopt, resize, check and delete disks.
     :ivar transfer: import, copy and export.
     :ivar certificates: certificates about deleted disks.
+    :ivar reencryption: new DEKs and volume keys for disks.
+    :ivar in_place: encryption of plaintext disks of domains.
     :ivar inspector: in-guest encryption on disks.
     :ivar sets: disk encryption sets.
     :ivar keys: KEKs in use, rotation, rewrapping.
@@ -42,12 +47,18 @@ class Backend:
     :ivar verification: ``vm verify``.
     :param plugins: default: the installed plugins.
     :param component: the component named in the audit records of key uses.
+    :param in_hook: whether libvirt waits: work that needs libvirt's answers is left to the next command.
     :raise StoreError: When the store cannot be opened.
     :raise PluginError: When a required plugin is broken.
     """
 
     def __init__(
-        self, config: Config, plugins: PluginHost | None = None, *, component: Component = Component.HOST
+        self,
+        config: Config,
+        plugins: PluginHost | None = None,
+        *,
+        component: Component = Component.HOST,
+        in_hook: bool = False,
     ) -> None:
         host = self.host = Host.open(config, plugins, component=component)
         host.opened_store.full()
@@ -60,6 +71,9 @@ class Backend:
         self.certificates = DeletionCertificates(host)
         self.disks = Disks(host, self.sets, self.hotplug, self.certificates)
         self.transfer = Transfer(host, self.disks)
+        settlement = Settlement(host, self.disks, self.domains)
+        self.reencryption = ReencryptionService(host, self.disks, self.domains, self.inspector, settlement)
+        self.in_place = InPlace(host, self.disks, self.domains, self.inspector, settlement)
         self.vms = VmSettings(host, self.domains, self.host_encryption, self.inspector)
         self.scale_sets = ScaleSets(host, self.disks, self.transfer, self.domains, self.vms)
         self.verification = Verification(host, self.domains, self.vms)
@@ -67,6 +81,8 @@ class Backend:
             temp_disks.erase_of_other_boots(config)
             self.disks.recover()
             self.keys.recover()
+            if not in_hook:
+                settlement.recover()
         except BaseException:
             self.close()
             raise

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from virt_sse.cli.disk_reencrypt import disk_reencrypt
 from virt_sse.cli.output import Output, OutputFormat, human_size, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend, host, listed_disks
 from virt_sse.cli.vm_inspect import disk_inspect
@@ -275,6 +276,7 @@ def check(name: Name) -> None:
 
 
 app.command(name="inspect")(disk_inspect)
+app.command(name="reencrypt")(disk_reencrypt)
 
 
 @app.command()

@@ -10,7 +10,7 @@ import errno
 import os
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -37,6 +37,21 @@ from virt_sse.model.operations import CreateDisk
 from virt_sse.qemu import img
 from virt_sse.qemu.formatting import Volume, make
 from virt_sse.system.files import publish
+
+
+@dataclass(frozen=True, slots=True)
+class Successor:
+    """What a new disk takes from the disk or image whose place the new disk is to take.
+
+    :ivar disk_id: id of the new disk, known to the record of the copy.
+    :ivar name: later name of the new disk, already in the envelope.
+    :ivar serial: see :attr:`Disk.serial`.
+    """
+
+    disk_id: uuid.UUID
+    name: str
+    serial: str | None = None
+
 
 Fill = Callable[[Path, Sequence[Dek]], None]
 """Writes the first content of a new disk into its encrypted image at a path."""
@@ -72,11 +87,13 @@ class Creation:
         *,
         fill: Fill | None = None,
         content: Content | None = None,
+        successor: Successor | None = None,
     ) -> Disk:
         """Create a disk.
 
         :param fill: writes the first content; default: the disk is empty.
         :param content: this content, for policies.
+        :param successor: given for the new disk of a copy.
         :raise InvalidValueError: When name, size or place is invalid.
         :raise EncryptionSetNotFoundError: When the set does not exist.
         :raise DiskExistsError: When the name or the path is taken.
@@ -87,12 +104,14 @@ class Creation:
         """
         checked = self._check(new, content)
         deks = [Dek.generate() for _ in checked.plan.deks]
-        disk = self._with_wrapped_deks(checked, deks)
+        fallback = Successor(new.id or uuid.uuid4(), new.name)
+        disk = self._with_wrapped_deks(checked, deks, successor or fallback)
         disk.envelope.encode()  # refuses what has no room in the image, before anything is made
         with self._locks.hold(disk.id):
             self._store.add(disk)
             try:
-                self._write_image(disk, checked.plan, deks, fill)
+                carried = replace(disk, name=successor.name) if successor else disk
+                self._write_image(carried, checked.plan, deks, fill)
             finally:
                 self.settle(disk)
         if isinstance(new.place, StoragePool):
@@ -114,7 +133,7 @@ class Creation:
         )
         layer = self._plugins.encryption_layer(encryption_type)
         cipher = new.infrastructure_cipher or self._config.infrastructure_cipher
-        plan = layer.plan(LayerChoice(key, cipher))
+        plan = layer.plan(LayerChoice(key, cipher, cipher=new.cipher))
         if os.path.lexists(path):
             raise DiskExistsError(f"{path} exists already")
         if not os.path.isdir(path.parent):  # noqa: PTH112 -- Path.is_dir raises for a name that is too long
@@ -129,9 +148,9 @@ class Creation:
             folder = pool_folder(self._config.libvirt_uri, new.place.name)
         return folder / f"{new.name}.{new.format.value}"
 
-    def _with_wrapped_deks(self, checked: _Checked, deks: Sequence[Dek]) -> Disk:
+    def _with_wrapped_deks(self, checked: _Checked, deks: Sequence[Dek], successor: Successor) -> Disk:
         """The disk to be created, with its DEKs wrapped."""
-        disk_id = checked.new.id or uuid.uuid4()
+        disk_id = successor.disk_id
         entries = []
         for position, (spec, dek) in enumerate(zip(checked.plan.deks, deks, strict=True)):
             acting = checked.encryption_set if position == 0 else None  # see Disk.identity_for
@@ -156,17 +175,21 @@ class Creation:
             sku=checked.new.sku,
             set_id=checked.encryption_set.id if checked.encryption_set else None,
             origin_id=source.origin_id or source.id if (source := checked.new.source) else None,
+            serial=successor.serial,
         )
 
     def settle(self, disk: Disk) -> None:
         """End a creation or adoption: the disk is ready if its image is complete; otherwise undo either.
 
-        A complete image has the disk's envelope, sealed by this host. Undoing an adoption leaves the image.
+        A complete image has the disk's envelope, sealed by this host. The new disk of a copy has its later
+        name there. Undoing an adoption leaves the image.
 
         :raise ImageError: When the partial image cannot be removed.
         """
         _remove(_partial(disk))
-        if self._freshness.has_sealed(disk):
+        copy = self._store.copies.find(disk.id)
+        carried = replace(disk, name=copy.name) if copy and copy.disk_id == disk.id else disk
+        if self._freshness.has_sealed(carried):
             self._freshness.note_new(disk)
             self._store.set_state(disk.id, DiskState.READY)
         else:

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from virt_sse.disks.adoption import Adoption, with_images_envelope
 from virt_sse.disks.certificates import DeletionCertificates
-from virt_sse.disks.creation import Creation, Fill
+from virt_sse.disks.creation import Creation, Fill, Successor
 from virt_sse.disks.stored_images import usable, with_real_size
 from virt_sse.errors import (
     DiskInUseError,
@@ -99,12 +99,13 @@ class Disks:
         *,
         fill: Fill | None = None,
         content: Content | None = None,
+        successor: Successor | None = None,
     ) -> Disk:
         """Create a disk; see :meth:`Creation.create`.
 
         :raise VirtSseError: By meaning.
         """
-        return self._creation.create(new, fill=fill, content=content)
+        return self._creation.create(new, fill=fill, content=content, successor=successor)
 
     def recover(self) -> None:
         """Finish or undo the work of killed commands. Disks locked by other commands are left alone.
@@ -126,7 +127,15 @@ class Disks:
 
     def _recover_disk(self, disk: Disk) -> None:
         with self._locks.hold(disk.id):
-            current = self._store.get(str(disk.id))
+            self.remove_remains(disk.id)
+
+    def remove_remains(self, disk_id: uuid.UUID) -> None:
+        """Finish the creation or deletion of a disk, if under way; the caller holds its lock.
+
+        :raise ImageError: When the image cannot be erased or removed.
+        """
+        with contextlib.suppress(DiskNotFoundError):
+            current = self._store.get(str(disk_id))
             if current.state is DiskState.CREATING:
                 self._creation.settle(current)
             elif current.state is DiskState.DELETING:

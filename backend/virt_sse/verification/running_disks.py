@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from virt_sse.libvirt.disk_chains import DiskChain
@@ -13,6 +14,18 @@ from virt_sse.verification.processes import has_open
 from virt_sse.verification.verdict import DataPlace, DiskVerdict, Layer
 
 GUEST_QEMU = "guest's QEMU"
+
+
+@dataclass(frozen=True, slots=True)
+class CopyTarget:
+    """The new disk of a copy under a running guest.
+
+    :ivar place: the image, or the NBD server's socket.
+    :ivar cipher: cipher of the layer in the guest's QEMU.
+    """
+
+    place: Path
+    cipher: Cipher
 
 
 class RunningDisks:
@@ -36,6 +49,7 @@ class RunningDisks:
         cipher: Cipher,
         *,
         is_all: bool = True,
+        copied_to: CopyTarget | None = None,
     ) -> None:
         """Check a disk of virt-sse: QEMU must have exactly 1 volume, of *cipher*, over *place*.
 
@@ -44,6 +58,7 @@ class RunningDisks:
         :param place: the image, or the NBD server's socket.
         :param layer: facts about the volume, apart from the cipher.
         :param is_all: whether the volume is the disk's only layer of encryption.
+        :param copied_to: the new disk into which virt-sse is copying the disk.
         """
         stacks = [stack for vertex in self.stored_at(place) for stack in self._graph.volumes_over(vertex)]
         volumes = list(dict.fromkeys(stack[-1] for stack in stacks if stack))
@@ -59,7 +74,7 @@ class RunningDisks:
             verdict.expect(
                 volume.cipher == str(cipher), f"the guest's QEMU encrypts with {volume.cipher}, not {cipher}"
             )
-            self._expose(verdict, chain, volume, is_all=is_all)
+            self._expose(verdict, chain, volume, is_all=is_all, copied_to=copied_to)
 
     def check_plain(self, verdict: DiskVerdict, chain: DiskChain, place: Path) -> None:
         """Check a disk of virt-sse that is decrypted below QEMU: QEMU has its data, and no key.
@@ -125,13 +140,25 @@ class RunningDisks:
         """List the files and sockets with data of QEMU's nodes."""
         return [vertex.place.path for vertex in self._graph.stored() if vertex.place and vertex.place.path]
 
-    def _expose(self, verdict: DiskVerdict, chain: DiskChain, volume: Vertex, *, is_all: bool) -> None:
+    def _expose(
+        self,
+        verdict: DiskVerdict,
+        chain: DiskChain,
+        volume: Vertex,
+        *,
+        is_all: bool,
+        copied_to: CopyTarget | None,
+    ) -> None:
         links = (*chain.links, *chain.mirror, *chain.backup)
         under_disk_key = {link.place for link in links if link.disk_id == chain.disk_id}
         for exposure in self._graph.exposures(volume):
             place = f"{exposure.kind.value if exposure.kind else 'node'} {exposure.place}"
             verdict.places.append(DataPlace(place, exposure.cipher is None))
             if not verdict.expect(exposure.cipher is not None, f"{place} is not encrypted"):
+                continue
+            if copied_to and exposure.place in (str(copied_to.place), f"socket {copied_to.place}"):
+                is_planned = exposure.cipher == str(copied_to.cipher)
+                verdict.expect(is_planned, f"{place} is encrypted with {exposure.cipher}")
                 continue
             verdict.expect(is_all, f"{place} has only one layer of encryption")
             verdict.expect(exposure.cipher == volume.cipher, f"{place} is encrypted with {exposure.cipher}")

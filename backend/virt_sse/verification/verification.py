@@ -19,7 +19,7 @@ from virt_sse.libvirt import domains
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.disk_chains import DiskChain
 from virt_sse.libvirt.domain_definition import DomainDefinition
-from virt_sse.model.disks import Disk
+from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.keys import KeyRef
 from virt_sse.model.layers import GuestNode, HostCaching, Placement
 from virt_sse.model.slots import TEMP_SLOT
@@ -27,12 +27,12 @@ from virt_sse.model.vms import temp_disk_id
 from virt_sse.qemu import img
 from virt_sse.system.files import canonical
 from virt_sse.system.running_process import qemu_process
-from virt_sse.verification.chains import plaintext_links, serial
+from virt_sse.verification.chains import plaintext_links
 from virt_sse.verification.code import code_problems, stage_processes
 from virt_sse.verification.graph import place_of
 from virt_sse.verification.image_evidence import check_image, check_temporary, check_within
 from virt_sse.verification.monitor import block_graph, secret_objects
-from virt_sse.verification.running_disks import GUEST_QEMU, RunningDisks
+from virt_sse.verification.running_disks import GUEST_QEMU, CopyTarget, RunningDisks
 from virt_sse.verification.stage_evidence import StageEvidence
 from virt_sse.verification.verdict import (
     AtRestFinding,
@@ -66,7 +66,7 @@ class _Subject:
         """Find the disk of virt-sse in a chain: by disk id or, if the image was replaced, by serial."""
         if chain.disk_id is not None:
             return next((disk for disk in self.disks if disk.id == chain.disk_id), None)
-        return next((disk for disk in self.disks if serial(disk.id) == chain.serial), None)
+        return next((disk for disk in self.disks if disk.guest_serial == chain.serial), None)
 
 
 class Verification:
@@ -135,11 +135,17 @@ class Verification:
             elif disk:
                 listed.add(disk.id)
                 self._check_running(verdict, subject, chain, disk, running)
+                verdict.expect(
+                    disk.state in (DiskState.READY, DiskState.COPYING), f"the disk is {disk.state.value}"
+                )
             elif not _expect_known(verdict, chain):
                 pass
             elif running.check_foreign(verdict, chain):
                 _refuse_plaintext(verdict, subject, chain)
             yield verdict
+            if new := self._copy_target(subject, chain):
+                listed.add(new.id)
+                yield self._check_copy_target(subject, new)
         places = {canonical(place) for place in running.places()}
         for disk in subject.disks:
             known = {disk.path, canonical(self._stages.guest_socket(disk.id))}
@@ -173,7 +179,16 @@ class Verification:
         if isinstance(guest, GuestNode):
             entry = disk.dek(guest.slot)
             layer = Layer(GUEST_QEMU, None, entry.slot, str(entry.wrapped.key), str(place))
-            running.check_ours(verdict, chain, place, layer, entry.cipher, is_all=not below)
+            new = self._copy_target(subject, chain)
+            running.check_ours(
+                verdict,
+                chain,
+                place,
+                layer,
+                entry.cipher,
+                is_all=not below,
+                copied_to=self._place_of(new) if new else None,
+            )
         else:
             running.check_plain(verdict, chain, place)
         if below or is_plain:
@@ -185,6 +200,28 @@ class Verification:
         self._evidence.check(verdict, disk, plan, subject.id)
         check_image(verdict, disk, self._freshness)
         check_within(verdict, disk, self._keys, self._freshness, subject.name)
+
+    def _copy_target(self, subject: _Subject, chain: DiskChain) -> Disk | None:
+        """The new disk into which virt-sse copies a disk of a running domain, if any."""
+        for link in chain.mirror:
+            copy = self._store.copies.find(link.disk_id) if link.disk_id else None
+            if copy and copy.disk_id == link.disk_id and copy.domain_id == subject.id:
+                return next((disk for disk in subject.disks if disk.id == copy.disk_id), None)
+        return None
+
+    def _place_of(self, new: Disk) -> CopyTarget:
+        guest = self._start.plan(new).stages[0]
+        assert isinstance(guest, GuestNode)  # noqa: S101 -- the contract of layers
+        return CopyTarget(self._start.source(new).place, new.dek(guest.slot).cipher)
+
+    def _check_copy_target(self, subject: _Subject, new: Disk) -> DiskVerdict:
+        """Check the new disk of a copy; its layer in QEMU is checked with the disk that is copied."""
+        verdict = DiskVerdict("-", new.name)
+        self._check_request(verdict, subject, new)
+        plan = self._start.plan(new)
+        self._evidence.check(verdict, new, plan, subject.id)
+        check_image(verdict, new, self._freshness)
+        return verdict
 
     def _check_temporary(
         self, verdict: DiskVerdict, subject: _Subject, chain: DiskChain, running: RunningDisks
