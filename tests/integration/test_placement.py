@@ -98,9 +98,13 @@ def _luks_header(disk: Disk, number: int, deks: Sequence[Dek]) -> bytes:
         return os.pread(content, max(length, 2 * M + 4096), offset)
 
 
-def layers(site: StageSite, guest: Guest, number: int = 0, *, status: int = 0) -> list[tuple[str, str]]:
-    document = verify(site, guest, status=status)
-    return [(layer["where"], layer["slot"]) for layer in document["disks"][number]["layers"]]
+def layers(site: StageSite, guest: Guest, number: int = 0) -> list[tuple[str, str]]:
+    return layers_of_all(site, guest)[number]
+
+
+def layers_of_all(site: StageSite, guest: Guest) -> list[list[tuple[str, str]]]:
+    disks = verify(site, guest)["disks"]
+    return [[(layer["where"], layer["slot"]) for layer in disk["layers"]] for disk in disks]
 
 
 def verify(site: StageSite, guest: Guest, *, status: int = 0) -> dict[str, Any]:
@@ -126,11 +130,11 @@ def test_the_qemu_of_a_guest_holds_no_key(site: StageSite) -> None:
     assert site.secrets() == []
     assert objects(site, guest) == ["masterKey0"], "libvirt's own"
     assert "<encryption" not in site.virsh("dumpxml", guest.name, "--security-info")
-    for number, disk in enumerate(disks):
+    for disk, found in zip(disks, layers_of_all(site, guest), strict=True):
         slots = [entry.slot for entry in disk.deks]
         expected = [*(("storage daemon", slot) for slot in slots), ("image", slots[-1])]
         expected += [("within that", slot) for slot in slots[:-1]]
-        assert layers(site, guest, number) == expected
+        assert found == expected
 
     wanted = [keys(site, disk) for disk in disks]
     everything = list(itertools.chain(*wanted))
@@ -155,7 +159,8 @@ def test_the_qemu_of_a_guest_with_keys_is_found_to_hold_them(site: StageSite) ->
     wanted = [keys(site, disk) for disk in disks]
     found = found_in_memory(site.qemu(guest).pid, list(itertools.chain(*wanted)))
     assert [key for key in found if len(key) == 32] == [*wanted[0][1:], *wanted[1][1:3]]
-    assert [layers(site, guest, number)[0] for number in (0, 1)] == [("guest's QEMU", "service")] * 2
+    tops = [disk[0] for disk in layers_of_all(site, guest)]
+    assert tops == [("guest's QEMU", "service")] * 2
 
 
 @pytest.mark.parametrize("kind", TYPES)
