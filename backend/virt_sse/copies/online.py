@@ -33,8 +33,7 @@ from virt_sse.libvirt.block_copy import COPY_JOB, BlockCopy
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.disk_chains import DiskChain
 from virt_sse.libvirt.disk_element import disk_element
-from virt_sse.libvirt.secret_name import SecretName
-from virt_sse.libvirt.secrets import drop_secret
+from virt_sse.libvirt.secrets import drop_secrets_of
 from virt_sse.model.copies import CopyState, DiskCopy
 from virt_sse.model.disks import Disk
 from virt_sse.model.layers import GuestNode
@@ -235,9 +234,7 @@ class OnlineCopy:
 
     def _take_back(self, connection: libvirt.virConnect, disk_id: UUID) -> None:
         """Remove secrets and stages of a disk that the domain does not use."""
-        for disk in self._store.with_ids([disk_id]):
-            for entry in disk.deks:
-                drop_secret(connection, SecretName(disk_id, entry.slot))
+        drop_secrets_of(connection, disk_id)
         self._stages.stop(disk_id, domain_id=self._domain_id)
 
 

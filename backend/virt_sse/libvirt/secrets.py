@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping
 from html import escape
+from uuid import UUID
 
 import libvirt
 
@@ -57,6 +58,18 @@ def drop_secret(connection: libvirt.virConnect, name: SecretName) -> None:
     except libvirt.libvirtError as exc:
         if exc.get_error_code() != libvirt.VIR_ERR_NO_SECRET:
             raise
+
+
+def drop_secrets_of(connection: libvirt.virConnect, disk_id: UUID) -> None:
+    """Remove all secrets with DEKs of a disk, also of a disk that the store no longer has.
+
+    :raise libvirt.libvirtError: When libvirt fails.
+    """
+    for secret in connection.listAllSecrets():
+        with contextlib.suppress(ValueError):  # malformed usage ids are no secrets of disks
+            name = SecretName.parse(str(secret.usageID() or ""))
+            if name and name.owner == disk_id:
+                drop_secret(connection, name)
 
 
 def drop_secrets(uri: str, names: Iterable[SecretName]) -> None:
