@@ -7,12 +7,15 @@ from typing import Self
 
 from virt_sse.audit.record import Component
 from virt_sse.config import Config
+from virt_sse.disks.copies import Copies
 from virt_sse.disks.inspector import Inspector
 from virt_sse.disks.lifecycle import Disks
+from virt_sse.disks.snapshots import Snapshots
 from virt_sse.disks.transfer import Transfer
 from virt_sse.domains import temp_disks
 from virt_sse.domains.host_encryption import HostEncryption
 from virt_sse.domains.hotplug import Hotplug
+from virt_sse.domains.live_copies import DomainCopies
 from virt_sse.domains.settings import VmSettings
 from virt_sse.domains.start import DomainStart
 from virt_sse.keys.encryption_sets import EncryptionSets
@@ -27,6 +30,8 @@ class Backend:
 
     :ivar host: configuration, store, plugins, key access, locks, stages.
     :ivar disks: create, list, adopt, resize, check and delete disks.
+    :ivar live_copies: copies of disks of running domains.
+    :ivar snapshots: take, restore and delete snapshots.
     :ivar transfer: import and export.
     :ivar inspector: in-guest encryption on disks.
     :ivar sets: disk encryption sets.
@@ -53,12 +58,16 @@ class Backend:
         self.inspector = Inspector(host)
         self.domains = DomainStart(host, self.host_encryption)
         self.hotplug = Hotplug(host, self.domains, self.inspector)
-        self.disks = Disks(host, self.sets, self.hotplug)
+        self.live_copies = DomainCopies(host, self.domains)
+        self.disks = Disks(host, self.sets, self.hotplug, self.live_copies)
+        copies = Copies(host, self.disks, self.live_copies)
+        self.snapshots = Snapshots(host, self.disks, copies, self.live_copies)
         self.transfer = Transfer(host, self.disks)
         self.vms = VmSettings(host, self.domains, self.host_encryption, self.inspector)
         self.verification = Verification(host, self.domains, self.vms)
         try:
             temp_disks.erase_of_other_boots(config)
+            self.live_copies.recover()
             self.disks.recover()
             self.keys.recover()
         except BaseException:

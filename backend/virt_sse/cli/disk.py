@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from virt_sse.cli.output import Output, OutputFormat, human_size, print_fields, print_rows, progress_bar
+from virt_sse.cli.disk_fields import dek_fields, disk_fields, image_place, print_disk, shown_size
+from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend, host, listed_disks
 from virt_sse.cli.vm_inspect import disk_inspect
-from virt_sse.errors import InvalidValueError, LibvirtUnavailableError, PolicyError
+from virt_sse.errors import LibvirtUnavailableError, PolicyError
 from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import Disk, DiskSku, NewDisk, StoragePool, parse_size
+from virt_sse.model.disks import DiskSku, NewDisk, parse_size
 from virt_sse.model.layers import HostCaching
 
 app = typer.Typer(help="Encrypted disks.", no_args_is_help=True, rich_markup_mode=None)
@@ -80,10 +81,10 @@ def create(
                 sku=sku,
                 encryption_set=des,
                 infrastructure_cipher=infrastructure_cipher,
-                place=_place(path, pool),
+                place=image_place(path, pool),
             )
         )
-    _print_disk(disk, output)
+    print_disk(disk, output)
 
 
 @app.command(name="import")
@@ -114,14 +115,14 @@ def import_(
                 sku=sku,
                 encryption_set=des,
                 infrastructure_cipher=infrastructure_cipher,
-                place=_place(path, pool),
+                place=image_place(path, pool),
             ),
             source,
             source_format=source_format,
             with_backing=with_backing,
             progress=progress,
         )
-    _print_disk(disk, output)
+    print_disk(disk, output)
 
 
 @app.command()
@@ -165,7 +166,7 @@ def adopt(
     """Add a disk to the store after a lost store or a moved image, from its image and the key provider."""
     with backend() as b:
         disk = b.disks.adopt(path, name=name, encryption_set=des, trust=trust)
-    _print_disk(disk, output)
+    print_disk(disk, output)
 
 
 @app.command()
@@ -173,14 +174,14 @@ def trust(name: Name, output: Output = OutputFormat.TABLE) -> None:
     """Take a disk's image as it is, e.g. restored from a backup, if the DEK opens the image; audited."""
     with backend() as b:
         disk = b.disks.trust(name)
-    _print_disk(disk, output)
+    print_disk(disk, output)
 
 
 @app.command(name="list")
 def list_(output: Output = OutputFormat.TABLE) -> None:
     """List all disks as stored, without a look at their images."""
     print_rows(
-        [_fields(disk) | {"size": _size(disk, output)} for disk in listed_disks()],
+        [disk_fields(disk) | {"size": shown_size(disk, output)} for disk in listed_disks()],
         ("name", "size", "format", "state", "key", "path"),
         output,
     )
@@ -194,18 +195,8 @@ def show(name: Name, output: Output = OutputFormat.TABLE) -> None:
 
     with host() as h:
         disk = with_real_size(h, h.store_reads.get(name))
-        fields = _fields(disk) | {"size": _size(disk, output), "image": image_state(disk)}
-        states = h.keys.key_states(disk)
-        fields["deks"] = [
-            {
-                "slot": entry.slot,
-                "cipher": str(entry.cipher),
-                "key": str(entry.wrapped.key),
-                "algorithm": entry.wrapped.algorithm,
-                "key-state": states[entry.wrapped.key].value,
-            }
-            for entry in disk.deks
-        ]
+        fields = disk_fields(disk) | {"size": shown_size(disk, output), "image": image_state(disk)}
+        fields["deks"] = dek_fields(h, disk)
         try:
             fields["domains"] = disk_users.names(h.config.libvirt_uri, disk.id)
         except LibvirtUnavailableError:
@@ -235,7 +226,7 @@ def update(
     """Move a disk into another disk encryption set, also while a domain uses the disk."""
     with backend() as b:
         disk = b.sets.move_disk(name, des)
-    _print_disk(disk, output)
+    print_disk(disk, output)
 
 
 @app.command()
@@ -250,7 +241,7 @@ def resize(
     """Resize a disk, also while a domain uses the disk."""
     with backend() as b:
         disk = b.disks.resize(name, parse_size(size), shrink=shrink)
-    _print_disk(disk, output)
+    print_disk(disk, output)
 
 
 @app.command()
@@ -299,34 +290,3 @@ def detach(name: Name, domain: DomainName) -> None:
     with backend() as b:
         b.hotplug.detach(name, domain)
     typer.echo(f"detached disk {name} from domain {domain}")
-
-
-def _place(path: Path | None, pool: str | None) -> Path | StoragePool | None:
-    if path and pool:
-        raise InvalidValueError("--path and --pool exclude each other")
-    return path or (StoragePool(pool) if pool else None)
-
-
-def _print_disk(disk: Disk, output: OutputFormat) -> None:
-    print_fields(_fields(disk) | {"size": _size(disk, output)}, output)
-
-
-def _size(disk: Disk, output: OutputFormat) -> int | str:
-    return disk.size if output is OutputFormat.JSON else human_size(disk.size)
-
-
-def _fields(disk: Disk) -> dict[str, object]:
-    return {
-        "name": disk.name,
-        "id": str(disk.id),
-        "state": disk.state.value,
-        "size": disk.size,
-        "format": disk.format.value,
-        "path": str(disk.path),
-        "sku": disk.sku.value,
-        "caching": disk.caching.value,
-        "encryption-type": disk.encryption_type.value,
-        "encryption-set": str(disk.set_id) if disk.set_id else None,
-        "key": str(disk.key) if disk.deks else None,
-        "created": disk.created.isoformat(),
-    }

@@ -1,18 +1,21 @@
 """The creation of disks.
 
 The order of writes protects the data. A DEK is wrapped and committed (``creating``) before anything is
-encrypted with this DEK. The image gets its name once complete; then the disk becomes ``ready``.
+encrypted with this DEK. The image gets its name once complete; then the disk becomes ``ready``. Disks made
+together, e.g. the snapshots of all disks of a domain, become ready together or not at all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 from virt_sse.errors import DiskExistsError, ImageError, InvalidValueError
 from virt_sse.keys.encryption_sets import EncryptionSets
@@ -54,10 +57,38 @@ class _Checked:
     plan: LayerPlan
 
 
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A disk in state ``creating``.
+
+    :ivar plan: its layers.
+    :ivar deks: its DEKs, the guest's first.
+    """
+
+    disk: Disk
+    plan: LayerPlan
+    deks: tuple[Dek, ...]
+
+    @property
+    def image(self) -> Path:
+        """The incomplete image, to be filled."""
+        return _partial(self.disk)
+
+
+class LiveWrites(Protocol):
+    """Writes of running domains into incomplete images."""
+
+    def end(self, disk: Disk, image: Path) -> None:
+        """End all that writes to the incomplete image of *disk*, left behind by a killed command.
+
+        :raise VirtSseError: When a process still writes to the image.
+        """
+
+
 class Creation:
     """Creates disks, and settles creations cut off by a kill."""
 
-    def __init__(self, host: Host, sets: EncryptionSets) -> None:
+    def __init__(self, host: Host, sets: EncryptionSets, live_writes: LiveWrites) -> None:
         self._config = host.config
         self._store = host.store
         self._plugins = host.plugins
@@ -65,6 +96,7 @@ class Creation:
         self._locks = host.locks
         self._freshness = host.freshness
         self._sets = sets
+        self._live_writes = live_writes
 
     def create(self, new: NewDisk, *, fill: Fill | None = None, content: Content | None = None) -> Disk:
         """Create a disk.
@@ -78,30 +110,51 @@ class Creation:
         :raise KeyProviderError: When the DEK cannot be wrapped.
         :raise ImageError: When the image cannot be written.
         """
-        checked = self._check(new, content)
-        deks = [Dek.generate() for _ in checked.plan.deks]
-        disk = self._with_wrapped_deks(checked, deks)
-        with self._locks.hold(disk.id):
-            self._store.add(disk)
-            try:
-                self._write_image(disk, checked.plan, deks, fill)
-            finally:
-                self.settle(disk)
-        if isinstance(new.place, StoragePool):
-            refresh_pool(self._config.libvirt_uri, new.place.name)
-        return self._store.get(str(disk.id))
+        with self.unfinished([new], content=content) as (made,):
+            if fill:
+                with image_errors(made.disk):
+                    fill(made.image, made.deks)
+        return self._store.get(str(made.disk.id))
+
+    @contextlib.contextmanager
+    def unfinished(
+        self, new: Sequence[NewDisk], *, content: Content | None = None
+    ) -> Iterator[tuple[Unfinished, ...]]:
+        """Make the empty images of new disks; the block fills the images.
+
+        All disks are ready after the block. If the block fails, none is left.
+
+        :raise VirtSseError: As :meth:`create`.
+        """
+        checked = [self._check(each, content) for each in new]
+        made = tuple(self._with_new_deks(each) for each in checked)
+        with contextlib.ExitStack() as stack:
+            for each in made:
+                stack.enter_context(self._locks.hold(each.disk.id))
+            stack.callback(self.settle, [each.disk for each in made])
+            for each in made:
+                self._store.add(each.disk)
+            for each in made:
+                self._make_image(each)
+            yield made
+            for each in made:
+                self._publish(each)
+        for place in {each.place for each in new if isinstance(each.place, StoragePool)}:
+            refresh_pool(self._config.libvirt_uri, place.name)
 
     def _check(self, new: NewDisk, content: Content | None) -> _Checked:
         """Check everything about a new disk that can be checked before anything is written."""
         encryption_set = self._sets.usable(new.encryption_set) if new.encryption_set is not None else None
-        check_name(new.name)
+        check_name(new.name, new.kind)
         if new.size is None:
             raise InvalidValueError(f"no size for disk {new.name!r}")
         size = check_size(new.size)
         path = check_path(self._image_path(new))
         key = encryption_set.key if encryption_set else PLATFORM_KEY
         encryption_type = encryption_set.encryption_type if encryption_set else EncryptionType.PLATFORM_KEY
-        self._plugins.validate(CreateDisk(new.name, size, path, new.format, encryption_type, key, content))
+        self._plugins.validate(
+            CreateDisk(new.name, size, path, new.format, encryption_type, key, content, new.kind, new.source)
+        )
         layer = self._plugins.encryption_layer(encryption_type)
         cipher = new.infrastructure_cipher or self._config.infrastructure_cipher
         plan = layer.plan(LayerChoice(key, cipher))
@@ -119,8 +172,9 @@ class Creation:
             folder = pool_folder(self._config.libvirt_uri, new.place.name)
         return folder / f"{new.name}.{new.format.value}"
 
-    def _with_wrapped_deks(self, checked: _Checked, deks: Sequence[Dek]) -> Disk:
-        """The disk to be created, with its DEKs wrapped."""
+    def _with_new_deks(self, checked: _Checked) -> Unfinished:
+        """The disk to be created, with new DEKs, wrapped."""
+        deks = tuple(Dek.generate() for _ in checked.plan.deks)
         disk_id = uuid.uuid4()
         entries = []
         for position, (spec, dek) in enumerate(zip(checked.plan.deks, deks, strict=True)):
@@ -132,7 +186,7 @@ class Creation:
                 set_id=acting.id if acting else None,
             )
             entries.append(DekEntry(spec.slot, spec.cipher, wrapped))
-        return Disk(
+        disk = Disk(
             id=disk_id,
             name=checked.new.name,
             path=checked.path,
@@ -145,45 +199,65 @@ class Creation:
             deks=tuple(entries),
             sku=checked.new.sku,
             set_id=checked.encryption_set.id if checked.encryption_set else None,
+            kind=checked.new.kind,
+            source_id=checked.new.source.id if checked.new.source else None,
+            point=checked.new.point,
         )
+        return Unfinished(disk, checked.plan, deks)
 
-    def settle(self, disk: Disk) -> None:
-        """End a creation: the disk is ready if its image has its name; otherwise the creation is undone.
+    def settle(self, disks: Sequence[Disk]) -> None:
+        """End a creation: the disks are ready if all images have their names; otherwise it is undone.
 
-        :raise ImageError: When the partial image cannot be removed.
+        A named image of an undone creation is left in state ``deleting``, for the next command to erase.
+
+        :param disks: all disks of the creation that are not ready.
+        :raise VirtSseError: When an incomplete image cannot be removed.
         """
-        _remove(_partial(disk))
-        if envelope_slots.carried_id(disk.path, disk.format) == disk.id:
-            self._freshness.note_new(disk)
-            self._store.set_state(disk.id, DiskState.READY)
-        else:
-            self._store.remove(disk.id)
+        for disk in disks:
+            if disk.source_id:
+                self._live_writes.end(disk, _partial(disk))
+            _remove(_partial(disk))
+        named = [disk for disk in disks if envelope_slots.carried_id(disk.path, disk.format) == disk.id]
+        if len(named) == len(disks):
+            for disk in disks:
+                self._freshness.note_new(disk)
+                self._store.set_state(disk.id, DiskState.READY)
+            return
+        for disk in named:  # first: a kill must not leave named images alone, as if complete
+            self._store.set_state(disk.id, DiskState.DELETING)
+        for disk in disks:
+            if disk not in named:
+                self._store.remove(disk.id)
 
-    def _write_image(self, disk: Disk, plan: LayerPlan, deks: Sequence[Dek], fill: Fill | None) -> None:
-        """Write the image of a new disk and give the complete image its name.
+    def _make_image(self, made: Unfinished) -> None:
+        disk = made.disk
+        volumes = [Volume(spec.cipher, dek) for spec, dek in zip(made.plan.deks, made.deks, strict=True)]
+        with image_errors(disk):
+            make(made.image, disk.format, disk.size, volumes)
 
-        :raise DiskExistsError: When the name is taken.
-        :raise ImageError: When the image cannot be written.
-        """
-        partial = _partial(disk)
-        try:
-            make(
-                partial,
-                disk.format,
-                disk.size,
-                [Volume(spec.cipher, dek) for spec, dek in zip(plan.deks, deks, strict=True)],
-            )
-            if fill:
-                fill(partial, deks)
-            with img.opened(partial, os.O_RDWR) as descriptor:
-                self._freshness.seal_new(descriptor, disk)
-            publish(partial, disk.path)
-        except FileExistsError as exc:
-            raise DiskExistsError(f"{disk.path} exists already") from exc
-        except OSError as exc:
-            raise ImageError(f"cannot make {disk.path}: {exc.strerror}") from exc
-        except ImageError as exc:
-            raise ImageError(f"cannot make {disk.path}: {exc}") from exc
+    def _publish(self, made: Unfinished) -> None:
+        """Give a complete image its name."""
+        with image_errors(made.disk):
+            with img.opened(made.image, os.O_RDWR) as descriptor:
+                self._freshness.seal_new(descriptor, made.disk)
+            publish(made.image, made.disk.path)
+
+
+@contextlib.contextmanager
+def image_errors(disk: Disk) -> Iterator[None]:
+    """Name the image of a new disk in errors.
+
+    :raise DiskExistsError: When the name is taken.
+    :raise ImageError: When the image cannot be written.
+    """
+    try:
+        yield
+    except FileExistsError as exc:
+        raise DiskExistsError(f"{disk.path} exists already") from exc
+    except OSError as exc:
+        raise ImageError(f"cannot make {disk.path}: {exc.strerror}") from exc
+    except ImageError as exc:
+        raise ImageError(f"cannot make {disk.path}: {exc}", hint=exc.hint) from exc
 
 
 def _partial(disk: Disk) -> Path:

@@ -11,11 +11,11 @@ import dataclasses
 import logging
 import os
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from virt_sse.disks.creation import Creation, Fill
+from virt_sse.disks.creation import Creation, Fill, LiveWrites, Unfinished
 from virt_sse.disks.stored_images import with_real_size
 from virt_sse.errors import (
     DiskExistsError,
@@ -37,11 +37,13 @@ from virt_sse.keys.encryption_sets import EncryptionSets
 from virt_sse.keys.freshness import with_newer_envelope
 from virt_sse.keys.host import Host
 from virt_sse.model.content import Content
+from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import (
     PLATFORM_KEY,
     Disk,
     DiskState,
     NewDisk,
+    check_kind,
     check_name,
     check_path,
     check_size,
@@ -75,7 +77,9 @@ class Disks:
     :raise DiskNotFoundError: When the store has no such disk.
     """
 
-    def __init__(self, host: Host, sets: EncryptionSets, attachments: Attachments) -> None:
+    def __init__(
+        self, host: Host, sets: EncryptionSets, attachments: Attachments, live_writes: LiveWrites
+    ) -> None:
         self._host = host
         self._config = host.config
         self._store = host.store
@@ -85,12 +89,15 @@ class Disks:
         self._freshness = host.freshness
         self._sets = sets
         self._attachments = attachments
-        self._creation = Creation(host, sets)
+        self._creation = Creation(host, sets, live_writes)
         self._resizing = Marks(host.config.pending_resizes)
 
-    def all(self) -> list[Disk]:
-        """All disks, by name, as stored: no image is opened, so a hung storage cannot hang a listing."""
-        return self._store.all()
+    def all(self, kind: DiskKind = DiskKind.DISK) -> list[Disk]:
+        """All disks, by name, as stored: no image is opened, so a hung storage cannot hang a listing.
+
+        :param kind: list the copies of this kind instead.
+        """
+        return [disk for disk in self._store.all() if disk.kind is kind]
 
     def get(self, name: str) -> Disk:
         """The disk of that name or id, with the real size of its image."""
@@ -107,6 +114,15 @@ class Disks:
         """
         return self._creation.create(new, fill=fill, content=content)
 
+    def unfinished(
+        self, new: Sequence[NewDisk], *, content: Content | None = None
+    ) -> contextlib.AbstractContextManager[tuple[Unfinished, ...]]:
+        """Make the empty images of new disks; see :meth:`Creation.unfinished`.
+
+        :raise VirtSseError: By meaning.
+        """
+        return self._creation.unfinished(new, content=content)
+
     def recover(self) -> None:
         """Finish or undo the work of killed commands. Disks locked by other commands are left alone.
 
@@ -114,9 +130,10 @@ class Disks:
         command, so that all other disks stay usable. This includes unexpected exceptions: the bytes of an
         image are untrusted.
         """
-        for disk in self._store.unfinished():
+        unfinished = self._store.unfinished()
+        for disk in unfinished:
             try:
-                self._recover_disk(disk)
+                self._recover_disk(disk, [each for each in unfinished if each.point == disk.point])
             except (DiskInUseError, DiskNotFoundError):
                 continue
             except VirtSseError as exc:
@@ -125,11 +142,16 @@ class Disks:
                 _log.exception("disk %s stays %s", disk.name, disk.state.value)
         self._recover_sizes()
 
-    def _recover_disk(self, disk: Disk) -> None:
-        with self._locks.hold(disk.id):
+    def _recover_disk(self, disk: Disk, of_point: Sequence[Disk]) -> None:
+        """Recover one disk; an unfinished creation with all disks of its point in time."""
+        group = of_point if disk.point and disk.state is DiskState.CREATING else [disk]
+        with contextlib.ExitStack() as locks:
+            for each in group:
+                locks.enter_context(self._locks.hold(each.id))
             current = self._store.get(str(disk.id))
             if current.state is DiskState.CREATING:
-                self._creation.settle(current)
+                creating = [self._store.get(str(each.id)) for each in group]
+                self._creation.settle([each for each in creating if each.state is DiskState.CREATING])
             elif current.state is DiskState.DELETING:
                 self._finish_deletion(current)
 
@@ -159,7 +181,7 @@ class Disks:
             raise ImageError(f"{path} is the temporary disk of a VM; it is erased when the VM ends")
         disk = Disk(
             id=carried.disk_id,
-            name=check_name(name or carried.name),
+            name=check_name(name or carried.name, carried.kind),
             path=path,
             format=image_format,
             size=0,  # unknown until unlocked
@@ -169,6 +191,8 @@ class Disks:
             generation=carried.generation,
             deks=carried.deks,
             set_id=self._set_of(carried, given),
+            kind=carried.kind,
+            source_id=carried.source_id,
         )
         if not disk.deks:
             raise EnvelopeError(f"the envelope of {path} holds no DEK")
@@ -272,6 +296,7 @@ class Disks:
         :raise DiskInUseError: When a QEMU process outside libvirt has the disk open.
         """
         disk = self._store.get(name)
+        check_kind(disk, DiskKind.DISK)
         check_size(size)
         with self.usable(disk) as current:
             current = with_real_size(self._host, current)
@@ -355,6 +380,7 @@ class Disks:
         :raise LibvirtUnavailableError: When libvirt does not answer.
         """
         disk = self._store.get(name)
+        check_kind(disk, DiskKind.DISK)
         if users := self._attachments.users(disk):
             raise DiskInUseError(
                 f"disk {disk.name!r} is attached to domain {users[0]!r}",

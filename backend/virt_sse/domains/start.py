@@ -35,7 +35,8 @@ from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.secrets import set_secrets
 from virt_sse.libvirt.users import User
-from virt_sse.model.disks import Disk, DiskState
+from virt_sse.model.disk_kind import DiskKind
+from virt_sse.model.disks import Disk, DiskState, check_kind
 from virt_sse.model.events import audit_context
 from virt_sse.model.keys import Dek
 from virt_sse.model.layers import GuestNode, LayerChoice, LayerPlan
@@ -126,11 +127,13 @@ class DomainStart:
     def restore(self, definition: DomainDefinition) -> None:
         """Give libvirt the DEKs of a running domain and of the domain's disks again. Stages stay untouched.
 
+        The incomplete image of a copy under way is left out: QEMU has the image open, and needs no secret.
+
         :raise VirtSseError: When a DEK cannot be unwrapped; libvirt then gets no DEK of the disks.
         """
         self._host_encryption.restore(definition)
         deks: dict[SecretName, Dek] = {}
-        for each in self._look_up(definition.our_disks, definition.name):
+        for each in self._look_up(self._complete(definition.our_disks), definition.name):
             deks |= _for_libvirt(each, self._unlock(each, definition.name))
         with connected(self._config.libvirt_uri) as connection:
             set_secrets(connection, deks)
@@ -168,7 +171,9 @@ class DomainStart:
         :raise DiskNotFoundError: When the store has no such disk.
         :raise InvalidValueError: When *target* is not a valid name of a disk in a guest.
         """
-        source = self.source(self._store.get(name))
+        disk = self._store.get(name)
+        check_kind(disk, DiskKind.DISK)
+        source = self.source(disk)
         return disk_element.disk_element(source, target=target, read_only=read_only)
 
     def _source(self, disk: Disk, plan: LayerPlan) -> DiskSource:
@@ -193,6 +198,12 @@ class DomainStart:
         layer = self._plugins.encryption_layer(disk.encryption_type)
         plan = layer.plan(LayerChoice(disk.key, disk.deks[-1].cipher))
         return self._plugins.host_layer().cache(plan, disk.caching)
+
+    def _complete(self, uses: Sequence[DomainDisk]) -> list[DomainDisk]:
+        """Leave out the uses of incomplete disks."""
+        found = self._store.with_ids({use.disk_id for use in uses})
+        incomplete = {disk.id for disk in found if disk.state is DiskState.CREATING}
+        return [use for use in uses if use.disk_id not in incomplete]
 
     def _look_up(self, uses: Sequence[DomainDisk], domain: str) -> list[_Served]:
         """Find the disks used by a domain, and check source, slot and image of each disk.
@@ -220,6 +231,7 @@ class DomainStart:
                 f"{use.target} names disk {use.disk_id}, which the store does not have",
                 hint="if the image is intact, 'virt-sse disk adopt PATH' adds the disk to the store",
             ) from exc
+        check_kind(disk, DiskKind.DISK)
         if disk.state is not DiskState.READY:
             raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
         with img.opened(disk.path) as descriptor:

@@ -59,7 +59,8 @@ class Host:
 
         :raise StoreError: When the store cannot be opened.
         """
-        marked = any(Marks(folder).all() for folder in (self.pending_envelopes, self.config.pending_resizes))
+        folders = (self.pending_envelopes, self.config.pending_resizes, self.config.paused_domains)
+        marked = any(Marks(folder).all() for folder in folders)
         return marked or bool(self.store_reads.unfinished())
 
     @classmethod

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.keys import KeyRef
 from virt_sse.model.layers import EncryptionType
 
@@ -33,9 +34,12 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class CreateDisk:
-    """Create a disk of *size* bytes, import an image or adopt a disk.
+    """Create a disk of *size* bytes, import an image, adopt a disk, or copy a disk.
 
-    :ivar content: content of the new disk; ``None`` for an empty disk.
+    :ivar content: content of the new disk; ``None`` for an empty disk, and for a copy whose source has the
+        same kind of key.
+    :ivar kind: a disk, or a copy that no domain can use.
+    :ivar source: the disk or copy with the original content, if any.
     """
 
     name: str
@@ -45,6 +49,8 @@ class CreateDisk:
     encryption_type: EncryptionType
     key: KeyRef
     content: Content | None = field(default=None, compare=False, repr=False)
+    kind: DiskKind = DiskKind.DISK
+    source: Disk | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -194,12 +194,15 @@ def _locks_named(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def secrets_for(deks: Sequence[Dek]) -> Iterator[tuple[list[str], list[int]]]:
-    """Arguments and descriptors that define the secret objects ``dek0``, ``dek1``, … for a QEMU tool."""
+def secrets_for(deks: Sequence[Dek], *, first: int = 0) -> Iterator[tuple[list[str], list[int]]]:
+    """Arguments and descriptors that define the secret objects ``dek0``, ``dek1``, … for a QEMU tool.
+
+    :param first: number of the first secret object.
+    """
     with contextlib.ExitStack() as stack:
         descriptors = [stack.enter_context(passphrase_descriptor(dek.passphrase)) for dek in deks]
         arguments = []
-        for number, descriptor in enumerate(descriptors):
+        for number, descriptor in enumerate(descriptors, first):
             arguments += ["--object", f"secret,id=dek{number},file=/proc/self/fd/{descriptor}"]
         yield arguments, descriptors
 
@@ -301,17 +304,19 @@ def json_filename(path: Path, image_format: DiskFormat, volumes: int) -> str:
     return "json:" + json.dumps(block_node(path, image_format, volumes))
 
 
-def image_options(path: Path, image_format: DiskFormat, volumes: int) -> str:
+def image_options(path: Path, image_format: DiskFormat, volumes: int, *, first_secret: int = 0) -> str:
     """Options for ``--image-opts`` and ``--target-image-opts``, as :func:`block_node`, for new images.
 
     The syntax of options has no null, therefore no way to say that there is no backing file.
+
+    :param first_secret: number of the secret of the innermost volume.
     """
     options = []
     for number in range(volumes):
         prefix = "file." * number
         options += [
             f"{prefix}driver={image_format.qemu_driver}",
-            f"{prefix}{image_format.qemu_key_secret}=dek{number}",
+            f"{prefix}{image_format.qemu_key_secret}=dek{first_secret + number}",
         ]
     prefix = "file." * volumes
     filename = str(path).replace(",", ",,")
@@ -356,6 +361,45 @@ def encrypt_from(
             pass_fds=descriptors,
             progress=progress,
             stalled_after=_stalled_after(size),
+        )
+
+
+def encrypt_again(
+    source: Path,
+    source_format: DiskFormat,
+    source_deks: Sequence[Dek],
+    target: Path,
+    target_format: DiskFormat,
+    deks: Sequence[Dek],
+    progress: Callable[[float], None],
+) -> None:
+    """Write the content of the encrypted image *source* into the new encrypted image *target*.
+
+    The plaintext exists in the memory of qemu-img only.
+
+    :param target: at least as large as the source.
+    :param progress: called with the completed fraction, from 0.0 to 1.0.
+    :raise DiskInUseError: When a QEMU process is writing to *source*.
+    :raise ImageError: When there is no room.
+    :raise ToolError: When *source* cannot be read, or reading stalls.
+    """
+    zero = ["--target-is-zero"] if target_format is DiskFormat.QCOW2 else []
+    size = usable_size_within(source, source_format, source_deks)
+    with (
+        keys_to(source, source_format, source_deks) as keys,
+        secrets_for(deks, first=len(source_deks)) as (secrets, descriptors),
+        opened(target, os.O_RDWR) as written,
+        _locks_named(source),
+    ):
+        bound = max(os.fstat(written).st_size, usable_size(written, target_format), size)
+        run_with_progress(
+            ["qemu-img", "convert", "-p", "-n", *zero, *keys.secrets, *secrets, "--target-image-opts"]
+            + [json_filename(source, source_format, len(source_deks))]
+            + [image_options(target, target_format, len(deks), first_secret=len(source_deks))],
+            confinement=_working(bound, keys.image, BoundFile(target, written, writable=True)),
+            pass_fds=[*keys.descriptors, *descriptors],
+            progress=progress,
+            stalled_after=_stalled_after(bound),
         )
 
 

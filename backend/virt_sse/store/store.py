@@ -59,6 +59,9 @@ class Store:
                     sku=disk.sku.value,
                     encryption_set_id=disk.set_id,
                     caching=disk.caching.value,
+                    kind=disk.kind.value,
+                    source_id=disk.source_id,
+                    point=disk.point,
                 )
             )
             _insert_deks(connection, disk.id, disk.deks)

@@ -53,6 +53,9 @@ disks = Table(
     Column("sku", String(32), nullable=False, server_default="Premium_LRS"),
     Column("encryption_set_id", Uuid, ForeignKey("encryption_sets.id")),
     Column("caching", String(16), nullable=False, server_default="None"),
+    Column("kind", String(16), nullable=False, server_default="disk"),
+    Column("source_id", Uuid),
+    Column("point", Uuid),
     Index("disks_by_encryption_set", "encryption_set_id"),
 )
 
