@@ -8,6 +8,7 @@ from typing import Self
 from virt_sse.audit.record import Component
 from virt_sse.config import Config
 from virt_sse.disks.copies import Copies
+from virt_sse.disks.images import Images
 from virt_sse.disks.inspector import Inspector
 from virt_sse.disks.lifecycle import Disks
 from virt_sse.disks.snapshots import Snapshots
@@ -32,6 +33,7 @@ class Backend:
     :ivar disks: create, list, adopt, resize, check and delete disks.
     :ivar live_copies: copies of disks of running domains.
     :ivar snapshots: take, restore and delete snapshots.
+    :ivar images: make and delete images, and disks of images.
     :ivar transfer: import and export.
     :ivar inspector: in-guest encryption on disks.
     :ivar sets: disk encryption sets.
@@ -63,6 +65,7 @@ class Backend:
         copies = Copies(host, self.disks, self.live_copies)
         self.snapshots = Snapshots(host, self.disks, copies, self.live_copies)
         self.transfer = Transfer(host, self.disks)
+        self.images = Images(host, self.disks, copies, self.transfer)
         self.vms = VmSettings(host, self.domains, self.host_encryption, self.inspector)
         self.verification = Verification(host, self.domains, self.vms)
         try:

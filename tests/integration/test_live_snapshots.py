@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
+from uuid import UUID
 
 import pytest
 
+from support.disk_contents import decrypted
 from support.images import contains
 from support.stage_site import StageSite, stage_site
+from support.waiting import wait_until
 from virt_sse.lab.acceleration import Acceleration
+from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import LabHost
-from virt_sse.qemu.reading import plaintext
+from virt_sse.system.marks import Marks
 
 M = 1 << 20
+LARGE = 512 * M
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +40,7 @@ def site(made_site: StageSite) -> Iterator[StageSite]:
 
 
 def content(site: StageSite, name: str) -> bytes:
-    disk = site.backend.disks.get(name)
-    with plaintext(disk.path, disk.format, site.backend.host.keys.unwrap_all(disk)) as reader:
-        return reader.read(0, reader.size)
+    return decrypted(site.backend, site.backend.disks.get(name))
 
 
 def snapshot(site: StageSite, *arguments: str) -> dict[str, Any]:
@@ -66,9 +73,94 @@ def test_all_disks_of_a_running_domain_are_snapshot_at_one_point_in_time(site: S
         assert made.size == disk.size
         assert made.path.stat().st_uid == 0
         assert not contains([made.path], bytes([0x50 + number]) * 64)
-        site.virt_sse("disk", "check", name)
+        site.backend.disks.check(name)
         found = content(site, name)
         assert len(found) == disk.size
         assert found[M : 3 * M] == bytes([0x50 + number]) * (2 * M)
-        site.virt_sse("snapshot", "delete", name)
+        site.backend.snapshots.delete(name)
     guest.destroy()
+
+
+def is_copying(site: StageSite, guest: Guest) -> bool:
+    with contextlib.closing(site.host.connect()) as connection:
+        return "<mirror" in connection.lookupByName(guest.name).XMLDesc()
+
+
+def partial_images(site: StageSite) -> list[str]:
+    return [path.name for path in site.host.images.glob(".*")]
+
+
+class Copying:
+    """A guest with a large disk of each kind, and a snapshot of both under way."""
+
+    def __init__(self, site: StageSite) -> None:
+        self.site = site
+        self.disks = [site.single_disk("raw", size=LARGE), site.disk("raw", size=LARGE)]
+        self.guest = site.guest(*self.disks)
+        self.guest.start()
+        self.command = site.popen("virt-sse", "snapshot", "create", "s", "--domain", self.guest.name)
+        wait_until(lambda: is_copying(site, self.guest), "the copy has begun")
+
+    def kill(self) -> None:
+        (process,) = (each for each in self.site.processes() if "snapshot" in each.command)
+        os.kill(process.pid, signal.SIGKILL)
+        self.command.communicate(timeout=20)
+
+    def assert_nothing_left(self) -> None:
+        assert json.loads(self.site.virt_sse("snapshot", "list", "-o", "json")) == []
+        assert partial_images(self.site) == []
+
+
+@pytest.mark.slow
+class TestInterrupted:
+    def test_a_killed_command_leaves_a_copy_that_the_next_command_ends(self, site: StageSite) -> None:
+        copying = Copying(site)
+        copying.kill()
+        assert is_copying(site, copying.guest)
+        assert partial_images(site)
+        site.virt_sse("disk", "list")
+        assert not is_copying(site, copying.guest)
+        copying.assert_nothing_left()
+        assert site.virsh("domstate", copying.guest.name).strip() == "running"
+        site.qemu_io(copying.guest, "write -P 0x5a 0 1M")
+        snapshot(site, "s", "--disk", copying.disks[0].name)
+        assert content(site, "s")[:M] == b"\x5a" * M
+        site.virt_sse("snapshot", "delete", "s")
+        copying.guest.destroy()
+
+    def test_other_commands_are_refused_meanwhile_and_the_end_of_qemu_ends_the_snapshot(
+        self, site: StageSite
+    ) -> None:
+        copying = Copying(site)
+        disk, guest = copying.disks[0], copying.guest
+        for command in (
+            ("snapshot", "create", "t", "--disk", disk.name),
+            ("disk", "resize", disk.name, "1G"),
+            ("disk", "delete", disk.name),
+        ):
+            assert re.search("another command|is attached to", site.virt_sse(*command, status=1))
+        assert "block job" in site.virsh("detach-disk", guest.name, "vda", "--live", status=1)
+        os.kill(site.qemu(guest).pid, signal.SIGKILL)
+        said, _ = copying.command.communicate(timeout=60)
+        assert copying.command.returncode == 1, said
+        assert "Traceback" not in said
+        wait_until(lambda: not guest.is_active(), "libvirt knows of the end")
+        copying.assert_nothing_left()
+
+    def test_a_guest_left_paused_by_a_killed_command_goes_on(self, site: StageSite) -> None:
+        disk = site.single_disk()
+        guest = site.guest(disk)
+        guest.start()
+        with contextlib.closing(site.host.connect()) as connection:
+            domain_id = UUID(connection.lookupByName(guest.name).UUIDString())
+        marks = Marks(site.backend.host.config.paused_domains)
+        marks.add(domain_id)
+        site.virsh("suspend", guest.name)
+        site.virt_sse("disk", "list")
+        assert site.virsh("domstate", guest.name).strip() == "running"
+        assert marks.all() == []
+        site.virsh("suspend", guest.name)  # by an operator
+        snapshot(site, "s", "--disk", disk.name)
+        assert site.virsh("domstate", guest.name).strip() == "paused"
+        site.virt_sse("snapshot", "delete", "s")
+        guest.destroy()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from support import images
+from support.disk_contents import CONTENT, M, decrypted, new_disk
 from support.images import FORMATS, contains
 from virt_sse.backend import Backend
 from virt_sse.disks import creation
@@ -20,45 +21,16 @@ from virt_sse.errors import (
     InvalidValueError,
     StaleImageError,
 )
-from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disk_kind import DiskKind
-from virt_sse.model.disks import Disk, DiskState, NewDisk
-from virt_sse.model.layers import EncryptionType
+from virt_sse.model.disks import DiskState, NewDisk
 from virt_sse.qemu import img
-from virt_sse.qemu.reading import plaintext
 
-M = 1 << 20
 LAYERS = ("single", "double")
-CONTENT = (b"the content of a disk, again and again. " * M)[: M + 512]
 
 
 @pytest.fixture(autouse=True)
 def _tools() -> None:
     images.require("qemu-img", "qemu-io", "cryptsetup")
-
-
-def new_disk(backend: Backend, root: Path, layers: str = "single", image_format: str = "qcow2") -> Disk:
-    """A disk with :data:`CONTENT`, of an odd number of sectors."""
-    plain = root / "plain"
-    plain.write_bytes(CONTENT)
-    if layers == "double":
-        backend.sets.create(
-            "double",
-            provider="platform-managed",
-            key="default",
-            encryption_type=EncryptionType.PLATFORM_AND_CUSTOMER_KEYS,
-        )
-    new = NewDisk(
-        name="web",
-        format=DiskFormat(image_format),
-        encryption_set="double" if layers == "double" else None,
-    )
-    return backend.transfer.import_image(new, plain, source_format="raw")
-
-
-def content(backend: Backend, disk: Disk) -> bytes:
-    with plaintext(disk.path, disk.format, backend.host.keys.unwrap_all(disk)) as reader:
-        return reader.read(0, reader.size)
 
 
 @pytest.mark.slow
@@ -86,7 +58,7 @@ def test_a_snapshot_is_encrypted_under_its_own_dek_and_restored_to_the_byte(
     restored = backend.snapshots.restore("before", "again")
     assert (restored.kind, restored.size, restored.format) == (DiskKind.DISK, len(CONTENT), disk.format)
     assert restored.source_id == snapshot.id
-    assert content(backend, restored) == CONTENT
+    assert decrypted(backend, restored) == CONTENT
     backend.disks.check("again")
     backend.disks.check("before")
     assert images.files_below(restored.path.parent) == [restored.path.name, snapshot.path.name]
@@ -120,7 +92,7 @@ def test_snapshots_are_rotated_with_their_set_and_keep_the_set_in_use(backend: B
     rotated = backend.disks.get("before")
     assert rotated.generation == snapshot.generation + 1
     assert not {entry.wrapped.key for entry in rotated.deks} & {entry.wrapped.key for entry in snapshot.deks}
-    assert content(backend, rotated) == CONTENT
+    assert decrypted(backend, rotated) == CONTENT
     backend.disks.erase(backend.disks.get("web"))
     with pytest.raises(Exception, match="'before' is in disk encryption set"):
         backend.sets.delete("double")
@@ -134,7 +106,7 @@ def test_a_snapshot_is_adopted_as_a_snapshot(backend: Backend, root: Path) -> No
     with Backend.open(root) as again:
         adopted = again.disks.adopt(snapshot.path)
         assert (adopted.kind, adopted.name, adopted.source_id) == (DiskKind.SNAPSHOT, "before", disk.id)
-        assert content(again, again.snapshots.restore("before", "new")) == CONTENT
+        assert decrypted(again, again.snapshots.restore("before", "new")) == CONTENT
 
 
 def test_deleting_a_snapshot_leaves_nothing_that_a_key_opens(backend: Backend, root: Path) -> None:
@@ -150,7 +122,7 @@ def test_deleting_a_snapshot_leaves_nothing_that_a_key_opens(backend: Backend, r
     assert not snapshot.path.exists()
     with pytest.raises(Exception, match="LUKS"):
         img.check_unlocks(copy, snapshot.format, deks)
-    assert content(backend, restored) == CONTENT
+    assert decrypted(backend, restored) == CONTENT
 
 
 class TestRefusals:

@@ -11,7 +11,7 @@ from virt_sse.cli.disk_fields import dek_fields, disk_fields, image_place, print
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend, host, listed_disks
 from virt_sse.cli.vm_inspect import disk_inspect
-from virt_sse.errors import LibvirtUnavailableError, PolicyError
+from virt_sse.errors import InvalidValueError, LibvirtUnavailableError, PolicyError
 from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import DiskSku, NewDisk, parse_size
@@ -61,8 +61,23 @@ ReadOnly = Annotated[bool, typer.Option("--read-only", help="The guest cannot wr
 def create(
     name: NewName,
     size: Annotated[
-        str, typer.Option("--size", "-s", help="Size visible to the guest, e.g. 10G.", show_default=False)
-    ],
+        str | None,
+        typer.Option(
+            "--size",
+            "-s",
+            help="Size visible to the guest, e.g. 10G; default with --image: the image's.",
+            show_default=False,
+        ),
+    ] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(
+            "--image",
+            metavar="NAME[:VERSION]",
+            help="Copy the content of this image; without --des, the disk is in the image's set.",
+            show_default=False,
+        ),
+    ] = None,
     des: SetName = None,
     infrastructure_cipher: InfrastructureCipher = None,
     sku: SkuOption = DiskSku.PREMIUM_SSD,
@@ -71,19 +86,24 @@ def create(
     pool: Pool = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Create an empty disk."""
+    """Create an empty disk, or a disk with the content of an image."""
+    if size is None and image is None:
+        raise InvalidValueError(f"no size for disk {name!r}", hint="pass --size, or --image")
+    new = NewDisk(
+        name=name,
+        size=parse_size(size) if size is not None else None,
+        format=image_format,
+        sku=sku,
+        encryption_set=des,
+        infrastructure_cipher=infrastructure_cipher,
+        place=image_place(path, pool),
+    )
     with backend() as b:
-        disk = b.disks.create(
-            NewDisk(
-                name=name,
-                size=parse_size(size),
-                format=image_format,
-                sku=sku,
-                encryption_set=des,
-                infrastructure_cipher=infrastructure_cipher,
-                place=image_place(path, pool),
-            )
-        )
+        if image is None:
+            disk = b.disks.create(new)
+        else:
+            with progress_bar("copying") as progress:
+                disk = b.images.new_disk(image, new, progress=progress)
     print_disk(disk, output)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import virt_sse
-from virt_sse.cli import agent, audit, des, disk, host, key, session, snapshot, streams, vault, vm
+from virt_sse.cli import agent, audit, des, disk, host, image, key, session, snapshot, streams, vault, vm
 from virt_sse.config import Config
 from virt_sse.errors import InvalidValueError, VirtSseError, report
 from virt_sse.plugins import PluginHost
@@ -44,6 +44,7 @@ def build(plugins: PluginHost) -> typer.Typer:
     app.add_typer(des.app, name="des")
     app.add_typer(disk.app, name="disk")
     app.add_typer(host.app, name="host")
+    app.add_typer(image.app, name="image")
     app.add_typer(key.app, name="key")
     app.add_typer(snapshot.app, name="snapshot")
     app.add_typer(vault.app, name="vault")

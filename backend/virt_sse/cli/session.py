@@ -54,8 +54,8 @@ def listed_disks(kind: DiskKind | None = None) -> list[Disk]:
     kind = kind or DiskKind.DISK
     with contextlib.closing(LazyStore(config().store_url)) as store:
         disks = store.reads().all()
-    is_resized = Marks(config().pending_resizes).all()
-    if not is_resized and all(disk.state is DiskState.READY for disk in disks):
+    marked = Marks(config().pending_resizes).all() or Marks(config().paused_domains).all()
+    if not marked and all(disk.state is DiskState.READY for disk in disks):
         return [disk for disk in disks if disk.kind is kind]
     with backend() as b:
         return b.disks.all(kind)

@@ -35,6 +35,7 @@ _SIZE = re.compile(r"([0-9]{1,20})(?:([KMGT])(?:iB)?)?")
 _HINTS = {
     DiskKind.DISK: "see 'virt-sse disk --help'",
     DiskKind.SNAPSHOT: "'virt-sse snapshot restore' makes a disk of a snapshot",
+    DiskKind.IMAGE: "'virt-sse disk create --image' makes a disk of an image",
 }
 _UNITS = {None: 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
