@@ -11,6 +11,7 @@ from virt_sse.disks.copies import Copies
 from virt_sse.disks.images import Images
 from virt_sse.disks.inspector import Inspector
 from virt_sse.disks.lifecycle import Disks
+from virt_sse.disks.restore_points import RestorePoints
 from virt_sse.disks.snapshots import Snapshots
 from virt_sse.disks.transfer import Transfer
 from virt_sse.domains import temp_disks
@@ -33,6 +34,7 @@ class Backend:
     :ivar disks: create, list, adopt, resize, check and delete disks.
     :ivar live_copies: copies of disks of running domains.
     :ivar snapshots: take, restore and delete snapshots.
+    :ivar backups: make, verify, restore and erase restore points.
     :ivar images: make and delete images, and disks of images.
     :ivar transfer: import and export.
     :ivar inspector: in-guest encryption on disks.
@@ -64,6 +66,7 @@ class Backend:
         self.disks = Disks(host, self.sets, self.hotplug, self.live_copies)
         copies = Copies(host, self.disks, self.live_copies)
         self.snapshots = Snapshots(host, self.disks, copies, self.live_copies)
+        self.backups = RestorePoints(host, self.disks, copies)
         self.transfer = Transfer(host, self.disks)
         self.images = Images(host, self.disks, copies, self.transfer)
         self.vms = VmSettings(host, self.domains, self.host_encryption, self.inspector)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from virt_sse.cli import disk_backup
 from virt_sse.cli.disk_fields import dek_fields, disk_fields, image_place, print_disk, shown_size
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend, host, listed_disks
@@ -233,6 +234,11 @@ def check(name: Name) -> None:
 
 
 app.command(name="inspect")(disk_inspect)
+app.command(name="backup")(disk_backup.backup)
+app.command(name="backups")(disk_backup.backups)
+app.command(name="restore")(disk_backup.restore)
+app.command(name="verify-backup")(disk_backup.verify_backup)
+app.command(name="erase-backup")(disk_backup.erase_backup)
 
 
 @app.command()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,13 +76,19 @@ class Copies:
         self._live = live
 
     def copy(
-        self, new: Sequence[NewDisk], *, quiesce: bool | None = None, progress: Progress = silent
+        self,
+        new: Sequence[NewDisk],
+        *,
+        quiesce: bool | None = None,
+        progress: Progress = silent,
+        complete: Callable[[Unfinished], None] = lambda _: None,
     ) -> Copied:
         """Copy disks, all at the same point in time, or none.
 
         :param new: the copies, each with its source. Without a size, a copy has the source's.
         :param quiesce: have the guest agent freeze the file systems of a running guest: ``None`` if an agent
             is connected, ``True`` always, ``False`` never.
+        :param complete: called with each copy once its content is complete, before its image has its name.
         :raise DiskInUseError: When another command works on a source, a process outside libvirt has a source
             open, or a domain starts with a source meanwhile.
         :raise StaleImageError: When the image of a source is not the last known.
@@ -113,6 +119,9 @@ class Copies:
                             raise DiskInUseError(f"a domain started with disk {source.name!r} meanwhile")
                 else:
                     pause = self._live.copy(domain, pairs, quiesce=quiesce, progress=progress)
+                for each in made:
+                    with image_errors(each.disk):
+                        complete(each)
         return Copied(
             tuple(self._store.get(str(each.disk.id)) for each in made),
             domain,

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
+from virt_sse.disks import backup_manifest
 from virt_sse.errors import DiskExistsError, ImageError, InvalidValueError
 from virt_sse.keys.encryption_sets import EncryptionSets
 from virt_sse.keys.host import Host
@@ -131,9 +132,11 @@ class Creation:
         with contextlib.ExitStack() as stack:
             for each in made:
                 stack.enter_context(self._locks.hold(each.disk.id))
-            stack.callback(self.settle, [each.disk for each in made])
+            added: list[Disk] = []
+            stack.callback(self.settle, added)
             for each in made:
                 self._store.add(each.disk)
+                added.append(each.disk)
             for each in made:
                 self._make_image(each)
             yield made
@@ -227,6 +230,7 @@ class Creation:
             self._store.set_state(disk.id, DiskState.DELETING)
         for disk in disks:
             if disk not in named:
+                backup_manifest.remove(disk)
                 self._store.remove(disk.id)
 
     def _make_image(self, made: Unfinished) -> None:

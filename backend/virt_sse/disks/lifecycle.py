@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from virt_sse.disks import backup_manifest
 from virt_sse.disks.creation import Creation, Fill, LiveWrites, Unfinished
 from virt_sse.disks.stored_images import with_real_size
 from virt_sse.errors import (
@@ -430,6 +431,7 @@ class Disks:
                         image = _open_leftover(stack, doomed)
                 if image is not None:  # by descriptor: the name may meanwhile be a link made by another user
                     img.erase(Path(f"/proc/self/fd/{image}"), disk.format)
+            backup_manifest.remove(disk)
             if os.path.lexists(doomed):
                 self._store.drop_deks(disk.id)
                 doomed.unlink()

@@ -36,6 +36,7 @@ _HINTS = {
     DiskKind.DISK: "see 'virt-sse disk --help'",
     DiskKind.SNAPSHOT: "'virt-sse snapshot restore' makes a disk of a snapshot",
     DiskKind.IMAGE: "'virt-sse disk create --image' makes a disk of an image",
+    DiskKind.RESTORE_POINT: "'virt-sse disk restore' makes a disk of a restore point",
 }
 _UNITS = {None: 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
