@@ -18,12 +18,13 @@ from support.images import contains
 from support.stage_site import StageSite, stage_site
 from support.waiting import wait_until
 from virt_sse.lab.acceleration import Acceleration
+from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import LabHost
 from virt_sse.system.marks import Marks
 
 M = 1 << 20
-LARGE = 512 * M
+LARGE = 64 * M
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +82,9 @@ def test_all_disks_of_a_running_domain_are_snapshot_at_one_point_in_time(site: S
     guest.destroy()
 
 
-def is_copying(site: StageSite, guest: Guest) -> bool:
+def copies(site: StageSite, guest: Guest) -> int:
     with contextlib.closing(site.host.connect()) as connection:
-        return "<mirror" in connection.lookupByName(guest.name).XMLDesc()
+        return connection.lookupByName(guest.name).XMLDesc().count("<mirror")
 
 
 def partial_images(site: StageSite) -> list[str]:
@@ -91,7 +92,7 @@ def partial_images(site: StageSite) -> list[str]:
 
 
 class Copying:
-    """A guest with a large disk of each kind, and a snapshot of both under way."""
+    """A guest with two disks, and a slow snapshot of both under way."""
 
     def __init__(self, site: StageSite) -> None:
         self.site = site
@@ -99,7 +100,9 @@ class Copying:
         self.guest = site.guest(*self.disks)
         self.guest.start()
         self.command = site.popen("virt-sse", "snapshot", "create", "s", "--domain", self.guest.name)
-        wait_until(lambda: is_copying(site, self.guest), "the copy has begun")
+        for count, target in ((1, "vda"), (2, "vdb")):
+            wait_until(lambda count=count: copies(site, self.guest) == count, "a copy has begun")
+            site.virsh("blockjob", self.guest.name, target, "--bandwidth", "1")
 
     def kill(self) -> None:
         (process,) = (each for each in self.site.processes() if "snapshot" in each.command)
@@ -116,10 +119,10 @@ class TestInterrupted:
     def test_a_killed_command_leaves_a_copy_that_the_next_command_ends(self, site: StageSite) -> None:
         copying = Copying(site)
         copying.kill()
-        assert is_copying(site, copying.guest)
+        assert copies(site, copying.guest) == 2
         assert partial_images(site)
         site.virt_sse("disk", "list")
-        assert not is_copying(site, copying.guest)
+        assert copies(site, copying.guest) == 0
         copying.assert_nothing_left()
         assert site.virsh("domstate", copying.guest.name).strip() == "running"
         site.qemu_io(copying.guest, "write -P 0x5a 0 1M")
@@ -133,6 +136,7 @@ class TestInterrupted:
     ) -> None:
         copying = Copying(site)
         disk, guest = copying.disks[0], copying.guest
+        assert "as-asked            yes" in site.virt_sse("vm", "verify", guest.name)
         for command in (
             ("snapshot", "create", "t", "--disk", disk.name),
             ("disk", "resize", disk.name, "1G"),
@@ -159,6 +163,11 @@ class TestInterrupted:
         site.virt_sse("disk", "list")
         assert site.virsh("domstate", guest.name).strip() == "running"
         assert marks.all() == []
+        with LabAgent(site.host):
+            site.virsh("suspend", guest.name)
+            marks.add(domain_id)
+            wait_until(lambda: marks.all() == [], "the agent ends the pause")
+        assert site.virsh("domstate", guest.name).strip() == "running"
         site.virsh("suspend", guest.name)  # by an operator
         snapshot(site, "s", "--disk", disk.name)
         assert site.virsh("domstate", guest.name).strip() == "paused"

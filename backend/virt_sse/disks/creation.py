@@ -73,7 +73,7 @@ class Unfinished:
     @property
     def image(self) -> Path:
         """The incomplete image, to be filled."""
-        return _partial(self.disk)
+        return incomplete_image(self.disk)
 
 
 class LiveWrites(Protocol):
@@ -218,8 +218,8 @@ class Creation:
         """
         for disk in disks:
             if disk.source_id:
-                self._live_writes.end(disk, _partial(disk))
-            _remove(_partial(disk))
+                self._live_writes.end(disk, incomplete_image(disk))
+            _remove(incomplete_image(disk))
         named = [disk for disk in disks if envelope_slots.carried_id(disk.path, disk.format) == disk.id]
         if len(named) == len(disks):
             for disk in disks:
@@ -264,8 +264,8 @@ def image_errors(disk: Disk) -> Iterator[None]:
         raise ImageError(f"cannot make {disk.path}: {exc}", hint=exc.hint) from exc
 
 
-def _partial(disk: Disk) -> Path:
-    """The path of an incomplete image."""
+def incomplete_image(disk: Disk) -> Path:
+    """The path of the image of a disk in state ``creating``."""
     return disk.path.with_name(f".{disk.id}.partial")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from virt_sse.libvirt.disk_chains import DiskChain
@@ -34,6 +34,7 @@ class RunningDisks:
         cipher: Cipher,
         *,
         is_all: bool = True,
+        copies: Collection[Path] = (),
     ) -> None:
         """Check a disk of virt-sse: QEMU must have exactly 1 volume, of *cipher*, over *place*.
 
@@ -42,6 +43,7 @@ class RunningDisks:
         :param place: the image, or the NBD server's socket.
         :param layer: facts about the volume, apart from the cipher.
         :param is_all: whether the volume is the disk's only layer of encryption.
+        :param copies: the places of copies of the disk under way, with layers and keys of their own.
         """
         stacks = [stack for vertex in self.stored_at(place) for stack in self._graph.volumes_over(vertex)]
         volumes = list(dict.fromkeys(stack[-1] for stack in stacks if stack))
@@ -57,7 +59,7 @@ class RunningDisks:
             verdict.expect(
                 volume.cipher == str(cipher), f"the guest's QEMU encrypts with {volume.cipher}, not {cipher}"
             )
-            self._expose(verdict, chain, volume, is_all=is_all)
+            self._expose(verdict, chain, volume, is_all=is_all, copies=copies)
 
     def check_open(self, verdict: DiskVerdict, image: Path) -> None:
         """Check that QEMU's open file is the file at the path *image*."""
@@ -99,7 +101,17 @@ class RunningDisks:
         """List the files and sockets with data of QEMU's nodes."""
         return [vertex.place.path for vertex in self._graph.stored() if vertex.place and vertex.place.path]
 
-    def _expose(self, verdict: DiskVerdict, chain: DiskChain, volume: Vertex, *, is_all: bool) -> None:
+    def _expose(
+        self,
+        verdict: DiskVerdict,
+        chain: DiskChain,
+        volume: Vertex,
+        *,
+        is_all: bool,
+        copies: Collection[Path],
+    ) -> None:
+        to_copies = [link.path for link in chain.mirror if link.path and canonical(link.path) in copies]
+        own = {name for path in to_copies for name in (str(path), f"socket {path}")}  # as Place names them
         links = (*chain.links, *chain.mirror, *chain.backup)
         under_disk_key = {link.place for link in links if link.disk_id == chain.disk_id}
         for exposure in self._graph.exposures(volume):
@@ -107,8 +119,10 @@ class RunningDisks:
             verdict.places.append(DataPlace(place, exposure.cipher is None))
             if not verdict.expect(exposure.cipher is not None, f"{place} is not encrypted"):
                 continue
-            verdict.expect(is_all, f"{place} has only one layer of encryption")
             verdict.expect(exposure.cipher == volume.cipher, f"{place} is encrypted with {exposure.cipher}")
+            if exposure.place in own:
+                continue
+            verdict.expect(is_all, f"{place} has only one layer of encryption")
             verdict.expect(exposure.place in under_disk_key, f"{place} is not encrypted under the disk's key")
         for export in self._graph.exports(volume):
             verdict.places.append(DataPlace(f"NBD export {export}", True))

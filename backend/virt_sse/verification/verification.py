@@ -9,6 +9,7 @@ from uuid import UUID
 
 import libvirt
 
+from virt_sse.disks.creation import incomplete_image
 from virt_sse.domains import temp_disks
 from virt_sse.domains.data_on_host import HostData
 from virt_sse.domains.settings import VmSettings
@@ -19,7 +20,7 @@ from virt_sse.libvirt import domains
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.disk_chains import DiskChain
 from virt_sse.libvirt.domain_definition import DomainDefinition
-from virt_sse.model.disks import Disk
+from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.keys import KeyRef
 from virt_sse.model.layers import GuestNode, HostCaching
 from virt_sse.model.slots import TEMP_SLOT
@@ -53,6 +54,11 @@ class _Subject:
     encryption_at_host: bool
     refuses_plaintext: bool
     disks: Sequence[Disk]
+
+    @property
+    def copies(self) -> list[Disk]:
+        """The copies of disks under way."""
+        return [disk for disk in self.disks if disk.source_id and disk.state is DiskState.CREATING]
 
     def disk_of(self, chain: DiskChain) -> Disk | None:
         """Find the disk of virt-sse in a chain: by disk id or, if the image was replaced, by serial."""
@@ -126,6 +132,8 @@ class Verification:
             yield verdict
         places = {canonical(place) for place in running.places()}
         for disk in subject.disks:
+            if disk in subject.copies and disk.source_id in listed:
+                continue
             known = {disk.path, canonical(self._stages.guest_socket(disk.id))}
             if disk.id not in listed and places & known:
                 verdict = DiskVerdict("-", disk.name)
@@ -145,7 +153,10 @@ class Verification:
         entry = disk.dek(guest.slot)
         place = self._stages.guest_socket(disk.id) if below else disk.path
         layer = Layer(GUEST_QEMU, None, entry.slot, str(entry.wrapped.key), str(place))
-        running.check_ours(verdict, chain, place, layer, entry.cipher, is_all=not below)
+        copies = {
+            canonical(self._place_of_copy(each)) for each in subject.copies if each.source_id == disk.id
+        }
+        running.check_ours(verdict, chain, place, layer, entry.cipher, is_all=not below, copies=copies)
         if below:
             verdict.places.append(DataPlace(f"the socket {place}", False))
             direct = running.stored_at(disk.path)
@@ -154,6 +165,10 @@ class Verification:
             running.check_open(verdict, disk.path)
         self._evidence.check(verdict, disk, plan, subject.id)
         check_image(verdict, disk, self._freshness)
+
+    def _place_of_copy(self, copy: Disk) -> Path:
+        """Where the guest's QEMU writes a copy under way."""
+        return self._stages.guest_socket(copy.id) if len(copy.deks) > 1 else incomplete_image(copy)
 
     def _check_temporary(
         self, verdict: DiskVerdict, subject: _Subject, chain: DiskChain, running: RunningDisks
