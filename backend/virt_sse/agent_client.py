@@ -1,6 +1,7 @@
 """Client of the agent: a single HTTP request on the agent's Unix socket.
 
-The libvirt hook imports this module first, for every event: standard library only, and few modules.
+The libvirt hook imports this module first, for every event: standard library only, and few modules, without
+pathlib and typing.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from virt_sse.errors import AgentError, AgentUnavailableError, VirtSseError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from _typeshed import StrPath
 
 SOCKET = "run/virt-sse/agent.sock"
 """Path of the agent's Unix socket, relative to the root."""
@@ -43,7 +47,7 @@ def is_trusted(user: int) -> bool:
     return user in (0, os.geteuid())
 
 
-def ask(path: Path, method: str, target: str, body: bytes = b"", *, timeout: float) -> bytes:
+def ask(path: StrPath, method: str, target: str, body: bytes = b"", *, timeout: float) -> bytes:
     """Send a request to the agent and return the body of its response.
 
     :param timeout: for the whole exchange; in seconds.
@@ -74,13 +78,13 @@ def ask(path: Path, method: str, target: str, body: bytes = b"", *, timeout: flo
     raise VirtSseError(message, hint=hint)
 
 
-def serve_event(root: Path, event: str, domain: str, xml: str) -> bool:
+def serve_event(root: StrPath, event: str, domain: str, xml: str) -> bool:
     """Let the agent serve an event of the libvirt hook; return whether an agent did.
 
     :raise VirtSseError: With the agent's message, when the agent refuses the event.
     """
-    path = root / SOCKET
-    if not path.exists():
+    path = os.path.join(root, SOCKET)  # noqa: PTH118 -- pathlib loads slowly
+    if not os.path.exists(path):  # noqa: PTH110 -- likewise
         return False
     body = json.dumps({"event": event, "domain": domain, "xml": xml}).encode()
     try:
@@ -90,10 +94,12 @@ def serve_event(root: Path, event: str, domain: str, xml: str) -> bool:
     return True
 
 
-def configured_timeout(root: Path) -> float:
+def configured_timeout(root: StrPath) -> float:
     """Option ``timeout`` in ``[agent]`` of the configuration file; the default if missing or invalid."""
     try:
-        text = (root / "etc/virt-sse/config.toml").read_text("utf-8")
+        path = os.path.join(root, "etc/virt-sse/config.toml")  # noqa: PTH118 -- pathlib loads slowly
+        with open(path, encoding="utf-8") as file:  # noqa: PTH123 -- likewise
+            text = file.read()
         if "[agent]" in text:
             # Not by Config.load, the only other reader: the hook runs this module first, for every event, and
             # importing virt_sse.config takes five times longer than importing this module. If the option is
@@ -109,7 +115,7 @@ def configured_timeout(root: Path) -> float:
 
 
 @contextlib.contextmanager
-def _connected(path: Path, timeout: float) -> Iterator[socket.socket]:
+def _connected(path: StrPath, timeout: float) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout)
         try:

@@ -23,6 +23,7 @@ from virt_sse.errors import (
 )
 from virt_sse.hookspecs import RegisterEncryptionLayer, RegisterKeyProvider, hookimpl
 from virt_sse.model.ciphers import AES_256_XTS, Cipher
+from virt_sse.model.cloud import CloudProfile, DriverOptions, size_version
 from virt_sse.model.content import Content, EncryptionKind, Finding, described
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disk_kind import DiskKind
@@ -76,6 +77,7 @@ __all__ = [
     "PRIVATE_FOLDER",
     "AttachDisk",
     "Cipher",
+    "CloudProfile",
     "ConfigError",
     "Content",
     "CreateDisk",
@@ -90,6 +92,7 @@ __all__ = [
     "DiskSku",
     "DiskState",
     "DocumentError",
+    "DriverOptions",
     "EncryptionKind",
     "EncryptionLayer",
     "EncryptionSet",
@@ -139,6 +142,7 @@ __all__ = [
     "from_toml",
     "hookimpl",
     "private_folder",
+    "size_version",
     "sync_folder",
     "write_private",
 ]

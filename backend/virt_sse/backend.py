@@ -34,7 +34,7 @@ class Backend:
     :ivar disks: create, list, adopt, resize, check and delete disks.
     :ivar live_copies: copies of disks of running domains.
     :ivar snapshots: take, restore and delete snapshots.
-    :ivar backups: make, verify, restore and erase restore points.
+    :ivar restore_points: make, verify, restore and erase restore points.
     :ivar images: make and delete images, and disks of images.
     :ivar transfer: import and export.
     :ivar inspector: in-guest encryption on disks.
@@ -66,7 +66,7 @@ class Backend:
         self.disks = Disks(host, self.sets, self.hotplug, self.live_copies)
         copies = Copies(host, self.disks, self.live_copies)
         self.snapshots = Snapshots(host, self.disks, copies, self.live_copies)
-        self.backups = RestorePoints(host, self.disks, copies)
+        self.restore_points = RestorePoints(host, self.disks, copies)
         self.transfer = Transfer(host, self.disks)
         self.images = Images(host, self.disks, copies, self.transfer)
         self.vms = VmSettings(host, self.domains, self.host_encryption, self.inspector)

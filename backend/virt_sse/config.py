@@ -103,7 +103,8 @@ class Config:
     :ivar disk_directory: default folder of new images, unless a path or a pool is given.
     :ivar subscription: subscription of the disks on this host.
     :ivar region: region of the disks on this host.
-    :ivar encryption_set_limit: maximum number of disk encryption sets per subscription and region.
+    :ivar encryption_set_limit: maximum number of disk encryption sets per subscription and region; ``None``
+        for the limit of the cloud profile.
     :ivar infrastructure_cipher: cipher of the second layer of double encryption.
     :ivar io_errors: reaction to failed reads and writes of a guest.
     :ivar reconnect_seconds: how long requests of a guest wait for the restart of a failed storage process.
@@ -111,7 +112,8 @@ class Config:
     :ivar storage_user: user name or id of all storage processes; for ``None`` see *storage_uids*.
     :ivar stale_images: reaction to an image that is not the last known image of its disk.
     :ivar operator_credential: credential for creating and deleting the sets' identities in a key vault.
-    :ivar policy_tables: file of supported features by region that replaces the built-in ``cloud.toml``.
+    :ivar policy_profile: the built-in tables of the cloud to follow: ``current``, or named for their date.
+    :ivar policy_tables: the site's own tables, in place of the built-in ones.
     :ivar enforce_policy: whether the cloud's rules, in part defined by the policy tables, are enforced.
     :ivar required_plugins: entry points that must be loaded before any operation, e.g. a site's policy.
     :ivar provider_options: tables ``[key-providers.NAME]`` by provider name, unchecked.
@@ -130,7 +132,8 @@ class Config:
     stale_images: StaleImages = StaleImages.REFUSE
     subscription: str = "default"
     region: str = "default"
-    encryption_set_limit: int = 50
+    encryption_set_limit: int | None = None
+    policy_profile: str = "current"
     policy_tables: Path | None = None
     enforce_policy: bool = True
     required_plugins: tuple[str, ...] = ()
@@ -175,6 +178,7 @@ class Config:
             subscription=host.subscription or "default",
             region=host.region or "default",
             encryption_set_limit=sets.limit,
+            policy_profile=policy.profile or "current",
             policy_tables=Path(policy.tables) if policy.tables else None,
             enforce_policy=policy.enforce,
             required_plugins=document.plugins.required,
@@ -186,6 +190,11 @@ class Config:
     def state_directory(self) -> Path:
         """Folder of the store, the keyring and locks; mode 0700."""
         return self.root / "var/lib/virt-sse"
+
+    @property
+    def pending_envelopes(self) -> Path:
+        """Folder with marks of disks whose store may be newer than the image, after a kill; mode 0700."""
+        return self.state_directory / "pending-envelopes"
 
     @property
     def pending_resizes(self) -> Path:
@@ -215,7 +224,9 @@ class Config:
     @property
     def site(self) -> Site:
         """The host's location and rules, as passed to policies."""
-        return Site(self.subscription, self.region, self.policy_tables, self.enforce_policy)
+        return Site(
+            self.subscription, self.region, self.policy_tables, self.enforce_policy, self.policy_profile
+        )
 
     @property
     def stage_directory(self) -> Path:
@@ -332,11 +343,14 @@ class _Host(_Table, frozen=True):
 
 
 class _EncryptionSets(_Table, frozen=True):
-    limit: Annotated[int, msgspec.Meta(ge=0, description="a number, 0 or more")] = 50
+    limit: Annotated[
+        Annotated[int, msgspec.Meta(ge=0)] | None, msgspec.Meta(description="a number, 0 or more")
+    ] = None
     operator_credential: str = ""
 
 
 class _Policy(_Table, frozen=True):
+    profile: str = ""
     tables: str = ""
     enforce: Annotated[bool, msgspec.Meta(description="true or false")] = True
 

@@ -2,6 +2,9 @@
 
 The installed hook script (:mod:`virt_sse.libvirt.hook_script`) runs this module for virt-sse's domains only.
 The event goes to the agent. If no agent answers, this process serves the event itself, with the same effect.
+
+A domain's start waits for the imports, hence ``python -S``, and neither pathlib nor typing for the agent's
+client.
 """
 
 from __future__ import annotations
@@ -9,11 +12,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import resource
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from virt_sse.domains.start import DomainStart
 
@@ -25,12 +28,11 @@ def main() -> int:
     xml = sys.stdin.buffer.read().decode(errors="surrogateescape")  # the parser refuses surrogates
     from virt_sse import agent_client
     from virt_sse.errors import VirtSseError, report
-    from virt_sse.system.process_hardening import protect_memory
 
-    root = Path(os.environ.get("VIRT_SSE_ROOT") or "/")
     try:
-        protect_memory()
-        if not agent_client.serve_event(root, event, domain, xml):
+        # The agent's client reads no key. libvirt leaves passwords out of the XML, too.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if not agent_client.serve_event(os.environ.get("VIRT_SSE_ROOT") or "/", event, domain, xml):
             _serve(event, xml)
     except VirtSseError as exc:
         report(exc)
@@ -39,6 +41,14 @@ def main() -> int:
 
 
 def _serve(event: str, xml: str) -> None:
+    if sys.flags.no_site:
+        import site
+
+        site.main()  # finds the packages of other projects
+    from virt_sse.system.process_hardening import protect_memory
+
+    protect_memory()
+    _load_libvirt_ahead()
     from virt_sse.libvirt.domain_definition import DomainDefinition
 
     if event == "release":  # without the store, which takes most of the time to load
@@ -52,6 +62,23 @@ def _serve(event: str, xml: str) -> None:
                 start.prepare(DomainDefinition.parse(xml))
             else:
                 start.reconnect(DomainDefinition.salvage(xml))
+
+
+def _load_libvirt_ahead() -> None:
+    """Load libvirt's libraries in a thread: 20 ms without the interpreter's lock, which an import holds."""
+    from importlib.machinery import PathFinder
+    from threading import Thread
+
+    found = PathFinder.find_spec("libvirtmod")
+    if found and found.origin:
+        Thread(target=_load_library, args=[found.origin]).start()
+
+
+def _load_library(path: str) -> None:
+    import ctypes
+
+    with contextlib.suppress(OSError):  # the import reports the error
+        ctypes.CDLL(path)
 
 
 @contextlib.contextmanager

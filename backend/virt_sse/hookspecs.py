@@ -10,6 +10,7 @@ import pluggy
 if TYPE_CHECKING:
     import typer
 
+    from virt_sse.model.cloud import CloudProfile
     from virt_sse.model.events import KeyEvent
     from virt_sse.model.keys import KeyProvider
     from virt_sse.model.layers import EncryptionLayer, HostLayer
@@ -64,6 +65,15 @@ def virt_sse_validate(operation: Operation, site: Site) -> None:
 
     Any other exception refuses the operation, too, and so does any return value except ``None``: a failing
     policy does not grant permission.
+    """
+
+
+@hookspec
+def virt_sse_cloud_profile(site: Site) -> CloudProfile | None:
+    """Return the limits and exceptions of the cloud that *site* follows; ``None`` to leave them to others.
+
+    The answer of one plugin counts: the built-in answer is used only if all other plugins return ``None``.
+    Raise :class:`~virt_sse.errors.PolicyError` if the values cannot be read.
     """
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import logging
 import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import pluggy
 
 from virt_sse import hookspecs
 from virt_sse.errors import ConfigError, KeyDeniedError, PluginError, PolicyError
+from virt_sse.model.cloud import CloudProfile
 from virt_sse.model.layers import EncryptionLayer, HostLayer
+from virt_sse.system.entry_points import installed_entry_points
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +34,17 @@ ENTRY_POINT_GROUP = "virt_sse"
 
 T = TypeVar("T")
 L = TypeVar("L", EncryptionLayer, HostLayer)
+
+
+class EntryPoint(Protocol):
+    """An entry point, as in :mod:`importlib.metadata` and :mod:`virt_sse.system.entry_points`."""
+
+    @property
+    def name(self) -> str:
+        """The plugin's name."""
+
+    def load(self) -> object:
+        """Import the plugin."""
 
 
 class _Registry(Generic[T]):
@@ -114,9 +126,7 @@ class PluginHost:
     :raise ConfigError: When a required plugin is not installed.
     """
 
-    def __init__(
-        self, config: Config, entry_points: Iterable[importlib.metadata.EntryPoint] | None = None
-    ) -> None:
+    def __init__(self, config: Config, entry_points: Iterable[EntryPoint] | None = None) -> None:
         self._config = config
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
@@ -129,12 +139,12 @@ class PluginHost:
         """Errors of the plugins left out."""
 
         if entry_points is None:
-            entry_points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+            entry_points = installed_entry_points(ENTRY_POINT_GROUP)
         for entry_point in sorted(entry_points, key=lambda point: point.name):
             self._load(entry_point)
         self._require(config.required_plugins)
 
-    def _load(self, entry_point: importlib.metadata.EntryPoint) -> None:
+    def _load(self, entry_point: EntryPoint) -> None:
         try:
             self.register(entry_point.load(), entry_point.name)
         except PluginError as exc:
@@ -305,6 +315,30 @@ class PluginHost:
                 raise PolicyError(
                     f"policy plugin {implementation.plugin_name!r} returned a value instead of raising"
                 )
+
+    def cloud_profile(self) -> CloudProfile:
+        """The limits and exceptions of the cloud that the site follows; none without a plugin.
+
+        The built-in plugins answer last.
+
+        :raise PolicyError: When a plugin fails or returns anything else.
+        """
+        implementations = self._manager.hook.virt_sse_cloud_profile.get_hookimpls()
+        for implementation in sorted(
+            implementations, key=lambda each: each.plugin_name.startswith("builtin-")
+        ):
+            try:
+                answer = _call(implementation, site=self._config.site)
+            except PolicyError:
+                raise
+            except Exception as exc:
+                plugin = implementation.plugin_name
+                raise PolicyError(f"policy plugin {plugin!r} failed: {type(exc).__name__}: {exc}") from exc
+            if isinstance(answer, CloudProfile):
+                return answer
+            if answer is not None:
+                raise PolicyError(f"policy plugin {implementation.plugin_name!r} returned no cloud profile")
+        return CloudProfile()
 
     def key_event(self, event: KeyEvent) -> None:
         """Pass *event* to every observer; exceptions of an observer are logged and isolated."""

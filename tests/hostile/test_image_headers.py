@@ -75,7 +75,7 @@ def assert_refused(backend: Backend, disk: Disk, reason: str, root: Path, canary
         "resize": lambda: backend.disks.resize("disk", 2 * M),
         "shrink": lambda: backend.disks.resize("disk", M // 2, shrink=True),
         "inspect": lambda: backend.inspector.disk(disk),
-        "start": lambda: img.validate(disk.path, disk.format, deks),
+        "start": lambda: img.validate(disk.path, disk.format, deks[1:]),
     }
     for name, command in commands.items():
         began = time.monotonic()
@@ -156,7 +156,7 @@ def test_the_bitmaps_of_libvirts_checkpoints_are_accepted(tmp_path: Path) -> Non
             check=True,
         )
     assert "checkpoint" in json.dumps(info(path))
-    img.validate(path, DiskFormat.QCOW2, [dek])
+    img.validate(path, DiskFormat.QCOW2, [])
     img.check(path, DiskFormat.QCOW2, [dek])
 
 
@@ -167,4 +167,4 @@ def test_headers_of_all_formatters_are_accepted(tmp_path: Path, image_format: st
     """qemu-img measures the machine for its iteration counts; they stay below the bound."""
     dek, path, kind = Dek.generate(), tmp_path / "image", DiskFormat(image_format)
     make(path, kind, M, [Volume(Cipher.parse(cipher), dek)])
-    img.validate(path, kind, [dek])
+    img.validate(path, kind, [])

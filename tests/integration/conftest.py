@@ -7,9 +7,22 @@ import pytest
 
 from support.agent_site import CONFIG, CustomerSite, customer_site
 from support.lab_operator import Operator
+from support.leftovers import Leftovers
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.host import LabHost
 from virt_sse.lab.vaults import LabVault
+
+LAB = ("virt_sse.lab", "/lab/supervisor.py", "libvirtd", "virtlogd", "postgres")
+"""Parts of the command lines of processes that serve all tests of a session."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_process_is_left() -> Iterator[None]:
+    """Check that a module of tests leaves no process, in a lab host or outside."""
+    leftovers = Leftovers()
+    yield
+    left = leftovers.found()
+    leftovers.check(beside=[pid for pid, said in left.items() if any(part in said for part in LAB)])
 
 
 @pytest.fixture(scope="module")

@@ -122,6 +122,23 @@ def test_a_killed_creation_leaves_a_whole_disk_or_nothing(root: Path, image_form
 
 
 @pytest.mark.slow
+def test_a_killed_copy_leaves_the_source_and_a_whole_disk_or_nothing(root: Path) -> None:
+    scene = Scene(root, filled)
+    outcomes = set()
+
+    def check(backend: Backend) -> None:
+        found = [disk.name for disk in backend.disks.all()]
+        assert found in (["disk"], ["copy", "disk"])
+        assert scene.names() == [f"{name}.qcow2" for name in found]
+        for name in found:
+            whole(backend, name, 0x66)
+        outcomes.add(len(found))
+
+    scene.kills(lambda b: b.transfer.copy("disk", NewDisk(name="copy")), check)
+    assert outcomes == {1, 2}
+
+
+@pytest.mark.slow
 def test_a_killed_import_leaves_a_whole_disk_or_nothing(root: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(b"\x66" * M)

@@ -96,7 +96,7 @@ def hook_of(site: StageSite, event: str) -> int | None:
     """The process of ours that serves a hook's event."""
     for process in site.processes():
         with contextlib.suppress(OSError):
-            if "virt_sse.hook" in process.command and event in process.command:
+            if "virt_sse.hook" in "".join(process.command) and event in process.command:
                 return process.pid
     return None
 

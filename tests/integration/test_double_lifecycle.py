@@ -136,6 +136,22 @@ def test_a_moved_double_disk_is_adopted(
     assert exported(backend, root) == CONTENT
 
 
+def test_a_rotation_of_one_layers_key_does_not_need_the_other_layers_key(
+    backend: Backend, web: EncryptionSet, keys: CustomerKeys
+) -> None:
+    disk = backend.disks.create(NewDisk(name="disk", size=M, format=DiskFormat.RAW, encryption_set="web"))
+    keys.delete(web.key.name)
+    version, report = backend.keys.rotate(PLATFORM_KEY)
+    assert (report.rewrapped, report.failed) == (1, {})
+    service, infrastructure = backend.disks.get("disk").deks
+    assert service == disk.deks[0]
+    assert infrastructure.wrapped.key == version
+    assert backend.keys.rewrap(PLATFORM_KEY).failed == {}
+    assert "disk" in backend.sets.rotate("web").failed
+    keys.recover(web.key.name)
+    backend.disks.check("disk")
+
+
 @pytest.mark.slow
 def test_each_layer_has_the_version_of_its_own_key(
     backend: Backend, keys: CustomerKeys, web: EncryptionSet, plain: Path, root: Path

@@ -62,7 +62,7 @@ def test_a_restore_point_is_restored_on_a_host_with_the_vault_alone(
     key = keys.new_key()
     new_set(backend, keys, "vault", key)
     disk = new_disk(backend, root, image_format="raw")
-    (point,) = backend.backups.create("web", folder, encryption_set="vault").disks
+    (point,) = backend.restore_points.create("web", folder, encryption_set="vault").disks
     assert (point.kind, point.source_id, point.key.provider) == (
         DiskKind.RESTORE_POINT,
         disk.id,
@@ -76,8 +76,8 @@ def test_a_restore_point_is_restored_on_a_host_with_the_vault_alone(
         use(other, keys)
         new_set(other, keys, "there", key)
         with pytest.raises(StaleImageError, match="sealed by another host"):
-            other.backups.restore(str(point.path), "new", encryption_set="there")
-        restored = other.backups.restore(
+            other.restore_points.restore(str(point.path), "new", encryption_set="there")
+        restored = other.restore_points.restore(
             str(point.path),
             "new",
             encryption_set="there",
@@ -93,29 +93,29 @@ def test_a_rotation_leaves_the_checksum_and_a_changed_byte_does_not(
     backend: Backend, root: Path, folder: Path
 ) -> None:
     new_disk(backend, root, "double")
-    (point,) = backend.backups.create("web", folder).disks
+    (point,) = backend.restore_points.create("web", folder).disks
     backend.keys.rotate(point.key)
     assert backend.disks.get(point.name).generation > point.generation
-    backend.backups.verify(point.name)
-    assert decrypted(backend, backend.backups.restore(point.name, "again")) == CONTENT
+    backend.restore_points.verify(point.name)
+    assert decrypted(backend, backend.restore_points.restore(point.name, "again")) == CONTENT
     intact = point.path.read_bytes()
     for position in (4096, len(intact) // 2, len(intact) - 1):
         point.path.write_bytes(intact[:position] + bytes([intact[position] ^ 1]) + intact[position + 1 :])
         with pytest.raises(ImageError):
-            backend.backups.restore(point.name, "never")
+            backend.restore_points.restore(point.name, "never")
     point.path.write_bytes(intact[:-512])
     with pytest.raises(ImageError, match="as in its manifest"):
-        backend.backups.verify(point.name)
+        backend.restore_points.verify(point.name)
     point.path.write_bytes(intact)
     manifest = backup_manifest.beside(point.path)
     document = json.loads(manifest.read_text())
     for name, value in (("size", 1), ("sha256", "0" * 64), ("mac", "0" * 64), ("mac", "ä"), ("more", 1)):
         manifest.write_text(json.dumps(document | {name: value}))
         with pytest.raises(ImageError, match="manifest"):
-            backend.backups.verify(point.name)
+            backend.restore_points.verify(point.name)
     manifest.unlink()
     with pytest.raises(ImageError, match="missing"):
-        backend.backups.restore(point.name, "never")
+        backend.restore_points.restore(point.name, "never")
     assert [disk.name for disk in backend.disks.all()] == ["again", "web"]
 
 
@@ -123,23 +123,23 @@ def test_a_restore_point_is_erased_alone(
     backend: Backend, root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = new_disk(backend, root)
-    (first,) = backend.backups.create("web", folder).disks
+    (first,) = backend.restore_points.create("web", folder).disks
     monkeypatch.setattr("virt_sse.disks.restore_points._moment", lambda: "20300101T000000Z", raising=True)
-    (second,) = backend.backups.create("web", folder).disks
+    (second,) = backend.restore_points.create("web", folder).disks
     deks = backend.host.keys.unwrap_all(first)
     kept = folder / "kept"
     kept.hardlink_to(first.path)
-    backend.backups.erase(str(first.path), dry_run=True)
-    backend.backups.erase(str(first.path))
+    backend.restore_points.erase(str(first.path), dry_run=True)
+    backend.restore_points.erase(str(first.path))
     with pytest.raises(ImageError):
         img.check_unlocks(kept, first.format, deks)
     kept.unlink()
     assert images.files_below(folder) == [second.path.name, f"{second.path.name}.json"]
-    assert decrypted(backend, backend.backups.restore(second.name, "again")) == CONTENT
+    assert decrypted(backend, backend.restore_points.restore(second.name, "again")) == CONTENT
     with pytest.raises(DiskNotFoundError):
-        backend.backups.restore(first.name, "never")
+        backend.restore_points.restore(first.name, "never")
     with pytest.raises(DiskStateError, match="no restore point"):
-        backend.backups.erase("web")
+        backend.restore_points.erase("web")
     with pytest.raises(DiskStateError, match="no disk"):
         backend.disks.delete(second.name)
     assert disk.path.exists()
@@ -150,7 +150,7 @@ def test_a_failed_backup_leaves_nothing(
 ) -> None:
     new_disk(backend, root)
     with pytest.raises(ImageError, match="is not a folder"):
-        backend.backups.create("web", folder / "missing")
+        backend.restore_points.create("web", folder / "missing")
     write = backup_manifest.write
 
     def fail(*arguments: object) -> None:
@@ -159,12 +159,12 @@ def test_a_failed_backup_leaves_nothing(
 
     monkeypatch.setattr(backup_manifest, "write", fail)
     with pytest.raises(ImageError, match="No space left"):
-        backend.backups.create("web", folder)
+        backend.restore_points.create("web", folder)
     assert images.files_below(folder) == []
     assert [disk.name for disk in backend.host.store.all()] == ["web"]
 
 
 def test_a_disk_of_a_long_name_is_backed_up(backend: Backend, folder: Path) -> None:
     backend.disks.create(NewDisk(name="x" * 80, size=512))
-    (point,) = backend.backups.create("x" * 80, folder).disks
-    backend.backups.verify(point.name)
+    (point,) = backend.restore_points.create("x" * 80, folder).disks
+    backend.restore_points.verify(point.name)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
+import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
@@ -276,6 +278,28 @@ def test_a_backup_restores_all_versions_of_a_key(client: KeyClient) -> None:
     with pytest.raises(HttpResponseError) as refused:
         client.restore_key_backup(blob[:-1])
     assert refusal(refused) == (400, "BadParameter")
+
+
+def test_a_backup_too_large_to_be_restored_is_refused(client: KeyClient, lab_vault: LabVault) -> None:
+    name = new_name()
+    client.create_rsa_key(name)
+    with contextlib.closing(sqlite3.connect(lab_vault.directory / "vault.sqlite")) as database, database:
+        database.execute(
+            """
+            WITH RECURSIVE numbers(number) AS (SELECT 1 UNION SELECT number + 1 FROM numbers LIMIT 12000)
+            INSERT INTO versions
+                (version, name, key_type, n, e, operations, enabled, created, updated, tags, stored)
+            SELECT printf('%032x', number),
+                name, key_type, n, e, operations, enabled, created, updated, tags, stored
+            FROM versions, numbers WHERE name = ?
+            """,
+            (name,),
+        )
+    with pytest.raises(ResourceExistsError, match="too many versions") as refused:
+        client.backup_key(name)
+    assert refused.value.status_code == 409
+    client.begin_delete_key(name).wait()
+    client.purge_deleted_key(name)
 
 
 @pytest.mark.slow

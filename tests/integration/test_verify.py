@@ -26,6 +26,7 @@ import virt_sse.agent.overlay_commit_record
 import virt_sse.agent.overwrite
 from support.agent_site import wait_for_event
 from support.faults import crash_points, dies_at
+from support.images import KeyedImage
 from support.stage_site import StageSite, stage_site
 from support.waiting import wait_until
 from virt_sse.agent.overlay_commit import OverlayCommit
@@ -37,7 +38,7 @@ from virt_sse.lab.host import LabHost
 from virt_sse.model.ciphers import AES_256_XTS
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
-from virt_sse.qemu import formatting
+from virt_sse.qemu import formatting, luks
 from virt_sse.qemu.formatting import Volume
 
 M = 1 << 20
@@ -76,6 +77,7 @@ XTS, CBC = "aes-256-xts", "aes-256-cbc-essiv:sha256"
 GUEST = ("guest's QEMU", XTS, "service")
 STORAGE = ("storage daemon", CBC, "infrastructure")
 CACHE = ("host cache", "holds ciphertext", None)
+DOUBLE_IMAGE = [("image", CBC, "infrastructure"), ("within that", XTS, "service")]
 
 
 def test_verify_reports_the_layers_that_were_asked_for(site: StageSite) -> None:
@@ -84,17 +86,14 @@ def test_verify_reports_the_layers_that_were_asked_for(site: StageSite) -> None:
     at_host = ("--encryption-at-host", "on", "--temp-disk-size", "1M", "--disk-caching", "vda=ReadWrite")
     site.virt_sse("vm", "update", cached.name, *at_host)
     assert layers(verify(site, one)) == [("image", XTS, "service")]
-    assert layers(verify(site, cached)) == [
-        ("image", CBC, "infrastructure"),
-        ("within that", XTS, "service"),
-    ]
+    assert layers(verify(site, cached)) == DOUBLE_IMAGE
     for guest in (one, two, cached):
         site.start_paused(guest)
     site.qemu_io(cached, "write -P 0x41 0 512k")
     assert layers(verify(site, one)) == [GUEST, ("image", XTS, "service")]
-    assert layers(verify(site, two)) == [GUEST, STORAGE, ("image", CBC, "infrastructure")]
+    assert layers(verify(site, two)) == [GUEST, STORAGE, *DOUBLE_IMAGE]
     seen = verify(site, cached)
-    assert layers(seen) == [GUEST, CACHE, STORAGE, ("image", CBC, "infrastructure")]
+    assert layers(seen) == [GUEST, CACHE, STORAGE, *DOUBLE_IMAGE]
     sampled = re.search(r"sectors sampled: (\d+) ciphertext", seen["disks"][0]["layers"][1]["detail"])
     assert sampled
     assert int(sampled[1]) > 200
@@ -103,6 +102,26 @@ def test_verify_reports_the_layers_that_were_asked_for(site: StageSite) -> None:
     table = site.virt_sse("vm", "verify", cached.name)
     assert "as-asked            yes" in table
     assert "plaintext   the guest's memory, and its QEMU's" in table
+
+
+def test_an_inner_header_rebuilt_under_a_running_guest_is_reported(site: StageSite) -> None:
+    """The writer has the outer layer: an escaped guest's QEMU, or a storage daemon that was taken over."""
+    disk = site.disk("raw", size=M)
+    guest = site.guest(disk)
+    site.start_paused(guest)
+    verify(site, guest)
+    header = luks.make_header(AES_256_XTS, site.dek(disk, "service"))
+    rebuilt = site.host.images / f"{disk.name}.header"
+    rebuilt.write_bytes(header)
+    outer = KeyedImage(disk.path, "raw", site.dek(disk, "infrastructure").passphrase)
+    written = outer.io(f"write -s {rebuilt} 0 {len(header)}")
+    assert written.returncode == 0, written.stderr
+    (problem,) = verify(site, guest, status=1)["problems"]
+    assert "the LUKS header of the inner layer was changed" in problem
+    guest.destroy()
+    (problem,) = verify(site, guest, status=1)["problems"]
+    assert "the LUKS header of the inner layer was changed" in problem
+    assert "header of the inner layer" in site.virsh("start", guest.name, status=1)
 
 
 def test_an_overlay_must_be_encrypted_as_its_disk(site: StageSite) -> None:

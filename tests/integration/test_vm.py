@@ -38,7 +38,7 @@ from virt_sse.lab.recipes import boot_sector_image
 from virt_sse.lab.requirements import require
 from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import PLATFORM_KEY, NewDisk
+from virt_sse.model.disks import PLATFORM_KEY, DiskSku, NewDisk
 from virt_sse.model.layers import HostCaching
 from virt_sse.store.store import Store
 
@@ -325,6 +325,18 @@ def test_a_definition_that_writes_memory_to_the_host_is_refused(
         assert "virsh edit" in refused
 
 
+def test_a_size_that_encrypts_its_temporary_disk_needs_no_encryption_at_host(
+    operator: VmOperator, acceleration: Accelerate, name: str
+) -> None:
+    operator.define(_guest(operator, acceleration, name))
+    wanted = VmChanges(size="Standard_D2ds_v5", temp_disk_size=1 << 20)
+    assert operator.update(name, wanted).problem is None
+    with operator.prepared(name):
+        (disk,) = operator.temp_disks.glob("*/disk.raw")
+        assert disk.read_bytes().startswith(b"LUKS\xba\xbe")
+    assert "temporary disk" in operator.refuses(name, VmChanges(size="Standard_D2ds_v4"))
+
+
 def test_host_caching_and_temporary_disks_need_encryption_at_host(
     operator: VmOperator, acceleration: Accelerate, name: str
 ) -> None:
@@ -492,3 +504,26 @@ def test_the_agent_keeps_temporary_disks_in_use_and_erases_leftovers(
             assert list(operator.temp_disks.iterdir()) == []
     finally:
         config.unlink()
+
+
+@pytest.mark.parametrize("sku", [DiskSku.STANDARD_HDD, DiskSku.ULTRA])
+def test_libvirt_takes_the_driver_options_of_a_sku(
+    operator: VmOperator, acceleration: Accelerate, name: str, sku: DiskSku
+) -> None:
+    guest = _guest(operator, acceleration, name)
+    operator.define(guest)
+    other = f"{name}b"
+    operator.create(other, "--size", "1M", "--sku", sku.value)
+    guest.start()
+    with operator.backend() as backend:
+        backend.hotplug.attach(other, name)
+        assert backend.verification.verify(name).all_problems == []
+    for xml in (operator.virsh("dumpxml", name), operator.definition(name)):
+        driver = xml.partition("target dev='vdb'")[0].rpartition("<driver")[2]
+        if sku is DiskSku.ULTRA:
+            assert "cache='none'" in driver
+            assert "io='native'" in driver
+        else:
+            assert "<total_iops_sec>500</total_iops_sec>" in xml
+    guest.destroy()
+    guest.start()

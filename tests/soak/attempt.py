@@ -13,6 +13,7 @@ from soak.kill_points import Ended, KillBy, KillPoint, Measured, measure, run
 from soak.operations import FileOperation
 from soak.sites import FileSite
 from support.command_line import PROGRAM
+from support.leftovers import Leftovers
 
 
 class Outcome(Enum):
@@ -55,7 +56,7 @@ class Attempts:
 
     def __call__(self, operation: FileOperation, seed: int, at: KillPoint | None = None) -> Outcome | Failure:
         """Kill *operation* at a moment that *seed* chooses, or at *at*."""
-        point = at
+        point, self._site.leftovers = at, Leftovers()
         try:
             measured = self._measure(operation)
             point = at or KillPoint.choose(Random(f"{operation.name}:{seed}"), measured)  # noqa: S311 -- a seed
@@ -96,3 +97,4 @@ class Attempts:
         assert again.status == 0 or refused, f"repeated: {again}"
         operation.check(self._site)
         check_files(self._site)
+        self._site.await_quiet()

@@ -24,7 +24,7 @@ KILLED = (-9, 137)
 """Exit statuses of a killed command: subprocess's, and the one of timeout(1) and nsenter(1)."""
 _ENDED_AT_THE_TIME = 124
 """Exit status of timeout(1) when the command ended by itself just then."""
-_SECONDS = 120
+_SECONDS = 600
 
 Vector = Sequence[str | Path]
 Wrap = Callable[[Vector], list[str]]

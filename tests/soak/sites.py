@@ -7,14 +7,14 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from soak.kill_points import Ended, run
 from support.command_line import PROGRAM
 from support.customer_keys import RIGHTS, CustomerKeys
-from support.waiting import wait_until
+from support.leftovers import Leftovers
 from virt_sse.backend import Backend
 from virt_sse.lab.vaults import LabVault
 from virt_sse.vault_client.permissions import Role
@@ -59,6 +59,7 @@ class FileSite:
     libvirt is libvirt's test driver: commands that ask for domains get an answer.
 
     :param folder: empty; all files go there.
+    :ivar leftovers: the processes left by the current attempt.
     """
 
     def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
@@ -74,7 +75,7 @@ class FileSite:
         self.vault = stack.enter_context(LabVault())
         self.keys = stack.enter_context(CustomerKeys(self.vault, folder / "identities"))
         self.administrator = self.vault.administrator_path
-        self._states: set[str] = set()
+        self.leftovers = Leftovers()
 
     def cli(self, *arguments: str | Path, status: int = 0) -> str:
         """Run ``virt-sse``: its output."""
@@ -137,22 +138,9 @@ class FileSite:
         assert identity
         self.keys.administration.set_permissions(identity, RIGHTS)
 
-    def processes(self) -> Mapping[int, str]:
-        """Processes of commands on this host's files: command lines by process id."""
-        marker = f"VIRT_SSE_ROOT={self.root}\0".encode()
-        found = {}
-        for folder in Path("/proc").iterdir():
-            if folder.name.isdigit() and int(folder.name) != os.getpid():
-                with contextlib.suppress(OSError):
-                    if marker in (folder / "environ").read_bytes() + b"\0":
-                        command = (folder / "cmdline").read_text(errors="replace").replace("\0", " ")
-                        if "vault serve" not in command and "multiprocessing" not in command and command:
-                            found[int(folder.name)] = command
-        return found
-
     def await_quiet(self) -> None:
         """Wait until no process of a killed command is left.
 
         :raise AssertionError: When some are left.
         """
-        wait_until(lambda: not self.processes(), f"all processes have ended: {self.processes()}", seconds=10)
+        self.leftovers.check(seconds=60)

@@ -14,6 +14,7 @@ from soak.kill_points import CALLS, Ended, KillBy, KillPoint, Measured, measure,
 from soak.vault_operations import VaultOperation
 from soak.vault_site import VaultSite
 from support.command_line import PROGRAM
+from support.leftovers import Leftovers
 
 
 class VaultAttempts:
@@ -27,7 +28,7 @@ class VaultAttempts:
         self, operation: VaultOperation, seed: int, at: KillPoint | None = None
     ) -> Outcome | Failure:
         """Kill the server or client of *operation* at a moment that *seed* chooses, or at *at*."""
-        point = at
+        point, self._site.leftovers = at, Leftovers()
         try:
             measured = self._measure(operation)
             point = at or _choose(operation, seed, measured)

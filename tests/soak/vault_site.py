@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from soak.kill_points import run
 from support.command_line import PROGRAM
+from support.leftovers import Leftovers
 from support.vault_tools import key_client, new_name, sdk_options
 from support.waiting import is_gone, wait_until
 from virt_sse.audit.log import AuditLog
@@ -54,6 +55,7 @@ class VaultSite:
         key = rsa.generate_private_key(65537, 2048)
         self.pem.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         self.subject = Subject("none")
+        self.leftovers = Leftovers()
         with self.administration() as administration:
             administration.grant("administrator", USE)
 
@@ -150,6 +152,7 @@ class VaultSite:
     def check_home(self) -> None:
         """Check database, audit log and processes of the vault."""
         assert self.processes() == [self.vault.pid]
+        self.leftovers.check(beside=[self.vault.pid], seconds=60)
         database = self.vault.directory / "vault.sqlite"
         with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
             assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]

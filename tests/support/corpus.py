@@ -153,6 +153,8 @@ def domains() -> Iterator[Case]:
         yield Case(name, DOMAIN.replace(old, new, 1).encode(), (reason,))
     deep = DOMAIN.replace("<devices>", "<a>" * 300 + "</a>" * 300 + "<devices>")
     yield Case("deep nesting", deep.encode(), ("nested deeper than 256",))
+    many = DOMAIN.replace("<devices>", "<a/>" * 100_000 + "<devices>")
+    yield Case("many elements", many.encode(), ("more than 100000 elements",))
     yield Case("another document", b"<network/>", ("a <network> element",))
     yield Case("bytes that are not UTF-8", DOMAIN.encode().replace(b"web", b"w\xffb"), ("no valid UTF-8",))
     yield Case("17 MiB", DOMAIN.replace("web", "w" * (17 << 20)).encode(), ("larger than 16 MiB",))

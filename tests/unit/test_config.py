@@ -127,7 +127,7 @@ OPTIONS = {
     "plugins": {"required": "['a', 'b']"},
     "host": {"subscription": "'s'", "region": "'r'", "storage-uids": "'7-9'", "storage-user": "'64055'"},
     "encryption-sets": {"limit": "0", "operator-credential": "'/c'"},
-    "policy": {"tables": "'/t'", "enforce": "false"},
+    "policy": {"tables": "'/t'", "enforce": "false", "profile": "'2020'"},
     "agent": {
         "timeout": "1",
         "poll-seconds": "0.5",
@@ -190,6 +190,7 @@ def test_every_option_is_accepted(tmp_path: Path) -> None:
         subscription="s",
         region="r",
         encryption_set_limit=0,
+        policy_profile="2020",
         policy_tables=Path("/t"),
         enforce_policy=False,
         required_plugins=("a", "b"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -220,6 +221,33 @@ def test_virt_sse_key_event_observes_every_use_of_a_key(
         f"plugin '{name}' failed as an observer of key events" for name in ("a-siren", "z-siren")
     ]
     assert "siren is out of order" in caplog.text
+
+
+def test_virt_sse_cloud_profile_of_a_site_precedes_the_built_in(
+    tmp_path: Path, install: InstallPlugin
+) -> None:
+    profile = """
+        from virt_sse.api import CloudProfile, hookimpl
+
+        @hookimpl
+        def virt_sse_cloud_profile(site):
+            return {answer}
+    """
+    built_in = install("builtin-rules", profile.format(answer='CloudProfile("built-in")'))
+    silent = install("a-silent", profile.format(answer="None"))
+    ours = install("z-ours", profile.format(answer="CloudProfile(site.region)"))
+    assert make_host(tmp_path).cloud_profile().sets_per_region is None
+    assert make_host(tmp_path, built_in, silent).cloud_profile().name == "built-in"
+    assert make_host(tmp_path, built_in, silent, ours).cloud_profile().name == "default"
+    for answer, error in (
+        ("site.nothing", "failed: AttributeError"),
+        ("'2020'", "returned no cloud profile"),
+    ):
+        broken = install("a-broken", profile.format(answer=answer))
+        sys.modules.pop("a_broken", None)
+        importlib.invalidate_caches()
+        with pytest.raises(PolicyError, match=error):
+            make_host(tmp_path, built_in, broken).cloud_profile()
 
 
 @pytest.mark.parametrize("hook", HOOKS)

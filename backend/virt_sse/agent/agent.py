@@ -33,6 +33,7 @@ from virt_sse.domains import temp_disks
 from virt_sse.domains.release import release
 from virt_sse.errors import VirtSseError
 from virt_sse.libvirt.domain_definition import DomainDefinition
+from virt_sse.model.disks import DiskSku
 from virt_sse.model.keys import KeyState
 from virt_sse.plugins import PluginHost
 
@@ -43,6 +44,15 @@ _UNUSED_POLLS = 5
 
 _START_SECONDS = 10.0
 """Time for a domain to start after its stages."""
+
+
+def _spared_skus(plugins: PluginHost) -> frozenset[DiskSku]:
+    """The SKUs of disks whose domains keep running after a revocation; none if the rules are unreadable."""
+    try:
+        return plugins.cloud_profile().spared_skus
+    except VirtSseError as exc:
+        _log.warning("a revocation spares no disk: %s", exc)
+        return frozenset()
 
 
 class Agent:
@@ -64,7 +74,9 @@ class Agent:
             backend, poll_seconds=seconds, probe_seconds=config.agent.probe_seconds, changed=self._wake.set
         )
         self._key_status = KeyStatusLookup(backend, self._keys)
-        self._revocation = Revocation(config.libvirt_uri, metrics, self._inventory.refresh)
+        self._revocation = Revocation(
+            config.libvirt_uri, metrics, self._inventory.refresh, _spared_skus(backend.host.plugins)
+        )
         self._secrets = SecretWatch(
             config.libvirt_uri, backend.domains, metrics, unused_seconds=_UNUSED_POLLS * seconds
         )

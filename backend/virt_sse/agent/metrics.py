@@ -34,7 +34,7 @@ class Metrics:
         )
         self.spared_domains = Gauge(
             f"{_PREFIX}_spared_domains",
-            "Running domains with a revoked key, spared because of an ultra disk or the set's action.",
+            "Running domains with a revoked key, spared because of the set's action or the disk's SKU.",
             registry=registry,
         )
         self.unreadable = Gauge(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from uuid import UUID
@@ -64,15 +64,21 @@ class DomainKeyStatus:
     has_secrets: bool = False
 
 
-def strictest_enforcement(revoked: Sequence[RevokedDisk]) -> Enforcement:
-    """The strictest enforcement demanded by the sets of these disks, at least one, of a domain."""
+def strictest_enforcement(
+    revoked: Sequence[RevokedDisk], spared: Collection[DiskSku] = frozenset()
+) -> Enforcement:
+    """The strictest enforcement demanded by the sets of these disks, at least one, of a domain.
+
+    :param spared: SKUs of disks that demand nothing.
+    """
     return max(
-        map(_disk_enforcement, revoked), key=lambda each: (_RANK.index(each.action), -each.grace_seconds)
+        (_disk_enforcement(each, spared) for each in revoked),
+        key=lambda each: (_RANK.index(each.action), -each.grace_seconds),
     )
 
 
-def _disk_enforcement(revoked: RevokedDisk) -> Enforcement:
-    if revoked.disk.sku is DiskSku.ULTRA:
+def _disk_enforcement(revoked: RevokedDisk, spared: Collection[DiskSku]) -> Enforcement:
+    if revoked.disk.sku in spared:
         return Enforcement(RevocationAction.NONE)
     action, grace = PLATFORM_ACTION, PLATFORM_GRACE_SECONDS
     if revoked.encryption_set:
@@ -107,12 +113,20 @@ class Revocation:
     Keeps its state in memory only: after a restart of the agent, a domain's grace time starts again.
 
     :param done: called, in any thread, after each successful action.
+    :param spared: SKUs of disks whose domains keep running, by the cloud profile.
     """
 
-    def __init__(self, uri: str, metrics: Metrics, done: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        uri: str,
+        metrics: Metrics,
+        done: Callable[[], None],
+        spared: Collection[DiskSku] = frozenset(),
+    ) -> None:
         self._uri = uri
         self._metrics = metrics
         self._done = done
+        self._spared = spared
         self._cases: dict[tuple[UUID, int], _RevokedDomain] = {}
         self._jobs: dict[tuple[UUID, int], _Job] = {}
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="domain")
@@ -150,7 +164,7 @@ class Revocation:
 
     def _enforce(self, status: DomainKeyStatus) -> None:
         domain, now = status.domain, time.monotonic()
-        key, wanted = (domain.uuid, domain.run), strictest_enforcement(status.revoked)
+        key, wanted = (domain.uuid, domain.run), strictest_enforcement(status.revoked, self._spared)
         if (case := self._cases.get(key)) is None:
             case = self._cases[key] = _RevokedDomain(domain, now, wanted, status.revoked[0].reason)
             self._report(status, wanted)
@@ -207,8 +221,8 @@ class Revocation:
             "disks": [each.disk.name for each in status.revoked],
             "reason": status.revoked[0].reason,
         }
-        if any(each.disk.sku is DiskSku.ULTRA for each in status.revoked):
-            details["ultra"] = "runs on, and cannot be started again"
+        if any(each.disk.sku in self._spared for each in status.revoked):
+            details["spared"] = "runs on, and cannot be started again"
         _log.warning("domain-revoked", extra=fields(details))
 
     def _end(self, case: _RevokedDomain) -> None:

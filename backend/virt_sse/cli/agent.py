@@ -11,11 +11,7 @@ import typer
 from virt_sse.cli import session
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_json
 
-app = typer.Typer(
-    help="The daemon that serves the libvirt hook and watches keys.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command()

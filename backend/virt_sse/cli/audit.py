@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from virt_sse.audit.log import AuditLog
     from virt_sse.audit.record import AuditEntry, Position
 
-app = typer.Typer(
-    help="The record of every key use, allowed or refused.", no_args_is_help=True, rich_markup_mode=None
-)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _COLUMNS = ("time", "result", "action", "key", "disk", "domain", "actor", "correlation", "reason")

@@ -13,7 +13,7 @@ from virt_sse.errors import VirtSseError
 from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.model.layers import EncryptionType
 
-app = typer.Typer(help="Disk encryption sets.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
 Name = Annotated[str, typer.Argument(help="The set's name or id.", show_default=False)]

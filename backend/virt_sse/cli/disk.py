@@ -16,9 +16,9 @@ from virt_sse.errors import InvalidValueError, LibvirtUnavailableError, PolicyEr
 from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import DiskSku, NewDisk, parse_size
-from virt_sse.model.layers import HostCaching
+from virt_sse.model.layers import EncryptionType, HostCaching
 
-app = typer.Typer(help="Encrypted disks.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
 Name = Annotated[str, typer.Argument(help="The disk's name or id.", show_default=False)]
@@ -52,7 +52,7 @@ InfrastructureCipher = Annotated[
 ]
 SkuOption = Annotated[
     DiskSku,
-    typer.Option("--sku", help="The SKU; domains with an ultra disk keep running after a revocation."),
+    typer.Option("--sku", help="The SKU, by the cloud's name."),
 ]
 Target = Annotated[str, typer.Option("--target", help="The disk's name in the guest; chooses the bus.")]
 ReadOnly = Annotated[bool, typer.Option("--read-only", help="The guest cannot write to the disk.")]
@@ -147,6 +147,52 @@ def import_(
 
 
 @app.command()
+def copy(
+    name: Annotated[str, typer.Argument(metavar="SOURCE", help="The disk to copy; unused.")],
+    new_name: Annotated[str, typer.Argument(metavar="NEW", help="The new disk's name.")],
+    des: Annotated[
+        str | None, typer.Option("--des", help="The new disk's encryption set; default: the source's.")
+    ] = None,
+    encryption_type: Annotated[
+        EncryptionType | None,
+        typer.Option(
+            "--encryption-type",
+            help="EncryptionAtRestWithPlatformKey: the new disk is in no set, whatever the source's set.",
+        ),
+    ] = None,
+    infrastructure_cipher: InfrastructureCipher = None,
+    sku: Annotated[DiskSku | None, typer.Option("--sku", help="The SKU; default: the source's.")] = None,
+    image_format: Annotated[
+        DiskFormat | None, typer.Option("--format", help="The image format; default: the source's.")
+    ] = None,
+    path: ImagePath = None,
+    pool: Pool = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Copy an unused disk to a new disk with keys of its own, in any disk encryption set or in none."""
+    is_free = _is_for_platform_key(des, encryption_type)
+    with backend() as b, progress_bar("copying") as progress:
+        source = b.disks.get(name)
+        if des is None and not is_free and source.set_id:
+            des = str(source.set_id)
+        if des is not None:
+            b.sets.require_type(des, encryption_type)
+        disk = b.transfer.copy(
+            str(source.id),
+            NewDisk(
+                name=new_name,
+                format=image_format or source.format,
+                sku=sku or source.sku,
+                encryption_set=des,
+                infrastructure_cipher=infrastructure_cipher,
+                place=image_place(path, pool),
+            ),
+            progress=progress,
+        )
+    print_disk(disk, output)
+
+
+@app.command()
 def export(
     name: Name,
     destination: Annotated[Path, typer.Argument(help="The image to create.", show_default=False)],
@@ -168,7 +214,10 @@ def export(
 def adopt(
     path: Annotated[Path, typer.Argument(help="The image of an unlisted disk.", show_default=False)],
     name: Annotated[
-        str | None, typer.Option("--name", help="Default: the name in the image's envelope.")
+        str | None,
+        typer.Option(
+            "--name", help="Default: the name in the image's envelope. A moved disk keeps its name."
+        ),
     ] = None,
     des: Annotated[
         str | None,
@@ -179,7 +228,8 @@ def adopt(
     trust: Annotated[
         bool,
         typer.Option(
-            "--trust", help="Adopt an image of another host, or an older image; noted in the audit log."
+            "--trust",
+            help="Adopt an image of another host or of a deleted disk, or an older image; audited.",
         ),
     ] = False,
     output: Output = OutputFormat.TABLE,
@@ -245,13 +295,24 @@ app.command(name="erase-backup")(disk_backup.erase_backup)
 def update(
     name: Name,
     des: Annotated[
-        str, typer.Option("--des", help="The disk encryption set to move the disk into.", show_default=False)
-    ],
+        str | None, typer.Option("--des", help="The disk encryption set to move the disk into.")
+    ] = None,
+    encryption_type: Annotated[
+        EncryptionType | None,
+        typer.Option("--encryption-type", help="The expected type; with --des, that of the set."),
+    ] = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Move a disk into another disk encryption set, also while a domain uses the disk."""
+    is_free = _is_for_platform_key(des, encryption_type)
+    if des is None and not is_free:
+        raise InvalidValueError("no disk encryption set", hint="pass --des SET")
     with backend() as b:
-        disk = b.sets.move_disk(name, des)
+        if des is None:
+            disk = b.sets.use_platform_key(name)
+        else:
+            b.sets.require_type(des, encryption_type)
+            disk = b.sets.move_disk(name, des)
     print_disk(disk, output)
 
 
@@ -316,3 +377,11 @@ def detach(name: Name, domain: DomainName) -> None:
     with backend() as b:
         b.hotplug.detach(name, domain)
     typer.echo(f"detached disk {name} from domain {domain}")
+
+
+def _is_for_platform_key(des: str | None, encryption_type: EncryptionType | None) -> bool:
+    """Whether a disk is meant to be in no set."""
+    is_free = encryption_type is EncryptionType.PLATFORM_KEY
+    if is_free and des is not None:
+        raise InvalidValueError(f"{EncryptionType.PLATFORM_KEY.value} and --des exclude each other")
+    return is_free

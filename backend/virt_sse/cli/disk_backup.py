@@ -41,7 +41,7 @@ def backup(
 ) -> None:
     """Make a restore point of a disk, running or not: an encrypted copy elsewhere."""
     with backend() as b, progress_bar("copying") as progress:
-        made = b.backups.create(name, folder, encryption_set=des, quiesce=quiesce, progress=progress)
+        made = b.restore_points.create(name, folder, encryption_set=des, quiesce=quiesce, progress=progress)
     print_disk(made.disks[0], output)
 
 
@@ -93,7 +93,7 @@ def restore(
 ) -> None:
     """Verify a restore point, and make a new disk with its content."""
     with backend() as b, progress_bar("copying") as progress:
-        disk = b.backups.restore(
+        disk = b.restore_points.restore(
             point,
             name,
             encryption_set=des,
@@ -108,7 +108,7 @@ def restore(
 def verify_backup(point: _Point) -> None:
     """Check a restore point against its manifest: checksum and authentication."""
     with backend() as b:
-        found = b.backups.verify(point)
+        found = b.restore_points.verify(point)
     typer.echo(f"restore point {found.name}: ok")
 
 
@@ -120,5 +120,5 @@ def erase_backup(
 ) -> None:
     """Crypto-erase a restore point alone: wipe its keyslots, forget its DEK, remove image and manifest."""
     with backend() as b:
-        found = b.backups.erase(point, dry_run=dry_run)
+        found = b.restore_points.erase(point, dry_run=dry_run)
     typer.echo(f"{'would erase' if dry_run else 'erased'} restore point {found.name} ({found.path})")

@@ -11,7 +11,7 @@ from virt_sse.cli import host_hsm, session
 from virt_sse.cli.output import Output, OutputFormat, print_rows
 from virt_sse.cli.session import backend
 
-app = typer.Typer(help="This host.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(host_hsm.app, name="hsm")
 
 

@@ -15,7 +15,7 @@ from virt_sse.errors import InvalidValueError
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disk_kind import DiskKind
 
-app = typer.Typer(help="Images: encrypted templates of disks.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 Name = Annotated[
     str,

@@ -9,18 +9,14 @@ import typer
 from virt_sse.cli import vault_keys
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend
-from virt_sse.cli.vault import Credential
+from virt_sse.cli.vault_options import Credential
 from virt_sse.errors import VirtSseError
 from virt_sse.model.keys import KeyRef
 
 if TYPE_CHECKING:
     from virt_sse.keys.rewrap import RewrapReport
 
-app = typer.Typer(
-    help="The keys of this host's disks, and the keys in a key vault.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(vault_keys.app)
 
 Provider = Annotated[str, typer.Option("--provider", help="The key provider.", show_default=False)]

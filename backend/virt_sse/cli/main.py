@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import os
 import sys
+from collections.abc import Collection
 from typing import Annotated
 
 import typer
 
 import virt_sse
-from virt_sse.cli import agent, audit, des, disk, host, image, key, session, snapshot, streams, vault, vm
+from virt_sse.cli import session, streams
 from virt_sse.config import Config
 from virt_sse.errors import InvalidValueError, VirtSseError, report
 from virt_sse.plugins import PluginHost
 from virt_sse.system.process_hardening import protect_memory
 
 _USAGE = 2
+_NOUNS = {
+    "agent": "The daemon that serves the libvirt hook and watches keys.",
+    "audit": "The record of every key use, allowed or refused.",
+    "des": "Disk encryption sets.",
+    "disk": "Encrypted disks.",
+    "host": "This host.",
+    "image": "Images: encrypted templates of disks.",
+    "key": "The keys of this host's disks, and the keys in a key vault.",
+    "snapshot": "Snapshots of disks.",
+    "vault": "The embedded key vault.",
+    "vm": "Virtual machines: libvirt's domains.",
+}
+"""The nouns with their help texts; the commands of a noun are in the module of the same name."""
 
 
-def build(plugins: PluginHost) -> typer.Typer:
-    """Build the whole command line, with the commands of plugins."""
+def build(plugins: PluginHost, nouns: Collection[str] = tuple(_NOUNS)) -> typer.Typer:
+    """Build the command line, with the commands of plugins.
+
+    :param nouns: the nouns whose commands are loaded. The other nouns have their help texts only: loading and
+        building all commands takes longer than most commands.
+    """
     app = typer.Typer(
         name="virt-sse",
         help="Server-side encryption for the disks of libvirt guests.",
@@ -39,18 +59,20 @@ def build(plugins: PluginHost) -> typer.Typer:
     ) -> None:
         pass
 
-    app.add_typer(agent.app, name="agent")
-    app.add_typer(audit.app, name="audit")
-    app.add_typer(des.app, name="des")
-    app.add_typer(disk.app, name="disk")
-    app.add_typer(host.app, name="host")
-    app.add_typer(image.app, name="image")
-    app.add_typer(key.app, name="key")
-    app.add_typer(snapshot.app, name="snapshot")
-    app.add_typer(vault.app, name="vault")
-    app.add_typer(vm.app, name="vm")
+    for noun, text in _NOUNS.items():
+        group = typer.Typer(rich_markup_mode=None)
+        if noun in nouns:
+            group = importlib.import_module(f"virt_sse.cli.{noun}").app
+        app.add_typer(group, name=noun, help=text)
     plugins.add_commands(app)
     return app
+
+
+def _wanted_nouns() -> Collection[str]:
+    """The nouns among the words of the command line; all nouns if the shell asks for completions."""
+    if "_VIRT_SSE_COMPLETE" in os.environ:
+        return _NOUNS
+    return {word for word in sys.argv[1:] if word in _NOUNS}
 
 
 def _print_version(wanted: bool) -> None:
@@ -68,7 +90,7 @@ def main() -> None:
     try:
         protect_memory()
         plugins = PluginHost(config := Config.load())
-        app = build(plugins)
+        app = build(plugins, _wanted_nouns())
         for error in plugins.broken:
             report(error)
         with session.use(config, plugins):

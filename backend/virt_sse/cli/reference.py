@@ -143,7 +143,7 @@ def _commands(app: typer.Typer, path: tuple[str, ...]) -> tuple[CommandReference
                 found += _commands(group.typer_instance, path)
                 continue
             inner = (*path, group.name)
-            text = group.typer_instance.info.help
+            text = group.help if isinstance(group.help, str) else group.typer_instance.info.help
             found.append(
                 CommandReference(inner, _paragraphs(text), (), _commands(group.typer_instance, inner))
             )

@@ -46,17 +46,14 @@ def listed_disks(kind: DiskKind | None = None) -> list[Disk]:
 
     :raise StoreError: When the store cannot be opened.
     """
+    from virt_sse.keys.unfinished_work import has_unfinished_work
     from virt_sse.model.disk_kind import DiskKind
-    from virt_sse.model.disks import DiskState
     from virt_sse.store import LazyStore
-    from virt_sse.system.marks import Marks
 
     kind = kind or DiskKind.DISK
     with contextlib.closing(LazyStore(config().store_url)) as store:
-        disks = store.reads().all()
-    marked = Marks(config().pending_resizes).all() or Marks(config().paused_domains).all()
-    if not marked and all(disk.state is DiskState.READY for disk in disks):
-        return [disk for disk in disks if disk.kind is kind]
+        if not has_unfinished_work(config(), store.reads()):
+            return [disk for disk in store.reads().all() if disk.kind is kind]
     with backend() as b:
         return b.disks.all(kind)
 

@@ -15,7 +15,7 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import check_kind
 
-app = typer.Typer(help="Snapshots of disks.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 Name = Annotated[str, typer.Argument(help="The snapshot's name or id.", show_default=False)]
 Format = Annotated[

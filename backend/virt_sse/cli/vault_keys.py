@@ -15,7 +15,7 @@ import typer
 
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows
 from virt_sse.cli.private_key import read_private_key
-from virt_sse.cli.vault import Credential, credential_path
+from virt_sse.cli.vault_options import Credential, credential_path
 from virt_sse.errors import InvalidValueError, VaultError
 
 if TYPE_CHECKING:

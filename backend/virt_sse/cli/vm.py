@@ -19,7 +19,7 @@ from virt_sse.model.layers import HostCaching
 if TYPE_CHECKING:
     from virt_sse.domains.settings import VmView
 
-app = typer.Typer(help="Virtual machines: libvirt's domains.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.command(name="inspect")(vm_inspect)
 app.command(name="verify")(vm_verify)
 

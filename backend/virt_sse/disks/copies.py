@@ -15,7 +15,7 @@ from typing import Protocol
 
 from virt_sse.disks.creation import LiveWrites, Unfinished, image_errors
 from virt_sse.disks.lifecycle import Disks
-from virt_sse.disks.stored_images import with_real_size
+from virt_sse.disks.stored_images import usable, with_real_size
 from virt_sse.errors import DiskInUseError, InvalidValueError
 from virt_sse.in_guest.images import in_image
 from virt_sse.keys.host import Host
@@ -99,7 +99,7 @@ class Copies:
         pause = 0.0
         with ExitStack() as locks:
             sources = [
-                with_real_size(self._host, locks.enter_context(self._disks.usable(each.source)))
+                with_real_size(self._host, locks.enter_context(usable(self._host, each.source)))
                 for each in new
                 if each.source
             ]
@@ -161,6 +161,8 @@ class Copies:
 
     def _copy_stopped(self, source: Disk, target: Unfinished, progress: Progress) -> None:
         deks = self._keys.unwrap_all(source)
+        headers = img.validate(source.path, source.format, deks[1:])
+        self._freshness.check_inner(source, headers, always_refuse=True)
         with image_errors(target.disk):
             img.encrypt_again(
                 source.path,

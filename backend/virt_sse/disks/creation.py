@@ -38,7 +38,7 @@ from virt_sse.model.envelope import DekEntry
 from virt_sse.model.keys import Dek, DekContext
 from virt_sse.model.layers import EncryptionType, LayerChoice, LayerPlan
 from virt_sse.model.operations import CreateDisk
-from virt_sse.qemu import envelope_slots, img
+from virt_sse.qemu import img
 from virt_sse.qemu.formatting import Volume, make
 from virt_sse.system.files import publish
 
@@ -99,7 +99,13 @@ class Creation:
         self._sets = sets
         self._live_writes = live_writes
 
-    def create(self, new: NewDisk, *, fill: Fill | None = None, content: Content | None = None) -> Disk:
+    def create(
+        self,
+        new: NewDisk,
+        *,
+        fill: Fill | None = None,
+        content: Content | None = None,
+    ) -> Disk:
         """Create a disk.
 
         :param fill: writes the first content; default: the disk is empty.
@@ -156,7 +162,18 @@ class Creation:
         key = encryption_set.key if encryption_set else PLATFORM_KEY
         encryption_type = encryption_set.encryption_type if encryption_set else EncryptionType.PLATFORM_KEY
         self._plugins.validate(
-            CreateDisk(new.name, size, path, new.format, encryption_type, key, content, new.kind, new.source)
+            CreateDisk(
+                new.name,
+                size,
+                path,
+                new.format,
+                encryption_type,
+                key,
+                content,
+                new.sku,
+                new.source,
+                new.kind,
+            )
         )
         layer = self._plugins.encryption_layer(encryption_type)
         cipher = new.infrastructure_cipher or self._config.infrastructure_cipher
@@ -209,7 +226,11 @@ class Creation:
         return Unfinished(disk, checked.plan, deks)
 
     def settle(self, disks: Sequence[Disk]) -> None:
-        """End a creation: the disks are ready if all images have their names; otherwise it is undone.
+        """End a creation or adoption: the disks are ready if all images are complete; otherwise undo either.
+
+        A complete image has the disk's envelope, sealed by this host. Undoing an adoption leaves the image.
+        Of several disks, a complete image of an undone creation is left in state ``deleting``, for the next
+        command to erase.
 
         A named image of an undone creation is left in state ``deleting``, for the next command to erase.
 
@@ -220,17 +241,18 @@ class Creation:
             if disk.source_id:
                 self._live_writes.end(disk, incomplete_image(disk))
             _remove(incomplete_image(disk))
-        named = [disk for disk in disks if envelope_slots.carried_id(disk.path, disk.format) == disk.id]
-        if len(named) == len(disks):
+        complete = [disk for disk in disks if self._freshness.has_sealed(disk)]
+        if len(complete) == len(disks):
             for disk in disks:
                 self._freshness.note_new(disk)
                 self._store.set_state(disk.id, DiskState.READY)
             return
-        for disk in named:  # first: a kill must not leave named images alone, as if complete
+        for disk in complete:  # first: a kill must not leave complete images alone, as if these were all
             self._store.set_state(disk.id, DiskState.DELETING)
         for disk in disks:
-            if disk not in named:
-                backup_manifest.remove(disk)
+            if disk not in complete:
+                if not os.path.lexists(disk.path):
+                    backup_manifest.remove(disk)
                 self._store.remove(disk.id)
 
     def _make_image(self, made: Unfinished) -> None:

@@ -1,4 +1,4 @@
-"""The life of a disk: create, adopt, resize, check, delete.
+"""The life of a disk: create, resize, check, delete; adoption is in :mod:`virt_sse.disks.adoption`.
 
 :meth:`Disks.recover` finishes or undoes the work of killed commands; every command calls it first. The order
 of writes on creation is in :mod:`virt_sse.disks.creation`.
@@ -16,45 +16,31 @@ from pathlib import Path
 from typing import Protocol
 
 from virt_sse.disks import backup_manifest
+from virt_sse.disks.adoption import Adoption, with_images_envelope
 from virt_sse.disks.creation import Creation, Fill, LiveWrites, Unfinished
-from virt_sse.disks.stored_images import with_real_size
+from virt_sse.disks.stored_images import usable, with_real_size
 from virt_sse.errors import (
-    DiskExistsError,
     DiskInUseError,
     DiskNotFoundError,
-    DiskStateError,
-    EncryptionSetNotFoundError,
     EnvelopeError,
     ImageError,
     InvalidValueError,
     KeyProviderError,
-    PolicyError,
-    StaleImageError,
     StoreError,
     VirtSseError,
 )
-from virt_sse.in_guest.images import in_image
 from virt_sse.keys.encryption_sets import EncryptionSets
-from virt_sse.keys.freshness import with_newer_envelope
 from virt_sse.keys.host import Host
 from virt_sse.model.content import Content
 from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import (
-    PLATFORM_KEY,
     Disk,
     DiskState,
     NewDisk,
     check_kind,
-    check_name,
-    check_path,
     check_size,
 )
-from virt_sse.model.encryption_sets import EncryptionSet
-from virt_sse.model.envelope import Envelope
-from virt_sse.model.keys import KeyRef
-from virt_sse.model.layers import EncryptionType, LayerChoice
-from virt_sse.model.operations import CreateDisk, DeleteDisk, ResizeDisk
-from virt_sse.model.slots import TEMP_SLOT
+from virt_sse.model.operations import DeleteDisk, ResizeDisk
 from virt_sse.qemu import envelope_slots, img
 from virt_sse.system.files import sync_folder
 from virt_sse.system.marks import Marks
@@ -82,15 +68,14 @@ class Disks:
         self, host: Host, sets: EncryptionSets, attachments: Attachments, live_writes: LiveWrites
     ) -> None:
         self._host = host
-        self._config = host.config
         self._store = host.store
         self._plugins = host.plugins
         self._keys = host.keys
         self._locks = host.locks
         self._freshness = host.freshness
-        self._sets = sets
         self._attachments = attachments
         self._creation = Creation(host, sets, live_writes)
+        self._adoption = Adoption(host, sets, self._creation)
         self._resizing = Marks(host.config.pending_resizes)
 
     def all(self, kind: DiskKind = DiskKind.DISK) -> list[Disk]:
@@ -108,7 +93,13 @@ class Disks:
         """The disks with these ids, as stored; unknown ids are left out."""
         return self._store.with_ids(ids)
 
-    def create(self, new: NewDisk, *, fill: Fill | None = None, content: Content | None = None) -> Disk:
+    def create(
+        self,
+        new: NewDisk,
+        *,
+        fill: Fill | None = None,
+        content: Content | None = None,
+    ) -> Disk:
         """Create a disk; see :meth:`Creation.create`.
 
         :raise VirtSseError: By meaning.
@@ -159,135 +150,18 @@ class Disks:
     def adopt(
         self, path: Path, *, name: str | None = None, encryption_set: str | None = None, trust: bool = False
     ) -> Disk:
-        """Add the disk with the image at *path* to the store, from the envelope in the image.
+        """Add the disk with the image at *path* to the store; see :meth:`Adoption.adopt`.
 
-        If the store knows the disk by another path and no image is left there, the store takes the new path.
-
-        :param name: default: the name in the envelope.
-        :param encryption_set: name or id; default: the set in the envelope.
-        :param trust: take over an image without a valid seal of this host, or an older image; audited.
-        :raise StaleImageError: When the image is such an image, without *trust*.
-        :raise ImageFormatError: When the image is not encrypted, or the DEK does not open the image.
-        :raise EnvelopeError: When the envelope cannot be read, or has other layers than its type.
-        :raise EncryptionSetNotFoundError: When the store lacks the set in the envelope and no set is given.
-        :raise DiskExistsError: When the store has the disk, the name or the path.
-        :raise KeyProviderError: When the DEK cannot be unwrapped, e.g. because it is under another host's
-            key.
+        :raise VirtSseError: By meaning.
         """
-        given = self._sets.usable(encryption_set) if encryption_set is not None else None
-        path = check_path(path)
-        found = self._freshness.carried_by(path)
-        image_format, carried = found.format, found.envelope
-        if any(entry.slot == TEMP_SLOT for entry in carried.deks):
-            raise ImageError(f"{path} is the temporary disk of a VM; it is erased when the VM ends")
-        disk = Disk(
-            id=carried.disk_id,
-            name=check_name(name or carried.name, carried.kind),
-            path=path,
-            format=image_format,
-            size=0,  # unknown until unlocked
-            state=DiskState.READY,
-            encryption_type=carried.encryption_type,
-            created=carried.created,
-            generation=carried.generation,
-            deks=carried.deks,
-            set_id=self._set_of(carried, given),
-            kind=carried.kind,
-            source_id=carried.source_id,
-        )
-        if not disk.deks:
-            raise EnvelopeError(f"the envelope of {path} holds no DEK")
-        if not trust:
-            self._freshness.refuse_untrusted(path, found)
-        self._check_layers(disk)
-        with self._locks.hold(disk.id):
-            deks = self._keys.unwrap_all(disk)
-            img.check_unlocks(path, image_format, deks)
-            disk = dataclasses.replace(disk, size=img.usable_size_within(path, image_format, deks))
-            content = Content(lambda: in_image(path, image_format, deks))
-            self._plugins.validate(
-                CreateDisk(disk.name, disk.size, path, image_format, disk.encryption_type, disk.key, content)
-            )
-            try:
-                known = self._store.get(str(disk.id))
-            except DiskNotFoundError:
-                known = None
-            if known and (known.path == path or os.path.lexists(known.path)):
-                raise DiskExistsError(f"the store has this disk as {known.name!r}, at {known.path}")
-            if trust:
-                self._keys.note_trust(disk, f"adopted from {path}, {found.authenticity}")
-            if trust or disk.envelope != carried:
-                self._freshness.trust(disk, img.validate(path, image_format, deks))
-            else:
-                self._freshness.note_new(disk)
-            if known:
-                self._store.set_path(disk.id, path)
-            else:
-                self._store.add(disk)
-            return self._store.get(str(disk.id))
+        return self._adoption.adopt(path, name=name, encryption_set=encryption_set, trust=trust)
 
     def trust(self, name: str) -> Disk:
-        """Take a disk's image as it is for the newest, e.g. after a restore from a backup; audited.
+        """Take a disk's image as it is for the newest; see :meth:`Adoption.trust`.
 
-        The image must open with the DEKs in the store, and gets the store's envelope.
-
-        :raise ImageError: When the image does not open, or is the image of another disk.
-        :raise KeyProviderError: When a DEK cannot be unwrapped.
+        :raise VirtSseError: By meaning.
         """
-        with self.usable(self._store.get(name)) as current:
-            current = self._with_newer_envelope(current)
-            deks = self._keys.unwrap_all(current)
-            img.check_unlocks(current.path, current.format, deks)
-            try:
-                self._freshness.check(current)
-                reason = "the last known image"
-            except StaleImageError as exc:
-                reason = str(exc)
-            self._keys.note_trust(current, reason)
-            self._freshness.trust(current, img.validate(current.path, current.format, deks))
-            return current
-
-    def _with_newer_envelope(self, disk: Disk) -> Disk:
-        """Take over the image's envelope if authentic and newer than the store's."""
-        with contextlib.suppress(ImageError):  # left to the caller's checks
-            found = self._freshness.check(disk)
-            if found and found.uses is not None:
-                return with_newer_envelope(self._host.opened_store, disk, found.envelope)
-        return disk
-
-    def _check_layers(self, disk: Disk) -> None:
-        """Compare the DEKs of an adopted disk with the plan of its encryption type.
-
-        Whoever can write to the image chooses the type, the slots and the ciphers in the envelope.
-
-        :raise EnvelopeError: When slots, ciphers or keys differ from the plan.
-        """
-        differs = EnvelopeError(
-            f"the layers in the envelope of {disk.path} are not those of {disk.encryption_type.value}",
-            hint="the envelope was changed: restore the image from a backup",
-        )
-        layer = self._plugins.encryption_layer(disk.encryption_type)
-        try:
-            plan = layer.plan(LayerChoice(disk.key, disk.deks[-1].cipher))
-        except PolicyError as exc:
-            raise differs from exc
-        planned = [(spec.slot, spec.cipher, spec.key) for spec in plan.deks]
-        found = [(e.slot, e.cipher, KeyRef(e.wrapped.key.provider, e.wrapped.key.name)) for e in disk.deks]
-        is_platform = disk.encryption_type is EncryptionType.PLATFORM_KEY
-        if found != planned or (is_platform and disk.key != PLATFORM_KEY):
-            raise differs
-
-    def _set_of(self, carried: Envelope, given: EncryptionSet | None) -> uuid.UUID | None:
-        """The id of the encryption set of an adopted disk."""
-        if given or not carried.set_id:
-            return given.id if given else None
-        try:
-            return self._store.encryption_sets.get(str(carried.set_id)).id
-        except EncryptionSetNotFoundError as exc:
-            raise EncryptionSetNotFoundError(
-                f"the disk was in encryption set {carried.set_id}, which the store does not have",
-                hint="pass --des with a set that may use the disk's key",
-            ) from exc
+        return self._adoption.trust(name)
 
     def resize(self, name: str, size: int, *, shrink: bool = False) -> Disk:
         """Resize a disk to *size* bytes, also while a domain uses the disk.
@@ -299,7 +173,7 @@ class Disks:
         disk = self._store.get(name)
         check_kind(disk, DiskKind.DISK)
         check_size(size)
-        with self.usable(disk) as current:
+        with usable(self._host, disk) as current:
             current = with_real_size(self._host, current)
             if size < current.size and not shrink:
                 raise InvalidValueError(
@@ -362,13 +236,13 @@ class Disks:
         :raise ImageError: When the image fails the check.
         :raise DiskInUseError: When a QEMU process has the image open.
         """
-        with self.usable(self._store.get(name)) as current:
-            current = self._with_newer_envelope(current)
+        with usable(self._host, self._store.get(name)) as current:
+            current = with_images_envelope(self._host, current)
             deks = self._keys.unwrap_all(current)
             img.check(current.path, current.format, deks)
             self._freshness.check(current)
-            inner = img.validate(current.path, current.format, deks)
-            self._freshness.check_inner(current, inner, always_refuse=True)
+            headers = img.validate(current.path, current.format, deks[1:])
+            self._freshness.check_inner(current, headers, always_refuse=True)
             with img.opened(current.path) as descriptor:
                 carried = envelope_slots.read(descriptor, current.format)
             if carried != current.envelope:
@@ -399,7 +273,7 @@ class Disks:
         :raise DiskInUseError: When a QEMU process has the image open.
         :raise ImageError: When the file at the disk's path is not its image.
         """
-        with self.usable(disk) as current:
+        with usable(self._host, disk) as current:
             self._plugins.validate(DeleteDisk(current))
             if os.path.lexists(current.path):
                 if envelope_slots.carried_id(current.path, current.format) != current.id:
@@ -438,21 +312,8 @@ class Disks:
                 sync_folder(doomed.parent)
         except OSError as exc:
             raise ImageError(f"cannot remove {disk.path}: {exc.strerror}") from exc
-        self._freshness.forget(disk)
+        self._freshness.note_deleted(disk)
         self._store.remove(disk.id)
-
-    @contextlib.contextmanager
-    def usable(self, disk: Disk) -> Iterator[Disk]:
-        """Lock a disk: the disk as stored once the lock is held.
-
-        :raise DiskInUseError: When another command holds the lock.
-        :raise DiskStateError: When the disk is not ready.
-        """
-        with self._locks.hold(disk.id):
-            current = self._store.get(str(disk.id))
-            if current.state is not DiskState.READY:
-                raise DiskStateError(f"disk {disk.name!r} is {current.state.value}")
-            yield current
 
 
 def _doomed(disk: Disk) -> Path:

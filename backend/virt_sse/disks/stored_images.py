@@ -1,14 +1,29 @@
-"""Stored disks compared with their images, without a key. Imports little: ``disk show`` needs no more."""
+"""Stored disks: locked, and compared with their images without a key. Imports little, for ``disk show``."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 
-from virt_sse.errors import ImageError
+from virt_sse.errors import DiskStateError, ImageError
 from virt_sse.keys.host import Host
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.qemu import envelope_slots, img
+
+
+@contextlib.contextmanager
+def usable(host: Host, disk: Disk) -> Iterator[Disk]:
+    """Lock a disk: the disk as stored once the lock is held.
+
+    :raise DiskInUseError: When another command holds the lock.
+    :raise DiskStateError: When the disk is not ready.
+    """
+    with host.locks.hold(disk.id):
+        current = host.store.get(str(disk.id))
+        if current.state is not DiskState.READY:
+            raise DiskStateError(f"disk {disk.name!r} is {current.state.value}")
+        yield current
 
 
 def with_real_size(host: Host, disk: Disk) -> Disk:

@@ -34,6 +34,7 @@ from virt_sse.model.layers import HostCaching
 from virt_sse.model.operations import StartVm
 from virt_sse.model.slots import TEMP_SLOT, TPM_SLOT
 from virt_sse.model.vms import NOWHERE, Vm, VmProperties, temp_disk_id, tpm_context
+from virt_sse.plugins import PluginHost
 from virt_sse.system.files import canonical
 from virt_sse.system.locks import DiskLocks
 
@@ -65,7 +66,9 @@ class HostEncryption:
                 vm = self.finish_or_undo_update(self._reads.vms.find(vm_id), metadata)
                 properties = agreed_properties(name, vm, metadata)
                 disks = self.disks(definition)
-                refuse_unencrypted(name, properties, disks, has_temp_disk=bool(definition.temp_disks))
+                refuse_unencrypted(
+                    self._plugins, name, properties, disks, has_temp_disk=bool(definition.temp_disks)
+                )
                 if metadata:
                     self._plugins.validate(StartVm(name, properties, disks))
                 if properties.encryption_at_host:
@@ -298,11 +301,17 @@ def _switch(value: bool) -> str:
 
 
 def refuse_unencrypted(
-    name: str, properties: VmProperties, disks: tuple[Disk, ...], *, has_temp_disk: bool
+    plugins: PluginHost,
+    name: str,
+    properties: VmProperties,
+    disks: tuple[Disk, ...],
+    *,
+    has_temp_disk: bool,
 ) -> None:
     """Refuse data at rest that needs encryption at host in a VM without encryption at host.
 
-    :raise PolicyError: When the VM has a host cache or a temporary disk.
+    :raise PolicyError: When the VM has a host cache, or a temporary disk that its size does not encrypt by
+        itself according to the cloud profile.
     """
     if properties.encryption_at_host:
         return
@@ -314,7 +323,8 @@ def refuse_unencrypted(
                 f"but domain {name!r} has no encryption at host",
                 hint=f"{allows}; '--disk-caching TARGET=None' removes the host cache",
             )
-    if has_temp_disk or properties.temp_disk_size is not None:
+    has_temp_disk = has_temp_disk or properties.temp_disk_size is not None
+    if has_temp_disk and not plugins.cloud_profile().encrypts_temp_disk(properties.size):
         raise PolicyError(
             f"domain {name!r} has a temporary disk, but no encryption at host",
             hint=f"{allows}; '--temp-disk-size none' removes the temporary disk",

@@ -20,6 +20,7 @@ from virt_sse.errors import (
     LibvirtError,
     LibvirtUnavailableError,
 )
+from virt_sse.keys.encryption_sets import refuse_moved
 from virt_sse.keys.host import Host
 from virt_sse.libvirt import disk_users, domains
 from virt_sse.libvirt.connection import connected
@@ -28,6 +29,7 @@ from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.secrets import drop_secret
 from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk, DiskState, check_kind
+from virt_sse.model.encryption_sets import EncryptionSet
 from virt_sse.model.layers import HostCaching
 from virt_sse.model.operations import AttachDisk
 from virt_sse.model.vms import VmProperties
@@ -48,6 +50,7 @@ class Hotplug:
     """
 
     def __init__(self, host: Host, start: DomainStart, inspector: Inspector) -> None:
+        self._config = host.config
         self._uri = host.config.libvirt_uri
         self._store = host.store
         self._plugins = host.plugins
@@ -102,7 +105,10 @@ class Hotplug:
             at_host = definition.has_encryption_at_host
             content = self._inspector.content(disk, domain_name)
             self._plugins.validate(AttachDisk(disk, domain_name, at_host, content))
-            refuse_unencrypted(domain_name, VmProperties(at_host), (disk,), has_temp_disk=False)
+            refuse_unencrypted(
+                self._plugins, domain_name, VmProperties(at_host), (disk,), has_temp_disk=False
+            )
+            refuse_moved(disk, self._set_of(disk), self._config)
             source = self._start.source(disk)
             present = next((use for found in uses.values() for use in found), None)
             target = target or (present.target if present else definition.free_target())
@@ -112,7 +118,9 @@ class Hotplug:
                     hint=f"'virt-sse disk detach {disk.name} {domain_name}' removes the disk from the domain",
                 )
             self._store.vms.set_caching(disk.id, caching)
-            element = disk_element(source, target=target, read_only=read_only)
+            element = disk_element(
+                source, target=target, read_only=read_only, options=self._start.driver_options(disk)
+            )
             with contextlib.ExitStack() as undo:
                 if libvirt.VIR_DOMAIN_AFFECT_LIVE in missing:
                     undo.callback(self._forget, domain, disk)
@@ -120,6 +128,9 @@ class Hotplug:
                 domain.attachDeviceFlags(element, sum(missing))
                 undo.pop_all()
         return target
+
+    def _set_of(self, disk: Disk) -> EncryptionSet | None:
+        return self._store.encryption_sets.get(str(disk.set_id)) if disk.set_id else None
 
     def detach(self, name: str, domain_name: str) -> None:
         """Detach a disk from a domain: from its persistent definition, and at once if the domain runs.

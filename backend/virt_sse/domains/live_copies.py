@@ -18,7 +18,7 @@ import libvirt
 
 from virt_sse.disks.creation import Unfinished
 from virt_sse.domains.start import DomainStart
-from virt_sse.errors import DiskInUseError, LibvirtError, LibvirtUnavailableError
+from virt_sse.errors import DiskInUseError, ImageFormatError, LibvirtError, LibvirtUnavailableError
 from virt_sse.keys.host import Host
 from virt_sse.libvirt import disk_users, domains
 from virt_sse.libvirt.capabilities import HostCapabilities
@@ -104,7 +104,9 @@ class DomainCopies:
                 for _, made in copies:
                     self._end(connection, made.disk)
         for _, made in copies:  # the guest's QEMU, perhaps taken over, had the image
-            img.validate(made.image, made.disk.format, made.deks)
+            headers = img.validate(made.image, made.disk.format, made.deks[1:])
+            if [header.cipher for header in headers] != [entry.cipher for entry in made.disk.deks]:
+                raise ImageFormatError(f"the header of the copy {made.disk.name!r} was changed meanwhile")
             img.check_unlocks(made.image, made.disk.format, made.deks)
         return pause
 
@@ -116,10 +118,10 @@ class DomainCopies:
         """
         if not image.exists():
             return
-        with contextlib.suppress(LibvirtUnavailableError), connected(self._uri) as connection:
+        with contextlib.suppress(LibvirtError), connected(self._uri) as connection:
             self._end(connection, disk)
         self._stages.stop(disk.id)
-        img.refuse_if_open(image)
+        img.refuse_if_open(image)  # decides, whatever libvirt says
 
     def recover(self) -> None:
         """Resume the guests paused by killed commands.

@@ -156,7 +156,7 @@ class VmSettings:
         disks, caching = self._with_caching(before_update, changes.caching)
         content = Content(lambda: self._in_guest_encryption(name))
         self._plugins.validate(UpdateVm(name, before, after, tuple(disks.values()), content))
-        refuse_unencrypted(name, after, tuple(disks.values()), has_temp_disk=False)
+        refuse_unencrypted(self._plugins, name, after, tuple(disks.values()), has_temp_disk=False)
 
         vm = known or new_vm(vm_id, metadata)
         generation = max(vm.generation, metadata.generation if metadata else 0)
@@ -244,7 +244,7 @@ class VmSettings:
             if vm is None or vm.pending is None:  # the next start or update resolves an interrupted update
                 agreed_properties(name, vm, metadata)
             temp = bool(definition.temp_disks)
-            refuse_unencrypted(name, properties, tuple(disks.values()), has_temp_disk=temp)
+            refuse_unencrypted(self._plugins, name, properties, tuple(disks.values()), has_temp_disk=temp)
             if properties.encryption_at_host and not is_active:
                 refuse_plaintext_data(host_data, name)
         except (PolicyError, InvalidValueError) as exc:

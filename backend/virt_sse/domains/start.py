@@ -35,6 +35,7 @@ from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.secrets import set_secrets
 from virt_sse.libvirt.users import User
+from virt_sse.model.cloud import DriverOptions
 from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk, DiskState, check_kind
 from virt_sse.model.events import audit_context
@@ -173,8 +174,16 @@ class DomainStart:
         """
         disk = self._store.get(name)
         check_kind(disk, DiskKind.DISK)
-        source = self.source(disk)
-        return disk_element.disk_element(source, target=target, read_only=read_only)
+        return disk_element.disk_element(
+            self.source(disk), target=target, read_only=read_only, options=self.driver_options(disk)
+        )
+
+    def driver_options(self, disk: Disk) -> DriverOptions | None:
+        """The driver options of the disk's SKU, by the cloud profile.
+
+        :raise PolicyError: When the profile cannot be read.
+        """
+        return self._plugins.cloud_profile().drivers.get(disk.sku)
 
     def _source(self, disk: Disk, plan: LayerPlan) -> DiskSource:
         guest, *below = plan.stages
@@ -299,8 +308,8 @@ class DomainStart:
         deks = self._unlock(served, domain)
         if len(deks) > 1:  # the guest's QEMU gets the inner layer; _disk_of has validated the outer header
             disk = served.disk
-            inner = img.validate(disk.path, disk.format, [deks[entry.slot] for entry in disk.deks])
-            self._freshness.check_inner(disk, inner)
+            outer = [deks[entry.slot] for entry in disk.deks[1:]]
+            self._freshness.check_inner(disk, img.validate(disk.path, disk.format, outer))
         if qemu:
             self._stages.start(
                 served.disk,

@@ -18,6 +18,7 @@ from virt_sse.model import ciphers
 from virt_sse.model.ciphers import AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
+from virt_sse.plugins import PluginHost
 from virt_sse.qemu import img, luks
 from virt_sse.stages import launch, seccomp
 from virt_sse.stages.storage_user import is_mapped, storage_user
@@ -61,7 +62,23 @@ def probe(config: Config) -> list[Capability]:
         seccomp_capability(),
         _landlock(),
         *_apparmor(config),
+        cloud_profile(config),
     ]
+
+
+def cloud_profile(config: Config) -> Capability:
+    """The cloud's rules that the host follows, and the date of their source."""
+    name = "cloud profile"
+    plugins = PluginHost(config)
+    try:
+        profile = plugins.cloud_profile()
+    except VirtSseError as exc:
+        return Capability(name, available=False, detail=str(exc))
+    finally:
+        plugins.close()
+    dated = f", of {profile.date}" if profile.date else ""
+    off = "" if config.enforce_policy else "; not enforced"
+    return Capability(name, available=True, detail=f"{profile.name}{dated}{off}")
 
 
 def _tool(name: str, tool: str, *arguments: str) -> Capability:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from virt_sse.config import Config
 from virt_sse.errors import (
     ConfigError,
     EncryptionSetInUseError,
@@ -79,6 +80,17 @@ class EncryptionSets:
         """Number of disks by set id; sets without disks are left out."""
         return self._store.sizes_of_sets()
 
+    def require_type(self, name: str, encryption_type: EncryptionType | None) -> None:
+        """Compare the type of a set with the expected type, if any.
+
+        :raise InvalidValueError: When the set has another type.
+        """
+        encryption_set = self.get(name)
+        if encryption_type not in (None, encryption_set.encryption_type):
+            raise InvalidValueError(
+                f"set {encryption_set.name!r} has the type {encryption_set.encryption_type.value}"
+            )
+
     def move_disk(self, disk: str, name: str) -> Disk:
         """Move a disk into a set, also while a domain uses the disk.
 
@@ -87,6 +99,20 @@ class EncryptionSets:
         encryption_set = self.usable(name)
         self._rotation.move(self._store.get(disk), encryption_set)
         return self._store.get(disk)
+
+    def use_platform_key(self, disk: str) -> Disk:
+        """Return the disk, if under the platform's key already.
+
+        :raise PolicyError: When the disk is in a set: a disk leaves all sets only as a copy.
+        """
+        found = self._store.get(disk)
+        if found.set_id is not None:
+            raise PolicyError(
+                f"disk {found.name!r} is in an encryption set: customer-managed keys cannot be turned off",
+                hint=f"copy the disk: 'virt-sse disk copy {found.name} NEW "
+                f"--encryption-type {EncryptionType.PLATFORM_KEY.value}'",
+            )
+        return found
 
     def create(
         self,
@@ -130,8 +156,11 @@ class EncryptionSets:
         )
         encryption_set = self._with_key(encryption_set, key)
         self._plugins.validate(CreateEncryptionSet(encryption_set))
+        limit = self._config.encryption_set_limit
+        if limit is None:
+            limit = self._plugins.cloud_profile().sets_per_region
         with self._new_identity(encryption_set) as identified:
-            self._store.encryption_sets.add(identified, limit=self._config.encryption_set_limit)
+            self._store.encryption_sets.add(identified, limit=limit)
         return identified
 
     def update(
@@ -272,6 +301,26 @@ class EncryptionSets:
 
         with VaultClient(path) as client:
             yield client
+
+
+def refuse_moved(disk: Disk, encryption_set: EncryptionSet | None, config: Config) -> None:
+    """Refuse a disk under a customer's key of another subscription or region than this host's.
+
+    :param encryption_set: the disk's set.
+    :raise PolicyError: When the set is elsewhere: such disks do not move.
+    """
+    if encryption_set is None:
+        return
+    if encryption_set.subscription != config.subscription:
+        raise PolicyError(
+            f"disk {disk.name!r}, under a customer's key, cannot move from subscription "
+            f"{encryption_set.subscription!r} to subscription {config.subscription!r}"
+        )
+    if encryption_set.region != config.region:
+        raise PolicyError(
+            f"disk {disk.name!r} is in region {encryption_set.region!r}, this host's VMs are in region "
+            f"{config.region!r}: a disk, its set and its VM have the same region"
+        )
 
 
 def _check_rotation(encryption_set: EncryptionSet) -> None:

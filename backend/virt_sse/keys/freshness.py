@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,12 +33,15 @@ from virt_sse.model.image_states import ImageState
 from virt_sse.model.seal import SealKey
 from virt_sse.qemu import envelope_slots, img
 from virt_sse.qemu.envelope_slots import CarriedEnvelope
+from virt_sse.qemu.volume_header import VolumeHeader
 from virt_sse.system.locks import DiskLocks
 
 if TYPE_CHECKING:
     from virt_sse.store import LazyStore
 
 _log = logging.getLogger(__name__)
+
+_TIME = "%Y-%m-%d %H:%M UTC"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,21 +96,22 @@ class ImageFreshness:
             return envelope_slots.read_sealed(descriptor, img.probe_format(descriptor), self.key)
 
     def refuse_untrusted(self, path: Path, carried: CarriedEnvelope) -> None:
-        """Refuse an image from elsewhere, or older than the last known image of the disk.
+        """Refuse an image from elsewhere, older than the last known image of the disk, or of a deleted disk.
 
-        :raise StaleImageError: When the image is not authentic, or is older.
+        :raise StaleImageError: When the image is not authentic, or is such an image.
         """
         state = self._states.get(carried.envelope.disk_id)
-        if carried.uses is None:
+        hint = "pass --trust if you know where the image comes from"
+        if state and state.deleted:
+            problem = f"is of a disk that was deleted on this host, at {state.deleted:{_TIME}}"
+            hint = "to bring the disk back on purpose, e.g. from a backup, pass --trust"
+        elif carried.uses is None:
             problem = "was sealed by another host" if carried.foreign else "has no seal of this host"
         elif state and carried.uses < state.uses:
             problem = f"is older than the last known, use {carried.uses} of {state.uses}"
         else:
             return
-        raise StaleImageError(
-            f"the envelope of {path} {problem}",
-            hint="pass --trust if you know where the image comes from",
-        )
+        raise StaleImageError(f"the envelope of {path} {problem}", hint=hint)
 
     def seal_new(self, descriptor: int, disk: Disk) -> None:
         """Write the first envelope into the open image of a new disk.
@@ -114,6 +119,17 @@ class ImageFreshness:
         :raise ImageError: When the image cannot be written.
         """
         envelope_slots.write(descriptor, disk.format, disk.envelope, (self.key, 1))
+
+    def has_sealed(self, disk: Disk) -> bool:
+        """Whether the disk's image has the disk's envelope, with a seal of this host, and is not stale.
+
+        :raise HostKeyError: When the host key cannot be read.
+        """
+        try:
+            found = self.check(disk)
+        except ImageError:
+            return False
+        return found is not None and found.uses is not None and found.envelope == disk.envelope
 
     def note_new(self, disk: Disk) -> None:
         """Record the state of a complete new image, unless known.
@@ -124,9 +140,13 @@ class ImageFreshness:
             if self._states.get(disk.id) is None and (uses := (carried := self.carried_by(disk.path)).uses):
                 self._states.put(disk.id, ImageState(uses, carried.header))
 
-    def forget(self, disk: Disk) -> None:
-        """Forget the image of a deleted disk."""
-        self._states.remove(disk.id)
+    def note_deleted(self, disk: Disk) -> None:
+        """Note that the disk is deleted: copies of its image then need trust. A failure is logged."""
+        try:
+            with self._locks.hold(disk.id, wait=True):
+                self._states.mark_deleted(disk.id)
+        except VirtSseError as exc:
+            _log.warning("the deletion of disk %s is not noted: %s", disk.id, exc)
 
     def check(self, disk: Disk) -> CarriedEnvelope | None:
         """Compare the disk's image with its last known state; changes nothing.
@@ -169,24 +189,39 @@ class ImageFreshness:
         inner = found.state.inner if found.state else None
         self._states.put(disk.id, ImageState(found.next_use, carried.header, inner))
 
-    def check_inner(self, disk: Disk, digest: bytes | None, *, always_refuse: bool = False) -> None:
+    def check_inner(
+        self, disk: Disk, headers: Sequence[VolumeHeader], *, always_refuse: bool = False
+    ) -> None:
         """Compare the header of the innermost of nested volumes with the last known; note the first seen.
 
-        :param digest: of the header, from :func:`virt_sse.qemu.img.validate`; ``None``: no inner volume.
+        :param headers: of the disk's volumes, innermost first.
         :param always_refuse: whatever the policy says.
         :raise StaleImageError: When the headers differ, and policy refuses.
         """
+        digest = _inner(headers)
         with self._locks.hold(disk.id, wait=True):
             state = self._states.get(disk.id)
-            if digest is None or state is None or digest == state.inner:
-                return
-            if state.inner is None:
+            if digest and state and state.inner is None and not state.deleted:
                 self._states.put(disk.id, replace(state, inner=digest))
                 return
-        problem = "the LUKS header of the inner layer was changed by something else than virt-sse"
-        if always_refuse:
-            raise _stale(disk, problem)
-        self._refuse(disk, problem)
+        try:
+            self.compare_inner(disk, headers)
+        except StaleImageError as exc:
+            if always_refuse or self._policy is StaleImages.REFUSE:
+                raise
+            _log.warning("%s", exc)
+
+    def compare_inner(self, disk: Disk, headers: Sequence[VolumeHeader]) -> None:
+        """Compare the header of the innermost of nested volumes with the last known; changes nothing.
+
+        :param headers: of the disk's volumes, innermost first.
+        :raise StaleImageError: When the headers differ.
+        """
+        digest, state = _inner(headers), self._states.get(disk.id)
+        if digest and state and state.inner not in (None, digest):
+            raise _stale(
+                disk, "the LUKS header of the inner layer was changed by something else than virt-sse"
+            )
 
     def end_use(self, disk_id: UUID, path: Path) -> None:
         """Count the end of a use: older copies made during the use are then noticed. Failures are logged.
@@ -202,6 +237,8 @@ class ImageFreshness:
                 carried = envelope_slots.read_sealed(descriptor, image_format, key)
                 state = self._states.get(disk_id)
                 if state is None or carried.uses is None or carried.envelope.disk_id != disk_id:
+                    return
+                if state.deleted:
                     return
                 if carried.uses < state.uses:
                     return
@@ -227,16 +264,16 @@ class ImageFreshness:
                 return
             self._seal(disk, descriptor, found, found.state.inner if found.state else None)
 
-    def trust(self, disk: Disk, inner: bytes | None) -> None:
+    def trust(self, disk: Disk, headers: Sequence[VolumeHeader]) -> None:
         """Take the image of the disk as it is for the newest, with the store's envelope.
 
         The caller checks that the DEK opens the image.
 
-        :param inner: digest of the innermost of nested LUKS headers, as for :meth:`check_inner`.
+        :param headers: of the image's volumes, innermost first.
         :raise ImageError: When the image cannot be read or written, or is the image of another disk.
         """
         with self._locks.hold(disk.id, wait=True), img.opened(disk.path, os.O_RDWR) as descriptor:
-            self._seal(disk, descriptor, self._examine(disk, descriptor), inner)
+            self._seal(disk, descriptor, self._examine(disk, descriptor), _inner(headers))
 
     def _seal(self, disk: Disk, descriptor: int, found: _Examined, inner: bytes | None) -> None:
         sealing = (self.key, found.next_use)
@@ -265,6 +302,11 @@ class ImageFreshness:
         _log.warning("%s", error)
 
 
+def _inner(headers: Sequence[VolumeHeader]) -> bytes | None:
+    """Digest of the innermost header; ``None`` without nested volumes, whose only header is in the seal."""
+    return headers[0].digest if len(headers) > 1 else None
+
+
 def with_newer_envelope(store: LazyStore, disk: Disk, carried: Envelope) -> Disk:
     """Take over an authentic envelope that is newer than the store's, into the store.
 
@@ -283,6 +325,8 @@ def with_newer_envelope(store: LazyStore, disk: Disk, carried: Envelope) -> Disk
 
 def _problem(disk: Disk, carried: CarriedEnvelope, state: ImageState | None) -> str | None:
     """The reason why an image is not the last known or a newer one, if any."""
+    if state and state.deleted:
+        return f"a copy of the image of a disk that was deleted at {state.deleted:{_TIME}}"
     if carried.uses is not None:
         if state and carried.uses < state.uses:
             return f"an older copy of the image, use {carried.uses} of {state.uses}"

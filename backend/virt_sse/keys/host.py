@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from virt_sse.audit.log import AuditLog
@@ -11,11 +10,11 @@ from virt_sse.audit.record import Component
 from virt_sse.config import Config
 from virt_sse.keys.access import KeyAccess
 from virt_sse.keys.freshness import ImageFreshness
+from virt_sse.keys.unfinished_work import has_unfinished_work
 from virt_sse.plugins import PluginHost
 from virt_sse.stages import Stages
 from virt_sse.store import LazyStore, StoreReads
 from virt_sse.system.locks import DiskLocks
-from virt_sse.system.marks import Marks
 
 if TYPE_CHECKING:
     from virt_sse.store.store import Store
@@ -49,19 +48,12 @@ class Host:
         """The store for queries alone, without SQLAlchemy where possible."""
         return self.opened_store.reads()
 
-    @property
-    def pending_envelopes(self) -> Path:
-        """Folder with marks of disks whose store may be newer than the image; see :class:`KeyRotation`."""
-        return self.config.state_directory / "pending-envelopes"
-
     def has_unfinished_work(self) -> bool:
         """Whether the backend may find work of killed commands to finish or undo.
 
         :raise StoreError: When the store cannot be opened.
         """
-        folders = (self.pending_envelopes, self.config.pending_resizes, self.config.paused_domains)
-        marked = any(Marks(folder).all() for folder in folders)
-        return marked or bool(self.store_reads.unfinished())
+        return has_unfinished_work(self.config, self.store_reads)
 
     @classmethod
     def open(cls, config: Config, plugins: PluginHost | None = None, *, component: Component) -> Self:

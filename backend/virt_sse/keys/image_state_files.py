@@ -6,9 +6,9 @@ a backup, and the end of a domain does not load the store.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
+from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
 
@@ -18,7 +18,10 @@ from virt_sse.errors import HostKeyError
 from virt_sse.model.image_states import ImageState
 from virt_sse.model.seal import HOST_KEY_BYTES, SealKey
 from virt_sse.system.documents import DocumentError, from_json
-from virt_sse.system.files import private_folder, publish, write_private
+from virt_sse.system.files import private_folder, publish, sync_folder, write_private
+
+MOST_DELETED = 4096
+"""Number of deleted disks whose last states are kept."""
 
 _OTHERS = 0o077
 
@@ -82,24 +85,32 @@ class _State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ImageStateFiles:
-    """The last known state of each image; a file per disk, named by the disk's id, replaced atomically."""
+    """The last known state of each image; a file per disk, named by the disk's id, replaced atomically.
+
+    The files of deleted disks are kept in a folder of their own, the newest :data:`MOST_DELETED`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._deleted = folder / "deleted"
 
     def get(self, disk_id: UUID) -> ImageState | None:
         """The state of a disk's image; ``None`` before its first use.
 
         :raise HostKeyError: When the file cannot be read.
         """
-        path = self._folder / str(disk_id)
-        try:
-            found = from_json(path.read_bytes(), _State)
-        except FileNotFoundError:
-            return None
-        except (OSError, DocumentError) as exc:
-            raise HostKeyError(f"cannot read {path}: {exc}") from exc
-        return ImageState(found.uses, found.header, found.inner)
+        for path in (self._folder / str(disk_id), self._deleted / str(disk_id)):
+            try:
+                with path.open("rb") as file:
+                    changed = os.fstat(file.fileno()).st_mtime
+                    found = from_json(file.read(), _State)
+            except FileNotFoundError:
+                continue
+            except (OSError, DocumentError) as exc:
+                raise HostKeyError(f"cannot read {path}: {exc}") from exc
+            deleted = datetime.fromtimestamp(changed, UTC) if path.parent == self._deleted else None
+            return ImageState(found.uses, found.header, found.inner, deleted)
+        return None
 
     def put(self, disk_id: UUID, state: ImageState) -> None:
         """Replace the state of a disk's image. After a power loss the state before may be back.
@@ -110,10 +121,28 @@ class ImageStateFiles:
         path = self._folder / str(disk_id)
         try:
             write_private(private_folder(self._folder) / path.name, content, sync_name=False)
+            (self._deleted / path.name).unlink(missing_ok=True)
         except OSError as exc:
             raise HostKeyError(f"cannot write {path}: {exc.strerror}") from exc
 
-    def remove(self, disk_id: UUID) -> None:
-        """Forget a disk that is deleted for good."""
-        with contextlib.suppress(OSError):
-            (self._folder / str(disk_id)).unlink()
+    def mark_deleted(self, disk_id: UUID) -> None:
+        """Note that a disk is deleted, if its state is known. The oldest note beyond the limit is forgotten.
+
+        :raise HostKeyError: When the note cannot be made; the state stays as it is.
+        """
+        path, note = self._folder / str(disk_id), self._deleted / str(disk_id)
+        try:
+            if path.exists():
+                private_folder(self._deleted)
+                os.utime(path)
+                path.rename(note)
+                sync_folder(self._deleted)
+                self._forget_oldest()
+        except OSError as exc:
+            raise HostKeyError(f"cannot move {path} to {note}: {exc.strerror}") from exc
+
+    def _forget_oldest(self) -> None:
+        with os.scandir(self._deleted) as entries:
+            notes = [(entry.stat().st_mtime, entry.path) for entry in entries]
+        for _, path in sorted(notes)[:-MOST_DELETED]:
+            Path(path).unlink(missing_ok=True)

@@ -149,15 +149,22 @@ def _reason(place: str, error: Exception) -> str:
 
 @dataclass(slots=True)
 class _Targets:
-    """The wanted KEK version of each DEK; each KEK is queried once."""
+    """The wanted KEK version of each DEK; each KEK is queried once.
+
+    :ivar only: the one KEK whose DEKs are rewrapped, and which is queried; ``None``: all.
+    """
 
     keys: KeyAccess
+    only: KeyRef | None = None
     _known: dict[tuple[KeyRef, EncryptionSet | None], KeyId] = field(default_factory=dict)
 
     def of(self, disk: Disk, position: int, encryption_set: EncryptionSet | None) -> KeyId:
         """The wanted version for the DEK at *position*; position 0 is under the key of the disk's set."""
-        pinned = disk.deks[position].wrapped.key
-        key = encryption_set.key if encryption_set else KeyRef(pinned.provider, pinned.name)
+        present = disk.deks[position].wrapped.key
+        pinned = KeyRef(present.provider, present.name)
+        if self.only is not None and pinned != self.only:
+            return present
+        key = encryption_set.key if encryption_set else pinned
         if (key, encryption_set) not in self._known:
             self._known[key, encryption_set] = self.keys.wrapping_key(key, encryption_set)
         return self._known[key, encryption_set]
@@ -186,7 +193,7 @@ class KeyRotation:
         self._locks = host.locks
         self._freshness = host.freshness
         self._update_tpm_envelope = update_tpm_envelope
-        self._pending = _PendingEnvelopes(host.pending_envelopes)
+        self._pending = _PendingEnvelopes(host.config.pending_envelopes)
 
     def recover(self) -> None:
         """Write the envelopes of images whose store was updated by a command killed before the image.
@@ -235,17 +242,24 @@ class KeyRotation:
 
     def _rewrap_all(self, key: KeyRef, progress: Progress, *, every_image: bool) -> RewrapReport:
         disks = self._store.under_key(key)
-        return self.rewrap_disks(disks, progress, every_image=every_image) + self._rewrap_tpms(key)
+        report = self.rewrap_disks(disks, progress, every_image=every_image, only=key)
+        return report + self._rewrap_tpms(key)
 
     def rewrap_disks(
-        self, disks: Sequence[Disk], progress: Progress, *, every_image: bool = False
+        self,
+        disks: Sequence[Disk],
+        progress: Progress,
+        *,
+        every_image: bool = False,
+        only: KeyRef | None = None,
     ) -> RewrapReport:
         """Rewrap the DEKs of *disks* with the wanted versions of their keys, in the store and the images.
 
         :param every_image: also look at the images of disks which are current according to the store. By
             default, only the images left behind by a failed or killed update are opened.
+        :param only: rewrap DEKs under this KEK only. The KEK of another layer of a disk may be unreachable.
         """
-        targets = _Targets(self._keys)
+        targets = _Targets(self._keys, only)
         due = disks if every_image else self._due(disks, targets)
         outcomes: dict[str, bool | str] = {}
         pool = ThreadPoolExecutor(_AT_ONCE, "rewrap")
@@ -291,7 +305,7 @@ class KeyRotation:
         if before != after:
             raise PolicyError(
                 f"disk {disk.name!r} has {before} encryption, set {encryption_set.name!r} is for {after}",
-                hint="export the disk and import it into the set",
+                hint=f"copy the disk: 'virt-sse disk copy {disk.name} NEW --des {encryption_set.name}'",
             )
         content = Content(lambda: in_image(disk.path, disk.format, self._unwrap_all(disk, encryption_set)))
         self._plugins.validate(MoveDisk(disk, encryption_set, content))

@@ -14,6 +14,7 @@ from uuid import UUID
 
 from virt_sse.errors import InvalidValueError
 from virt_sse.libvirt.secret_name import SecretName
+from virt_sse.model.cloud import DriverOptions
 
 _TARGET = re.compile(r"(?:vd|sd|hd)[a-z]{1,2}")
 _BUSES = {"vd": "virtio", "sd": "scsi", "hd": "ide"}
@@ -81,7 +82,9 @@ class DiskSource:
         return DomainDisk(self.disk_id, self.slot, self.place, target, reconnects=self.behind is not None)
 
 
-def disk_element(source: DiskSource, *, target: str, read_only: bool = False) -> str:
+def disk_element(
+    source: DiskSource, *, target: str, read_only: bool = False, options: DriverOptions | None = None
+) -> str:
     """Return the ``<disk>`` element with which a domain uses an encrypted disk.
 
     ``snapshot='no'`` excludes the disk from snapshots that do not name the disk. An external snapshot would
@@ -89,6 +92,7 @@ def disk_element(source: DiskSource, *, target: str, read_only: bool = False) ->
     that encrypted VM state is a multiple of the sector size.
 
     :param target: the name in the guest; its first two letters select the bus.
+    :param options: options of the driver.
     :raise InvalidValueError: When *target* is invalid.
     """
     if not _TARGET.fullmatch(target):
@@ -97,12 +101,33 @@ def disk_element(source: DiskSource, *, target: str, read_only: bool = False) ->
     ET.SubElement(disk, "driver", name="qemu")
     ET.SubElement(disk, "source")
     set_source(disk, source)
+    _set_options(disk, options or DriverOptions(), is_image=source.behind is None)
     ET.SubElement(disk, "target", dev=target, bus=_BUSES[target[:2]])
     if read_only:
         ET.SubElement(disk, "readonly")
     ET.SubElement(disk, "serial").text = source.disk_id.hex[:20]
     ET.indent(disk)
     return ET.tostring(disk, encoding="unicode") + "\n"
+
+
+def _set_options(disk: ET.Element, options: DriverOptions, *, is_image: bool) -> None:
+    """Set driver options of a new ``<disk>`` element.
+
+    :param is_image: whether QEMU opens the image itself: only then has the I/O mode a meaning.
+    """
+    driver = disk.find("driver")
+    assert driver is not None  # noqa: S101 -- made by the caller
+    for name, value in (
+        ("cache", options.cache),
+        ("io", options.io if is_image else None),
+        ("iothread", options.iothread),
+    ):
+        if value is not None:
+            driver.set(name, str(value))
+    if options.iotune:
+        iotune = ET.SubElement(disk, "iotune")
+        for name, limit in options.iotune.items():
+            ET.SubElement(iotune, name).text = str(limit)
 
 
 def set_source(disk: ET.Element, source: DiskSource) -> None:

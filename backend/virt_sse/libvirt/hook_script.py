@@ -12,6 +12,7 @@ import stat
 import sys
 from pathlib import Path
 
+import virt_sse
 from virt_sse.libvirt.secret_name import PREFIX
 from virt_sse.libvirt.vm_metadata import VM_NAMESPACE
 from virt_sse.system.files import shared_folder, write_shared
@@ -37,13 +38,29 @@ case $xml in
 esac
 {environment}\
 if [ -x {python} ]; then
-    printf '%s\\n' "$xml" | {python} -I -m {module} "$@" && exit 0
+    printf '%s\\n' "$xml" | {python} -I -S -c {program} "$@" && exit 0
 else
     echo "virt-sse: error: the domain needs virt-sse and {python} is gone" >&2
 fi
 # A failure refuses the domain. But libvirt kills a running guest if its 'reconnect' hook fails.
 [ "$2" = reconnect ]
 """
+
+
+_PROGRAM = """\
+import sys
+sys.path.append({folder!r})
+from virt_sse.hook import main
+sys.path.pop()
+sys.exit(main())"""
+
+
+def program() -> str:
+    """The program that the script runs, for ``python -I -S -c``.
+
+    With ``-S``, Python starts in a third of the time, and finds the standard library only.
+    """
+    return _PROGRAM.format(folder=str(Path(virt_sse.__file__).resolve().parents[1]))
 
 
 def script(environment: dict[str, str], stages: Path) -> str:
@@ -60,7 +77,7 @@ def script(environment: dict[str, str], stages: Path) -> str:
         environment=exports,
         stages=shlex.quote(str(stages)),
         python=shlex.quote(sys.executable),
-        module="virt_sse.hook",
+        program=shlex.quote(program()),
     )
 
 

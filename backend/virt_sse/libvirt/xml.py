@@ -17,7 +17,11 @@ from virt_sse.errors import InvalidValueError
 
 MAX_BYTES = 16 << 20
 MAX_DEPTH = 256
-"""Limits of a document: its size in UTF-8, and how deep its elements are nested."""
+MAX_ELEMENTS = MAX_ATTRIBUTES = 100_000
+"""Limits of a document: its size in UTF-8, how deep its elements are nested, and how many it has.
+
+A parsed element takes about 100 bytes of memory, whatever its length in the document.
+"""
 
 _GENERATED_PREFIX = re.compile(r"ns\d+")
 """Prefixes reserved by ElementTree for namespaces without a registered prefix."""
@@ -52,6 +56,8 @@ def parse_with_prefixes(text: str, *, kind: str) -> tuple[ET.Element, Mapping[st
         content = text.encode()
         if len(content) > MAX_BYTES:
             raise _LimitError(f"larger than {MAX_BYTES >> 20} MiB")
+        if content.count(b"=") > MAX_ATTRIBUTES:  # expat reports an element with all of its attributes
+            raise _LimitError(f"more than {MAX_ATTRIBUTES} attributes")
         parser.Parse(content, True)
     except UnicodeEncodeError as exc:
         raise InvalidValueError(f"invalid {kind}: no valid UTF-8 at character {exc.start}") from exc
@@ -82,14 +88,17 @@ class _Builder:
     def __init__(self) -> None:
         self.prefixes: dict[str, str] = {}
         self._tree = ET.TreeBuilder()
-        self._depth = 0
+        self._depth = self._elements = 0
         self.data = self._tree.data
         self.close = self._tree.close
 
     def start(self, name: str, attributes: dict[str, str]) -> None:
         self._depth += 1
+        self._elements += 1
         if self._depth > MAX_DEPTH:
             raise _LimitError(f"elements nested deeper than {MAX_DEPTH}")
+        if self._elements > MAX_ELEMENTS:
+            raise _LimitError(f"more than {MAX_ELEMENTS} elements")
         self._tree.start(_qualified(name), {_qualified(key): value for key, value in attributes.items()})
 
     def end(self, name: str) -> None:

@@ -50,11 +50,12 @@ class DiskState(enum.Enum):
 
 
 class DiskSku(enum.Enum):
-    """Storage class, by the cloud's names. A revocation leaves a domain with an ultra disk running."""
+    """Storage class, by the cloud's names."""
 
     STANDARD_HDD = "Standard_LRS"
     STANDARD_SSD = "StandardSSD_LRS"
     PREMIUM_SSD = "Premium_LRS"
+    PREMIUM_SSD_V2 = "PremiumV2_LRS"
     ULTRA = "UltraSSD_LRS"
 
 

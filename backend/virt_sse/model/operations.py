@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from virt_sse.model.disk_kind import DiskKind
+from virt_sse.model.disks import DiskSku
 from virt_sse.model.keys import KeyRef
 from virt_sse.model.layers import EncryptionType
 
@@ -22,14 +23,16 @@ if TYPE_CHECKING:
 class Site:
     """Location of a host: all disks and VMs of a host are in one region.
 
-    :ivar tables: the site's own file of supported features by region, if any.
+    :ivar tables: the site's own file of supported features by region, if any; replaces the profile.
     :ivar enforce: whether the cloud's rules are enforced.
+    :ivar profile: name of the built-in tables to follow.
     """
 
     subscription: str = "default"
     region: str = "default"
     tables: Path | None = None
     enforce: bool = True
+    profile: str = "current"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +41,8 @@ class CreateDisk:
 
     :ivar content: content of the new disk; ``None`` for an empty disk, and for a copy whose source has the
         same kind of key.
-    :ivar kind: a disk, or a copy that no domain can use.
     :ivar source: the disk or copy with the original content, if any.
+    :ivar kind: a disk, or a copy that no domain can use.
     """
 
     name: str
@@ -49,8 +52,9 @@ class CreateDisk:
     encryption_type: EncryptionType
     key: KeyRef
     content: Content | None = field(default=None, compare=False, repr=False)
-    kind: DiskKind = DiskKind.DISK
+    sku: DiskSku = DiskSku.PREMIUM_SSD
     source: Disk | None = None
+    kind: DiskKind = DiskKind.DISK
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.envelope import SLOT_BYTES, SLOT_OFFSETS, Envelope, sealed_part
 from virt_sse.model.seal import SEAL_BYTES, SEAL_OFFSETS, Seal, SealKey
 from virt_sse.qemu import image_header
-from virt_sse.qemu.header_digest import header_digest
 from virt_sse.qemu.img import luks_area, opened
+from virt_sse.qemu.volume_header import VolumeHeader
 from virt_sse.system.files import write_at
 
 
@@ -201,7 +201,7 @@ def _write_slot(
 
 
 def _header_digest(descriptor: int, luks_offset: int) -> bytes:
-    return header_digest(lambda offset, length: os.pread(descriptor, length, offset), luks_offset)
+    return VolumeHeader.read(lambda offset, length: os.pread(descriptor, length, offset), luks_offset).digest
 
 
 def _slots(descriptor: int, luks_offset: int) -> list[bytes]:

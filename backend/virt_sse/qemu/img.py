@@ -22,8 +22,8 @@ from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError, OtherF
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.qemu import image_header, luks, qcow2
-from virt_sse.qemu.header_digest import header_digest
 from virt_sse.qemu.serving import served
+from virt_sse.qemu.volume_header import VolumeHeader
 from virt_sse.system.confinement import BoundFile, Confinement
 from virt_sse.system.documents import DocumentError, from_json
 from virt_sse.system.files import write_at
@@ -234,49 +234,53 @@ def keys_to(
     """
     with contextlib.ExitStack() as stack:
         with opened(path) as descriptor:
-            _validate_volumes(path, descriptor, image_format, deks)
+            _validate_volumes(path, descriptor, image_format, deks[1:])
             held_open = os.dup(descriptor)
         stack.callback(os.close, held_open)
         secrets, descriptors = stack.enter_context(secrets_for(deks))
         yield Unlocking(secrets, descriptors, BoundFile(path, held_open, writable))
 
 
-def _validate_volumes(path: Path, image: int, image_format: DiskFormat, deks: Sequence[Dek]) -> bytes | None:
+def _validate_volumes(
+    path: Path, image: int, image_format: DiskFormat, outer: Sequence[Dek]
+) -> tuple[VolumeHeader, ...]:
     """Validate the headers of all volumes of the open image.
 
     The header of an inner volume is ciphertext in the file. A storage daemon opens the volumes around it,
     read-only, once their own headers are validated.
 
-    :return: digest of the innermost LUKS header; ``None`` without an inner volume.
+    :param outer: DEKs of all volumes but the innermost.
+    :return: the headers, innermost first.
     :raise: As :func:`keys_to`.
     """
-    digest = None
-    image_header.validate(image, image_format)
-    for first in range(len(deks) - 1, 0, -1):
-        outer = deks[first:]
+    headers = [VolumeHeader.of_file(image, image_format)]
+    for first in reversed(range(len(outer))):
+        around = outer[first:]
         with (
-            secrets_for(outer) as (secrets, descriptors),
+            secrets_for(around) as (secrets, descriptors),
             served(
-                block_node(path, image_format, len(outer)), secrets, descriptors, [BoundFile(path, image)]
+                block_node(path, image_format, len(around)), secrets, descriptors, [BoundFile(path, image)]
             ) as reader,
         ):
             try:
-                offset, _ = image_header.validate_content(reader.read, reader.size, image_format)
-                digest = header_digest(reader.read, offset)
+                headers.insert(0, VolumeHeader.of_content(reader.read, reader.size, image_format))
             except ImageFormatError as exc:
                 raise ImageFormatError(f"{path}: in the inner layer: {exc}", hint=exc.hint) from exc
-    return digest
+    return tuple(headers)
 
 
-def validate(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> bytes | None:
-    """Validate the headers of all volumes of the image at *path*, before a guest gets the disk.
+def validate(path: Path, image_format: DiskFormat, outer: Sequence[Dek]) -> tuple[VolumeHeader, ...]:
+    """Validate the headers of all volumes of the image at *path*, e.g. before a guest gets the disk.
 
-    :return: digest of the innermost LUKS header; ``None`` without an inner volume.
+    The image may be in use.
+
+    :param outer: DEKs of all volumes but the innermost.
+    :return: the headers, innermost first.
     :raise ImageFormatError: When a header is missing, damaged or refused, or an outer volume does not open.
     """
     try:
         with opened(path) as image:
-            return _validate_volumes(path, image, image_format, deks)
+            return _validate_volumes(path, image, image_format, outer)
     except ToolError as exc:
         raise ImageFormatError(f"{path} does not open with its DEK: {exc}") from exc
 

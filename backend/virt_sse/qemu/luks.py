@@ -45,7 +45,7 @@ _ROOM = 4 << 20
 """Upper bound for a LUKS1 header with 8 keyslots of 64-byte keys."""
 
 
-_CIPHERS = {(cipher.cryptsetup, cipher.volume_key_bits) for cipher in KNOWN}
+_CIPHERS = {(cipher.cryptsetup, cipher.volume_key_bits): cipher for cipher in KNOWN}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,7 @@ class Luks1Header:
     :ivar payload_offset: start of the encrypted data in a raw image, i.e. length of header and keyslots.
     """
 
-    cipher_name: str
-    cipher_mode: str
+    cipher: Cipher
     payload_offset: int
     volume_key_bytes: int
     keyslots: tuple[Keyslot, ...]
@@ -117,15 +116,14 @@ class Luks1Header:
             raise ImageFormatError("a LUKS header with keyslots or payload at unexpected offsets")
         if any(slot.stripes != _STRIPES for slot in keyslots):
             raise ImageFormatError("a LUKS header with an unexpected number of stripes")
-        cipher_name, cipher_mode = _text(fields[2]), _text(fields[3])
-        if (f"{cipher_name}-{cipher_mode}", volume_key_bytes * 8) not in _CIPHERS:
-            cipher = f"{cipher_name}-{cipher_mode}"
+        name = f"{_text(fields[2])}-{_text(fields[3])}"
+        cipher = _CIPHERS.get((name, volume_key_bytes * 8))
+        if cipher is None:
             raise ImageFormatError(
-                f"a LUKS header with the cipher {cipher!r} and a key of {volume_key_bytes} bytes"
+                f"a LUKS header with the cipher {name!r} and a key of {volume_key_bytes} bytes"
             )
         return cls(
-            cipher_name=cipher_name,
-            cipher_mode=cipher_mode,
+            cipher=cipher,
             payload_offset=payload_offset,
             volume_key_bytes=volume_key_bytes,
             keyslots=tuple(keyslots),

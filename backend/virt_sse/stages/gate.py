@@ -1,16 +1,17 @@
 """Gate of a disk's NBD socket: hands the domain's own QEMU to the stage process, and no other client.
 
-Run as a script and as root, with the standard library alone. QEMU processes of all domains may run as one
-user, so the mode of a socket does not separate them. Therefore only the gate listens at the path named in the
-domain. The stage process listens at a path that only root can reach; its accept4(2) calls on that socket are
-answered by the gate (seccomp_unotify(2)), which adds the accepted connection to the stage process.
+Forked by :mod:`~virt_sse.stages.launch`, or run as a script; as root, with the standard library alone. QEMU
+processes of all domains may run as one user, so the mode of a socket does not separate them. Therefore only
+the gate listens at the path named in the domain. The stage process listens at a path that only root can
+reach; its accept4(2) calls on that socket are answered by the gate (seccomp_unotify(2)), which adds the
+accepted connection to the stage process.
 
 The domain's QEMU is the process with the lock on libvirt's pid file: libvirt takes the lock for the process
 before it executes QEMU, and the kernel releases the lock when the process ends.
 
 Without its gate, a stage process goes on with its connections and gets no new ones. A new gate can take over.
 
-The arguments are
+The arguments of the script are
 
 1. the descriptor to write to once the gate works;
 2. the descriptor of the gate's lock file;
@@ -63,6 +64,14 @@ def main() -> None:
     stage_socket, qemu_pid_file = sys.argv[5:]
     if os.fork():
         os._exit(0)
+    serve(ready, lock, listening, pid, stage_socket=stage_socket, qemu_pid_file=qemu_pid_file)
+
+
+def serve(ready: int, lock: int, listening: int, pid: int, *, stage_socket: str, qemu_pid_file: str) -> None:
+    """Be the gate until the stage process ends. The parameters are the arguments of the script.
+
+    :raise OSError: When the gate cannot work.
+    """
     os.setsid()
     os.chdir("/")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from virt_sse.errors import StageError
 from virt_sse.stages import gate, sockets
-from virt_sse.stages.locked_process import LockedProcess
+from virt_sse.stages.locked_process import GateCommand, LockedProcess
 from virt_sse.stages.sockets import ListeningSocket
 
 GATE = "gate"
 """Names the gate's lock and log files."""
+_TITLE = "the gate of the NBD socket"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,22 @@ class GateProcess:
     def process(self) -> LockedProcess:
         return LockedProcess(self.folder / GATE)
 
+    @contextlib.contextmanager
+    def command(self) -> Iterator[GateCommand]:
+        """The gate to be started along with the stage process; a former gate is ended first.
+
+        :raise OSError: When the socket cannot be made.
+        """
+        self.process.stop()
+        with sockets.listening(self.guest) as listening:
+            yield GateCommand(
+                process=self.process,
+                title=_TITLE,
+                listening=listening,
+                stage_socket=sockets.gated_socket(self.folder),
+                qemu_pid_file=self.qemu_pid_file,
+            )
+
     def start(self, stage: LockedProcess) -> None:
         """Start the gate before the running process *stage*; a former gate is ended first.
 
@@ -44,9 +63,7 @@ class GateProcess:
         with sockets.listening(self.guest) as listening:
             stage_socket = sockets.gated_socket(self.folder)
             arguments = [str(each) for each in (listening, pid, stage_socket, self.qemu_pid_file)]
-            self.process.start_script(
-                gate.__file__, arguments, [listening], title="the gate of the NBD socket"
-            )
+            self.process.start_script(gate.__file__, arguments, [listening], title=_TITLE)
 
     def refused(self) -> list[str]:
         """The processes that were refused, in words: pid, user and program; each once.

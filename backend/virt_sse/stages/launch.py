@@ -15,6 +15,9 @@ Run as a script, with the standard library alone. The arguments are
   system files; see :func:`_landlock`.
 - ``gated``: null, or a listening socket at which the process gets connections from its gate only
   (:mod:`virt_sse.stages.gate`).
+- ``gate``: null, or the gate to start as well, by a fork: a domain's start would wait for a second
+  interpreter. An object with the descriptors ``lock``, ``listening`` and ``log``, and the paths
+  ``stage_socket`` and ``qemu_pid_file``. The program starts once the gate works.
 - ``environment``: environment variables to set.
 - ``command``: the program, by absolute path, and the program's arguments.
 """
@@ -94,8 +97,17 @@ def main() -> None:
     ready, lock, document = sys.argv[1:]
     asked = json.loads(document) | {"ready": int(ready), "lock": int(lock)}
     starter = os.getpid()
-    if os.fork():
+    gate = asked["gate"]
+    if gate:
+        stage_ready, asked["stage_ready"] = os.pipe()
+        asked["gate_ready"], gate_ready = os.pipe()
+    if stage := os.fork():
+        if gate and not os.fork():
+            _become_gate(stage, stage_ready, ready=gate_ready, **gate)
         os._exit(0)  # the program must not become the starter's child, and leaves no zombie
+    if gate:
+        for descriptor in (stage_ready, gate_ready, gate["lock"], gate["listening"], gate["log"]):
+            os.close(descriptor)  # only the gate may accept clients
     os.setsid()
     while os.getppid() == starter:  # nbdkit with an inherited socket ends with its parent: PR_SET_PDEATHSIG
         time.sleep(_POLL_SECONDS)
@@ -108,6 +120,12 @@ def main() -> None:
         _lock_like_qemu(asked["image"])
     if asked["gated"] is not None:
         _gate(_FIRST_LISTENING if asked["gated"] == asked["listening"] else asked["gated"])
+    if gate:
+        os.write(asked["stage_ready"], b"1")
+        os.close(asked["stage_ready"])
+        if not os.read(asked["gate_ready"], 1):
+            raise OSError("the gate of the NBD socket has ended")
+        os.close(asked["gate_ready"])
     os.write(asked["ready"], b"1")
     os.close(asked["ready"])
     os.umask(0o077)
@@ -127,6 +145,39 @@ def main() -> None:
     if asked["filter"] is not None:
         _filter(libc, bytes.fromhex(asked["filter"]))
     os.execve(asked["command"][0], asked["command"], environment)  # noqa: S606 -- no shell is wanted
+
+
+def _become_gate(
+    stage: int,
+    stage_ready: int,
+    *,
+    ready: int,
+    lock: int,
+    listening: int,
+    log: int,
+    stage_socket: str,
+    qemu_pid_file: str,
+) -> None:
+    """Serve as the gate of the process *stage*, once the process has written to *stage_ready*; then exit."""
+    for standard in (1, 2):
+        os.dup2(log, standard)
+    kept = {0, 1, 2, stage_ready, ready, lock, listening}
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 -- pathlib loads slowly
+        if int(name) not in kept:
+            try:
+                os.close(int(name))
+            except OSError:  # the descriptor of this very list
+                continue
+    sys.path.append(os.path.dirname(__file__))  # noqa: PTH120 -- likewise
+    gate = __import__("gate")
+    if not os.read(stage_ready, 1):
+        sys.exit(1)  # the stage process has reported why it ended
+    os.close(stage_ready)
+    try:
+        gate.serve(ready, lock, listening, stage, stage_socket=stage_socket, qemu_pid_file=qemu_pid_file)
+    except OSError as error:
+        sys.exit(f"{error.strerror or error}")
+    sys.exit()
 
 
 def _limit(threads: int | None) -> None:
@@ -211,8 +262,8 @@ def _filter(libc: ctypes.CDLL, program: bytes) -> None:
 
 def _hand_over(asked: dict[str, int]) -> None:
     """Make the socket descriptor 3. Before any lock is taken: closing the previous 3 would release a lock."""
-    for name in ("lock", "image", "ready"):
-        if asked[name] == _FIRST_LISTENING:
+    for name in ("lock", "image", "ready", "stage_ready", "gate_ready"):
+        if asked.get(name) == _FIRST_LISTENING:
             asked[name] = fcntl.fcntl(asked[name], fcntl.F_DUPFD, _FREE)
     os.dup2(asked["listening"], _FIRST_LISTENING)
 

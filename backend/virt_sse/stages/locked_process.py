@@ -6,6 +6,7 @@ holder's process id in the caller's PID namespace. A PID file, by contrast, can 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -13,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,23 @@ class Command:
     readable: Sequence[Path] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateCommand:
+    """A gate to start before a process; see :mod:`~virt_sse.stages.gate`.
+
+    :ivar title: names the gate in messages.
+    :ivar listening: descriptor of the socket at the path named in the domain.
+    :ivar stage_socket: the socket at which the process listens.
+    :ivar qemu_pid_file: libvirt's pid file of the domain's QEMU.
+    """
+
+    process: LockedProcess
+    title: str
+    listening: int
+    stage_socket: Path
+    qemu_pid_file: Path
+
+
 class LockedProcess:
     """The process of a program.
 
@@ -76,6 +94,7 @@ class LockedProcess:
         *,
         image: int | None = None,
         gated: int | None = None,
+        gate: GateCommand | None = None,
         writable: Sequence[Path] = (),
         is_own_user: bool = False,
     ) -> None:
@@ -86,6 +105,7 @@ class LockedProcess:
 
         :param image: the descriptor of an image to lock as QEMU does.
         :param gated: a listening socket of *command* that gets connections from a gate only.
+        :param gate: the gate, if to be started as well.
         :param writable: the files and folders that the program may change.
         :param is_own_user: whether no other process has the user; the number of threads is limited then.
         :raise ToolError: When the program is not installed.
@@ -95,7 +115,7 @@ class LockedProcess:
         if program is None:
             raise ToolError(f"{command.arguments[0]} is not installed")
         given = [*command.descriptors, *(fd for fd in (command.listening, image) if fd is not None)]
-        asked = {
+        asked: dict[str, object] = {
             "image": image,
             "listening": command.listening,
             "gated": gated,
@@ -107,42 +127,74 @@ class LockedProcess:
             "writable": [str(path) for path in writable],
             "environment": dict(command.environment or {}),
             "command": [program, *command.arguments[1:]],
+            "gate": None,
         }
-        self.start_script(launch.__file__, [json.dumps(asked)], given, title=command.arguments[0])
+        with contextlib.ExitStack() as files:
+            if gate:
+                lock, log = files.enter_context(gate.process._files(gate.title))
+                given += [lock, log, gate.listening]
+                asked["gate"] = {
+                    "lock": lock,
+                    "log": log,
+                    "listening": gate.listening,
+                    "stage_socket": str(gate.stage_socket),
+                    "qemu_pid_file": str(gate.qemu_pid_file),
+                }
+            title = command.arguments[0]
+            self.start_script(launch.__file__, [json.dumps(asked)], given, title=title, gate=gate)
+
+    @contextlib.contextmanager
+    def _files(self, title: str) -> Iterator[tuple[int, int]]:
+        """Descriptors of the lock file, and of the empty log file."""
+        with contextlib.ExitStack() as opened:
+            try:
+                lock = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
+                opened.callback(os.close, lock)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+                log = os.open(self._log, flags, PRIVATE_FILE)
+                opened.callback(os.close, log)
+            except OSError as exc:
+                raise StageError(f"cannot start {title}: {exc}") from exc
+            yield lock, log
 
     def start_script(
-        self, script: str, arguments: Sequence[str], descriptors: Sequence[int], *, title: str
+        self,
+        script: str,
+        arguments: Sequence[str],
+        descriptors: Sequence[int],
+        *,
+        title: str,
+        gate: GateCommand | None = None,
     ) -> None:
         """Start a Python script that becomes the process; return once the script has reported itself ready.
 
         :param script: gets the descriptor to write to, the descriptor of the file to lock, and *arguments*;
             uses the standard library only.
         :param title: names the process in messages.
+        :param gate: a gate that the script starts as well.
         :raise StageError: When the script cannot be started, or ends before it is ready.
         """
-        try:
-            lock = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
-            log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, PRIVATE_FILE)
-        except OSError as exc:
-            raise StageError(f"cannot start {title}: {exc}") from exc
-        ready, readied = os.pipe()
-        try:
-            subprocess.run(
-                [sys.executable, "-I", "-S", script, str(readied), str(lock), *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=[readied, lock, *descriptors],
-                check=False,
-            )
-            os.close(readied)
-            readied = -1
-            if not os.read(ready, 1):
-                raise StageError(f"cannot start {title}: {self.log or 'no output'}")
-        finally:
-            for descriptor in (ready, readied, lock, log):
-                if descriptor >= 0:
-                    os.close(descriptor)
+        with self._files(title) as (lock, log):
+            ready, readied = os.pipe()
+            try:
+                subprocess.run(
+                    [sys.executable, "-I", "-S", script, str(readied), str(lock), *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[readied, lock, *descriptors],
+                    check=False,
+                )
+                os.close(readied)
+                readied = -1
+                if not os.read(ready, 1):
+                    if gate and (reason := gate.process.log):
+                        raise StageError(f"cannot start {gate.title}: {reason}")
+                    raise StageError(f"cannot start {title}: {self.log or 'no output'}")
+            finally:
+                for descriptor in (ready, readied):
+                    if descriptor >= 0:
+                        os.close(descriptor)
 
     def pid(self) -> int | None:
         """The process id; 0 for a process in another PID namespace; ``None`` if the process does not run."""

@@ -365,17 +365,17 @@ def _launch(
     for is_last in (False, True):
         with contextlib.ExitStack() as open_sockets:
             listening = [open_sockets.enter_context(sockets.listening(each)) for each in stage.sockets()]
+            gate_command = open_sockets.enter_context(gate.command()) if gate else None
             stage.process.start(
                 stage.command(listening),
                 stage.place.user,
                 image=image,
                 gated=listening[0] if gate else None,
+                gate=gate_command,
                 writable=stage.writable(),
                 is_own_user=stage.place.is_own_user,
             )
         try:
-            if gate:
-                gate.start(stage.process)
             stage.await_serving(dek)
             return
         except VirtSseError as exc:

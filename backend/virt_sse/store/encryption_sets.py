@@ -29,10 +29,10 @@ class EncryptionSetStore:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def add(self, encryption_set: EncryptionSet, *, limit: int) -> None:
+    def add(self, encryption_set: EncryptionSet, *, limit: int | None) -> None:
         """Add a set.
 
-        :param limit: maximum number of sets per subscription and region.
+        :param limit: maximum number of sets per subscription and region; ``None`` for no limit.
         :raise EncryptionSetExistsError: When the name is taken.
         :raise PolicyError: When the limit is reached.
         """
@@ -47,7 +47,7 @@ class EncryptionSetStore:
                     encryption_sets.c.region == encryption_set.region,
                 )
             )
-            if there is not None and there >= limit:
+            if limit is not None and there is not None and there >= limit:
                 raise PolicyError(
                     f"subscription {encryption_set.subscription!r} has {there} disk encryption sets "
                     f"in region {encryption_set.region!r}; more are not allowed"

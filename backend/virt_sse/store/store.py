@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from virt_sse.errors import DiskExistsError, DiskNotFoundError
+from virt_sse.errors import DiskExistsError, DiskNotFoundError, StoreError
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.envelope import DekEntry
 from virt_sse.model.keys import KeyId, KeyRef
@@ -41,10 +41,8 @@ class Store:
 
         :raise DiskExistsError: When the name, path or id is taken.
         """
-        with writing(self._engine) as connection:
-            for column, value in (("name", disk.name), ("path", str(disk.path)), ("id", disk.id)):
-                if connection.scalar(sa.select(disks.c.state).where(disks.c[column] == value)):
-                    raise DiskExistsError(f"a disk with {column} {str(value)!r} exists already")
+        with self._naming_taken(disk), writing(self._engine) as connection:
+            _refuse_taken(connection, disk)
             connection.execute(
                 disks.insert().values(
                     id=disk.id,
@@ -65,6 +63,16 @@ class Store:
                 )
             )
             _insert_deks(connection, disk.id, disk.deks)
+
+    @contextlib.contextmanager
+    def _naming_taken(self, disk: Disk) -> Iterator[None]:
+        """Name the cause if a transaction failed because name, path or id were taken at the same time."""
+        try:
+            yield
+        except StoreError:
+            with reading(self._engine) as connection:
+                _refuse_taken(connection, disk)
+            raise
 
     def get(self, name: str) -> Disk:
         """The disk with the given name or id.
@@ -155,7 +163,12 @@ class Store:
         """
         if self.find_by_path(path):
             raise DiskExistsError(f"a disk with path {str(path)!r} exists already")
-        self._update(disk_id, path=str(path))
+        try:
+            self._update(disk_id, path=str(path))
+        except StoreError as exc:
+            if self.find_by_path(path):  # since
+                raise DiskExistsError(f"a disk with path {str(path)!r} exists already") from exc
+            raise
 
     def replace(self, before: Disk, after: Disk) -> bool:
         """Replace DEKs, encryption type, encryption set and generation of a disk with the values of *after*.
@@ -204,6 +217,16 @@ class Store:
         )
         with reading(self._engine) as connection:
             return disks_of(connection.execute(query))
+
+
+def _refuse_taken(connection: Connection, disk: Disk) -> None:
+    """Refuse a disk whose name, path or id is taken.
+
+    :raise DiskExistsError: When one is taken.
+    """
+    for column, value in (("name", disk.name), ("path", str(disk.path)), ("id", disk.id)):
+        if connection.scalar(sa.select(disks.c.state).where(disks.c[column] == value)):
+            raise DiskExistsError(f"a disk with {column} {str(value)!r} exists already")
 
 
 def _is_called(name: str) -> sa.ColumnElement[bool]:

@@ -10,6 +10,9 @@ Storage and guests write images, and so control a parser with a fault. A confine
   CAP_DAC_READ_SEARCH would be worse: open_by_handle_at(2) then finds every file of a mounted filesystem.
 - has limits of memory, processor time and length of files, and leaves no core.
 
+bwrap runs in a PID namespace (:func:`~virt_sse.system.leash.leashed`). Otherwise a killed bwrap could leave a
+child that is blocked for ever, with the descriptors of the images.
+
 Without root's rights, user and capabilities stay as they are; the mounts are as for root where the kernel
 allows unprivileged user namespaces, and else the host's.
 """
@@ -17,10 +20,8 @@ allows unprivileged user namespaces, and else the host's.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shutil
-import signal
 import stat
 import subprocess
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from pathlib import Path
 
 from virt_sse.errors import ToolError
 from virt_sse.system import acceleration
+from virt_sse.system.leash import namespace
 
 TOOL_ID = 65533
 """User and group of confined tools: outside of the ranges of distributions, systemd and ``storage_user``."""
@@ -80,10 +82,14 @@ class Confinement:
         return [file.descriptor for file in self.files]
 
 
-def command(arguments: Sequence[str], confinement: Confinement, *, report_to: int) -> list[str]:
-    """The command that runs the tool *arguments* confined.
+def has_mounts() -> bool:
+    """Whether :func:`command` runs a tool in namespaces; an ordinary user may lack the right to make some."""
+    return os.geteuid() == 0 or _works_unprivileged()
 
-    :param report_to: descriptor of a pipe to :func:`end_confined`.
+
+def command(arguments: Sequence[str], confinement: Confinement) -> list[str]:
+    """The command that runs the tool *arguments* confined, as first process of a PID namespace.
+
     :raise ToolError: When the tool or bubblewrap is not installed.
     """
     found = shutil.which(arguments[0])
@@ -99,9 +105,8 @@ def command(arguments: Sequence[str], confinement: Confinement, *, report_to: in
             else [f"--cpu={confinement.cpu_seconds}:{confinement.cpu_seconds + 1}"]
         ),  # SIGXCPU, then SIGKILL
     ]
-    root = os.geteuid() == 0
-    if not root and not _works_unprivileged():
-        return [*limited, "setpriv", "--pdeathsig", "KILL", "--no-new-privs", "--", *arguments]
+    if not has_mounts():
+        return [*limited, "setpriv", "--no-new-privs", "--", *arguments]
     if shutil.which("bwrap") is None:
         raise ToolError("bwrap is not installed", hint="install the package bubblewrap")
     binds = [part for file in confinement.files for part in _bind(file)] + _accelerate(tool)
@@ -109,7 +114,6 @@ def command(arguments: Sequence[str], confinement: Confinement, *, report_to: in
         binds += ["--ro-bind", tool, tool]
     confined = [
         "bwrap",
-        *("--die-with-parent", "--info-fd", str(report_to)),
         *_NAMESPACES,
         *_SYSTEM,
         *binds,
@@ -117,7 +121,7 @@ def command(arguments: Sequence[str], confinement: Confinement, *, report_to: in
         "--cap-drop",
         "ALL",
     ]
-    if not root:
+    if os.geteuid() != 0:
         return [*limited, *confined, "--", tool, *arguments[1:]]
     only = f"-all,+{_CAPABILITY}"
     unprivileged = [
@@ -126,34 +130,6 @@ def command(arguments: Sequence[str], confinement: Confinement, *, report_to: in
     ]
     kept = [part for capability in _FOR_SETPRIV for part in ("--cap-add", capability)]
     return [*limited, *confined, *kept, "--", *unprivileged, tool, *arguments[1:]]
-
-
-def end_confined(pid: int, report: int) -> bool:
-    """Kill the tool confined by the bwrap process *pid*, which ends once the tool has ended.
-
-    A killed bwrap would end before the tool, whose locks on images would then remain for a moment.
-
-    :param report: reading end of the pipe. bwrap reports before the tool runs; the tool keeps the pipe.
-    :return: whether bwrap had started the tool.
-    """
-    said = b""
-    while b"}" not in said and (chunk := os.read(report, 4096)):
-        said += chunk
-    try:
-        first = int(json.loads(said.partition(b"}")[0] + b"}")["child-pid"])
-        descriptor = os.pidfd_open(first)
-    except (ValueError, ProcessLookupError):
-        return False
-    try:
-        parent = Path(f"/proc/{first}/stat").read_text("ascii").rsplit(") ", 1)[1].split()[1]
-        if int(parent) != pid:
-            return False
-        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    finally:
-        os.close(descriptor)
-    return True
 
 
 def tool_environment() -> dict[str, str]:
@@ -186,8 +162,8 @@ def _bind(file: BoundFile) -> list[str]:
 
 @functools.cache
 def _works_unprivileged() -> bool:
-    """Whether bwrap can make namespaces for this user: distributions restrict them."""
-    trial = ["bwrap", *_NAMESPACES, *_SYSTEM, "--", "/usr/bin/true"]
+    """Whether this user can make namespaces: distributions restrict them."""
+    trial = [*namespace(), "bwrap", *_NAMESPACES, *_SYSTEM, "--", "/usr/bin/true"]
     try:
         return subprocess.run(trial, capture_output=True, check=False).returncode == 0
     except OSError:

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
 from virt_sse.errors import ImageError, ToolError
-from virt_sse.system.confinement import Confinement, command, end_confined, tool_environment
+from virt_sse.system.confinement import Confinement, command, has_mounts, tool_environment
+from virt_sse.system.leash import leashed
 
-_LEASH = ("setpriv", "--pdeathsig", "KILL", "--")
 _COMMAND_NOT_FOUND = 127
-"""Exit status of setpriv when the tool is not found."""
+"""Exit status of sh and setpriv when the tool is not found."""
 _LIMITS = {
     128 + signal.SIGXCPU: "took too much processor time",
     128 + signal.SIGXFSZ: "wrote more than its file may hold",
@@ -151,31 +151,21 @@ def _started(
     stderr: int | BinaryIO,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start a tool; at the end of the block, kill the tool and wait until the tool has ended."""
-    reading, writing = os.pipe2(os.O_CLOEXEC)
-    with os.fdopen(reading, "rb") as report:
-        try:
-            if confinement is None:
-                wrapped, environment = [*_LEASH, *arguments], {**os.environ, "LC_ALL": "C"}
-            else:
-                wrapped, environment = command(arguments, confinement, report_to=writing), tool_environment()
-                pass_fds = [*pass_fds, *confinement.descriptors]
-                if "bwrap" in wrapped:
-                    pass_fds.append(writing)
-            process = subprocess.Popen(
-                wrapped, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=pass_fds, env=environment
-            )
-        except FileNotFoundError as exc:
-            raise ToolError(f"{wrapped[0]} is not installed") from exc
-        finally:
-            os.close(writing)
-        with process:
-            try:
-                yield process
-            finally:
-                if process.poll() is None:
-                    if confinement is None or not end_confined(process.pid, report.fileno()):
-                        process.kill()
-                    process.wait()
+    if confinement is None:
+        wrapped, environment = list(arguments), {**os.environ, "LC_ALL": "C"}
+    else:
+        wrapped, environment = command(arguments, confinement), tool_environment()
+        pass_fds = [*pass_fds, *confinement.descriptors]
+    with leashed(
+        wrapped,
+        in_namespace=confinement is not None and has_mounts(),
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        pass_fds=pass_fds,
+        environment=environment,
+    ) as process:
+        yield process
 
 
 def failure(tool: str, status: int, stderr: str) -> ImageError | ToolError:

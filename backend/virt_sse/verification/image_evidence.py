@@ -13,7 +13,7 @@ from virt_sse.model.disks import Disk
 from virt_sse.model.envelope import Envelope
 from virt_sse.model.events import audit_context
 from virt_sse.qemu import envelope_slots, img
-from virt_sse.verification.headers import cipher_of_image, cipher_within
+from virt_sse.qemu.volume_header import VolumeHeader
 from virt_sse.verification.verdict import DataPlace, DiskVerdict, Layer
 
 IMAGE, WITHIN = "image", "within that"
@@ -40,10 +40,13 @@ def check_image(verdict: DiskVerdict, disk: Disk, freshness: ImageFreshness) -> 
             verdict.expect(False, f"cannot check the age of the image: {exc}")
 
 
-def check_within(verdict: DiskVerdict, disk: Disk, keys: KeyAccess, domain: str) -> None:
-    """Check the cipher of the inner volume of an unused image with nested volumes, by opening the outer.
+def check_within(
+    verdict: DiskVerdict, disk: Disk, keys: KeyAccess, freshness: ImageFreshness, domain: str
+) -> None:
+    """Check the header of the inner volume of an image with nested volumes: its cipher, and its freshness.
 
-    Unwraps the DEKs of all volumes but the guest's. These key uses are in the audit log.
+    A separate process opens the outer volumes, read-only, also while a domain uses the image. The process
+    needs the DEKs of all volumes but the guest's. These key uses are in the audit log.
     """
     entry, *others = disk.deks
     if not others:
@@ -51,14 +54,19 @@ def check_within(verdict: DiskVerdict, disk: Disk, keys: KeyAccess, domain: str)
     try:
         with audit_context(domain=domain):
             deks = [keys.unwrap_slot(disk, other.slot) for other in others]
-        cipher = cipher_within(disk, deks)
+        headers = img.validate(disk.path, disk.format, deks)
     except VirtSseError as exc:
         verdict.expect(False, f"cannot inspect the image's inner layer: {exc}")
         return
+    cipher = str(headers[0].cipher)
     verdict.layers.append(Layer(WITHIN, cipher, entry.slot, str(entry.wrapped.key)))
     verdict.expect(
         cipher == str(entry.cipher), f"the image's inner layer is encrypted with {cipher}, not {entry.cipher}"
     )
+    try:
+        freshness.compare_inner(disk, headers)
+    except VirtSseError as exc:
+        verdict.expect(False, str(exc))
 
 
 def check_temporary(verdict: DiskVerdict, path: Path, disk_id: UUID, cipher: str) -> Layer:
@@ -89,7 +97,7 @@ def _check(verdict: DiskVerdict, path: Path, image_format: DiskFormat, disk_id: 
 def _cipher(verdict: DiskVerdict, path: Path, image_format: DiskFormat) -> str | None:
     try:
         with img.opened(path) as descriptor:
-            cipher = cipher_of_image(descriptor, image_format)
+            cipher = str(VolumeHeader.of_file(descriptor, image_format).cipher)
     except ImageError as exc:
         verdict.expect(False, f"{path}: {exc}" if str(path) not in str(exc) else str(exc))
         return None

@@ -165,6 +165,7 @@ class Verification:
             running.check_open(verdict, disk.path)
         self._evidence.check(verdict, disk, plan, subject.id)
         check_image(verdict, disk, self._freshness)
+        check_within(verdict, disk, self._keys, self._freshness, subject.name)
 
     def _place_of_copy(self, copy: Disk) -> Path:
         """Where the guest's QEMU writes a copy under way."""
@@ -216,7 +217,7 @@ class Verification:
         is_used = self._evidence.check_ended(verdict, disk, subject.id)
         check_image(verdict, disk, self._freshness)
         if not is_used:
-            check_within(verdict, disk, self._keys, subject.name)
+            check_within(verdict, disk, self._keys, self._freshness, subject.name)
 
     def _check_foreign_definition(self, verdict: DiskVerdict, subject: _Subject, chain: DiskChain) -> None:
         """Check a foreign disk in a definition, and disks of virt-sse among the image's backing files."""

@@ -17,6 +17,7 @@ from virt_sse.api import (
     KeyDisabledError,
     KeyId,
     KeyNotFoundError,
+    KeyOperationUnsupportedError,
     KeyProvider,
     KeyProviderUnavailableError,
     KeyState,
@@ -35,6 +36,8 @@ ALGORITHM = "RSA-OAEP-256"
 
 _ALGORITHMS = (ALGORITHM, "RSA-OAEP")
 _READING = "reading of the key"
+_KEY_TYPES = ("RSA", "RSA-HSM")
+_KEY_BITS = (2048, 3072, 4096)
 _CIPHERTEXT_LENGTHS = (256, 384, 512)
 """Lengths in bytes, for the sizes of RSA keys in key vaults."""
 
@@ -76,7 +79,10 @@ class CustomerManagedKeyProvider(KeyProvider):
     def current_key(self, name: str) -> KeyId:
         key = _parse(name)
         document = self._vault(key).ask(_READING, key, "GET", headers=_headers())
-        return KeyId(self.name, name, _version(key, _table(document, "key").get("kid")))
+        material = _table(document, "key")
+        version = _version(key, material.get("kid"))
+        _check_kind(key, material)
+        return KeyId(self.name, name, version)
 
     def wrap(self, dek: Dek, key: KeyId, *, context: DekContext) -> WrappedDek:
         ciphertext = self._use("wrap", key, ALGORITHM, context.bind(dek), context)
@@ -231,6 +237,20 @@ def _version(key: KeyVaultKey, identifier: object) -> str:
     if key.version not in (None, answered.version):
         raise _senseless()
     return answered.version
+
+
+def _check_kind(key: KeyVaultKey, material: Mapping[str, object]) -> None:
+    """Refuse a key that is no RSA key of a supported size.
+
+    :raise KeyOperationUnsupportedError: When the key is of another type or size.
+    """
+    kind, modulus = material.get("kty"), material.get("n")
+    bits = 8 * len(_bytes(modulus)) if modulus is not None else _KEY_BITS[0]
+    if kind not in _KEY_TYPES or bits not in _KEY_BITS:
+        what = f"{bits} bits" if kind in _KEY_TYPES else f"type {str(kind)[:20]!r}"
+        raise KeyOperationUnsupportedError(
+            f"key {key.name!r} has {what}: a customer-managed key is an RSA key of 2048, 3072 or 4096 bits"
+        )
 
 
 def _bytes(value: object) -> bytes:

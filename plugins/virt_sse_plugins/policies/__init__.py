@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from virt_sse.api import Operation, Site, hookimpl
+from virt_sse.api import CloudProfile, Operation, Site, hookimpl
 
 if TYPE_CHECKING:
     import typer
@@ -17,6 +17,13 @@ def virt_sse_validate(operation: Operation, site: Site) -> None:
 
         cloud_rules.validate(operation, site)
         in_guest_encryption.validate(operation)
+
+
+@hookimpl
+def virt_sse_cloud_profile(site: Site) -> CloudProfile:
+    from virt_sse_plugins.policies import cloud_rules
+
+    return cloud_rules.profile(site)
 
 
 @hookimpl

@@ -11,7 +11,7 @@ def sizes(output: Output = OutputFormat.TABLE) -> None:
     from virt_sse_plugins.policies.tables import Tables
 
     site = session.config().site
-    tables = Tables.load(site.tables)
+    tables = Tables.of(site)
     print_rows(
         [
             {

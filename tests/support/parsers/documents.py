@@ -30,7 +30,7 @@ from virt_sse.system.documents import DocumentError, from_json
 from virt_sse_plugins.key_providers.hsm_simulated import HsmSimulatedKeyProvider
 from virt_sse_plugins.key_providers.key_urls import KeyVaultKey
 from virt_sse_plugins.key_providers.platform_keyring import Keyring, KeyringRootKey
-from virt_sse_plugins.policies.tables import BUILT_IN, Tables
+from virt_sse_plugins.policies.tables import CURRENT, Tables
 
 _STAGES = StageRecord(
     disk_id=uuid.UUID(int=1),
@@ -215,7 +215,7 @@ PARSERS = [
     Parser(
         "policy-tables",
         _in_file("tables.toml", _tables),
-        [BUILT_IN.read_bytes()[:4000], b"[regions.a]\nencryption-at-host = true\ndouble-encryption = true\n"],
+        [CURRENT.read_bytes()[:4000], b"[regions.a]\nencryption-at-host = true\ndouble-encryption = true\n"],
         (PolicyError,),
     ),
     Parser("audit-record", always(_resealed_line), [_LINE], (ValueError,), document=True),

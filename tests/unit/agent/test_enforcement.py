@@ -71,10 +71,23 @@ def revoked(
         ([revoked(PAUSE), revoked(SHUTDOWN, 60), revoked(NONE)], Enforcement(SHUTDOWN, 60)),
         ([revoked(NONE), revoked(PAUSE)], Enforcement(PAUSE)),
         ([revoked(SHUTDOWN, 5), revoked(DESTROY)], Enforcement(DESTROY)),
-        ([revoked(DESTROY, sku=DiskSku.ULTRA)], Enforcement(NONE)),
-        ([revoked(DESTROY, sku=DiskSku.ULTRA), revoked(PAUSE)], Enforcement(PAUSE)),
+        ([revoked(DESTROY, sku=DiskSku.ULTRA)], Enforcement(DESTROY)),
     ],
 )
 def test_the_strongest_enforcement_action_is_taken(disks: list[RevokedDisk], expected: Enforcement) -> None:
     assert strictest_enforcement(disks) == expected
     assert strictest_enforcement(disks[::-1]) == expected
+
+
+@pytest.mark.parametrize(
+    ("disks", "expected"),
+    [
+        ([revoked(DESTROY, sku=DiskSku.ULTRA)], Enforcement(NONE)),
+        ([revoked(DESTROY, sku=DiskSku.ULTRA), revoked(PAUSE)], Enforcement(PAUSE)),
+        ([revoked(DESTROY)], Enforcement(DESTROY)),
+    ],
+)
+def test_a_cloud_profile_may_spare_domains_with_disks_of_a_sku(
+    disks: list[RevokedDisk], expected: Enforcement
+) -> None:
+    assert strictest_enforcement(disks, {DiskSku.ULTRA}) == expected

@@ -68,7 +68,7 @@ def test_no_cipher_is_available_without_qemus_tools(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("LIBVIRT_DEFAULT_URI", no_libvirt(tmp_path))
     found = capabilities.probe(Config.load(tmp_path))
-    kernels = ("seccomp filter for storage processes", "Landlock for storage processes")
+    kernels = ("seccomp filter for storage processes", "Landlock for storage processes", "cloud profile")
     assert [each.name for each in found if each.available and each.name not in kernels] == []
 
 
@@ -141,3 +141,22 @@ def test_the_mode_of_the_hook_script_is_restored(tmp_path: Path) -> None:
     hook.chmod(0o777)
     assert "libvirt hook" in cli("host", "init")
     assert stat.S_IMODE(hook.stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize(
+    ("policy", "available", "detail"),
+    [
+        ("", True, "current, of 2026-04"),
+        ('profile = "2020"', True, "2020, of 2020-07"),
+        ('profile = "2020"\nenforce = false', True, "2020, of 2020-07; not enforced"),
+        ('profile = "1999"', False, "no profile '1999' of the cloud's rules"),
+    ],
+)
+def test_the_cloud_profile_and_the_date_of_its_source_are_told(
+    tmp_path: Path, policy: str, available: bool, detail: str
+) -> None:
+    path = tmp_path / "etc/virt-sse/config.toml"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"[policy]\n{policy}\n")
+    found = capabilities.cloud_profile(Config.load(tmp_path))
+    assert (found.available, found.detail) == (available, detail)

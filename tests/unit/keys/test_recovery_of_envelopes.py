@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from support import images
+from support.command_line import CommandLine
 from virt_sse.backend import Backend
 from virt_sse.model.disks import PLATFORM_KEY, Disk, NewDisk
 from virt_sse.model.envelope import Envelope
@@ -55,6 +56,16 @@ def test_the_next_command_writes_the_envelope(
         assert carried(disk) == disk.envelope
         again.disks.check("disk")
     assert marks(root) == []
+
+
+def test_a_listing_is_the_next_command_too(
+    root: Path, backend: Backend, monkeypatch: pytest.MonkeyPatch, virt_sse: CommandLine
+) -> None:
+    disk = backend.disks.create(NewDisk(name="disk", size=M))
+    interrupt(monkeypatch, backend)
+    virt_sse("disk", "list")
+    assert marks(root) == []
+    assert carried(disk).generation == 2
 
 
 def test_without_a_mark_no_image_is_opened(

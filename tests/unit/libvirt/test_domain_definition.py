@@ -12,6 +12,7 @@ from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.users import User
 from virt_sse.libvirt.xml import parse_xml
+from virt_sse.model.cloud import DriverOptions
 from virt_sse.model.slots import TEMP_SLOT, TPM_SLOT
 from virt_sse.model.vms import temp_disk_id
 
@@ -24,6 +25,7 @@ def source(path: str, driver_type: str = "raw", **other: Any) -> DiskSource:
 
 
 BEHIND = Behind(Path(f"/run/virt-sse-disks/{DISK}/guest/nbd"), 30)
+OPTIONS = DriverOptions("none", "native", 1, {"total_iops_sec": 500, "total_bytes_sec": 60_000_000})
 ELEMENTS = {
     "disk-qcow2": disk_element(source("/var/lib/libvirt/images/db-01.qcow2", "qcow2"), target="vda"),
     "disk-raw-read-only-scsi": disk_element(
@@ -32,6 +34,12 @@ ELEMENTS = {
     "disk-behind-a-socket": disk_element(
         source("/var/lib/libvirt/images/db-01.qcow2", "qcow2", behind=BEHIND, error_policy="stop"),
         target="vda",
+    ),
+    "disk-with-options": disk_element(
+        source("/var/lib/libvirt/images/db-01.qcow2", "qcow2"), target="vda", options=OPTIONS
+    ),
+    "disk-with-options-behind-a-socket": disk_element(
+        source("/var/lib/libvirt/images/db-01.qcow2", "qcow2", behind=BEHIND), target="vda", options=OPTIONS
     ),
 }
 

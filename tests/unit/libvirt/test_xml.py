@@ -11,7 +11,15 @@ from virt_sse.libvirt.capabilities import HostCapabilities
 from virt_sse.libvirt.disk_chains import BackupJob
 from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.snapshots import SnapshotFiles
-from virt_sse.libvirt.xml import MAX_BYTES, MAX_DEPTH, parse_with_prefixes, parse_xml, to_text
+from virt_sse.libvirt.xml import (
+    MAX_ATTRIBUTES,
+    MAX_BYTES,
+    MAX_DEPTH,
+    MAX_ELEMENTS,
+    parse_with_prefixes,
+    parse_xml,
+    to_text,
+)
 
 LAUGHS = "".join(f"<!ENTITY l{n} '{f'&l{n - 1};' * 10}'>" for n in range(1, 10))
 REFUSED = {
@@ -26,6 +34,8 @@ REFUSED = {
     "deep nesting": "<domain>" + "<a>" * 1_000_000 + "</a>" * 1_000_000 + "</domain>",
     "unclosed deep nesting": "<a>" * 1_000_000,
     "huge text": "<domain>" + "x" * MAX_BYTES + "</domain>",
+    "many elements": "<domain>" + "<a/>" * MAX_ELEMENTS + "</domain>",
+    "many attributes": "<domain " + " ".join(f"a{n}=''" for n in range(MAX_ATTRIBUTES + 1)) + "/>",
     "unbound prefix": "<domain><a:b/></domain>",
     "control character": "<domain>&#0;</domain>",
     "duplicate attribute": "<domain a='1' a='2'/>",
@@ -49,6 +59,13 @@ def test_the_deepest_allowed_document_is_parsed() -> None:
     root = parse_xml("<a>" * MAX_DEPTH + "</a>" * MAX_DEPTH, kind="XML")
     assert len(list(root.iter())) == MAX_DEPTH
     assert to_text(root, {}).count("<a") == MAX_DEPTH
+
+
+def test_the_largest_allowed_documents_are_parsed() -> None:
+    root = parse_xml("<a>" + "<b/>" * (MAX_ELEMENTS - 1) + "</a>", kind="XML")
+    assert len(root) == MAX_ELEMENTS - 1
+    names = " ".join(f"b{number}=''" for number in range(MAX_ATTRIBUTES))
+    assert len(parse_xml(f"<a {names}/>", kind="XML").attrib) == MAX_ATTRIBUTES
 
 
 DOCUMENTS = [

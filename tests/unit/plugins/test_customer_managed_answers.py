@@ -32,6 +32,7 @@ from virt_sse.errors import (
     KeyDeniedError,
     KeyDisabledError,
     KeyNotFoundError,
+    KeyOperationUnsupportedError,
     KeyProviderError,
     KeyProviderUnavailableError,
     UnwrapError,
@@ -112,6 +113,37 @@ def test_a_disabled_key_is_told_from_a_key_that_may_not_unwrap(
     key = {"kid": key_at(strange_vault.url).name + f"/{VERSION}", "key_ops": ["wrapKey"]}
     strange_vault.answers = [document(key=key, attributes={"enabled": True})]
     assert customer_managed.key_state(key_at(strange_vault.url)) is KeyState.DENIED
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "reason"),
+    [
+        ("RSA", 2048, None),
+        ("RSA-HSM", 4096, None),
+        ("RSA", 1024, "has 1024 bits"),
+        ("RSA", 8192, "has 8192 bits"),
+        ("EC", None, "has type 'EC'"),
+        ("oct", None, "has type 'oct'"),
+        (None, None, "has type 'None'"),
+    ],
+)
+def test_a_key_has_to_be_an_rsa_key_of_a_supported_size(
+    strange_vault: StrangeVault,
+    customer_managed: CustomerManagedKeyProvider,
+    kind: str | None,
+    bits: int | None,
+    reason: str | None,
+) -> None:
+    key: dict[str, object] = {"kid": key_at(strange_vault.url).name + f"/{VERSION}", "kty": kind}
+    if bits:
+        key["n"] = encoded(bytes([0x80, *bytes(bits // 8 - 1)]))
+    strange_vault.answers = [document(key=key, attributes={"enabled": True})]
+    name = f"{strange_vault.url}/keys/web"
+    if reason is None:
+        assert customer_managed.current_key(name) == key_at(strange_vault.url)
+        return
+    with pytest.raises(KeyOperationUnsupportedError, match=f"{reason}: a customer-managed key is an RSA key"):
+        customer_managed.current_key(name)
 
 
 def test_a_dek_that_the_vault_cannot_unwrap_is_an_unwrap_error(

@@ -116,6 +116,23 @@ def test_an_escaped_guest_is_refused_while_the_domain_runs(disk: StagedDisk) -> 
     assert greeting(disk, ESCAPED) == "b''"
 
 
+def nearest(disk: StagedDisk) -> LockedProcess:
+    """The stage process next to the guest."""
+    return disk.stages.processes(record(disk))[0].process
+
+
+def test_gate_and_stage_process_share_no_descriptor(disk: StagedDisk) -> None:
+    """Both are forks of one process: the stage process must not accept clients that the gate refuses."""
+
+    def open_files(process: LockedProcess) -> set[str]:
+        folder = Path(f"/proc/{process.pid()}/fd")
+        return {str(each.readlink()) for each in folder.iterdir()}
+
+    shared = open_files(gate(disk)) & open_files(nearest(disk))
+    assert shared <= {"/dev/null", "anon_inode:seccomp notify"}
+    assert any(name.startswith("socket:") for name in open_files(gate(disk)))
+
+
 def test_waiting_connections_of_an_escaped_guest_do_not_stop_the_domain(disk: StagedDisk) -> None:
     path = disk.stages.guest_socket(disk.disk.id)
     flood = (

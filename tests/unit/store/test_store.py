@@ -17,7 +17,7 @@ import alembic.script
 import pytest
 import sqlalchemy as sa
 
-import virt_sse.store
+import virt_sse.store.store
 from virt_sse.errors import DiskExistsError, DiskNotFoundError, StoreError
 from virt_sse.model.ciphers import AES_256_XTS
 from virt_sse.model.disk_format import DiskFormat
@@ -49,6 +49,26 @@ def disk(name: str, *deks: DekEntry, state: DiskState = DiskState.READY) -> Disk
         generation=1,
         deks=deks or (entry(),),
     )
+
+
+def test_a_name_taken_between_check_and_insertion_is_named(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server's transactions run side by side; the unique constraints decide."""
+    checks: list[str] = []
+    refuse = virt_sse.store.store._refuse_taken
+
+    def late(connection: sa.Connection, each: Disk) -> None:
+        checks.append(each.name)
+        if len(checks) > 1:
+            refuse(connection, each)
+
+    with closing(Store(f"sqlite:///{path}")) as store:
+        store.add(disk("first"))
+        monkeypatch.setattr(virt_sse.store.store, "_refuse_taken", late)
+        with pytest.raises(DiskExistsError, match="a disk with name 'first' exists already"):
+            store.add(dataclasses.replace(disk("second"), name="first"))
+        assert [each.id for each in store.all()] == [disk("first").id]
 
 
 def rewrapped(before: Disk, *deks: DekEntry) -> Disk:

@@ -60,7 +60,7 @@ def bound(path: Path, *, writable: bool = False, name: Path | None = None) -> It
 
 
 def python(script: str, confinement: Confinement) -> str:
-    return run(["python3", "-I", "-S", "-c", script], confinement=confinement)
+    return run(["/usr/bin/python3", "-I", "-S", "-c", script], confinement=confinement)
 
 
 @needs_bwrap
@@ -197,3 +197,16 @@ def test_a_tool_has_ended_when_its_block_has(tmp_path: Path) -> None:
         with running(["sleep", marker], confinement=Confinement(), pass_fds=[]):
             wait_until(lambda: len(_of(marker)) >= 3, "the tool runs under bwrap")
         assert _of(marker) == []
+
+
+@needs_bwrap
+@pytest.mark.root
+def test_a_tool_runs_in_a_container() -> None:
+    """A process ID inside of the tool's namespaces is no process of the container."""
+    script = (
+        "from virt_sse.system.tools import run; from virt_sse.system.confinement import Confinement; "
+        "print(run(['echo', 'confined'], confinement=Confinement()))"
+    )
+    container = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--", sys.executable]
+    done = subprocess.run([*container, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "confined"

@@ -20,7 +20,7 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.qemu import formatting, img
 from virt_sse.qemu.formatting import Volume
-from virt_sse.verification.headers import cipher_of_image
+from virt_sse.qemu.volume_header import VolumeHeader
 from virt_sse.verification.processes import command_line, has_open, identity, listens_at, open_files
 from virt_sse.verification.sector_sample import (
     SECTORS,
@@ -101,7 +101,7 @@ def test_the_cipher_is_read_from_the_header(tmp_path: Path, image_format: DiskFo
     formatting.make(tmp_path / "image", image_format, 1 << 20, volumes[: 1 + double])
     with img.opened(tmp_path / "image") as descriptor:
         cipher = AES_256_CBC if double else AES_256_XTS
-        assert cipher_of_image(descriptor, image_format) == str(cipher)
+        assert VolumeHeader.of_file(descriptor, image_format).cipher == cipher
 
 
 def test_the_files_a_process_has_open_are_found(tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""Options of the commands that use a vault, and the values that they stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from virt_sse.cli import session
+
+if TYPE_CHECKING:
+    from virt_sse.vault_client.administration import VaultClient
+
+Directory = Annotated[
+    Path | None,
+    typer.Option("--directory", "-d", help="The vault's folder.", show_default="vault, in virt-sse's state"),
+]
+Credential = Annotated[
+    Path | None,
+    typer.Option(
+        "--credential",
+        "-c",
+        envvar="VIRT_SSE_VAULT_CREDENTIAL",
+        help="An administrator's credential file.",
+        show_default="administrator.json, in the vault's folder",
+    ),
+]
+PrincipalName = Annotated[
+    str,
+    typer.Argument(
+        metavar="PRINCIPAL", help="The principal's name, client id or object id.", show_default=False
+    ),
+]
+
+
+def vault_folder(given: Path | None) -> Path:
+    """The vault's folder: *given*, or the default in this host's state."""
+    return (given or session.config().state_directory / "vault").absolute()
+
+
+def open_client(credential: Path | None) -> VaultClient:
+    """A client of the vault named by the file *credential*; a context manager."""
+    from virt_sse.vault_client.administration import VaultClient
+
+    return VaultClient(credential_path(credential))
+
+
+def credential_path(given: Path | None) -> Path:
+    """Choose the credential file: *given*, or the administrator's file of this host's vault."""
+    return given or vault_folder(None) / "administrator.json"
