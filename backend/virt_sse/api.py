@@ -50,6 +50,7 @@ from virt_sse.model.layers import (
     HostLayer,
     LayerChoice,
     LayerPlan,
+    Placement,
     StorageNode,
 )
 from virt_sse.model.operations import (
@@ -121,6 +122,7 @@ __all__ = [
     "LayerPlan",
     "MoveDisk",
     "Operation",
+    "Placement",
     "PolicyError",
     "ProviderConfig",
     "RegisterEncryptionLayer",

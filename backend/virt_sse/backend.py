@@ -7,6 +7,7 @@ from typing import Self
 
 from virt_sse.audit.record import Component
 from virt_sse.config import Config
+from virt_sse.disks.certificates import DeletionCertificates
 from virt_sse.disks.copies import Copies
 from virt_sse.disks.images import Images
 from virt_sse.disks.inspector import Inspector
@@ -18,6 +19,7 @@ from virt_sse.domains import temp_disks
 from virt_sse.domains.host_encryption import HostEncryption
 from virt_sse.domains.hotplug import Hotplug
 from virt_sse.domains.live_copies import DomainCopies
+from virt_sse.domains.scale_sets import ScaleSets
 from virt_sse.domains.settings import VmSettings
 from virt_sse.domains.start import DomainStart
 from virt_sse.keys.encryption_sets import EncryptionSets
@@ -36,7 +38,8 @@ class Backend:
     :ivar snapshots: take, restore and delete snapshots.
     :ivar restore_points: make, verify, restore and erase restore points.
     :ivar images: make and delete images, and disks of images.
-    :ivar transfer: import and export.
+    :ivar transfer: import, copy and export.
+    :ivar certificates: certificates about deleted disks.
     :ivar inspector: in-guest encryption on disks.
     :ivar sets: disk encryption sets.
     :ivar keys: KEKs in use, rotation, rewrapping.
@@ -44,6 +47,7 @@ class Backend:
     :ivar host_encryption: temporary disks and TPM state of domains.
     :ivar hotplug: attach and detach disks.
     :ivar vms: settings of domains.
+    :ivar scale_sets: domains from one definition and one disk.
     :ivar verification: ``vm verify``.
     :param plugins: default: the installed plugins.
     :param component: the component named in the audit records of key uses.
@@ -62,14 +66,16 @@ class Backend:
         self.inspector = Inspector(host)
         self.domains = DomainStart(host, self.host_encryption)
         self.hotplug = Hotplug(host, self.domains, self.inspector)
+        self.certificates = DeletionCertificates(host)
         self.live_copies = DomainCopies(host, self.domains)
-        self.disks = Disks(host, self.sets, self.hotplug, self.live_copies)
+        self.disks = Disks(host, self.sets, self.hotplug, self.certificates, self.live_copies)
         copies = Copies(host, self.disks, self.live_copies)
         self.snapshots = Snapshots(host, self.disks, copies, self.live_copies)
         self.restore_points = RestorePoints(host, self.disks, copies)
         self.transfer = Transfer(host, self.disks)
         self.images = Images(host, self.disks, copies, self.transfer)
         self.vms = VmSettings(host, self.domains, self.host_encryption, self.inspector)
+        self.scale_sets = ScaleSets(host, self.disks, self.transfer, self.domains, self.vms)
         self.verification = Verification(host, self.domains, self.vms)
         try:
             temp_disks.erase_of_other_boots(config)

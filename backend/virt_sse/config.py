@@ -20,8 +20,10 @@ from virt_sse.agent_client import LONGEST_SECONDS, SOCKET, TIMEOUT_SECONDS
 from virt_sse.errors import ConfigError, InvalidValueError
 from virt_sse.model.ciphers import AES_256_CBC, Cipher
 from virt_sse.model.keys import ProviderConfig
+from virt_sse.model.layers import Placement
 from virt_sse.model.operations import Site
 from virt_sse.system.documents import DocumentError, from_toml
+from virt_sse.system.guest_library import GuestLibrary
 from virt_sse.system.permissions import loose_permission
 
 
@@ -106,6 +108,7 @@ class Config:
     :ivar encryption_set_limit: maximum number of disk encryption sets per subscription and region; ``None``
         for the limit of the cloud profile.
     :ivar infrastructure_cipher: cipher of the second layer of double encryption.
+    :ivar placement: placement of disks whose encryption set has none, and of disks without a set.
     :ivar io_errors: reaction to failed reads and writes of a guest.
     :ivar reconnect_seconds: how long requests of a guest wait for the restart of a failed storage process.
     :ivar storage_uids: user ids for storage processes, a different id for each process.
@@ -125,6 +128,7 @@ class Config:
     disk_directory: Path
     operator_credential: Path
     infrastructure_cipher: Cipher = AES_256_CBC
+    placement: Placement = Placement.GUEST
     io_errors: IoErrors = IoErrors.PAUSE
     reconnect_seconds: int = 30
     storage_uids: range = _STORAGE_UIDS
@@ -167,6 +171,7 @@ class Config:
             libvirt_uri=os.environ.get("LIBVIRT_DEFAULT_URI") or document.libvirt.uri or "qemu:///system",
             disk_directory=Path(disks.directory or root / "var/lib/libvirt/images"),
             infrastructure_cipher=_cipher(path, disks.infrastructure_cipher),
+            placement=Placement(disks.placement),
             io_errors=IoErrors(disks.io_errors or "pause"),
             reconnect_seconds=disks.reconnect_seconds,
             storage_uids=_uids(path, host.storage_uids),
@@ -197,6 +202,11 @@ class Config:
         return self.state_directory / "pending-envelopes"
 
     @property
+    def signing_key(self) -> Path:
+        """The key that signs deletion certificates; made at the first use."""
+        return self.state_directory / "certificate.key"
+
+    @property
     def pending_resizes(self) -> Path:
         """Folder with marks of disks whose size in the store may be wrong, after a kill; mode 0700."""
         return self.state_directory / "pending-resizes"
@@ -210,6 +220,11 @@ class Config:
     def hook_path(self) -> Path:
         """The libvirt qemu hook, installed by ``virt-sse host init``."""
         return self.root / "etc/libvirt/hooks/qemu.d/virt-sse"
+
+    @property
+    def guest_library(self) -> GuestLibrary:
+        """The XTS library for guests' QEMU processes; may not be installed."""
+        return GuestLibrary.of(self.root, self.state_directory)
 
     @property
     def agent_socket(self) -> Path:
@@ -321,6 +336,7 @@ class _Libvirt(_Table, frozen=True):
 class _Disks(_Table, frozen=True):
     directory: str = ""
     infrastructure_cipher: str = ""
+    placement: Annotated[Literal["guest", "storage"], msgspec.Meta(description=_one_of(Placement))] = "guest"
     io_errors: Annotated[Literal["pause", "report", ""], msgspec.Meta(description=_one_of(IoErrors))] = ""
     reconnect_seconds: Annotated[
         int,

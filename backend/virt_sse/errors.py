@@ -10,6 +10,8 @@
     ├── EncryptionSetNotFoundError
     ├── EncryptionSetExistsError     the name is taken
     ├── EncryptionSetInUseError      the set contains disks
+    ├── ScaleSetNotFoundError
+    ├── ScaleSetExistsError          the name is taken
     ├── DiskNotFoundError
     ├── DiskExistsError              the name or the path is taken
     ├── DiskStateError               the disk's state does not allow the operation
@@ -35,6 +37,7 @@
     ├── AgentError                   the agent cannot serve, or an untrusted process answers in its place
     │   └── AgentUnavailableError    no agent answers
     ├── AuditError                   a key use cannot be recorded, or the audit log is damaged
+    ├── CertificateError             a deletion certificate is missing, malformed or altered
     ├── StoreError
     ├── OutputError                  standard output cannot be written: a full disk, a closed descriptor
     ├── StageError                   a process between QEMU and the storage does not start, or has failed
@@ -102,6 +105,14 @@ class EncryptionSetExistsError(VirtSseError):
 
 class EncryptionSetInUseError(VirtSseError):
     """The disk encryption set contains disks."""
+
+
+class ScaleSetNotFoundError(VirtSseError):
+    """No scale set has the given name."""
+
+
+class ScaleSetExistsError(VirtSseError):
+    """The name of the scale set is taken."""
 
 
 class DiskNotFoundError(VirtSseError):
@@ -217,6 +228,10 @@ class AgentUnavailableError(AgentError):
 
 class AuditError(VirtSseError):
     """A key use cannot be recorded and is therefore refused, or the audit log is unreadable or damaged."""
+
+
+class CertificateError(VirtSseError):
+    """A deletion certificate is missing, malformed, altered, or signed with another key."""
 
 
 class StoreError(VirtSseError):

@@ -1,7 +1,8 @@
 """``python tests/bench``: speed of virt-sse, as ratios to peers measured in the same run.
 
-A missed target is marked but is not a failure. The exit status is 1 when a benchmark ends with an error. A
-benchmark is skipped, with a message, if the machine lacks its tools.
+The first table has all rows, the second the figures with a target. A missed target is marked but is not a
+failure. The exit status is 1 when a benchmark ends with an error. A benchmark is skipped, with a message, if
+the machine lacks its tools.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,13 +27,15 @@ import data
 import domain
 import hook
 import hsm
-import layers
+import iothreads
 import machine
+import plot
+import process
 import rewrap
 import scale
 import start
+import transfer
 import virt_sse
-import xts
 from measurement import Bench, Row, Run
 from virt_sse.cli.output import OutputFormat, print_rows
 from virt_sse.errors import LabUnavailableError, VirtSseError, report
@@ -45,12 +48,13 @@ BENCHES: Mapping[str, Bench] = {
     "hook": hook.measure,
     "command": command.measure,
     "data": data.measure,
-    "layers": layers.measure,
+    "process": process.measure,
+    "import": transfer.measure,
     "rewrap": rewrap.measure,
     "scale": scale.measure,
     "customer": customer.measure,
     "hsm": hsm.measure,
-    "xts": xts.measure,
+    "iothreads": iothreads.measure,
 }
 
 
@@ -75,23 +79,25 @@ def main() -> int:
     try:
         with _scratch() as scratch:
             facts = machine.facts(scratch)
-            results = _measure(arguments.only or list(BENCHES), Run(arguments.quick, scratch))
+            results = Results()
+            for name in arguments.only or BENCHES:
+                _measure(name, Run(arguments.quick, scratch), results)
+                document = {
+                    "version": virt_sse.__version__,
+                    "began": began.isoformat(timespec="seconds"),
+                    "seconds": round(time.monotonic() - clock, 1),
+                    "quick": arguments.quick,
+                    "machine": facts,
+                    "rows": [row.as_json() for row in results.rows],
+                    "skipped": results.skipped,
+                    "failed": results.failed,
+                }
+                arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+                if arguments.plot:
+                    arguments.plot.write_text(plot.svg(document))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    took = time.monotonic() - clock
-
-    _print(results, facts, took)
-    document = {
-        "version": virt_sse.__version__,
-        "began": began.isoformat(timespec="seconds"),
-        "seconds": round(took, 1),
-        "quick": arguments.quick,
-        "machine": facts,
-        "rows": [row.as_json() for row in results.rows],
-        "skipped": results.skipped,
-        "failed": results.failed,
-    }
-    arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+    _print(results, facts, time.monotonic() - clock)
     return 1 if results.failed else 0
 
 
@@ -108,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--json", type=Path, default=Path("bench-results.json"), metavar="PATH", help="default %(default)s"
     )
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="write the figures with a target as SVG")
     return parser
 
 
@@ -128,18 +135,16 @@ def _scratch() -> Iterator[Path]:
         directory.remove()
 
 
-def _measure(names: Sequence[str], run: Run) -> Results:
-    results = Results()
-    for name in names:
-        print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        try:
-            results.rows.extend(BENCHES[name](run))
-        except LabUnavailableError as exc:
-            results.skipped[name] = str(exc)
-        except VirtSseError as exc:
-            report(exc)
-            results.failed[name] = str(exc)
-    return results
+def _measure(name: str, run: Run, results: Results) -> None:
+    """Add the rows of a benchmark, or why there are none."""
+    print(f"measuring {name} ...", file=sys.stderr, flush=True)
+    try:
+        results.rows.extend(BENCHES[name](run))
+    except LabUnavailableError as exc:
+        results.skipped[name] = str(exc)
+    except VirtSseError as exc:
+        report(exc)
+        results.failed[name] = str(exc)
 
 
 def _print(results: Results, facts: Mapping[str, object], took: float) -> None:
@@ -147,7 +152,9 @@ def _print(results: Results, facts: Mapping[str, object], took: float) -> None:
     rows = [row.as_cells() for row in results.rows]
     if rows:
         print_rows(rows, list(rows[0]), OutputFormat.TABLE)
-        print("\nratio: speed relative to the peer; 2x is twice as fast, 0.5x half as fast")
+        print("\nratio: speed relative to the peer; 2x is twice as fast, 0.5x half as fast\n")
+    if aims := [row.as_aim() for row in results.rows if row.target]:
+        print_rows(aims, list(aims[0]), OutputFormat.TABLE)
     for state, reasons in (("skipped", results.skipped), ("failed", results.failed)):
         for name, reason in reasons.items():
             print(f"{state}: {name}: {reason}")

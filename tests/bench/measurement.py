@@ -73,6 +73,7 @@ class Row:
     :ivar what: description of the measurement.
     :ivar peer_name: description of *peer*.
     :ivar details: further numbers of the same measurement; each name includes the unit.
+    :ivar note: what limits the measurement; for a missed target.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Row:
     peer_name: str = ""
     target: Target | None = None
     details: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def ratio(self) -> float | None:
@@ -110,6 +112,23 @@ class Row:
             "target": {"seconds": self.target.seconds, "ratio": self.target.ratio} if self.target else None,
             "met": self.met,
             "details": dict(self.details),
+            "note": self.note,
+        }
+
+    def as_aim(self) -> dict[str, object]:
+        """The row's cells in the table of the figures with a target."""
+        low, high = (self.details.get(name) for name in ("ratio_min", "ratio_max"))
+        ratio = None if self.ratio is None else f"{self.ratio:.2f}x"
+        if ratio and low is not None and high is not None:
+            ratio += f" ({low:.2f}-{high:.2f})"
+        return {
+            "figure": self.what,
+            "measured": self.ours,
+            "ratio": ratio,
+            "peer": self.peer_name,
+            "wanted": self.target,
+            "met": "yes" if self.met else "MISSED",
+            "limit": "" if self.met else self.note,
         }
 
     def as_cells(self) -> dict[str, object]:

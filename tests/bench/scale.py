@@ -80,8 +80,8 @@ def _host(root: Path, count: int) -> Path:
     return root
 
 
-def add_copies(backend: Backend, first: Disk, count: int) -> None:
-    """Add copies of a disk, each with its own id, wrapped DEK and image; in one transaction.
+def add_copies(backend: Backend, first: Disk, count: int, *, images: bool = True) -> None:
+    """Add copies of a disk, each with its own id, wrapped DEK and perhaps image; in one transaction.
 
     The images have the LUKS header and the envelope, but no key material: nothing opens them.
     """
@@ -101,11 +101,12 @@ def add_copies(backend: Backend, first: Disk, count: int) -> None:
         )
         wrapped = provider.wrap(dek, entry.wrapped.key, context=copy.context(entry.slot))
         copy = replace(copy, deks=(replace(entry, wrapped=wrapped),))
-        copy.path.write_bytes(header)
-        with img.opened(copy.path, os.O_RDWR) as image:
-            os.ftruncate(image, size)
-            backend.host.freshness.seal_new(image, copy)
-        backend.host.freshness.note_new(copy)
+        if images:
+            copy.path.write_bytes(header)
+            with img.opened(copy.path, os.O_RDWR) as image:
+                os.ftruncate(image, size)
+                backend.host.freshness.seal_new(image, copy)
+            backend.host.freshness.note_new(copy)
         copies.append(copy)
     _insert(backend.host.config.state_directory / "store.sqlite", first, copies)
 
@@ -206,7 +207,7 @@ def _prepares(bench: Run, counts: Sequence[int]) -> Iterator[Row]:
         first = backend.disks.create(NewDisk(name="other", size=1 << 20, format=DiskFormat.RAW))
         added = 2
         for count in counts:
-            add_copies(backend, first, count - added)
+            add_copies(backend, first, count - added, images=False)
             added = count
             prepare()
             samples = []

@@ -10,16 +10,16 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from virt_sse.errors import LabUnavailableError, ToolError
 from virt_sse.model.keys import Dek
+from virt_sse.system import acceleration
 from virt_sse.system.tools import passphrase_descriptor, run
 
 _START_SECONDS = 10.0
-_DEPTH = 16
 _EXPORT = "disk"
 
 
@@ -54,7 +54,12 @@ class Export:
 
 @contextlib.contextmanager
 def exported(
-    node: str, folder: Path, *, dek: Dek | None = None, below: Sequence[int] = ()
+    node: str,
+    folder: Path,
+    *,
+    dek: Dek | None = None,
+    below: Sequence[int] = (),
+    environment: Mapping[str, str] = acceleration.ALLOCATOR,
 ) -> Iterator[Export]:
     """Export a block node of a storage daemon over NBD.
 
@@ -62,6 +67,7 @@ def exported(
     :param folder: parent of a private folder for the socket.
     :param dek: content of the secret object ``dek``, if named in *node*; passed through a pipe.
     :param below: IDs of the processes between the daemon and the storage.
+    :param environment: environment variables of the daemon, beside the caller's.
     :raise ToolError: When the daemon does not start.
     """
     with contextlib.ExitStack() as stack:
@@ -79,6 +85,7 @@ def exported(
                 stdin=subprocess.DEVNULL,
                 stderr=said,
                 pass_fds=passed,
+                env={**os.environ, **environment},
             )
             stack.callback(process.wait)
             stack.callback(process.kill)
@@ -100,12 +107,16 @@ def _await(process: subprocess.Popen[bytes], path: Path, said: Path) -> None:
 class Load:
     """A load for fio.
 
+    :ivar what: description.
     :ivar pattern: fio's ``rw``.
     :ivar block: bytes per request.
+    :ivar depth: number of requests at a time.
     """
 
+    what: str
     pattern: str
     block: int
+    depth: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,31 +124,36 @@ class Throughput:
     """Result of fio.
 
     :ivar cpu_seconds_per_gib: CPU time of the daemon and of the stages below the daemon.
+    :ivar p50, p99: percentiles of the latency of requests, in seconds.
     """
 
     bytes_per_second: float
     cpu_seconds_per_gib: float
+    p50: float
+    p99: float
 
 
-def drive(export: Export, load: Load, size: int, *, runtime: int | None) -> Throughput:
+def drive(export: Export, load: Load, size: int, *, runtime: float | None) -> Throughput:
     """Run *load* on the first *size* bytes of the export.
 
     :param runtime: duration in seconds; if ``None``, until each byte was written or read once.
     :raise ToolError: When fio fails.
     """
-    limit = ["--time_based", f"--runtime={runtime}"] if runtime else []
+    limit = ["--time_based", f"--runtime={int(runtime * 1000)}ms"] if runtime else []
     before = export.cpu_seconds()
     report = run(
         ["fio", "--name=bench", "--thread", "--output-format=json", "--ioengine=nbd"]
-        + [
-            f"--uri=nbd+unix:///{_EXPORT}?socket={export.socket}",
-            f"--rw={load.pattern}",
-            f"--bs={load.block}",
-        ]
-        + [f"--size={size}", f"--iodepth={_DEPTH}", "--refill_buffers", "--norandommap", *limit],
+        + [f"--uri=nbd+unix:///{_EXPORT}?socket={export.socket}", f"--rw={load.pattern}"]
+        + [f"--bs={load.block}", f"--iodepth={load.depth}", f"--size={size}"]
+        + ["--refill_buffers", "--norandommap", *limit],
         confinement=None,
     )
     used = export.cpu_seconds() - before
     (job,) = json.loads(report[report.index("{") :])["jobs"]  # the nbd engine prints a line before the JSON
-    side = job["write" if "write" in load.pattern else "read"]
-    return Throughput(side["bw_bytes"], used / (side["io_bytes"] / (1 << 30)))
+    side = job[next(kind for kind in ("write", "trim", "read") if kind in load.pattern)]
+    percentiles = side["clat_ns"].get("percentile", {})
+    return Throughput(
+        side["bw_bytes"],
+        used / (side["io_bytes"] / (1 << 30)),
+        *(percentiles.get(f"{percent}.000000", 0) / 1e9 for percent in (50, 99)),
+    )

@@ -82,4 +82,4 @@ def test_a_domain_is_refused_for_the_expected_reason_or_accepted(case: Case) -> 
 def test_any_domain_is_salvaged_for_its_end(case: Case) -> None:
     """The release of a domain and the watch of its keys read as much as can be read."""
     domain = DomainDefinition.salvage(case.content.decode(errors="surrogateescape"))
-    assert all(use.secret.uuid for use in domain.our_disks)
+    assert all(use.secret.uuid if use.secret else use.disk_id for use in domain.our_disks)

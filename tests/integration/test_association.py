@@ -59,8 +59,7 @@ def test_a_disk_goes_from_key_to_key_and_from_provider_to_provider(
     )
     data = before.path.read_bytes()[2 * M :]
     for target in ("vault", "other", "token", "vault"):
-        virt_sse("disk", "update", "disk", "--des", target, "--encryption-type", kind.value)
-        moved = backend.disks.get("disk")
+        moved = backend.sets.move_disk("disk", target)
         assert moved.key == backend.sets.get(target).key
         assert moved.deks[1:] == before.deks[1:], "the platform's layer keeps its key"
         backend.disks.check("disk")

@@ -20,7 +20,7 @@ from support.faults import crash_points, dies_at
 from support.forking import run_forked
 from support.images import KeyedImage
 from virt_sse.backend import Backend
-from virt_sse.disks import creation, lifecycle, transfer
+from virt_sse.disks import certificates, creation, lifecycle, transfer
 from virt_sse.host.setup import initialise
 from virt_sse.keys import rewrap
 from virt_sse.model import envelope
@@ -32,7 +32,19 @@ from virt_sse.store import store
 from virt_sse.system import files
 
 M = 1 << 20
-MODULES = (creation, lifecycle, rewrap, transfer, envelope, envelope_slots, files, img, qcow2, store)
+MODULES = (
+    creation,
+    lifecycle,
+    certificates,
+    rewrap,
+    transfer,
+    envelope,
+    envelope_slots,
+    files,
+    img,
+    qcow2,
+    store,
+)
 POINTS = 25
 """So many of the lines are tried, evenly spread; which ones differs with every change of the code."""
 
@@ -59,8 +71,13 @@ class Scene:
         shutil.rmtree(self.root, ignore_errors=True)
         shutil.copytree(self._template, self.root)
 
-    def kills(self, action: Callable[[Backend], object], check: Callable[[Backend], object]) -> None:
-        """Kill *action* before one line after the other, and see *check* hold for the next command."""
+    def kills(
+        self, action: Callable[[Backend], object], check: Callable[[Backend], object], tried: int = POINTS
+    ) -> None:
+        """Kill *action* before one line after the other, and see *check* hold for the next command.
+
+        :param tried: number of lines.
+        """
 
         def act() -> None:
             with Backend.open(self.root) as backend:
@@ -68,7 +85,7 @@ class Scene:
 
         points = crash_points(MODULES, act)
         self.reset()
-        for point in points[:: max(1, len(points) // POINTS)]:
+        for point in points[:: max(1, len(points) // tried)]:
             assert dies_at(point, MODULES, act), f"line event {point} did not come"
             with Backend.open(self.root) as backend:
                 try:
@@ -134,7 +151,7 @@ def test_a_killed_copy_leaves_the_source_and_a_whole_disk_or_nothing(root: Path)
             whole(backend, name, 0x66)
         outcomes.add(len(found))
 
-    scene.kills(lambda b: b.transfer.copy("disk", NewDisk(name="copy")), check)
+    scene.kills(lambda b: b.transfer.copy("disk", NewDisk(name="copy")), check, tried=15)
     assert outcomes == {1, 2}
 
 
@@ -169,6 +186,28 @@ def test_a_killed_deletion_leaves_a_whole_disk_or_nothing(root: Path, image_form
         outcomes.add(bool(found))
 
     scene.kills(lambda b: b.disks.erase(b.disks.get("disk")), check)
+    assert outcomes == {True, False}
+
+
+@pytest.mark.slow
+def test_a_killed_deletion_is_certified_as_soon_as_the_disk_is_gone(root: Path) -> None:
+    scene = Scene(root, filled)
+    outcomes = set()
+
+    def check(backend: Backend) -> None:
+        issued = [name for _, name, _ in backend.certificates.all()]
+        found = [disk.name for disk in backend.disks.all()]
+        assert sorted(found + issued) == ["disk"]
+        if issued:
+            certificate = backend.certificates.get("disk")
+            statement = certificate.verify(backend.certificates.key.load().public_key())
+            assert statement.image == "erased"
+            assert [dek.slot for dek in statement.deks] == ["service"]
+        else:
+            whole(backend, "disk", 0x66)
+        outcomes.add(bool(issued))
+
+    scene.kills(lambda b: b.disks.erase(b.disks.get("disk"), certified=True), check, tried=15)
     assert outcomes == {True, False}
 
 

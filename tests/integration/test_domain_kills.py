@@ -1,4 +1,4 @@
-"""Some of the processes that serve a domain are killed while the domain starts or ends.
+"""Some of the processes that serve a domain are killed while the domain starts, changes or ends.
 
 ``VIRT_SSE_DOMAIN_KILLS=5`` kills each process in each action at five moments.
 """
@@ -10,15 +10,18 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from soak.domains import ACTIONS, PROCESSES, DomainKill, DomainSite
+from soak.domains import ACTIONS, DomainKill, DomainSite
 from support.stage_site import stage_site
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.host import LabHost
 
 SEEDS = range(1, 1 + int(os.environ.get("VIRT_SSE_DOMAIN_KILLS", "0")))
-FEW = [DomainKill.choose("start", "agent", 1)]
+FEW = [DomainKill.choose("start", "agent", 1), DomainKill.choose("attach", "client", 1)]
 KILLS = [
-    DomainKill.choose(action, process, seed) for seed in SEEDS for action in ACTIONS for process in PROCESSES
+    DomainKill.choose(action, process, seed)
+    for seed in SEEDS
+    for action, processes in ACTIONS.items()
+    for process in processes
 ]
 
 

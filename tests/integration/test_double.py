@@ -11,19 +11,19 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from support.images import FORMATS, contains
-from support.stage_site import StageSite, owner, stage_site
+from support.stage_site import StageSite, owner, stage_site_fixtures
 from support.waiting import wait_until
 from virt_sse.errors import DiskNotFoundError, ImageFormatError, StageError
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.guests import Guest
-from virt_sse.lab.host import QEMU_USER, LabHost
+from virt_sse.lab.host import QEMU_USER
 from virt_sse.lab.recipes import BOOT_SECTOR_TEXT, LinuxMicro
 from virt_sse.model.disks import Disk
 from virt_sse.model.keys import Dek
@@ -33,17 +33,7 @@ M = 1 << 20
 Accelerate = Callable[[str], Acceleration]
 
 
-@pytest.fixture(scope="module")
-def running_site(lab_host: LabHost, acceleration: Accelerate) -> Iterator[StageSite]:
-    with stage_site(lab_host, acceleration("boot-sector")) as site:
-        yield site
-
-
-@pytest.fixture
-def site(running_site: StageSite) -> Iterator[StageSite]:
-    yield running_site
-    running_site.forget_domains()
-    assert running_site.left() == {}
+running_site, site = stage_site_fixtures()
 
 
 def test_a_guest_on_two_disks_has_its_stages_from_start_to_end(site: StageSite) -> None:

@@ -11,28 +11,16 @@ from collections.abc import Callable, Iterator
 import libvirt
 import pytest
 
-from support.stage_site import CONFIG, StageSite, owner, stage_site
+from support.stage_site import CONFIG, StageSite, owner, stage_site_fixtures
 from support.waiting import wait_until
-from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.guests import Guest
-from virt_sse.lab.host import LabHost
 from virt_sse.model.disks import Disk
 
 M = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def running_site(lab_host: LabHost, acceleration: Callable[[str], Acceleration]) -> Iterator[StageSite]:
-    with stage_site(lab_host, acceleration("boot-sector")) as site:
-        yield site
-
-
-@pytest.fixture
-def site(running_site: StageSite) -> Iterator[StageSite]:
-    yield running_site
-    running_site.forget_domains()
-    assert running_site.left() == {}
+running_site, site = stage_site_fixtures()
 
 
 @contextlib.contextmanager

@@ -12,12 +12,14 @@ from support.images import FORMATS, contains, require
 from virt_sse.backend import Backend
 from virt_sse.errors import (
     EncryptionSetNotFoundError,
+    EnvelopeError,
     InvalidValueError,
     KeyDisabledError,
     KeyringError,
     PolicyError,
 )
 from virt_sse.lab.vaults import LabVault
+from virt_sse.model import envelope
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import PLATFORM_KEY, Disk, NewDisk
 from virt_sse.model.encryption_sets import EncryptionSet
@@ -134,6 +136,32 @@ def test_a_moved_double_disk_is_adopted(
     assert (adopted.id, adopted.path, adopted.size) == (disk.id, moved, M)
     backend.disks.check("disk")
     assert exported(backend, root) == CONTENT
+
+
+def test_a_double_disk_under_a_large_key_with_a_long_url_is_used_and_rotated(
+    backend: Backend, keys: CustomerKeys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = keys.client.create_rsa_key("k" * 127, size=4096)
+    web = backend.sets.create(
+        "web", provider="customer-managed", key=str(key.id).rpartition("/")[0], encryption_type=DOUBLE
+    )
+    keys.administration.grant(str(web.identity), RIGHTS)
+    new = NewDisk(name="d" * 80, size=M, format=DiskFormat.RAW, encryption_set="web")
+    with monkeypatch.context() as patched:
+        patched.setattr(envelope, "_BODY_BYTES", 1000)
+        with pytest.raises(EnvelopeError, match="header has room for 1000"):
+            backend.disks.create(new)
+        assert backend.disks.all() == []
+        assert list(backend.host.config.disk_directory.iterdir()) == []
+    disk = backend.disks.create(new)
+    backend.disks.check(disk.name)
+    assert backend.keys.rotate(PLATFORM_KEY)[1].failed == {}
+    with monkeypatch.context() as patched:
+        patched.setattr(envelope, "_BODY_BYTES", 1000)
+        assert "header has room for 1000" in backend.keys.rotate(PLATFORM_KEY)[1].failed[disk.name]
+    backend.disks.check(disk.name)
+    backend.host.store.remove(disk.id)
+    assert backend.disks.adopt(disk.path).name == disk.name
 
 
 def test_a_rotation_of_one_layers_key_does_not_need_the_other_layers_key(

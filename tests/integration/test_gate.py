@@ -7,20 +7,20 @@ import os
 import pwd
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from support.stage_site import StageSite, stage_site
+from support.stage_site import StageSite, owner, stage_site_fixtures
 from support.waiting import wait_until
 from virt_sse.domains.settings import VmChanges
-from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
-from virt_sse.lab.host import QEMU_USER, LabHost
+from virt_sse.lab.host import QEMU_USER
 from virt_sse.model.disks import Disk
 from virt_sse.model.layers import HostCaching
 from virt_sse.stages.locked_process import LockedProcess
+from virt_sse.stages.record import RECORD_NAME
 
 M = 1 << 20
 ATTACK = """\
@@ -43,17 +43,7 @@ while not select.select([0], [], [], 0)[0]:  # until standard input is closed
 """
 
 
-@pytest.fixture(scope="module")
-def running_site(lab_host: LabHost, acceleration: Callable[[str], Acceleration]) -> Iterator[StageSite]:
-    with stage_site(lab_host, acceleration("boot-sector")) as site:
-        yield site
-
-
-@pytest.fixture
-def site(running_site: StageSite) -> Iterator[StageSite]:
-    yield running_site
-    running_site.forget_domains()
-    assert running_site.left() == {}
+running_site, site = stage_site_fixtures()
 
 
 @contextlib.contextmanager
@@ -122,7 +112,7 @@ def test_a_killed_gate_is_replaced_under_the_guest(site: StageSite) -> None:
         wait_until(lambda: gate(site, disk).pid() not in (None, pid), "the agent has started a new gate")
         assert "wrote 4096" in site.qemu_io(guest, "write -P 0x5a 0 4096")
         with attacked(site, disk):
-            wait_until(lambda: gate(site, disk).output(), "the new gate refuses")
+            wait_until(lambda: "of user" in gate(site, disk).output(), "the new gate refuses")
         guest.destroy()
 
 
@@ -139,3 +129,57 @@ def test_an_escaped_guest_does_not_hold_up_a_domain_with_an_unreachable_gate(sit
     assert site.left() == {}
     site.start_paused(guest)
     assert Path(site.backend.host.stages.guest_socket(disk.id)).is_socket()
+
+
+@pytest.mark.parametrize("with_gate", [True, False])
+def test_the_processes_of_a_damaged_record_end_with_the_domain(site: StageSite, with_gate: bool) -> None:
+    disk, cached = site.disk("raw", size=M), site.single_disk("raw", size=M)
+    guest = site.guest(disk, cached)
+    caching = {"vdb": HostCaching.READ_ONLY}
+    site.backend.vms.update(guest.name, VmChanges(encryption_at_host=True, caching=caching))
+    site.start_paused(guest)
+    for each in (disk, cached):
+        (site.backend.host.config.stage_directory / str(each.id) / RECORD_NAME).write_text("{")
+        if not with_gate:
+            os.kill(gate(site, each).pid() or 0, signal.SIGKILL)
+    guest.destroy()
+    assert site.left() == {}
+    assert [owner(disk), owner(cached)] == [0, 0]
+    site.start_paused(guest)
+    guest.destroy()
+
+
+def test_a_hot_plugged_disk_is_for_its_own_domain_alone(site: StageSite) -> None:
+    disk, plugged = site.disk("raw", size=M), site.disk("qcow2", size=M)
+    guest = site.guest(disk)
+    site.start_paused(guest)
+    with attacked(site, disk, plugged):
+        site.virt_sse("disk", "attach", plugged.name, guest.name)
+        assert "wrote 4096" in site.qemu_io(guest, "write -P 0x5a 0 4096", disk=1)
+        assert "failed" not in site.qemu_io(guest, "read -P 0x5a 0 4096", disk=1)
+        wait_until(lambda: gate(site, plugged).output(), "the gate has refused a process")
+    guest.destroy()
+    site.backend.disks.check(plugged.name)
+
+
+def test_nothing_is_left_if_qemu_never_comes(site: StageSite) -> None:
+    """QEMU ends at an argument that it does not know, after the hook has served the disks."""
+    disk, cached = site.disk("raw", size=M), site.single_disk("raw", size=M)
+    guest = site.guest(disk, cached)
+    caching = {"vdb": HostCaching.READ_ONLY}
+    site.backend.vms.update(guest.name, VmChanges(encryption_at_host=True, caching=caching))
+    uses = site.backend.host.freshness.carried_by(disk.path).uses or 0
+    broken = site.host.directory / f"{disk.name}.xml"
+    qemu = "<qemu:commandline><qemu:arg value='-no-such-option'/></qemu:commandline>"
+    xml = site.virsh("dumpxml", "--inactive", guest.name)
+    namespace = "<domain xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0' "
+    broken.write_text(xml.replace("<domain ", namespace, 1).replace("</domain>", f"{qemu}</domain>"))
+    site.virsh("define", broken)
+    assert "no-such-option" in site.virsh("start", guest.name, "--paused", status=1)
+    assert site.backend.host.freshness.carried_by(disk.path).uses == uses + 2, "its use began and ended"
+    assert site.left() == {}
+    assert [owner(disk), owner(cached)] == [0, 0]
+    broken.write_text(xml)
+    site.virsh("define", broken)
+    site.start_paused(guest)
+    guest.destroy()

@@ -17,6 +17,7 @@ from virt_sse.lab.guests import Guest
 from virt_sse.lab.vaults import LabVault
 from virt_sse.model.disks import Disk, DiskSku
 from virt_sse.model.encryption_sets import RevocationAction
+from virt_sse.model.layers import Placement
 
 
 def test_a_guest_that_ignores_the_power_button_is_ended_after_the_grace_time(site: CustomerSite) -> None:
@@ -75,6 +76,28 @@ def test_a_guest_that_others_paused_stays_paused(site: CustomerSite) -> None:
     site.wait_for_event("domain-restored", domain=guest.name)
     time.sleep(1)
     assert state_of(guest, site) == libvirt.VIR_DOMAIN_PAUSED
+
+
+def test_a_guest_without_a_key_of_its_own_loses_its_data_even_without_libvirt(site: CustomerSite) -> None:
+    encryption_set = site.new_set(placement=Placement.STORAGE, action=RevocationAction.DESTROY)
+    guest, disk = site.guest(encryption_set.name)
+    guest.start()
+    assert site.secrets() == []
+    site.wait_until_watched(guest)
+    stages = site.backend.host.stages
+    assert [record.disk_id for record in stages.records()] == [disk.id]
+    pid = int((site.host.directory / "run/libvirt/libvirtd.pid").read_text())
+    site.host.run(["kill", "-s", "KILL", str(pid)], check=True)
+    try:
+        site.disable(disk)
+        wait_until(lambda: stages.records() == [], "the process with the disk's keys has ended")
+    finally:
+        site.host.restart_libvirtd()
+    wait_until(lambda: not guest.is_active(), "the guest has ended")
+    assert "KeyDisabled" in site.refusal(guest)
+    site.enable(disk)
+    guest.start()
+    site.wait_until_watched(guest)
 
 
 def test_a_guest_that_is_spared_runs_on_and_cannot_come_back(site: CustomerSite) -> None:

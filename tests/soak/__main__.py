@@ -11,9 +11,12 @@ import contextlib
 import functools
 import multiprocessing
 import queue
+import signal
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -50,7 +53,7 @@ def main() -> int:
 
 
 def _run(tasks: list[Task], workers: int, at: KillPoint | None) -> list[tuple[str, Outcome | Failure]]:
-    """Do *tasks* in *workers* processes, each with sites of its own."""
+    """Do *tasks* in *workers* processes, each with sites of its own; until SIGINT or SIGTERM."""
     context = multiprocessing.get_context("fork")
     done: Any = context.Queue()
     operations = sorted({name for name, _ in tasks})  # each stays with one worker, which measures it once
@@ -58,27 +61,42 @@ def _run(tasks: list[Task], workers: int, at: KillPoint | None) -> list[tuple[st
     processes = [context.Process(target=_work, args=(share, done, at)) for share in shares if share]
     for process in processes:
         process.start()
-    results = []
-    while len(results) < len(tasks):
-        try:
-            results.append(done.get(timeout=1))
-        except queue.Empty:
-            if not any(process.is_alive() for process in processes):
-                break
-            continue
-        name, result = results[-1]
-        if isinstance(result, Failure):
-            print(f"FAILED {result}", file=sys.stderr, flush=True)
-        elif len(results) % 25 == 0:
-            print(f"{len(results)} of {len(tasks)}, last {name}: {result.value}", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    results: list[tuple[str, Outcome | Failure]] = []
+    try:
+        for name, result in _results(done, processes, len(tasks)):
+            results.append((name, result))
+            if isinstance(result, Failure):
+                print(f"FAILED {result}", file=sys.stderr, flush=True)
+            elif len(results) % 10 == 0:
+                said = f"{len(results)} of {len(tasks)}, last {name}: {result.value}"
+                print(said, file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        for process in processes:
+            process.terminate()
     for process in processes:
         process.join()
-    if len(results) < len(tasks):
-        results.append(("worker", Failure("worker", 0, None, "a worker ended early")))
     return results
 
 
+def _results(
+    done: Any, processes: Sequence[BaseProcess], count: int
+) -> Iterator[tuple[str, Outcome | Failure]]:
+    """The results of the workers, as they come."""
+    while count:
+        try:
+            yield done.get(timeout=1)
+        except queue.Empty:
+            if not any(process.is_alive() for process in processes):
+                yield "worker", Failure("worker", 0, None, "a worker ended early")
+                return
+        else:
+            count -= 1
+
+
 def _work(tasks: list[Task], done: Any, at: KillPoint | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="virt-sse-soak-")))
         files = functools.cache(lambda: Attempts(FileSite(_made(folder / "files"), stack)))

@@ -56,7 +56,11 @@ class Attempts:
 
     def __call__(self, operation: FileOperation, seed: int, at: KillPoint | None = None) -> Outcome | Failure:
         """Kill *operation* at a moment that *seed* chooses, or at *at*."""
-        point, self._site.leftovers = at, Leftovers()
+        with Leftovers() as self._site.leftovers:
+            return self._reported(operation, seed, at)
+
+    def _reported(self, operation: FileOperation, seed: int, at: KillPoint | None) -> Outcome | Failure:
+        point = at
         try:
             measured = self._measure(operation)
             point = at or KillPoint.choose(Random(f"{operation.name}:{seed}"), measured)  # noqa: S311 -- a seed

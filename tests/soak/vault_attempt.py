@@ -28,7 +28,11 @@ class VaultAttempts:
         self, operation: VaultOperation, seed: int, at: KillPoint | None = None
     ) -> Outcome | Failure:
         """Kill the server or client of *operation* at a moment that *seed* chooses, or at *at*."""
-        point, self._site.leftovers = at, Leftovers()
+        with Leftovers() as self._site.leftovers:
+            return self._reported(operation, seed, at)
+
+    def _reported(self, operation: VaultOperation, seed: int, at: KillPoint | None) -> Outcome | Failure:
+        point = at
         try:
             measured = self._measure(operation)
             point = at or _choose(operation, seed, measured)

@@ -23,6 +23,7 @@ from virt_sse.lab.vaults import LabVault
 from virt_sse.model.disks import Disk, DiskSku, NewDisk
 from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.model.keys import KeyId
+from virt_sse.model.layers import Placement
 from virt_sse.vault_client.permissions import Permission, Role
 
 RIGHTS = (Permission.GET, Permission.WRAP_KEY, Permission.UNWRAP_KEY)
@@ -155,6 +156,7 @@ class CustomerSite(Site):
         action: RevocationAction = RevocationAction.SHUTDOWN,
         grace_seconds: int = 0,
         automatic_rotation: bool = False,
+        placement: Placement | None = None,
     ) -> EncryptionSet:
         """A set with a new key, and with an identity that may use the key."""
         made = self.backend.sets.create(
@@ -164,6 +166,7 @@ class CustomerSite(Site):
             automatic_rotation=automatic_rotation,
             revocation=action,
             grace_seconds=grace_seconds,
+            placement=placement,
         )
         self.grant(made)
         return made

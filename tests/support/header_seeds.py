@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -89,3 +90,17 @@ ENVELOPE = (
     ),
 )
 """Under the platform key, under a customer key, and under both."""
+
+LARGE_ENVELOPE = _envelope(
+    DekEntry(
+        "service",
+        AES_256_XTS,
+        WrappedDek(
+            bytes(range(256)) * 2, "RSA-OAEP-256", replace(_CUSTOMER, name=_CUSTOMER.name.ljust(300, "k"))
+        ),
+    ),
+    _OUTER,
+    encryption_type=EncryptionType.PLATFORM_AND_CUSTOMER_KEYS,
+    set_id=UUID(int=2),
+)
+"""Under a key of 4096 bits with a long URL: in version 2 of the format."""

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from virt_sse.backend import Backend
 from virt_sse.model.disks import Disk
@@ -208,3 +209,30 @@ def contains(paths: Sequence[Path], *needles: bytes) -> list[Path]:
 
 def mode(path: Path) -> int:
     return path.stat().st_mode & 0o7777
+
+
+def opened_by_openssl(image: Path, passphrase: bytes, first: int, count: int) -> bytes:
+    """Sectors of a raw LUKS volume, decrypted by cryptsetup's volume key and OpenSSL as dm-crypt would.
+
+    The tweak of a sector is its number (plain64).
+    """
+    with TemporaryDirectory() as folder:
+        key = Path(folder, "key")
+        subprocess.run(
+            ["cryptsetup", "luksDump", "--batch-mode", "--key-file", "-", "--dump-volume-key"]
+            + ["--volume-key-file", key, image],
+            input=passphrase,
+            capture_output=True,
+            check=True,
+        )
+        volume_key = key.read_bytes()
+    with image.open("rb") as file:
+        header = file.read(592)
+        file.seek((int.from_bytes(header[104:108], "big") + first) * 512)
+        ciphertext = file.read(count * 512)
+    content = []
+    for number in range(count):
+        mode = modes.XTS((first + number).to_bytes(16, "little"))
+        decryptor = Cipher(algorithms.AES(volume_key), mode).decryptor()
+        content.append(decryptor.update(ciphertext[number * 512 : (number + 1) * 512]))
+    return b"".join(content)

@@ -12,6 +12,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Self
 
 from support.waiting import wait_until
 
@@ -19,13 +20,19 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 class Leftovers:
-    """The descendants of this process, except for those that ran when the object was made."""
+    """The descendants that this process gets during the block."""
 
     def __init__(self) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "cannot become a subreaper")
+        self._known: set[int] = set()
+
+    def __enter__(self) -> Self:
         self._known = set(descendants())
+        _be_subreaper(wanted=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.found()  # reaps
+        _be_subreaper(wanted=False)
 
     def found(self) -> dict[int, str]:
         """The processes: state and command line by process ID. Reaps those that have ended."""
@@ -56,6 +63,12 @@ class Leftovers:
         except AssertionError as error:
             error.add_note(f"left: {self.found()}")
             raise
+
+
+def _be_subreaper(*, wanted: bool) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "cannot become a subreaper")
 
 
 def descendants() -> dict[int, str]:

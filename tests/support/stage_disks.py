@@ -13,6 +13,7 @@ from pathlib import Path
 from support.domain_qemu import as_qemu
 from support.waiting import wait_until
 from virt_sse.config import Config
+from virt_sse.libvirt.secret_name import plain_export
 from virt_sse.libvirt.users import User
 from virt_sse.model.ciphers import AES_256_CBC, AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat
@@ -25,6 +26,7 @@ from virt_sse.model.layers import (
     HostCache,
     HostCaching,
     LayerPlan,
+    Placement,
     Stage,
     StorageNode,
 )
@@ -52,6 +54,7 @@ class StagedDisk:
         caching: HostCaching = HostCaching.NONE,
         kinds: StageKinds = STAGE_KINDS,
         infrastructure_cipher: Cipher = AES_256_CBC,
+        placement: Placement = Placement.GUEST,
     ) -> None:
         self.config = config
         self.stages = Stages(config, kinds=kinds)
@@ -64,7 +67,9 @@ class StagedDisk:
             self.deks["infrastructure"] = Dek.generate()
             volumes.append(Volume(infrastructure_cipher, self.deks["infrastructure"]))
             below.append(StorageNode("infrastructure"))
-        self.plan = LayerPlan(deks=(), stages=(GuestNode("service"), *below))
+        first = StorageNode if placement is Placement.STORAGE else GuestNode
+        self.placement = placement
+        self.plan = LayerPlan(deks=(), stages=(first("service"), *below))
         disk_id = uuid.uuid4()
         self.disk = Disk(
             id=disk_id,
@@ -130,10 +135,14 @@ class StagedDisk:
         img.refuse_if_open(self.disk.path)
 
     def guest_io(self, *commands: str) -> str:
-        """The output of qemu-io with the service DEK, at the socket for a guest's QEMU."""
+        """The output of qemu-io at the socket for a guest's QEMU, with the DEK for QEMU, if any."""
         socket = self.stages.guest_socket(self.disk.id)
-        node = f"file.driver=nbd,file.server.type=unix,file.server.path={socket},file.export={self.disk.id}"
+        node = f"file.driver=nbd,file.server.type=unix,file.server.path={socket}"
         qemu = as_qemu(self.config.qemu_pid_file("web"))
+        if self.placement is Placement.STORAGE:
+            node += f",file.export={plain_export(self.disk.id)}"
+            return self._io(commands, [], f"driver=raw,{node}", qemu)
+        node += f",file.export={self.disk.id}"
         return self._io(commands, [self.deks["service"]], f"{self._driver('')},{node}", qemu)
 
     def image_io(self, *commands: str) -> str:

@@ -8,11 +8,13 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import libvirt_qemu
+import pytest
 
 from support.agent_site import forget_domains, prepared, secret_usages
 from support.waiting import wait_until
@@ -93,18 +95,21 @@ class StageSite:
     def virsh(self, *arguments: str | Path, status: int = 0) -> str:
         return self.run("virsh", *arguments, status=status)
 
-    def disk(self, image_format: str = "qcow2", *, size: int | None = None) -> Disk:
-        """A double disk: empty and of *size* bytes, or with a boot-sector guest that runs until stopped."""
+    def disk(
+        self, image_format: str = "qcow2", *, size: int | None = None, encryption_set: str | None = None
+    ) -> Disk:
+        """A disk, double by default: empty and of *size* bytes, or with a boot-sector guest that stays."""
         name = f"d{uuid.uuid4().hex[:8]}"
-        kind = DiskFormat(image_format)
-        if size is not None:
-            return self.backend.disks.create(
-                NewDisk(name=name, size=size, format=kind, encryption_set=self.set)
-            )
-        source = boot_sector_image(stays=True)
-        return self.backend.transfer.import_image(
-            NewDisk(name=name, format=kind, encryption_set=self.set), source, source_format="raw"
+        new = NewDisk(
+            name=name,
+            size=size,
+            format=DiskFormat(image_format),
+            encryption_set=encryption_set or self.set,
         )
+        if size is not None:
+            return self.backend.disks.create(new)
+        source = boot_sector_image(stays=True)
+        return self.backend.transfer.import_image(new, source, source_format="raw")
 
     def single_disk(self, image_format: str = "qcow2", *, size: int = 8 << 20) -> Disk:
         """An empty disk with one layer, outside of the site's set."""
@@ -227,3 +232,20 @@ def show(site: StageSite, disk: Disk) -> dict[str, object]:
 def owner(disk: Disk) -> int:
     """The user ID of the owner of the disk's image."""
     return disk.path.stat().st_uid
+
+
+def stage_site_fixtures() -> tuple[Any, Any]:
+    """The fixtures ``running_site`` and ``site`` of a module whose tests share a site, and leave nothing."""
+
+    @pytest.fixture(scope="module", name="running_site")
+    def running_site(lab_host: LabHost, acceleration: Callable[[str], Acceleration]) -> Iterator[StageSite]:
+        with stage_site(lab_host, acceleration("boot-sector")) as site:
+            yield site
+
+    @pytest.fixture(name="site")
+    def site(running_site: StageSite) -> Iterator[StageSite]:
+        yield running_site
+        running_site.forget_domains()
+        assert running_site.left() == {}
+
+    return running_site, site

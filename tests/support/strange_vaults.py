@@ -45,6 +45,7 @@ class StrangeVault:
     :ivar tokens: the number of token requests.
     :ivar challenge: makes the challenge of the vault at a URL.
     :ivar token_answer: the answer of the token endpoint, instead of a token.
+    :ivar pause: seconds between the bytes of each answer, in packets of their own; ``None``: one packet.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -55,6 +56,7 @@ class StrangeVault:
             f'Bearer authorization="{url}/{TENANT}", resource="{url}"'
         )
         self.token_answer: Answer | None = None
+        self.pause: float | None = None
         self._ca, ca_key = new_authority("strange")
         certificate = folder / "strange-server.pem"
         certificate.write_bytes(new_server_certificate(self._ca, ca_key, ("127.0.0.1",)))
@@ -143,8 +145,14 @@ def _handler(vault: StrangeVault) -> type[BaseHTTPRequestHandler]:
             for name, value in answer.headers.items():
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(answer.body)))
-            self.end_headers()
-            self.wfile.write(answer.body)
+            if vault.pause is None:
+                self.end_headers()
+                self.wfile.write(answer.body)
+                return
+            content = b"".join(self._headers_buffer) + b"\r\n" + answer.body
+            for byte in content:
+                self.connection.sendall(bytes([byte]))
+                time.sleep(vault.pause)
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- the base class's name
             """Write no log."""

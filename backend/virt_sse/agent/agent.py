@@ -75,7 +75,11 @@ class Agent:
         )
         self._key_status = KeyStatusLookup(backend, self._keys)
         self._revocation = Revocation(
-            config.libvirt_uri, metrics, self._inventory.refresh, _spared_skus(backend.host.plugins)
+            config.libvirt_uri,
+            backend.host.stages,
+            metrics,
+            self._inventory.refresh,
+            _spared_skus(backend.host.plugins),
         )
         self._secrets = SecretWatch(
             config.libvirt_uri, backend.domains, metrics, unused_seconds=_UNUSED_POLLS * seconds

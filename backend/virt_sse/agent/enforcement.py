@@ -113,7 +113,8 @@ def drop_secrets(uri: str, domain: RunningDomain) -> bool:
     """
     with connected(uri) as connection:
         for use in domain.uses:
-            drop_secret(connection, use.secret)
+            if use.secret:
+                drop_secret(connection, use.secret)
     return True
 
 

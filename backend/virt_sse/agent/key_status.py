@@ -52,7 +52,7 @@ class KeyStatusLookup:
             is_clear = True
             for use in domain.uses:
                 disk = disks.get(use.disk_id)
-                if disk is None or all(entry.slot != use.slot for entry in disk.deks):
+                if disk is None or use.slot not in (None, *(entry.slot for entry in disk.deks)):
                     is_clear = False
                     continue
                 encryption_set = sets.get(disk.set_id) if disk.set_id else None

@@ -44,6 +44,7 @@ class PlaintextWatch:
         self._uri = backend.host.config.libvirt_uri
         self._policy = backend.host.config.agent.plaintext
         self._folder: Path = backend.host.config.state_directory / "folds"
+        self._guest_socket = backend.host.stages.guest_socket
         self._metrics = metrics
         self._seen = 0
         self._links: Mapping[Run, tuple[PlaintextLink, ...]] = {}
@@ -66,7 +67,7 @@ class PlaintextWatch:
         self._seen = snapshot.number
         domains = {(each.uuid, each.run): each for each in (*snapshot.domains, *snapshot.others)}
         known = self._known(domains.values())
-        found = {run: links for run, each in domains.items() if (links := _links(each, known))}
+        found = {run: links for run, each in domains.items() if (links := self._found(each, known))}
         self._report(found, domains)
         self._links = found
         self._metrics.plaintext_links.set(sum(map(len, found.values())))
@@ -95,6 +96,15 @@ class PlaintextWatch:
             ids = [disk.id for disk in self._backend.disks.all()] if serials else []
             self._by_serial = [disk_id for disk_id in ids if serial_of(disk_id) in serials]
         return self._by_serial
+
+    def _found(self, domain: RunningDomain, known: Collection[UUID]) -> tuple[PlaintextLink, ...]:
+        try:
+            links = plaintext_links(
+                domain.definition, domain.backup, known=known, guest_socket=self._guest_socket
+            )
+        except InvalidValueError:  # logged by the inventory
+            return ()
+        return tuple(dict.fromkeys(links))
 
     def _report(
         self,
@@ -185,13 +195,6 @@ class PlaintextWatch:
                 if unclear and record:
                     details["not-wiped"] = [str(each.path) for each in record.overlays]
                 _log.warning("fold-unclear" if unclear else "fold-failed", extra=fields(details))
-
-
-def _links(domain: RunningDomain, known: Collection[UUID]) -> tuple[PlaintextLink, ...]:
-    try:
-        return tuple(dict.fromkeys(plaintext_links(domain.definition, domain.backup, known=known)))
-    except InvalidValueError:  # logged by the inventory
-        return ()
 
 
 def _strange_serials(domain: RunningDomain) -> list[str]:

@@ -13,9 +13,10 @@ from virt_sse.agent import enforcement
 from virt_sse.agent.inventory import RunningDomain
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
-from virt_sse.errors import VirtSseError
+from virt_sse.errors import LibvirtError, VirtSseError
 from virt_sse.model.disks import Disk, DiskSku
 from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
+from virt_sse.stages import Stages
 
 _log = logging.getLogger(__name__)
 
@@ -119,11 +120,13 @@ class Revocation:
     def __init__(
         self,
         uri: str,
+        stages: Stages,
         metrics: Metrics,
         done: Callable[[], None],
         spared: Collection[DiskSku] = frozenset(),
     ) -> None:
         self._uri = uri
+        self._stages = stages
         self._metrics = metrics
         self._done = done
         self._spared = spared
@@ -171,13 +174,24 @@ class Revocation:
         case.enforcement = wanted
         expired = wanted.action is RevocationAction.SHUTDOWN and now >= case.since + wanted.grace_seconds
         if wanted.action is RevocationAction.DESTROY or expired:
-            self._do("destroy", domain, enforcement.destroy)
+            self._do("destroy", domain, self._destroy)
         elif wanted.action is RevocationAction.SHUTDOWN and not case.is_requested:
             case.is_requested = self._do("shutdown", domain, enforcement.request_shutdown)
         elif wanted.action is RevocationAction.PAUSE and domain.runs:
             self._do("pause", domain, enforcement.pause)
         elif status.has_secrets:
             self._do("drop-secrets", domain, enforcement.drop_secrets)
+
+    def _destroy(self, uri: str, domain: RunningDomain) -> bool:
+        """End the domain. If libvirt cannot, end the domain's stage processes: with them goes its data.
+
+        :raise LibvirtError: When libvirt refuses, or does not answer.
+        """
+        try:
+            return enforcement.destroy(uri, domain)
+        except LibvirtError:
+            self._stages.stop_domain(domain.uuid)
+            raise
 
     def _lift(self, domain: RunningDomain) -> None:
         if self._cases.pop((domain.uuid, domain.run), None):

@@ -11,7 +11,7 @@ from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, 
 from virt_sse.cli.session import backend
 from virt_sse.errors import VirtSseError
 from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
-from virt_sse.model.layers import EncryptionType
+from virt_sse.model.layers import EncryptionType, Placement
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -21,6 +21,11 @@ RevocationOption = typer.Option(
     "--revocation", help="Action on running domains when the key is disabled, deleted or denied."
 )
 GraceOption = typer.Option("--grace", help="Seconds from the shutdown request to the forced end.")
+PlacementOption = typer.Option(
+    "--placement",
+    help="The process with the DEKs: the guest's own QEMU, or a storage daemon below; "
+    "from the next start of each domain.",
+)
 KeyOption = typer.Option(
     "--key", help="The key: its name, or in a key vault its URL; with a version or for the newest."
 )
@@ -39,6 +44,7 @@ def create(
     ] = False,
     revocation: Annotated[RevocationAction, RevocationOption] = RevocationAction.SHUTDOWN,
     grace: Annotated[int, GraceOption] = 60,
+    placement: Annotated[Placement | None, PlacementOption] = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Create a set and its identity. The key's administrator then grants the identity access to the key."""
@@ -51,6 +57,7 @@ def create(
             automatic_rotation=automatic_rotation,
             revocation=revocation,
             grace_seconds=grace,
+            placement=placement,
         )
     print_fields(_fields(made), output)
 
@@ -83,6 +90,7 @@ def update(
     ] = None,
     revocation: Annotated[RevocationAction | None, RevocationOption] = None,
     grace: Annotated[int | None, GraceOption] = None,
+    placement: Annotated[Placement | None, PlacementOption] = None,
     tenant: Annotated[
         str | None,
         typer.Option("--tenant", help="Move the set to this tenant; its identity stays behind."),
@@ -106,6 +114,7 @@ def update(
             automatic_rotation=automatic_rotation,
             revocation=revocation,
             grace_seconds=grace,
+            placement=placement,
             progress=progress,
         )
     print_report(_fields(changed), report, output)
@@ -160,6 +169,7 @@ def _fields(encryption_set: EncryptionSet) -> dict[str, object]:
         "auto-rotation": encryption_set.automatic_rotation,
         "revocation": encryption_set.revocation.value,
         "grace-seconds": encryption_set.grace_seconds,
+        "placement": encryption_set.placement.value if encryption_set.placement else None,
         "subscription": encryption_set.subscription,
         "region": encryption_set.region,
         "tenant": encryption_set.tenant,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,11 +13,12 @@ from virt_sse.cli.disk_fields import dek_fields, disk_fields, image_place, print
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend, host, listed_disks
 from virt_sse.cli.vm_inspect import disk_inspect
-from virt_sse.errors import InvalidValueError, LibvirtUnavailableError, PolicyError
+from virt_sse.errors import CertificateError, InvalidValueError, LibvirtUnavailableError, PolicyError
 from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import DiskSku, NewDisk, parse_size
+from virt_sse.model.disks import Disk, DiskSku, NewDisk, parse_size
 from virt_sse.model.layers import EncryptionType, HostCaching
+from virt_sse.system.files import write_new
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -267,6 +269,7 @@ def show(name: Name, output: Output = OutputFormat.TABLE) -> None:
     with host() as h:
         disk = with_real_size(h, h.store_reads.get(name))
         fields = disk_fields(disk) | {"size": shown_size(disk, output), "image": image_state(disk)}
+        fields["placement"] = (disk.placement or h.config.placement).value
         fields["deks"] = dek_fields(h, disk)
         try:
             fields["domains"] = disk_users.names(h.config.libvirt_uri, disk.id)
@@ -337,18 +340,39 @@ def delete(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and report only; change nothing.")
     ] = False,
+    certificate: Annotated[
+        Path | None,
+        typer.Option(
+            "--certificate",
+            help="Write a signed certificate of the deletion to this new file.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Delete a disk for good: wipe its keyslots, forget its DEK, remove its image."""
     with backend() as b:
-        disk = b.disks.delete(name, dry_run=dry_run)
+        if certificate is not None:
+            _refuse_taken(certificate)
+        disk = b.disks.delete(name, dry_run=dry_run, certified=certificate is not None)
+        if certificate is not None and not dry_run:
+            _write_certificate(certificate, b.certificates.get(str(disk.id)).encode(), disk)
     typer.echo(f"{'would erase' if dry_run else 'erased'} disk {disk.name} ({disk.path})")
 
 
 @app.command()
-def xml(name: Name, target: Target = "vda", read_only: ReadOnly = False) -> None:
+def xml(
+    name: Name,
+    target: Target = "vda",
+    read_only: ReadOnly = False,
+    iothread: Annotated[
+        int | None,
+        typer.Option("--iothread", min=1, help="The iothread of the domain that serves the disk."),
+    ] = None,
+) -> None:
     """Print the <disk> element for using a disk in a domain."""
     with backend() as b:
-        typer.echo(b.domains.disk_element(name, target=target, read_only=read_only), nl=False)
+        element = b.domains.disk_element(name, target=target, read_only=read_only, iothread=iothread)
+    typer.echo(element, nl=False)
 
 
 @app.command()
@@ -364,11 +388,28 @@ def attach(
         HostCaching,
         typer.Option("--caching", help="Host caching of the disk, in a domain with encryption at host."),
     ] = HostCaching.NONE,
+    iothread: Annotated[
+        str | None,
+        typer.Option(
+            "--iothread",
+            metavar="N|new|auto",
+            help="The domain's iothread that serves the disk. auto: an iothread without a disk, else a new "
+            "iothread up to the host's number of processors, else the iothread with the fewest disks.",
+        ),
+    ] = None,
 ) -> None:
     """Attach a disk to a domain: in its persistent definition, and at once if the domain runs."""
+    from virt_sse.libvirt.iothreads import parse_choice
+
+    chosen = None if iothread is None else parse_choice(iothread)
     with backend() as b:
-        target = b.hotplug.attach(name, domain, target=target, read_only=read_only, caching=caching)
+        target = b.hotplug.attach(
+            name, domain, target=target, read_only=read_only, caching=caching, iothread=chosen
+        )
+        gains = b.hotplug.gains_by_acceleration(domain)
     typer.echo(f"attached disk {name} to domain {domain} as {target}")
+    if gains:
+        typer.echo(f"faster from the next start after 'virt-sse vm update {domain} --accelerate on'")
 
 
 @app.command()
@@ -377,6 +418,24 @@ def detach(name: Name, domain: DomainName) -> None:
     with backend() as b:
         b.hotplug.detach(name, domain)
     typer.echo(f"detached disk {name} from domain {domain}")
+
+
+def _refuse_taken(file: Path) -> None:
+    """Refuse a file that exists or cannot be made, before the deletion begins."""
+    if os.path.lexists(file):
+        raise CertificateError(f"{file} exists already")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise CertificateError(f"cannot make a file in {file.parent}")
+
+
+def _write_certificate(file: Path, content: bytes, disk: Disk) -> None:
+    try:
+        write_new(file, content)
+    except OSError as exc:
+        raise CertificateError(
+            f"erased disk {disk.name}, but cannot write {file}: {exc.strerror}",
+            hint=f"'virt-sse certificate show {disk.id}' prints the certificate",
+        ) from exc
 
 
 def _is_for_platform_key(des: str | None, encryption_type: EncryptionType | None) -> bool:

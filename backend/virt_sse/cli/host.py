@@ -21,17 +21,37 @@ def _group() -> None:
 
 
 @app.command()
-def init() -> None:
-    """Create the platform keyring, the libvirt hook and this host's other files, unless they exist."""
+def init(
+    accelerate: Annotated[
+        bool | None,
+        typer.Option(
+            "--accelerate/--no-accelerate",
+            help="Install, or remove, the library that lets guests' QEMU processes encrypt faster.",
+        ),
+    ] = None,
+) -> None:
+    """Create the platform keyring, the libvirt hook and this host's other files, unless they exist.
+
+    With --accelerate, measure whether QEMU encrypts faster with virt-sse's library. If so, copy the library
+    into QEMU's own folder, where AppArmor lets QEMU load libraries; 'vm update DOMAIN --accelerate on' makes
+    a domain's QEMU load the copy. A library sees the keys in QEMU's memory: root alone may change the copy,
+    and no domain starts with another library under this name.
+    """
+    from virt_sse.host.guest_acceleration import accelerate_guests, stop_acceleration
     from virt_sse.host.setup import initialise
 
     with backend() as b:
+        changed = None
+        if accelerate is not None:
+            changed = (accelerate_guests if accelerate else stop_acceleration)(b.host.config)
         made = initialise(b.host)
     for thing in made:
         typer.echo(f"made {thing}")
     if any("hook" in thing for thing in made):
         typer.echo("restart libvirtd (or virtqemud): the daemon looks for hooks only when it starts")
-    if not made:
+    if changed:
+        typer.echo(changed)
+    elif not made:
         typer.echo("nothing to do")
 
 

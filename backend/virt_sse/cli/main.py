@@ -22,6 +22,7 @@ _USAGE = 2
 _NOUNS = {
     "agent": "The daemon that serves the libvirt hook and watches keys.",
     "audit": "The record of every key use, allowed or refused.",
+    "certificate": "Certificates about deleted disks.",
     "des": "Disk encryption sets.",
     "disk": "Encrypted disks.",
     "host": "This host.",
@@ -30,6 +31,7 @@ _NOUNS = {
     "snapshot": "Snapshots of disks.",
     "vault": "The embedded key vault.",
     "vm": "Virtual machines: libvirt's domains.",
+    "vmss": "Scale sets: many domains from one definition and one disk.",
 }
 """The nouns with their help texts; the commands of a noun are in the module of the same name."""
 

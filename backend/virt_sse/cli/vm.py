@@ -80,6 +80,14 @@ def update(
             help="Host caching of a disk: None, ReadOnly or ReadWrite. May be repeated.",
         ),
     ] = None,
+    refresh_disks: Annotated[
+        bool,
+        typer.Option("--refresh-disks", help="Adapt the disks in the definition to a changed placement."),
+    ] = False,
+    accelerate: Annotated[
+        Switch | None,
+        typer.Option("--accelerate", help="Encrypt faster: the domain's QEMU preloads virt-sse's library."),
+    ] = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Change the settings of a domain that is shut off; they apply from its next start."""
@@ -94,6 +102,8 @@ def update(
         if temp_disk_size == _NONE
         else parse_size(temp_disk_size),
         caching=dict(_caching(each) for each in disk_caching or ()),
+        refresh_disks=refresh_disks,
+        accelerate=KEEP if accelerate is None else accelerate is Switch.ON,
     )
     if changes == VmChanges():
         raise InvalidValueError("nothing to change", hint="'virt-sse vm update --help' lists the settings")
@@ -132,8 +142,11 @@ def _summary(view: VmView, output: OutputFormat) -> dict[str, object]:
 def _print(view: VmView, output: OutputFormat) -> None:
     """Print a VM. With encryption at host, plaintext is a warning on standard error, too."""
     from virt_sse.domains.data_on_host import State
+    from virt_sse.domains.guest_preload import library_problem
 
     fields = _summary(view, output)
+    fields["accelerate"] = (Switch.ON if view.is_accelerated else Switch.OFF).value
+    fields["library"] = view.library.value if view.library else None
     fields["tpm-key"] = str(view.tpm_key) if view.tpm_key else None
     fields["disks"] = [
         {
@@ -156,6 +169,8 @@ def _print(view: VmView, output: OutputFormat) -> None:
         if each.state is State.PLAINTEXT:
             where = f" at {each.place}" if each.place else ""
             typer.echo(f"virt-sse: warning: {each.name}{where} is not encrypted: {each.reason}", err=True)
+    if view.library and (problem := library_problem(view.library, is_asked=view.is_accelerated)):
+        typer.echo(f"virt-sse: warning: {problem}", err=True)
 
 
 def _lines(items: object) -> list[str]:

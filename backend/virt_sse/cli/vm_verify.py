@@ -65,10 +65,15 @@ def _print(verdict: DomainVerdict) -> None:
     ]
     print_rows(rows, ("target", "data", "where"), OutputFormat.TABLE)
     typer.echo()
+    if verdict.processes:
+        code = [dataclasses.asdict(each) for each in verdict.processes]
+        print_rows(code, ("process", "pid", "library"), OutputFormat.TABLE)
+        typer.echo()
     fields: dict[str, object] = {
         "domain": verdict.domain,
         "runs": "yes" if verdict.runs else "no",
         "encryption-at-host": "on" if verdict.encryption_at_host else "off",
+        "accelerate": "on" if verdict.accelerate else "off",
         "asked": [_asked(disk) for disk in verdict.disks if disk.asked],
         "as-asked": "no" if verdict.all_problems else "yes",
         "problems": verdict.all_problems,
@@ -85,7 +90,7 @@ def _place(target: str, place: DataPlace) -> dict[str, object]:
 
 
 def _asked(disk: DiskVerdict) -> str:
-    return f"{disk.target}: {disk.asked}, host caching {disk.caching}"
+    return f"{disk.target}: {disk.asked}, placement {disk.placement}, host caching {disk.caching}"
 
 
 def _with_hyphens(value: object) -> object:

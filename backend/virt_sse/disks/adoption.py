@@ -170,6 +170,7 @@ class Adoption:
         """
         if not trust:
             self._freshness.refuse_untrusted(disk.path, found)
+        disk.envelope.encode()  # refuses a name that has no room in the image
         self._check_layers(disk)
         if disk.set_id:
             refuse_moved(disk, self._sets.get(str(disk.set_id)), self._host.config)

@@ -115,6 +115,7 @@ class Creation:
         :raise DiskExistsError: When the name or the path is taken.
         :raise PolicyError: When a rule refuses the disk.
         :raise KeyProviderError: When the DEK cannot be wrapped.
+        :raise EnvelopeError: When the wrapped DEKs have no room in an image.
         :raise ImageError: When the image cannot be written.
         """
         with self.unfinished([new], content=content) as (made,):
@@ -195,7 +196,7 @@ class Creation:
     def _with_new_deks(self, checked: _Checked) -> Unfinished:
         """The disk to be created, with new DEKs, wrapped."""
         deks = tuple(Dek.generate() for _ in checked.plan.deks)
-        disk_id = uuid.uuid4()
+        disk_id = checked.new.id or uuid.uuid4()
         entries = []
         for position, (spec, dek) in enumerate(zip(checked.plan.deks, deks, strict=True)):
             acting = checked.encryption_set if position == 0 else None  # see Disk.identity_for
@@ -220,9 +221,11 @@ class Creation:
             sku=checked.new.sku,
             set_id=checked.encryption_set.id if checked.encryption_set else None,
             kind=checked.new.kind,
-            source_id=checked.new.source.id if checked.new.source else None,
+            source_id=source.id if (source := checked.new.source) else None,
             point=checked.new.point,
+            origin_id=source.origin_id or source.id if source else None,
         )
+        disk.envelope.encode()  # refuses what has no room in the image, before anything is made
         return Unfinished(disk, checked.plan, deks)
 
     def settle(self, disks: Sequence[Disk]) -> None:
@@ -231,8 +234,6 @@ class Creation:
         A complete image has the disk's envelope, sealed by this host. Undoing an adoption leaves the image.
         Of several disks, a complete image of an undone creation is left in state ``deleting``, for the next
         command to erase.
-
-        A named image of an undone creation is left in state ``deleting``, for the next command to erase.
 
         :param disks: all disks of the creation that are not ready.
         :raise VirtSseError: When an incomplete image cannot be removed.

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from virt_sse.disks import backup_manifest
 from virt_sse.disks.adoption import Adoption, with_images_envelope
+from virt_sse.disks.certificates import DeletionCertificates
 from virt_sse.disks.creation import Creation, Fill, LiveWrites, Unfinished
 from virt_sse.disks.stored_images import usable, with_real_size
 from virt_sse.errors import (
@@ -65,7 +66,12 @@ class Disks:
     """
 
     def __init__(
-        self, host: Host, sets: EncryptionSets, attachments: Attachments, live_writes: LiveWrites
+        self,
+        host: Host,
+        sets: EncryptionSets,
+        attachments: Attachments,
+        certificates: DeletionCertificates,
+        live_writes: LiveWrites,
     ) -> None:
         self._host = host
         self._store = host.store
@@ -74,6 +80,7 @@ class Disks:
         self._locks = host.locks
         self._freshness = host.freshness
         self._attachments = attachments
+        self._certificates = certificates
         self._creation = Creation(host, sets, live_writes)
         self._adoption = Adoption(host, sets, self._creation)
         self._resizing = Marks(host.config.pending_resizes)
@@ -248,8 +255,10 @@ class Disks:
             if carried != current.envelope:
                 raise EnvelopeError(f"the envelope in {current.path} differs from the store")
 
-    def delete(self, name: str, *, dry_run: bool = False) -> Disk:
+    def delete(self, name: str, *, dry_run: bool = False, certified: bool = False) -> Disk:
         """Delete a disk for good; see :meth:`erase`.
+
+        :param certified: issue a certificate, kept in the store.
 
         :raise DiskInUseError: When a domain, running or defined, has the disk.
         :raise LibvirtUnavailableError: When libvirt does not answer.
@@ -261,15 +270,16 @@ class Disks:
                 f"disk {disk.name!r} is attached to domain {users[0]!r}",
                 hint=f"first run 'virt-sse disk detach {disk.name} {users[0]}'",
             )
-        self.erase(disk, dry_run=dry_run)
+        self.erase(disk, dry_run=dry_run, certified=certified)
         return disk
 
-    def erase(self, disk: Disk, *, dry_run: bool = False) -> None:
+    def erase(self, disk: Disk, *, dry_run: bool = False, certified: bool = False) -> None:
         """Crypto-erase a disk without asking libvirt: wipe keyslots, forget wrapped DEKs, remove the image.
 
         A disk without an image is removed from the store.
 
         :param dry_run: check only.
+        :param certified: as for :meth:`delete`.
         :raise DiskInUseError: When a QEMU process has the image open.
         :raise ImageError: When the file at the disk's path is not its image.
         """
@@ -284,6 +294,8 @@ class Disks:
                 img.refuse_if_open(current.path)
             if dry_run:
                 return
+            if certified:
+                self._certificates.request(current)
             self._store.set_state(current.id, DiskState.DELETING)
             self._finish_deletion(current)
 
@@ -293,6 +305,7 @@ class Disks:
         :raise ImageError: When the image cannot be erased or removed.
         """
         doomed = _doomed(disk)
+        is_erased = not disk.deks  # by a killed command: DEKs are dropped after the erasure
         try:
             with contextlib.ExitStack() as stack:
                 image = _open_own(stack, disk, disk.path)
@@ -305,6 +318,7 @@ class Disks:
                         image = _open_leftover(stack, doomed)
                 if image is not None:  # by descriptor: the name may meanwhile be a link made by another user
                     img.erase(Path(f"/proc/self/fd/{image}"), disk.format)
+                    is_erased = True
             backup_manifest.remove(disk)
             if os.path.lexists(doomed):
                 self._store.drop_deks(disk.id)
@@ -313,6 +327,7 @@ class Disks:
         except OSError as exc:
             raise ImageError(f"cannot remove {disk.path}: {exc.strerror}") from exc
         self._freshness.note_deleted(disk)
+        self._certificates.issue(disk, "erased" if is_erased else "missing")
         self._store.remove(disk.id)
 
 

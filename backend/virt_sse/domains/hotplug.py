@@ -25,6 +25,7 @@ from virt_sse.keys.host import Host
 from virt_sse.libvirt import disk_users, domains
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.disk_element import DiskSource, DomainDisk, disk_element
+from virt_sse.libvirt.iothreads import IothreadChoice, choose, parse_number
 from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.secrets import drop_secret
 from virt_sse.model.disk_kind import DiskKind
@@ -74,6 +75,7 @@ class Hotplug:
         target: str | None = None,
         read_only: bool = False,
         caching: HostCaching = HostCaching.NONE,
+        iothread: int | IothreadChoice | None = None,
     ) -> str:
         """Attach a disk to a domain: in its persistent definition, and at once if the domain runs.
 
@@ -82,10 +84,13 @@ class Hotplug:
 
         :param target: the disk's name in the guest; default: the first free virtio name.
         :param caching: host caching of the disk, in a domain with encryption at host.
+        :param iothread: the iothread of the domain that serves the disk; default: QEMU's main thread. A new
+            iothread stays in the domain after :meth:`detach`.
         :return: the target.
         :raise DiskInUseError: When another domain has the disk, or this domain has the disk in all
             definitions, or with other options.
         :raise PolicyError: When a rule refuses; or with *caching*, if the domain has no encryption at host.
+        :raise InvalidValueError: When the target is invalid, or the domain does not have the iothread.
         :raise LibvirtError: When no such domain exists, or libvirt refuses.
         """
         disk = dataclasses.replace(self._store.get(name), caching=caching)
@@ -112,22 +117,52 @@ class Hotplug:
             source = self._start.source(disk)
             present = next((use for found in uses.values() for use in found), None)
             target = target or (present.target if present else definition.free_target())
-            if present and not _is_use(present, source, target=target, read_only=read_only):
+            adds_iothread = False
+            if present and isinstance(iothread, IothreadChoice):  # chosen by the attach that was killed
+                iothread = parse_number(present.iothread) if present.iothread else None
+            if iothread is not None:
+                inactive = [flag == libvirt.VIR_DOMAIN_AFFECT_CONFIG for flag in missing]
+                threads = [domains.definition(domain, inactive=each).iothreads() for each in inactive]
+                iothread, adds_iothread = choose(iothread, threads)
+            if present and not _is_use(
+                present, source, target=target, read_only=read_only, iothread=iothread
+            ):
                 raise DiskInUseError(
                     f"domain {domain_name!r} has disk {disk.name!r} as {present.target} with other options",
                     hint=f"'virt-sse disk detach {disk.name} {domain_name}' removes the disk from the domain",
                 )
             self._store.vms.set_caching(disk.id, caching)
             element = disk_element(
-                source, target=target, read_only=read_only, options=self._start.driver_options(disk)
+                source,
+                target=target,
+                read_only=read_only,
+                iothread=iothread,
+                options=self._start.driver_options(disk),
             )
             with contextlib.ExitStack() as undo:
                 if libvirt.VIR_DOMAIN_AFFECT_LIVE in missing:
                     undo.callback(self._forget, domain, disk)
                     self._start.serve(connection, domains.definition(domain), [source.use(target)])
+                if iothread is not None and adds_iothread:
+                    domain.addIOThread(iothread, sum(missing))
+                    undo.callback(_drop_iothread, domain, iothread, sum(missing))
                 domain.attachDeviceFlags(element, sum(missing))
                 undo.pop_all()
         return target
+
+    def gains_by_acceleration(self, domain_name: str) -> bool:
+        """Whether the domain's next start would encrypt faster with the XTS library installed for guests.
+
+        :raise LibvirtError: When no such domain exists.
+        """
+        library = self._config.guest_library
+        if not library.is_wanted or library.obstacle():
+            return False
+        with connected(self._uri) as connection:
+            domain = domains.lookup(connection, domain_name)
+            definition = domains.definition(domain, inactive=bool(domain.isPersistent()))
+        uses_deks = any(use.slot for use in definition.our_disks)
+        return uses_deks and not definition.loaded_code
 
     def _set_of(self, disk: Disk) -> EncryptionSet | None:
         return self._store.encryption_sets.get(str(disk.set_id)) if disk.set_id else None
@@ -154,7 +189,8 @@ class Hotplug:
                 raise DiskNotFoundError(f"domain {domain_name!r} does not have disk {disk.name!r}")
             for definition, use in found:
                 with _ending_is_fine(domain, definition):
-                    source = self._start.source(disk)
+                    # libvirt finds the disk by its target. The disk's present source may be another.
+                    source = DiskSource(disk.id, use.slot, disk.format.value, disk.path)
                     element = disk_element(source, target=use.target, read_only=False)
                     domain.detachDeviceFlags(element, definition)
             with _ending_is_fine(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE):
@@ -201,10 +237,20 @@ class Hotplug:
         return False
 
 
-def _is_use(present: DomainDisk, source: DiskSource, *, target: str, read_only: bool) -> bool:
+def _drop_iothread(domain: libvirt.virDomain, iothread: int, flags: int) -> None:
+    """Remove an iothread after a failure; the domain may have ended, and libvirt restarted."""
+    with contextlib.suppress(libvirt.libvirtError):
+        domain.delIOThread(iothread, flags)
+
+
+def _is_use(
+    present: DomainDisk, source: DiskSource, *, target: str, read_only: bool, iothread: int | None
+) -> bool:
     """Whether a domain has the disk just as :meth:`Hotplug.attach` would attach the disk."""
     place = present.source and canonical(present.source)
-    return (place, present.target, present.read_only) == (source.place, target, read_only)
+    number = None if iothread is None else str(iothread)
+    has = (place, present.target, present.read_only, present.iothread)
+    return has == (source.place, target, read_only, number)
 
 
 def _block_resize(domain: libvirt.virDomain, target: str, size: int) -> None:

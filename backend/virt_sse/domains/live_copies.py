@@ -29,6 +29,7 @@ from virt_sse.libvirt.guest_pause import end_pause, paused
 from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.secrets import drop_secret, set_secret
 from virt_sse.model.disks import Disk
+from virt_sse.model.layers import Placement
 from virt_sse.model.slots import TEMP_SLOT
 from virt_sse.qemu import img
 from virt_sse.system.locks import DiskLocks
@@ -84,7 +85,8 @@ class DomainCopies:
         :param copies: each disk, and the empty image to fill.
         :param quiesce: as of :meth:`Copies.copy`.
         :return: how long the guest was paused or frozen, in seconds.
-        :raise DiskInUseError: When a disk is being copied, e.g. by ``virsh blockcopy``, or has an overlay.
+        :raise DiskInUseError: When a disk is being copied, e.g. by ``virsh blockcopy``, has an overlay, or is
+            decrypted outside of the guest's QEMU.
         :raise LibvirtError: When libvirt refuses, the domain ends, or QEMU cannot write a copy.
         :raise ImageFormatError: When QEMU has changed the header of a copy.
         """
@@ -151,13 +153,18 @@ class DomainCopies:
             )
         if chain.mirror:
             raise DiskInUseError(f"disk {disk.name!r} is being copied to {chain.mirror[0].place}")
+        if chain.links[0].slot is None:
+            raise DiskInUseError(
+                f"disk {disk.name!r} is decrypted by a storage daemon, and its guest's QEMU must get no key",
+                hint="stop the domain first",
+            )
         copy = dataclasses.replace(made.disk, path=made.image)
         deks = {entry.slot: dek for entry, dek in zip(copy.deks, made.deks, strict=True)}
-        source = self._start.source(copy)
+        source = self._start.source(copy, Placement.GUEST)
+        assert source.slot is not None  # noqa: S101 -- of this placement
         qemu = definition.qemu_user or HostCapabilities.of(domain.connect()).qemu_user
-        self._stages.start(
-            copy, made.plan, deks, domain_id=definition.uuid, domain=definition.name, qemu=qemu
-        )
+        plan = self._start.plan(copy, Placement.GUEST)
+        self._stages.start(copy, plan, deks, domain_id=definition.uuid, domain=definition.name, qemu=qemu)
         set_secret(domain.connect(), SecretName(copy.id, source.slot), deks[source.slot])
         domain.blockCopy(chain.target, disk_element(source, target=chain.target), flags=_FLAGS)
         return chain.target

@@ -29,13 +29,13 @@ def release(config: Config, definition: DomainDefinition) -> None:
     """
     domain_id, stages = definition.uuid, Stages(config)
     records = [record for record in stages.records() if record.domain_id == domain_id]
-    given = {SecretName(record.disk_id, record.guest_slot) for record in records}
+    given = {SecretName(record.disk_id, record.guest_slot) for record in records if record.guest_slot}
     images = {(record.disk_id, record.image) for record in records}
     staged = {record.disk_id for record in records}
     images |= {
         (use.disk_id, use.source)
         for use in definition.our_disks
-        if use.source and use.disk_id not in staged  # else the source is a socket
+        if use.source and use.slot and use.disk_id not in staged  # else the source is a socket
     }
     if temp_disks.exists(config, domain_id):
         given.add(SecretName(temp_disk_id(domain_id), TEMP_SLOT))
@@ -44,6 +44,9 @@ def release(config: Config, definition: DomainDefinition) -> None:
             all_parts.callback(ImageFreshness(config).end_use, disk_id, image)
         all_parts.callback(_drop_secrets, config, definition, given)
         all_parts.callback(temp_disks.erase, config, domain_id)
+        all_parts.callback(
+            stages.stop_damaged, definition.name, {use.disk_id for use in definition.our_disks}
+        )
         all_parts.callback(stages.stop_domain, domain_id)
 
 

@@ -23,6 +23,7 @@ import libvirt
 from virt_sse.disks.inspector import Inspector
 from virt_sse.domains import temp_disks
 from virt_sse.domains.data_on_host import HostData, has_tpm_state, memory_snapshot, survey
+from virt_sse.domains.guest_preload import is_accelerated
 from virt_sse.domains.host_encryption import (
     HostEncryption,
     agreed_properties,
@@ -37,6 +38,7 @@ from virt_sse.keys.host import Host
 from virt_sse.libvirt import domains
 from virt_sse.libvirt.capabilities import HostCapabilities
 from virt_sse.libvirt.connection import connected
+from virt_sse.libvirt.disk_element import DiskSource
 from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.domain_edit import DomainEdit
 from virt_sse.libvirt.snapshots import SnapshotFiles
@@ -47,6 +49,9 @@ from virt_sse.model.keys import KeyId
 from virt_sse.model.layers import HostCaching
 from virt_sse.model.operations import UpdateVm
 from virt_sse.model.vms import PendingUpdate, Vm, VmProperties, check_size_name
+from virt_sse.system import acceleration
+from virt_sse.system.guest_library import LibraryInUse
+from virt_sse.system.running_process import qemu_process
 
 
 class Keep(enum.Enum):
@@ -63,12 +68,17 @@ class VmChanges:
     """Changes by an update.
 
     :ivar caching: new host caching by the disk's name in the guest.
+    :ivar refresh_disks: whether to change the sources of disks with another placement than the definition's.
+        A change of placement needs this once.
+    :ivar accelerate: whether the domain's QEMU preloads the XTS library.
     """
 
     encryption_at_host: bool | Keep = KEEP
     size: str | Keep | None = KEEP
     temp_disk_size: int | Keep | None = KEEP
     caching: Mapping[str, HostCaching] = field(default_factory=dict)
+    refresh_disks: bool = False
+    accelerate: bool | Keep = KEEP
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +89,9 @@ class VmView:
     :ivar problem: a reason for the domain not to start, found without trying.
     :ivar disks: virt-sse's disks by the name in the guest.
     :ivar tpm_key: the KEK over the DEK of the TPM, if virt-sse encrypts the TPM's state.
+    :ivar is_accelerated: whether the definition asks for the XTS library in the domain's QEMU.
+    :ivar library: the XTS library in the running QEMU; ``None`` if the process is not visible, and in the
+        list of all domains.
     :ivar at_rest: data of the guest at host_data on this host; empty in the list of all domains.
     """
 
@@ -89,6 +102,8 @@ class VmView:
     problem: VirtSseError | None
     disks: Mapping[str, Disk]
     tpm_key: KeyId | None
+    is_accelerated: bool
+    library: LibraryInUse | None
     at_rest: tuple[HostData, ...] = ()
 
 
@@ -164,8 +179,13 @@ class VmSettings:
         if after.encryption_at_host:
             refuse_plaintext_data(survey(edit.result(), self._host_encryption.files), name)
         sources = {disk.id: self._start.source(disk) for disk in disks.values()}
-        edit.set_sources({disk_id: source for disk_id, source in sources.items() if disk_id in caching})
+        changed = set(caching)
+        if changes.refresh_disks:
+            changed |= _moved(before_update, sources)
+        edit.set_sources({disk_id: source for disk_id, source in sources.items() if disk_id in changed})
         edit.state_no_backing(sources)
+        if not isinstance(changes.accelerate, Keep):
+            self._accelerate(edit, accelerate=changes.accelerate)
         definition = edit.result()
 
         vm = dataclasses.replace(vm, name=name, host=host, generation=generation)
@@ -197,6 +217,15 @@ class VmSettings:
             # Existing state keeps its encryption and its key: swtpm cannot decrypt state permanently.
             edit.set_tpm_encryption(encrypted=False)
         return edit
+
+    def _accelerate(self, edit: DomainEdit, *, accelerate: bool) -> None:
+        library = self._config.guest_library
+        if accelerate and (reason := library.obstacle()):
+            raise PolicyError(
+                f"the library for guests cannot be used: {reason}",
+                hint="'virt-sse host init --accelerate' installs the library",
+            )
+        edit.set_preload(library.path, acceleration.ALLOCATOR, preloaded=accelerate)
 
     def _has_tpm_state(self, vm_id: UUID) -> bool:
         return has_tpm_state(vm_id, self._host_encryption.files)
@@ -249,8 +278,21 @@ class VmSettings:
                 refuse_plaintext_data(host_data, name)
         except (PolicyError, InvalidValueError) as exc:
             problem = exc
-        tpm_key = vm.tpm.key if vm and vm.tpm else None
-        return VmView(vm_id, name, is_active, properties, problem, disks, tpm_key, tuple(host_data))
+        library = self._config.guest_library
+        is_wanted = is_active and with_host_data
+        pid = qemu_process(self._config.qemu_pid_file(name), vm_id) if is_wanted else None
+        return VmView(
+            id=vm_id,
+            name=name,
+            is_active=is_active,
+            properties=properties,
+            problem=problem,
+            disks=disks,
+            tpm_key=vm.tpm.key if vm and vm.tpm else None,
+            is_accelerated=is_accelerated(library, definition),
+            library=library.in_use(pid) if pid else None,
+            at_rest=tuple(host_data),
+        )
 
     def _host_data(self, domain: libvirt.virDomain, definition: DomainDefinition) -> list[HostData]:
         snapshots = [SnapshotFiles.parse(each.getXMLDesc()) for each in domain.listAllSnapshots()]
@@ -278,6 +320,16 @@ class VmSettings:
         for vm in stale:
             if vm.host == here and not (vm.tpm and self._has_tpm_state(vm.id)):
                 self._store.vms.remove(vm.id)
+
+
+def _moved(definition: DomainDefinition, sources: Mapping[UUID, DiskSource]) -> set[UUID]:
+    """The disks, without overlays, whose placement differs between definition and *sources*."""
+    found = set()
+    for chain in definition.disk_chains():
+        source = sources.get(chain.disk_id) if chain.disk_id and chain.ours == 0 else None
+        if source and (chain.links[0].slot is None) != (source.slot is None):
+            found.add(source.disk_id)
+    return found
 
 
 def _before(name: str, vm: Vm | None, metadata: Stated | None, changes: VmChanges) -> VmProperties:

@@ -13,6 +13,7 @@ import libvirt
 
 from virt_sse.config import IoErrors
 from virt_sse.domains.deferred_starts import DeferredStarts
+from virt_sse.domains.guest_preload import refuse_unsafe
 from virt_sse.domains.host_encryption import HostEncryption
 from virt_sse.errors import (
     DiskInUseError,
@@ -23,6 +24,7 @@ from virt_sse.errors import (
     InvalidValueError,
     LibvirtError,
     LibvirtSilentError,
+    PolicyError,
     VirtSseError,
 )
 from virt_sse.keys.freshness import with_newer_envelope
@@ -40,7 +42,7 @@ from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk, DiskState, check_kind
 from virt_sse.model.events import audit_context
 from virt_sse.model.keys import Dek
-from virt_sse.model.layers import GuestNode, LayerChoice, LayerPlan
+from virt_sse.model.layers import GuestNode, LayerChoice, LayerPlan, Placement
 from virt_sse.model.operations import UnlockDisk
 from virt_sse.qemu import envelope_slots, img
 from virt_sse.stages.record import StageRecord
@@ -84,6 +86,7 @@ class DomainStart:
 
         :raise VirtSseError: When any part cannot be served; the domain must not start then.
         """
+        refuse_unsafe(self._config.guest_library, definition)
         try:
             with self._host_encryption.prepared(definition):
                 if uses := definition.our_disks:
@@ -102,6 +105,7 @@ class DomainStart:
         :param definition: the live definition of the domain; may be without the disks.
         :raise VirtSseError: When a disk cannot be served.
         """
+        refuse_unsafe(self._config.guest_library, definition)
         self._serve(connection, definition, self._look_up(uses, definition.name))
 
     def _serve(
@@ -129,12 +133,14 @@ class DomainStart:
         """Give libvirt the DEKs of a running domain and of the domain's disks again. Stages stay untouched.
 
         The incomplete image of a copy under way is left out: QEMU has the image open, and needs no secret.
+        The definition counts: a disk's present placement applies from the domain's next start.
 
         :raise VirtSseError: When a DEK cannot be unwrapped; libvirt then gets no DEK of the disks.
         """
         self._host_encryption.restore(definition)
         deks: dict[SecretName, Dek] = {}
-        for each in self._look_up(self._complete(definition.our_disks), definition.name):
+        uses = [use for use in self._complete(definition.our_disks) if use.secret]
+        for each in self._look_up(uses, definition.name, placement=Placement.GUEST):
             deks |= _for_libvirt(each, self._unlock(each, definition.name))
         with connected(self._config.libvirt_uri) as connection:
             set_secrets(connection, deks)
@@ -160,22 +166,38 @@ class DomainStart:
             disk = self._store.get(str(record.disk_id))
             with audit_context(domain=record.domain):
                 deks = {slot: self._keys.unwrap_slot(disk, slot) for slot in slots}
+            self._validate_inner(disk, deks)
         self._stages.restart(record.disk_id, deks)
 
-    def source(self, disk: Disk) -> DiskSource:
-        """Describe the disk's source for a domain definition."""
-        return self._source(disk, self.plan(disk))
+    def placement(self, disk: Disk) -> Placement:
+        """The placement of the disk's DEKs from the next start of a domain with the disk."""
+        return disk.placement or self._config.placement
 
-    def disk_element(self, name: str, *, target: str = "vda", read_only: bool = False) -> str:
+    def source(self, disk: Disk, placement: Placement | None = None) -> DiskSource:
+        """Describe the disk's source for a domain definition.
+
+        :param placement: default: see :meth:`placement`.
+        :raise PolicyError: When the disk's caching and placement exclude each other.
+        """
+        return self._source(disk, self.plan(disk, placement))
+
+    def disk_element(
+        self, name: str, *, target: str = "vda", read_only: bool = False, iothread: int | None = None
+    ) -> str:
         """Make the ``<disk>`` element for a disk, given by name or id (libvirt formatdomain).
 
         :raise DiskNotFoundError: When the store has no such disk.
-        :raise InvalidValueError: When *target* is not a valid name of a disk in a guest.
+        :raise InvalidValueError: When *target* is not a valid name of a disk in a guest, or names a bus
+            without iothreads for disks.
         """
         disk = self._store.get(name)
         check_kind(disk, DiskKind.DISK)
         return disk_element.disk_element(
-            self.source(disk), target=target, read_only=read_only, options=self.driver_options(disk)
+            self.source(disk),
+            target=target,
+            read_only=read_only,
+            iothread=iothread,
+            options=self.driver_options(disk),
         )
 
     def driver_options(self, disk: Disk) -> DriverOptions | None:
@@ -187,25 +209,33 @@ class DomainStart:
 
     def _source(self, disk: Disk, plan: LayerPlan) -> DiskSource:
         guest, *below = plan.stages
-        assert isinstance(guest, GuestNode)  # noqa: S101 -- the contract of layers
+        slot = guest.slot if isinstance(guest, GuestNode) else None
         behind = None
-        if below:
+        if below or slot is None:
             socket = self._stages.guest_socket(disk.id)
             behind = Behind(canonical(socket), self._config.reconnect_seconds)
         policy = "stop" if self._config.io_errors is IoErrors.PAUSE else "report"
         return DiskSource(
             disk_id=disk.id,
-            slot=guest.slot,
-            driver_type=disk.format.value,
+            slot=slot,
+            driver_type="raw" if slot is None else disk.format.value,
             path=disk.path,
             behind=behind,
             error_policy=policy if behind else None,
         )
 
-    def plan(self, disk: Disk) -> LayerPlan:
-        """Plan the layers and stages between guest and storage for the disk."""
+    def plan(self, disk: Disk, placement: Placement | None = None) -> LayerPlan:
+        """Plan the layers and stages between guest and storage for the disk.
+
+        :param placement: default: see :meth:`placement`.
+        :raise PolicyError: When the disk's caching or its layer, from a plugin, excludes the placement.
+        """
         layer = self._plugins.encryption_layer(disk.encryption_type)
-        plan = layer.plan(LayerChoice(disk.key, disk.deks[-1].cipher))
+        placement = placement or self.placement(disk)
+        plan = layer.plan(LayerChoice(disk.key, disk.deks[-1].cipher, placement))
+        in_guest = any(isinstance(stage, GuestNode) for stage in plan.stages)
+        if in_guest is not (placement is Placement.GUEST):
+            raise PolicyError(f"encryption layer {layer.name!r} has no placement {placement.value}")
         return self._plugins.host_layer().cache(plan, disk.caching)
 
     def _complete(self, uses: Sequence[DomainDisk]) -> list[DomainDisk]:
@@ -214,9 +244,12 @@ class DomainStart:
         incomplete = {disk.id for disk in found if disk.state is DiskState.CREATING}
         return [use for use in uses if use.disk_id not in incomplete]
 
-    def _look_up(self, uses: Sequence[DomainDisk], domain: str) -> list[_Served]:
+    def _look_up(
+        self, uses: Sequence[DomainDisk], domain: str, *, placement: Placement | None = None
+    ) -> list[_Served]:
         """Find the disks used by a domain, and check source, slot and image of each disk.
 
+        :param placement: as for :meth:`plan`.
         :raise VirtSseError: When a disk is unknown or not ready, or a check fails.
         """
         by_disk: dict[UUID, list[DomainDisk]] = {}
@@ -225,9 +258,9 @@ class DomainStart:
         found = []
         for of_disk in by_disk.values():
             disk = self._disk_of(of_disk[0])
-            served = _Served(disk, self.plan(disk), tuple(of_disk))
+            served = _Served(disk, self.plan(disk, placement), tuple(of_disk))
             for use in of_disk:
-                self._check_use(use, served)
+                self._check_use(use, served, domain)
             self._plugins.validate(UnlockDisk(disk, domain))
             found.append(served)
         return found
@@ -252,17 +285,24 @@ class DomainStart:
             raise ImageError(f"{disk.path} is the image of another disk than {disk.name!r}")
         return disk
 
-    def _check_use(self, use: DomainDisk, served: _Served) -> None:
+    def _check_use(self, use: DomainDisk, served: _Served, domain: str) -> None:
         disk, source = served.disk, self._source(served.disk, served.plan)
-        if all(entry.slot != use.slot for entry in disk.deks):
+        if use.slot is not None and all(entry.slot != use.slot for entry in disk.deks):
             raise InvalidValueError(f"disk {disk.name!r} has no DEK in slot {use.slot!r}")
+        if (use.slot is None) != (source.slot is None):
+            wanted = Placement.STORAGE if source.slot is None else Placement.GUEST
+            raise PolicyError(
+                f"disk {disk.name!r} has placement {wanted.value}, "
+                f"and the definition of domain {domain!r} expects placement {use.placement.value}",
+                hint=f"'virt-sse vm update {domain} --refresh-disks' changes the definition",
+            )
         if use.slot != source.slot:
             raise InvalidValueError(f"the DEK in slot {use.slot!r} of disk {disk.name!r} is not for guests")
         if use.source is not None and canonical(use.source) == source.place:
             return
         if source.behind:
             raise InvalidValueError(
-                f"{use.target} has the key of disk {disk.name!r} but the source {use.source}",
+                f"{use.target} is disk {disk.name!r} but has the source {use.source}",
                 hint=f"the disk is served at {source.place}; see 'virt-sse disk xml {disk.name}'",
             )
         raise InvalidValueError(
@@ -306,10 +346,7 @@ class DomainStart:
     ) -> dict[SecretName, Dek]:
         served = self._begin_use(served)
         deks = self._unlock(served, domain)
-        if len(deks) > 1:  # the guest's QEMU gets the inner layer; _disk_of has validated the outer header
-            disk = served.disk
-            outer = [deks[entry.slot] for entry in disk.deks[1:]]
-            self._freshness.check_inner(disk, img.validate(disk.path, disk.format, outer))
+        self._validate_inner(served.disk, deks)
         if qemu:
             self._stages.start(
                 served.disk,
@@ -321,6 +358,18 @@ class DomainStart:
                 replacing=replacing,
             )
         return _for_libvirt(served, deks)
+
+    def _validate_inner(self, disk: Disk, deks: Mapping[str, Dek]) -> None:
+        """Validate the headers of nested volumes, before QEMU opens the inner volume.
+
+        :param deks: by slot. Does nothing unless they are the DEKs of several volumes, all of the disk's: the
+            outer header is validated wherever the image is opened.
+        :raise ImageFormatError: When a header is refused.
+        :raise StaleImageError: When the inner header was changed, and policy refuses.
+        """
+        if 1 < len(deks) == len(disk.deks):
+            outer = [deks[entry.slot] for entry in disk.deks[1:]]
+            self._freshness.check_inner(disk, img.validate(disk.path, disk.format, outer))
 
     def _begin_use(self, served: _Served) -> _Served:
         """Refuse a stale image, and take over an envelope that is newer than the store's.
@@ -341,4 +390,4 @@ class DomainStart:
 
 def _for_libvirt(served: _Served, deks: Mapping[str, Dek]) -> dict[SecretName, Dek]:
     """Select the disk's DEKs used by the domain definition."""
-    return {use.secret: deks[use.slot] for use in served.uses}
+    return {use.secret: deks[use.slot] for use in served.uses if use.secret and use.slot}

@@ -58,6 +58,7 @@ def probe(config: Config) -> list[Capability]:
     return [
         *found,
         xts_capability(),
+        guest_capability(config),
         *_libvirt(config),
         seccomp_capability(),
         _landlock(),
@@ -127,6 +128,15 @@ def xts_capability() -> Capability:
     if path is None:
         return Capability(name, available=False, detail="QEMU does not use nettle, or a self-test failed")
     return Capability(name, available=True, detail=path)
+
+
+def guest_capability(config: Config) -> Capability:
+    """Whether guests' QEMU processes can preload virt-sse's library."""
+    name, library = "accelerated XTS in guests", config.guest_library
+    if not library.is_wanted:
+        return Capability(name, available=False, detail="off; 'virt-sse host init --accelerate' turns it on")
+    reason = library.obstacle()
+    return Capability(name, available=reason is None, detail=reason or str(library.path))
 
 
 def _libvirt(config: Config) -> list[Capability]:

@@ -19,7 +19,7 @@ from virt_sse.system.permissions import loose_folder_permission, loose_permissio
 class SetupFault:
     """A fault of the set-up.
 
-    :ivar part: the faulty part of the host: ``disk NAME``, ``state``, ``hook``.
+    :ivar part: the faulty part of the host: ``disk NAME``, ``state``, ``hook``, ``library``.
     :ivar remedy: a command, or advice.
     """
 
@@ -33,7 +33,8 @@ def examine(host: Host) -> list[SetupFault]:
 
     :raise StoreError: When the store cannot be read.
     """
-    return [*_state(host.config), *_hook(host.config), *_images(host.store.all())]
+    config = host.config
+    return [*_state(config), *_hook(config), *_guest_library(config), *_images(host.store.all())]
 
 
 def _state(config: Config) -> Iterator[SetupFault]:
@@ -67,6 +68,17 @@ def _hook(config: Config) -> Iterator[SetupFault]:
         yield SetupFault("hook", f"the libvirt hook {path} is not executable", remedy)
     elif found := loose_permission(path, path.stat()) or loose_folder_permission(path.parent):
         yield SetupFault("hook", found.problem, found.remedy)
+
+
+def _guest_library(config: Config) -> Iterator[SetupFault]:
+    """Without the library, accelerated domains are slower; with a changed library, they do not start."""
+    library, remedy = config.guest_library, "virt-sse host init --accelerate"
+    if not library.is_wanted:
+        return
+    if reason := library.obstacle():
+        yield SetupFault("library", reason, remedy)
+    elif library.is_outdated:
+        yield SetupFault("library", f"{library.path} is not this version's library", remedy)
 
 
 def _images(disks: list[Disk]) -> Iterator[SetupFault]:

@@ -11,6 +11,7 @@ from virt_sse.errors import ConfigError
 from virt_sse.keys.host import Host
 from virt_sse.libvirt import hook_script
 from virt_sse.model.disks import PLATFORM_KEY
+from virt_sse.system import acceleration
 from virt_sse.system.files import shared_folder, write_shared
 
 APPARMOR_ABSTRACTION = "etc/apparmor.d/abstractions/libvirt-qemu"
@@ -21,6 +22,8 @@ APPARMOR_LOCAL = "etc/apparmor.d/local/abstractions/libvirt-qemu"
 
 def initialise(host: Host) -> list[str]:
     """Create the missing parts of a host: keyring, host key, libvirt hook, AppArmor rule.
+
+    The library for guests, if wanted, is replaced by this version's.
 
     :return: the created parts, in words.
     :raise KeyringError: When part of the keyring is missing, or disks are under a missing keyring: a keyring
@@ -41,6 +44,11 @@ def initialise(host: Host) -> list[str]:
     with _naming(config.hook_path):
         if hook_script.install(config.hook_path, hook_environment(config), config.stage_directory):
             made.append(f"libvirt hook {config.hook_path}")
+    library = config.guest_library
+    if library.is_wanted and acceleration.library():
+        with _naming(library.path):
+            if library.install():
+                made.append(f"library {library.path}")
     local = config.root / APPARMOR_LOCAL
     with _naming(local):
         if (config.root / APPARMOR_ABSTRACTION).exists() and _allow(local, config.socket_directory):

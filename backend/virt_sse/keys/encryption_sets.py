@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +25,7 @@ from virt_sse.keys.rewrap import DekProof, KeyRotation, RewrapReport
 from virt_sse.model.disks import Disk, check_name
 from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.model.keys import KeyId, KeyRef
-from virt_sse.model.layers import EncryptionType
+from virt_sse.model.layers import EncryptionType, HostCaching, Placement
 from virt_sse.model.operations import CreateEncryptionSet
 from virt_sse.system.files import private_folder
 from virt_sse.system.progress import Progress, silent
@@ -94,9 +94,11 @@ class EncryptionSets:
     def move_disk(self, disk: str, name: str) -> Disk:
         """Move a disk into a set, also while a domain uses the disk.
 
+        :raise PolicyError: When the disk's host caching excludes the set's placement.
         :raise VirtSseError: By meaning; see :meth:`KeyRotation.move`.
         """
         encryption_set = self.usable(name)
+        _refuse_cached([self._store.get(disk)], encryption_set.placement or self._config.placement)
         self._rotation.move(self._store.get(disk), encryption_set)
         return self._store.get(disk)
 
@@ -124,11 +126,13 @@ class EncryptionSets:
         automatic_rotation: bool = False,
         revocation: RevocationAction = RevocationAction.SHUTDOWN,
         grace_seconds: int = 60,
+        placement: Placement | None = None,
     ) -> EncryptionSet:
         """Create a set and, if its provider needs one, its identity; the identity has no permissions yet.
 
         :param key: the key in the provider's terms, e.g. a URL. With a version, the set keeps to that
             version.
+        :param placement: of the set's disks; ``None``: the host's configured placement.
         :raise InvalidValueError: When name, key, type or grace time is invalid.
         :raise EncryptionSetExistsError: When the name is taken.
         :raise PolicyError: When a rule refuses the set, or the subscription has too many sets in this region.
@@ -153,6 +157,7 @@ class EncryptionSets:
             revocation=revocation,
             grace_seconds=_checked_grace(grace_seconds),
             created=datetime.now(UTC).replace(microsecond=0),
+            placement=placement,
         )
         encryption_set = self._with_key(encryption_set, key)
         self._plugins.validate(CreateEncryptionSet(encryption_set))
@@ -171,11 +176,14 @@ class EncryptionSets:
         automatic_rotation: bool | None = None,
         revocation: RevocationAction | None = None,
         grace_seconds: int | None = None,
+        placement: Placement | None = None,
         progress: Progress = silent,
     ) -> tuple[EncryptionSet, RewrapReport]:
         """Change a set, and rewrap the DEKs of its disks if *key* is given.
 
+        :param placement: applies from the next start of each domain.
         :raise InvalidValueError: When a value is invalid.
+        :raise PolicyError: When a disk's host caching excludes *placement*.
         """
         changed = self.get(name)
         if automatic_rotation is not None:
@@ -184,6 +192,9 @@ class EncryptionSets:
             changed = replace(changed, revocation=revocation)
         if grace_seconds is not None:
             changed = replace(changed, grace_seconds=_checked_grace(grace_seconds))
+        if placement is not None:
+            _refuse_cached(self._store.in_set(changed.id), placement)
+            changed = replace(changed, placement=placement)
         changed = self._with_key(changed, key) if key is not None else changed
         _check_rotation(changed)
         self._store.encryption_sets.update(changed)
@@ -321,6 +332,20 @@ def refuse_moved(disk: Disk, encryption_set: EncryptionSet | None, config: Confi
             f"disk {disk.name!r} is in region {encryption_set.region!r}, this host's VMs are in region "
             f"{config.region!r}: a disk, its set and its VM have the same region"
         )
+
+
+def _refuse_cached(disks: Sequence[Disk], placement: Placement) -> None:
+    """Refuse placement in the storage daemon for disks with host caching: the cache would hold plaintext.
+
+    :raise PolicyError: When one of *disks* has host caching.
+    """
+    for disk in disks:
+        if placement is Placement.STORAGE and disk.caching is not HostCaching.NONE:
+            raise PolicyError(
+                f"disk {disk.name!r} has host caching {disk.caching.value}, "
+                "which would hold plaintext with placement storage",
+                hint="'virt-sse vm update DOMAIN --disk-caching TARGET=None' removes the host cache",
+            )
 
 
 def _check_rotation(encryption_set: EncryptionSet) -> None:

@@ -18,7 +18,14 @@ from virt_sse.errors import HostKeyError
 from virt_sse.model.image_states import ImageState
 from virt_sse.model.seal import HOST_KEY_BYTES, SealKey
 from virt_sse.system.documents import DocumentError, from_json
-from virt_sse.system.files import private_folder, publish, sync_folder, write_private
+from virt_sse.system.files import (
+    private_folder,
+    publish,
+    single_writer_temporary,
+    sync_folder,
+    write_as_single_writer,
+    write_private,
+)
 
 MOST_DELETED = 4096
 """Number of deleted disks whose last states are kept."""
@@ -115,12 +122,14 @@ class ImageStateFiles:
     def put(self, disk_id: UUID, state: ImageState) -> None:
         """Replace the state of a disk's image. After a power loss the state before may be back.
 
+        The caller excludes other writers of the disk's state.
+
         :raise HostKeyError: When the file cannot be written.
         """
         content = msgspec.json.encode(_State(state.uses, state.header, state.inner))
         path = self._folder / str(disk_id)
         try:
-            write_private(private_folder(self._folder) / path.name, content, sync_name=False)
+            write_as_single_writer(private_folder(self._folder) / path.name, content)
             (self._deleted / path.name).unlink(missing_ok=True)
         except OSError as exc:
             raise HostKeyError(f"cannot write {path}: {exc.strerror}") from exc
@@ -136,6 +145,7 @@ class ImageStateFiles:
                 private_folder(self._deleted)
                 os.utime(path)
                 path.rename(note)
+                single_writer_temporary(path).unlink(missing_ok=True)
                 sync_folder(self._deleted)
                 self._forget_oldest()
         except OSError as exc:

@@ -364,13 +364,12 @@ class KeyRotation:
                 encryption_type=encryption_set.encryption_type if encryption_set else before.encryption_type,
             )
             changed = after != before
+            if changed:
+                after = replace(after, generation=before.generation + 1)
+                after.envelope.encode()  # refuses what has no room in the image
             with self._pending.marked(disk.id) if changed else contextlib.nullcontext():
-                if changed:
-                    after = replace(after, generation=before.generation + 1)
-                    if not self._store.replace(before, after):
-                        raise DiskStateError(
-                            f"disk {disk.name!r} was changed by another host at the same time"
-                        )
+                if changed and not self._store.replace(before, after):
+                    raise DiskStateError(f"disk {disk.name!r} was changed by another host at the same time")
                 # Independent of *changed*: a failed or killed run may have updated the store only.
                 written = self._update_envelope(after)
             self._pending.remove(disk.id)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -27,10 +28,13 @@ class LabAgent:
 
     The agent runs inside the host's namespaces, like the hooks: agent and hooks can end each other's
     processes, and all end with the host.
+
+    :param within: a command that executes the agent, e.g. in a sandbox; the agent's own is appended.
     """
 
-    def __init__(self, host: LabHost) -> None:
+    def __init__(self, host: LabHost, *, within: Sequence[str | Path] = ()) -> None:
         self._host = host
+        self._within = within
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
@@ -77,7 +81,7 @@ class LabAgent:
         self._process = leashed.start(
             ["agent", "run"],
             self.log_path,
-            command=self._host.command,
+            command=lambda own: self._host.command([*self._within, *own]),
             environment=self._host.environment
             | {"PATH": f"{os.environ.get('PATH', os.defpath)}:{SYSTEM_PATH}"},
         )

@@ -13,7 +13,7 @@ from typing import Self
 from uuid import UUID
 
 from virt_sse.errors import InvalidValueError
-from virt_sse.libvirt.disk_element import drop_malformed_secrets, secret_name, target_of
+from virt_sse.libvirt.disk_element import drop_malformed_names, plain_disk, secret_name, target_of
 from virt_sse.libvirt.xml import parse_xml
 
 
@@ -25,8 +25,8 @@ class ChainLink:
     :ivar path: the file, or the Unix socket of an NBD server; ``None`` for any other location.
     :ivar is_file: whether :attr:`path` is a file.
     :ivar index: libvirt's number of the image in a running domain.
-    :ivar disk_id: id of the disk of ours whose secret encrypts the image.
-    :ivar slot: the DEK's slot.
+    :ivar disk_id: id of the disk of ours whose secret encrypts the image, or whose plaintext is exported.
+    :ivar slot: the DEK's slot; ``None`` for such an export.
     """
 
     place: str
@@ -97,7 +97,7 @@ class BackupJob:
             root = parse_xml(xml, kind="backup XML")
         except InvalidValueError as exc:
             return None, [str(exc)]
-        return cls(root), drop_malformed_secrets(root)
+        return cls(root), drop_malformed_names(root)
 
     def targets(self) -> dict[str, tuple[ChainLink, ...]]:
         """The images that the backup writes to, by the disk's name in the guest.
@@ -155,6 +155,9 @@ def _link(place: ET.Element, source: ET.Element) -> ChainLink:
     """
     secrets = [*place.iterfind("./encryption/secret"), *source.iterfind("./encryption/secret")]
     names = [found for secret in secrets if (found := secret_name(secret))]
+    disk_id = names[0].owner if names else None
+    if source.tag == "source" and not secrets:
+        disk_id = plain_disk(source)
     encryption = place.find("./encryption") is not None or source.find("./encryption") is not None
     path = source.get("file") or _socket(source)
     return ChainLink(
@@ -163,7 +166,7 @@ def _link(place: ET.Element, source: ET.Element) -> ChainLink:
         is_file=source.get("file") is not None,
         index=place.get("index") or source.get("index"),
         is_encrypted=encryption,
-        disk_id=names[0].owner if names else None,
+        disk_id=disk_id,
         slot=names[0].slot if names else None,
     )
 

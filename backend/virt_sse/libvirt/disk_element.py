@@ -1,4 +1,4 @@
-"""The ``<disk>`` element of an encrypted disk: reading and writing.
+"""The ``<disk>`` element of a disk of ours: reading and writing.
 
 Sources: libvirt formatdomain, formatstorageencryption.
 """
@@ -13,8 +13,9 @@ from pathlib import Path
 from uuid import UUID
 
 from virt_sse.errors import InvalidValueError
-from virt_sse.libvirt.secret_name import SecretName
+from virt_sse.libvirt.secret_name import SecretName, exported_disk, plain_export
 from virt_sse.model.cloud import DriverOptions
+from virt_sse.model.layers import Placement
 
 _TARGET = re.compile(r"(?:vd|sd|hd)[a-z]{1,2}")
 _BUSES = {"vd": "virtio", "sd": "scsi", "hd": "ide"}
@@ -22,25 +23,33 @@ _BUSES = {"vd": "virtio", "sd": "scsi", "hd": "ide"}
 
 @dataclass(frozen=True, slots=True)
 class DomainDisk:
-    """Use of a DEK of ours by a disk of a domain.
+    """Use of a disk of ours by a disk of a domain: of its DEK, or of the NBD export of its plaintext.
 
+    :ivar slot: slot of the DEK for the guest's QEMU; ``None`` if a process below decrypts the disk.
     :ivar source: path of the image, or of the NBD server's Unix socket; ``None`` for any other source.
     :ivar target: the disk's name in the guest, e.g. ``vda``.
     :ivar reconnects: whether QEMU reconnects to a restarted NBD server (libvirt 9.5 and later).
     :ivar read_only: whether the guest can only read the disk.
+    :ivar iothread: number of the iothread that serves the disk; ``None`` for QEMU's main thread.
     """
 
     disk_id: UUID
-    slot: str
+    slot: str | None
     source: Path | None
     target: str
     reconnects: bool = False
     read_only: bool = False
+    iothread: str | None = None
 
     @property
-    def secret(self) -> SecretName:
-        """Name of the libvirt secret with the DEK."""
-        return SecretName(self.disk_id, self.slot)
+    def secret(self) -> SecretName | None:
+        """Name of the libvirt secret with the DEK; ``None`` if the guest's QEMU needs no DEK."""
+        return SecretName(self.disk_id, self.slot) if self.slot is not None else None
+
+    @property
+    def placement(self) -> Placement:
+        """The placement that the domain's definition expects."""
+        return Placement.STORAGE if self.slot is None else Placement.GUEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +68,7 @@ class Behind:
 class DiskSource:
     """Source of an encrypted disk, as a domain definition has to name the source.
 
+    :ivar slot: slot of the DEK for the guest's QEMU; ``None`` if a process below decrypts the disk.
     :ivar driver_type: libvirt's name of the image format that QEMU sees.
     :ivar path: the image.
     :ivar behind: NBD server in front of the image; ``None`` if QEMU opens the image itself.
@@ -66,7 +76,7 @@ class DiskSource:
     """
 
     disk_id: UUID
-    slot: str
+    slot: str | None
     driver_type: str
     path: Path
     behind: Behind | None = None
@@ -78,12 +88,17 @@ class DiskSource:
         return self.behind.socket if self.behind else self.path
 
     def use(self, target: str) -> DomainDisk:
-        """The use of the DEK that :func:`disk_element` writes for a disk that is not read-only."""
+        """The use that :func:`disk_element` writes for a disk that is not read-only."""
         return DomainDisk(self.disk_id, self.slot, self.place, target, reconnects=self.behind is not None)
 
 
 def disk_element(
-    source: DiskSource, *, target: str, read_only: bool = False, options: DriverOptions | None = None
+    source: DiskSource,
+    *,
+    target: str,
+    read_only: bool = False,
+    iothread: int | None = None,
+    options: DriverOptions | None = None,
 ) -> str:
     """Return the ``<disk>`` element with which a domain uses an encrypted disk.
 
@@ -92,13 +107,21 @@ def disk_element(
     that encrypted VM state is a multiple of the sector size.
 
     :param target: the name in the guest; its first two letters select the bus.
+    :param iothread: the iothread of the domain that serves the disk.
     :param options: options of the driver.
-    :raise InvalidValueError: When *target* is invalid.
+    :raise InvalidValueError: When *target* is invalid, or selects a bus whose disks have no iothread.
     """
     if not _TARGET.fullmatch(target):
         raise InvalidValueError(f"invalid target {target[:20]!r}", hint="e.g. vdb, sda or hda")
     disk = ET.Element("disk", type="file", device="disk", snapshot="no")
-    ET.SubElement(disk, "driver", name="qemu")
+    driver = ET.SubElement(disk, "driver", name="qemu")
+    if iothread is not None:
+        if _BUSES[target[:2]] != "virtio":
+            raise InvalidValueError(
+                f"no iothread can serve {target}: only virtio disks have an iothread of their own",
+                hint="choose a target such as vdb; with virtio-scsi the iothread belongs to the <controller>",
+            )
+        driver.set("iothread", str(iothread))
     ET.SubElement(disk, "source")
     set_source(disk, source)
     _set_options(disk, options or DriverOptions(), is_image=source.behind is None)
@@ -147,17 +170,21 @@ def set_source(disk: ET.Element, source: DiskSource) -> None:
         if source.error_policy:
             driver.set(name, source.error_policy)
     place.clear()
+    for encryption in disk.findall("encryption"):  # by libvirt before 4.5
+        disk.remove(encryption)
     if source.behind:
         disk.set("type", "network")
-        place.attrib |= {"protocol": "nbd", "name": str(source.disk_id)}
+        export = str(source.disk_id) if source.slot is not None else plain_export(source.disk_id)
+        place.attrib |= {"protocol": "nbd", "name": export}
         ET.SubElement(place, "host", transport="unix", socket=str(source.behind.socket))
         ET.SubElement(place, "reconnect", delay=str(source.behind.reconnect_seconds))
     else:
         disk.set("type", "file")
         place.set("file", str(source.path))
-    encryption = ET.SubElement(place, "encryption", format="luks")
-    secret = SecretName(source.disk_id, source.slot)
-    ET.SubElement(encryption, "secret", type="passphrase", usage=secret.usage)
+    if source.slot is not None:
+        encryption = ET.SubElement(place, "encryption", format="luks")
+        secret = SecretName(source.disk_id, source.slot)
+        ET.SubElement(encryption, "secret", type="passphrase", usage=secret.usage)
     add_backing_store(disk)
 
 
@@ -172,22 +199,53 @@ def add_backing_store(disk: ET.Element) -> None:
         disk.insert(position, ET.Element("backingStore"))
 
 
-def dek_uses(disk: ET.Element) -> Iterator[DomainDisk]:
-    """All uses of our DEKs by the ``<disk>`` element *disk*, including backing files and mirrors.
+def uses_of(disk: ET.Element) -> Iterator[DomainDisk]:
+    """All uses of disks of ours by the ``<disk>`` element *disk*, including backing files and mirrors.
 
-    :raise InvalidValueError: When a secret's usage id has our prefix and is malformed.
+    :raise InvalidValueError: When a secret's usage id or an export has our prefix and is malformed.
     """
     for place in (disk, *disk.iter("backingStore"), *disk.iter("mirror")):
-        for secret in encryption_secrets(place):
-            if name := secret_name(secret):
-                yield DomainDisk(
-                    name.owner,
-                    name.slot,
-                    _source(place),
-                    target_of(disk),
-                    reconnects=place.find("source/reconnect") is not None,
-                    read_only=disk.find("readonly") is not None,
-                )
+        for disk_id, slot in disks_named(place):
+            yield DomainDisk(
+                disk_id,
+                slot,
+                _source(place),
+                target_of(disk),
+                reconnects=place.find("source/reconnect") is not None,
+                read_only=disk.find("readonly") is not None,
+                iothread=_iothread(disk),
+            )
+
+
+def disks_named(place: ET.Element) -> list[tuple[UUID, str | None]]:
+    """The disks of ours, with slots of DEKs, named in a ``<disk>``, ``<backingStore>`` or ``<mirror>``.
+
+    :raise InvalidValueError: When a secret's usage id or an export has our prefix and is malformed.
+    """
+    names = [secret_name(secret) for secret in encryption_secrets(place)]
+    found: list[tuple[UUID, str | None]] = [(name.owner, name.slot) for name in names if name]
+    source = place.find("source")
+    if not found and source is not None and (disk_id := plain_disk(source)):
+        found.append((disk_id, None))
+    return found
+
+
+def plain_disk(source: ET.Element) -> UUID | None:
+    """The disk of ours whose plaintext a ``<source>`` element names; ``None`` for any other source.
+
+    :raise InvalidValueError: When the export has our prefix and is malformed.
+    """
+    if source.get("protocol") != "nbd":
+        return None
+    try:
+        return exported_disk(source.get("name", ""))
+    except ValueError as exc:
+        raise InvalidValueError(f"the domain names an unknown NBD export: {exc}") from exc
+
+
+def _iothread(disk: ET.Element) -> str | None:
+    driver = disk.find("driver")
+    return driver.get("iothread") if driver is not None else None
 
 
 def encryption_secrets(place: ET.Element) -> list[ET.Element]:
@@ -209,10 +267,10 @@ def secret_name(secret: ET.Element) -> SecretName | None:
         raise InvalidValueError(f"the domain names an unknown secret: {exc}") from exc
 
 
-def drop_malformed_secrets(root: ET.Element) -> list[str]:
-    """Remove the usage ids with our prefix that are malformed from all ``<secret>`` elements below *root*.
+def drop_malformed_names(root: ET.Element) -> list[str]:
+    """Remove malformed names with our prefix from all ``<secret>`` and ``<source>`` elements below *root*.
 
-    :return: the removed usage ids.
+    :return: the removed names.
     """
     found = []
     for secret in root.iter("secret"):
@@ -220,6 +278,11 @@ def drop_malformed_secrets(root: ET.Element) -> list[str]:
             secret_name(secret)
         except InvalidValueError:
             found.append(secret.attrib.pop("usage"))
+    for source in root.iter("source"):
+        try:
+            plain_disk(source)
+        except InvalidValueError:
+            found.append(source.attrib.pop("name"))
     return found
 
 

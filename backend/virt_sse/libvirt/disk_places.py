@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
-from virt_sse.libvirt.disk_element import encryption_secrets, secret_name, target_of
+from virt_sse.libvirt.disk_element import disks_named, target_of
 from virt_sse.model.slots import TEMP_SLOT
 
 _WITH_FILES = {"file": "file", "block": "dev"}
@@ -38,16 +38,15 @@ def disk_place(disk: ET.Element) -> DiskPlace | None:
     """The location of a disk's data; ``None`` for CD and floppy drives, and for temporary disks of ours.
 
     :param disk: a ``<disk>`` element.
-    :raise InvalidValueError: When a secret's usage id has our prefix and is malformed.
+    :raise InvalidValueError: When a secret's usage id or an export has our prefix and is malformed.
     """
     if disk.get("device", "disk") not in ("disk", "lun"):
         return None
     kind = disk.get("type", "")
     source, driver = disk.find("source"), disk.find("driver")
     target = target_of(disk)
-    for secret in encryption_secrets(disk):
-        if name := secret_name(secret):
-            return DiskPlace(target, disk_id=name.owner) if name.slot != TEMP_SLOT else None
+    for disk_id, slot in disks_named(disk):
+        return DiskPlace(target, disk_id=disk_id) if slot != TEMP_SLOT else None
     if disk.find("./encryption") is not None or disk.find("./source/encryption") is not None:
         return DiskPlace(target, obstacle="the image is encrypted, but not by virt-sse")
     if disk.find("./source/slices") is not None:

@@ -12,11 +12,12 @@ from typing import Self
 from uuid import UUID
 
 from virt_sse.errors import InvalidValueError
-from virt_sse.libvirt import disk_chains, disk_element
+from virt_sse.libvirt import disk_chains, disk_element, iothreads, qemu_environment
 from virt_sse.libvirt.disk_chains import BackupJob, DiskChain
-from virt_sse.libvirt.disk_element import DomainDisk, drop_malformed_secrets
+from virt_sse.libvirt.disk_element import DomainDisk, drop_malformed_names
 from virt_sse.libvirt.disk_places import DiskPlace, disk_place
 from virt_sse.libvirt.guest_data import GuestData
+from virt_sse.libvirt.qemu_environment import LoadedCode
 from virt_sse.libvirt.secret_name import PREFIX, SecretName
 from virt_sse.libvirt.users import User
 from virt_sse.libvirt.vm_metadata import Stated, read_metadata
@@ -60,8 +61,8 @@ class DomainDefinition:
         """Read as much of domain XML as can be read; raises no error.
 
         For work that must not fail open: the watch of a running domain's keys, and the end of a domain.
-        Malformed references to secrets of ours are left out. Of a text that is not domain XML, or exceeds a
-        limit, only the name, the UUID and the secrets of disks are found.
+        Malformed references to disks of ours are left out. Of a text that is not domain XML, or exceeds a
+        limit, only the name, the UUID and the names of disks are found.
         """
         problems = []
         try:
@@ -71,7 +72,7 @@ class DomainDefinition:
         except (InvalidValueError, RecursionError) as exc:
             problems.append(str(exc))
             root, prefixes = _rebuilt(xml), {}
-        problems += drop_malformed_secrets(root)
+        problems += drop_malformed_names(root)
         backend = emulated_tpm(root)
         encryption = backend.find("encryption") if backend is not None else None
         if backend is not None and encryption is not None:
@@ -117,11 +118,11 @@ class DomainDefinition:
 
     @cached_property
     def our_disks(self) -> tuple[DomainDisk, ...]:
-        """All uses of DEKs of our disks, including backing files and mirrors, without temporary disks.
+        """All uses of our disks, including backing files and mirrors, without temporary disks.
 
         :raise InvalidValueError: When a secret's usage id has our prefix and is malformed.
         """
-        return tuple(use for use in self._dek_uses if use.slot != TEMP_SLOT)
+        return tuple(use for use in self._uses if use.slot != TEMP_SLOT)
 
     @cached_property
     def temp_disks(self) -> tuple[DomainDisk, ...]:
@@ -129,12 +130,12 @@ class DomainDefinition:
 
         :raise InvalidValueError: When a secret's usage id has our prefix and is malformed.
         """
-        return tuple(use for use in self._dek_uses if use.slot == TEMP_SLOT)
+        return tuple(use for use in self._uses if use.slot == TEMP_SLOT)
 
     @cached_property
-    def _dek_uses(self) -> tuple[DomainDisk, ...]:
+    def _uses(self) -> tuple[DomainDisk, ...]:
         disks = self._root.iterfind("./devices/disk")
-        return tuple(use for disk in disks for use in disk_element.dek_uses(disk))
+        return tuple(use for disk in disks for use in disk_element.uses_of(disk))
 
     @cached_property
     def vm_secrets(self) -> tuple[SecretName, ...]:
@@ -158,7 +159,8 @@ class DomainDefinition:
 
         :raise InvalidValueError: As for :attr:`our_disks` and :attr:`vm_secrets`.
         """
-        return frozenset((*(use.secret for use in self.our_disks), *self.vm_secrets))
+        of_disks = (use.secret for use in self.our_disks if use.secret)
+        return frozenset((*of_disks, *self.vm_secrets))
 
     def disk_places(self) -> list[DiskPlace]:
         """Locations of the data of all disks, ours or not; without drives and temporary disks.
@@ -188,6 +190,13 @@ class DomainDefinition:
         """
         return disk_element.free_target(self._root)
 
+    def iothreads(self) -> Mapping[int, int]:
+        """The numbers of disks by iothread.
+
+        :raise InvalidValueError: When a number is malformed.
+        """
+        return iothreads.iothreads(self._root)
+
     @property
     def qemu_user(self) -> User | None:
         """User and group of the QEMU process, once libvirt has begun to start the domain (``<seclabel>``).
@@ -197,6 +206,11 @@ class DomainDefinition:
         for label in self._root.iterfind("./seclabel[@model='dac']/label"):
             return User.parse(label.text or "")
         return None
+
+    @cached_property
+    def loaded_code(self) -> tuple[LoadedCode, ...]:
+        """The libraries that variables of the definition make QEMU load."""
+        return qemu_environment.loaded_code(qemu_environment.variables(self._root))
 
     @cached_property
     def stated(self) -> Stated | None:
@@ -254,7 +268,7 @@ class DomainDefinition:
 
 
 def _rebuilt(xml: str) -> ET.Element:
-    """A ``<domain>`` with the name, the UUID and the secrets of ours in *xml*, found without a parser."""
+    """A ``<domain>`` with the name, the UUID and the disks of ours in *xml*, found without a parser."""
     root = ET.Element("domain")
     for tag in ("name", "uuid"):
         if match := re.search(rf"<{tag}>([^<]{{1,255}})</{tag}>", xml):
@@ -263,6 +277,8 @@ def _rebuilt(xml: str) -> ET.Element:
     for match in re.finditer(rf"\busage=(['\"])({re.escape(PREFIX)}[^'\"<]{{0,200}})\1", xml):
         encryption = ET.SubElement(ET.SubElement(devices, "disk"), "encryption")
         ET.SubElement(encryption, "secret", usage=unescape(match[2]))
+    for match in re.finditer(rf"\bname=(['\"])({re.escape(PREFIX)}[^'\"<]{{0,200}})\1", xml):
+        ET.SubElement(ET.SubElement(devices, "disk"), "source", protocol="nbd", name=unescape(match[2]))
     return root
 
 

@@ -9,15 +9,17 @@ from pathlib import Path
 from uuid import UUID
 
 from virt_sse.errors import InvalidValueError
+from virt_sse.libvirt import qemu_environment
 from virt_sse.libvirt.disk_element import (
     DiskSource,
     add_backing_store,
-    dek_uses,
     disk_element,
     free_target,
     set_source,
+    uses_of,
 )
 from virt_sse.libvirt.domain_definition import DomainDefinition, emulated_tpm
+from virt_sse.libvirt.qemu_environment import QEMU_NAMESPACE, QEMU_PREFIX
 from virt_sse.libvirt.secret_name import PREFIX, SecretName
 from virt_sse.libvirt.vm_metadata import VM_NAMESPACE, VM_PREFIX, Stated, write_metadata
 from virt_sse.libvirt.xml import parse_xml, to_text
@@ -34,7 +36,8 @@ class DomainEdit:
         self._root, prefixes = definition.copy_tree()
         self._before = ET.tostring(self._root)
         # Last, because the last prefix of a URI wins, and the agent searches the text for this prefix.
-        self._prefixes = {prefix: uri for prefix, uri in prefixes.items() if prefix != VM_PREFIX}
+        self._prefixes = {QEMU_PREFIX: QEMU_NAMESPACE}
+        self._prefixes |= {prefix: uri for prefix, uri in prefixes.items() if prefix != VM_PREFIX}
         self._prefixes[VM_PREFIX] = VM_NAMESPACE
 
     def result(self) -> DomainDefinition:
@@ -54,7 +57,7 @@ class DomainEdit:
         :raise InvalidValueError: When a secret is malformed, or a disk has no driver or no source.
         """
         for disk in self._root.iterfind("./devices/disk"):
-            for use in dek_uses(disk):
+            for use in uses_of(disk):
                 if use.disk_id in sources:
                     set_source(disk, sources[use.disk_id])
                     break
@@ -65,7 +68,7 @@ class DomainEdit:
         :raise InvalidValueError: When a secret is malformed.
         """
         for disk in self._root.iterfind("./devices/disk"):
-            for use in dek_uses(disk):
+            for use in uses_of(disk):
                 if use.disk_id in sources and use.source == sources[use.disk_id].place:
                     add_backing_store(disk)
 
@@ -109,6 +112,14 @@ class DomainEdit:
         memory = self._root.find("memory")
         if memory is not None and memory.get("dumpCore") is None:
             memory.set("dumpCore", "off")
+
+    def set_preload(self, library: Path, settings: Mapping[str, str], *, preloaded: bool) -> None:
+        """Add or remove a preloaded library and the variables *settings*; see :mod:`.qemu_environment`.
+
+        :raise InvalidValueError: When the domain preloads another library.
+        """
+        change = qemu_environment.preload if preloaded else qemu_environment.drop_preload
+        change(self._root, library, settings)
 
 
 def _is_temporary(disk: ET.Element) -> bool:

@@ -6,7 +6,7 @@ import enum
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 
-from virt_sse.libvirt.disk_element import encryption_secrets, secret_name, target_of
+from virt_sse.libvirt.disk_element import disks_named, encryption_secrets, target_of
 
 _PERSISTENT_MEMORY = ("nvdimm", "virtio-pmem")
 
@@ -126,7 +126,7 @@ def _disk(disk: ET.Element) -> DataDisk:
     source = disk.find("source")
     where = source.get("file") or source.get("dev") or source.get("name") if source is not None else None
     secrets = encryption_secrets(disk)
-    if any(secret_name(secret) for secret in secrets):
+    if disks_named(disk):
         encryption = DiskEncryption.OURS
     else:
         encryption = DiskEncryption.OTHER if secrets else DiskEncryption.NONE

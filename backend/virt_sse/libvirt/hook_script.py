@@ -29,7 +29,7 @@ _SCRIPT = """\
 xml=$(cat)
 case $2 in {events}) ;; *) exit 0 ;; esac
 case $xml in
-    *"usage='{prefix}"* | *'usage="{prefix}'* | *{namespace}*) ;;
+    *"usage='{prefix}"* | *'usage="{prefix}'* | *"name='{prefix}"* | *'name="{prefix}'* | *{namespace}*) ;;
     *)  # No disk of ours now. An unplugged disk may have left processes, which end with the domain.
         [ "$2" = release ] || exit 0
         case $xml in *"<uuid>"*"</uuid>"*) ;; *) exit 0 ;; esac

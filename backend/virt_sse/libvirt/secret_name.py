@@ -1,7 +1,8 @@
-"""Names of libvirt secrets: ``<secret type='passphrase' usage='virt-sse:DISK-ID:SLOT'/>`` in domain XML.
+"""Names in domain XML by which the libvirt hook recognizes our disks, without the store and the agent.
 
-The name tells whose DEK a secret holds. The libvirt hook therefore recognizes a domain with our disks without
-the store and without the agent.
+- ``<secret type='passphrase' usage='virt-sse:DISK-ID:SLOT'/>``: the libvirt secret with a DEK.
+- ``<source protocol='nbd' name='virt-sse:DISK-ID'>``: the NBD export of a disk that is decrypted below the
+  guest's QEMU.
 """
 
 from __future__ import annotations
@@ -49,3 +50,16 @@ class SecretName:
     def uuid(self) -> UUID:
         """The secret's UUID, derived from the name: defining the secret again replaces the secret."""
         return uuid5(self.owner, self.slot)
+
+
+def plain_export(disk_id: UUID) -> str:
+    """Name of the NBD export of a disk that is decrypted below the guest's QEMU."""
+    return f"{PREFIX}{disk_id}"
+
+
+def exported_disk(name: str) -> UUID | None:
+    """The disk whose plaintext the NBD export *name* has; ``None`` for an export that is not ours.
+
+    :raise ValueError: When the name has our prefix and is malformed.
+    """
+    return UUID(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None

@@ -15,7 +15,7 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.envelope import DekEntry, Envelope
 from virt_sse.model.keys import DekContext, KeyRef
-from virt_sse.model.layers import EncryptionType, HostCaching
+from virt_sse.model.layers import EncryptionType, HostCaching, Placement
 from virt_sse.system.files import canonical
 
 PLATFORM_KEY = KeyRef("platform-managed", "default")
@@ -72,6 +72,8 @@ class Disk:
     :ivar kind: a disk, or a copy that no domain can use.
     :ivar source_id: id of the disk or copy with the original content, if any; may be deleted by now.
     :ivar point: id of a point in time, shared by the snapshots of all disks of a domain.
+    :ivar origin_id: id of the first disk in a line of copies that leads to this disk; may be deleted by now.
+    :ivar placement: of the disk's encryption set; ``None`` for the host's configured placement.
     """
 
     id: UUID
@@ -90,6 +92,8 @@ class Disk:
     kind: DiskKind = DiskKind.DISK
     source_id: UUID | None = None
     point: UUID | None = None
+    origin_id: UUID | None = None
+    placement: Placement | None = None
 
     def dek(self, slot: str) -> DekEntry:
         """The wrapped DEK in *slot*.
@@ -154,6 +158,7 @@ class NewDisk:
     :ivar kind: a disk, or a copy that no domain can use.
     :ivar source: the disk or copy with the original content, if any.
     :ivar point: as of :class:`Disk`.
+    :ivar id: an id that no disk ever had; ``None``: a new one.
     """
 
     name: str
@@ -166,6 +171,7 @@ class NewDisk:
     kind: DiskKind = DiskKind.DISK
     source: Disk | None = None
     point: UUID | None = None
+    id: UUID | None = None
 
 
 def check_name(name: str, kind: DiskKind = DiskKind.DISK) -> str:

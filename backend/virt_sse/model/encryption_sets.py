@@ -8,7 +8,7 @@ from datetime import datetime
 from uuid import UUID
 
 from virt_sse.model.keys import KeyRef
-from virt_sse.model.layers import EncryptionType
+from virt_sse.model.layers import EncryptionType, Placement
 
 
 class RevocationAction(enum.Enum):
@@ -34,6 +34,7 @@ class EncryptionSet:
     :ivar identity: client id of the set's system-assigned identity; ``None`` if the key provider needs no
         identity, or after the set moved to a different tenant.
     :ivar grace_seconds: time between the shutdown request and the end of the domain, for ``SHUTDOWN``.
+    :ivar placement: placement of the set's disks; ``None`` for the host's configured placement.
     """
 
     id: UUID
@@ -49,3 +50,4 @@ class EncryptionSet:
     revocation: RevocationAction
     grace_seconds: int
     created: datetime
+    placement: Placement | None = None

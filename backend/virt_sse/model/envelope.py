@@ -4,10 +4,10 @@ The LUKS1 header has a gap between its fields (592) and the first keyslot (4096)
 cryptsetup. The gap holds two slots of 1,536 bytes, at offsets 1024 and 2560. Each slot contains, big-endian::
 
     8   magic "virt-sse"
-    2   format version, 1
+    2   format version, 1 or 2
     2   length of the body
     8   generation
-    n   body: JSON, UTF-8
+    n   body: JSON in version 1; MessagePack in version 2, written where JSON has no room
     32  SHA-256 of everything before
 
 The valid slot with the highest use counter (:mod:`virt_sse.model.seal`) and generation is current. A write
@@ -33,13 +33,13 @@ from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.keys import KeyId, WrappedDek
 from virt_sse.model.layers import EncryptionType
-from virt_sse.system.documents import from_json
+from virt_sse.system.documents import from_json, from_messagepack
 
 SLOT_OFFSETS = (1024, 2560)
 SLOT_BYTES = 1536
 
 _MAGIC = b"virt-sse"
-_VERSION = 1
+_JSON_VERSION, _MESSAGEPACK_VERSION = 1, 2
 _PREFIX = struct.Struct(">8sHHQ")
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _MAX_GENERATION = 2**31 - 1
@@ -97,12 +97,16 @@ class Envelope:
 
         :raise EnvelopeError: When the body does not fit.
         """
-        body = msgspec.json.encode(_Body.of(self))
+        version, body = _JSON_VERSION, msgspec.json.encode(_Body.of(self))
+        if len(body) > _BODY_BYTES:  # earlier versions of virt-sse know JSON alone
+            version, body = _MESSAGEPACK_VERSION, msgspec.msgpack.encode(_DenseBody.of(self))
         if len(body) > _BODY_BYTES:
             raise EnvelopeError(
-                f"the wrapped DEKs take {len(body)} bytes; the header has room for {_BODY_BYTES}"
+                f"names and wrapped DEKs of disk {self.name!r} take {len(body)} bytes;"
+                f" the image's header has room for {_BODY_BYTES}",
+                hint="use a key with a shorter name or URL, or with fewer bits",
             )
-        content = _PREFIX.pack(_MAGIC, _VERSION, len(body), self.generation) + body
+        content = _PREFIX.pack(_MAGIC, version, len(body), self.generation) + body
         return (content + hashlib.sha256(content).digest()).ljust(SLOT_BYTES, b"\0")
 
     @classmethod
@@ -114,8 +118,10 @@ class Envelope:
         if len(slot) < _PREFIX.size or not slot.startswith(_MAGIC):
             raise EnvelopeError("no envelope: not a disk of virt-sse")
         _, version, length, generation = _PREFIX.unpack_from(slot)
-        if version != _VERSION:
-            raise EnvelopeError(f"an envelope of version {version}; this virt-sse knows version {_VERSION}")
+        if version not in (_JSON_VERSION, _MESSAGEPACK_VERSION):
+            raise EnvelopeError(
+                f"an envelope of version {version}; this virt-sse knows version {_MESSAGEPACK_VERSION}"
+            )
         end = _PREFIX.size + length
         if not hmac.compare_digest(hashlib.sha256(slot[:end]).digest(), slot[end : end + _DIGEST_BYTES]):
             raise EnvelopeError("the envelope is damaged")
@@ -123,17 +129,21 @@ class Envelope:
         try:
             if not 0 < generation <= _MAX_GENERATION:
                 raise ValueError(f"generation {generation}")
-            body = from_json(slot[_PREFIX.size : end], _Body)
+            body: _Body | _DenseBody
+            if version == _JSON_VERSION:
+                body = from_json(slot[_PREFIX.size : end], _Body)
+            else:
+                body = from_messagepack(slot[_PREFIX.size : end], _DenseBody)
             return cls(
-                disk_id=UUID(body.disk),
+                disk_id=_uuid(body.disk),
                 name=body.name,
                 encryption_type=body.encryption_type,
-                set_id=UUID(body.encryption_set) if body.encryption_set else None,
+                set_id=_uuid(body.encryption_set) if body.encryption_set else None,
                 created=datetime.fromisoformat(body.created),
                 generation=generation,
                 deks=tuple(entry.decoded() for entry in body.deks),
                 kind=body.kind,
-                source_id=UUID(body.source) if body.source else None,
+                source_id=_uuid(body.source) if body.source else None,
             )
         except (ValueError, InvalidValueError) as exc:
             raise EnvelopeError(f"invalid envelope: {exc}") from exc
@@ -210,3 +220,58 @@ class _Body(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", omit_defa
             kind=envelope.kind,
             source=str(envelope.source_id) if envelope.source_id else None,
         )
+
+
+class _DenseDek(msgspec.Struct, frozen=True):
+    """A :class:`DekEntry` in MessagePack: as :class:`_Dek`, with the ciphertext as bytes."""
+
+    slot: str
+    cipher: str
+    key: tuple[str, str, str]
+    alg: str
+    dek: bytes
+
+    @classmethod
+    def of(cls, entry: DekEntry) -> Self:
+        wrapped = entry.wrapped
+        return cls(
+            slot=entry.slot,
+            cipher=str(entry.cipher),
+            key=(wrapped.key.provider, wrapped.key.name, wrapped.key.version),
+            alg=wrapped.algorithm,
+            dek=wrapped.ciphertext,
+        )
+
+    def decoded(self) -> DekEntry:
+        wrapped = WrappedDek(ciphertext=self.dek, algorithm=self.alg, key=KeyId(*self.key))
+        return DekEntry(slot=self.slot, cipher=Cipher.parse(self.cipher), wrapped=wrapped)
+
+
+class _DenseBody(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", omit_defaults=True):
+    """An :class:`Envelope` in MessagePack: as :class:`_Body`, with ids and ciphertexts as bytes."""
+
+    disk: bytes
+    name: str
+    encryption_type: EncryptionType
+    created: str
+    encryption_set: bytes | None = None
+    deks: tuple[_DenseDek, ...]
+    kind: DiskKind = DiskKind.DISK
+    source: bytes | None = None
+
+    @classmethod
+    def of(cls, envelope: Envelope) -> Self:
+        return cls(
+            disk=envelope.disk_id.bytes,
+            name=envelope.name,
+            encryption_type=envelope.encryption_type,
+            created=envelope.created.isoformat(),
+            encryption_set=envelope.set_id.bytes if envelope.set_id else None,
+            deks=tuple(_DenseDek.of(entry) for entry in envelope.deks),
+            kind=envelope.kind,
+            source=envelope.source_id.bytes if envelope.source_id else None,
+        )
+
+
+def _uuid(value: str | bytes) -> UUID:
+    return UUID(bytes=value) if isinstance(value, bytes) else UUID(value)

@@ -38,6 +38,17 @@ class DekSpec:
     cipher: Cipher
 
 
+class Placement(enum.Enum):
+    """The process that holds a disk's DEKs.
+
+    ``GUEST``: the guest's own QEMU decrypts the first layer, further layers have a process of their own.
+    ``STORAGE``: one process below the guest's QEMU decrypts all layers; the guest's QEMU has no DEK.
+    """
+
+    GUEST = "guest"
+    STORAGE = "storage"
+
+
 class HostCaching(enum.Enum):
     """Host caching of a disk, by the cloud's names."""
 
@@ -68,7 +79,10 @@ class HostCache(Stage):
 
 @dataclass(frozen=True, slots=True)
 class StorageNode(Stage):
-    """Stage: a second LUKS node, in a storage daemon of its own, apart from the guest's QEMU."""
+    """Stage: a LUKS node in a storage daemon, apart from the guest's QEMU.
+
+    One daemon serves adjacent nodes.
+    """
 
     slot: str
 
@@ -78,7 +92,8 @@ class LayerPlan:
     """A layer's requests to the host.
 
     :ivar deks: DEKs to make, in the order of the nested LUKS volumes: the guest's, innermost, first.
-    :ivar stages: stages on the way of data, guest first.
+    :ivar stages: stages on the way of data, guest first. The first stage encrypts: a :class:`GuestNode` or,
+        if the guest's QEMU gets no DEK, a :class:`StorageNode`.
     :raise PolicyError: When two layers have the same cipher, mode and key: the second would add nothing.
     """
 
@@ -99,10 +114,12 @@ class LayerChoice:
 
     :ivar key: the disk's own key.
     :ivar infrastructure_cipher: cipher of the layer under the platform's key, in plans with such a layer.
+    :ivar placement: the process that is to hold the DEKs. DEKs and images do not depend on the placement.
     """
 
     key: KeyRef
     infrastructure_cipher: Cipher
+    placement: Placement = Placement.GUEST
 
 
 class EncryptionLayer(ABC):
@@ -126,7 +143,10 @@ class HostLayer(ABC):
 
     @abstractmethod
     def cache(self, plan: LayerPlan, caching: HostCaching) -> LayerPlan:
-        """*plan* with a host cache added in a place where data is ciphertext."""
+        """*plan* with a host cache added in a place where data is ciphertext.
+
+        :raise PolicyError: When the plan has no such place.
+        """
 
     @abstractmethod
     def temporary_disk(self) -> LayerPlan:

@@ -58,8 +58,7 @@ def read_sealed(descriptor: int, image_format: DiskFormat, key: SealKey) -> Carr
 
     :raise: As :func:`read`.
     """
-    luks_offset, _ = luks_area(descriptor, image_format)
-    header = _header_digest(descriptor, luks_offset)
+    luks_offset, header = _header(descriptor, image_format)
     newest = _newest(descriptor, luks_offset, key, header)
     is_foreign = newest.seal is not None and newest.seal.key_id != key.id
     return CarriedEnvelope(image_format, newest.envelope, newest.uses, is_foreign, header)
@@ -154,8 +153,9 @@ def write(
     :raise EnvelopeError: When the envelope is too large for a slot.
     :raise OSError: When the image cannot be written.
     """
-    for number in _order(descriptor, image_format, sealing):
-        _write_slot(descriptor, image_format, number, envelope, sealing)
+    luks_offset, header = _header(descriptor, image_format)
+    for number in _order(descriptor, luks_offset, header, sealing):
+        _write_slot(descriptor, luks_offset, header, number, envelope, sealing)
 
 
 def advance(
@@ -167,16 +167,18 @@ def advance(
 
     :raise: As :func:`write`.
     """
-    older, _ = _order(descriptor, image_format, sealing)
-    _write_slot(descriptor, image_format, older, envelope, sealing)
+    luks_offset, header = _header(descriptor, image_format)
+    older, _ = _order(descriptor, luks_offset, header, sealing)
+    _write_slot(descriptor, luks_offset, header, older, envelope, sealing)
 
 
-def _order(descriptor: int, image_format: DiskFormat, sealing: tuple[SealKey, int] | None) -> tuple[int, int]:
+def _order(
+    descriptor: int, luks_offset: int, header: bytes, sealing: tuple[SealKey, int] | None
+) -> tuple[int, int]:
     """The numbers of the slots: the slot with the older envelope, or none, first."""
-    luks_offset, _ = luks_area(descriptor, image_format)
     key = sealing[0] if sealing else None
     try:
-        current = _newest(descriptor, luks_offset, key, _header_digest(descriptor, luks_offset)).number
+        current = _newest(descriptor, luks_offset, key, header).number
     except EnvelopeError:
         current = 0
     return 1 - current, current
@@ -184,24 +186,26 @@ def _order(descriptor: int, image_format: DiskFormat, sealing: tuple[SealKey, in
 
 def _write_slot(
     descriptor: int,
-    image_format: DiskFormat,
+    luks_offset: int,
+    header: bytes,
     number: int,
     envelope: Envelope,
     sealing: tuple[SealKey, int] | None,
 ) -> None:
     content, seal = envelope.encode(), bytes(SEAL_BYTES)
-    luks_offset, _ = luks_area(descriptor, image_format)
     if sealing:
         key, uses = sealing
-        header = _header_digest(descriptor, luks_offset)
         seal = key.seal(sealed_part(content), header, uses).encode()
     write_at(descriptor, seal, luks_offset + SEAL_OFFSETS[number])
     write_at(descriptor, content, luks_offset + SLOT_OFFSETS[number])
     os.fdatasync(descriptor)  # the content, and where it lies; times of the file may be lost
 
 
-def _header_digest(descriptor: int, luks_offset: int) -> bytes:
-    return VolumeHeader.read(lambda offset, length: os.pread(descriptor, length, offset), luks_offset).digest
+def _header(descriptor: int, image_format: DiskFormat) -> tuple[int, bytes]:
+    """Offset and digest of the LUKS header. The digest takes long: an active key slot has 256 KiB."""
+    luks_offset, _ = luks_area(descriptor, image_format)
+    header = VolumeHeader.read(lambda offset, length: os.pread(descriptor, length, offset), luks_offset)
+    return luks_offset, header.digest
 
 
 def _slots(descriptor: int, luks_offset: int) -> list[bytes]:

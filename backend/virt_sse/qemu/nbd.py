@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 
 from virt_sse.errors import ImageError
 
-_TIMEOUT = 30.0
-"""Seconds until a server counts as hung."""
+_TIMEOUT, _SLOWEST = 30.0, 1 << 20
+"""Seconds until a server counts as hung, in addition to the time for the data at this rate in bytes/s."""
 _MOST_AT_ONCE = 32 << 20
 """Maximum length of a request that every server supports."""
 
@@ -32,7 +33,7 @@ class NbdReader:
 
     def __init__(self, connection: socket.socket, export: str) -> None:
         self._connection = connection
-        connection.settimeout(_TIMEOUT)
+        self._limit(0)
         greeting = self._receive(18)
         if greeting[:16] != _MAGIC + _OPTIONS_MAGIC:
             raise ImageError("the server does not speak NBD")
@@ -55,6 +56,7 @@ class NbdReader:
 
     def _read(self, offset: int, length: int) -> bytes:
         self._requests += 1
+        self._limit(length)
         self._send(_REQUEST.pack(_REQUEST_MAGIC, 0, _READ, self._requests, offset, length))
         magic, error, number = _REPLY.unpack(self._receive(_REPLY.size))
         if magic != _REPLY_MAGIC or number != self._requests:
@@ -63,8 +65,19 @@ class NbdReader:
             raise ImageError(f"cannot read {length} bytes at {offset}: error {error}")
         return self._receive(length)
 
+    def _limit(self, length: int) -> None:
+        """Set the deadline of the next exchange, for *length* bytes of data."""
+        self._deadline = time.monotonic() + _TIMEOUT + length / _SLOWEST
+
+    def _left(self) -> float:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        return left
+
     def _send(self, content: bytes) -> None:
         try:
+            self._connection.settimeout(self._left())
             self._connection.sendall(content)
         except OSError as exc:
             raise ImageError(f"cannot send to the NBD server: {exc}") from exc
@@ -73,6 +86,7 @@ class NbdReader:
         content = bytearray()
         while len(content) < length:
             try:
+                self._connection.settimeout(self._left())
                 chunk = self._connection.recv(length - len(content))
             except OSError as exc:
                 raise ImageError(f"the NBD server does not answer: {exc}") from exc

@@ -60,5 +60,5 @@ async def connected(path: Path) -> AsyncIterator[Monitor]:
     try:
         yield Monitor(client)
     finally:
-        with contextlib.suppress(QMPError, OSError, EOFError):
-            await client.disconnect()
+        with contextlib.suppress(QMPError, OSError, EOFError):  # includes TimeoutError
+            await asyncio.wait_for(client.disconnect(), _TIMEOUT)

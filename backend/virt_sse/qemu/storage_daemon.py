@@ -1,17 +1,16 @@
-"""qemu-storage-daemon(1): opens a LUKS volume outside of guests, and exports its content by NBD.
+"""qemu-storage-daemon(1): opens LUKS volumes outside of guests, and exports their content by NBD.
 
-The daemon gets the image's path and the DEK by QMP, never on its command line. The QMP client and asyncio are
-imported at their first use: most starts of domains need no daemon, and wait for the import.
+The daemon gets the image's path and the DEKs by QMP, never on its command line. The QMP client and asyncio
+are imported at their first use: most starts of domains need no daemon, and wait for the import.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
-from uuid import UUID
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from virt_sse.errors import MonitorError
 from virt_sse.model.disk_format import DiskFormat
@@ -21,14 +20,17 @@ if TYPE_CHECKING:
     from virt_sse.qemu.qmp import Monitor
 
 T = TypeVar("T")
+Answer = Any
+"""Result of a QMP command."""
 
 FILE_NODE, VOLUME_NODE, EXPORT = "file", "volume", "disk"
+"""Node names of the image and of the exported volume, and the id of the export."""
 _DEK = "dek"
 _UNEXPORT_SECONDS = 5.0
 
 
 def arguments(monitor: int, listening: int) -> list[str]:
-    """The command line of a daemon, to be configured by :meth:`StorageDaemon.open_volume`.
+    """The command line of a daemon, to be configured by :meth:`StorageDaemon.open_volumes`.
 
     :param monitor: descriptor of a listening Unix socket for QMP.
     :param listening: descriptor of a listening Unix socket for NBD.
@@ -49,35 +51,48 @@ class StorageDaemon:
 
     monitor: Path
 
-    def open_volume(self, path: Path, image_format: DiskFormat, dek: Dek, disk_id: UUID) -> None:
-        """Open the LUKS volume in the image at *path*, and export the volume under the disk's id."""
+    def open_volumes(self, path: Path, image_format: DiskFormat, deks: Sequence[Dek], export: str) -> None:
+        """Open nested LUKS volumes in the image at *path*, and export the innermost.
+
+        :param deks: at least one, innermost first.
+        :param export: name of the export.
+        """
 
         async def do(monitor: Monitor) -> None:
-            await monitor.execute(
-                "object-add", {"qom-type": "secret", "id": _DEK, "data": dek.passphrase.decode()}
-            )
+            below = FILE_NODE
             file = {"driver": "file", "node-name": FILE_NODE, "filename": str(path), "discard": "unmap"}
             await monitor.execute("blockdev-add", file)
-            await monitor.execute("blockdev-add", _volume(image_format))
-            await monitor.execute("object-del", {"id": _DEK})  # the open volume keeps its key
-            await _export(monitor, disk_id)
+            for node, dek in reversed(list(zip(volume_nodes(len(deks)), deks, strict=True))):
+                await monitor.execute(
+                    "object-add", {"qom-type": "secret", "id": _DEK, "data": dek.passphrase.decode()}
+                )
+                await monitor.execute("blockdev-add", _volume(node, image_format, below))
+                await monitor.execute("object-del", {"id": _DEK})  # the open volume keeps its key
+                below = node
+            await _export(monitor, export)
 
         self._do(do)
 
-    def size(self) -> int:
-        """Size of the volume in bytes."""
+    def sizes(self) -> list[int]:
+        """Sizes of the volumes in bytes, innermost first."""
 
-        async def do(monitor: Monitor) -> int:
-            return await _size(monitor)
+        async def do(monitor: Monitor) -> list[int]:
+            return await _sizes(monitor)
 
         return self._do(do)
 
-    def grow(self, size: int, disk_id: UUID) -> None:
-        """Grow the volume to *size* bytes, unless large enough. Growing disconnects the client."""
+    def grow(self, sizes: Sequence[int], export: str) -> None:
+        """Grow volumes, unless all are large enough. Growing disconnects the client.
+
+        :param sizes: wanted sizes in bytes, innermost first; volumes above their size stay unchanged.
+        :param export: name of the export.
+        """
         import asyncio
 
         async def do(monitor: Monitor) -> None:
-            if await _size(monitor) >= size:
+            wanted = zip(volume_nodes(len(sizes)), sizes, await _sizes(monitor), strict=True)
+            small = [(node, size) for node, size, present in wanted if present < size]
+            if not small:
                 return
             await monitor.execute("block-export-del", {"id": EXPORT, "mode": "hard"})
             try:
@@ -86,18 +101,27 @@ class StorageDaemon:
                     if time.monotonic() > deadline:
                         raise MonitorError("the storage daemon does not disconnect its client")
                     await asyncio.sleep(0.01)
-                await monitor.execute("block_resize", {"node-name": VOLUME_NODE, "size": size})
+                for node, size in reversed(small):
+                    await monitor.execute("block_resize", {"node-name": node, "size": size})
             finally:
                 if not await monitor.execute("query-block-exports"):
-                    await _export(monitor, disk_id)
+                    await _export(monitor, export)
 
         self._do(do)
 
-    def nodes(self) -> list[dict[str, object]]:
-        """The daemon's block nodes: the result of ``query-named-block-nodes``."""
+    def block_graph(self) -> tuple[Answer, Answer, Answer]:
+        """The daemon's block graph.
 
-        async def do(monitor: Monitor) -> list[dict[str, object]]:
-            return list(await monitor.execute("query-named-block-nodes"))
+        :return: the results of ``query-named-block-nodes``, ``x-debug-query-block-graph`` and
+            ``query-block-exports``.
+        """
+
+        async def do(monitor: Monitor) -> tuple[Answer, Answer, Answer]:
+            return (
+                await monitor.execute("query-named-block-nodes"),
+                await monitor.execute("x-debug-query-block-graph"),
+                await monitor.execute("query-block-exports"),
+            )
 
         return self._do(do)
 
@@ -113,11 +137,16 @@ class StorageDaemon:
         return asyncio.run(connect_and_do())
 
 
-def _volume(image_format: DiskFormat) -> dict[str, object]:
+def volume_nodes(count: int) -> list[str]:
+    """Node names of *count* nested volumes, innermost first."""
+    return [VOLUME_NODE, *(f"{VOLUME_NODE}{number}" for number in range(1, count))]
+
+
+def _volume(name: str, image_format: DiskFormat, below: str) -> dict[str, object]:
     node: dict[str, object] = {
         "driver": image_format.qemu_driver,
-        "node-name": VOLUME_NODE,
-        "file": FILE_NODE,
+        "node-name": name,
+        "file": below,
         "discard": "unmap",
     }
     if image_format is DiskFormat.QCOW2:
@@ -127,11 +156,12 @@ def _volume(image_format: DiskFormat) -> dict[str, object]:
     return node
 
 
-async def _export(monitor: Monitor, disk_id: UUID) -> None:
-    export = {"type": "nbd", "id": EXPORT, "node-name": VOLUME_NODE, "name": str(disk_id), "writable": True}
+async def _export(monitor: Monitor, name: str) -> None:
+    export = {"type": "nbd", "id": EXPORT, "node-name": VOLUME_NODE, "name": name, "writable": True}
     await monitor.execute("block-export-add", export)
 
 
-async def _size(monitor: Monitor) -> int:
+async def _sizes(monitor: Monitor) -> list[int]:
     nodes = await monitor.execute("query-named-block-nodes")
-    return next(int(node["image"]["virtual-size"]) for node in nodes if node["node-name"] == VOLUME_NODE)
+    found = {str(node["node-name"]): int(node["image"]["virtual-size"]) for node in nodes}
+    return [found[name] for name in volume_nodes(len(found)) if name in found]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,3 +73,18 @@ class GateProcess:
         Other messages of the gate are included: they end the gate.
         """
         return self.process.output().splitlines()
+
+
+def admitted_by(folder: Path) -> Path | None:
+    """libvirt's pid file of the QEMU that the running gate in *folder* admits, by the gate's command line."""
+    pid = LockedProcess(folder / GATE).pid()
+    if not pid:
+        return None
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+    except OSError:  # ended since
+        return None
+    last = os.fsdecode(arguments[-1])
+    if last.startswith("{"):  # of the script that starts the stage process; the gate is a fork
+        last = json.loads(last)["gate"]["qemu_pid_file"]
+    return Path(last)

@@ -39,13 +39,13 @@ class HostCacheProcess(StageProcess[HostCache]):
     growth_hint = "stop the domain, or set the disk's caching to None"
 
     @classmethod
-    def to_record(cls, stage: HostCache | None) -> str:
-        return (stage.caching if stage else HostCaching.NONE).value
+    def to_record(cls, stages: Sequence[HostCache]) -> str:
+        return (stages[0].caching if stages else HostCaching.NONE).value
 
     @classmethod
-    def from_record(cls, value: object) -> HostCache | None:
+    def from_record(cls, value: object) -> Sequence[HostCache]:
         caching = HostCaching(value)
-        return None if caching is HostCaching.NONE else HostCache(caching)
+        return () if caching is HostCaching.NONE else (HostCache(caching),)
 
     @property
     def keeps_acknowledged_writes(self) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from virt_sse.errors import StageError
-from virt_sse.model.layers import GuestNode, LayerPlan, Stage
+from virt_sse.model.layers import GuestNode, LayerPlan, Stage, StorageNode
 from virt_sse.stages.host_cache import HostCacheProcess
 from virt_sse.stages.stage_process import StageProcess
 from virt_sse.stages.storage_daemon import StorageDaemonProcess
@@ -27,15 +29,32 @@ def kind_of(stage: Stage, kinds: StageKinds = STAGE_KINDS) -> type[StageProcess[
     raise StageError(f"no kind of process serves the stage {type(stage).__name__}")
 
 
-def guest_and_below(plan: LayerPlan, kinds: StageKinds = STAGE_KINDS) -> tuple[GuestNode, tuple[Stage, ...]]:
-    """The node in the guest's QEMU, and the stages below, guest first.
+def by_process(
+    stages: Sequence[Stage], kinds: StageKinds = STAGE_KINDS
+) -> list[tuple[type[StageProcess[Any]], tuple[Stage, ...]]]:
+    """The processes for *stages*, guest first, each with the adjacent stages that the process serves.
 
-    :raise StageError: When *plan* does not begin with a guest node, or its other stages are of unknown kinds,
-        out of order, or not of different kinds.
+    :raise StageError: As for :func:`kind_of`.
     """
-    guest, *below = plan.stages
-    places = [kinds.index(kind_of(stage, kinds)) for stage in below]
-    if not isinstance(guest, GuestNode) or sorted(set(places)) != places:
+    grouped = itertools.groupby(stages, lambda stage: kind_of(stage, kinds))
+    return [(kind, tuple(adjacent)) for kind, adjacent in grouped]
+
+
+def guest_and_below(
+    plan: LayerPlan, kinds: StageKinds = STAGE_KINDS
+) -> tuple[GuestNode | None, tuple[Stage, ...]]:
+    """The node in the guest's QEMU, if any, and the stages below, guest first.
+
+    :raise StageError: When the first stage of *plan* does not encrypt, or the stages below the guest's QEMU
+        are of unknown kinds or out of order, or a process would have to serve several stages and cannot.
+    """
+    guest = plan.stages[0] if plan.stages and isinstance(plan.stages[0], GuestNode) else None
+    below = plan.stages[1:] if guest else plan.stages
+    processes = by_process(below, kinds)
+    places = [kinds.index(kind) for kind, _ in processes]
+    encrypts = guest or (below and isinstance(below[0], StorageNode))
+    is_served = all(kind.serves_several or len(stages) == 1 for kind, stages in processes)
+    if not encrypts or sorted(set(places)) != places or not is_served:
         names = ", ".join(type(stage).__name__ for stage in plan.stages)
         raise StageError(f"the plan's stages are out of order: {names}")
-    return guest, tuple(below)
+    return guest, below

@@ -6,6 +6,7 @@ Written as ``stages.json``; records of running domains outlive upgrades, so fiel
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from uuid import UUID
 import msgspec
 
 from virt_sse.errors import StageError
+from virt_sse.libvirt.secret_name import plain_export
 from virt_sse.libvirt.users import User
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.layers import Stage
@@ -38,7 +40,7 @@ class _CommonFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     owner: tuple[_UserId, _UserId]
     qemu: tuple[_UserId, _UserId]
     storage: tuple[_UserId, _UserId]
-    guest_slot: str
+    guest_slot: str | None
     users: dict[str, tuple[_UserId, _UserId]] = {}
     gated: bool = False
 
@@ -52,7 +54,7 @@ class StageRecord:
     :ivar storage: user of the process next to the storage.
     :ivar users: user of each process by the name of its kind; empty in the records of earlier
         versions: all processes run as *storage* then.
-    :ivar guest_slot: slot of the DEK for the guest's QEMU.
+    :ivar guest_slot: slot of the DEK for the guest's QEMU; ``None`` if the guest's QEMU has no DEK.
     :ivar stages: the stages below the guest's QEMU, guest first.
     :ivar gated: whether a gate stands before the stage process next to the guest
         (:mod:`~virt_sse.stages.gate`); processes started by earlier versions have none.
@@ -66,7 +68,7 @@ class StageRecord:
     owner: User
     qemu: User
     storage: User
-    guest_slot: str
+    guest_slot: str | None
     stages: tuple[Stage, ...]
     users: Mapping[str, User] = field(default_factory=dict)
     gated: bool = True
@@ -74,6 +76,15 @@ class StageRecord:
     def user(self, name: str) -> User:
         """The user of the process of the kind *name*."""
         return self.users.get(name, self.storage)
+
+    @property
+    def export(self) -> str:
+        """Name of the NBD export for the guest's QEMU.
+
+        Two names: a domain whose definition expects the other placement is refused, instead of reading
+        ciphertext or writing plaintext into a volume.
+        """
+        return str(self.disk_id) if self.guest_slot else plain_export(self.disk_id)
 
     @property
     def user_ids(self) -> set[int]:
@@ -109,7 +120,7 @@ class StageRecord:
             qemu=User(*found.qemu),
             storage=User(*found.storage),
             guest_slot=found.guest_slot,
-            stages=tuple(stage for stage in stages if stage is not None),
+            stages=tuple(itertools.chain.from_iterable(stages)),
             users={name: User(*user) for name, user in found.users.items()},
             gated=found.gated,
         )
@@ -135,8 +146,8 @@ class StageRecord:
             "gated": self.gated,
         }
         for kind in kinds:
-            stage = next((each for each in self.stages if isinstance(each, kind.stage_type)), None)
-            fields[kind.record_field.name.replace("_", "-")] = kind.to_record(stage)
+            stages = [each for each in self.stages if isinstance(each, kind.stage_type)]
+            fields[kind.record_field.name.replace("_", "-")] = kind.to_record(stages)
         write_private(folder / RECORD_NAME, json.dumps(fields).encode())
 
 

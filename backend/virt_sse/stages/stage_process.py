@@ -1,9 +1,10 @@
 """The interface of a kind of stage process, and the place of a process on a disk's data path.
 
-A kind is a module with a subclass of :class:`StageProcess`, listed in :mod:`~virt_sse.stages.kinds`. The
-subclass says how its process is launched, seen to serve, restarted, recorded and verified; :class:`Stages
-<virt_sse.stages.stages.Stages>` does so for all kinds alike. The subclass may also define its own part of a
-layer's plan, a subclass of :class:`~virt_sse.model.layers.Stage`.
+A kind is a module with a subclass of :class:`StageProcess`, listed in :mod:`~virt_sse.stages.kinds`. A
+process serves one stage of a layer's plan, or adjacent stages of its kind. The subclass says how its process
+is launched, seen to serve, restarted, recorded and verified; :class:`Stages <virt_sse.stages.stages.Stages>`
+does so for all kinds alike. The subclass may also define its own part of a layer's plan, a subclass of
+:class:`~virt_sse.model.layers.Stage`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from virt_sse.stages.locked_process import Command, LockedProcess
 from virt_sse.stages.sockets import ListeningSocket, await_greeting
 
 StageT = TypeVar("StageT", bound=Stage)
+RecordValue = str | int | bool | list[str] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,9 @@ class StagePlace:
 
     :ivar format: format of the disk's image.
     :ivar source: where the process reads and writes the disk's data.
-    :ivar served: the socket at which the process serves the disk by NBD, under the disk's id as export name.
+    :ivar served: the socket at which the process serves the disk by NBD.
+    :ivar export: name of the NBD export at *served*.
+    :ivar decrypts_all: whether the guest's QEMU has no DEK: the process at its socket serves plaintext.
     :ivar user: the user that runs the process.
     :ivar is_own_user: whether no other process has this user.
     :ivar folder: private folder, root's, for locks, logs and monitor sockets of the disk's stage processes.
@@ -63,6 +67,8 @@ class StagePlace:
     format: DiskFormat
     source: ImageSource | ExportSource
     served: ListeningSocket
+    export: str
+    decrypts_all: bool
     user: User
     is_own_user: bool
     folder: Path
@@ -88,27 +94,30 @@ class RecordField:
 class ExpectedEvidence:
     """Facts about a running process for ``vm verify`` to check, beyond its listening socket and its source.
 
-    :ivar data: description of the disk data in the process; the data must be ciphertext.
+    :ivar data: description of the disk data in the process.
+    :ivar is_plaintext: whether the data in the process is plaintext. Only in the memory of a process that
+        decrypts the disk's first layer.
     :ivar arguments: required command-line arguments, each with the problem to report if missing.
-    :ivar monitor: monitor of a QEMU process; the block graph must be just the image and the volume under
-        the DEK in :attr:`StageProcess.slot`.
+    :ivar monitor: monitor of a QEMU process; the block graph must be just the image and the volumes under
+        the DEKs in :attr:`StageProcess.slots`.
     :ivar unnamed_files: folder of the process's unnamed files; their content must be ciphertext.
     """
 
     data: str
+    is_plaintext: bool = False
     arguments: Mapping[str, str] = field(default_factory=dict)
     monitor: StorageDaemon | None = None
     unnamed_files: Path | None = None
 
 
 class Growable(Protocol):
-    """A volume able to grow while a guest uses the disk."""
+    """Nested volumes able to grow while a guest uses the disk."""
 
-    def size(self) -> int:
-        """Size in bytes."""
+    def sizes(self) -> list[int]:
+        """Sizes in bytes, innermost volume first."""
 
-    def grow(self, size: int, disk_id: UUID) -> None:
-        """Grow to *size* bytes; the client of the disk's export then has to connect again."""
+    def grow(self, sizes: Sequence[int], export: str) -> None:
+        """Grow to *sizes* bytes; the client of the export then has to connect again."""
 
 
 class StageProcess(ABC, Generic[StageT]):
@@ -117,6 +126,7 @@ class StageProcess(ABC, Generic[StageT]):
     :cvar name: names the process's lock and log files, and the process in the agent's log.
     :cvar title: names the process in messages.
     :cvar stage_type: the kind's part of a layer's plan.
+    :cvar serves_several: whether one process serves adjacent stages of the kind.
     :cvar record_field: the kind's field of the disk's stage record.
     :cvar inner_socket: name of the socket if another stage process is between the process and the guest.
     :cvar is_qemu: whether QEMU's block layer opens the image: QEMU opens the image once, locks the image and
@@ -128,30 +138,36 @@ class StageProcess(ABC, Generic[StageT]):
     name: ClassVar[str]
     title: ClassVar[str]
     stage_type: ClassVar[type[Stage]]
+    serves_several: ClassVar[bool] = False
     record_field: ClassVar[RecordField]
     inner_socket: ClassVar[str]
     is_qemu: ClassVar[bool] = False
     growth_hint: ClassVar[str] = "stop the domain first"
 
-    def __init__(self, stage: StageT, place: StagePlace) -> None:
-        self.stage = stage
+    def __init__(self, stages: Sequence[StageT], place: StagePlace) -> None:
+        self.stages = tuple(stages)
         self.place = place
         self.process = LockedProcess(place.folder / self.name)
 
-    @classmethod
-    @abstractmethod
-    def to_record(cls, stage: StageT | None) -> str | int | bool | None:
-        """The value of :attr:`record_field` for a disk with *stage*, or without a stage of the kind."""
+    @property
+    def stage(self) -> StageT:
+        """The process's first stage: the only stage unless :attr:`serves_several`."""
+        return self.stages[0]
 
     @classmethod
     @abstractmethod
-    def from_record(cls, value: object) -> StageT | None:
+    def to_record(cls, stages: Sequence[StageT]) -> RecordValue:
+        """The value of :attr:`record_field` for a disk with *stages* of the kind, if any, guest first."""
+
+    @classmethod
+    @abstractmethod
+    def from_record(cls, value: object) -> Sequence[StageT]:
         """The inverse of :meth:`to_record`."""
 
     @property
-    def slot(self) -> str | None:
-        """Slot of the process's DEK; ``None`` for a process without a DEK."""
-        return None
+    def slots(self) -> tuple[str, ...]:
+        """Slots of the process's DEKs, guest first; empty for a process without a DEK."""
+        return ()
 
     @property
     @abstractmethod
@@ -182,16 +198,16 @@ class StageProcess(ABC, Generic[StageT]):
         :param listening: descriptors of :meth:`sockets`, in the same order.
         """
 
-    def await_serving(self, dek: Dek | None) -> None:
+    def await_serving(self, deks: Sequence[Dek]) -> None:
         """Return once the process serves the disk. The default waits for an NBD greeting.
 
-        :param dek: the DEK of :attr:`slot`.
+        :param deks: the DEKs of :attr:`slots`, in the same order.
         :raise VirtSseError: When the process ends first, or does not serve in time.
         """
         await_greeting(self.place.served.path)
 
     def growable(self) -> Growable | None:
-        """The volume to grow if the disk grows under a running guest; ``None`` if the process cannot grow."""
+        """The volumes to grow if the disk grows under a running guest; ``None`` if that is impossible."""
         return None
 
     @abstractmethod

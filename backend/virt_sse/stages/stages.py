@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -22,8 +22,8 @@ from virt_sse.model.layers import LayerPlan, Stage
 from virt_sse.qemu import img, qcow2
 from virt_sse.qemu.formatting import header_length
 from virt_sse.stages import sockets
-from virt_sse.stages.gate_process import GATE, GateProcess
-from virt_sse.stages.kinds import STAGE_KINDS, StageKinds, guest_and_below, kind_of
+from virt_sse.stages.gate_process import GATE, GateProcess, admitted_by
+from virt_sse.stages.kinds import STAGE_KINDS, StageKinds, by_process, guest_and_below, kind_of
 from virt_sse.stages.locked_process import LockedProcess
 from virt_sse.stages.record import StageRecord
 from virt_sse.stages.sockets import ListeningSocket
@@ -62,12 +62,8 @@ class Stages:
 
         :param damaged: called for each unreadable record; these records are left out.
         """
-        try:
-            folders = sorted(self._config.stage_directory.iterdir())
-        except FileNotFoundError:
-            return []
         found = []
-        for folder in folders:
+        for folder in self._folders():
             try:
                 record = StageRecord.read(folder, self.kinds)
             except StageError as exc:
@@ -78,6 +74,12 @@ class Stages:
             else:
                 found += [record] if record else []
         return found
+
+    def _folders(self) -> list[Path]:
+        try:
+            return sorted(self._config.stage_directory.iterdir())
+        except FileNotFoundError:
+            return []
 
     def record(self, disk_id: UUID) -> StageRecord | None:
         """The record of a disk; ``None`` if the disk has no stage processes.
@@ -90,8 +92,8 @@ class Stages:
         """The stage processes of *record*, guest first, running or not."""
         found: list[StageProcess[Any]] = []
         source: ImageSource | ExportSource = ImageSource(record.image)
-        for position, stage in reversed(list(enumerate(record.stages))):
-            kind = kind_of(stage, self.kinds)
+        groups = by_process(record.stages, self.kinds)
+        for position, (kind, stages) in reversed(list(enumerate(groups))):
             user = record.user(kind.name)
             if position == 0 and record.gated:
                 served = ListeningSocket(sockets.gated_socket(self._folder(record.disk_id)), ROOT)
@@ -99,20 +101,22 @@ class Stages:
                 served = self._guest_listening(record)
             else:
                 path = sockets.inner_socket(self._sockets(record.disk_id), kind.inner_socket)
-                client = kind_of(record.stages[position - 1], self.kinds)
+                client, _ = groups[position - 1]
                 served = ListeningSocket(path, record.user(client.name))
             place = StagePlace(
                 disk_id=record.disk_id,
                 format=record.format,
                 source=source,
                 served=served,
+                export=record.export if position == 0 else str(record.disk_id),
+                decrypts_all=record.guest_slot is None,
                 user=user,
                 is_own_user=self._config.storage_user is None and user.uid in self._config.storage_uids,
                 folder=self._folder(record.disk_id),
                 cache_directory=self._config.cache_directory,
             )
-            found.insert(0, kind(stage, place))
-            source = ExportSource(served.path, str(record.disk_id))
+            found.insert(0, kind(stages, place))
+            source = ExportSource(served.path, place.export)
         return found
 
     def gate(self, record: StageRecord) -> GateProcess | None:
@@ -146,7 +150,7 @@ class Stages:
 
     def dek_slots(self, record: StageRecord) -> list[str]:
         """Slots of the DEKs for the processes of *record*."""
-        return [each.slot for each in self.processes(record) if each.slot is not None]
+        return [slot for each in self.processes(record) for slot in each.slots]
 
     def may_restart(self, record: StageRecord) -> bool:
         """Whether acknowledged writes outlive all processes of *record*; if so, a restart loses nothing."""
@@ -198,7 +202,7 @@ class Stages:
                         owner=ROOT if is_left_over else User(status.st_uid, status.st_gid),
                         qemu=qemu,
                         storage=users[kind_of(below[-1], self.kinds).name],
-                        guest_slot=guest.slot,
+                        guest_slot=guest.slot if guest else None,
                         stages=below,
                         users=users,
                     )
@@ -258,8 +262,55 @@ class Stages:
         if failed:
             raise failed
 
+    def stop_damaged(self, domain: str, disk_ids: Collection[UUID]) -> None:
+        """End the stage processes of an ended domain's disks whose records are damaged; each is logged.
+
+        The gate tells the domain of the processes. Without a gate, the ended domain's definition does.
+
+        :param domain: name of the ended domain.
+        :param disk_ids: the disks in its definition.
+        :raise StageError: When some cannot be ended from here; the rest are ended.
+        """
+        failed: VirtSseError | None = None
+        for folder in self._folders():
+            try:
+                disk_id = UUID(folder.name)
+                with self._locks.hold(disk_id, wait=True):
+                    reason = self._damage(disk_id)
+                    if reason and self._served(folder, domain, is_defined=disk_id in disk_ids):
+                        self._return_images(disk_id)
+                        self._stop(disk_id, None)
+                        _log.warning("ended the processes of disk %s, domain %s: %s", disk_id, domain, reason)
+            except ValueError:  # no folder of ours
+                continue
+            except VirtSseError as exc:
+                failed = exc
+            except OSError as exc:
+                failed = StageError(f"cannot end the processes in {folder}: {exc}")
+        if failed:
+            raise failed
+
+    def _damage(self, disk_id: UUID) -> str | None:
+        """The reason why the disk's record cannot be read, if so."""
+        try:
+            self.record(disk_id)
+        except StageError as exc:
+            return str(exc)
+        return None
+
+    def _served(self, folder: Path, domain: str, *, is_defined: bool) -> bool:
+        """Whether the processes in *folder* serve a domain, as far as can be told without their record."""
+        admits = admitted_by(folder)
+        return is_defined if admits is None else admits == self._config.qemu_pid_file(domain)
+
+    def _return_images(self, disk_id: UUID) -> None:
+        """Return the images that the disk's processes own to root: only the record has the owner before."""
+        for kind in self.kinds:
+            if pid := LockedProcess(self._folder(disk_id) / kind.name).pid():
+                _return_images_of(pid)
+
     def grow(self, disk: Disk, size: int, *, reconnects: bool) -> None:
-        """Grow the volumes that hold a disk, while a guest uses the disk, to room for *size* usable bytes.
+        """Grow the volumes below the guest's QEMU, while a guest uses the disk, for *size* usable bytes.
 
         :param reconnects: whether the guest's QEMU connects again after a disconnect.
         :raise StageError: When a stage process cannot grow, or QEMU would have to connect again and does not.
@@ -270,13 +321,15 @@ class Stages:
                 return
             growable = []
             for each in self.processes(record):
-                if (volume := each.growable()) is None:
+                if (volumes := each.growable()) is None:
                     raise StageError(
                         f"disk {disk.name!r} has a {each.title}, which does not grow", hint=each.growth_hint
                     )
-                growable.append(volume)
-            for volume in reversed(growable):
-                if (room := _room(disk, size)) <= volume.size():
+                growable.append((volumes, each))
+            for volumes, each in reversed(growable):
+                innermost = disk.deks[0].slot
+                sizes = [size if slot == innermost else _room(disk, size) for slot in each.slots]
+                if all(wanted <= present for wanted, present in zip(sizes, volumes.sizes(), strict=True)):
                     continue
                 if not reconnects:
                     raise StageError(
@@ -284,14 +337,14 @@ class Stages:
                         hint="stop the domain first; with libvirt 9.5 or newer, QEMU can connect again",
                     )
                 self._restart_gate(record)  # QEMU is about to connect again
-                volume.grow(room, disk.id)
+                volumes.grow(sizes, each.place.export)
 
     def _choose_users(self, disk_id: UUID, stages: Sequence[Stage], qemu: User) -> dict[str, User]:
         """A user for each process, by the name of its kind; to be recorded under the same lock.
 
         :raise VirtSseError: By meaning, when there is none.
         """
-        names = [kind_of(stage, self.kinds).name for stage in stages]
+        names = [kind.name for kind, _ in by_process(stages, self.kinds)]
         if self._config.storage_user is not None:
             return dict.fromkeys(names, storage_user(self._config.storage_user))
         taken = {qemu.uid}.union(*(record.user_ids for record in self.records()))
@@ -309,9 +362,9 @@ class Stages:
             try:
                 for each in reversed(processes):
                     needs_lock = each is processes[-1] and not each.is_qemu
-                    dek = None if each.slot is None else deks[each.slot]
                     gate = self.gate(record) if each is processes[0] else None
-                    _launch(each, record.image, dek, image if needs_lock else None, gate)
+                    own = [deks[slot] for slot in each.slots]
+                    _launch(each, record.image, own, image if needs_lock else None, gate)
                     if each.is_qemu:  # the process keeps the image open
                         _give_back(image, record)
             except BaseException:
@@ -353,11 +406,16 @@ class Stages:
 
 
 def _launch(
-    stage: StageProcess[Any], path: Path, dek: Dek | None, image: int | None, gate: GateProcess | None
+    stage: StageProcess[Any],
+    path: Path,
+    deks: Sequence[Dek],
+    image: int | None,
+    gate: GateProcess | None,
 ) -> None:
     """Start a process; return once the process serves the disk.
 
     :param path: of the disk's image, for messages.
+    :param deks: of the process's slots.
     :param image: descriptor of the image, if the image has to be locked on the program's behalf.
     :param gate: the gate before the process.
     """
@@ -376,7 +434,7 @@ def _launch(
                 is_own_user=stage.place.is_own_user,
             )
         try:
-            stage.await_serving(dek)
+            stage.await_serving(deks)
             return
         except VirtSseError as exc:
             log, has_ended = stage.process.log, stage.process.pid() is None
@@ -393,6 +451,19 @@ def _give_back(image: int, record: StageRecord) -> None:
     """Return the image's ownership, if a stage process has it."""
     if os.fstat(image).st_uid == record.storage.uid:
         os.fchown(image, record.owner.uid, record.owner.gid)
+
+
+def _return_images_of(pid: int) -> None:
+    """Return the images that a process has open, and owns, to root."""
+    folder = Path(f"/proc/{pid}")
+    with contextlib.suppress(OSError):  # the process has ended
+        user = folder.stat().st_uid
+        for entry in (folder / "fd").iterdir():
+            with contextlib.suppress(VirtSseError), img.opened(entry) as image:
+                status = os.fstat(image)
+                if status.st_uid == user and status.st_nlink:
+                    img.luks_area(image, img.probe_format(image))
+                    os.fchown(image, ROOT.uid, ROOT.gid)
 
 
 def _room(disk: Disk, size: int) -> int:

@@ -1,8 +1,11 @@
-"""Storage daemon: a second LUKS volume, opened by a qemu-storage-daemon(1) apart from the guest's QEMU."""
+"""Storage daemon: LUKS volumes, opened by a qemu-storage-daemon(1) apart from the guest's QEMU."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
+
+import msgspec
 
 from virt_sse.errors import StageError
 from virt_sse.libvirt.users import ROOT
@@ -15,28 +18,34 @@ from virt_sse.stages.sockets import ListeningSocket
 from virt_sse.stages.stage_process import ExpectedEvidence, ImageSource, RecordField, StageProcess
 from virt_sse.system import acceleration
 
+_Slots = Annotated[list[str], msgspec.Meta(min_length=2)]
+"""Of several nodes, guest first."""
+
 
 class StorageDaemonProcess(StageProcess[StorageNode]):
-    """A qemu-storage-daemon process, which gets the image's path and the DEK through its monitor."""
+    """A qemu-storage-daemon process, which gets the image's path and the DEKs through its monitor."""
 
     name = "storage"
     title = "storage daemon"
     stage_type = StorageNode
-    record_field = RecordField("storage_slot", str | None)
+    serves_several = True
+    record_field = RecordField("storage_slot", str | _Slots | None)
     inner_socket = "nbd"
     is_qemu = True
 
     @classmethod
-    def to_record(cls, stage: StorageNode | None) -> str | None:
-        return stage.slot if stage else None
+    def to_record(cls, stages: Sequence[StorageNode]) -> str | list[str] | None:
+        slots = [stage.slot for stage in stages]
+        return slots if len(slots) > 1 else slots[0] if slots else None
 
     @classmethod
-    def from_record(cls, value: object) -> StorageNode | None:
-        return None if value is None else StorageNode(str(value))
+    def from_record(cls, value: object) -> Sequence[StorageNode]:
+        slots = value if isinstance(value, list) else [] if value is None else [value]
+        return tuple(StorageNode(str(slot)) for slot in slots)
 
     @property
-    def slot(self) -> str:
-        return self.stage.slot
+    def slots(self) -> tuple[str, ...]:
+        return tuple(stage.slot for stage in self.stages)
 
     @property
     def keeps_acknowledged_writes(self) -> bool:
@@ -56,19 +65,21 @@ class StorageDaemonProcess(StageProcess[StorageNode]):
             readable=[library] if library else [],
         )
 
-    def await_serving(self, dek: Dek | None) -> None:
+    def await_serving(self, deks: Sequence[Dek]) -> None:
         source = self.place.source
-        if dek is None or not isinstance(source, ImageSource):
+        if not deks or not isinstance(source, ImageSource):
             raise StageError("a storage daemon needs a DEK and the disk's image")
-        self._daemon.open_volume(source.path, self.place.format, dek, self.place.disk_id)
+        self._daemon.open_volumes(source.path, self.place.format, deks, self.place.export)
 
     def growable(self) -> StorageDaemon:
         return self._daemon
 
     def evidence(self) -> ExpectedEvidence:
-        return ExpectedEvidence(
-            data="the storage daemon's memory: ciphertext of the guest's layer", monitor=self._daemon
-        )
+        if self.place.decrypts_all:
+            data = "the storage daemon's memory"
+        else:
+            data = "the storage daemon's memory: ciphertext of the guest's layer"
+        return ExpectedEvidence(data=data, is_plaintext=self.place.decrypts_all, monitor=self._daemon)
 
     @property
     def _daemon(self) -> StorageDaemon:

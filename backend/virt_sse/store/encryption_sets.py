@@ -18,7 +18,7 @@ from virt_sse.errors import (
 )
 from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.model.keys import KeyRef
-from virt_sse.model.layers import EncryptionType
+from virt_sse.model.layers import EncryptionType, Placement
 from virt_sse.store.engine import reading, writing
 from virt_sse.store.tables import disks, encryption_sets
 
@@ -126,6 +126,7 @@ def _values(encryption_set: EncryptionSet) -> dict[str, object]:
         "revocation": encryption_set.revocation.value,
         "grace_seconds": encryption_set.grace_seconds,
         "created": encryption_set.created.isoformat(),
+        "placement": encryption_set.placement.value if encryption_set.placement else None,
     }
 
 
@@ -144,4 +145,5 @@ def _encryption_set(row: Row[Any]) -> EncryptionSet:
         revocation=RevocationAction(row.revocation),
         grace_seconds=row.grace_seconds,
         created=datetime.fromisoformat(row.created),
+        placement=Placement(row.placement) if row.placement else None,
     )

@@ -21,7 +21,7 @@ from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk, DiskSku, DiskState
 from virt_sse.model.envelope import DekEntry
 from virt_sse.model.keys import KeyId, WrappedDek
-from virt_sse.model.layers import EncryptionType, HostCaching
+from virt_sse.model.layers import EncryptionType, HostCaching, Placement
 from virt_sse.model.vms import PendingUpdate, Vm, VmProperties
 from virt_sse.system.documents import DocumentError, from_json
 
@@ -29,7 +29,10 @@ _log = logging.getLogger(__name__)
 
 
 def disks_of(rows: Iterable[Any]) -> list[Disk]:
-    """The disks in rows of ``disks`` joined with ``wrapped_deks``, in the order of the rows."""
+    """The disks in rows of ``disks`` joined with ``wrapped_deks``, in the order of the rows.
+
+    Each row also has the ``placement`` of the disk's encryption set.
+    """
     of_disk: dict[UUID, list[Any]] = {}
     for row in rows:
         of_disk.setdefault(row.id, []).append(row)
@@ -55,6 +58,8 @@ def _disk(rows: Sequence[Any]) -> Disk:
         kind=DiskKind(first.kind),
         source_id=first.source_id,
         point=first.point,
+        origin_id=first.origin_id,
+        placement=Placement(first.placement) if first.placement else None,
         deks=tuple(
             DekEntry(
                 row.slot,

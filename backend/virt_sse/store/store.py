@@ -14,10 +14,12 @@ from virt_sse.errors import DiskExistsError, DiskNotFoundError, StoreError
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.envelope import DekEntry
 from virt_sse.model.keys import KeyId, KeyRef
+from virt_sse.store.certificates import CertificateStore
 from virt_sse.store.encryption_sets import EncryptionSetStore
 from virt_sse.store.engine import open_engine, reading, writing
 from virt_sse.store.rows import disks_of
-from virt_sse.store.tables import disks, wrapped_deks
+from virt_sse.store.scale_sets import ScaleSetStore
+from virt_sse.store.tables import disks, encryption_sets, wrapped_deks
 from virt_sse.store.vms import VmStore
 
 
@@ -31,6 +33,8 @@ class Store:
         self._engine = open_engine(url)
         self.encryption_sets = EncryptionSetStore(self._engine)
         self.vms = VmStore(self._engine)
+        self.certificates = CertificateStore(self._engine)
+        self.scale_sets = ScaleSetStore(self._engine)
 
     def close(self) -> None:
         """Close all connections."""
@@ -60,6 +64,7 @@ class Store:
                     kind=disk.kind.value,
                     source_id=disk.source_id,
                     point=disk.point,
+                    origin_id=disk.origin_id,
                 )
             )
             _insert_deks(connection, disk.id, disk.deks)
@@ -115,6 +120,13 @@ class Store:
     def in_set(self, set_id: UUID) -> list[Disk]:
         """The disks in an encryption set, sorted by name."""
         return self._select(disks.c.encryption_set_id == set_id)
+
+    def copies_of(self, disk: Disk) -> list[Disk]:
+        """All other disks with content of the same origin as *disk*: its copies, and what it is a copy of."""
+        origin = disk.origin_id or disk.id
+        return self._select(
+            sa.and_(sa.or_(disks.c.origin_id == origin, disks.c.id == origin), disks.c.id != disk.id)
+        )
 
     def sizes_of_sets(self) -> dict[UUID, int]:
         """Number of disks by encryption set; sets without disks are left out."""
@@ -209,8 +221,14 @@ class Store:
 
     def _select(self, condition: sa.ColumnElement[bool]) -> list[Disk]:
         # A single statement, so that a disk and its DEKs are consistent.
+        placement = (
+            sa.select(encryption_sets.c.placement)
+            .where(encryption_sets.c.id == disks.c.encryption_set_id)
+            .scalar_subquery()
+            .label("placement")
+        )
         query = (
-            sa.select(disks, wrapped_deks)
+            sa.select(disks, wrapped_deks, placement)
             .select_from(disks.outerjoin(wrapped_deks))
             .where(condition)
             .order_by(disks.c.name, wrapped_deks.c.position)

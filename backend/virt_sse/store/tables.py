@@ -36,6 +36,7 @@ encryption_sets = Table(
     Column("revocation", String(16), nullable=False),
     Column("grace_seconds", Integer, nullable=False),
     Column("created", String(40), nullable=False),
+    Column("placement", String(16)),
 )
 
 disks = Table(
@@ -56,7 +57,40 @@ disks = Table(
     Column("kind", String(16), nullable=False, server_default="disk"),
     Column("source_id", Uuid),
     Column("point", Uuid),
+    Column("origin_id", Uuid),
     Index("disks_by_encryption_set", "encryption_set_id"),
+)
+
+certificates = Table(
+    "certificates",
+    metadata,
+    Column("disk_id", Uuid, primary_key=True),
+    Column("name", String(80), nullable=False),
+    Column("document", Text, nullable=False),
+    Column("issued", String(40)),
+)
+
+scale_sets = Table(
+    "scale_sets",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", String(80), nullable=False, unique=True),
+    Column("definition", Text, nullable=False),
+    Column("image_id", Uuid, nullable=False),
+    Column("size", Integer, nullable=False),
+    Column("encryption_at_host", Boolean, nullable=False),
+    Column("created", String(40), nullable=False),
+    Column("is_deleting", Boolean, nullable=False),
+)
+
+scale_set_instances = Table(
+    "scale_set_instances",
+    metadata,
+    Column("set_id", Uuid, ForeignKey("scale_sets.id"), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("domain_id", Uuid, nullable=False),
+    Column("disk_id", Uuid, nullable=False),
+    Column("encryption_at_host", Boolean, nullable=False),
 )
 
 wrapped_deks = Table(

@@ -1,4 +1,4 @@
-"""Decoding of JSON and TOML documents from disk, from other processes and from the network.
+"""Decoding of JSON, TOML and MessagePack documents from disk, from other processes and from the network.
 
 A document's type is a :class:`msgspec.Struct` with ``forbid_unknown_fields=True`` (dataclasses silently drop
 unknown fields) and, for kebab-case names, ``rename="kebab"``. https://jcristharif.com/msgspec/structs.html
@@ -57,6 +57,21 @@ def from_toml(document: bytes, kind: type[T]) -> T:
     except tomllib.TOMLDecodeError as exc:
         raise DocumentError(f"malformed TOML: {_message(exc)}") from None
     except (ValueError, RecursionError) as exc:
+        raise DocumentError(_message(exc)) from None
+
+
+def from_messagepack(document: bytes, kind: type[T]) -> T:
+    """Decode MessagePack (https://msgpack.org) into a *kind*, without coercion: text is no bytes.
+
+    :raise DocumentError: When *document* is malformed or is no *kind*.
+    """
+    try:
+        found = msgspec.msgpack.decode(document, type=kind)
+        _check_scalars(msgspec.to_builtins(found))
+        return found
+    except DocumentError:
+        raise
+    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as exc:
         raise DocumentError(_message(exc)) from None
 
 

@@ -60,18 +60,44 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_private(path: Path, content: bytes, *, sync_name: bool = True) -> None:
+def write_private(path: Path, content: bytes) -> None:
     """Write *content* to *path*, mode 0600, atomically: temporary file, sync, rename, sync of the folder.
 
     The temporary file of a killed process is removed when *path* is written next.
 
-    :param sync_name: sync the folder; otherwise *path* may have the old content after a power loss.
     :raise OSError: When there is no room or no permission; *path* is unchanged, the temporary file removed.
     """
-    write_shared(path, content, PRIVATE_FILE, sync_name=sync_name)
+    write_shared(path, content, PRIVATE_FILE)
 
 
-def write_shared(path: Path, content: bytes, mode: int = SHARED_FILE, *, sync_name: bool = True) -> None:
+def single_writer_temporary(path: Path) -> Path:
+    """The temporary file of :func:`write_as_single_writer`."""
+    return path.with_name(f".{path.name}.new")
+
+
+def write_as_single_writer(path: Path, content: bytes) -> None:
+    """Write *content* to *path*, mode 0600, atomically; the caller excludes all other writers of *path*.
+
+    The temporary file has a fixed name: the next write replaces the file of a killed process, without a look
+    at the folder, which may have many files. After a power loss *path* may have the old content.
+
+    :raise OSError: When there is no room or no permission; *path* is unchanged, the temporary file removed.
+    """
+    temporary = single_writer_temporary(path)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(temporary, flags, PRIVATE_FILE)
+    try:
+        os.fchmod(descriptor, PRIVATE_FILE)
+        _write_through(descriptor, content)
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def write_shared(path: Path, content: bytes, mode: int = SHARED_FILE) -> None:
     """As :func:`write_private`, with *mode* whatever the umask. The file is private until complete.
 
     :raise OSError: As for :func:`write_private`.
@@ -88,8 +114,7 @@ def write_shared(path: Path, content: bytes, mode: int = SHARED_FILE, *, sync_na
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    if sync_name:
-        sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def write_new(path: Path, content: bytes) -> None:

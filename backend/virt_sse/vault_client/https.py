@@ -21,6 +21,7 @@ from virt_sse.errors import (
     printable,
 )
 from virt_sse.vault_client.credential_file import CredentialFile, origin
+from virt_sse.vault_client.deadlines import DeadlineSocket, within
 
 _TIMEOUT_SECONDS = 5.0
 _LONGEST_ANSWER = 8 << 20
@@ -40,7 +41,7 @@ class Response:
 class VaultConnection:
     """Sends requests to the vault of a credential file, each over a new connection. Thread-safe.
 
-    :param timeout: in seconds, for connecting and for each response.
+    :param timeout: in seconds, for connecting, for the handshake, and for request and response as a whole.
     """
 
     def __init__(self, credential: CredentialFile, *, timeout: float = _TIMEOUT_SECONDS) -> None:
@@ -76,9 +77,10 @@ class VaultConnection:
         _, host, port = origin(url)
         connection = http.client.HTTPSConnection(host, port, timeout=self._timeout, context=self._trust())
         try:
-            connection.request(method, path, body, dict(headers))
-            answer = connection.getresponse()
-            content = answer.read(_LONGEST_ANSWER)
+            with within(self._timeout):
+                connection.request(method, path, body, dict(headers))
+                answer = connection.getresponse()
+                content = answer.read(_LONGEST_ANSWER)
         except (OSError, http.client.HTTPException) as exc:
             raise KeyProviderUnavailableError(f"the key vault {url} does not answer: {_reason(exc)}") from exc
         finally:
@@ -99,6 +101,7 @@ class VaultConnection:
                 except (ssl.SSLError, TypeError) as exc:
                     raise VaultError("the credential file's CA certificate cannot be read") from exc
                 context.minimum_version = ssl.TLSVersion.TLSv1_2
+                context.sslsocket_class = DeadlineSocket
                 self._context = context
             return self._context
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from uuid import UUID
 
-from virt_sse.libvirt.disk_chains import BackupJob, DiskChain
+from virt_sse.libvirt.disk_chains import BackupJob, ChainLink, DiskChain
 from virt_sse.libvirt.domain_definition import DomainDefinition
+from virt_sse.system.files import canonical
 
 _SERIAL_LENGTH = 20
 _SERIAL = re.compile(rf"<serial>[0-9a-f]{{{_SERIAL_LENGTH}}}</serial>")
@@ -42,15 +44,34 @@ class PlaintextLink:
 
 
 def plaintext_links(
-    definition: DomainDefinition, backup: BackupJob | None = None, *, known: Collection[UUID] = ()
+    definition: DomainDefinition,
+    backup: BackupJob | None = None,
+    *,
+    known: Collection[UUID] = (),
+    guest_socket: Callable[[UUID], Path],
 ) -> list[PlaintextLink]:
     """The images without encryption that libvirt reads or writes data of our disks from or to.
+
+    The NBD export of a disk that is decrypted below the guest's QEMU is no such image: data is plaintext on
+    its socket, and nowhere at rest.
 
     :param definition: the live definition of a running domain.
     :param backup: a running backup of the domain.
     :param known: ids of our disks to recognize by serial if another image has replaced the disk's image.
-    :raise InvalidValueError: When a secret's usage id has our prefix and is malformed.
+    :param guest_socket: the socket at which a guest's QEMU finds a disk: an export's name proves nothing.
+    :raise InvalidValueError: When a name has our prefix and is malformed.
     """
+
+    def is_plain(link: ChainLink) -> bool:
+        if link.is_encrypted:
+            return False
+        socket = None if link.is_file else link.path
+        return (
+            link.disk_id is None
+            or socket is None
+            or canonical(socket) != canonical(guest_socket(link.disk_id))
+        )
+
     found: list[PlaintextLink] = []
     for chain in definition.disk_chains(backup):
         position, disk_id = chain.ours, chain.disk_id
@@ -58,19 +79,21 @@ def plaintext_links(
             found += _substitutes(chain, known)
             continue
         for number, link in enumerate(chain.links):
-            if not link.is_encrypted:
+            if is_plain(link):
                 kind = LinkKind.OVERLAY if number < position else LinkKind.BACKING
+                if number == position:
+                    kind = LinkKind.SUBSTITUTE
                 found.append(PlaintextLink(disk_id, chain.target, kind, link.place))
         if chain.mirror_job != ACTIVE_COMMIT:
             found += [
                 PlaintextLink(disk_id, chain.target, LinkKind.MIRROR, link.place)
                 for link in chain.mirror
-                if not link.is_encrypted
+                if is_plain(link)
             ]
         found += [
             PlaintextLink(disk_id, chain.target, LinkKind.BACKUP, link.place)
             for link in chain.backup
-            if not link.is_encrypted
+            if is_plain(link)
         ]
     return found
 

@@ -62,7 +62,7 @@ class Vertex:
 
 @dataclass(frozen=True, slots=True)
 class Exposure:
-    """A further image with data of an encrypting node, in addition to the node's own image.
+    """A further image with data of a node, in addition to the node's own image.
 
     :ivar kind: relation of the image to the node; ``None`` if unknown.
     :ivar cipher: cipher of the data in the image; ``None`` for plaintext.
@@ -146,10 +146,13 @@ class BlockGraph:
         return found
 
     def exposures(self, volume: Vertex) -> list[Exposure]:
-        """All further places, encrypted or not, with data of the encrypting node *volume*."""
+        """All further places, encrypted or not, with data of *volume*.
+
+        :param volume: an encrypting node, or a stored node with plaintext.
+        """
         found = []
         for vertex in self._plaintext(volume):
-            if self._is_stored(vertex):
+            if self._is_stored(vertex) and vertex.id != volume.id:
                 found.append(Exposure(self._kind(volume, self._top(vertex.id)), vertex.where))
             elif vertex.cipher and vertex.id != volume.id:
                 kind = self._kind(volume, vertex.id)
@@ -159,6 +162,10 @@ class BlockGraph:
     def exports(self, volume: Vertex) -> list[str]:
         """The ids of exports through which plaintext of *volume* leaves QEMU."""
         return [self._exported[v.name] for v in self._plaintext(volume) if v.name in self._exported]
+
+    def plaintext_nodes(self, volume: Vertex) -> list[str]:
+        """Node names of the block nodes with plaintext of *volume*."""
+        return [vertex.name for vertex in self._plaintext(volume) if vertex.kind == "block-driver"]
 
     def devices(self) -> list[tuple[str, Vertex]]:
         """The guest's devices: libvirt's alias, and the node below the device."""

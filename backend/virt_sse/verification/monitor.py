@@ -30,6 +30,18 @@ def block_graph(domain: libvirt.virDomain) -> BlockGraph:
     )
 
 
+def secret_objects(domain: libvirt.virDomain) -> list[str]:
+    """Query the ids of the secret objects in a running domain's QEMU (QEMU ``qapi/crypto.json``).
+
+    :raise MonitorError: When QEMU refuses the query or does not answer.
+    """
+    listed = _ask(domain, "qom-list", path="/objects")
+    try:
+        return [str(each["name"]) for each in listed if str(each["type"]).startswith("child<secret")]
+    except (KeyError, TypeError) as exc:
+        raise MonitorError("QEMU lists its objects in an unknown format") from exc
+
+
 def _ask(domain: libvirt.virDomain, command: str, **arguments: object) -> Any:
     request = json.dumps({"execute": command} | ({"arguments": arguments} if arguments else {}))
     try:

@@ -6,9 +6,6 @@ import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import UUID
-
-from virt_sse.config import Config
 
 _PROC = Path("/proc")
 _LISTENS = 0x10000
@@ -75,21 +72,3 @@ def listens_at(pid: int, path: Path) -> bool:
             if len(fields) == 8 and int(fields[3], 16) & _LISTENS and fields[7] == str(path):
                 inodes.add(f"socket:[{fields[6]}]")
     return any(file.name in inodes for file in open_files(pid))
-
-
-def command_line(pid: int) -> list[str]:
-    """The command line of a process; empty if the process has ended."""
-    try:
-        content = (_PROC / str(pid) / "cmdline").read_bytes()
-    except OSError:
-        return []
-    return content.decode(errors="replace").removesuffix("\0").split("\0")
-
-
-def qemu_process(config: Config, name: str, vm_id: UUID) -> int | None:
-    """The pid of a domain's QEMU, from libvirt's pid file; ``None`` if not visible in this PID namespace."""
-    try:
-        pid = int(config.qemu_pid_file(name).read_text())
-    except (OSError, ValueError):
-        return None
-    return pid if str(vm_id) in command_line(pid) else None

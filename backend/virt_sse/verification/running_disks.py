@@ -18,11 +18,13 @@ GUEST_QEMU = "guest's QEMU"
 class RunningDisks:
     """Checks the disks in the block graph of a running domain's QEMU.
 
+    :param secrets: ids of the secret objects in QEMU.
     :param pid: the QEMU process; ``None`` if the process is not visible, e.g. in a different PID namespace.
     """
 
-    def __init__(self, graph: BlockGraph, pid: int | None) -> None:
+    def __init__(self, graph: BlockGraph, secrets: Sequence[str], pid: int | None) -> None:
         self._graph = graph
+        self._secrets = secrets
         self._pid = pid
 
     def check_ours(
@@ -60,6 +62,30 @@ class RunningDisks:
                 volume.cipher == str(cipher), f"the guest's QEMU encrypts with {volume.cipher}, not {cipher}"
             )
             self._expose(verdict, chain, volume, is_all=is_all, copies=copies)
+
+    def check_plain(self, verdict: DiskVerdict, chain: DiskChain, place: Path) -> None:
+        """Check a disk of virt-sse that is decrypted below QEMU: QEMU has its data, and no key.
+
+        No other image may have the disk's data, not even encrypted: its key would be in QEMU.
+
+        :param place: the NBD server's socket.
+        """
+        nodes = self.stored_at(place)
+        verdict.expect(bool(nodes), f"the guest's QEMU does not have {place} open")
+        is_connected = any(chain.alias in self._graph.devices_over(node) for node in nodes)
+        verdict.expect(is_connected, f"the guest's device is not connected to {place}")
+        for node in nodes:
+            is_encrypted = any(self._graph.volumes_over(node))
+            verdict.expect(not is_encrypted, f"the guest's QEMU encrypts the data at {place} itself")
+            for exposure in self._graph.exposures(node):
+                where = f"{exposure.kind.value if exposure.kind else 'node'} {exposure.place}"
+                verdict.places.append(DataPlace(where, exposure.cipher is None))
+                how = "is not encrypted" if exposure.cipher is None else "is encrypted by the guest's QEMU"
+                verdict.expect(False, f"{where} {how}")
+            self._refuse_exports(verdict, node)
+            names = tuple(f"{name}-" for name in self._graph.plaintext_nodes(node))
+            held = [secret for secret in self._secrets if secret.startswith(names)]
+            verdict.expect(not held, f"the guest's QEMU has keys for {place}: {', '.join(held)}")
 
     def check_open(self, verdict: DiskVerdict, image: Path) -> None:
         """Check that QEMU's open file is the file at the path *image*."""
@@ -124,6 +150,9 @@ class RunningDisks:
                 continue
             verdict.expect(is_all, f"{place} has only one layer of encryption")
             verdict.expect(exposure.place in under_disk_key, f"{place} is not encrypted under the disk's key")
+        self._refuse_exports(verdict, volume)
+
+    def _refuse_exports(self, verdict: DiskVerdict, volume: Vertex) -> None:
         for export in self._graph.exports(volume):
             verdict.places.append(DataPlace(f"NBD export {export}", True))
             verdict.expect(False, f"plaintext leaves QEMU through the NBD export {export!r}")

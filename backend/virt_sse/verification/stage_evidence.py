@@ -17,12 +17,14 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk
 from virt_sse.model.layers import LayerPlan, Stage
 from virt_sse.qemu.qcow2 import Qcow2Header
-from virt_sse.qemu.storage_daemon import FILE_NODE, VOLUME_NODE, StorageDaemon
+from virt_sse.qemu.storage_daemon import FILE_NODE, VOLUME_NODE, StorageDaemon, volume_nodes
 from virt_sse.stages import Stages
+from virt_sse.stages.kinds import guest_and_below
 from virt_sse.stages.stage_process import ExportSource, ImageSource, StageProcess
-from virt_sse.verification.graph import cipher_of, place_of
+from virt_sse.system.running_process import command_line
+from virt_sse.verification.graph import BlockGraph
 from virt_sse.verification.isolation import check_isolation
-from virt_sse.verification.processes import OpenFile, command_line, has_open, listens_at, open_files
+from virt_sse.verification.processes import OpenFile, has_open, listens_at, open_files
 from virt_sse.verification.sector_sample import sample_sectors
 from virt_sse.verification.verdict import DataPlace, DiskVerdict, Layer
 
@@ -35,7 +37,7 @@ class StageEvidence:
 
     def check(self, verdict: DiskVerdict, disk: Disk, plan: LayerPlan, vm_id: UUID) -> None:
         """Check a running domain's disk: exactly the processes of *plan* run, and work as expected."""
-        _, *wanted = plan.stages
+        guest, wanted = guest_and_below(plan, self._stages.kinds)
         try:
             record = self._stages.record(disk.id)
         except StageError as exc:
@@ -48,6 +50,7 @@ class StageEvidence:
         self._compare(verdict, record.stages, wanted)
         processes = self._stages.processes(record)
         gate = self._stages.gate(record)
+        verdict.expect(bool(gate or guest), "no gate stands between the guest's QEMU and the plaintext")
         if gate and processes[0].process.pid():  # the gate ends with the process
             pid = gate.process.pid()
             if verdict.expect(pid is not None, "the gate of the disk's socket does not run") and pid:
@@ -76,15 +79,15 @@ class StageEvidence:
         """Compare the stages of the running processes with the plan's."""
         for kind in self._stages.kinds:
             have, want = (
-                next((stage for stage in stages if isinstance(stage, kind.stage_type)), None)
+                [stage for stage in stages if isinstance(stage, kind.stage_type)]
                 for stages in (started, wanted)
             )
             if have and want:
                 problem = f"for {kind.to_record(have)}, {kind.to_record(want)} was asked for"
                 verdict.expect(have == want, f"the {kind.title} was started {problem}")
             else:
-                verdict.expect(have is None, f"there is a {kind.title}, and none was asked for")
-                verdict.expect(want is None, f"there is no {kind.title}")
+                verdict.expect(not have, f"there is a {kind.title}, and none was asked for")
+                verdict.expect(not want, f"there is no {kind.title}")
 
 
 def _check_process(verdict: DiskVerdict, disk: Disk, process: StageProcess[Any], pid: int | None) -> None:
@@ -95,7 +98,7 @@ def _check_process(verdict: DiskVerdict, disk: Disk, process: StageProcess[Any],
     expected = process.evidence()
     is_seen = pid is not None
     if expected.monitor:
-        is_seen = _check_volume(verdict, disk, process, expected.monitor, pid)
+        is_seen = _check_volumes(verdict, disk, process, expected.monitor, pid)
     if pid:
         socket = process.place.served.path
         verdict.expect(
@@ -116,27 +119,39 @@ def _check_process(verdict: DiskVerdict, disk: Disk, process: StageProcess[Any],
         if expected.unnamed_files:
             _check_files(verdict, disk, process, expected.unnamed_files, pid)
     if is_seen:
-        verdict.places.append(DataPlace(expected.data, False))
+        verdict.places.append(DataPlace(expected.data, expected.is_plaintext))
 
 
-def _check_volume(
+def _check_volumes(
     verdict: DiskVerdict, disk: Disk, process: StageProcess[Any], monitor: StorageDaemon, pid: int | None
 ) -> bool:
     """Check the block graph of a QEMU process; whether its monitor answers."""
     title = process.title
     try:
-        nodes = {str(node["node-name"]): node for node in monitor.nodes()}
+        nodes, edges, exports = monitor.block_graph()
+        graph = BlockGraph(nodes, edges, exports=exports)
     except VirtSseError as exc:
         return verdict.expect(False, f"the {title} does not report its block graph: {exc}")
-    cipher = cipher_of(nodes[VOLUME_NODE]) if VOLUME_NODE in nodes else None
-    entry = next((entry for entry in disk.deks if entry.slot == process.slot), None)
-    if verdict.expect(entry is not None, f"the disk has no DEK in slot {process.slot!r}") and entry:
-        verdict.layers.append(Layer(title, cipher, entry.slot, str(entry.wrapped.key), _process(pid)))
-        verdict.expect(cipher == str(entry.cipher), f"the {title} encrypts with {cipher}, not {entry.cipher}")
-    more = sorted(nodes.keys() - {FILE_NODE, VOLUME_NODE})
+    stacks = [stack for vertex in graph.stored() for stack in graph.volumes_over(vertex)]
+    volumes = stacks[0][::-1] if stacks else ()
+    verdict.expect(len(stacks) < 2, f"the {title} has {len(stacks)} uses of its data instead of 1")
+    count = len(process.slots)
+    is_complete = len(volumes) == count
+    verdict.expect(is_complete, f"the {title} has {len(volumes)} layers instead of {count}")
+    for number, slot in enumerate(process.slots):
+        cipher = volumes[number].cipher if is_complete else None
+        entry = next((entry for entry in disk.deks if entry.slot == slot), None)
+        if verdict.expect(entry is not None, f"the disk has no DEK in slot {slot!r}") and entry:
+            verdict.layers.append(Layer(title, cipher, entry.slot, str(entry.wrapped.key), _process(pid)))
+            is_right = cipher == str(entry.cipher)
+            verdict.expect(is_right, f"the {title} encrypts with {cipher}, not {entry.cipher}")
+    more = sorted({str(node["node-name"]) for node in nodes} - {FILE_NODE, *volume_nodes(count)})
     verdict.expect(not more, f"the {title} has other block nodes, too: {', '.join(more)}")
-    if FILE_NODE in nodes:
-        place = place_of(str(nodes[FILE_NODE]["file"])).path
+    exported = [str(each["node-name"]) for each in exports]
+    innermost = volumes[0].name if volumes else VOLUME_NODE
+    verdict.expect(exported == [innermost], f"the {title} exports {', '.join(exported) or 'nothing'}")
+    for vertex in graph.stored():
+        place = vertex.place.path if vertex.place else None
         verdict.expect(place == disk.path, f"the {title} has its data in {place}")
     return True
 

@@ -40,6 +40,7 @@ class DiskVerdict:
     :ivar disk: name of a managed disk.
     :ivar asked: requested encryption type.
     :ivar caching: requested host caching.
+    :ivar placement: requested placement of the DEKs.
     :ivar problems: differences from the request, as text.
     """
 
@@ -47,6 +48,7 @@ class DiskVerdict:
     disk: str | None = None
     asked: str | None = None
     caching: str | None = None
+    placement: str | None = None
     layers: list[Layer] = field(default_factory=list)
     places: list[DataPlace] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -69,9 +71,24 @@ class AtRestFinding:
 
 
 @dataclass(frozen=True, slots=True)
+class ProcessCode:
+    """The XTS library in a process that encrypts the domain's data.
+
+    :ivar process: ``guest's QEMU``, or the kind of stage process with the disk's target.
+    :ivar library: the value of a :class:`~virt_sse.system.guest_library.LibraryInUse`.
+    """
+
+    process: str
+    pid: int
+    library: str
+
+
+@dataclass(frozen=True, slots=True)
 class DomainVerdict:
     """The result for a domain.
 
+    :ivar accelerate: whether the definition asks for the XTS library in the domain's QEMU.
+    :ivar processes: the processes visible in this PID namespace.
     :ivar places: places with data of all disks.
     :ivar problems: problems of the domain itself, without its disks' problems.
     """
@@ -83,6 +100,8 @@ class DomainVerdict:
     places: tuple[DataPlace, ...] = ()
     at_rest: tuple[AtRestFinding, ...] = ()
     problems: tuple[str, ...] = ()
+    accelerate: bool = False
+    processes: tuple[ProcessCode, ...] = ()
 
     @property
     def all_problems(self) -> list[str]:

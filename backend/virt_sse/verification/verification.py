@@ -14,7 +14,7 @@ from virt_sse.domains import temp_disks
 from virt_sse.domains.data_on_host import HostData
 from virt_sse.domains.settings import VmSettings
 from virt_sse.domains.start import DomainStart
-from virt_sse.errors import OtherFileError, VirtSseError
+from virt_sse.errors import OtherFileError, PolicyError, VirtSseError
 from virt_sse.keys.host import Host
 from virt_sse.libvirt import domains
 from virt_sse.libvirt.connection import connected
@@ -22,19 +22,27 @@ from virt_sse.libvirt.disk_chains import DiskChain
 from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.keys import KeyRef
-from virt_sse.model.layers import GuestNode, HostCaching
+from virt_sse.model.layers import GuestNode, HostCaching, Placement
 from virt_sse.model.slots import TEMP_SLOT
 from virt_sse.model.vms import temp_disk_id
 from virt_sse.qemu import img
 from virt_sse.system.files import canonical
+from virt_sse.system.running_process import qemu_process
 from virt_sse.verification.chains import plaintext_links, serial
+from virt_sse.verification.code import code_problems, stage_processes
 from virt_sse.verification.graph import place_of
 from virt_sse.verification.image_evidence import check_image, check_temporary, check_within
-from virt_sse.verification.monitor import block_graph
-from virt_sse.verification.processes import qemu_process
+from virt_sse.verification.monitor import block_graph, secret_objects
 from virt_sse.verification.running_disks import GUEST_QEMU, RunningDisks
 from virt_sse.verification.stage_evidence import StageEvidence
-from virt_sse.verification.verdict import AtRestFinding, DataPlace, DiskVerdict, DomainVerdict, Layer
+from virt_sse.verification.verdict import (
+    AtRestFinding,
+    DataPlace,
+    DiskVerdict,
+    DomainVerdict,
+    Layer,
+    ProcessCode,
+)
 
 _LONGEST_CHAIN = 32
 TEMPORARY = "(temporary)"
@@ -97,7 +105,13 @@ class Verification:
             definition = domains.definition(domain, inactive=not runs)
             subject = _Subject(view.id, name, definition, at_host, strict or at_host, self._store.all())
             disks = list(self._running(subject, domain) if runs else self._defined(subject))
+            pid = qemu_process(self._config.qemu_pid_file(name), view.id) if runs else None
+        library = self._config.guest_library
+        processes = list(stage_processes(self._stages, library, definition)) if runs else []
+        if pid and view.library:
+            processes.insert(0, ProcessCode(GUEST_QEMU, pid, view.library.value))
         problems = [str(view.problem)] if view.problem else []
+        problems += code_problems(view, library, definition, pid)
         # The survey's disks are left out: their verdicts are more precise.
         host_data = [each for each in view.at_rest if not each.name.startswith("disk ")]
         problems += [
@@ -111,11 +125,13 @@ class Verification:
             places=(DataPlace("the guest's memory, and its QEMU's", True),) if runs else (),
             at_rest=tuple(_finding(each) for each in host_data),
             problems=tuple(dict.fromkeys(problems)),
+            accelerate=view.is_accelerated,
+            processes=tuple(processes),
         )
 
     def _running(self, subject: _Subject, domain: libvirt.virDomain) -> Iterator[DiskVerdict]:
-        pid = qemu_process(self._config, subject.name, subject.id)
-        running = RunningDisks(block_graph(domain), pid)
+        pid = qemu_process(self._config.qemu_pid_file(subject.name), subject.id)
+        running = RunningDisks(block_graph(domain), secret_objects(domain), pid)
         listed = set()
         for chain in subject.definition.disk_chains(domains.running_backup(domain)):
             disk = subject.disk_of(chain)
@@ -146,19 +162,33 @@ class Verification:
     def _check_running(
         self, verdict: DiskVerdict, subject: _Subject, chain: DiskChain, disk: Disk, running: RunningDisks
     ) -> None:
-        plan = self._start.plan(disk)
         self._check_request(verdict, subject, disk)
+        link = chain.links[chain.ours or 0]
+        placement = Placement.STORAGE if link.disk_id and link.slot is None else Placement.GUEST
+        wanted = self._start.placement(disk)
+        verdict.expect(
+            placement is wanted,
+            f"the domain was started with placement {placement.value}, {wanted.value} was asked for",
+        )
+        try:
+            plan = self._start.plan(disk, placement)
+        except PolicyError as exc:
+            verdict.expect(False, str(exc))
+            return
         guest, *below = plan.stages
-        assert isinstance(guest, GuestNode)  # noqa: S101 -- the contract of layers
-        entry = disk.dek(guest.slot)
-        place = self._stages.guest_socket(disk.id) if below else disk.path
-        layer = Layer(GUEST_QEMU, None, entry.slot, str(entry.wrapped.key), str(place))
-        copies = {
-            canonical(self._place_of_copy(each)) for each in subject.copies if each.source_id == disk.id
-        }
-        running.check_ours(verdict, chain, place, layer, entry.cipher, is_all=not below, copies=copies)
-        if below:
-            verdict.places.append(DataPlace(f"the socket {place}", False))
+        is_plain = not isinstance(guest, GuestNode)
+        place = self._stages.guest_socket(disk.id) if below or is_plain else disk.path
+        if isinstance(guest, GuestNode):
+            entry = disk.dek(guest.slot)
+            layer = Layer(GUEST_QEMU, None, entry.slot, str(entry.wrapped.key), str(place))
+            copies = {
+                canonical(self._place_of_copy(each)) for each in subject.copies if each.source_id == disk.id
+            }
+            running.check_ours(verdict, chain, place, layer, entry.cipher, is_all=not below, copies=copies)
+        else:
+            running.check_plain(verdict, chain, place)
+        if below or is_plain:
+            verdict.places.append(DataPlace(f"the socket {place}", is_plain))
             direct = running.stored_at(disk.path)
             verdict.expect(not direct, "the guest's QEMU has the image open directly, bypassing the stages")
         else:
@@ -184,7 +214,7 @@ class Verification:
         verdict.layers.append(image)
 
     def _defined(self, subject: _Subject) -> Iterator[DiskVerdict]:
-        links = plaintext_links(subject.definition)
+        links = plaintext_links(subject.definition, guest_socket=self._stages.guest_socket)
         for chain in subject.definition.disk_chains():
             disk = subject.disk_of(chain)
             verdict = DiskVerdict(chain.target or "-")
@@ -202,12 +232,19 @@ class Verification:
 
     def _check_defined(self, verdict: DiskVerdict, subject: _Subject, chain: DiskChain, disk: Disk) -> None:
         self._check_request(verdict, subject, disk)
-        source, position = self._start.source(disk), chain.ours
+        try:
+            source, position = self._start.source(disk), chain.ours
+        except PolicyError as exc:
+            verdict.expect(False, str(exc))
+            return
         link = chain.links[position if position is not None else 0]
         verdict.expect(
             position is not None, f"the definition has {link.place}, which is not encrypted by virt-sse"
         )
-        if position is not None:
+        if position is not None and (link.slot is None) != (source.slot is None):
+            wanted = self._start.placement(disk).value
+            verdict.expect(False, f"the definition is not for placement {wanted}, as asked for")
+        elif position is not None:
             is_in_place = link.path is not None and canonical(link.path) == canonical(source.place)
             verdict.expect(is_in_place, f"the definition has the disk at {link.place}, not at {source.place}")
             verdict.expect(
@@ -239,9 +276,15 @@ class Verification:
     def _check_request(self, verdict: DiskVerdict, subject: _Subject, disk: Disk) -> None:
         verdict.disk, verdict.asked = disk.name, disk.encryption_type.value
         verdict.caching = disk.caching.value
+        verdict.placement = self._start.placement(disk).value
         is_covered = disk.caching is HostCaching.NONE or subject.encryption_at_host
         verdict.expect(is_covered, "host caching is requested, but the VM has no encryption at host")
-        planned = [(spec.slot, spec.cipher, spec.key) for spec in self._start.plan(disk).deks]
+        try:
+            plan = self._start.plan(disk)
+        except PolicyError as exc:
+            verdict.expect(False, str(exc))
+            return
+        planned = [(spec.slot, spec.cipher, spec.key) for spec in plan.deks]
         kept = [(e.slot, e.cipher, KeyRef(e.wrapped.key.provider, e.wrapped.key.name)) for e in disk.deks]
         verdict.expect(
             planned == kept, "the layers in the store differ from the layers of the encryption type"

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from virt_sse.api import (
     KeyDeniedError,
@@ -23,10 +23,12 @@ from virt_sse.api import (
     KeyProviderUnavailableError,
     VirtSseError,
 )
+from virt_sse.vault_client.deadlines import DeadlineSocket, within
 from virt_sse_plugins.key_providers.key_urls import KeyVaultKey
 from virt_sse_plugins.key_providers.key_vault_access import Access
 
 if TYPE_CHECKING:
+    from azure.core.pipeline.transport import RequestsTransport
     from azure.core.rest import HttpRequest, HttpResponse
     from azure.keyvault.keys import KeyClient
 
@@ -34,6 +36,27 @@ _CODE = re.compile(r"[A-Za-z]{1,64}", re.ASCII)
 _PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 2.0
 _SOON_SECONDS = 1.0
+_MOST_ANSWERS = 3
+"""The answers to a request: a challenge, a token, and the result."""
+
+
+def _transport(*, use_env_settings: bool, **options: Any) -> RequestsTransport:
+    """The SDK's transport, with its *options*, over connections whose reads end at a deadline."""
+    import requests
+    from azure.core.pipeline.transport import RequestsTransport
+    from requests.adapters import HTTPAdapter
+    from urllib3.util.ssl_ import create_urllib3_context
+
+    class DeadlineAdapter(HTTPAdapter):
+        def init_poolmanager(self, *arguments: Any, **named: Any) -> None:
+            context = create_urllib3_context()
+            context.sslsocket_class = DeadlineSocket
+            super().init_poolmanager(*arguments, **named, ssl_context=context)
+
+    session = requests.Session()
+    session.trust_env = use_env_settings
+    session.mount("https://", DeadlineAdapter())
+    return RequestsTransport(session=session, use_env_settings=use_env_settings, **options)
 
 
 class UnacceptableError(KeyProviderError):
@@ -48,7 +71,7 @@ class KeyVault:
 
     :param url: as in :class:`~virt_sse_plugins.key_providers.key_urls.KeyVaultKey`; *access* covers it.
     :param connection_timeout: in seconds.
-    :param read_timeout: for each answer, in seconds.
+    :param read_timeout: in seconds; a request, its challenge and its token take at most three times as long.
     """
 
     def __init__(self, url: str, access: Access, *, connection_timeout: float, read_timeout: float) -> None:
@@ -110,7 +133,8 @@ class KeyVault:
         """
         with self._client() as client:
             try:
-                return client.send_request(request)
+                with within(_MOST_ANSWERS * self._read_timeout):
+                    return client.send_request(request)
             except KeyDeniedError as exc:
                 raise KeyDeniedError(
                     f"key vault refused the {what}: no token for {self._access.who()}",
@@ -143,12 +167,14 @@ class KeyVault:
         return KeyClient(
             self.url,
             self._access.credential(self.url),
-            connection_verify=self._access.authorities(),
-            connection_timeout=self._connection_timeout,
-            read_timeout=self._read_timeout,
+            transport=_transport(
+                connection_verify=self._access.authorities(),
+                connection_timeout=self._connection_timeout,
+                read_timeout=self._read_timeout,
+                use_env_settings=self._access.follows_environment,
+            ),
             retry_total=0,
             permit_redirects=False,
-            use_env_settings=self._access.follows_environment,
             verify_challenge_resource=False,  # Access does, also for vaults other than Azure's
         )
 

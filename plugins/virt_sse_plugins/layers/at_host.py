@@ -13,6 +13,7 @@ from virt_sse.api import (
     HostCaching,
     HostLayer,
     LayerPlan,
+    PolicyError,
 )
 
 
@@ -25,6 +26,11 @@ class AtHostLayer(HostLayer):
         if caching is HostCaching.NONE:
             return plan
         guest, *storage = plan.stages
+        if not isinstance(guest, GuestNode):
+            raise PolicyError(
+                "a host cache would hold plaintext: the disk's layers are placed in the storage daemon",
+                hint="host caching 'None', or placement 'guest'",
+            )
         return dataclasses.replace(plan, stages=(guest, HostCache(caching), *storage))
 
     def temporary_disk(self) -> LayerPlan:

@@ -1,4 +1,4 @@
-"""The single layer: LUKS in the guest's own QEMU, under the disk's own key."""
+"""The single layer: LUKS in the guest's own QEMU or in a storage daemon, under the disk's own key."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from virt_sse.api import (
     GuestNode,
     LayerChoice,
     LayerPlan,
+    Placement,
+    StorageNode,
 )
 
 
@@ -20,4 +22,5 @@ class SingleLayer(EncryptionLayer):
     encryption_types = frozenset({EncryptionType.PLATFORM_KEY, EncryptionType.CUSTOMER_KEY})
 
     def plan(self, choice: LayerChoice) -> LayerPlan:
-        return LayerPlan(deks=(DekSpec("service", choice.key, AES_256_XTS),), stages=(GuestNode("service"),))
+        node = StorageNode if choice.placement is Placement.STORAGE else GuestNode
+        return LayerPlan(deks=(DekSpec("service", choice.key, AES_256_XTS),), stages=(node("service"),))

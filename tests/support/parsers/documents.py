@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
+import json
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from support import audit_logs
+from support.folders import VECTORS
 from support.fuzzing import Opened, Parse, Parser, always, texts
 from virt_sse.agent.overlay_commit_record import Overlay, OverlayCommitRecord
 from virt_sse.agent_client import configured_timeout
 from virt_sse.audit.record import AuditEntry
 from virt_sse.cli import audit as audit_command
 from virt_sse.config import Config
-from virt_sse.errors import AgentError, ConfigError, KeyringError, PolicyError, StageError, VirtSseError
+from virt_sse.errors import (
+    AgentError,
+    CertificateError,
+    ConfigError,
+    KeyringError,
+    PolicyError,
+    StageError,
+    VirtSseError,
+)
 from virt_sse.libvirt.users import User
+from virt_sse.model.certificate import DeletionCertificate, encode_public_key, parse_public_key
 from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.layers import HostCache, HostCaching, StorageNode
@@ -43,6 +55,9 @@ _STAGES = StageRecord(
     storage=User(990, 990),
     guest_slot="service",
     stages=(HostCache(HostCaching.READ_ONLY), StorageNode("infrastructure")),
+)
+_STAGES_BELOW_QEMU = dataclasses.replace(
+    _STAGES, guest_slot=None, stages=(StorageNode("service"), StorageNode("infrastructure"))
 )
 _OVERLAYS = OverlayCommitRecord(
     domain_id=uuid.UUID(int=2),
@@ -193,13 +208,15 @@ def _resealed_line(content: bytes) -> None:
     _audit_line(body + b',"hash":"' + digest + b'","mac":"' + b"0" * 64 + b'"}')
 
 
+_VECTOR = json.loads((VECTORS / "deletion_certificate.json").read_text("utf-8"))
+_VECTOR_KEY = parse_public_key(_VECTOR["certificate"]["signature"]["public-key"])
 _LOG = _log_content()
 _LINE = _LOG.splitlines()[0]
 PARSERS = [
     Parser(
         "stage-record",
         _in_file(f"stages/{RECORD_NAME}", _stages),
-        [_written(_STAGES.write, RECORD_NAME)],
+        [_written(each.write, RECORD_NAME) for each in (_STAGES, _STAGES_BELOW_QEMU)],
         (StageError,),
         document=True,
     ),
@@ -218,6 +235,14 @@ PARSERS = [
         [CURRENT.read_bytes()[:4000], b"[regions.a]\nencryption-at-host = true\ndouble-encryption = true\n"],
         (PolicyError,),
     ),
+    Parser(
+        "deletion-certificate",
+        always(lambda content: DeletionCertificate.parse(content).verify(_VECTOR_KEY)),
+        [json.dumps(_VECTOR["certificate"]).encode()],
+        (CertificateError,),
+        document=True,
+    ),
+    Parser("public-key", texts(parse_public_key), [encode_public_key(_VECTOR_KEY).encode()]),
     Parser("audit-record", always(_resealed_line), [_LINE], (ValueError,), document=True),
     Parser("audit-line", always(_audit_line), [_LINE], (ValueError,)),
     Parser("audit-log", _audit_log, [_LOG]),

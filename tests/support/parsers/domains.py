@@ -12,7 +12,7 @@ from virt_sse.errors import VirtSseError
 from virt_sse.libvirt.disk_chains import BackupJob
 from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.domain_edit import DomainEdit
-from virt_sse.libvirt.secret_name import SecretName
+from virt_sse.libvirt.secret_name import SecretName, exported_disk, plain_export
 from virt_sse.libvirt.users import User
 from virt_sse.libvirt.xml import parse_with_prefixes, to_text
 
@@ -23,6 +23,8 @@ _DEVICES = f"""<disk type='network'><source protocol='nbd' name='x'><host transp
 <reconnect delay='5'/></source><backingStore type='file'><source file='/b'/></backingStore>
 <mirror job='copy' ready='yes'><source file='/m'><encryption><secret usage='virt-sse:{_ID}:a'/></encryption>
 </source></mirror><target dev='vdb'/><alias name='a'/><readonly/></disk>
+<disk type='network'><source protocol='nbd' name='virt-sse:{_ID}'><host transport='unix' socket='/s'/>
+</source><mirror><source protocol='nbd' name='virt-sse:{_ID}'/></mirror><target dev='vdc'/></disk>
 <disk type='volume' device='cdrom'><source pool='p' volume='v'/><target dev='sda'/></disk>
 <tpm><backend type='emulator'><encryption secret='{_ID}'/></backend></tpm>
 <serial type='file'><source path='/c'/><log file='/l'/></serial>
@@ -84,7 +86,7 @@ def _salvage(text: str) -> None:
     _ = domain.name, domain.mentions_us, repr(domain)
     assert all(part.isprintable() or part for part in domain.unreadable)
     for use in (*domain.our_disks, *domain.temp_disks):
-        _ = use.secret.uuid
+        _ = use.secret and use.secret.uuid, use.placement
     with contextlib.suppress(VirtSseError):
         _ = domain.vm_secrets, [name.uuid for name in domain.secrets]
     with contextlib.suppress(VirtSseError):
@@ -111,7 +113,14 @@ def _secret_name(text: str) -> None:
         assert SecretName.parse(name.usage) == name
 
 
+def _export(text: str) -> None:
+    disk_id = exported_disk(text)
+    if disk_id is not None:
+        assert exported_disk(plain_export(disk_id)) == disk_id
+
+
 _SEEDS = [DOMAIN.encode()]
+_EXPORTS = [f"virt-sse:{_ID}".encode(), _ID.encode()]
 _USAGES = [f"virt-sse:{_ID}:service".encode(), f"virt-sse:{UUID(_ID).hex}:tpm".encode(), b"ceph"]
 PARSERS = [
     Parser("xml", texts(_xml), [*_SEEDS, BACKUP.encode()], words=_WORDS),
@@ -119,5 +128,6 @@ PARSERS = [
     Parser("domain-xml-of-a-running-domain", texts(_salvage), _SEEDS, (), words=_WORDS),
     Parser("backup-xml", texts(_backup), [BACKUP.encode()], words=_WORDS),
     Parser("secret-usage-id", texts(_secret_name), _USAGES, (ValueError,), words=_WORDS[:1]),
+    Parser("nbd-export", texts(_export), _EXPORTS, (ValueError,), words=_WORDS[:1]),
     Parser("dac-label", texts(User.parse), [b"+64055:+108", b"0:0"]),
 ]

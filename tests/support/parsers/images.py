@@ -13,7 +13,7 @@ from pathlib import Path
 from support import guest_disks
 from support.fuzzing import Parse, Parser, always, texts
 from support.guest_disks import GuestDisk, M
-from support.header_seeds import ENVELOPE, ROOM, luks_header, qcow2_image
+from support.header_seeds import ENVELOPE, LARGE_ENVELOPE, ROOM, luks_header, qcow2_image
 from virt_sse.errors import EnvelopeError, ImageError, ImageFormatError, MonitorError, ToolError
 from virt_sse.in_guest.inspection import inspect
 from virt_sse.model.disk_format import DiskFormat
@@ -193,7 +193,7 @@ PARSERS = [
     Parser(
         "envelope",
         always(_envelope),
-        [envelope.encode() for envelope in ENVELOPE],
+        [envelope.encode() for envelope in (*ENVELOPE, LARGE_ENVELOPE)],
         (EnvelopeError,),
         document=True,
     ),

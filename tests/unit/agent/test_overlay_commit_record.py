@@ -22,6 +22,7 @@ from virt_sse.config import Config, PlaintextPolicy
 from virt_sse.errors import AgentError
 from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.secret_name import SecretName
+from virt_sse.stages import Stages
 
 DOMAIN, DISK = UUID(int=2), UUID(int=1)
 RECORD = OverlayCommitRecord(DOMAIN, "web", "vda", DISK, "token", (Overlay(Path("/overlay"), (1, 2)),))
@@ -90,7 +91,9 @@ def test_a_damaged_record_is_reported_once_and_no_new_commit_replaces_it(
     RECORD.write(folder)
     path = record_path(folder, DOMAIN, "vda")
     path.write_text("{}")
-    watch = PlaintextWatch(cast(Backend, SimpleNamespace(host=SimpleNamespace(config=config))), Metrics())
+    watch = PlaintextWatch(
+        cast(Backend, SimpleNamespace(host=SimpleNamespace(config=config, stages=Stages(config)))), Metrics()
+    )
     domain = RunningDomain(DOMAIN, 1, "web", (), True, False, frozenset(), DomainDefinition.parse(XML))
     try:
         with caplog.at_level(logging.INFO, "virt_sse"):

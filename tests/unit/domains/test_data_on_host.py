@@ -47,12 +47,17 @@ def test_disks_are_reported_and_not_refused(tmp_path: Path) -> None:
         "<disk><source file='/b'><encryption><secret uuid='x'/></encryption></source>"
         "<target dev='vdb'/></disk>"
         "<disk device='cdrom'><source file='/c'/><target dev='sda'/></disk>"
-        "<disk><source dev='/d'/><target dev='vdc'/></disk>",
+        "<disk><source dev='/d'/><target dev='vdc'/></disk>"
+        f"<disk><source protocol='nbd' name='virt-sse:{ID}'/><target dev='vdd'/></disk>"
+        f"<disk><source protocol='nbd' name='{ID}'/><target dev='vde'/></disk>",
     )
-    assert [found[f"disk {target}"].state for target in ("vda", "vdb", "sda", "vdc")] == [
+    targets = ("vda", "vdb", "sda", "vdc", "vdd", "vde")
+    assert [found[f"disk {target}"].state for target in targets] == [
         State.ENCRYPTED,
         State.ENCRYPTED,
         State.ABSENT,
+        State.PLAINTEXT,
+        State.ENCRYPTED,
         State.PLAINTEXT,
     ]
     assert found["disk vdc"].place == "/d"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from support import images
 from support.command_line import CommandLine
+from virt_sse.config import Config
+from virt_sse.system import acceleration
 
 
 @pytest.fixture
@@ -112,3 +116,29 @@ def test_state_in_a_folder_that_others_may_write(cli: CommandLine, tmp_path: Pat
     )
     parent.chmod(0o755)
     assert json.loads(cli("host", "doctor", "-o", "json")) == []
+
+
+def test_a_library_for_guests_that_is_not_this_versions() -> None:
+    if reason := acceleration.obstacle():
+        pytest.skip(f"the XTS library: {reason}")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        cli = CommandLine(Path(folder))
+        cli("host", "init")
+        library = Config.load(Path(folder)).guest_library
+        library.install()
+        assert cli("host", "doctor") == "no faults found\n"
+        earlier = library.path.read_bytes() + b"x"
+        library.record.write_text(hashlib.sha256(earlier).hexdigest())
+        for content, problem in (
+            (earlier, "is not this version's library"),
+            (b"x", "is not a library that virt-sse has installed"),
+            (None, "is missing"),
+        ):
+            library.path.unlink(missing_ok=True)
+            if content:
+                library.path.write_bytes(content)
+            (fault,) = faults(cli)
+            assert fault["part"] == "library"
+            assert fault["problem"] == f"{library.path} {problem}"
+            assert fault["remedy"] == "virt-sse host init --accelerate"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +19,9 @@ from virt_sse.agent.systemd import write_units
 from virt_sse.backend import Backend
 from virt_sse.cli.reference import command_line, write_man_pages
 from virt_sse.config import Config
-from virt_sse.host import capabilities
+from virt_sse.host import capabilities, guest_acceleration
 from virt_sse.host.capabilities import Capability
+from virt_sse.host.guest_acceleration import accelerate_guests
 from virt_sse.host.setup import APPARMOR_ABSTRACTION, APPARMOR_LOCAL, apparmor_rule, initialise
 from virt_sse.libvirt.capabilities import HostCapabilities
 from virt_sse.libvirt.users import User
@@ -34,6 +38,14 @@ CAPABILITIES = """\
   <secmodel><model>dac</model><doi>0</doi><baselabel type='kvm'>+64055:+108</baselabel></secmodel>
 </host></capabilities>
 """
+
+
+@pytest.fixture
+def open_root() -> Iterator[Path]:
+    """A root that all users can read, as the library needs."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
 @pytest.mark.slow
@@ -61,6 +73,58 @@ def test_the_hosts_capabilities_are_found(tmp_path: Path) -> None:
     assert found["accelerated XTS"]["available"] == (acceleration.library() is not None)
     assert not found["libvirt"]["available"]
     assert "does not answer" in found["libvirt"]["detail"]
+
+
+def guest_row(root: Path) -> tuple[bool, str]:
+    found = capabilities.guest_capability(Config.load(root))
+    return found.available, found.detail
+
+
+def test_the_library_for_guests_is_installed_where_qemu_gains(open_root: Path) -> None:
+    images.require("qemu-img", "qemu-io", "cryptsetup")
+    if reason := acceleration.obstacle():
+        pytest.skip(f"the XTS library: {reason}")
+    cli = CommandLine(open_root)
+    path = Config.load(open_root).guest_library.path
+    assert guest_row(open_root) == (False, "off; 'virt-sse host init --accelerate' turns it on")
+    said = cli("host", "init", "--accelerate")
+    assert "keyring" in said
+    assert re.search(rf"^made library {path}: QEMU encrypts \d+\.\d times as fast", said, re.MULTILINE)
+    assert guest_row(open_root) == (True, str(path))
+    assert cli("host", "init") == "nothing to do\n"
+    assert "kept library" in cli("host", "init", "--accelerate")
+    path.write_bytes(b"x")
+    assert guest_row(open_root) == (False, f"{path} is not a library that virt-sse has installed")
+    assert f"made library {path}" in cli("host", "init")
+    assert guest_row(open_root) == (True, str(path))
+    assert f"removed library {path}" in cli("host", "init", "--no-accelerate")
+    assert not path.exists()
+    assert cli("host", "init") == "nothing to do\n"
+    assert "nothing to remove" in cli("host", "init", "--no-accelerate")
+
+
+def test_the_library_for_guests_stays_off_where_qemu_does_not_gain(
+    open_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A QEMU without nettle: a program that does not load nettle, in the place of qemu-img."""
+    images.require("qemu-img", "qemu-io", "cryptsetup")
+    if reason := acceleration.obstacle():
+        pytest.skip(f"the XTS library: {reason}")
+    config = Config.load(open_root)
+    with monkeypatch.context() as changed:
+        changed.setenv("VIRT_SSE_XTS", "nettle")
+        assert "QEMU does not use nettle" in accelerate_guests(config)
+        assert capabilities.xts_capability().detail == "QEMU does not use nettle, or a self-test failed"
+    with monkeypatch.context() as changed:
+        (open_root / "bin").mkdir()
+        (open_root / "bin/qemu-img").symlink_to("/bin/true")
+        changed.setenv("PATH", f"{open_root}/bin:{os.environ['PATH']}")
+        assert "QEMU does not use nettle" in accelerate_guests(config)
+    with monkeypatch.context() as changed:
+        changed.setattr(guest_acceleration, "_LEAST_GAIN", 1000)
+        assert re.search(r"only \d+\.\d times as fast", accelerate_guests(config))
+    assert not config.guest_library.is_wanted
+    assert guest_acceleration.measured_gain() > 0
 
 
 def test_no_cipher_is_available_without_qemus_tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -48,6 +48,10 @@ PLACES = {
         f"<disk type='network'><source protocol='nbd'>{secret('service')}</source><target dev='vda'/></disk>",
         DiskPlace("vda", disk_id=ID),
     ),
+    "ours, decrypted below QEMU": (
+        f"<disk type='network'><source protocol='nbd' name='virt-sse:{ID}'/><target dev='vda'/></disk>",
+        DiskPlace("vda", disk_id=ID),
+    ),
     "ours, of old libvirt": (
         f"<disk type='file'><source file='/a'/>{secret('service')}<target dev='vda'/></disk>",
         DiskPlace("vda", disk_id=ID),

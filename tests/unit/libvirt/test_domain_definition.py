@@ -31,6 +31,7 @@ ELEMENTS = {
     "disk-raw-read-only-scsi": disk_element(
         source('/srv/a & b\'s "disk" <1>, ä.raw'), target="sdb", read_only=True
     ),
+    "disk-with-an-iothread": disk_element(source("/srv/db.qcow2", "qcow2"), target="vdb", iothread=3),
     "disk-behind-a-socket": disk_element(
         source("/var/lib/libvirt/images/db-01.qcow2", "qcow2", behind=BEHIND, error_policy="stop"),
         target="vda",
@@ -40,6 +41,10 @@ ELEMENTS = {
     ),
     "disk-with-options-behind-a-socket": disk_element(
         source("/var/lib/libvirt/images/db-01.qcow2", "qcow2", behind=BEHIND), target="vda", options=OPTIONS
+    ),
+    "disk-decrypted-below": disk_element(
+        DiskSource(DISK, None, "raw", Path("/var/lib/libvirt/images/db-01.qcow2"), BEHIND, "stop"),
+        target="vda",
     ),
 }
 
@@ -62,7 +67,14 @@ def test_written_disk_elements_are_found_again(name: str) -> None:
     expected = place.get("file") or BEHIND.socket
     reconnects = place.find("reconnect") is not None
     read_only = element.find("readonly") is not None
-    assert use == DomainDisk(DISK, "service", Path(expected), target.get("dev", ""), reconnects, read_only)
+    slot = "service" if place.find("encryption") is not None else None
+    driver = element.find("driver")
+    assert driver is not None
+    iothread = driver.get("iothread")
+    device = target.get("dev", "")
+    assert use == DomainDisk(DISK, slot, Path(expected), device, reconnects, read_only, iothread)
+    assert (use.secret is None) == (slot is None)
+    assert DomainDefinition.parse(domain(ELEMENTS[name])).mentions_us
 
 
 def our_disks(xml: str) -> list[DomainDisk]:
@@ -117,6 +129,38 @@ def test_an_invalid_secret_of_ours_is_refused(reference: str) -> None:
         our_disks(domain(disk))
 
 
+@pytest.mark.parametrize("name", ["virt-sse:", "virt-sse:nonsense", f"virt-sse:{DISK}:service"])
+def test_an_invalid_export_of_ours_is_refused_or_left_out(name: str) -> None:
+    xml = domain(ELEMENTS["disk-decrypted-below"].replace(f"virt-sse:{DISK}", name))
+    with pytest.raises(InvalidValueError, match="names an unknown NBD export"):
+        our_disks(xml)
+    salvaged = DomainDefinition.salvage(xml)
+    assert (salvaged.our_disks, salvaged.unreadable) == ((), (name,))
+
+
+def test_an_export_of_ours_is_found_wherever_the_disk_is_used() -> None:
+    plain = f"<source protocol='nbd' name='virt-sse:{DISK}'><host transport='unix' socket='/s'/></source>"
+    backing = f"<disk><source file='/b'/><backingStore>{plain}</backingStore><target dev='vdb'/></disk>"
+    mirror = f"<disk><source file='/c'/><mirror>{plain}</mirror><target dev='vdc'/></disk>"
+    others = [
+        f"<disk><source protocol='rbd' name='virt-sse:{DISK}'/><target dev='vdd'/></disk>",
+        f"<disk><source protocol='nbd' name='{DISK}'/><target dev='vde'/></disk>",
+    ]
+    found = our_disks(domain(backing, mirror, *others))
+    assert [(use.slot, str(use.source), use.target) for use in found] == [
+        (None, "/s", "vdb"),
+        (None, "/s", "vdc"),
+    ]
+    identified = domain(backing, mirror).replace("<name>", f"<uuid>{DISK}</uuid><name>")
+    assert DomainDefinition.parse(identified).secrets == frozenset()
+
+
+def test_disks_of_a_damaged_definition_are_found_by_their_names() -> None:
+    xml = domain(ELEMENTS["disk-qcow2"], ELEMENTS["disk-decrypted-below"]).removesuffix("</domain>")
+    found = DomainDefinition.salvage(xml)
+    assert [(use.disk_id, use.slot) for use in found.our_disks] == [(DISK, "service"), (DISK, None)]
+
+
 @pytest.mark.parametrize(
     "text", ["", "<domain>", "no XML", "<a/><b/>", "\0", "<domainsnapshot/>", "<domain xmlns='x'/>"]
 )
@@ -129,6 +173,13 @@ def test_a_document_that_is_not_domain_xml_is_refused(text: str) -> None:
 def test_an_invalid_target_is_refused(target: str) -> None:
     with pytest.raises(InvalidValueError, match="invalid target"):
         disk_element(source("/x"), target=target)
+
+
+@pytest.mark.parametrize("target", ["sda", "hda"])
+def test_only_virtio_disks_have_an_iothread(target: str) -> None:
+    with pytest.raises(InvalidValueError, match="only virtio disks") as caught:
+        disk_element(source("/x"), target=target, iothread=1)
+    assert "<controller>" in str(caught.value.hint)
 
 
 def test_the_bus_follows_the_target() -> None:

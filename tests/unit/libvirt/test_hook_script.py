@@ -16,6 +16,10 @@ from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.vm_metadata import VM_NAMESPACE
 
 OURS = f"<domain><uuid>{uuid.uuid4()}</uuid><devices><disk><source file='/x'><encryption format='luks'><secret type='passphrase' usage='{SecretName(uuid.uuid4(), 'service').usage}'/></encryption></source><target dev='vda'/></disk></devices></domain>"  # noqa: E501 -- XML
+DISK = (
+    f"<disk type='network'><source protocol='nbd' name='virt-sse:{uuid.uuid4()}'/><target dev='vda'/></disk>"
+)
+OURS_BELOW_QEMU = f"<domain><uuid>{uuid.uuid4()}</uuid><devices>{DISK}</devices></domain>"
 THEIRS = "<domain><devices><disk><source file='/x'/><target dev='vda'/></disk></devices></domain>"
 PREPARE, RECONNECT = ("prepare", "begin", "-"), ("reconnect", "begin", "-")
 
@@ -99,8 +103,9 @@ def test_leftovers_of_an_unplugged_disk_are_removed_at_the_end(installed: Hook) 
     assert "libvirt does not answer" in installed(theirs, *release, status=1)
 
 
-def test_a_domain_of_ours_that_cannot_be_served_is_refused_with_the_reason(installed: Hook) -> None:
-    said = installed(OURS, *PREPARE, status=1)
+@pytest.mark.parametrize("xml", [OURS, OURS_BELOW_QEMU, OURS_BELOW_QEMU.replace("'", '"')])
+def test_a_domain_of_ours_that_cannot_be_served_is_refused_with_the_reason(installed: Hook, xml: str) -> None:
+    said = installed(xml, *PREPARE, status=1)
     assert said.startswith("virt-sse: error: vda names disk ")
     assert "which the store does not have" in said
     assert "virt-sse: hint: " in said

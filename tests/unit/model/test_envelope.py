@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import struct
@@ -160,3 +161,27 @@ def test_a_missing_field_is_refused_except_for_the_encryption_set(place: Place) 
         return
     with pytest.raises(EnvelopeError, match=f"missing required field `{place[-1]}`"):
         Envelope.decode(slot(json.dumps(body)))
+
+
+def double_under_rsa_4096(*, name: str = "d" * 80, url: str) -> Envelope:
+    first, second = ENVELOPE.deks
+    version = "0123456789abcdef" * 2
+    customers = WrappedDek(bytes(range(256)) * 2, "RSA-OAEP-256", KeyId("customer-managed", url, version))
+    platforms = WrappedDek(bytes(72), "A256KW", KeyId("platform-managed", "default", version))
+    deks = (dataclasses.replace(first, wrapped=customers), dataclasses.replace(second, wrapped=platforms))
+    return dataclasses.replace(ENVELOPE, name=name, deks=deks)
+
+
+@pytest.mark.parametrize("length", [20, 105, 106, 181, 405])
+def test_a_double_disk_under_rsa_4096_has_room_for_long_names(length: int) -> None:
+    """Azure's longest URL of a key has 181 characters: 24 of the vault's name, 127 of the key's."""
+    envelope = double_under_rsa_4096(url="https://vault.example/keys/".ljust(length, "k"))
+    content = envelope.encode()
+    assert Envelope.decode(content) == envelope
+    assert content[9] == (1 if length <= 105 else 2)
+
+
+def test_an_envelope_without_room_is_refused_with_the_limit() -> None:
+    with pytest.raises(EnvelopeError, match="the image's header has room for 1484") as caught:
+        double_under_rsa_4096(url="k" * 500).encode()
+    assert "shorter name or URL" in str(caught.value.hint)

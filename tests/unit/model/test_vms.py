@@ -157,6 +157,25 @@ def test_an_edit_sets_the_sources_of_disks() -> None:
     assert again.result() is changed
 
 
+def test_an_edit_changes_the_placement_of_a_disk_and_back() -> None:
+    disk = uuid.uuid4()
+    in_guest = DiskSource(disk, "service", "qcow2", Path("/x"))
+    below = DiskSource(disk, None, "raw", Path("/x"), Behind(Path("/run/nbd"), 30), "stop")
+    element = disk_element(in_guest, target="vdb")
+    secret = element[element.index("<encryption") : element.index("</source>")]
+    old = element.replace(secret, "").replace("</disk>", f"{secret}</disk>")
+    for before in (element, old):
+        definition = DomainDefinition.parse(PLAIN.replace("<tpm ", f"{before}<tpm "))
+        edit = DomainEdit(definition)
+        edit.set_sources({disk: below})
+        changed = edit.result()
+        assert changed.our_disks == (below.use("vdb"),)
+        assert "<encryption" not in changed.to_xml()
+        edit = DomainEdit(changed)
+        edit.set_sources({disk: in_guest})
+        assert edit.result().our_disks == (in_guest.use("vdb"),)
+
+
 def test_an_edit_states_that_a_disk_has_no_backing_file_unless_an_overlay_has_the_disks_key() -> None:
     disk = uuid.uuid4()
     source = DiskSource(disk, "service", "qcow2", Path("/x"))

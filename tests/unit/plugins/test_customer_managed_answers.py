@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -40,9 +41,32 @@ from virt_sse.errors import (
 )
 from virt_sse.model.events import correlated
 from virt_sse.model.keys import KeyState, WrappedDek
+from virt_sse.vault_client.credential import VaultCredential
 from virt_sse_plugins.key_providers.customer_managed import CustomerManagedKeyProvider
 
 # --- What the vault says
+
+
+def test_an_answer_that_trickles_is_no_answer(
+    strange_vault: StrangeVault, customer_managed: CustomerManagedKeyProvider
+) -> None:
+    """Each byte comes long before the time limit; the whole answer would take longer by far."""
+    strange_vault.answers = [bundle(strange_vault.url)]
+    customer_managed.current_key(f"{strange_vault.url}/keys/web")
+    strange_vault.pause = 0.03
+    began = time.monotonic()
+    with pytest.raises(KeyProviderUnavailableError, match="does not answer"):
+        customer_managed.current_key(f"{strange_vault.url}/keys/web")
+    assert time.monotonic() - began < 5
+
+
+def test_a_token_that_trickles_is_no_token(strange_vault: StrangeVault) -> None:
+    strange_vault.pause = 0.03
+    with contextlib.closing(VaultCredential(strange_vault.credential_file(), timeout=0.5)) as credential:
+        began = time.monotonic()
+        with pytest.raises(KeyProviderUnavailableError, match="does not answer: timed out"):
+            credential.token()
+    assert time.monotonic() - began < 5
 
 
 def test_requests_are_those_of_the_azure_api(

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from virt_sse.errors import ImageError
+from virt_sse.qemu import nbd
 from virt_sse.qemu.nbd import NbdReader
 
 GREETING = b"NBDMAGICIHAVEOPT\0\3" + struct.pack(">QH", 1000, 3)
@@ -57,3 +61,26 @@ def test_a_server_that_breaks_the_protocol_is_an_error(
     server.shutdown(socket.SHUT_WR)
     with pytest.raises(ImageError, match=error):
         NbdReader(ours, "image").read(0, 10)
+
+
+def test_a_server_that_sends_one_byte_at_a_time_is_an_error(
+    ends: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte comes long before the time limit."""
+    monkeypatch.setattr(nbd, "_TIMEOUT", 0.3)
+    ours, server = ends
+    server.sendall(GREETING)
+    reader = NbdReader(ours, "image")
+
+    def trickle() -> None:
+        with contextlib.suppress(OSError):
+            for byte in reply(b"y" * 10):
+                server.sendall(bytes([byte]))
+                time.sleep(0.05)
+
+    sending = threading.Thread(target=trickle)
+    sending.start()
+    with pytest.raises(ImageError, match="does not answer: timed out"):
+        reader.read(0, 10)
+    ours.close()
+    sending.join(10)

@@ -90,14 +90,15 @@ def everything_said(error: BaseException) -> str:
 def test_the_export_has_the_content_of_the_volume(daemon: Daemon, folder: Path, image_format: str) -> None:
     keyed = image(folder, image_format)
     keyed.write(0, 4096, 0x11)
-    daemon.open_volume(keyed.path, DiskFormat(image_format), OUTER, DISK)
-    assert daemon.size() == M
+    daemon.open_volumes(keyed.path, DiskFormat(image_format), [OUTER], str(DISK))
+    assert daemon.sizes() == [M]
     assert "pattern" not in io(daemon, "read -P 0x11 0 4096").lower()
     assert "wrote 4096" in io(daemon, "write -P 0x22 8192 4096")
     assert "export" in io(daemon, "read 0 512", name="other")
     with pytest.raises(DiskInUseError):
         img.refuse_if_open(keyed.path)
-    node = {str(node["node-name"]): node for node in daemon.nodes()}["volume"]
+    nodes, _, _ = daemon.block_graph()
+    node = {str(node["node-name"]): node for node in nodes}["volume"]
     assert node["encrypted"]
     assert OUTER.passphrase not in Path(f"/proc/{daemon.process.pid}/cmdline").read_bytes()
     daemon.process.terminate()
@@ -108,7 +109,7 @@ def test_the_export_has_the_content_of_the_volume(daemon: Daemon, folder: Path, 
 
 def test_the_dek_is_forgotten_once_the_volume_is_open(daemon: Daemon, folder: Path) -> None:
     keyed = image(folder, "raw")
-    daemon.open_volume(keyed.path, DiskFormat.RAW, OUTER, DISK)
+    daemon.open_volumes(keyed.path, DiskFormat.RAW, [OUTER], str(DISK))
 
     async def objects() -> list[str]:
         async with qmp.connected(daemon.monitor) as monitor:
@@ -122,37 +123,37 @@ def test_another_dek_serves_nothing_and_is_not_shown(daemon: Daemon, folder: Pat
     keyed = image(folder, image_format)
     other = Dek.generate()
     with pytest.raises(MonitorError, match="blockdev-add: Invalid password") as failure:
-        daemon.open_volume(keyed.path, DiskFormat(image_format), other, DISK)
+        daemon.open_volumes(keyed.path, DiskFormat(image_format), [other], str(DISK))
     assert other.passphrase.decode() not in everything_said(failure.value)
     assert "export" in io(daemon, "read 0 512")
 
 
 def test_an_image_that_cannot_be_opened_is_reported(daemon: Daemon, folder: Path) -> None:
     with pytest.raises(MonitorError, match="No such file") as failure:
-        daemon.open_volume(folder / "missing", DiskFormat.RAW, OUTER, DISK)
+        daemon.open_volumes(folder / "missing", DiskFormat.RAW, [OUTER], str(DISK))
     assert OUTER.passphrase.decode() not in everything_said(failure.value)
 
 
 def test_an_image_in_use_is_refused(daemon: Daemon, folder: Path) -> None:
     keyed = image(folder, "qcow2")
     with keyed.held(), pytest.raises(MonitorError, match='Failed to get "write" lock'):
-        daemon.open_volume(keyed.path, DiskFormat.QCOW2, OUTER, DISK)
+        daemon.open_volumes(keyed.path, DiskFormat.QCOW2, [OUTER], str(DISK))
 
 
 def test_a_daemon_that_has_ended_is_an_error(daemon: Daemon, folder: Path) -> None:
     keyed = image(folder, "raw")
-    daemon.open_volume(keyed.path, DiskFormat.RAW, OUTER, DISK)
+    daemon.open_volumes(keyed.path, DiskFormat.RAW, [OUTER], str(DISK))
     os.kill(daemon.process.pid, signal.SIGSTOP)
     killer = threading.Timer(0.3, daemon.process.kill)
     killer.start()
     with pytest.raises(MonitorError, match=r"the monitor does not answer|the process ended during"):
-        daemon.size()
+        daemon.sizes()
     killer.join()
     daemon.process.wait()
     with pytest.raises(MonitorError, match="the monitor does not answer"):
-        daemon.size()
+        daemon.sizes()
     with pytest.raises(MonitorError, match="the monitor does not answer"):
-        StorageDaemon(folder / "nowhere").open_volume(keyed.path, DiskFormat.RAW, OUTER, DISK)
+        StorageDaemon(folder / "nowhere").open_volumes(keyed.path, DiskFormat.RAW, [OUTER], str(DISK))
 
 
 class Guest:
@@ -205,13 +206,13 @@ class Guest:
 
 def test_a_raw_volume_grows_under_a_guest_that_connects_again(daemon: Daemon, folder: Path) -> None:
     image(folder, "raw", double=True)
-    daemon.open_volume(folder / "image", DiskFormat.RAW, OUTER, DISK)
-    before = daemon.size()
+    daemon.open_volumes(folder / "image", DiskFormat.RAW, [OUTER], str(DISK))
+    (before,) = daemon.sizes()
     with Guest(folder).run(daemon, "raw", reconnect_seconds=10) as guest:
         assert "wrote 4096" in guest.io("write -P 0x33 0 4096")
-        daemon.grow(before + 3 * M, DISK)
-        daemon.grow(before + M, DISK)  # is smaller by now
-        assert daemon.size() == before + 3 * M
+        daemon.grow([before + 3 * M], str(DISK))
+        daemon.grow([before + M], str(DISK))  # is smaller by now
+        assert daemon.sizes() == [before + 3 * M]
         assert "wrote 4096" in guest.io("write -P 0x44 4096 4096")
         guest.resize(4 * M)
         assert "wrote 4096" in guest.io(f"write -P 0x55 {4 * M - 4096} 4096")
@@ -221,7 +222,7 @@ def test_a_raw_volume_grows_under_a_guest_that_connects_again(daemon: Daemon, fo
 
 def test_a_qcow2_volume_has_the_room_already(daemon: Daemon, folder: Path) -> None:
     image(folder, "qcow2", double=True)
-    daemon.open_volume(folder / "image", DiskFormat.QCOW2, OUTER, DISK)
+    daemon.open_volumes(folder / "image", DiskFormat.QCOW2, [OUTER], str(DISK))
     with Guest(folder).run(daemon, "qcow2", reconnect_seconds=0) as guest:
         guest.resize(8 * M)
         assert "wrote 4096" in guest.io(f"write -P 0x55 {8 * M - 4096} 4096")
@@ -230,7 +231,7 @@ def test_a_qcow2_volume_has_the_room_already(daemon: Daemon, folder: Path) -> No
 
 def test_a_volume_that_cannot_grow_is_exported_again(daemon: Daemon, folder: Path) -> None:
     keyed = image(folder, "raw", double=True)
-    daemon.open_volume(keyed.path, DiskFormat.RAW, OUTER, DISK)
+    daemon.open_volumes(keyed.path, DiskFormat.RAW, [OUTER], str(DISK))
     with pytest.raises(MonitorError, match="block_resize: "):
-        daemon.grow(1 << 62, DISK)
+        daemon.grow([1 << 62], str(DISK))
     assert "read 512/512" in io(daemon, "read 0 512")

@@ -23,12 +23,12 @@ class PassThroughProcess(StageProcess[PassThrough]):
     inner_socket = "proxy"
 
     @classmethod
-    def to_record(cls, stage: PassThrough | None) -> bool:
-        return stage is not None
+    def to_record(cls, stages: Sequence[PassThrough]) -> bool:
+        return bool(stages)
 
     @classmethod
-    def from_record(cls, value: object) -> PassThrough | None:
-        return PassThrough() if value else None
+    def from_record(cls, value: object) -> Sequence[PassThrough]:
+        return (PassThrough(),) if value else ()
 
     @property
     def keeps_acknowledged_writes(self) -> bool:

@@ -23,7 +23,7 @@ from virt_sse.libvirt.users import User
 from virt_sse.model.layers import HostCaching
 from virt_sse.stages.gate import lock_holder
 from virt_sse.stages.locked_process import LockedProcess
-from virt_sse.stages.record import StageRecord
+from virt_sse.stages.record import RECORD_NAME, StageRecord
 from virt_sse.verification.stage_evidence import StageEvidence
 from virt_sse.verification.verdict import DiskVerdict
 
@@ -248,6 +248,31 @@ def test_a_stage_process_from_before_the_gate_is_kept_and_gets_a_gate_when_it_is
     assert record(disk) == dataclasses.replace(before, gated=True)
     assert greeting(disk, ESCAPED) == "b''"
     disk.stages.stop_domain(DOMAIN)
+    disk.assert_nothing_is_left()
+
+
+def test_processes_with_a_damaged_record_end_with_the_domain_of_their_gate(
+    disk: StagedDisk, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = disk.config.stage_directory / str(disk.disk.id) / RECORD_NAME
+    disk.stages.stop_damaged("web", {disk.disk.id})
+    assert gate(disk).pid(), "the record is sound"
+    path.write_text("[]")
+    disk.stages.stop_damaged("other", {disk.disk.id})
+    assert gate(disk).pid(), "the gate admits a different domain"
+    disk.stages.stop_damaged("web", ())
+    disk.assert_nothing_is_left()
+    assert f"ended the processes of disk {disk.disk.id}, domain web: damaged stage record" in caplog.text
+
+
+def test_without_a_gate_the_definition_of_the_ended_domain_decides(config: Config) -> None:
+    disk = StagedDisk(config, "raw")
+    disk.start()
+    (config.stage_directory / str(disk.disk.id) / RECORD_NAME).write_text("[]")
+    kill(disk, "gate")
+    disk.stages.stop_damaged("web", ())
+    assert disk.pids()
+    disk.stages.stop_damaged("web", {disk.disk.id})
     disk.assert_nothing_is_left()
 
 

@@ -53,6 +53,7 @@ VALID = {
     ("domain", "text"),
     ("image", "text"),
     ("guest-slot", "text"),
+    ("guest-slot", None),
     ("storage-slot", "text"),
     ("storage-slot", None),
     ("users", "{}"),

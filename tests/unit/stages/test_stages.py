@@ -420,9 +420,9 @@ class TestGrowth:
     def test_a_qcow2_volume_has_room_to_grow(self, make: Make) -> None:
         disk = make("qcow2")
         disk.start()
-        before = disk.daemon().size()
+        before = disk.daemon().sizes()
         disk.stages.grow(disk.disk, 2 * M, reconnects=False)
-        assert disk.daemon().size() == before
+        assert disk.daemon().sizes() == before
 
     def test_a_volume_below_a_cache_does_not_grow(self, make: Make) -> None:
         disk = make("raw", caching=READ_ONLY)

@@ -155,8 +155,11 @@ def test_a_process_that_the_record_does_not_name_is_ended_too(make: Make) -> Non
     [
         ((GuestNode("service"), PassThrough()), "no kind of process serves the stage PassThrough"),
         ((GuestNode("service"), StorageNode("x"), HostCache(READ_ONLY)), "stages are out of order"),
-        ((GuestNode("service"), StorageNode("x"), StorageNode("y")), "stages are out of order"),
+        ((GuestNode("service"), HostCache(READ_ONLY), HostCache(READ_ONLY)), "stages are out of order"),
         ((StorageNode("x"), HostCache(READ_ONLY)), "stages are out of order"),
+        ((HostCache(READ_ONLY), StorageNode("x")), "stages are out of order"),
+        ((HostCache(READ_ONLY),), "stages are out of order"),
+        ((), "stages are out of order"),
     ],
 )
 def test_a_plan_that_the_list_of_kinds_does_not_allow_is_refused(

@@ -115,7 +115,7 @@ def test_a_store_that_must_be_made_or_migrated_is_left_to_the_full_store(path: P
     assert lazy.reads() is lazy.full()
     lazy.close()
     with sqlite3.connect(path) as database:
-        database.execute("UPDATE alembic_version SET version_num = '0009'")
+        database.execute("UPDATE alembic_version SET version_num = '9999'")
     database.close()
     assert StoreReader.of(url) is None
     with pytest.raises(StoreError, match="unknown to this virt-sse"):

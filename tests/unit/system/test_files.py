@@ -3,7 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,10 +16,14 @@ from virt_sse.system.files import (
     publish,
     sync_folder,
     unnamed_file,
+    write_as_single_writer,
     write_at,
     write_new,
     write_private,
 )
+
+Write = Callable[[Path, bytes], None]
+each_writer = pytest.mark.parametrize("write", [write_private, write_as_single_writer])
 
 
 @pytest.fixture(params=[0o000, 0o022, 0o077])
@@ -56,36 +60,40 @@ def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("umask")
-def test_a_private_file_is_written_and_replaced_whole(tmp_path: Path) -> None:
+@each_writer
+def test_a_private_file_is_written_and_replaced_whole(tmp_path: Path, write: Write) -> None:
     path = tmp_path / "key"
     for content in (b"first", b"", bytes(3_000_000)):
-        write_private(path, content)
+        write(path, content)
         assert path.read_bytes() == content
         assert mode(path) == 0o600
         assert list(tmp_path.iterdir()) == [path]
 
 
-def test_replacing_a_file_tightens_its_mode(tmp_path: Path) -> None:
+@each_writer
+def test_replacing_a_file_tightens_its_mode(tmp_path: Path, write: Write) -> None:
     path = tmp_path / "key"
     path.touch(0o644)
-    write_private(path, b"secret")
+    write(path, b"secret")
     assert mode(path) == 0o600
 
 
-def test_replacing_a_link_leaves_what_it_points_to(tmp_path: Path) -> None:
+@each_writer
+def test_replacing_a_link_leaves_what_it_points_to(tmp_path: Path, write: Write) -> None:
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_bytes(b"theirs")
     link.symlink_to(target)
-    write_private(link, b"ours")
+    write(link, b"ours")
     assert target.read_bytes() == b"theirs"
     assert not link.is_symlink()
 
 
-def test_without_room_the_old_file_stays(tmp_path: Path) -> None:
+@each_writer
+def test_without_room_the_old_file_stays(tmp_path: Path, write: Write) -> None:
     path = tmp_path / "key"
-    write_private(path, b"old")
+    write(path, b"old")
     with no_file_beyond(1000), pytest.raises(OSError, match="File too large"):
-        write_private(path, bytes(2000))
+        write(path, bytes(2000))
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -151,28 +159,40 @@ def test_publishing_never_replaces_an_existing_file(tmp_path: Path) -> None:
     assert path.read_bytes() == b"theirs"
 
 
-def test_the_temporary_file_of_a_killed_process_is_removed_by_the_next_write(tmp_path: Path) -> None:
+@each_writer
+def test_the_temporary_file_of_a_killed_process_is_removed_by_the_next_write(
+    tmp_path: Path, write: Write
+) -> None:
     path = tmp_path / "root.key"
-    write_private(path, b"before")
-    child = fork(lambda report: _killed_before_rename(path, report))
+    write(path, b"before")
+    child = fork(lambda report: _killed_before_rename(path, report, write))
     assert list(child.lines()) == ["about to rename"]
     child.wait()
     (left,) = (each for each in tmp_path.iterdir() if each != path)
     assert left.read_bytes() == b"key"
     other = tmp_path / f".other{left.name.removeprefix('.root.key')}"
     other.touch()
-    write_private(path, b"after")
+    write(path, b"after")
     assert sorted(tmp_path.iterdir()) == sorted([path, other])
     assert path.read_bytes() == b"after"
 
 
-def _killed_before_rename(path: Path, report: Report) -> None:
+def test_a_single_writer_does_not_list_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host has a file per disk in one folder, and writes one at each start."""
+    for name in ("listdir", "scandir"):
+        monkeypatch.delattr(os, name)
+    write_as_single_writer(tmp_path / "state", b"1")
+    with pytest.raises(AttributeError):
+        write_private(tmp_path / "state", b"2")
+
+
+def _killed_before_rename(path: Path, report: Report, write: Write) -> None:
     def die(*_: object) -> None:
         report("about to rename")
         os.kill(os.getpid(), signal.SIGKILL)
 
     Path.rename = die  # type: ignore[assignment, method-assign] -- in this process, which ends
-    write_private(path, b"key")
+    write(path, b"key")
 
 
 def test_the_temporary_file_of_a_running_process_is_left_alone(tmp_path: Path) -> None:

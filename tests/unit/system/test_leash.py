@@ -114,9 +114,8 @@ def test_a_killed_bwrap_leaves_no_waiting_child(tmp_path: Path, victim: str) -> 
 def _traced(image: Path, options: Sequence[str]) -> Iterator[tuple[int, Leftovers]]:
     """A process that runs a confined tool under strace with *options*: strace's process ID."""
     image.touch()
-    leftovers = Leftovers()
     trace = ["strace", "-f", "-qqq", "-o", os.devnull, *options, sys.executable, "-c", SCRIPT, str(image)]
-    with subprocess.Popen(trace, stderr=subprocess.DEVNULL) as strace:
+    with Leftovers() as leftovers, subprocess.Popen(trace, stderr=subprocess.DEVNULL) as strace:
         try:
             yield strace.pid, leftovers
         finally:

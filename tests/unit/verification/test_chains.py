@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from uuid import UUID
 
 import pytest
@@ -27,7 +28,11 @@ def plaintext_links(
     xml: str, backup: str | None = None, *, known: Collection[UUID] = ()
 ) -> list[PlaintextLink]:
     job = BackupJob.parse(backup) if backup is not None else None
-    return chains.plaintext_links(DomainDefinition.parse(xml), job, known=known)
+    return chains.plaintext_links(DomainDefinition.parse(xml), job, known=known, guest_socket=guest_socket)
+
+
+def guest_socket(disk_id: UUID) -> Path:
+    return Path(f"/run/virt-sse-disks/{disk_id}/guest/nbd")
 
 
 def source(file: str, encryption: str = "") -> str:
@@ -105,6 +110,48 @@ def test_a_plaintext_backup_is_found_and_an_encrypted_one_is_not(place: str) -> 
     assert [link.disk_id for link in chain.backup] == [DISK]
     assert found(xml, backup("vdb")) == []
     assert found(xml, backup("vda", backup="no")) == []
+
+
+def export(disk_id: UUID = DISK, *, socket: Path | None = None) -> str:
+    host = f"<host transport='unix' socket='{socket or guest_socket(disk_id)}'/>"
+    return f"<source protocol='nbd' name='virt-sse:{disk_id}' index='3'>{host}</source>"
+
+
+def test_the_export_of_a_disk_that_is_decrypted_below_qemu_is_no_plaintext_link() -> None:
+    xml = domain(export(), "<backingStore/>")
+    assert found(xml) == []
+    (chain,) = disk_chains(xml)
+    assert (chain.ours, chain.disk_id, chain.links[0].slot, chain.links[0].is_encrypted) == (
+        0,
+        DISK,
+        None,
+        False,
+    )
+
+
+def test_every_other_image_with_data_of_such_a_disk_is_a_plaintext_link() -> None:
+    place = str(guest_socket(DISK))
+    below = f"<backingStore type='network' index='1'>{export()}</backingStore>"
+    assert found(domain(source("/overlay"), below)) == [(LinkKind.OVERLAY, "/overlay")]
+    assert found(domain(source("/overlay", OURS), below)) == []
+    copied = f"<mirror job='copy'>{source('/copy')}</mirror>"
+    assert found(domain(export(), copied)) == [(LinkKind.MIRROR, "/copy")]
+    backup = "<domainbackup><disks><disk name='vda'><target file='/backup'/></disk></disks></domainbackup>"
+    assert found(domain(export()), backup) == [(LinkKind.BACKUP, "/backup")]
+    committed = f"<mirror job='active-commit'>{export()}</mirror>"
+    assert found(domain(source("/overlay"), below, committed)) == [(LinkKind.OVERLAY, "/overlay")]
+    assert place not in str(plaintext_links(domain(source("/overlay"), below)))
+
+
+def test_a_name_alone_does_not_make_an_export_ours() -> None:
+    strange = Path("/srv/strange")
+    assert found(domain(export(socket=strange))) == [(LinkKind.SUBSTITUTE, str(strange))]
+    forged = f"<mirror job='copy'>{export(socket=strange)}</mirror>"
+    assert found(domain(export(), forged)) == [(LinkKind.MIRROR, str(strange))]
+    other = f"<mirror job='copy'>{export(UUID(int=7), socket=guest_socket(DISK))}</mirror>"
+    assert found(domain(export(), other)) == [(LinkKind.MIRROR, str(guest_socket(DISK)))]
+    as_file = f"<source protocol='nbd' name='virt-sse:{DISK}' file='{guest_socket(DISK)}'/>"
+    assert found(domain(as_file)) == [(LinkKind.SUBSTITUTE, str(guest_socket(DISK)))]
 
 
 def test_an_image_in_the_place_of_a_disk_is_known_by_the_serial() -> None:

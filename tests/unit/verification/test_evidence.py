@@ -21,7 +21,8 @@ from virt_sse.model.keys import Dek
 from virt_sse.qemu import formatting, img
 from virt_sse.qemu.formatting import Volume
 from virt_sse.qemu.volume_header import VolumeHeader
-from virt_sse.verification.processes import command_line, has_open, identity, listens_at, open_files
+from virt_sse.system.running_process import command_line
+from virt_sse.verification.processes import has_open, identity, listens_at, open_files
 from virt_sse.verification.sector_sample import (
     SECTORS,
     SectorSample,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from virt_sse.errors import MonitorError
+from virt_sse.libvirt.disk_chains import DiskChain
 from virt_sse.verification.chains import LinkKind
 from virt_sse.verification.graph import BlockGraph, Exposure, Place, cipher_of, place_of
+from virt_sse.verification.running_disks import RunningDisks
+from virt_sse.verification.verdict import DiskVerdict
 
 LUKS = {"format": "luks", "cipher-alg": "aes-256", "cipher-mode": "xts", "ivgen-alg": "plain64"}
 DEVICE = "/machine/peripheral/virtio-disk0/virtio-backend"
@@ -87,6 +91,53 @@ def test_an_encrypted_overlay_is_reported_and_hides_no_plaintext() -> None:
     edges += " ours:backing:base"
     exposures = Graph(nodes, f"device:root:other {edges}").exposures()
     assert exposures == [overlay, Exposure(LinkKind.BACKING, "/base")]
+
+
+SOCKET = Path("/run/virt-sse-disks/x/guest/nbd")
+EXPORT = [node("top", "raw"), node("socket", "nbd", f"nbd+unix:///virt-sse:x?socket={SOCKET}")]
+CHAIN = DiskChain("vda", "virtio-disk0")
+
+
+def check_plain(edges: str, *nodes: dict[str, Any], secrets: Sequence[str] = (), **more: Any) -> list[str]:
+    """The problems of a disk that is decrypted below QEMU."""
+    filters = [node("mirror", "mirror_top")] if "mirror" in edges else []
+    graph = Graph([*EXPORT, *nodes, *filters], f"{edges} top:file:socket", **more).graph
+    verdict = DiskVerdict("vda")
+    RunningDisks(graph, ["masterKey0", *secrets], None).check_plain(verdict, CHAIN, SOCKET)
+    return verdict.problems
+
+
+def test_a_disk_that_is_decrypted_below_qemu_is_at_its_socket_and_nowhere_else() -> None:
+    assert check_plain("device:root:top") == []
+    assert check_plain("device:root:top", secrets=["other-encryption-secret0"]) == []
+    overlay = "device:root:other other:backing:top other:file:otherfile"
+    assert check_plain(overlay, *PLAIN) == ["overlay /other is not encrypted"]
+    encrypted = [node("other", "qcow2", **LUKS), PLAIN[1]]
+    assert check_plain(overlay, *encrypted) == ["overlay /other is encrypted by the guest's QEMU"]
+    copy = "device:root:mirror mirror:backing:top job:source:top job:target:other job:x:mirror"
+    jobs = [{"id": "job", "type": "mirror"}]
+    assert check_plain(f"{copy} other:file:otherfile", *PLAIN, jobs=jobs) == [
+        "mirror /other is not encrypted"
+    ]
+    exports = [{"id": "backup", "node-name": "top"}]
+    (problem,) = check_plain("device:root:top", exports=exports)
+    assert problem == "plaintext leaves QEMU through the NBD export 'backup'"
+
+
+def test_a_key_in_qemu_for_such_a_disk_is_found() -> None:
+    (problem,) = check_plain("device:root:top", secrets=["top-encryption-secret0"])
+    assert problem == f"the guest's QEMU has keys for {SOCKET}: top-encryption-secret0"
+    luks = node("luks", "luks", **LUKS)
+    assert check_plain("device:root:luks luks:file:top", luks) == [
+        f"the guest's device is not connected to {SOCKET}",
+        f"the guest's QEMU encrypts the data at {SOCKET} itself",
+    ]
+
+
+def test_a_device_elsewhere_is_found() -> None:
+    assert check_plain("device:root:other other:file:otherfile", *PLAIN) == [
+        f"the guest's device is not connected to {SOCKET}"
+    ]
 
 
 def test_an_image_open_without_its_layer_is_found() -> None:
