@@ -7,6 +7,9 @@ from typing import Self
 
 from virt_sse.audit.record import Component
 from virt_sse.config import Config
+from virt_sse.copies.in_place import InPlace
+from virt_sse.copies.reencryption import ReencryptionService
+from virt_sse.copies.settlement import Settlement
 from virt_sse.disks.certificates import DeletionCertificates
 from virt_sse.disks.copies import Copies
 from virt_sse.disks.images import Images
@@ -40,6 +43,8 @@ class Backend:
     :ivar images: make and delete images, and disks of images.
     :ivar transfer: import, copy and export.
     :ivar certificates: certificates about deleted disks.
+    :ivar reencryption: new DEKs and volume keys for disks.
+    :ivar in_place: encryption of plaintext disks of domains.
     :ivar inspector: in-guest encryption on disks.
     :ivar sets: disk encryption sets.
     :ivar keys: KEKs in use, rotation, rewrapping.
@@ -51,12 +56,18 @@ class Backend:
     :ivar verification: ``vm verify``.
     :param plugins: default: the installed plugins.
     :param component: the component named in the audit records of key uses.
+    :param in_hook: whether libvirt waits: work that needs libvirt's answers is left to the next command.
     :raise StoreError: When the store cannot be opened.
     :raise PluginError: When a required plugin is broken.
     """
 
     def __init__(
-        self, config: Config, plugins: PluginHost | None = None, *, component: Component = Component.HOST
+        self,
+        config: Config,
+        plugins: PluginHost | None = None,
+        *,
+        component: Component = Component.HOST,
+        in_hook: bool = False,
     ) -> None:
         host = self.host = Host.open(config, plugins, component=component)
         host.opened_store.full()
@@ -74,6 +85,9 @@ class Backend:
         self.restore_points = RestorePoints(host, self.disks, copies)
         self.transfer = Transfer(host, self.disks)
         self.images = Images(host, self.disks, copies, self.transfer)
+        settlement = Settlement(host, self.disks, self.domains)
+        self.reencryption = ReencryptionService(host, self.disks, self.domains, self.inspector, settlement)
+        self.in_place = InPlace(host, self.disks, self.domains, self.inspector, settlement)
         self.vms = VmSettings(host, self.domains, self.host_encryption, self.inspector)
         self.scale_sets = ScaleSets(host, self.disks, self.transfer, self.domains, self.vms)
         self.verification = Verification(host, self.domains, self.vms)
@@ -82,6 +96,8 @@ class Backend:
             self.live_copies.recover()
             self.disks.recover()
             self.keys.recover()
+            if not in_hook:
+                settlement.recover()
         except BaseException:
             self.close()
             raise

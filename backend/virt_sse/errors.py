@@ -16,6 +16,9 @@
     ├── DiskExistsError              the name or the path is taken
     ├── DiskStateError               the disk's state does not allow the operation
     │   └── DiskInUseError           a domain or another command is using the disk
+    ├── CopyEndedError               a copy into a new disk has ended without an outcome
+    │   ├── CopyCancelledError       on request: the copy is undone
+    │   └── CopyInterruptedError     this process stops: another process goes on with the copy
     ├── VmStateError                 the domain's state does not allow the operation
     ├── VerificationError            a domain differs from its specification
     ├── ImageError                   the image file cannot be made, read or written
@@ -129,6 +132,18 @@ class DiskStateError(VirtSseError):
 
 class DiskInUseError(DiskStateError):
     """A domain, or another command at this moment, is using the disk."""
+
+
+class CopyEndedError(VirtSseError):
+    """A copy into a new disk has ended in this process without an outcome."""
+
+
+class CopyCancelledError(CopyEndedError):
+    """The copy is undone on request; the source is as before."""
+
+
+class CopyInterruptedError(CopyEndedError):
+    """This process stops, and another process goes on with the copy."""
 
 
 class VmStateError(VirtSseError):

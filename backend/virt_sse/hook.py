@@ -102,7 +102,7 @@ def _domain_start() -> Iterator[DomainStart]:
             return
     from virt_sse.backend import Backend
 
-    with Backend(config) as backend:
+    with Backend(config, in_hook=True) as backend:
         yield backend.domains
 
 

@@ -31,6 +31,7 @@ import iothreads
 import machine
 import plot
 import process
+import reencrypt
 import rewrap
 import scale
 import start
@@ -50,6 +51,7 @@ BENCHES: Mapping[str, Bench] = {
     "data": data.measure,
     "process": process.measure,
     "import": transfer.measure,
+    "reencrypt": reencrypt.measure,
     "rewrap": rewrap.measure,
     "scale": scale.measure,
     "customer": customer.measure,

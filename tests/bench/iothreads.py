@@ -38,7 +38,7 @@ def measure(bench: Run) -> Iterator[Row]:
     require_tools()
     if (os.cpu_count() or 1) < 2:
         raise LabUnavailableError("iothreads gain nothing on one processor")
-    size = bench.amount(256, quick=32) * _MIB
+    size = bench.amount(128, quick=32) * _MIB
     folder = bench.scratch / "iothreads"
     folder.mkdir()
     dek = Dek.generate()

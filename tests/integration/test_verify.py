@@ -23,7 +23,7 @@ import pytest
 
 import virt_sse.agent.overlay_commit
 import virt_sse.agent.overlay_commit_record
-import virt_sse.agent.overwrite
+import virt_sse.system.overwrite
 from support.agent_site import wait_for_event
 from support.faults import crash_points, dies_at
 from support.images import KeyedImage
@@ -379,7 +379,7 @@ def test_a_killed_commit_is_continued(site: StageSite) -> None:
         assert OverlayCommit(site.host.uri, folder, vm_id, "vda", threading.Event()).run(record)
 
     site.start_paused(guest)
-    modules = [virt_sse.agent.overlay_commit, virt_sse.agent.overlay_commit_record, virt_sse.agent.overwrite]
+    modules = [virt_sse.agent.overlay_commit, virt_sse.agent.overlay_commit_record, virt_sse.system.overwrite]
     snapshot(site, guest, "s")
     points = crash_points(modules, commit)
     for number, point in enumerate(points[len(points) // 8 :: len(points) // 8], start=1):

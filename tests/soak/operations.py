@@ -142,6 +142,32 @@ def _delete(kind: Kind) -> FileOperation:
     )
 
 
+def _disk_id(site: FileSite, name: str) -> str:
+    with Backend.open(site.root) as backend:
+        return str(backend.disks.get(name).id)
+
+
+def _reencrypt(kind: Kind, *options: str) -> FileOperation:
+    """After a kill the disk has its old or its new keys, and its content."""
+
+    def prepare(site: FileSite) -> None:
+        site.bring_host(kind)
+        (site.out.parent / "id").write_text(_disk_id(site, kind.name))
+
+    def check(site: FileSite) -> bool:
+        check_host(site, _contents(kind))
+        with Backend.open(site.root) as backend:
+            assert backend.host.store.copies.all() == []
+        return _disk_id(site, kind.name) != (site.out.parent / "id").read_text()
+
+    return FileOperation(
+        "-".join(("disk-reencrypt", kind.name, *(option.strip("-") for option in options))),
+        prepare,
+        lambda _: ["disk", "reencrypt", kind.name, *options],
+        check,
+    )
+
+
 def _adopt(kind: Kind) -> FileOperation:
     def prepare(site: FileSite) -> None:
         site.bring_host(kind)
@@ -449,6 +475,9 @@ OPERATIONS: tuple[FileOperation, ...] = (
     *(_resize(kind, size) for kind in KINDS[:4] for size in (2 * M, M // 2)),
     *map(_check, KINDS[2:4]),
     *map(_delete, KINDS),
+    *map(_reencrypt, KINDS[:6]),
+    _reencrypt(KINDS[0], "--des", "double"),
+    _reencrypt(KINDS[0], "--format", "raw"),
     *map(_adopt, KINDS[:6]),
     *map(_update, KINDS[:6]),
     *map(_snapshot, KINDS[:6]),

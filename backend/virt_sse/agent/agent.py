@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 
 import virt_sse
 from virt_sse.agent.automatic_rotation import AutomaticRotation
+from virt_sse.agent.copy_watch import CopyWatch
 from virt_sse.agent.deferred_start import DeferredStart
 from virt_sse.agent.inventory import Inventory
 from virt_sse.agent.key_status import KeyStatusLookup
@@ -92,6 +93,7 @@ class Agent:
             unused_seconds=max(_START_SECONDS, _UNUSED_POLLS * seconds),
         )
         self._plaintext = PlaintextWatch(backend, metrics)
+        self._copies = CopyWatch(backend, metrics)
         self._deferred = DeferredStart(config, metrics)
         self._rotation = AutomaticRotation(backend, metrics, config.agent.rotation_seconds)
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
@@ -113,6 +115,7 @@ class Agent:
         self._secrets.stop()
         self._stages.stop()
         self._plaintext.stop()
+        self._copies.stop()
         self._deferred.stop()
         self._keys.stop()
 
@@ -192,6 +195,7 @@ class Agent:
             self._stages.keep(snapshot)
             revoked = {domain.uuid for domain in snapshot.domains if self._revocation.reason(domain)}
             self._plaintext.keep(snapshot, revoked)
+            self._copies.keep()
             self._deferred.keep(snapshot)
             running = {domain.uuid for domain in snapshot.domains}
             temp_disks.erase_unused(self._config, running, before=snapshot.time - temp_disks.SETTLED_SECONDS)

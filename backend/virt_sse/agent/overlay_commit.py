@@ -23,7 +23,6 @@ import libvirt
 
 from virt_sse.agent.logs import fields
 from virt_sse.agent.overlay_commit_record import Overlay, OverlayCommitRecord
-from virt_sse.agent.overwrite import overwrite_and_remove
 from virt_sse.errors import DiskInUseError, ImageError, LibvirtError
 from virt_sse.libvirt import domains
 from virt_sse.libvirt.connection import connected
@@ -32,6 +31,7 @@ from virt_sse.libvirt.snapshots import SnapshotFiles
 from virt_sse.libvirt.xml import parse_xml
 from virt_sse.qemu import img
 from virt_sse.system.files import canonical
+from virt_sse.system.overwrite import overwrite_and_remove
 from virt_sse.verification.chains import ACTIVE_COMMIT
 from virt_sse.verification.processes import identity
 

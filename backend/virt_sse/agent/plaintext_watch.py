@@ -25,7 +25,6 @@ from virt_sse.backend import Backend
 from virt_sse.config import PlaintextPolicy
 from virt_sse.errors import AgentError, InvalidValueError, VirtSseError
 from virt_sse.verification.chains import LinkKind, PlaintextLink, plaintext_links
-from virt_sse.verification.chains import serial as serial_of
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ class PlaintextWatch:
         self._seen = 0
         self._links: Mapping[Run, tuple[PlaintextLink, ...]] = {}
         self._serials: frozenset[str] = frozenset()
-        self._by_serial: list[UUID] = []
+        self._by_serial: dict[str, UUID] = {}
         self._jobs: dict[UUID, Future[None]] = {}
         self._not_before: dict[UUID, float] = {}
         self._complaints: dict[UUID, str] = {}
@@ -88,16 +87,16 @@ class PlaintextWatch:
         self._stopping.set()
         self._pool.shutdown(cancel_futures=True)
 
-    def _known(self, domains: Iterable[RunningDomain]) -> Collection[UUID]:
-        """The store's disks known to domains by serial only; the store is queried for new serials only."""
+    def _known(self, domains: Iterable[RunningDomain]) -> Mapping[str, UUID]:
+        """The store's disks by serial number; empty unless a domain has disks known by serial number only."""
         serials = frozenset(serial for domain in domains for serial in _strange_serials(domain))
         if serials != self._serials:
             self._serials = serials
-            ids = [disk.id for disk in self._backend.disks.all()] if serials else []
-            self._by_serial = [disk_id for disk_id in ids if serial_of(disk_id) in serials]
+            disks = self._backend.disks.all() if serials else []
+            self._by_serial = {disk.guest_serial: disk.id for disk in disks}
         return self._by_serial
 
-    def _found(self, domain: RunningDomain, known: Collection[UUID]) -> tuple[PlaintextLink, ...]:
+    def _found(self, domain: RunningDomain, known: Mapping[str, UUID]) -> tuple[PlaintextLink, ...]:
         try:
             links = plaintext_links(
                 domain.definition, domain.backup, known=known, guest_socket=self._guest_socket

@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
+from virt_sse.cli.disk_reencrypt import MaxRate
 from virt_sse.cli.key import print_report
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend
 from virt_sse.errors import VirtSseError
+from virt_sse.model.disks import parse_size
 from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.model.layers import EncryptionType, Placement
 
@@ -129,9 +131,20 @@ def rotate(
             "--prove", help="Look at every image, afterwards try every wrapped DEK, and show the key of each."
         ),
     ] = False,
+    reencrypt: Annotated[
+        bool,
+        typer.Option("--reencrypt", help="Give each disk new DEKs and a new volume key; all data is copied."),
+    ] = False,
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, max=64, help="With --reencrypt, number of disks at the same time.")
+    ] = 2,
+    max_rate: MaxRate = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Rewrap a set's DEKs with the current version of the key, or continue an interrupted rotation."""
+    if reencrypt:
+        _reencrypt(name, jobs, parse_size(max_rate) if max_rate else None)
+        return
     with backend() as b:
         with progress_bar("rewrapping") as progress:
             report = b.sets.rotate(name, every_image=prove, progress=progress)
@@ -148,6 +161,17 @@ def rotate(
     problems = sum(each.problem is not None for each in findings)
     if problems or report.failed:
         raise VirtSseError(f"{problems} of {len(findings)} wrapped DEKs are not under the set's current key")
+
+
+def _reencrypt(name: str, jobs: int, max_rate: int | None) -> None:
+    with backend() as b, progress_bar("re-encrypting") as progress:
+        disks = b.sets.disks(name)
+        failed = b.reencryption.reencrypt_all(disks, jobs=jobs, max_rate=max_rate, progress=progress)
+    typer.echo(f"re-encrypted {len(disks) - len(failed)} of {len(disks)} disks")
+    for disk, error in failed.items():
+        typer.echo(f"virt-sse: disk {disk}: {error}", err=True)
+    if failed:
+        raise VirtSseError(f"{len(failed)} of {len(disks)} disks are not re-encrypted")
 
 
 @app.command()

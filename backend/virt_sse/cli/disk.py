@@ -10,6 +10,7 @@ import typer
 
 from virt_sse.cli import disk_backup
 from virt_sse.cli.disk_fields import dek_fields, disk_fields, image_place, print_disk, shown_size
+from virt_sse.cli.disk_reencrypt import disk_reencrypt
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend, host, listed_disks
 from virt_sse.cli.vm_inspect import disk_inspect
@@ -292,6 +293,7 @@ app.command(name="backups")(disk_backup.backups)
 app.command(name="restore")(disk_backup.restore)
 app.command(name="verify-backup")(disk_backup.verify_backup)
 app.command(name="erase-backup")(disk_backup.erase_backup)
+app.command(name="reencrypt")(disk_reencrypt)
 
 
 @app.command()

@@ -71,17 +71,24 @@ def print_json(document: object) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(what: str) -> Iterator[Progress]:
-    """A progress bar on standard error; without a terminal, nothing is shown."""
+def progress_bar(what: str, *, size: int | None = None) -> Iterator[Progress]:
+    """A progress bar on standard error; without a terminal, nothing is shown.
+
+    :param size: bytes of the whole operation, to show the throughput.
+    """
     if not sys.stderr.isatty():
         yield lambda _fraction: None
         return
     from rich.console import Console
     from rich.progress import Progress as Bars
+    from rich.progress import TransferSpeedColumn
 
-    with Bars(console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(what, total=1.0)
-        yield lambda fraction: bars.update(task, completed=fraction)
+    columns = Bars.get_default_columns()
+    with Bars(
+        *columns, *([TransferSpeedColumn()] if size else []), console=Console(stderr=True), transient=True
+    ) as bars:
+        task = bars.add_task(what, total=size or 1.0)
+        yield lambda fraction: bars.update(task, completed=fraction * (size or 1.0))
 
 
 def human_size(size: int) -> str:

@@ -10,6 +10,7 @@ import typer
 
 from virt_sse.cli.output import Output, OutputFormat, human_size, print_fields, print_rows
 from virt_sse.cli.session import backend
+from virt_sse.cli.vm_encrypt import vm_encrypt
 from virt_sse.cli.vm_inspect import vm_inspect
 from virt_sse.cli.vm_verify import vm_verify
 from virt_sse.errors import InvalidValueError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from virt_sse.domains.settings import VmView
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.command(name="encrypt")(vm_encrypt)
 app.command(name="inspect")(vm_inspect)
 app.command(name="verify")(vm_verify)
 

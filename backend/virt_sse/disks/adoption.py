@@ -242,7 +242,7 @@ class Adoption:
         )
         layer = self._plugins.encryption_layer(disk.encryption_type)
         try:
-            plan = layer.plan(LayerChoice(disk.key, disk.deks[-1].cipher))
+            plan = layer.plan(LayerChoice(disk.key, disk.deks[-1].cipher, cipher=disk.deks[0].cipher))
         except PolicyError as exc:
             raise differs from exc
         planned = [(spec.slot, spec.cipher, spec.key) for spec in plan.deks]

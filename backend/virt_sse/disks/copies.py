@@ -201,6 +201,7 @@ def new_copy(
         format=image_format,
         sku=source.sku,
         encryption_set=encryption_set,
+        cipher=source.deks[0].cipher,
         infrastructure_cipher=source.deks[-1].cipher if len(source.deks) > 1 else None,
         place=place,
         kind=kind,

@@ -12,7 +12,7 @@ import errno
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
@@ -42,6 +42,21 @@ from virt_sse.qemu import img
 from virt_sse.qemu.formatting import Volume, make
 from virt_sse.system.files import publish
 
+
+@dataclass(frozen=True, slots=True)
+class Successor:
+    """What a new disk takes from the disk or image whose place the new disk is to take.
+
+    :ivar disk_id: id of the new disk, known to the record of the copy.
+    :ivar name: later name of the new disk, already in the envelope.
+    :ivar serial: see :attr:`Disk.serial`.
+    """
+
+    disk_id: uuid.UUID
+    name: str
+    serial: str | None = None
+
+
 Fill = Callable[[Path, Sequence[Dek]], None]
 """Writes the first content of a new disk into its encrypted image at a path."""
 
@@ -62,11 +77,13 @@ class _Checked:
 class Unfinished:
     """A disk in state ``creating``.
 
+    :ivar carried: the disk as its image's envelope has it.
     :ivar plan: its layers.
     :ivar deks: its DEKs, the guest's first.
     """
 
     disk: Disk
+    carried: Disk
     plan: LayerPlan
     deks: tuple[Dek, ...]
 
@@ -105,11 +122,13 @@ class Creation:
         *,
         fill: Fill | None = None,
         content: Content | None = None,
+        successor: Successor | None = None,
     ) -> Disk:
         """Create a disk.
 
         :param fill: writes the first content; default: the disk is empty.
         :param content: this content, for policies.
+        :param successor: given for the new disk of a copy.
         :raise InvalidValueError: When name, size or place is invalid.
         :raise EncryptionSetNotFoundError: When the set does not exist.
         :raise DiskExistsError: When the name or the path is taken.
@@ -118,7 +137,7 @@ class Creation:
         :raise EnvelopeError: When the wrapped DEKs have no room in an image.
         :raise ImageError: When the image cannot be written.
         """
-        with self.unfinished([new], content=content) as (made,):
+        with self.unfinished([new], content=content, successor=successor) as (made,):
             if fill:
                 with image_errors(made.disk):
                     fill(made.image, made.deks)
@@ -126,16 +145,21 @@ class Creation:
 
     @contextlib.contextmanager
     def unfinished(
-        self, new: Sequence[NewDisk], *, content: Content | None = None
+        self,
+        new: Sequence[NewDisk],
+        *,
+        content: Content | None = None,
+        successor: Successor | None = None,
     ) -> Iterator[tuple[Unfinished, ...]]:
         """Make the empty images of new disks; the block fills the images.
 
         All disks are ready after the block. If the block fails, none is left.
 
+        :param successor: given for the new disk of a copy; *new* is then this disk alone.
         :raise VirtSseError: As :meth:`create`.
         """
         checked = [self._check(each, content) for each in new]
-        made = tuple(self._with_new_deks(each) for each in checked)
+        made = tuple(self._with_new_deks(each, successor) for each in checked)
         with contextlib.ExitStack() as stack:
             for each in made:
                 stack.enter_context(self._locks.hold(each.disk.id))
@@ -178,7 +202,7 @@ class Creation:
         )
         layer = self._plugins.encryption_layer(encryption_type)
         cipher = new.infrastructure_cipher or self._config.infrastructure_cipher
-        plan = layer.plan(LayerChoice(key, cipher))
+        plan = layer.plan(LayerChoice(key, cipher, cipher=new.cipher))
         if os.path.lexists(path):
             raise DiskExistsError(f"{path} exists already")
         if not os.path.isdir(path.parent):  # noqa: PTH112 -- Path.is_dir raises for a name that is too long
@@ -193,10 +217,10 @@ class Creation:
             folder = pool_folder(self._config.libvirt_uri, new.place.name)
         return folder / f"{new.name}.{new.format.value}"
 
-    def _with_new_deks(self, checked: _Checked) -> Unfinished:
+    def _with_new_deks(self, checked: _Checked, successor: Successor | None) -> Unfinished:
         """The disk to be created, with new DEKs, wrapped."""
         deks = tuple(Dek.generate() for _ in checked.plan.deks)
-        disk_id = checked.new.id or uuid.uuid4()
+        disk_id = successor.disk_id if successor else checked.new.id or uuid.uuid4()
         entries = []
         for position, (spec, dek) in enumerate(zip(checked.plan.deks, deks, strict=True)):
             acting = checked.encryption_set if position == 0 else None  # see Disk.identity_for
@@ -224,14 +248,17 @@ class Creation:
             source_id=source.id if (source := checked.new.source) else None,
             point=checked.new.point,
             origin_id=source.origin_id or source.id if source else None,
+            serial=successor.serial if successor else None,
         )
         disk.envelope.encode()  # refuses what has no room in the image, before anything is made
-        return Unfinished(disk, checked.plan, deks)
+        carried = replace(disk, name=successor.name) if successor else disk
+        return Unfinished(disk, carried, checked.plan, deks)
 
     def settle(self, disks: Sequence[Disk]) -> None:
         """End a creation or adoption: the disks are ready if all images are complete; otherwise undo either.
 
-        A complete image has the disk's envelope, sealed by this host. Undoing an adoption leaves the image.
+        A complete image has the disk's envelope, sealed by this host. The new disk of a copy has its later
+        name there. Undoing an adoption leaves the image.
         Of several disks, a complete image of an undone creation is left in state ``deleting``, for the next
         command to erase.
 
@@ -242,7 +269,7 @@ class Creation:
             if disk.source_id:
                 self._live_writes.end(disk, incomplete_image(disk))
             _remove(incomplete_image(disk))
-        complete = [disk for disk in disks if self._freshness.has_sealed(disk)]
+        complete = [disk for disk in disks if self._freshness.has_sealed(self._carried(disk))]
         if len(complete) == len(disks):
             for disk in disks:
                 self._freshness.note_new(disk)
@@ -256,6 +283,11 @@ class Creation:
                     backup_manifest.remove(disk)
                 self._store.remove(disk.id)
 
+    def _carried(self, disk: Disk) -> Disk:
+        """The disk as its image's envelope has it."""
+        copy = self._store.copies.find(disk.id)
+        return replace(disk, name=copy.name) if copy and copy.disk_id == disk.id else disk
+
     def _make_image(self, made: Unfinished) -> None:
         disk = made.disk
         volumes = [Volume(spec.cipher, dek) for spec, dek in zip(made.plan.deks, made.deks, strict=True)]
@@ -266,7 +298,7 @@ class Creation:
         """Give a complete image its name."""
         with image_errors(made.disk):
             with img.opened(made.image, os.O_RDWR) as descriptor:
-                self._freshness.seal_new(descriptor, made.disk)
+                self._freshness.seal_new(descriptor, made.carried)
             publish(made.image, made.disk.path)
 
 

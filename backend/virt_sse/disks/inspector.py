@@ -9,7 +9,7 @@ from pathlib import Path
 import libvirt
 
 from virt_sse.errors import DiskStateError, ImageError, PolicyError, VirtSseError
-from virt_sse.in_guest.images import in_image, in_unencrypted_image
+from virt_sse.in_guest.images import in_image, in_unencrypted_chain, in_unencrypted_image
 from virt_sse.keys.host import Host
 from virt_sse.libvirt import domains
 from virt_sse.libvirt.connection import connected
@@ -68,6 +68,10 @@ class Inspector:
                 return self.disk(disk)
 
         return Content(look)
+
+    def plain_content(self, path: Path, image_format: str) -> Content:
+        """The content of an unencrypted image that may have a backing chain, for policies."""
+        return Content(lambda: in_unencrypted_chain(path, image_format))
 
     def domain(self, name: str) -> list[InspectedDisk]:
         """Inspect all disks of a domain, from its live and its persistent definition.

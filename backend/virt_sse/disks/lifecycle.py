@@ -18,7 +18,7 @@ from typing import Protocol
 from virt_sse.disks import backup_manifest
 from virt_sse.disks.adoption import Adoption, with_images_envelope
 from virt_sse.disks.certificates import DeletionCertificates
-from virt_sse.disks.creation import Creation, Fill, LiveWrites, Unfinished
+from virt_sse.disks.creation import Creation, Fill, LiveWrites, Successor, Unfinished
 from virt_sse.disks.stored_images import usable, with_real_size
 from virt_sse.errors import (
     DiskInUseError,
@@ -106,12 +106,13 @@ class Disks:
         *,
         fill: Fill | None = None,
         content: Content | None = None,
+        successor: Successor | None = None,
     ) -> Disk:
         """Create a disk; see :meth:`Creation.create`.
 
         :raise VirtSseError: By meaning.
         """
-        return self._creation.create(new, fill=fill, content=content)
+        return self._creation.create(new, fill=fill, content=content, successor=successor)
 
     def unfinished(
         self, new: Sequence[NewDisk], *, content: Content | None = None
@@ -147,10 +148,19 @@ class Disks:
         with contextlib.ExitStack() as locks:
             for each in group:
                 locks.enter_context(self._locks.hold(each.id))
-            current = self._store.get(str(disk.id))
+            self.remove_remains(disk.id, [each.id for each in group])
+
+    def remove_remains(self, disk_id: uuid.UUID, group: Sequence[uuid.UUID] = ()) -> None:
+        """Finish the creation or deletion of a disk, if under way; the caller holds its lock.
+
+        :param group: the ids of all disks made together with the disk; the caller holds all locks.
+        :raise ImageError: When the image cannot be erased or removed.
+        """
+        with contextlib.suppress(DiskNotFoundError):
+            current = self._store.get(str(disk_id))
             if current.state is DiskState.CREATING:
-                creating = [self._store.get(str(each.id)) for each in group]
-                self._creation.settle([each for each in creating if each.state is DiskState.CREATING])
+                found = self._store.with_ids(group or [disk_id])
+                self._creation.settle([each for each in found if each.state is DiskState.CREATING])
             elif current.state is DiskState.DELETING:
                 self._finish_deletion(current)
 

@@ -19,6 +19,8 @@ def usable(host: Host, disk: Disk) -> Iterator[Disk]:
     :raise DiskInUseError: When another command holds the lock.
     :raise DiskStateError: When the disk is not ready.
     """
+    if disk.state is DiskState.COPYING:  # its lock may be held for long
+        raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
     with host.locks.hold(disk.id):
         current = host.store.get(str(disk.id))
         if current.state is not DiskState.READY:

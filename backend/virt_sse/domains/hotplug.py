@@ -173,9 +173,12 @@ class Hotplug:
         If no domain has the disk any more, secrets and stages left by a killed command are removed.
 
         :raise DiskNotFoundError: When the domain does not have the disk.
+        :raise DiskStateError: When the disk is being copied.
         :raise LibvirtError: When libvirt refuses, or the guest does not release the disk in time.
         """
         disk = self._store.get(name)
+        if disk.state is DiskState.COPYING:
+            raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
         with connected(self._uri) as connection:
             domain = domains.lookup(connection, domain_name)
             found = [

@@ -12,6 +12,7 @@ from uuid import UUID
 import libvirt
 
 from virt_sse.config import IoErrors
+from virt_sse.domains.copy_outcome import settle_ended
 from virt_sse.domains.deferred_starts import DeferredStarts
 from virt_sse.domains.guest_preload import refuse_unsafe
 from virt_sse.domains.host_encryption import HostEncryption
@@ -74,6 +75,7 @@ class DomainStart:
         self._plugins = host.plugins
         self._keys = host.keys
         self._freshness = host.freshness
+        self._locks = host.locks
         self._stages = host.stages
         self._starting = DiskLocks(host.config.stage_directory.parent / "starts.lock")
         self._host_encryption = host_encryption
@@ -90,6 +92,7 @@ class DomainStart:
         try:
             with self._host_encryption.prepared(definition):
                 if uses := definition.our_disks:
+                    self._end_copies(definition)
                     served = self._look_up(uses, definition.name)
                     with connected(self._config.libvirt_uri) as connection:
                         self._serve(connection, definition, served)
@@ -106,7 +109,21 @@ class DomainStart:
         :raise VirtSseError: When a disk cannot be served.
         """
         refuse_unsafe(self._config.guest_library, definition)
-        self._serve(connection, definition, self._look_up(uses, definition.name))
+        self._serve(connection, definition, self._look_up(uses, definition.name, is_running=True))
+
+    def _end_copies(self, definition: DomainDefinition) -> None:
+        """Settle the copies of disks under a domain that has ended, before the domain starts again.
+
+        Without libvirt, which waits for the hook. The definition tells whether the domain had the new disk.
+
+        :raise DiskInUseError: When another process is at work on a copy.
+        """
+        for use in definition.our_disks:
+            with contextlib.suppress(DiskNotFoundError):
+                disk = self._store.get(str(use.disk_id))
+                if disk.state is DiskState.COPYING:
+                    settle_ended(self._opened_store.full(), self._locks, definition)
+                    return
 
     def _serve(
         self, connection: libvirt.virConnect, definition: DomainDefinition, served: Sequence[_Served]
@@ -140,7 +157,7 @@ class DomainStart:
         self._host_encryption.restore(definition)
         deks: dict[SecretName, Dek] = {}
         uses = [use for use in self._complete(definition.our_disks) if use.secret]
-        for each in self._look_up(uses, definition.name, placement=Placement.GUEST):
+        for each in self._look_up(uses, definition.name, placement=Placement.GUEST, is_running=True):
             deks |= _for_libvirt(each, self._unlock(each, definition.name))
         with connected(self._config.libvirt_uri) as connection:
             set_secrets(connection, deks)
@@ -218,6 +235,7 @@ class DomainStart:
         return DiskSource(
             disk_id=disk.id,
             slot=slot,
+            serial=disk.guest_serial,
             driver_type="raw" if slot is None else disk.format.value,
             path=disk.path,
             behind=behind,
@@ -232,7 +250,7 @@ class DomainStart:
         """
         layer = self._plugins.encryption_layer(disk.encryption_type)
         placement = placement or self.placement(disk)
-        plan = layer.plan(LayerChoice(disk.key, disk.deks[-1].cipher, placement))
+        plan = layer.plan(LayerChoice(disk.key, disk.deks[-1].cipher, placement, disk.deks[0].cipher))
         in_guest = any(isinstance(stage, GuestNode) for stage in plan.stages)
         if in_guest is not (placement is Placement.GUEST):
             raise PolicyError(f"encryption layer {layer.name!r} has no placement {placement.value}")
@@ -245,11 +263,17 @@ class DomainStart:
         return [use for use in uses if use.disk_id not in incomplete]
 
     def _look_up(
-        self, uses: Sequence[DomainDisk], domain: str, *, placement: Placement | None = None
+        self,
+        uses: Sequence[DomainDisk],
+        domain: str,
+        *,
+        placement: Placement | None = None,
+        is_running: bool = False,
     ) -> list[_Served]:
         """Find the disks used by a domain, and check source, slot and image of each disk.
 
         :param placement: as for :meth:`plan`.
+        :param is_running: whether the domain runs: its disks may then be source and target of a copy.
         :raise VirtSseError: When a disk is unknown or not ready, or a check fails.
         """
         by_disk: dict[UUID, list[DomainDisk]] = {}
@@ -257,7 +281,7 @@ class DomainStart:
             by_disk.setdefault(use.disk_id, []).append(use)
         found = []
         for of_disk in by_disk.values():
-            disk = self._disk_of(of_disk[0])
+            disk = self._disk_of(of_disk[0], is_running=is_running)
             served = _Served(disk, self.plan(disk, placement), tuple(of_disk))
             for use in of_disk:
                 self._check_use(use, served, domain)
@@ -265,7 +289,7 @@ class DomainStart:
             found.append(served)
         return found
 
-    def _disk_of(self, use: DomainDisk) -> Disk:
+    def _disk_of(self, use: DomainDisk, *, is_running: bool) -> Disk:
         try:
             disk = self._store.get(str(use.disk_id))
         except DiskNotFoundError as exc:
@@ -274,7 +298,7 @@ class DomainStart:
                 hint="if the image is intact, 'virt-sse disk adopt PATH' adds the disk to the store",
             ) from exc
         check_kind(disk, DiskKind.DISK)
-        if disk.state is not DiskState.READY:
+        if disk.state is not DiskState.READY and not (is_running and disk.state is DiskState.COPYING):
             raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
         with img.opened(disk.path) as descriptor:
             try:

@@ -10,6 +10,8 @@ from virt_sse.model.content import Finding
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.qemu import reading
+from virt_sse.qemu.backing_chain import opened_chain
+from virt_sse.qemu.serving import served
 from virt_sse.system.confinement import BoundFile
 
 
@@ -35,4 +37,17 @@ def in_unencrypted_image(
     :raise ToolError: When the image is not in *image_format*.
     """
     with reading.unencrypted(path, image_format, descriptor=descriptor, others=others) as reader:
+        return inspect(reader.read, reader.size)
+
+
+def in_unencrypted_chain(path: Path, image_format: str) -> list[Finding]:
+    """Find in-guest encryption in an unencrypted image with its backing files, also in use.
+
+    :raise ImageError: When the chain is refused (:func:`~virt_sse.qemu.backing_chain.opened_chain`).
+    :raise ToolError: When an image is not in its format.
+    """
+    with (
+        opened_chain(path, image_format, shared=True) as chain,
+        served(chain.source.node, [], [], chain.source.files) as reader,
+    ):
         return inspect(reader.read, reader.size)

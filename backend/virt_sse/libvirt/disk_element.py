@@ -73,6 +73,7 @@ class DiskSource:
     :ivar path: the image.
     :ivar behind: NBD server in front of the image; ``None`` if QEMU opens the image itself.
     :ivar error_policy: libvirt's policy for failed reads and writes; ``None`` for libvirt's default.
+    :ivar serial: serial number for guests; default: derived from the id.
     """
 
     disk_id: UUID
@@ -81,6 +82,7 @@ class DiskSource:
     path: Path
     behind: Behind | None = None
     error_policy: str | None = None
+    serial: str | None = None
 
     @property
     def place(self) -> Path:
@@ -128,7 +130,7 @@ def disk_element(
     ET.SubElement(disk, "target", dev=target, bus=_BUSES[target[:2]])
     if read_only:
         ET.SubElement(disk, "readonly")
-    ET.SubElement(disk, "serial").text = source.disk_id.hex[:20]
+    ET.SubElement(disk, "serial").text = source.serial or source.disk_id.hex[:20]
     ET.indent(disk)
     return ET.tostring(disk, encoding="unicode") + "\n"
 
@@ -181,6 +183,8 @@ def set_source(disk: ET.Element, source: DiskSource) -> None:
     else:
         disk.set("type", "file")
         place.set("file", str(source.path))
+    for outside in disk.findall("encryption"):  # of the image before, as older versions of libvirt write it
+        disk.remove(outside)
     if source.slot is not None:
         encryption = ET.SubElement(place, "encryption", format="luks")
         secret = SecretName(source.disk_id, source.slot)

@@ -16,6 +16,7 @@ from virt_sse.libvirt.disk_element import (
     disk_element,
     free_target,
     set_source,
+    target_of,
     uses_of,
 )
 from virt_sse.libvirt.domain_definition import DomainDefinition, emulated_tpm
@@ -61,6 +62,19 @@ class DomainEdit:
                 if use.disk_id in sources:
                     set_source(disk, sources[use.disk_id])
                     break
+
+    def encrypt_disk(self, target: str, source: DiskSource) -> None:
+        """Put an encrypted disk in the place of a plaintext disk; the guest's device stays the same.
+
+        :param target: the disk's name in the guest.
+        :raise InvalidValueError: When a disk has no driver or no source.
+        """
+        for disk in self._root.iterfind("./devices/disk"):
+            if target_of(disk) == target:
+                for below in disk.findall("backingStore"):
+                    disk.remove(below)
+                set_source(disk, source)
+                disk.set("snapshot", "no")  # as in disk_element
 
     def state_no_backing(self, sources: Mapping[UUID, DiskSource]) -> None:
         """Add an empty ``<backingStore>`` to the disks with these ids, unless they have an overlay.

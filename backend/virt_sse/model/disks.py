@@ -10,7 +10,7 @@ from pathlib import Path
 from uuid import UUID
 
 from virt_sse.errors import DiskStateError, InvalidValueError
-from virt_sse.model.ciphers import Cipher
+from virt_sse.model.ciphers import AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.envelope import DekEntry, Envelope
@@ -22,6 +22,8 @@ PLATFORM_KEY = KeyRef("platform-managed", "default")
 """The key of disks outside of any disk encryption set."""
 
 SECTOR = 512
+SERIAL_LENGTH = 20
+"""Characters of a serial number that virtio-blk shows to guests."""
 MAX_SIZE = 64 << 40
 """64 TiB: the largest managed disk of the cloud."""
 
@@ -42,10 +44,15 @@ _UNITS = {None: 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 class DiskState(enum.Enum):
-    """Stage of a disk's life. Only ``READY`` disks can be used."""
+    """Stage of a disk's life. Only ``READY`` disks can be used.
+
+    A ``COPYING`` disk is the source or the target of a copy (:mod:`virt_sse.model.copies`): a running domain
+    goes on using the source, and no operation but the copy changes either disk.
+    """
 
     CREATING = "creating"
     READY = "ready"
+    COPYING = "copying"
     DELETING = "deleting"
 
 
@@ -74,6 +81,8 @@ class Disk:
     :ivar point: id of a point in time, shared by the snapshots of all disks of a domain.
     :ivar origin_id: id of the first disk in a line of copies that leads to this disk; may be deleted by now.
     :ivar placement: of the disk's encryption set; ``None`` for the host's configured placement.
+    :ivar serial: serial number for guests, if not derived from the id: a re-encrypted disk keeps the serial
+        number of the disk before.
     """
 
     id: UUID
@@ -94,6 +103,12 @@ class Disk:
     point: UUID | None = None
     origin_id: UUID | None = None
     placement: Placement | None = None
+    serial: str | None = None
+
+    @property
+    def guest_serial(self) -> str:
+        """The serial number that guests see."""
+        return self.serial or self.id.hex[:SERIAL_LENGTH]
 
     def dek(self, slot: str) -> DekEntry:
         """The wrapped DEK in *slot*.
@@ -151,6 +166,7 @@ class NewDisk:
 
     :ivar size: in bytes; ``None`` in an import: the size of the imported image.
     :ivar encryption_set: name or id of the disk encryption set; ``None``: under the platform's key.
+    :ivar cipher: the cipher of the guest's layer.
     :ivar infrastructure_cipher: the cipher of the second layer, if the set asks for double encryption;
         ``None``: the configured cipher.
     :ivar place: path of the image, or the storage pool to create the image in; ``None``: the configured
@@ -166,6 +182,7 @@ class NewDisk:
     format: DiskFormat = DiskFormat.QCOW2
     sku: DiskSku = DiskSku.PREMIUM_SSD
     encryption_set: str | None = None
+    cipher: Cipher = AES_256_XTS
     infrastructure_cipher: Cipher | None = None
     place: Path | StoragePool | None = None
     kind: DiskKind = DiskKind.DISK

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from virt_sse.errors import PolicyError
-from virt_sse.model.ciphers import Cipher
+from virt_sse.model.ciphers import AES_256_XTS, Cipher
 from virt_sse.model.keys import KeyRef
 
 
@@ -115,11 +115,13 @@ class LayerChoice:
     :ivar key: the disk's own key.
     :ivar infrastructure_cipher: cipher of the layer under the platform's key, in plans with such a layer.
     :ivar placement: the process that is to hold the DEKs. DEKs and images do not depend on the placement.
+    :ivar cipher: cipher of the guest's layer.
     """
 
     key: KeyRef
     infrastructure_cipher: Cipher
     placement: Placement = Placement.GUEST
+    cipher: Cipher = AES_256_XTS
 
 
 class EncryptionLayer(ABC):

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 import msgspec
 
@@ -50,6 +50,7 @@ class ImageInfo:
 
     :ivar other_files: further files with content of the image: backing file, data file, extents.
     :ivar backing_file: the backing file among them.
+    :ivar backing_format: format of the backing file, as stated by the image.
     """
 
     format: str
@@ -57,6 +58,7 @@ class ImageInfo:
     encrypted: bool
     other_files: tuple[str, ...]
     backing_file: str | None = None
+    backing_format: str | None = None
 
 
 class _Extent(msgspec.Struct, frozen=True):
@@ -80,6 +82,7 @@ class _Info(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     encrypted: bool = False
     backing_filename: str | None = None
     full_backing_filename: str | None = None
+    backing_filename_format: str | None = None
     format_specific: _Specific = _Specific()
 
 
@@ -132,6 +135,7 @@ def _image_info(answer: str, path: Path) -> ImageInfo:
         encrypted=found.encrypted,
         other_files=tuple(other for other in others if other and other != str(path)),
         backing_file=backing,
+        backing_format=found.backing_filename_format,
     )
 
 
@@ -223,12 +227,13 @@ class Unlocking:
 
 @contextlib.contextmanager
 def keys_to(
-    path: Path, image_format: DiskFormat, deks: Sequence[Dek], *, writable: bool = False
+    path: Path, image_format: DiskFormat, deks: Sequence[Dek], *, writable: bool = False, first: int = 0
 ) -> Iterator[Unlocking]:
     """As :func:`secrets_for`, after validating the headers of all volumes of the image at *path*.
 
     :param deks: of all volumes to be opened.
     :param writable: let the tool write to the image.
+    :param first: number of the first secret.
     :raise ImageFormatError: When a header is missing, damaged or refused (:mod:`.image_header`).
     :raise ToolError: When the DEKs of outer volumes do not unlock these.
     """
@@ -237,7 +242,7 @@ def keys_to(
             _validate_volumes(path, descriptor, image_format, deks[1:])
             held_open = os.dup(descriptor)
         stack.callback(os.close, held_open)
-        secrets, descriptors = stack.enter_context(secrets_for(deks))
+        secrets, descriptors = stack.enter_context(secrets_for(deks, first=first))
         yield Unlocking(secrets, descriptors, BoundFile(path, held_open, writable))
 
 
@@ -285,16 +290,17 @@ def validate(path: Path, image_format: DiskFormat, outer: Sequence[Dek]) -> tupl
         raise ImageFormatError(f"{path} does not open with its DEK: {exc}") from exc
 
 
-def block_node(path: Path, image_format: DiskFormat, volumes: int) -> dict[str, object]:
+def block_node(path: Path, image_format: DiskFormat, volumes: int, *, first: int = 0) -> dict[str, object]:
     """QEMU's description of the image at *path*, opened with the secrets of :func:`secrets_for`.
 
     The description has the whole block graph: QEMU must not take a backing file from a header.
 
     :param volumes: number of LUKS volumes to open, outermost first; below the image's number, the content of
         the opened node is ciphertext.
+    :param first: number of the first secret.
     """
     node: dict[str, object] = {"driver": "file", "filename": str(path)}
-    for number in reversed(range(volumes)):
+    for number in reversed(range(first, first + volumes)):
         node = {"driver": image_format.qemu_driver, "file": node}
         if image_format is DiskFormat.QCOW2:
             node |= {"backing": None, "encrypt": {"format": "luks", "key-secret": f"dek{number}"}}
@@ -404,6 +410,102 @@ def encrypt_again(
             pass_fds=[*keys.descriptors, *descriptors],
             progress=progress,
             stalled_after=_stalled_after(bound),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CopySource:
+    """The source of a copy into an encrypted image, with its whole block graph stated.
+
+    :ivar node: QEMU's description of the source.
+    :ivar deks: keys of the source, as for :func:`block_node`; empty for a plaintext image.
+    :ivar image: the source, if encrypted.
+    """
+
+    node: dict[str, object]
+    files: tuple[BoundFile, ...] = ()
+    deks: tuple[Dek, ...] = ()
+    image: tuple[Path, DiskFormat] | None = None
+
+    @classmethod
+    def encrypted(cls, path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> Self:
+        """The content of our image at *path*."""
+        return cls(block_node(path, image_format, len(deks)), deks=tuple(deks), image=(path, image_format))
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[tuple[list[str], list[int], list[BoundFile]]]:
+        """Secrets, their descriptors, and files for the tool."""
+        if self.image is None:
+            yield [], [], list(self.files)
+            return
+        with keys_to(*self.image, self.deks) as keys:
+            yield keys.secrets, keys.descriptors, [keys.image]
+
+    @property
+    def filename(self) -> str:
+        """The node as a file name for QEMU's tools."""
+        return "json:" + json.dumps(self.node)
+
+
+def copy_into(
+    source: CopySource,
+    target: Path,
+    target_format: DiskFormat,
+    deks: Sequence[Dek],
+    progress: Callable[[float], None],
+    *,
+    max_rate: int | None = None,
+) -> None:
+    """Overwrite the content of the encrypted image *target* with the content of *source*, of the same size.
+
+    :param max_rate: upper bound in bytes/s.
+    :raise DiskInUseError: When a QEMU process has an image open.
+    :raise ImageError: When there is no room.
+    :raise ToolError: When the source cannot be read, or reading stalls.
+    """
+    first = len(source.deks)
+    with (
+        source._opened() as (secrets, descriptors, files),
+        keys_to(target, target_format, deks, writable=True, first=first) as keys,
+        _locks_named(source.image[0] if source.image else target),
+    ):
+        size = max(target.stat().st_size, usable_size(keys.image.descriptor, target_format))
+        rate = ["-r", str(max_rate)] if max_rate else []
+        run_with_progress(
+            ["qemu-img", "convert", "-p", "-n", *rate, *secrets, *keys.secrets, "--target-image-opts"]
+            + [source.filename, image_options(target, target_format, len(deks), first_secret=first)],
+            confinement=_working(size, *files, keys.image),
+            pass_fds=[*descriptors, *keys.descriptors],
+            progress=progress,
+            stalled_after=_stalled_after(size) if not max_rate else size / 100 / max_rate + _STALLED_SECONDS,
+        )
+
+
+def compare(
+    source: CopySource,
+    target: Path,
+    target_format: DiskFormat,
+    deks: Sequence[Dek],
+    progress: Callable[[float], None],
+) -> None:
+    """Compare the content of an encrypted image with *source*; bytes beyond the shorter must be zero.
+
+    :raise ImageError: When the contents differ.
+    :raise ToolError: When an image cannot be read, or reading stalls.
+    """
+    first = len(source.deks)
+    with (
+        source._opened() as (secrets, descriptors, files),
+        keys_to(target, target_format, deks, first=first) as keys,
+    ):
+        size = target.stat().st_size
+        run_with_progress(
+            ["qemu-img", "compare", "-p", *secrets, *keys.secrets, source.filename]
+            + ["json:" + json.dumps(block_node(target, target_format, len(deks), first=first))],
+            confinement=_working(size, *files, keys.image),
+            pass_fds=[*descriptors, *keys.descriptors],
+            progress=progress,
+            stalled_after=_stalled_after(size),
         )
 
 
@@ -547,8 +649,13 @@ def refuse_if_open(path: Path) -> None:
     :raise ImageError: When the image is missing or cannot be read.
     """
     with opened(path) as descriptor:
-        if is_locked(descriptor, _QEMU_LOCKS, _QEMU_LOCKS_LENGTH):
-            raise DiskInUseError(f"{path} is in use by a running domain or another QEMU process")
+        refuse_if_locked(path, descriptor)
+
+
+def refuse_if_locked(path: Path, descriptor: int) -> None:
+    """As :func:`refuse_if_open`, for an open file or block device."""
+    if is_locked(descriptor, _QEMU_LOCKS, _QEMU_LOCKS_LENGTH):
+        raise DiskInUseError(f"{path} is in use by a running domain or another QEMU process")
 
 
 @contextlib.contextmanager

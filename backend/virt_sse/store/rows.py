@@ -60,6 +60,7 @@ def _disk(rows: Sequence[Any]) -> Disk:
         point=first.point,
         origin_id=first.origin_id,
         placement=Placement(first.placement) if first.placement else None,
+        serial=first.serial,
         deks=tuple(
             DekEntry(
                 row.slot,

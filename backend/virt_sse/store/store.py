@@ -15,6 +15,7 @@ from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.envelope import DekEntry
 from virt_sse.model.keys import KeyId, KeyRef
 from virt_sse.store.certificates import CertificateStore
+from virt_sse.store.copies import CopyStore
 from virt_sse.store.encryption_sets import EncryptionSetStore
 from virt_sse.store.engine import open_engine, reading, writing
 from virt_sse.store.rows import disks_of
@@ -35,6 +36,7 @@ class Store:
         self.vms = VmStore(self._engine)
         self.certificates = CertificateStore(self._engine)
         self.scale_sets = ScaleSetStore(self._engine)
+        self.copies = CopyStore(self._engine)
 
     def close(self) -> None:
         """Close all connections."""
@@ -65,6 +67,7 @@ class Store:
                     source_id=disk.source_id,
                     point=disk.point,
                     origin_id=disk.origin_id,
+                    serial=disk.serial,
                 )
             )
             _insert_deks(connection, disk.id, disk.deks)

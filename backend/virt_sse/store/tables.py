@@ -58,6 +58,7 @@ disks = Table(
     Column("source_id", Uuid),
     Column("point", Uuid),
     Column("origin_id", Uuid),
+    Column("serial", String(80)),
     Index("disks_by_encryption_set", "encryption_set_id"),
 )
 
@@ -124,4 +125,22 @@ vms = Table(
     Column("tpm_key_provider", String(64)),
     Column("tpm_key_name", Text),
     Column("tpm_key_version", String(64)),
+)
+
+copies = Table(
+    "copies",
+    metadata,
+    Column("disk_id", Uuid, primary_key=True),
+    Column("name", String(80), nullable=False),
+    Column("source_id", Uuid),
+    Column("source_path", Text),
+    Column("source_device", BigInteger),
+    Column("source_inode", BigInteger),
+    Column("final_path", Text),
+    Column("domain_id", Uuid),
+    Column("target", String(16), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("is_detached", Boolean, nullable=False),
+    Column("is_cancelled", Boolean, nullable=False),
+    Column("max_rate", BigInteger),
 )

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
 from virt_sse.libvirt.disk_chains import BackupJob, ChainLink, DiskChain
 from virt_sse.libvirt.domain_definition import DomainDefinition
+from virt_sse.model.disks import SERIAL_LENGTH
 from virt_sse.system.files import canonical
 
-_SERIAL_LENGTH = 20
-_SERIAL = re.compile(rf"<serial>[0-9a-f]{{{_SERIAL_LENGTH}}}</serial>")
+_SERIAL = re.compile(rf"<serial>[0-9a-f]{{{SERIAL_LENGTH}}}</serial>")
 
 ACTIVE_COMMIT = "active-commit"
 """libvirt's job that commits the top image into its backing file; the job copies to no other image."""
@@ -47,7 +47,7 @@ def plaintext_links(
     definition: DomainDefinition,
     backup: BackupJob | None = None,
     *,
-    known: Collection[UUID] = (),
+    known: Mapping[str, UUID] | None = None,
     guest_socket: Callable[[UUID], Path],
 ) -> list[PlaintextLink]:
     """The images without encryption that libvirt reads or writes data of our disks from or to.
@@ -57,7 +57,7 @@ def plaintext_links(
 
     :param definition: the live definition of a running domain.
     :param backup: a running backup of the domain.
-    :param known: ids of our disks to recognize by serial if another image has replaced the disk's image.
+    :param known: our disks by serial number, to recognize a disk whose image another image has replaced.
     :param guest_socket: the socket at which a guest's QEMU finds a disk: an export's name proves nothing.
     :raise InvalidValueError: When a name has our prefix and is malformed.
     """
@@ -76,7 +76,7 @@ def plaintext_links(
     for chain in definition.disk_chains(backup):
         position, disk_id = chain.ours, chain.disk_id
         if position is None or disk_id is None:
-            found += _substitutes(chain, known)
+            found += _substitutes(chain, known or {})
             continue
         for number, link in enumerate(chain.links):
             if is_plain(link):
@@ -103,15 +103,8 @@ def may_be_ours(xml: str) -> bool:
     return _SERIAL.search(xml) is not None
 
 
-def serial(disk_id: UUID) -> str:
-    """The serial number that guests see of a disk of ours."""
-    return disk_id.hex[:_SERIAL_LENGTH]
-
-
-def _substitutes(chain: DiskChain, known: Collection[UUID]) -> list[PlaintextLink]:
-    top = chain.links[0]
-    return [
-        PlaintextLink(disk_id, chain.target, LinkKind.SUBSTITUTE, top.place)
-        for disk_id in known
-        if chain.serial == serial(disk_id) and not top.is_encrypted
-    ]
+def _substitutes(chain: DiskChain, known: Mapping[str, UUID]) -> list[PlaintextLink]:
+    top, disk_id = chain.links[0], known.get(chain.serial)
+    if disk_id is None or top.is_encrypted:
+        return []
+    return [PlaintextLink(disk_id, chain.target, LinkKind.SUBSTITUTE, top.place)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from virt_sse.libvirt.disk_chains import DiskChain
@@ -13,6 +14,18 @@ from virt_sse.verification.processes import has_open
 from virt_sse.verification.verdict import DataPlace, DiskVerdict, Layer
 
 GUEST_QEMU = "guest's QEMU"
+
+
+@dataclass(frozen=True, slots=True)
+class CopyTarget:
+    """The new disk of a copy under a running guest.
+
+    :ivar place: the image, or the NBD server's socket.
+    :ivar cipher: cipher of the layer in the guest's QEMU.
+    """
+
+    place: Path
+    cipher: Cipher
 
 
 class RunningDisks:
@@ -37,6 +50,7 @@ class RunningDisks:
         *,
         is_all: bool = True,
         copies: Collection[Path] = (),
+        copied_to: CopyTarget | None = None,
     ) -> None:
         """Check a disk of virt-sse: QEMU must have exactly 1 volume, of *cipher*, over *place*.
 
@@ -46,6 +60,7 @@ class RunningDisks:
         :param layer: facts about the volume, apart from the cipher.
         :param is_all: whether the volume is the disk's only layer of encryption.
         :param copies: the places of copies of the disk under way, with layers and keys of their own.
+        :param copied_to: the new disk into which virt-sse is copying the disk.
         """
         stacks = [stack for vertex in self.stored_at(place) for stack in self._graph.volumes_over(vertex)]
         volumes = list(dict.fromkeys(stack[-1] for stack in stacks if stack))
@@ -61,7 +76,7 @@ class RunningDisks:
             verdict.expect(
                 volume.cipher == str(cipher), f"the guest's QEMU encrypts with {volume.cipher}, not {cipher}"
             )
-            self._expose(verdict, chain, volume, is_all=is_all, copies=copies)
+            self._expose(verdict, chain, volume, is_all=is_all, copies=copies, copied_to=copied_to)
 
     def check_plain(self, verdict: DiskVerdict, chain: DiskChain, place: Path) -> None:
         """Check a disk of virt-sse that is decrypted below QEMU: QEMU has its data, and no key.
@@ -135,6 +150,7 @@ class RunningDisks:
         *,
         is_all: bool,
         copies: Collection[Path],
+        copied_to: CopyTarget | None,
     ) -> None:
         to_copies = [link.path for link in chain.mirror if link.path and canonical(link.path) in copies]
         own = {name for path in to_copies for name in (str(path), f"socket {path}")}  # as Place names them
@@ -144,6 +160,10 @@ class RunningDisks:
             place = f"{exposure.kind.value if exposure.kind else 'node'} {exposure.place}"
             verdict.places.append(DataPlace(place, exposure.cipher is None))
             if not verdict.expect(exposure.cipher is not None, f"{place} is not encrypted"):
+                continue
+            if copied_to and exposure.place in (str(copied_to.place), f"socket {copied_to.place}"):
+                is_planned = exposure.cipher == str(copied_to.cipher)
+                verdict.expect(is_planned, f"{place} is encrypted with {exposure.cipher}")
                 continue
             verdict.expect(exposure.cipher == volume.cipher, f"{place} is encrypted with {exposure.cipher}")
             if exposure.place in own:

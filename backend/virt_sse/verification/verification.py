@@ -28,12 +28,12 @@ from virt_sse.model.vms import temp_disk_id
 from virt_sse.qemu import img
 from virt_sse.system.files import canonical
 from virt_sse.system.running_process import qemu_process
-from virt_sse.verification.chains import plaintext_links, serial
+from virt_sse.verification.chains import plaintext_links
 from virt_sse.verification.code import code_problems, stage_processes
 from virt_sse.verification.graph import place_of
 from virt_sse.verification.image_evidence import check_image, check_temporary, check_within
 from virt_sse.verification.monitor import block_graph, secret_objects
-from virt_sse.verification.running_disks import GUEST_QEMU, RunningDisks
+from virt_sse.verification.running_disks import GUEST_QEMU, CopyTarget, RunningDisks
 from virt_sse.verification.stage_evidence import StageEvidence
 from virt_sse.verification.verdict import (
     AtRestFinding,
@@ -72,7 +72,7 @@ class _Subject:
         """Find the disk of virt-sse in a chain: by disk id or, if the image was replaced, by serial."""
         if chain.disk_id is not None:
             return next((disk for disk in self.disks if disk.id == chain.disk_id), None)
-        return next((disk for disk in self.disks if serial(disk.id) == chain.serial), None)
+        return next((disk for disk in self.disks if disk.guest_serial == chain.serial), None)
 
 
 class Verification:
@@ -141,11 +141,17 @@ class Verification:
             elif disk:
                 listed.add(disk.id)
                 self._check_running(verdict, subject, chain, disk, running)
+                verdict.expect(
+                    disk.state in (DiskState.READY, DiskState.COPYING), f"the disk is {disk.state.value}"
+                )
             elif not _expect_known(verdict, chain):
                 pass
             elif running.check_foreign(verdict, chain):
                 _refuse_plaintext(verdict, subject, chain)
             yield verdict
+            if new := self._copy_target(subject, chain):
+                listed.add(new.id)
+                yield self._check_copy_target(subject, new)
         places = {canonical(place) for place in running.places()}
         for disk in subject.disks:
             if disk in subject.copies and disk.source_id in listed:
@@ -184,7 +190,17 @@ class Verification:
             copies = {
                 canonical(self._place_of_copy(each)) for each in subject.copies if each.source_id == disk.id
             }
-            running.check_ours(verdict, chain, place, layer, entry.cipher, is_all=not below, copies=copies)
+            new = self._copy_target(subject, chain)
+            running.check_ours(
+                verdict,
+                chain,
+                place,
+                layer,
+                entry.cipher,
+                is_all=not below,
+                copies=copies,
+                copied_to=self._place_of(new) if new else None,
+            )
         else:
             running.check_plain(verdict, chain, place)
         if below or is_plain:
@@ -200,6 +216,28 @@ class Verification:
     def _place_of_copy(self, copy: Disk) -> Path:
         """Where the guest's QEMU writes a copy under way."""
         return self._stages.guest_socket(copy.id) if len(copy.deks) > 1 else incomplete_image(copy)
+
+    def _copy_target(self, subject: _Subject, chain: DiskChain) -> Disk | None:
+        """The new disk into which virt-sse copies a disk of a running domain, if any."""
+        for link in chain.mirror:
+            copy = self._store.copies.find(link.disk_id) if link.disk_id else None
+            if copy and copy.disk_id == link.disk_id and copy.domain_id == subject.id:
+                return next((disk for disk in subject.disks if disk.id == copy.disk_id), None)
+        return None
+
+    def _place_of(self, new: Disk) -> CopyTarget:
+        guest = self._start.plan(new).stages[0]
+        assert isinstance(guest, GuestNode)  # noqa: S101 -- the contract of layers
+        return CopyTarget(self._start.source(new).place, new.dek(guest.slot).cipher)
+
+    def _check_copy_target(self, subject: _Subject, new: Disk) -> DiskVerdict:
+        """Check the new disk of a copy; its layer in QEMU is checked with the disk that is copied."""
+        verdict = DiskVerdict("-", new.name)
+        self._check_request(verdict, subject, new)
+        plan = self._start.plan(new)
+        self._evidence.check(verdict, new, plan, subject.id)
+        check_image(verdict, new, self._freshness)
+        return verdict
 
     def _check_temporary(
         self, verdict: DiskVerdict, subject: _Subject, chain: DiskChain, running: RunningDisks

@@ -7,7 +7,6 @@ if the first layer is in the guest's QEMU, the implementation there; and vice ve
 from __future__ import annotations
 
 from virt_sse.api import (
-    AES_256_XTS,
     PLATFORM_KEY,
     DekSpec,
     EncryptionLayer,
@@ -21,7 +20,7 @@ from virt_sse.api import (
 
 
 class DoubleLayer(EncryptionLayer):
-    """Two LUKS nodes: aes-256-xts, slot ``service``; below, in a storage daemon, slot ``infrastructure``.
+    """Two LUKS nodes: slot ``service``; below, in a storage daemon, slot ``infrastructure``.
 
     The first node is in the guest's QEMU or, by placement, in the same storage daemon.
     """
@@ -33,7 +32,7 @@ class DoubleLayer(EncryptionLayer):
         node = StorageNode if choice.placement is Placement.STORAGE else GuestNode
         return LayerPlan(
             deks=(
-                DekSpec("service", choice.key, AES_256_XTS),
+                DekSpec("service", choice.key, choice.cipher),
                 DekSpec("infrastructure", PLATFORM_KEY, choice.infrastructure_cipher),
             ),
             stages=(node("service"), StorageNode("infrastructure")),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from virt_sse.api import (
-    AES_256_XTS,
     DekSpec,
     EncryptionLayer,
     EncryptionType,
@@ -16,11 +15,11 @@ from virt_sse.api import (
 
 
 class SingleLayer(EncryptionLayer):
-    """One LUKS node: aes-256-xts, DEK in slot ``service``."""
+    """One LUKS node, DEK in slot ``service``."""
 
     name = "single"
     encryption_types = frozenset({EncryptionType.PLATFORM_KEY, EncryptionType.CUSTOMER_KEY})
 
     def plan(self, choice: LayerChoice) -> LayerPlan:
         node = StorageNode if choice.placement is Placement.STORAGE else GuestNode
-        return LayerPlan(deks=(DekSpec("service", choice.key, AES_256_XTS),), stages=(node("service"),))
+        return LayerPlan(deks=(DekSpec("service", choice.key, choice.cipher),), stages=(node("service"),))

@@ -10,10 +10,10 @@ import pytest
 
 from virt_sse.agent.overlay_commit import committable
 from virt_sse.agent.overlay_commit_record import Overlay, OverlayCommitRecord
-from virt_sse.agent.overwrite import overwrite_and_remove
 from virt_sse.config import Config, PlaintextPolicy
 from virt_sse.errors import ConfigError, ImageError
 from virt_sse.libvirt.disk_chains import ChainLink, DiskChain
+from virt_sse.system.overwrite import overwrite_and_remove
 from virt_sse.verification.processes import identity
 
 SECRET = b"what nobody shall read again " * 1000

@@ -60,7 +60,9 @@ def test_a_stage_process_inherits_only_given_descriptors(
         os.close(other)
     pid = process.pid()
     assert pid
-    wait_until(lambda: status(pid)["Name"] == "sleep", "the program runs")
+    wait_until(
+        lambda: (status(pid)["Name"], status(pid)["State"][0]) == ("sleep", "S"), "its libraries are loaded"
+    )
     environment = dict(
         entry.split("=", 1) for entry in Path(f"/proc/{pid}/environ").read_text().split("\0")[:-1]
     )

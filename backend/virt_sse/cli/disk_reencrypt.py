@@ -1,0 +1,96 @@
+"""``virt-sse disk reencrypt``."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from virt_sse.cli.output import progress_bar
+from virt_sse.cli.session import backend, config
+from virt_sse.errors import InvalidValueError
+from virt_sse.model.ciphers import Cipher
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import parse_size
+
+MaxRate = Annotated[
+    str | None,
+    typer.Option("--max-rate", metavar="SIZE", help="Copy at most this many bytes a second, e.g. 100M."),
+]
+
+
+def disk_reencrypt(
+    name: Annotated[str, typer.Argument(help="The disk's name or id.", show_default=False)],
+    cipher: Annotated[
+        Cipher | None,
+        typer.Option(
+            "--cipher",
+            parser=Cipher.parse,
+            metavar="CIPHER",
+            help="Cipher of the guest's layer; default: unchanged.",
+        ),
+    ] = None,
+    infrastructure_cipher: Annotated[
+        Cipher | None,
+        typer.Option(
+            "--infrastructure-cipher",
+            parser=Cipher.parse,
+            metavar="CIPHER",
+            help="Cipher of the second layer, in a set for double encryption; default: unchanged.",
+        ),
+    ] = None,
+    des: Annotated[
+        str | None,
+        typer.Option("--des", help="The disk encryption set of the re-encrypted disk; default: unchanged."),
+    ] = None,
+    image_format: Annotated[
+        DiskFormat | None, typer.Option("--format", help="The image format; default: unchanged.")
+    ] = None,
+    path: Annotated[
+        Path | None,
+        typer.Option(
+            "--path",
+            help="The new image file; default: the present path, or a new name beside a running guest's.",
+        ),
+    ] = None,
+    max_rate: MaxRate = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return at once; the agent does the copying.")
+    ] = False,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Undo a re-encryption that is under way.")] = False,
+) -> None:
+    """Give a disk new DEKs and a new volume key, also while a domain uses the disk."""
+    from virt_sse.agent_client import ask
+    from virt_sse.copies.reencryption import Reencryption
+
+    change = Reencryption(
+        cipher=cipher,
+        infrastructure_cipher=infrastructure_cipher,
+        encryption_set=des,
+        format=image_format,
+        path=path,
+        max_rate=parse_size(max_rate) if max_rate else None,
+    )
+    if cancel:
+        if change != Reencryption() or detach:
+            raise InvalidValueError("--cancel excludes all other options")
+        with backend() as b:
+            disk = b.reencryption.cancel(name)
+        typer.echo(f"disk {disk.name} is as before")
+    elif detach:
+        ask(config().agent_socket, "GET", "/status", timeout=config().agent.timeout)
+        with backend() as b:
+            disk = b.reencryption.start_detached(name, change)
+        typer.echo(f"the agent re-encrypts disk {disk.name}")
+    else:
+        with backend() as b:
+            size = b.disks.get(name).size
+            done = b.reencryption.reencrypt(name, change, functools.partial(progress_bar, size=size))
+        typer.echo(f"re-encrypted disk {done.disk.name} ({done.disk.path}){pause_of(done.paused_seconds)}")
+
+
+def pause_of(seconds: float | None) -> str:
+    """The pause of a guest, for messages; empty without a running guest."""
+    return "" if seconds is None else f"; the guest was paused for {seconds * 1000:.0f} ms"

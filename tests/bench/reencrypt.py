@@ -1,0 +1,96 @@
+"""Re-encryption under a running guest, beside libvirt's bare block copy between two LUKS images."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+from hosts import prepared_host
+from measurement import Measurement, Row, Run, Target, Unit, seconds
+from virt_sse.backend import Backend
+from virt_sse.copies.offline import no_bars
+from virt_sse.copies.reencryption import Reencryption
+from virt_sse.errors import LabError
+from virt_sse.lab import acceleration
+from virt_sse.lab.guests import Guest
+from virt_sse.lab.host import LabHost
+from virt_sse.libvirt import domains
+from virt_sse.libvirt.block_copy import BlockCopy
+from virt_sse.libvirt.disk_element import disk_element
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import Disk, NewDisk
+
+_NAME, _TARGET = "reencrypt", "vda"
+_POLL_SECONDS = 0.02
+
+
+def measure(bench: Run) -> Iterator[Row]:
+    """Copy a full disk in turns; ours includes the new disk, the pivot and the erasure of the old disk."""
+    mebibytes = bench.amount(1024, quick=128)
+    with prepared_host() as (host, backend):
+        for image_format in DiskFormat:
+            yield _row(bench, host, backend, image_format, mebibytes)
+
+
+def _row(bench: Run, host: LabHost, backend: Backend, image_format: DiskFormat, mebibytes: int) -> Row:
+    source = bench.scratch / "random.raw"
+    _fill(source, mebibytes)
+    name = f"bench-{image_format.value}"
+    backend.transfer.import_image(NewDisk(name=name, format=image_format), source, source_format="raw")
+    source.unlink()
+    element = backend.domains.disk_element(name, target=_TARGET)
+    guest = Guest(host, _NAME, acceleration=acceleration.probe("boot-sector"), disks=[element])
+    guest.start()
+    pauses, ours, peer = [], [], []
+    for _ in range(3):
+        began = time.monotonic()
+        done = backend.reencryption.reencrypt(name, Reencryption(), no_bars)
+        ours.append(mebibytes / (time.monotonic() - began))
+        pauses.append(done.paused_seconds or 0.0)
+        peer.append(mebibytes / _bare(host, backend, image_format, mebibytes << 20))
+    guest.destroy()
+    guest.undefine()
+    backend.disks.delete(name)
+    return Row(
+        f"reencrypt/{image_format.value}",
+        f"re-encrypt {mebibytes} MiB under a running guest, {image_format.value}",
+        Measurement.median(ours, Unit.MIB_PER_SECOND),
+        Measurement.median(peer, Unit.MIB_PER_SECOND),
+        "libvirt's block copy into an empty LUKS image, without a pivot",
+        target=Target(ratio=0.9),
+        details={"pause_ms": Measurement.median(pauses).value * 1000},
+    )
+
+
+def _fill(path: Path, mebibytes: int) -> None:
+    with path.open("wb") as file:
+        for _ in range(mebibytes):
+            file.write(os.urandom(1 << 20))
+
+
+def _bare(host: LabHost, backend: Backend, image_format: DiskFormat, size: int) -> float:
+    """Duration of a block copy of the guest's disk into another disk until both are the same."""
+    spare = backend.disks.create(NewDisk(name="spare", size=size, format=image_format))
+    took = seconds(lambda: _copy_into(host, backend, spare))
+    backend.disks.delete("spare")
+    return took
+
+
+def _copy_into(host: LabHost, backend: Backend, spare: Disk) -> None:
+    with closing(host.connect()) as connection:
+        domain = domains.lookup(connection, _NAME)
+        source = backend.domains.source(spare)
+        backend.domains.serve(connection, domains.definition(domain), [source.use(_TARGET)])
+        job = BlockCopy(domain, _TARGET)
+        job.start(disk_element(source, target=_TARGET), max_rate=None)
+        while True:
+            chain = job.chain()
+            if chain is None or not chain.mirror:
+                raise LabError("the block copy has ended")
+            if chain.mirror_ready:
+                break
+            time.sleep(_POLL_SECONDS)
+        job.abort()
