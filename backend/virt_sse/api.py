@@ -26,6 +26,7 @@ from virt_sse.model.ciphers import AES_256_XTS, Cipher
 from virt_sse.model.cloud import CloudProfile, DriverOptions, size_version
 from virt_sse.model.content import Content, EncryptionKind, Finding, described
 from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import PLATFORM_KEY, Disk, DiskSku, DiskState
 from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.model.events import KeyAction, KeyEvent, current_correlation
@@ -88,6 +89,7 @@ __all__ = [
     "DeleteDisk",
     "Disk",
     "DiskFormat",
+    "DiskKind",
     "DiskSku",
     "DiskState",
     "DocumentError",

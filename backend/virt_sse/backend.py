@@ -11,12 +11,17 @@ from virt_sse.copies.in_place import InPlace
 from virt_sse.copies.reencryption import ReencryptionService
 from virt_sse.copies.settlement import Settlement
 from virt_sse.disks.certificates import DeletionCertificates
+from virt_sse.disks.copies import Copies
+from virt_sse.disks.images import Images
 from virt_sse.disks.inspector import Inspector
 from virt_sse.disks.lifecycle import Disks
+from virt_sse.disks.restore_points import RestorePoints
+from virt_sse.disks.snapshots import Snapshots
 from virt_sse.disks.transfer import Transfer
 from virt_sse.domains import temp_disks
 from virt_sse.domains.host_encryption import HostEncryption
 from virt_sse.domains.hotplug import Hotplug
+from virt_sse.domains.live_copies import DomainCopies
 from virt_sse.domains.scale_sets import ScaleSets
 from virt_sse.domains.settings import VmSettings
 from virt_sse.domains.start import DomainStart
@@ -32,6 +37,10 @@ class Backend:
 
     :ivar host: configuration, store, plugins, key access, locks, stages.
     :ivar disks: create, list, adopt, resize, check and delete disks.
+    :ivar live_copies: copies of disks of running domains.
+    :ivar snapshots: take, restore and delete snapshots.
+    :ivar restore_points: make, verify, restore and erase restore points.
+    :ivar images: make and delete images, and disks of images.
     :ivar transfer: import, copy and export.
     :ivar certificates: certificates about deleted disks.
     :ivar reencryption: new DEKs and volume keys for disks.
@@ -69,8 +78,13 @@ class Backend:
         self.domains = DomainStart(host, self.host_encryption)
         self.hotplug = Hotplug(host, self.domains, self.inspector)
         self.certificates = DeletionCertificates(host)
-        self.disks = Disks(host, self.sets, self.hotplug, self.certificates)
+        self.live_copies = DomainCopies(host, self.domains)
+        self.disks = Disks(host, self.sets, self.hotplug, self.certificates, self.live_copies)
+        copies = Copies(host, self.disks, self.live_copies)
+        self.snapshots = Snapshots(host, self.disks, copies, self.live_copies)
+        self.restore_points = RestorePoints(host, self.disks, copies)
         self.transfer = Transfer(host, self.disks)
+        self.images = Images(host, self.disks, copies, self.transfer)
         settlement = Settlement(host, self.disks, self.domains)
         self.reencryption = ReencryptionService(host, self.disks, self.domains, self.inspector, settlement)
         self.in_place = InPlace(host, self.disks, self.domains, self.inspector, settlement)
@@ -79,6 +93,7 @@ class Backend:
         self.verification = Verification(host, self.domains, self.vms)
         try:
             temp_disks.erase_of_other_boots(config)
+            self.live_copies.recover()
             self.disks.recover()
             self.keys.recover()
             if not in_hook:

@@ -258,6 +258,11 @@ class Config:
         return self.root / "run/virt-sse/deferred-starts"
 
     @property
+    def paused_domains(self) -> Path:
+        """Folder with marks of domains paused for a moment by a command that may be killed; mode 0700."""
+        return self.root / "run/virt-sse/paused-domains"
+
+    @property
     def socket_directory(self) -> Path:
         """Folder of stage sockets; open to all users, with a folder per socket private to its two sides."""
         return self.root / "run/virt-sse-disks"

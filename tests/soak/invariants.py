@@ -10,12 +10,17 @@ from soak.sites import PATTERN, FileSite
 from virt_sse.audit.log import AuditLog
 from virt_sse.backend import Backend
 from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import DiskState
 from virt_sse.model.keys import KeyState
 from virt_sse.qemu import envelope_slots, img
 
 _TEMPORARY = re.compile(r"^\..+|.*\.(partial|erased|new)$")
 """Names of unfinished files; the product's own begin with a dot."""
+
+
+_IN_IMAGES = (DiskKind.DISK, DiskKind.SNAPSHOT, DiskKind.IMAGE)
+"""The kinds whose files are in the folder of images; restore points are elsewhere."""
 
 
 def check_host(site: FileSite, disks: Mapping[str, bytes], *, optional: Collection[str] = ()) -> set[str]:
@@ -27,7 +32,7 @@ def check_host(site: FileSite, disks: Mapping[str, bytes], *, optional: Collecti
     """
     site.await_quiet()
     with Backend.open(site.root) as backend:
-        found = {disk.name: disk for disk in backend.disks.all()}
+        found = {disk.name: disk for kind in _IN_IMAGES for disk in backend.disks.all(kind)}
         assert set(disks) - set(optional) <= set(found) <= set(disks), f"disks {sorted(found)}"
         assert {path.name for path in site.images.iterdir()} == {disk.path.name for disk in found.values()}
         for name, disk in found.items():

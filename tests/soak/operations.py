@@ -10,6 +10,7 @@ from pathlib import Path
 from soak.invariants import check_host, is_whole_database
 from soak.sites import KINDS, PLAIN, FileSite, Kind, M, content
 from virt_sse.backend import Backend
+from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import PLATFORM_KEY
 
 
@@ -208,6 +209,63 @@ def _update(kind: Kind) -> FileOperation:
         f"disk-update-{kind.name}",
         lambda site: site.bring_host(kind),
         lambda _: ["disk", "update", kind.name, "--des", target],
+        check,
+    )
+
+
+def _snapshot(kind: Kind) -> FileOperation:
+    return FileOperation(
+        f"snapshot-create-{kind.name}",
+        lambda site: site.bring_host(kind),
+        lambda _: ["snapshot", "create", "new", "--disk", kind.name],
+        lambda site: "new" in check_host(site, _contents(kind, new=content()), optional=["new"]),
+        ("exist",),
+    )
+
+
+def _from_snapshot(kind: Kind) -> FileOperation:
+    def prepare(site: FileSite) -> None:
+        site.bring_host(kind)
+        site.cli("snapshot", "create", "before", "--disk", kind.name)
+
+    return FileOperation(
+        f"snapshot-restore-{kind.name}",
+        prepare,
+        lambda _: ["snapshot", "restore", "before", "new"],
+        lambda site: (
+            "new" in check_host(site, _contents(kind, before=content(), new=content()), optional=["new"])
+        ),
+        ("exist",),
+    )
+
+
+def _image(kind: Kind) -> FileOperation:
+    return FileOperation(
+        f"image-create-{kind.name}",
+        lambda site: site.bring_host(kind),
+        lambda _: ["image", "create", "new", "--disk", kind.name, "--version", "1"],
+        lambda site: "new:1" in check_host(site, _contents(kind) | {"new:1": content()}, optional=["new:1"]),
+        ("exist",),
+    )
+
+
+def _backup(kind: Kind) -> FileOperation:
+    """Each repetition makes a restore point of its own; all must be whole, or gone."""
+
+    def check(site: FileSite) -> bool:
+        check_host(site, _contents(kind))
+        with Backend.open(site.root) as backend:
+            points = backend.disks.all(DiskKind.RESTORE_POINT)
+            for point in points:
+                backend.restore_points.verify(point.name)
+        names = {name for point in points for name in (point.path.name, f"{point.path.name}.json")}
+        assert {path.name for path in site.out.iterdir()} == names
+        return False
+
+    return FileOperation(
+        f"disk-backup-{kind.name}",
+        lambda site: site.bring_host(kind),
+        lambda site: ["disk", "backup", kind.name, site.out],
         check,
     )
 
@@ -422,6 +480,10 @@ OPERATIONS: tuple[FileOperation, ...] = (
     _reencrypt(KINDS[0], "--format", "raw"),
     *map(_adopt, KINDS[:6]),
     *map(_update, KINDS[:6]),
+    *map(_snapshot, KINDS[:6]),
+    *map(_from_snapshot, KINDS[2:4]),
+    *map(_image, KINDS[2:4]),
+    *map(_backup, KINDS[2:4]),
     _platform_rotation(),
     _vault_rotation(),
     _keep("key-rotate-hsm", ["key", "rotate", "disks", "--provider", "hsm-simulated"], *_of("hsm")),

@@ -26,7 +26,10 @@ COMMAND_LINE = {"typer", "click", "rich"}
 VAULT = {"azure", "jwt", "PyKCS11"}
 QMP = {"asyncio", "qemu"}
 SLOW = {"rich", "pydantic", "email", "importlib.metadata"}
-NOUNS = {f"virt_sse.cli.{name}" for name in ("agent", "audit", "des", "disk", "host", "key", "vault", "vm")}
+NOUNS = {
+    f"virt_sse.cli.{name}"
+    for name in ("agent", "audit", "des", "disk", "host", "image", "key", "snapshot", "vault", "vm")
+}
 PROVIDERS = {"virt_sse_plugins", "pluggy", "cryptography"}
 
 COMMAND = "from virt_sse.cli.main import main\n"

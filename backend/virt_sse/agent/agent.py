@@ -199,6 +199,7 @@ class Agent:
             self._deferred.keep(snapshot)
             running = {domain.uuid for domain in snapshot.domains}
             temp_disks.erase_unused(self._config, running, before=snapshot.time - temp_disks.SETTLED_SECONDS)
+            self._backend.live_copies.recover()
         states = self._keys.states()
         self._metrics.libvirt_connected.set(bool(self._inventory.connected))
         self._metrics.domains.set(len(snapshot.domains))

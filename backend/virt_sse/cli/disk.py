@@ -8,14 +8,16 @@ from typing import Annotated
 
 import typer
 
+from virt_sse.cli import disk_backup
+from virt_sse.cli.disk_fields import dek_fields, disk_fields, image_place, print_disk, shown_size
 from virt_sse.cli.disk_reencrypt import disk_reencrypt
-from virt_sse.cli.output import Output, OutputFormat, human_size, print_fields, print_rows, progress_bar
+from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend, host, listed_disks
 from virt_sse.cli.vm_inspect import disk_inspect
 from virt_sse.errors import CertificateError, InvalidValueError, LibvirtUnavailableError, PolicyError
 from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import Disk, DiskSku, NewDisk, StoragePool, parse_size
+from virt_sse.model.disks import Disk, DiskSku, NewDisk, parse_size
 from virt_sse.model.layers import EncryptionType, HostCaching
 from virt_sse.system.files import write_new
 
@@ -63,8 +65,23 @@ ReadOnly = Annotated[bool, typer.Option("--read-only", help="The guest cannot wr
 def create(
     name: NewName,
     size: Annotated[
-        str, typer.Option("--size", "-s", help="Size visible to the guest, e.g. 10G.", show_default=False)
-    ],
+        str | None,
+        typer.Option(
+            "--size",
+            "-s",
+            help="Size visible to the guest, e.g. 10G; default with --image: the image's.",
+            show_default=False,
+        ),
+    ] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(
+            "--image",
+            metavar="NAME[:VERSION]",
+            help="Copy the content of this image; without --des, the disk is in the image's set.",
+            show_default=False,
+        ),
+    ] = None,
     des: SetName = None,
     infrastructure_cipher: InfrastructureCipher = None,
     sku: SkuOption = DiskSku.PREMIUM_SSD,
@@ -73,20 +90,25 @@ def create(
     pool: Pool = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Create an empty disk."""
+    """Create an empty disk, or a disk with the content of an image."""
+    if size is None and image is None:
+        raise InvalidValueError(f"no size for disk {name!r}", hint="pass --size, or --image")
+    new = NewDisk(
+        name=name,
+        size=parse_size(size) if size is not None else None,
+        format=image_format,
+        sku=sku,
+        encryption_set=des,
+        infrastructure_cipher=infrastructure_cipher,
+        place=image_place(path, pool),
+    )
     with backend() as b:
-        disk = b.disks.create(
-            NewDisk(
-                name=name,
-                size=parse_size(size),
-                format=image_format,
-                sku=sku,
-                encryption_set=des,
-                infrastructure_cipher=infrastructure_cipher,
-                place=_place(path, pool),
-            )
-        )
-    _print_disk(disk, output)
+        if image is None:
+            disk = b.disks.create(new)
+        else:
+            with progress_bar("copying") as progress:
+                disk = b.images.new_disk(image, new, progress=progress)
+    print_disk(disk, output)
 
 
 @app.command(name="import")
@@ -117,14 +139,14 @@ def import_(
                 sku=sku,
                 encryption_set=des,
                 infrastructure_cipher=infrastructure_cipher,
-                place=_place(path, pool),
+                place=image_place(path, pool),
             ),
             source,
             source_format=source_format,
             with_backing=with_backing,
             progress=progress,
         )
-    _print_disk(disk, output)
+    print_disk(disk, output)
 
 
 @app.command()
@@ -166,11 +188,11 @@ def copy(
                 sku=sku or source.sku,
                 encryption_set=des,
                 infrastructure_cipher=infrastructure_cipher,
-                place=_place(path, pool),
+                place=image_place(path, pool),
             ),
             progress=progress,
         )
-    _print_disk(disk, output)
+    print_disk(disk, output)
 
 
 @app.command()
@@ -218,7 +240,7 @@ def adopt(
     """Add a disk to the store after a lost store or a moved image, from its image and the key provider."""
     with backend() as b:
         disk = b.disks.adopt(path, name=name, encryption_set=des, trust=trust)
-    _print_disk(disk, output)
+    print_disk(disk, output)
 
 
 @app.command()
@@ -226,14 +248,14 @@ def trust(name: Name, output: Output = OutputFormat.TABLE) -> None:
     """Take a disk's image as it is, e.g. restored from a backup, if the DEK opens the image; audited."""
     with backend() as b:
         disk = b.disks.trust(name)
-    _print_disk(disk, output)
+    print_disk(disk, output)
 
 
 @app.command(name="list")
 def list_(output: Output = OutputFormat.TABLE) -> None:
     """List all disks as stored, without a look at their images."""
     print_rows(
-        [_fields(disk) | {"size": _size(disk, output)} for disk in listed_disks()],
+        [disk_fields(disk) | {"size": shown_size(disk, output)} for disk in listed_disks()],
         ("name", "size", "format", "state", "key", "path"),
         output,
     )
@@ -247,19 +269,9 @@ def show(name: Name, output: Output = OutputFormat.TABLE) -> None:
 
     with host() as h:
         disk = with_real_size(h, h.store_reads.get(name))
-        fields = _fields(disk) | {"size": _size(disk, output), "image": image_state(disk)}
+        fields = disk_fields(disk) | {"size": shown_size(disk, output), "image": image_state(disk)}
         fields["placement"] = (disk.placement or h.config.placement).value
-        states = h.keys.key_states(disk)
-        fields["deks"] = [
-            {
-                "slot": entry.slot,
-                "cipher": str(entry.cipher),
-                "key": str(entry.wrapped.key),
-                "algorithm": entry.wrapped.algorithm,
-                "key-state": states[entry.wrapped.key].value,
-            }
-            for entry in disk.deks
-        ]
+        fields["deks"] = dek_fields(h, disk)
         try:
             fields["domains"] = disk_users.names(h.config.libvirt_uri, disk.id)
         except LibvirtUnavailableError:
@@ -276,6 +288,11 @@ def check(name: Name) -> None:
 
 
 app.command(name="inspect")(disk_inspect)
+app.command(name="backup")(disk_backup.backup)
+app.command(name="backups")(disk_backup.backups)
+app.command(name="restore")(disk_backup.restore)
+app.command(name="verify-backup")(disk_backup.verify_backup)
+app.command(name="erase-backup")(disk_backup.erase_backup)
 app.command(name="reencrypt")(disk_reencrypt)
 
 
@@ -301,7 +318,7 @@ def update(
         else:
             b.sets.require_type(des, encryption_type)
             disk = b.sets.move_disk(name, des)
-    _print_disk(disk, output)
+    print_disk(disk, output)
 
 
 @app.command()
@@ -316,7 +333,7 @@ def resize(
     """Resize a disk, also while a domain uses the disk."""
     with backend() as b:
         disk = b.disks.resize(name, parse_size(size), shrink=shrink)
-    _print_disk(disk, output)
+    print_disk(disk, output)
 
 
 @app.command()
@@ -429,34 +446,3 @@ def _is_for_platform_key(des: str | None, encryption_type: EncryptionType | None
     if is_free and des is not None:
         raise InvalidValueError(f"{EncryptionType.PLATFORM_KEY.value} and --des exclude each other")
     return is_free
-
-
-def _place(path: Path | None, pool: str | None) -> Path | StoragePool | None:
-    if path and pool:
-        raise InvalidValueError("--path and --pool exclude each other")
-    return path or (StoragePool(pool) if pool else None)
-
-
-def _print_disk(disk: Disk, output: OutputFormat) -> None:
-    print_fields(_fields(disk) | {"size": _size(disk, output)}, output)
-
-
-def _size(disk: Disk, output: OutputFormat) -> int | str:
-    return disk.size if output is OutputFormat.JSON else human_size(disk.size)
-
-
-def _fields(disk: Disk) -> dict[str, object]:
-    return {
-        "name": disk.name,
-        "id": str(disk.id),
-        "state": disk.state.value,
-        "size": disk.size,
-        "format": disk.format.value,
-        "path": str(disk.path),
-        "sku": disk.sku.value,
-        "caching": disk.caching.value,
-        "encryption-type": disk.encryption_type.value,
-        "encryption-set": str(disk.set_id) if disk.set_id else None,
-        "key": str(disk.key) if disk.deks else None,
-        "created": disk.created.isoformat(),
-    }

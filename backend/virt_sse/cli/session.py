@@ -13,6 +13,7 @@ from virt_sse.plugins import PluginHost
 if TYPE_CHECKING:
     from virt_sse.backend import Backend
     from virt_sse.keys.host import Host
+    from virt_sse.model.disk_kind import DiskKind
     from virt_sse.model.disks import Disk
 
 _host: ContextVar[tuple[Config, PluginHost]] = ContextVar("host")
@@ -38,19 +39,23 @@ def plugins() -> PluginHost:
     return _host.get()[1]
 
 
-def listed_disks() -> list[Disk]:
+def listed_disks(kind: DiskKind | None = None) -> list[Disk]:
     """All disks, by name, as stored; from the backend if it may have a killed command's work to finish.
+
+    :param kind: list the copies of this kind instead.
 
     :raise StoreError: When the store cannot be opened.
     """
     from virt_sse.keys.unfinished_work import has_unfinished_work
+    from virt_sse.model.disk_kind import DiskKind
     from virt_sse.store import LazyStore
 
+    kind = kind or DiskKind.DISK
     with contextlib.closing(LazyStore(config().store_url)) as store:
         if not has_unfinished_work(config(), store.reads()):
-            return store.reads().all()
+            return [disk for disk in store.reads().all() if disk.kind is kind]
     with backend() as b:
-        return b.disks.all()
+        return b.disks.all(kind)
 
 
 @contextlib.contextmanager

@@ -106,7 +106,7 @@ class Adoption:
         carried = found.envelope
         disk = Disk(
             id=carried.disk_id,
-            name=check_name(name or carried.name),
+            name=check_name(name or carried.name, carried.kind),
             path=path,
             format=found.format,
             size=0,  # unknown until unlocked
@@ -116,13 +116,15 @@ class Adoption:
             generation=carried.generation,
             deks=carried.deks,
             set_id=self._set_of(carried, given),
+            kind=carried.kind,
+            source_id=carried.source_id,
         )
         disk, headers = self._checked(disk, found, trust=trust)
         self._store.add(disk)
         try:
             self._take(disk, found, headers, trust=trust)
         finally:
-            self._creation.settle(disk)
+            self._creation.settle([disk])
         return self._store.get(str(disk.id))
 
     def _adopt_moved(
@@ -183,7 +185,16 @@ class Adoption:
     def _validate(self, disk: Disk, deks: Sequence[Dek]) -> None:
         content = Content(lambda: in_image(disk.path, disk.format, deks))
         self._plugins.validate(
-            CreateDisk(disk.name, disk.size, disk.path, disk.format, disk.encryption_type, disk.key, content)
+            CreateDisk(
+                disk.name,
+                disk.size,
+                disk.path,
+                disk.format,
+                disk.encryption_type,
+                disk.key,
+                content,
+                kind=disk.kind,
+            )
         )
 
     def _take(

@@ -1,19 +1,23 @@
 """The creation of disks.
 
 The order of writes protects the data. A DEK is wrapped and committed (``creating``) before anything is
-encrypted with this DEK. The image gets its name once complete; then the disk becomes ``ready``.
+encrypted with this DEK. The image gets its name once complete; then the disk becomes ``ready``. Disks made
+together, e.g. the snapshots of all disks of a domain, become ready together or not at all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
+from virt_sse.disks import backup_manifest
 from virt_sse.errors import DiskExistsError, ImageError, InvalidValueError
 from virt_sse.keys.encryption_sets import EncryptionSets
 from virt_sse.keys.host import Host
@@ -69,10 +73,40 @@ class _Checked:
     plan: LayerPlan
 
 
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A disk in state ``creating``.
+
+    :ivar carried: the disk as its image's envelope has it.
+    :ivar plan: its layers.
+    :ivar deks: its DEKs, the guest's first.
+    """
+
+    disk: Disk
+    carried: Disk
+    plan: LayerPlan
+    deks: tuple[Dek, ...]
+
+    @property
+    def image(self) -> Path:
+        """The incomplete image, to be filled."""
+        return incomplete_image(self.disk)
+
+
+class LiveWrites(Protocol):
+    """Writes of running domains into incomplete images."""
+
+    def end(self, disk: Disk, image: Path) -> None:
+        """End all that writes to the incomplete image of *disk*, left behind by a killed command.
+
+        :raise VirtSseError: When a process still writes to the image.
+        """
+
+
 class Creation:
     """Creates disks, and settles creations cut off by a kill."""
 
-    def __init__(self, host: Host, sets: EncryptionSets) -> None:
+    def __init__(self, host: Host, sets: EncryptionSets, live_writes: LiveWrites) -> None:
         self._config = host.config
         self._store = host.store
         self._plugins = host.plugins
@@ -80,6 +114,7 @@ class Creation:
         self._locks = host.locks
         self._freshness = host.freshness
         self._sets = sets
+        self._live_writes = live_writes
 
     def create(
         self,
@@ -102,26 +137,49 @@ class Creation:
         :raise EnvelopeError: When the wrapped DEKs have no room in an image.
         :raise ImageError: When the image cannot be written.
         """
-        checked = self._check(new, content)
-        deks = [Dek.generate() for _ in checked.plan.deks]
-        fallback = Successor(new.id or uuid.uuid4(), new.name)
-        disk = self._with_wrapped_deks(checked, deks, successor or fallback)
-        disk.envelope.encode()  # refuses what has no room in the image, before anything is made
-        with self._locks.hold(disk.id):
-            self._store.add(disk)
-            try:
-                carried = replace(disk, name=successor.name) if successor else disk
-                self._write_image(carried, checked.plan, deks, fill)
-            finally:
-                self.settle(disk)
-        if isinstance(new.place, StoragePool):
-            refresh_pool(self._config.libvirt_uri, new.place.name)
-        return self._store.get(str(disk.id))
+        with self.unfinished([new], content=content, successor=successor) as (made,):
+            if fill:
+                with image_errors(made.disk):
+                    fill(made.image, made.deks)
+        return self._store.get(str(made.disk.id))
+
+    @contextlib.contextmanager
+    def unfinished(
+        self,
+        new: Sequence[NewDisk],
+        *,
+        content: Content | None = None,
+        successor: Successor | None = None,
+    ) -> Iterator[tuple[Unfinished, ...]]:
+        """Make the empty images of new disks; the block fills the images.
+
+        All disks are ready after the block. If the block fails, none is left.
+
+        :param successor: given for the new disk of a copy; *new* is then this disk alone.
+        :raise VirtSseError: As :meth:`create`.
+        """
+        checked = [self._check(each, content) for each in new]
+        made = tuple(self._with_new_deks(each, successor) for each in checked)
+        with contextlib.ExitStack() as stack:
+            for each in made:
+                stack.enter_context(self._locks.hold(each.disk.id))
+            added: list[Disk] = []
+            stack.callback(self.settle, added)
+            for each in made:
+                self._store.add(each.disk)
+                added.append(each.disk)
+            for each in made:
+                self._make_image(each)
+            yield made
+            for each in made:
+                self._publish(each)
+        for place in {each.place for each in new if isinstance(each.place, StoragePool)}:
+            refresh_pool(self._config.libvirt_uri, place.name)
 
     def _check(self, new: NewDisk, content: Content | None) -> _Checked:
         """Check everything about a new disk that can be checked before anything is written."""
         encryption_set = self._sets.usable(new.encryption_set) if new.encryption_set is not None else None
-        check_name(new.name)
+        check_name(new.name, new.kind)
         if new.size is None:
             raise InvalidValueError(f"no size for disk {new.name!r}")
         size = check_size(new.size)
@@ -129,7 +187,18 @@ class Creation:
         key = encryption_set.key if encryption_set else PLATFORM_KEY
         encryption_type = encryption_set.encryption_type if encryption_set else EncryptionType.PLATFORM_KEY
         self._plugins.validate(
-            CreateDisk(new.name, size, path, new.format, encryption_type, key, content, new.sku, new.source)
+            CreateDisk(
+                new.name,
+                size,
+                path,
+                new.format,
+                encryption_type,
+                key,
+                content,
+                new.sku,
+                new.source,
+                new.kind,
+            )
         )
         layer = self._plugins.encryption_layer(encryption_type)
         cipher = new.infrastructure_cipher or self._config.infrastructure_cipher
@@ -148,9 +217,10 @@ class Creation:
             folder = pool_folder(self._config.libvirt_uri, new.place.name)
         return folder / f"{new.name}.{new.format.value}"
 
-    def _with_wrapped_deks(self, checked: _Checked, deks: Sequence[Dek], successor: Successor) -> Disk:
-        """The disk to be created, with its DEKs wrapped."""
-        disk_id = successor.disk_id
+    def _with_new_deks(self, checked: _Checked, successor: Successor | None) -> Unfinished:
+        """The disk to be created, with new DEKs, wrapped."""
+        deks = tuple(Dek.generate() for _ in checked.plan.deks)
+        disk_id = successor.disk_id if successor else checked.new.id or uuid.uuid4()
         entries = []
         for position, (spec, dek) in enumerate(zip(checked.plan.deks, deks, strict=True)):
             acting = checked.encryption_set if position == 0 else None  # see Disk.identity_for
@@ -161,7 +231,7 @@ class Creation:
                 set_id=acting.id if acting else None,
             )
             entries.append(DekEntry(spec.slot, spec.cipher, wrapped))
-        return Disk(
+        disk = Disk(
             id=disk_id,
             name=checked.new.name,
             path=checked.path,
@@ -174,56 +244,83 @@ class Creation:
             deks=tuple(entries),
             sku=checked.new.sku,
             set_id=checked.encryption_set.id if checked.encryption_set else None,
-            origin_id=source.origin_id or source.id if (source := checked.new.source) else None,
-            serial=successor.serial,
+            kind=checked.new.kind,
+            source_id=source.id if (source := checked.new.source) else None,
+            point=checked.new.point,
+            origin_id=source.origin_id or source.id if source else None,
+            serial=successor.serial if successor else None,
         )
+        disk.envelope.encode()  # refuses what has no room in the image, before anything is made
+        carried = replace(disk, name=successor.name) if successor else disk
+        return Unfinished(disk, carried, checked.plan, deks)
 
-    def settle(self, disk: Disk) -> None:
-        """End a creation or adoption: the disk is ready if its image is complete; otherwise undo either.
+    def settle(self, disks: Sequence[Disk]) -> None:
+        """End a creation or adoption: the disks are ready if all images are complete; otherwise undo either.
 
         A complete image has the disk's envelope, sealed by this host. The new disk of a copy has its later
         name there. Undoing an adoption leaves the image.
+        Of several disks, a complete image of an undone creation is left in state ``deleting``, for the next
+        command to erase.
 
-        :raise ImageError: When the partial image cannot be removed.
+        :param disks: all disks of the creation that are not ready.
+        :raise VirtSseError: When an incomplete image cannot be removed.
         """
-        _remove(_partial(disk))
+        for disk in disks:
+            if disk.source_id:
+                self._live_writes.end(disk, incomplete_image(disk))
+            _remove(incomplete_image(disk))
+        complete = [disk for disk in disks if self._freshness.has_sealed(self._carried(disk))]
+        if len(complete) == len(disks):
+            for disk in disks:
+                self._freshness.note_new(disk)
+                self._store.set_state(disk.id, DiskState.READY)
+            return
+        for disk in complete:  # first: a kill must not leave complete images alone, as if these were all
+            self._store.set_state(disk.id, DiskState.DELETING)
+        for disk in disks:
+            if disk not in complete:
+                if not os.path.lexists(disk.path):
+                    backup_manifest.remove(disk)
+                self._store.remove(disk.id)
+
+    def _carried(self, disk: Disk) -> Disk:
+        """The disk as its image's envelope has it."""
         copy = self._store.copies.find(disk.id)
-        carried = replace(disk, name=copy.name) if copy and copy.disk_id == disk.id else disk
-        if self._freshness.has_sealed(carried):
-            self._freshness.note_new(disk)
-            self._store.set_state(disk.id, DiskState.READY)
-        else:
-            self._store.remove(disk.id)
+        return replace(disk, name=copy.name) if copy and copy.disk_id == disk.id else disk
 
-    def _write_image(self, disk: Disk, plan: LayerPlan, deks: Sequence[Dek], fill: Fill | None) -> None:
-        """Write the image of a new disk and give the complete image its name.
+    def _make_image(self, made: Unfinished) -> None:
+        disk = made.disk
+        volumes = [Volume(spec.cipher, dek) for spec, dek in zip(made.plan.deks, made.deks, strict=True)]
+        with image_errors(disk):
+            make(made.image, disk.format, disk.size, volumes)
 
-        :raise DiskExistsError: When the name is taken.
-        :raise ImageError: When the image cannot be written.
-        """
-        partial = _partial(disk)
-        try:
-            make(
-                partial,
-                disk.format,
-                disk.size,
-                [Volume(spec.cipher, dek) for spec, dek in zip(plan.deks, deks, strict=True)],
-            )
-            if fill:
-                fill(partial, deks)
-            with img.opened(partial, os.O_RDWR) as descriptor:
-                self._freshness.seal_new(descriptor, disk)
-            publish(partial, disk.path)
-        except FileExistsError as exc:
-            raise DiskExistsError(f"{disk.path} exists already") from exc
-        except OSError as exc:
-            raise ImageError(f"cannot make {disk.path}: {exc.strerror}") from exc
-        except ImageError as exc:
-            raise ImageError(f"cannot make {disk.path}: {exc}") from exc
+    def _publish(self, made: Unfinished) -> None:
+        """Give a complete image its name."""
+        with image_errors(made.disk):
+            with img.opened(made.image, os.O_RDWR) as descriptor:
+                self._freshness.seal_new(descriptor, made.carried)
+            publish(made.image, made.disk.path)
 
 
-def _partial(disk: Disk) -> Path:
-    """The path of an incomplete image."""
+@contextlib.contextmanager
+def image_errors(disk: Disk) -> Iterator[None]:
+    """Name the image of a new disk in errors.
+
+    :raise DiskExistsError: When the name is taken.
+    :raise ImageError: When the image cannot be written.
+    """
+    try:
+        yield
+    except FileExistsError as exc:
+        raise DiskExistsError(f"{disk.path} exists already") from exc
+    except OSError as exc:
+        raise ImageError(f"cannot make {disk.path}: {exc.strerror}") from exc
+    except ImageError as exc:
+        raise ImageError(f"cannot make {disk.path}: {exc}", hint=exc.hint) from exc
+
+
+def incomplete_image(disk: Disk) -> Path:
+    """The path of the image of a disk in state ``creating``."""
     return disk.path.with_name(f".{disk.id}.partial")
 
 

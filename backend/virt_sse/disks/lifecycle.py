@@ -11,13 +11,14 @@ import dataclasses
 import logging
 import os
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from virt_sse.disks import backup_manifest
 from virt_sse.disks.adoption import Adoption, with_images_envelope
 from virt_sse.disks.certificates import DeletionCertificates
-from virt_sse.disks.creation import Creation, Fill, Successor
+from virt_sse.disks.creation import Creation, Fill, LiveWrites, Successor, Unfinished
 from virt_sse.disks.stored_images import usable, with_real_size
 from virt_sse.errors import (
     DiskInUseError,
@@ -32,10 +33,12 @@ from virt_sse.errors import (
 from virt_sse.keys.encryption_sets import EncryptionSets
 from virt_sse.keys.host import Host
 from virt_sse.model.content import Content
+from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import (
     Disk,
     DiskState,
     NewDisk,
+    check_kind,
     check_size,
 )
 from virt_sse.model.operations import DeleteDisk, ResizeDisk
@@ -68,6 +71,7 @@ class Disks:
         sets: EncryptionSets,
         attachments: Attachments,
         certificates: DeletionCertificates,
+        live_writes: LiveWrites,
     ) -> None:
         self._host = host
         self._store = host.store
@@ -77,13 +81,16 @@ class Disks:
         self._freshness = host.freshness
         self._attachments = attachments
         self._certificates = certificates
-        self._creation = Creation(host, sets)
+        self._creation = Creation(host, sets, live_writes)
         self._adoption = Adoption(host, sets, self._creation)
         self._resizing = Marks(host.config.pending_resizes)
 
-    def all(self) -> list[Disk]:
-        """All disks, by name, as stored: no image is opened, so a hung storage cannot hang a listing."""
-        return self._store.all()
+    def all(self, kind: DiskKind = DiskKind.DISK) -> list[Disk]:
+        """All disks, by name, as stored: no image is opened, so a hung storage cannot hang a listing.
+
+        :param kind: list the copies of this kind instead.
+        """
+        return [disk for disk in self._store.all() if disk.kind is kind]
 
     def get(self, name: str) -> Disk:
         """The disk of that name or id, with the real size of its image."""
@@ -107,6 +114,15 @@ class Disks:
         """
         return self._creation.create(new, fill=fill, content=content, successor=successor)
 
+    def unfinished(
+        self, new: Sequence[NewDisk], *, content: Content | None = None
+    ) -> contextlib.AbstractContextManager[tuple[Unfinished, ...]]:
+        """Make the empty images of new disks; see :meth:`Creation.unfinished`.
+
+        :raise VirtSseError: By meaning.
+        """
+        return self._creation.unfinished(new, content=content)
+
     def recover(self) -> None:
         """Finish or undo the work of killed commands. Disks locked by other commands are left alone.
 
@@ -114,9 +130,10 @@ class Disks:
         command, so that all other disks stay usable. This includes unexpected exceptions: the bytes of an
         image are untrusted.
         """
-        for disk in self._store.unfinished():
+        unfinished = self._store.unfinished()
+        for disk in unfinished:
             try:
-                self._recover_disk(disk)
+                self._recover_disk(disk, [each for each in unfinished if each.point == disk.point])
             except (DiskInUseError, DiskNotFoundError):
                 continue
             except VirtSseError as exc:
@@ -125,19 +142,25 @@ class Disks:
                 _log.exception("disk %s stays %s", disk.name, disk.state.value)
         self._recover_sizes()
 
-    def _recover_disk(self, disk: Disk) -> None:
-        with self._locks.hold(disk.id):
-            self.remove_remains(disk.id)
+    def _recover_disk(self, disk: Disk, of_point: Sequence[Disk]) -> None:
+        """Recover one disk; an unfinished creation with all disks of its point in time."""
+        group = of_point if disk.point and disk.state is DiskState.CREATING else [disk]
+        with contextlib.ExitStack() as locks:
+            for each in group:
+                locks.enter_context(self._locks.hold(each.id))
+            self.remove_remains(disk.id, [each.id for each in group])
 
-    def remove_remains(self, disk_id: uuid.UUID) -> None:
+    def remove_remains(self, disk_id: uuid.UUID, group: Sequence[uuid.UUID] = ()) -> None:
         """Finish the creation or deletion of a disk, if under way; the caller holds its lock.
 
+        :param group: the ids of all disks made together with the disk; the caller holds all locks.
         :raise ImageError: When the image cannot be erased or removed.
         """
         with contextlib.suppress(DiskNotFoundError):
             current = self._store.get(str(disk_id))
             if current.state is DiskState.CREATING:
-                self._creation.settle(current)
+                found = self._store.with_ids(group or [disk_id])
+                self._creation.settle([each for each in found if each.state is DiskState.CREATING])
             elif current.state is DiskState.DELETING:
                 self._finish_deletion(current)
 
@@ -165,6 +188,7 @@ class Disks:
         :raise DiskInUseError: When a QEMU process outside libvirt has the disk open.
         """
         disk = self._store.get(name)
+        check_kind(disk, DiskKind.DISK)
         check_size(size)
         with usable(self._host, disk) as current:
             current = with_real_size(self._host, current)
@@ -250,6 +274,7 @@ class Disks:
         :raise LibvirtUnavailableError: When libvirt does not answer.
         """
         disk = self._store.get(name)
+        check_kind(disk, DiskKind.DISK)
         if users := self._attachments.users(disk):
             raise DiskInUseError(
                 f"disk {disk.name!r} is attached to domain {users[0]!r}",
@@ -304,6 +329,7 @@ class Disks:
                 if image is not None:  # by descriptor: the name may meanwhile be a link made by another user
                     img.erase(Path(f"/proc/self/fd/{image}"), disk.format)
                     is_erased = True
+            backup_manifest.remove(disk)
             if os.path.lexists(doomed):
                 self._store.drop_deks(disk.id)
                 doomed.unlink()

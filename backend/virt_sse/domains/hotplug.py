@@ -28,7 +28,8 @@ from virt_sse.libvirt.disk_element import DiskSource, DomainDisk, disk_element
 from virt_sse.libvirt.iothreads import IothreadChoice, choose, parse_number
 from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.secrets import drop_secret
-from virt_sse.model.disks import Disk, DiskState
+from virt_sse.model.disk_kind import DiskKind
+from virt_sse.model.disks import Disk, DiskState, check_kind
 from virt_sse.model.encryption_sets import EncryptionSet
 from virt_sse.model.layers import HostCaching
 from virt_sse.model.operations import AttachDisk
@@ -93,6 +94,7 @@ class Hotplug:
         :raise LibvirtError: When no such domain exists, or libvirt refuses.
         """
         disk = dataclasses.replace(self._store.get(name), caching=caching)
+        check_kind(disk, DiskKind.DISK)
         if disk.state is not DiskState.READY:
             raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
         with connected(self._uri) as connection:

@@ -39,7 +39,8 @@ from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.secrets import set_secrets
 from virt_sse.libvirt.users import User
 from virt_sse.model.cloud import DriverOptions
-from virt_sse.model.disks import Disk, DiskState
+from virt_sse.model.disk_kind import DiskKind
+from virt_sse.model.disks import Disk, DiskState, check_kind
 from virt_sse.model.events import audit_context
 from virt_sse.model.keys import Dek
 from virt_sse.model.layers import GuestNode, LayerChoice, LayerPlan, Placement
@@ -148,13 +149,14 @@ class DomainStart:
     def restore(self, definition: DomainDefinition) -> None:
         """Give libvirt the DEKs of a running domain and of the domain's disks again. Stages stay untouched.
 
+        The incomplete image of a copy under way is left out: QEMU has the image open, and needs no secret.
         The definition counts: a disk's present placement applies from the domain's next start.
 
         :raise VirtSseError: When a DEK cannot be unwrapped; libvirt then gets no DEK of the disks.
         """
         self._host_encryption.restore(definition)
         deks: dict[SecretName, Dek] = {}
-        uses = [use for use in definition.our_disks if use.secret]
+        uses = [use for use in self._complete(definition.our_disks) if use.secret]
         for each in self._look_up(uses, definition.name, placement=Placement.GUEST, is_running=True):
             deks |= _for_libvirt(each, self._unlock(each, definition.name))
         with connected(self._config.libvirt_uri) as connection:
@@ -188,12 +190,13 @@ class DomainStart:
         """The placement of the disk's DEKs from the next start of a domain with the disk."""
         return disk.placement or self._config.placement
 
-    def source(self, disk: Disk) -> DiskSource:
+    def source(self, disk: Disk, placement: Placement | None = None) -> DiskSource:
         """Describe the disk's source for a domain definition.
 
+        :param placement: default: see :meth:`placement`.
         :raise PolicyError: When the disk's caching and placement exclude each other.
         """
-        return self._source(disk, self.plan(disk))
+        return self._source(disk, self.plan(disk, placement))
 
     def disk_element(
         self, name: str, *, target: str = "vda", read_only: bool = False, iothread: int | None = None
@@ -205,6 +208,7 @@ class DomainStart:
             without iothreads for disks.
         """
         disk = self._store.get(name)
+        check_kind(disk, DiskKind.DISK)
         return disk_element.disk_element(
             self.source(disk),
             target=target,
@@ -252,6 +256,12 @@ class DomainStart:
             raise PolicyError(f"encryption layer {layer.name!r} has no placement {placement.value}")
         return self._plugins.host_layer().cache(plan, disk.caching)
 
+    def _complete(self, uses: Sequence[DomainDisk]) -> list[DomainDisk]:
+        """Leave out the uses of incomplete disks."""
+        found = self._store.with_ids({use.disk_id for use in uses})
+        incomplete = {disk.id for disk in found if disk.state is DiskState.CREATING}
+        return [use for use in uses if use.disk_id not in incomplete]
+
     def _look_up(
         self,
         uses: Sequence[DomainDisk],
@@ -287,6 +297,7 @@ class DomainStart:
                 f"{use.target} names disk {use.disk_id}, which the store does not have",
                 hint="if the image is intact, 'virt-sse disk adopt PATH' adds the disk to the store",
             ) from exc
+        check_kind(disk, DiskKind.DISK)
         if disk.state is not DiskState.READY and not (is_running and disk.state is DiskState.COPYING):
             raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
         with img.opened(disk.path) as descriptor:

@@ -12,5 +12,5 @@ def has_unfinished_work(config: Config, store: StoreReads) -> bool:
 
     :raise StoreError: When the store cannot be read.
     """
-    marks = (config.pending_envelopes, config.pending_resizes)
+    marks = (config.pending_envelopes, config.pending_resizes, config.paused_domains)
     return any(Marks(folder).all() for folder in marks) or bool(store.unfinished())

@@ -178,6 +178,11 @@ class DomainDefinition:
         """
         return disk_chains.disk_chains(self._root, backup)
 
+    def has_connected_channel(self, name: str) -> bool:
+        """Whether a program in the guest has opened the channel of this name, e.g. the guest agent's."""
+        targets = self._root.iterfind("./devices/channel/target[@state='connected']")
+        return any(target.get("name") == name for target in targets)
+
     def free_target(self) -> str:
         """The first virtio name from ``vda`` to ``vdz`` without a disk.
 

@@ -9,9 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from uuid import UUID
 
-from virt_sse.errors import InvalidValueError
+from virt_sse.errors import DiskStateError, InvalidValueError
 from virt_sse.model.ciphers import AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.envelope import DekEntry, Envelope
 from virt_sse.model.keys import DekContext, KeyRef
 from virt_sse.model.layers import EncryptionType, HostCaching, Placement
@@ -29,7 +30,16 @@ MAX_SIZE = 64 << 40
 _UNFIT_FOR_PATH = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 """Characters that XML 1.0 or UTF-8 cannot represent."""
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,78}[A-Za-z0-9_])?")
+_IMAGE_NAME_LENGTH = 70
+"""Leaves room for the version within the name of a disk."""
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _SIZE = re.compile(r"([0-9]{1,20})(?:([KMGT])(?:iB)?)?")
+_HINTS = {
+    DiskKind.DISK: "see 'virt-sse disk --help'",
+    DiskKind.SNAPSHOT: "'virt-sse snapshot restore' makes a disk of a snapshot",
+    DiskKind.IMAGE: "'virt-sse disk create --image' makes a disk of an image",
+    DiskKind.RESTORE_POINT: "'virt-sse disk restore' makes a disk of a restore point",
+}
 _UNITS = {None: 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -66,6 +76,9 @@ class Disk:
     :ivar set_id: id of the disk encryption set that provides the disk's own key; ``None`` for the
         platform's key.
     :ivar caching: host caching in a domain; ``NONE`` unless the domain has encryption at host.
+    :ivar kind: a disk, or a copy that no domain can use.
+    :ivar source_id: id of the disk or copy with the original content, if any; may be deleted by now.
+    :ivar point: id of a point in time, shared by the snapshots of all disks of a domain.
     :ivar origin_id: id of the first disk in a line of copies that leads to this disk; may be deleted by now.
     :ivar placement: of the disk's encryption set; ``None`` for the host's configured placement.
     :ivar serial: serial number for guests, if not derived from the id: a re-encrypted disk keeps the serial
@@ -85,6 +98,9 @@ class Disk:
     sku: DiskSku = DiskSku.PREMIUM_SSD
     set_id: UUID | None = None
     caching: HostCaching = HostCaching.NONE
+    kind: DiskKind = DiskKind.DISK
+    source_id: UUID | None = None
+    point: UUID | None = None
     origin_id: UUID | None = None
     placement: Placement | None = None
     serial: str | None = None
@@ -132,6 +148,8 @@ class Disk:
             created=self.created,
             generation=self.generation,
             deks=self.deks,
+            kind=self.kind,
+            source_id=self.source_id if self.kind is not DiskKind.DISK else None,
         )
 
 
@@ -153,7 +171,9 @@ class NewDisk:
         ``None``: the configured cipher.
     :ivar place: path of the image, or the storage pool to create the image in; ``None``: the configured
         folder.
-    :ivar source: the disk with the original content, if any.
+    :ivar kind: a disk, or a copy that no domain can use.
+    :ivar source: the disk or copy with the original content, if any.
+    :ivar point: as of :class:`Disk`.
     :ivar id: an id that no disk ever had; ``None``: a new one.
     """
 
@@ -165,21 +185,38 @@ class NewDisk:
     cipher: Cipher = AES_256_XTS
     infrastructure_cipher: Cipher | None = None
     place: Path | StoragePool | None = None
+    kind: DiskKind = DiskKind.DISK
     source: Disk | None = None
+    point: UUID | None = None
     id: UUID | None = None
 
 
-def check_name(name: str) -> str:
-    """Return *name* if a disk may have this name.
+def check_name(name: str, kind: DiskKind = DiskKind.DISK) -> str:
+    """Return *name* if a disk, or a copy of this kind, may have this name.
+
+    The name of an image ends with a colon and the version.
 
     :raise InvalidValueError: When *name* is invalid.
     """
-    if not _NAME.fullmatch(name):
+    base, _, version = name.rpartition(":") if kind is DiskKind.IMAGE else (name, "", "1")
+    longest = _IMAGE_NAME_LENGTH if kind is DiskKind.IMAGE else 80
+    if not _NAME.fullmatch(base) or len(base) > longest or not _VERSION.fullmatch(version):
         raise InvalidValueError(
-            f"invalid disk name {name[:80]!r}",
-            hint="1 to 80 letters, digits, '.', '_' and '-', beginning with a letter or digit",
+            f"invalid {kind.title} name {name[:80]!r}",
+            hint=f"1 to {longest} letters, digits, '.', '_' and '-', beginning with a letter or digit",
         )
     return name
+
+
+def check_kind(disk: Disk, *kinds: DiskKind) -> None:
+    """Check that *disk* is of one of *kinds*.
+
+    :raise DiskStateError: When the disk is of another kind.
+    """
+    if disk.kind not in kinds:
+        raise DiskStateError(
+            f"{disk.name!r} is no {kinds[0].title}: its kind is {disk.kind.title}", hint=_HINTS.get(disk.kind)
+        )
 
 
 def check_path(path: Path) -> Path:

@@ -30,6 +30,7 @@ import msgspec
 
 from virt_sse.errors import EnvelopeError, InvalidValueError
 from virt_sse.model.ciphers import Cipher
+from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.keys import KeyId, WrappedDek
 from virt_sse.model.layers import EncryptionType
 from virt_sse.system.documents import from_json, from_messagepack
@@ -65,6 +66,8 @@ class Envelope:
 
     :ivar set_id: id of the disk's disk encryption set, if any.
     :ivar generation: number of rewraps.
+    :ivar kind: a disk, or a copy that no domain can use.
+    :ivar source_id: of a copy: id of the disk or copy with the original content.
     """
 
     disk_id: UUID
@@ -74,6 +77,8 @@ class Envelope:
     created: datetime
     generation: int
     deks: tuple[DekEntry, ...]
+    kind: DiskKind = DiskKind.DISK
+    source_id: UUID | None = None
 
     def has_same_keys(self, other: Envelope) -> bool:
         """Whether *other* has the same layers, wrapped DEKs and generation.
@@ -137,6 +142,8 @@ class Envelope:
                 created=datetime.fromisoformat(body.created),
                 generation=generation,
                 deks=tuple(entry.decoded() for entry in body.deks),
+                kind=body.kind,
+                source_id=_uuid(body.source) if body.source else None,
             )
         except (ValueError, InvalidValueError) as exc:
             raise EnvelopeError(f"invalid envelope: {exc}") from exc
@@ -198,6 +205,8 @@ class _Body(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", omit_defa
     created: str
     encryption_set: str | None = None
     deks: tuple[_Dek, ...]
+    kind: DiskKind = DiskKind.DISK
+    source: str | None = None
 
     @classmethod
     def of(cls, envelope: Envelope) -> Self:
@@ -208,6 +217,8 @@ class _Body(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", omit_defa
             created=envelope.created.isoformat(),
             encryption_set=str(envelope.set_id) if envelope.set_id else None,
             deks=tuple(_Dek.of(entry) for entry in envelope.deks),
+            kind=envelope.kind,
+            source=str(envelope.source_id) if envelope.source_id else None,
         )
 
 
@@ -245,6 +256,8 @@ class _DenseBody(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", omit
     created: str
     encryption_set: bytes | None = None
     deks: tuple[_DenseDek, ...]
+    kind: DiskKind = DiskKind.DISK
+    source: bytes | None = None
 
     @classmethod
     def of(cls, envelope: Envelope) -> Self:
@@ -255,6 +268,8 @@ class _DenseBody(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", omit
             created=envelope.created.isoformat(),
             encryption_set=envelope.set_id.bytes if envelope.set_id else None,
             deks=tuple(_DenseDek.of(entry) for entry in envelope.deks),
+            kind=envelope.kind,
+            source=envelope.source_id.bytes if envelope.source_id else None,
         )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import DiskSku
 from virt_sse.model.keys import KeyRef
 from virt_sse.model.layers import EncryptionType
@@ -36,10 +37,12 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class CreateDisk:
-    """Create a disk of *size* bytes, import an image, copy a disk or adopt a disk.
+    """Create a disk of *size* bytes, import an image, adopt a disk, or copy a disk.
 
-    :ivar content: content of the new disk; ``None`` for an empty disk.
-    :ivar source: the disk with the original content, if any.
+    :ivar content: content of the new disk; ``None`` for an empty disk, and for a copy whose source has the
+        same kind of key.
+    :ivar source: the disk or copy with the original content, if any.
+    :ivar kind: a disk, or a copy that no domain can use.
     """
 
     name: str
@@ -51,6 +54,7 @@ class CreateDisk:
     content: Content | None = field(default=None, compare=False, repr=False)
     sku: DiskSku = DiskSku.PREMIUM_SSD
     source: Disk | None = None
+    kind: DiskKind = DiskKind.DISK
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import msgspec
 from virt_sse.errors import StoreError
 from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk, DiskSku, DiskState
 from virt_sse.model.envelope import DekEntry
 from virt_sse.model.keys import KeyId, WrappedDek
@@ -54,6 +55,9 @@ def _disk(rows: Sequence[Any]) -> Disk:
         sku=DiskSku(first.sku),
         set_id=first.encryption_set_id,
         caching=HostCaching(first.caching),
+        kind=DiskKind(first.kind),
+        source_id=first.source_id,
+        point=first.point,
         origin_id=first.origin_id,
         placement=Placement(first.placement) if first.placement else None,
         serial=first.serial,

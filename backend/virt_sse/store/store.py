@@ -63,6 +63,9 @@ class Store:
                     sku=disk.sku.value,
                     encryption_set_id=disk.set_id,
                     caching=disk.caching.value,
+                    kind=disk.kind.value,
+                    source_id=disk.source_id,
+                    point=disk.point,
                     origin_id=disk.origin_id,
                     serial=disk.serial,
                 )

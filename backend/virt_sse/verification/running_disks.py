@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,7 @@ class RunningDisks:
         cipher: Cipher,
         *,
         is_all: bool = True,
+        copies: Collection[Path] = (),
         copied_to: CopyTarget | None = None,
     ) -> None:
         """Check a disk of virt-sse: QEMU must have exactly 1 volume, of *cipher*, over *place*.
@@ -58,6 +59,7 @@ class RunningDisks:
         :param place: the image, or the NBD server's socket.
         :param layer: facts about the volume, apart from the cipher.
         :param is_all: whether the volume is the disk's only layer of encryption.
+        :param copies: the places of copies of the disk under way, with layers and keys of their own.
         :param copied_to: the new disk into which virt-sse is copying the disk.
         """
         stacks = [stack for vertex in self.stored_at(place) for stack in self._graph.volumes_over(vertex)]
@@ -74,7 +76,7 @@ class RunningDisks:
             verdict.expect(
                 volume.cipher == str(cipher), f"the guest's QEMU encrypts with {volume.cipher}, not {cipher}"
             )
-            self._expose(verdict, chain, volume, is_all=is_all, copied_to=copied_to)
+            self._expose(verdict, chain, volume, is_all=is_all, copies=copies, copied_to=copied_to)
 
     def check_plain(self, verdict: DiskVerdict, chain: DiskChain, place: Path) -> None:
         """Check a disk of virt-sse that is decrypted below QEMU: QEMU has its data, and no key.
@@ -147,8 +149,11 @@ class RunningDisks:
         volume: Vertex,
         *,
         is_all: bool,
+        copies: Collection[Path],
         copied_to: CopyTarget | None,
     ) -> None:
+        to_copies = [link.path for link in chain.mirror if link.path and canonical(link.path) in copies]
+        own = {name for path in to_copies for name in (str(path), f"socket {path}")}  # as Place names them
         links = (*chain.links, *chain.mirror, *chain.backup)
         under_disk_key = {link.place for link in links if link.disk_id == chain.disk_id}
         for exposure in self._graph.exposures(volume):
@@ -160,8 +165,10 @@ class RunningDisks:
                 is_planned = exposure.cipher == str(copied_to.cipher)
                 verdict.expect(is_planned, f"{place} is encrypted with {exposure.cipher}")
                 continue
-            verdict.expect(is_all, f"{place} has only one layer of encryption")
             verdict.expect(exposure.cipher == volume.cipher, f"{place} is encrypted with {exposure.cipher}")
+            if exposure.place in own:
+                continue
+            verdict.expect(is_all, f"{place} has only one layer of encryption")
             verdict.expect(exposure.place in under_disk_key, f"{place} is not encrypted under the disk's key")
         self._refuse_exports(verdict, volume)
 

@@ -9,6 +9,7 @@ from uuid import UUID
 
 import libvirt
 
+from virt_sse.disks.creation import incomplete_image
 from virt_sse.domains import temp_disks
 from virt_sse.domains.data_on_host import HostData
 from virt_sse.domains.settings import VmSettings
@@ -61,6 +62,11 @@ class _Subject:
     encryption_at_host: bool
     refuses_plaintext: bool
     disks: Sequence[Disk]
+
+    @property
+    def copies(self) -> list[Disk]:
+        """The copies of disks under way."""
+        return [disk for disk in self.disks if disk.source_id and disk.state is DiskState.CREATING]
 
     def disk_of(self, chain: DiskChain) -> Disk | None:
         """Find the disk of virt-sse in a chain: by disk id or, if the image was replaced, by serial."""
@@ -148,6 +154,8 @@ class Verification:
                 yield self._check_copy_target(subject, new)
         places = {canonical(place) for place in running.places()}
         for disk in subject.disks:
+            if disk in subject.copies and disk.source_id in listed:
+                continue
             known = {disk.path, canonical(self._stages.guest_socket(disk.id))}
             if disk.id not in listed and places & known:
                 verdict = DiskVerdict("-", disk.name)
@@ -179,6 +187,9 @@ class Verification:
         if isinstance(guest, GuestNode):
             entry = disk.dek(guest.slot)
             layer = Layer(GUEST_QEMU, None, entry.slot, str(entry.wrapped.key), str(place))
+            copies = {
+                canonical(self._place_of_copy(each)) for each in subject.copies if each.source_id == disk.id
+            }
             new = self._copy_target(subject, chain)
             running.check_ours(
                 verdict,
@@ -187,6 +198,7 @@ class Verification:
                 layer,
                 entry.cipher,
                 is_all=not below,
+                copies=copies,
                 copied_to=self._place_of(new) if new else None,
             )
         else:
@@ -200,6 +212,10 @@ class Verification:
         self._evidence.check(verdict, disk, plan, subject.id)
         check_image(verdict, disk, self._freshness)
         check_within(verdict, disk, self._keys, self._freshness, subject.name)
+
+    def _place_of_copy(self, copy: Disk) -> Path:
+        """Where the guest's QEMU writes a copy under way."""
+        return self._stages.guest_socket(copy.id) if len(copy.deks) > 1 else incomplete_image(copy)
 
     def _copy_target(self, subject: _Subject, chain: DiskChain) -> Disk | None:
         """The new disk into which virt-sse copies a disk of a running domain, if any."""

@@ -11,6 +11,7 @@ from virt_sse.api import (
     CreateDisk,
     CreateEncryptionSet,
     Disk,
+    DiskKind,
     DiskSku,
     EncryptionSet,
     EncryptionType,
@@ -34,6 +35,7 @@ def validate(operation: Operation, site: Site) -> None:
         case CreateDisk(encryption_type=kind):
             _check_double(kind, site)
             _check_double_sku(kind, operation.name, operation.sku, site)
+            _check_source(operation)
         case CreateEncryptionSet(encryption_set=made):
             _check_double(made.encryption_type, site)
         case MoveDisk(disk=disk, encryption_set=target):
@@ -67,6 +69,19 @@ def _check_double(kind: EncryptionType, site: Site) -> None:
     tables = Tables.of(site)
     if tables.governs(site.region) and not tables.region(site.region).double_encryption:
         raise PolicyError(f"region {tables.region(site.region).name!r} does not support double encryption")
+
+
+def _check_source(operation: CreateDisk) -> None:
+    """Keep a snapshot, an image, and each disk made of them, under the customer's key of the source."""
+    source, kinds = operation.source, (DiskKind.SNAPSHOT, DiskKind.IMAGE)
+    if source is None or not (operation.kind in kinds or source.kind in kinds):
+        return
+    if source.encryption_type is not EncryptionType.PLATFORM_KEY and operation.key != source.key:
+        raise PolicyError(
+            f"{operation.kind.title} {operation.name!r} must be under the key of {source.kind.title} "
+            f"{source.name!r}, {source.key}",
+            hint="choose a disk encryption set with this key",
+        )
 
 
 def _check_double_sku(kind: EncryptionType, name: str, sku: DiskSku, site: Site) -> None:

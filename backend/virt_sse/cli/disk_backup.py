@@ -1,0 +1,124 @@
+"""``virt-sse disk backup`` and the commands for restore points."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from virt_sse.cli.disk_fields import disk_fields, image_place, print_disk, shown_size
+from virt_sse.cli.output import Output, OutputFormat, print_rows, progress_bar
+from virt_sse.cli.session import backend, listed_disks
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disk_kind import DiskKind
+
+_Point = Annotated[
+    str,
+    typer.Argument(
+        metavar="POINT", help="The restore point: its name, its id, or its image.", show_default=False
+    ),
+]
+
+
+def backup(
+    name: Annotated[str, typer.Argument(help="The disk's name or id.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(help="The folder for the image and its manifest.", show_default=False)
+    ],
+    des: Annotated[
+        str | None, typer.Option("--des", help="Any disk encryption set; default: the disk's.")
+    ] = None,
+    quiesce: Annotated[
+        bool | None,
+        typer.Option(
+            "--quiesce/--no-quiesce",
+            help="Freeze the guest's file systems; default: if a guest agent is connected.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Make a restore point of a disk, running or not: an encrypted copy elsewhere."""
+    with backend() as b, progress_bar("copying") as progress:
+        made = b.restore_points.create(name, folder, encryption_set=des, quiesce=quiesce, progress=progress)
+    print_disk(made.disks[0], output)
+
+
+def backups(
+    disk: Annotated[
+        str | None, typer.Option("--disk", help="Only restore points of this disk, by name or id.")
+    ] = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """List restore points as stored, without a look at their images."""
+    names = {str(each.id): each.name for each in listed_disks()}
+    rows = []
+    for point in listed_disks(DiskKind.RESTORE_POINT):
+        source = str(point.source_id)
+        if disk in (None, source, names.get(source)):
+            rows.append(disk_fields(point) | {"size": shown_size(point, output), "disk": names.get(source)})
+    print_rows(rows, ("name", "disk", "created", "size", "state", "key", "path"), output)
+
+
+def restore(
+    point: _Point,
+    name: Annotated[str, typer.Argument(help="The new disk's name.", show_default=False)],
+    des: Annotated[
+        str | None,
+        typer.Option(
+            "--des",
+            help="The new disk's encryption set, with access to the key of a restore point of another host; "
+            "default: the restore point's.",
+        ),
+    ] = None,
+    trust: Annotated[
+        bool,
+        typer.Option("--trust", help="Take a restore point of another host; noted in the audit log."),
+    ] = False,
+    image_format: Annotated[
+        DiskFormat | None,
+        typer.Option("--format", help="The image format; default: the restore point's."),
+    ] = None,
+    path: Annotated[
+        Path | None,
+        typer.Option(
+            "--path", help="The image file to create; default: NAME.FORMAT in libvirt's image folder."
+        ),
+    ] = None,
+    pool: Annotated[
+        str | None, typer.Option("--pool", help="The libvirt storage pool to create the image in.")
+    ] = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Verify a restore point, and make a new disk with its content."""
+    with backend() as b, progress_bar("copying") as progress:
+        disk = b.restore_points.restore(
+            point,
+            name,
+            encryption_set=des,
+            trust=trust,
+            image_format=image_format,
+            place=image_place(path, pool),
+            progress=progress,
+        )
+    print_disk(disk, output)
+
+
+def verify_backup(point: _Point) -> None:
+    """Check a restore point against its manifest: checksum and authentication."""
+    with backend() as b:
+        found = b.restore_points.verify(point)
+    typer.echo(f"restore point {found.name}: ok")
+
+
+def erase_backup(
+    point: _Point,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and report only; change nothing.")
+    ] = False,
+) -> None:
+    """Crypto-erase a restore point alone: wipe its keyslots, forget its DEK, remove image and manifest."""
+    with backend() as b:
+        found = b.restore_points.erase(point, dry_run=dry_run)
+    typer.echo(f"{'would erase' if dry_run else 'erased'} restore point {found.name} ({found.path})")

@@ -1,0 +1,74 @@
+"""How commands print disks and copies of disks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from virt_sse.cli.output import OutputFormat, human_size, print_fields
+from virt_sse.errors import InvalidValueError
+from virt_sse.model.disk_kind import DiskKind
+from virt_sse.model.disks import Disk, StoragePool
+
+if TYPE_CHECKING:
+    from virt_sse.keys.host import Host
+
+
+def image_place(path: Path | None, pool: str | None) -> Path | StoragePool | None:
+    """The place chosen by the options ``--path`` and ``--pool``.
+
+    :raise InvalidValueError: When both are given.
+    """
+    if path and pool:
+        raise InvalidValueError("--path and --pool exclude each other")
+    return path or (StoragePool(pool) if pool else None)
+
+
+def print_disk(disk: Disk, output: OutputFormat) -> None:
+    """Print a disk, or a copy."""
+    print_fields(disk_fields(disk) | {"size": shown_size(disk, output)}, output)
+
+
+def shown_size(disk: Disk, output: OutputFormat) -> int | str:
+    """The size: in bytes in JSON, with a unit in a table."""
+    return disk.size if output is OutputFormat.JSON else human_size(disk.size)
+
+
+def disk_fields(disk: Disk) -> dict[str, object]:
+    """The fields of a disk, or of a copy."""
+    fields: dict[str, object] = {
+        "name": disk.name,
+        "id": str(disk.id),
+        "state": disk.state.value,
+        "size": disk.size,
+        "format": disk.format.value,
+        "path": str(disk.path),
+        "sku": disk.sku.value,
+        "caching": disk.caching.value,
+        "encryption-type": disk.encryption_type.value,
+        "encryption-set": str(disk.set_id) if disk.set_id else None,
+        "key": str(disk.key) if disk.deks else None,
+        "created": disk.created.isoformat(),
+    }
+    if disk.kind is not DiskKind.DISK:
+        del fields["sku"], fields["caching"]
+    if disk.source_id:
+        fields["source"] = str(disk.source_id)
+    if disk.point:
+        fields["point"] = str(disk.point)
+    return fields
+
+
+def dek_fields(host: Host, disk: Disk) -> list[dict[str, object]]:
+    """The DEKs of a disk, or of a copy, with the states of their keys."""
+    states = host.keys.key_states(disk)
+    return [
+        {
+            "slot": entry.slot,
+            "cipher": str(entry.cipher),
+            "key": str(entry.wrapped.key),
+            "algorithm": entry.wrapped.algorithm,
+            "key-state": states[entry.wrapped.key].value,
+        }
+        for entry in disk.deks
+    ]

@@ -1,0 +1,156 @@
+"""``virt-sse snapshot``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from virt_sse.cli.disk import ImagePath, Pool
+from virt_sse.cli.disk_fields import dek_fields, disk_fields, image_place, print_disk, shown_size
+from virt_sse.cli.output import Output, OutputFormat, print_fields, print_json, print_rows, progress_bar
+from virt_sse.cli.session import backend, host, listed_disks
+from virt_sse.errors import InvalidValueError
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disk_kind import DiskKind
+from virt_sse.model.disks import check_kind
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+Name = Annotated[str, typer.Argument(help="The snapshot's name or id.", show_default=False)]
+Format = Annotated[
+    DiskFormat | None, typer.Option("--format", help="The image format; default: the source's.")
+]
+
+
+@app.command()
+def create(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="The new snapshot's name; with --domain, followed by '-' and the disk's target.",
+            show_default=False,
+        ),
+    ],
+    disk: Annotated[
+        str | None, typer.Option("--disk", help="The disk, by name or id.", show_default=False)
+    ] = None,
+    domain: Annotated[
+        str | None,
+        typer.Option(
+            "--domain", help="Take all disks of this domain, at one point in time.", show_default=False
+        ),
+    ] = None,
+    quiesce: Annotated[
+        bool | None,
+        typer.Option(
+            "--quiesce/--no-quiesce",
+            help="Freeze the guest's file systems; default: if a guest agent is connected.",
+            show_default=False,
+        ),
+    ] = None,
+    image_format: Format = None,
+    path: ImagePath = None,
+    pool: Pool = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Take a snapshot of a disk or of all disks of a domain, running or not: encrypted copies."""
+    if (disk is None) == (domain is None):
+        raise InvalidValueError("pass either --disk or --domain")
+    place = image_place(path, pool)
+    if domain is not None and (place or image_format):
+        raise InvalidValueError("--path, --pool and --format go with --disk alone")
+    with backend() as b, progress_bar("copying") as progress:
+        if disk is not None:
+            taken = b.snapshots.of_disk(
+                name, disk, image_format=image_format, place=place, quiesce=quiesce, progress=progress
+            )
+        else:
+            taken = b.snapshots.of_domain(name, str(domain), quiesce=quiesce, progress=progress)
+    if output is OutputFormat.JSON:
+        print_json(
+            {
+                "snapshots": [disk_fields(each) for each in taken.disks],
+                "domain": taken.domain,
+                "seconds": round(taken.seconds, 3),
+                "pause-seconds": round(taken.pause_seconds, 3),
+            }
+        )
+        return
+    for each in taken.disks:
+        typer.echo(f"snapshot {each.name} ({shown_size(each, output)}, {each.path})")
+    if taken.domain is not None:
+        typer.echo(f"domain {taken.domain} was paused for {1000 * taken.pause_seconds:.0f} ms")
+
+
+@app.command(name="list")
+def list_(
+    disk: Annotated[
+        str | None, typer.Option("--disk", help="Only snapshots of this disk, by name or id.")
+    ] = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """List snapshots as stored, without a look at their images."""
+    names = {str(each.id): each.name for each in listed_disks()}
+    rows = []
+    for snapshot in listed_disks(DiskKind.SNAPSHOT):
+        source = str(snapshot.source_id)
+        fields = disk_fields(snapshot) | {"size": shown_size(snapshot, output), "disk": names.get(source)}
+        if disk in (None, source, names.get(source)):
+            rows.append(fields)
+    print_rows(rows, ("name", "disk", "created", "size", "state", "key", "path"), output)
+
+
+@app.command()
+def show(name: Name, output: Output = OutputFormat.TABLE) -> None:
+    """Show a snapshot: its image, its source, its keys and their states."""
+    from virt_sse.disks.stored_images import image_state
+
+    with host() as h:
+        snapshot = h.store_reads.get(name)
+        check_kind(snapshot, DiskKind.SNAPSHOT)
+        fields = disk_fields(snapshot) | {
+            "size": shown_size(snapshot, output),
+            "image": image_state(snapshot),
+            "deks": dek_fields(h, snapshot),
+        }
+    print_fields(fields, output)
+
+
+@app.command()
+def restore(
+    name: Name,
+    disk: Annotated[str, typer.Argument(help="The new disk's name.", show_default=False)],
+    des: Annotated[
+        str | None,
+        typer.Option("--des", help="The new disk's encryption set; default: the snapshot's."),
+    ] = None,
+    image_format: Format = None,
+    path: ImagePath = None,
+    pool: Pool = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Make a new disk with the content of a snapshot."""
+    with backend() as b, progress_bar("copying") as progress:
+        made = b.snapshots.restore(
+            name,
+            disk,
+            encryption_set=des,
+            image_format=image_format,
+            place=image_place(path, pool),
+            progress=progress,
+        )
+    print_disk(made, output)
+
+
+@app.command()
+def delete(
+    name: Name,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and report only; change nothing.")
+    ] = False,
+) -> None:
+    """Delete a snapshot for good: wipe its keyslots, forget its DEK, remove its image."""
+    with backend() as b:
+        snapshot = b.snapshots.delete(name, dry_run=dry_run)
+    typer.echo(f"{'would erase' if dry_run else 'erased'} snapshot {snapshot.name} ({snapshot.path})")

@@ -1,0 +1,214 @@
+"""Copies of disks: new encrypted images, under new DEKs, with the content of disks, running or stopped.
+
+Snapshots, images, restore points, and disks made from these are all copies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from virt_sse.disks.creation import LiveWrites, Unfinished, image_errors
+from virt_sse.disks.lifecycle import Disks
+from virt_sse.disks.stored_images import usable, with_real_size
+from virt_sse.errors import DiskInUseError, InvalidValueError
+from virt_sse.in_guest.images import in_image
+from virt_sse.keys.host import Host
+from virt_sse.model.content import Content
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disk_kind import DiskKind
+from virt_sse.model.disks import Disk, NewDisk, StoragePool
+from virt_sse.model.layers import EncryptionType
+from virt_sse.qemu import img
+from virt_sse.system.progress import Progress, silent
+
+
+class LiveCopies(LiveWrites, Protocol):
+    """Copies of disks in running domains."""
+
+    def domain_with(self, disk: Disk) -> str | None:
+        """The name of the running domain with the disk; ``None`` without one, or if libvirt does not run."""
+
+    def copy(
+        self,
+        domain: str,
+        copies: Sequence[tuple[Disk, Unfinished]],
+        *,
+        quiesce: bool | None,
+        progress: Progress,
+    ) -> float:
+        """Copy disks of a running domain, all at the same point in time; see :meth:`Copies.copy`.
+
+        :return: how long the guest was paused or frozen, in seconds.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """Complete copies.
+
+    :ivar disks: the copies, in the order of the sources.
+    :ivar domain: the running domain of the sources; ``None`` for sources not in use.
+    :ivar pause_seconds: how long the guest was paused or frozen.
+    :ivar seconds: duration of the whole copy.
+    """
+
+    disks: tuple[Disk, ...]
+    domain: str | None
+    pause_seconds: float
+    seconds: float
+
+
+class Copies:
+    """Copies disks. No plaintext is written anywhere: qemu-img or the guest's QEMU decrypts and encrypts."""
+
+    def __init__(self, host: Host, disks: Disks, live: LiveCopies) -> None:
+        self._host = host
+        self._store = host.store
+        self._keys = host.keys
+        self._freshness = host.freshness
+        self._disks = disks
+        self._live = live
+
+    def copy(
+        self,
+        new: Sequence[NewDisk],
+        *,
+        quiesce: bool | None = None,
+        progress: Progress = silent,
+        complete: Callable[[Unfinished], None] = lambda _: None,
+    ) -> Copied:
+        """Copy disks, all at the same point in time, or none.
+
+        :param new: the copies, each with its source. Without a size, a copy has the source's.
+        :param quiesce: have the guest agent freeze the file systems of a running guest: ``None`` if an agent
+            is connected, ``True`` always, ``False`` never.
+        :param complete: called with each copy once its content is complete, before its image has its name.
+        :raise DiskInUseError: When another command works on a source, a process outside libvirt has a source
+            open, or a domain starts with a source meanwhile.
+        :raise StaleImageError: When the image of a source is not the last known.
+        :raise InvalidValueError: When the sources are in several domains, or the guest cannot freeze.
+        :raise VirtSseError: As in :meth:`Disks.create`.
+        """
+        began = time.monotonic()
+        pause = 0.0
+        with ExitStack() as locks:
+            sources = [
+                with_real_size(self._host, locks.enter_context(usable(self._host, each.source)))
+                for each in new
+                if each.source
+            ]
+            domain = self._domain_with(sources, quiesce=quiesce)
+            uses = [self._uses(source) for source in sources]
+            new = [
+                dataclasses.replace(each, size=each.size or source.size, source=source)
+                for each, source in zip(new, sources, strict=True)
+            ]
+            with self._disks.unfinished(new, content=self._content(new)) as made:
+                pairs = list(zip(sources, made, strict=True))
+                if domain is None:
+                    for number, (source, target) in enumerate(pairs):
+                        self._copy_stopped(source, target, _part(progress, number, len(pairs)))
+                    for source, before in zip(sources, uses, strict=True):
+                        if self._uses(source) != before:
+                            raise DiskInUseError(f"a domain started with disk {source.name!r} meanwhile")
+                else:
+                    pause = self._live.copy(domain, pairs, quiesce=quiesce, progress=progress)
+                for each in made:
+                    with image_errors(each.disk):
+                        complete(each)
+        return Copied(
+            tuple(self._store.get(str(each.disk.id)) for each in made),
+            domain,
+            pause,
+            time.monotonic() - began,
+        )
+
+    def _domain_with(self, sources: Sequence[Disk], *, quiesce: bool | None) -> str | None:
+        """The running domain of the sources; ``None`` if no source is in use."""
+        domains = {
+            self._live.domain_with(source) if source.kind is DiskKind.DISK else None for source in sources
+        }
+        if len(domains) > 1:
+            raise InvalidValueError("the disks are not all in one running domain")
+        (domain,) = domains
+        if domain is None:
+            for source in sources:
+                img.refuse_if_open(source.path)
+            if quiesce:
+                raise InvalidValueError(f"no running domain has disk {sources[0].name!r}: nothing to freeze")
+        return domain
+
+    def _uses(self, source: Disk) -> int | None:
+        """The use counter of the image of *source*: each start and each end of a domain count.
+
+        :raise StaleImageError: When the image is not the last known or a newer one.
+        """
+        carried = self._freshness.check(source)
+        return carried.uses if carried else None
+
+    def _content(self, new: Sequence[NewDisk]) -> Content | None:
+        """The content of a copy, for policies about content new under a customer's key."""
+        source = new[0].source
+        if len(new) > 1 or source is None or source.encryption_type is not EncryptionType.PLATFORM_KEY:
+            return None
+        return Content(lambda: in_image(source.path, source.format, self._keys.unwrap_all(source)))
+
+    def _copy_stopped(self, source: Disk, target: Unfinished, progress: Progress) -> None:
+        deks = self._keys.unwrap_all(source)
+        headers = img.validate(source.path, source.format, deks[1:])
+        self._freshness.check_inner(source, headers, always_refuse=True)
+        with image_errors(target.disk):
+            img.encrypt_again(
+                source.path,
+                source.format,
+                deks,
+                target.image,
+                target.disk.format,
+                target.deks,
+                progress,
+            )
+
+
+def new_copy(
+    source: Disk,
+    name: str,
+    kind: DiskKind,
+    *,
+    encryption_set: str | None = None,
+    image_format: DiskFormat | None = None,
+    place: Path | StoragePool | None = None,
+) -> NewDisk:
+    """Describe a copy of *source*.
+
+    :param encryption_set: name or id; default: the source's.
+    :param image_format: default: the source's.
+    :param place: as of :class:`NewDisk`; default: a disk in the configured folder, any other copy beside
+        the source.
+    """
+    image_format = image_format or source.format
+    if encryption_set is None and source.set_id:
+        encryption_set = str(source.set_id)
+    if place is None and kind is not DiskKind.DISK:
+        place = source.path.with_name(f"{name}.{image_format.value}")
+    return NewDisk(
+        name=name,
+        format=image_format,
+        sku=source.sku,
+        encryption_set=encryption_set,
+        cipher=source.deks[0].cipher,
+        infrastructure_cipher=source.deks[-1].cipher if len(source.deks) > 1 else None,
+        place=place,
+        kind=kind,
+        source=source,
+    )
+
+
+def _part(progress: Progress, number: int, count: int) -> Progress:
+    """The progress of one of several equal parts of the work."""
+    return lambda fraction: progress((number + fraction) / count)

@@ -1,0 +1,157 @@
+"""Images: encrypted copies in numbered versions, from which disks are made."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from virt_sse.disks.copies import Copies, new_copy
+from virt_sse.disks.lifecycle import Disks
+from virt_sse.disks.transfer import Transfer
+from virt_sse.errors import DiskNotFoundError, InvalidValueError
+from virt_sse.keys.host import Host
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disk_kind import DiskKind
+from virt_sse.model.disks import Disk, NewDisk, StoragePool, check_kind, check_name
+from virt_sse.system.progress import Progress, silent
+
+
+class Images:
+    """Makes images of disks, snapshots and foreign images, and disks of images.
+
+    An image is given by name, for the newest version, by name, colon and version, or by id.
+    """
+
+    def __init__(self, host: Host, disks: Disks, copies: Copies, transfer: Transfer) -> None:
+        self._store = host.store
+        self._disks = disks
+        self._copies = copies
+        self._transfer = transfer
+
+    def versions(self, name: str) -> list[Disk]:
+        """All versions of the image *name*, the oldest first."""
+        found = [image for image in self._disks.all(DiskKind.IMAGE) if _base(image) == name]
+        return sorted(found, key=_version)
+
+    def get(self, name: str) -> Disk:
+        """The image of that name, name and version, or id.
+
+        :raise DiskNotFoundError: When there is no such image.
+        :raise DiskStateError: When the name is that of a disk or of another copy.
+        """
+        if versions := self.versions(name):
+            return versions[-1]
+        try:
+            image = self._store.get(name)
+        except DiskNotFoundError as exc:
+            raise DiskNotFoundError(
+                f"no image {name[:80]!r}", hint="'virt-sse image list' shows all images"
+            ) from exc
+        check_kind(image, DiskKind.IMAGE)
+        return image
+
+    def create(
+        self,
+        name: str,
+        source: str,
+        *,
+        version: int | None = None,
+        encryption_set: str | None = None,
+        image_format: DiskFormat | None = None,
+        place: Path | StoragePool | None = None,
+        quiesce: bool | None = None,
+        progress: Progress = silent,
+    ) -> Disk:
+        """Make an image of a disk, running or not, or of a snapshot.
+
+        :param version: default: one more than the newest.
+        :param encryption_set: default: the source's.
+        :raise VirtSseError: As :meth:`Copies.copy`.
+        """
+        disk = self._store.get(source)
+        check_kind(disk, DiskKind.DISK, DiskKind.SNAPSHOT)
+        new = new_copy(
+            disk,
+            self._versioned(name, version),
+            DiskKind.IMAGE,
+            encryption_set=encryption_set,
+            image_format=image_format,
+            place=place,
+        )
+        return self._copies.copy([new], quiesce=quiesce, progress=progress).disks[0]
+
+    def import_image(
+        self,
+        name: str,
+        source: Path,
+        *,
+        version: int | None = None,
+        encryption_set: str | None = None,
+        image_format: DiskFormat = DiskFormat.QCOW2,
+        place: Path | StoragePool | None = None,
+        source_format: str | None = None,
+        with_backing: bool = False,
+        progress: Progress = silent,
+    ) -> Disk:
+        """Make an image of a foreign image; see :meth:`Transfer.import_image`."""
+        new = NewDisk(
+            name=self._versioned(name, version),
+            kind=DiskKind.IMAGE,
+            format=image_format,
+            encryption_set=encryption_set,
+            place=place,
+        )
+        return self._transfer.import_image(
+            new, source, source_format=source_format, with_backing=with_backing, progress=progress
+        )
+
+    def new_disk(self, name: str, new: NewDisk, *, progress: Progress = silent) -> Disk:
+        """Make a disk with the content of an image: an independent copy.
+
+        :param new: name and properties; without a set, the disk is in the image's; without a size, the disk
+            is as large as the image.
+        :raise InvalidValueError: When the disk would be smaller than the image.
+        :raise VirtSseError: As :meth:`Copies.copy`.
+        """
+        image = self.get(name)
+        if new.size is not None and new.size < image.size:
+            raise InvalidValueError(f"image {image.name!r} has {image.size} bytes, more than {new.size}")
+        copy = new_copy(
+            image,
+            new.name,
+            DiskKind.DISK,
+            encryption_set=new.encryption_set,
+            image_format=new.format,
+            place=new.place,
+        )
+        cipher = new.infrastructure_cipher or copy.infrastructure_cipher
+        copy = dataclasses.replace(copy, size=new.size, sku=new.sku, infrastructure_cipher=cipher)
+        return self._copies.copy([copy], progress=progress).disks[0]
+
+    def delete(self, name: str, *, dry_run: bool = False) -> Disk:
+        """Erase a version of an image for good; see :meth:`Disks.erase`. Disks made of it are independent.
+
+        :param name: with the version, or an id.
+        :raise InvalidValueError: When *name* has no version.
+        """
+        if self.versions(name):
+            raise InvalidValueError(
+                f"image {name!r} has versions", hint=f"name one of them: '{name}:VERSION'"
+            )
+        image = self.get(name)
+        self._disks.erase(image, dry_run=dry_run)
+        return image
+
+    def _versioned(self, name: str, version: int | None) -> str:
+        if version is None:
+            versions = self.versions(name)
+            version = _version(versions[-1]) + 1 if versions else 1
+        return check_name(f"{name}:{version}", DiskKind.IMAGE)
+
+
+def _base(image: Disk) -> str:
+    return image.name.rpartition(":")[0]
+
+
+def _version(image: Disk) -> int:
+    return int(image.name.rpartition(":")[2])
