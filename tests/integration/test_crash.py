@@ -253,9 +253,10 @@ def test_a_killed_rotation_is_finished_by_the_next(root: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("encryption_set", [None, "double"])
 @pytest.mark.parametrize(("image_format", "size"), [("qcow2", 2 * M), ("raw", M // 2)])
-def test_after_a_killed_resize_of_a_double_disk_the_store_has_its_size(
-    root: Path, image_format: str, size: int
+def test_after_a_killed_resize_the_store_has_the_size(
+    root: Path, image_format: str, size: int, encryption_set: str | None
 ) -> None:
     with Backend.open(root) as backend:
         initialise(backend.host)
@@ -266,7 +267,7 @@ def test_after_a_killed_resize_of_a_double_disk_the_store_has_its_size(
             encryption_type=EncryptionType.PLATFORM_AND_CUSTOMER_KEYS,
         )
         kind = DiskFormat(image_format)
-        backend.disks.create(NewDisk(name="disk", size=M, format=kind, encryption_set="double"))
+        backend.disks.create(NewDisk(name="disk", size=M, format=kind, encryption_set=encryption_set))
 
     def act() -> None:
         store.Store.set_size = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]

@@ -99,7 +99,7 @@ def _size(site: FileSite, name: str) -> int:
 
 
 def _resize(kind: Kind, size: int) -> FileOperation:
-    """After a kill the disk may have either size; if the store is behind, :meth:`Disks.get` mends it."""
+    """After a kill the disk may have either size; the next command stores the size."""
 
     def check(site: FileSite) -> bool:
         check_host(site, _contents(kind))

@@ -183,19 +183,17 @@ class Disks:
 
     @contextlib.contextmanager
     def _size_marked(self, disk: Disk) -> Iterator[None]:
-        """Mark a disk with several layers, whose size only the DEKs tell, while the size may change.
+        """Mark a disk while its size may change: the next command stores the real size.
 
         The mark outlives the block if the process is killed or the block fails after the keys were used.
 
         :raise StoreError: When the mark cannot be made.
         """
-        if len(disk.deks) > 1:
-            try:
-                self._resizing.add(disk.id)
-            except OSError as exc:
-                raise StoreError(
-                    f"cannot mark disk {disk.name!r} in {self._resizing.folder}: {exc.strerror}"
-                ) from exc
+        try:
+            self._resizing.add(disk.id)
+        except OSError as exc:
+            problem = f"cannot mark disk {disk.name!r} in {self._resizing.folder}: {exc.strerror}"
+            raise StoreError(problem) from exc
         try:
             yield
         except KeyProviderError:  # before the image was changed
@@ -209,9 +207,11 @@ class Disks:
             try:
                 with self._locks.hold(disk_id):
                     disk = self._store.get(str(disk_id))
-                    if disk.state is DiskState.READY:
-                        deks = self._keys.unwrap_all(disk)
+                    if disk.state is DiskState.READY and len(disk.deks) > 1:
+                        deks = self._keys.unwrap_all(disk)  # the size is encrypted
                         self._store.set_size(disk_id, img.usable_size_within(disk.path, disk.format, deks))
+                    else:
+                        with_real_size(self._host, disk)
                     self._resizing.remove(disk_id)
             except DiskInUseError:
                 continue
