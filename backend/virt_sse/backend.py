@@ -37,11 +37,12 @@ class Backend:
 
     :ivar host: configuration, store, plugins, key access, locks, stages.
     :ivar disks: create, list, adopt, resize, check and delete disks.
+    :ivar copies: copy disks.
     :ivar live_copies: copies of disks of running domains.
     :ivar snapshots: take, restore and delete snapshots.
     :ivar restore_points: make, verify, restore and erase restore points.
     :ivar images: make and delete images, and disks of images.
-    :ivar transfer: import, copy and export.
+    :ivar transfer: import and export.
     :ivar certificates: certificates about deleted disks.
     :ivar reencryption: new DEKs and volume keys for disks.
     :ivar in_place: encryption of plaintext disks of domains.
@@ -80,16 +81,16 @@ class Backend:
         self.certificates = DeletionCertificates(host)
         self.live_copies = DomainCopies(host, self.domains)
         self.disks = Disks(host, self.sets, self.hotplug, self.certificates, self.live_copies)
-        copies = Copies(host, self.disks, self.live_copies)
-        self.snapshots = Snapshots(host, self.disks, copies, self.live_copies)
-        self.restore_points = RestorePoints(host, self.disks, copies)
+        self.copies = Copies(host, self.disks, self.live_copies)
+        self.snapshots = Snapshots(host, self.disks, self.copies, self.live_copies)
+        self.restore_points = RestorePoints(host, self.disks, self.copies)
         self.transfer = Transfer(host, self.disks)
-        self.images = Images(host, self.disks, copies, self.transfer)
+        self.images = Images(host, self.disks, self.copies, self.transfer)
         settlement = Settlement(host, self.disks, self.domains)
         self.reencryption = ReencryptionService(host, self.disks, self.domains, self.inspector, settlement)
         self.in_place = InPlace(host, self.disks, self.domains, self.inspector, settlement)
         self.vms = VmSettings(host, self.domains, self.host_encryption, self.inspector)
-        self.scale_sets = ScaleSets(host, self.disks, self.transfer, self.domains, self.vms)
+        self.scale_sets = ScaleSets(host, self.disks, self.copies, self.domains, self.vms)
         self.verification = Verification(host, self.domains, self.vms)
         try:
             temp_disks.erase_of_other_boots(config)

@@ -40,7 +40,7 @@ def test_a_certificate_names_what_was_destroyed_all_keys_and_all_copies(backend:
     before = disk.deks[0].wrapped.key
     key, _ = backend.keys.rotate(PLATFORM_KEY)
     for source, copy in (("disk", "one"), ("one", "two"), ("two", "three")):
-        backend.transfer.copy(source, NewDisk(name=copy))
+        backend.copies.copy([NewDisk(name=copy, source=backend.disks.get(source))])
     backend.disks.erase(backend.disks.get("one"), certified=True)
     assert [each.name for each in verified(backend, "one").statement.remaining] == ["disk", "three", "two"]
     backend.disks.erase(disk, certified=True)

@@ -151,7 +151,7 @@ def test_a_killed_copy_leaves_the_source_and_a_whole_disk_or_nothing(root: Path)
             whole(backend, name, 0x66)
         outcomes.add(len(found))
 
-    scene.kills(lambda b: b.transfer.copy("disk", NewDisk(name="copy")), check, tried=15)
+    scene.kills(lambda b: b.copies.copy([NewDisk(name="copy", source=b.disks.get("disk"))]), check, tried=15)
     assert outcomes == {1, 2}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import shutil
 from pathlib import Path
@@ -23,6 +24,7 @@ from virt_sse.errors import (
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, DiskSku, NewDisk
 from virt_sse.model.layers import EncryptionType
+from virt_sse.system.progress import Progress, silent
 
 M = 1 << 20
 SIZE = M + 512
@@ -59,6 +61,11 @@ def content(backend: Backend, name: str, root: Path) -> bytes:
     return found
 
 
+def copied(backend: Backend, new: NewDisk, progress: Progress = silent) -> Disk:
+    new = dataclasses.replace(new, source=backend.disks.get("source"))
+    return backend.copies.copy([new], progress=progress).disks[0]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("sets")
 @pytest.mark.parametrize(
@@ -73,7 +80,7 @@ def test_a_copy_has_the_content_and_size_of_its_source_and_keys_of_its_own(
     kinds = itertools.cycle(DiskFormat if image_format == "raw" else reversed(DiskFormat))
     for number, (target, kind) in enumerate(zip((None, "single", "double"), kinds, strict=False)):
         new = NewDisk(name=f"copy{number}", format=kind, encryption_set=target)
-        copy = backend.transfer.copy("source", new, progress=seen.append)
+        copy = copied(backend, new, seen.append)
         assert (copy.size, copy.format, len(copy.deks)) == (SIZE, kind, 2 if target == "double" else 1)
         wrapped = {entry.wrapped.ciphertext for entry in (*source.deks, *copy.deks)}
         assert len(wrapped) == len(source.deks) + len(copy.deks)
@@ -90,11 +97,11 @@ def test_a_disk_in_use_or_gone_stale_is_not_copied(backend: Backend) -> None:
     image = KeyedImage.of(backend, disk)
     for read_only in (False, True):
         with image.held(read_only=read_only), pytest.raises(DiskInUseError, match="in use"):
-            backend.transfer.copy("source", NewDisk(name="copy"))
+            copied(backend, NewDisk(name="copy"))
     backend.host.freshness.begin_use(disk)
     shutil.copyfile(older, disk.path)
     with pytest.raises(StaleImageError, match="an older copy"):
-        backend.transfer.copy("source", NewDisk(name="copy"))
+        copied(backend, NewDisk(name="copy"))
     assert [each.name for each in backend.disks.all()] == ["source"]
     assert images.files_below(disk.path.parent) == ["older", "source.qcow2"]
 
@@ -102,9 +109,9 @@ def test_a_disk_in_use_or_gone_stale_is_not_copied(backend: Backend) -> None:
 def test_a_copy_takes_no_name_and_no_file_that_exist(backend: Backend) -> None:
     disk = backend.disks.create(NewDisk(name="source", size=M))
     with pytest.raises(DiskExistsError):
-        backend.transfer.copy("source", NewDisk(name="source", place=disk.path.with_name("other")))
+        copied(backend, NewDisk(name="source", place=disk.path.with_name("other")))
     with pytest.raises(DiskExistsError):
-        backend.transfer.copy("source", NewDisk(name="other", place=disk.path))
+        copied(backend, NewDisk(name="other", place=disk.path))
     backend.disks.check("source")
 
 
@@ -114,7 +121,7 @@ def test_a_source_with_a_forged_header_is_not_copied(backend: Backend) -> None:
         file.seek(8)  # the name of a backing file (QEMU docs/interop/qcow2.txt)
         file.write((104).to_bytes(8, "big") + (11).to_bytes(4, "big"))
     with pytest.raises(ImageFormatError, match="backing file"):
-        backend.transfer.copy("source", NewDisk(name="copy"))
+        copied(backend, NewDisk(name="copy"))
 
 
 @pytest.mark.usefixtures("sets")

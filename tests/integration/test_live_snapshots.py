@@ -79,6 +79,9 @@ def test_all_disks_of_a_running_domain_are_snapshot_at_one_point_in_time(site: S
         assert len(found) == disk.size
         assert found[M : 3 * M] == bytes([0x50 + number]) * (2 * M)
         site.backend.snapshots.delete(name)
+    site.virt_sse("disk", "copy", disks[3].name, "copied", "--path", str(site.host.images / "copied.raw"))
+    assert content(site, "copied")[M : 3 * M] == b"\x77" * M + b"\x53" * M
+    site.backend.disks.delete("copied")
     guest.destroy()
 
 

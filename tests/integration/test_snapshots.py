@@ -163,13 +163,13 @@ class TestRefusals:
     ) -> None:
         """The locks of QEMU do not exclude a writer of a raw image."""
         disk = new_disk(backend, root, image_format="raw")
-        encrypt_again = img.encrypt_again
+        copy_into = img.copy_into
 
-        def use_meanwhile(*arguments: object) -> None:
-            encrypt_again(*arguments)  # type: ignore[arg-type]
+        def use_meanwhile(*arguments: object, **options: object) -> None:
+            copy_into(*arguments, **options)  # type: ignore[arg-type]
             backend.host.freshness.begin_use(disk)
 
-        monkeypatch.setattr(img, "encrypt_again", use_meanwhile)
+        monkeypatch.setattr(img, "copy_into", use_meanwhile)
         with pytest.raises(DiskInUseError, match="started with disk 'web' meanwhile"):
             backend.snapshots.of_disk("before", "web")
         assert [each.name for each in backend.host.store.all()] == ["web"]

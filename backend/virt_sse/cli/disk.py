@@ -172,7 +172,7 @@ def copy(
     pool: Pool = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Copy an unused disk to a new disk with keys of its own, in any disk encryption set or in none."""
+    """Copy a disk, also of a running domain, to a new disk with keys of its own, in any set or in none."""
     is_free = _is_for_platform_key(des, encryption_type)
     with backend() as b, progress_bar("copying") as progress:
         source = b.disks.get(name)
@@ -180,19 +180,17 @@ def copy(
             des = str(source.set_id)
         if des is not None:
             b.sets.require_type(des, encryption_type)
-        disk = b.transfer.copy(
-            str(source.id),
-            NewDisk(
-                name=new_name,
-                format=image_format or source.format,
-                sku=sku or source.sku,
-                encryption_set=des,
-                infrastructure_cipher=infrastructure_cipher,
-                place=image_place(path, pool),
-            ),
-            progress=progress,
+        new = NewDisk(
+            name=new_name,
+            format=image_format or source.format,
+            sku=sku or source.sku,
+            encryption_set=des,
+            infrastructure_cipher=infrastructure_cipher,
+            place=image_place(path, pool),
+            source=source,
         )
-    print_disk(disk, output)
+        copied = b.copies.copy([new], progress=progress)
+    print_disk(copied.disks[0], output)
 
 
 @app.command()

@@ -79,7 +79,8 @@ class DeletionCertificates:
             deleted=datetime.now(UTC).isoformat(timespec="seconds"),
             image=image,
             remaining=tuple(
-                RemainingCopy(kind="disk", id=copy.id, name=copy.name) for copy in self._store.copies_of(disk)
+                RemainingCopy(kind=copy.kind.value, id=copy.id, name=copy.name)
+                for copy in self._store.copies_of(disk)
             ),
         )
         certificate = DeletionCertificate.sign(statement, self.key.provision())

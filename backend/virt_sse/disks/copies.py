@@ -164,14 +164,13 @@ class Copies:
         headers = img.validate(source.path, source.format, deks[1:])
         self._freshness.check_inner(source, headers, always_refuse=True)
         with image_errors(target.disk):
-            img.encrypt_again(
-                source.path,
-                source.format,
-                deks,
+            img.copy_into(
+                img.CopySource.encrypted(source.path, source.format, deks),
                 target.image,
                 target.disk.format,
                 target.deks,
                 progress,
+                is_new=True,
             )
 
 

@@ -1,4 +1,4 @@
-"""Import, copy and export: content on its way into disks and out of disks."""
+"""Import and export: content on its way into disks and out of disks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from virt_sse.disks.lifecycle import Disks
 from virt_sse.disks.stored_images import usable
 from virt_sse.errors import DiskExistsError, ImageError, ImageFormatError, OtherFileError
-from virt_sse.in_guest.images import in_image, in_unencrypted_image
+from virt_sse.in_guest.images import in_unencrypted_image
 from virt_sse.keys.host import Host
 from virt_sse.model.content import Content
 from virt_sse.model.disks import Disk, NewDisk
@@ -23,7 +23,7 @@ from virt_sse.system.progress import Progress, silent
 
 
 class Transfer:
-    """Encrypts imported and copied content, and decrypts exported content, without a plaintext file."""
+    """Encrypts imported content, and decrypts exported content, without a plaintext file."""
 
     def __init__(self, host: Host, disks: Disks) -> None:
         self._store = host.store
@@ -87,38 +87,6 @@ class Transfer:
                         source, information.format, descriptor=descriptor, others=files
                     )
                 ),
-            )
-
-    def copy(self, name: str, new: NewDisk, *, progress: Progress = silent) -> Disk:
-        """Create a disk with the content of the unused disk *name*, encrypted with DEKs of its own.
-
-        The new disk may be in any set or in none, whatever the source's set.
-
-        :param new: the disk; its size is the source's.
-        :raise DiskInUseError: When a QEMU process has the source open.
-        :raise StaleImageError: When the source's image is not the last known or a newer one.
-        :raise VirtSseError: As in :meth:`Disks.create`.
-        """
-        with usable(self._host, self._store.get(name)) as source:
-            img.refuse_if_open(source.path)
-            self._freshness.check(source)
-            source_deks = self._keys.unwrap_all(source)
-            headers = img.validate(source.path, source.format, source_deks[1:])
-            self._freshness.check_inner(source, headers, always_refuse=True)
-
-            def fill(partial: Path, deks: Sequence[Dek]) -> None:
-                img.encrypt_again(
-                    source.path, source.format, source_deks, partial, new.format, deks, progress
-                )
-
-            return self._disks.create(
-                dataclasses.replace(
-                    new,
-                    size=img.usable_size_within(source.path, source.format, source_deks),
-                    source=source,
-                ),
-                fill=fill,
-                content=Content(lambda: in_image(source.path, source.format, source_deks)),
             )
 
     def export(

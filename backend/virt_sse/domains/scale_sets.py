@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 
 import libvirt
 
+from virt_sse.disks.copies import Copies
 from virt_sse.disks.lifecycle import Disks
-from virt_sse.disks.transfer import Transfer
 from virt_sse.domains.settings import VmChanges, VmSettings
 from virt_sse.domains.start import DomainStart
 from virt_sse.errors import (
@@ -57,13 +57,11 @@ class ScaleSets:
     :raise ScaleSetNotFoundError: When the store has no such set.
     """
 
-    def __init__(
-        self, host: Host, disks: Disks, transfer: Transfer, start: DomainStart, vms: VmSettings
-    ) -> None:
+    def __init__(self, host: Host, disks: Disks, copies: Copies, start: DomainStart, vms: VmSettings) -> None:
         self._config = host.config
         self._store = host.store
         self._disks = disks
-        self._transfer = transfer
+        self._copies = copies
         self._start = start
         self._vms = vms
         self._locks = DiskLocks(host.config.state_directory / "scale-sets.lock")
@@ -273,8 +271,9 @@ class ScaleSets:
             sku=image.sku,
             encryption_set=str(image.set_id) if image.set_id else None,
             id=disk_id,
+            source=image,
         )
-        return self._transfer.copy(str(image.id), new)
+        return self._copies.copy([new]).disks[0]
 
     def _remove(self, connection: libvirt.virConnect, scale_set: ScaleSet, instance: Instance) -> None:
         """Remove domain and disk of an instance; caller has checked whether the domain may be destroyed."""

@@ -374,45 +374,6 @@ def encrypt_from(
         )
 
 
-def encrypt_again(
-    source: Path,
-    source_format: DiskFormat,
-    source_deks: Sequence[Dek],
-    target: Path,
-    target_format: DiskFormat,
-    deks: Sequence[Dek],
-    progress: Callable[[float], None],
-) -> None:
-    """Write the content of the encrypted image *source* into the new encrypted image *target*.
-
-    The plaintext exists in the memory of qemu-img only.
-
-    :param target: at least as large as the source.
-    :param progress: called with the completed fraction, from 0.0 to 1.0.
-    :raise DiskInUseError: When a QEMU process is writing to *source*.
-    :raise ImageError: When there is no room.
-    :raise ToolError: When *source* cannot be read, or reading stalls.
-    """
-    zero = ["--target-is-zero"] if target_format is DiskFormat.QCOW2 else []
-    size = usable_size_within(source, source_format, source_deks)
-    with (
-        keys_to(source, source_format, source_deks) as keys,
-        secrets_for(deks, first=len(source_deks)) as (secrets, descriptors),
-        opened(target, os.O_RDWR) as written,
-        _locks_named(source),
-    ):
-        bound = max(os.fstat(written).st_size, usable_size(written, target_format), size)
-        run_with_progress(
-            ["qemu-img", "convert", "-p", "-n", *zero, *keys.secrets, *secrets, "--target-image-opts"]
-            + [json_filename(source, source_format, len(source_deks))]
-            + [image_options(target, target_format, len(deks), first_secret=len(source_deks))],
-            confinement=_working(bound, keys.image, BoundFile(target, written, writable=True)),
-            pass_fds=[*keys.descriptors, *descriptors],
-            progress=progress,
-            stalled_after=_stalled_after(bound),
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class CopySource:
     """The source of a copy into an encrypted image, with its whole block graph stated.
@@ -455,10 +416,16 @@ def copy_into(
     progress: Callable[[float], None],
     *,
     max_rate: int | None = None,
+    is_new: bool = False,
 ) -> None:
-    """Overwrite the content of the encrypted image *target* with the content of *source*, of the same size.
+    """Overwrite the content of the encrypted image *target* with the content of *source*.
 
+    The plaintext exists in the memory of qemu-img only.
+
+    :param target: at least as large as the source.
+    :param progress: called with the completed fraction, from 0.0 to 1.0.
     :param max_rate: upper bound in bytes/s.
+    :param is_new: whether nothing was written to *target* before.
     :raise DiskInUseError: When a QEMU process has an image open.
     :raise ImageError: When there is no room.
     :raise ToolError: When the source cannot be read, or reading stalls.
@@ -471,8 +438,9 @@ def copy_into(
     ):
         size = max(target.stat().st_size, usable_size(keys.image.descriptor, target_format))
         rate = ["-r", str(max_rate)] if max_rate else []
+        zero = ["--target-is-zero"] if is_new and target_format is DiskFormat.QCOW2 else []
         run_with_progress(
-            ["qemu-img", "convert", "-p", "-n", *rate, *secrets, *keys.secrets, "--target-image-opts"]
+            ["qemu-img", "convert", "-p", "-n", *zero, *rate, *secrets, *keys.secrets, "--target-image-opts"]
             + [source.filename, image_options(target, target_format, len(deks), first_secret=first)],
             confinement=_working(size, *files, keys.image),
             pass_fds=[*descriptors, *keys.descriptors],

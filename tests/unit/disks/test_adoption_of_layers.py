@@ -19,6 +19,7 @@ from virt_sse.model.layers import EncryptionType
 from virt_sse.qemu import envelope_slots, img
 
 M = 1 << 20
+LAYERS = "layers in the envelope"
 
 
 def _with_type(encryption_type: EncryptionType) -> Callable[[Envelope], Envelope]:
@@ -41,23 +42,25 @@ def _with_cipher_of_the_outer_layer(envelope: Envelope) -> Envelope:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        pytest.param(_with_type(EncryptionType.PLATFORM_AND_CUSTOMER_KEYS), id="double with one slot"),
-        pytest.param(_with_two_slots, id="single with two slots"),
-        pytest.param(_with_slot_of_the_outer_layer, id="foreign slot"),
-        pytest.param(_with_cipher_of_the_outer_layer, id="foreign cipher"),
+        pytest.param(
+            _with_type(EncryptionType.PLATFORM_AND_CUSTOMER_KEYS), LAYERS, id="double with one slot"
+        ),
+        pytest.param(_with_two_slots, LAYERS, id="single with two slots"),
+        pytest.param(_with_slot_of_the_outer_layer, LAYERS, id="foreign slot"),
+        pytest.param(_with_cipher_of_the_outer_layer, "but the LUKS header has", id="foreign cipher"),
     ],
 )
 def test_an_envelope_with_other_layers_than_its_type_is_not_adopted(
-    root: Path, backend: Backend, change: Callable[[Envelope], Envelope]
+    root: Path, backend: Backend, change: Callable[[Envelope], Envelope], message: str
 ) -> None:
     images.require("qemu-img", "qemu-io", "cryptsetup")
     disk = backend.disks.create(NewDisk(name="disk", size=M))
     backend.host.store.remove(disk.id)
     with img.opened(disk.path, os.O_RDWR) as descriptor:
         envelope_slots.write(descriptor, disk.format, change(disk.envelope))
-    with pytest.raises(EnvelopeError, match="layers in the envelope"):
+    with pytest.raises(EnvelopeError, match=message):
         backend.disks.adopt(disk.path, trust=True)
     assert backend.disks.all() == []
     with img.opened(disk.path, os.O_RDWR) as descriptor:
