@@ -55,12 +55,16 @@ def attacked(site: StageSite, *disks: Disk) -> Iterator[None]:
     attack = subprocess.Popen(
         site.host.command(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
+    assert attack.stdin
     assert attack.stdout
     try:
         assert attack.stdout.readline() == "ready\n"
         yield
     finally:
-        said = attack.communicate(timeout=60)[0]  # a kill would end nsenter only
+        attack.stdin.close()  # a kill would end nsenter only
+        said = attack.stdout.read()  # communicate() would miss lines that readline() has read ahead
+        attack.wait(timeout=60)
+        attack.stdout.close()
     assert said == "connected\n", said
 
 
