@@ -108,7 +108,6 @@ class FileSite:
 
     def _prepare(self, kinds: tuple[Kind, ...]) -> None:
         self.cli("host", "init")
-        self.cli("des", "create", "other", "--provider", "platform-managed", "--key", "default")
         both = "EncryptionAtRestWithPlatformAndCustomerKeys"
         arguments = ("--provider", "platform-managed", "--key", "default", "--encryption-type", both)
         self.cli("des", "create", "double", *arguments)
@@ -118,10 +117,9 @@ class FileSite:
         self.keys.administration.new_credential_file(
             operator, f"host-{uuid.uuid4().hex[:8]}", role=Role.IDENTITY_OPERATOR
         )
-        if "customer" in wanted or not kinds:
-            url = self.keys.new_key()
-            self.cli("des", "create", "customer", "--key", url)
-            self.grant("customer")
+        for name in ("other", "customer") if "customer" in wanted or not kinds else ("other",):
+            self.cli("des", "create", name, "--key", self.keys.new_key())
+            self.grant(name)
         if "hsm" in wanted:
             self.cli("host", "hsm", "init")
             self.cli("host", "hsm", "create", "disks", "--size", "2048")
