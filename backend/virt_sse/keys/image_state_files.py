@@ -15,22 +15,19 @@ from uuid import UUID
 import msgspec
 
 from virt_sse.errors import HostKeyError
+from virt_sse.keys.key_file import KeyFile
 from virt_sse.model.image_states import ImageState
 from virt_sse.model.seal import HOST_KEY_BYTES, SealKey
 from virt_sse.system.documents import DocumentError, from_json
 from virt_sse.system.files import (
     private_folder,
-    publish,
     single_writer_temporary,
     sync_folder,
     write_as_single_writer,
-    write_private,
 )
 
 MOST_DELETED = 4096
 """Number of deleted disks whose last states are kept."""
-
-_OTHERS = 0o077
 
 
 class HostKeyFile:
@@ -38,43 +35,23 @@ class HostKeyFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file = KeyFile(path, "host key")
 
     def provision(self) -> bool:
         """Make the key unless the file exists: whether made.
 
         :raise HostKeyError: When the file cannot be written.
         """
-        if self.path.exists():
-            return False
-        candidate = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}")
-        try:
-            private_folder(self.path.parent)
-            write_private(candidate, secrets.token_bytes(HOST_KEY_BYTES))
-            try:
-                publish(candidate, self.path)  # another process may have made the key meanwhile
-            except FileExistsError:
-                return False
-            finally:
-                candidate.unlink()
-        except OSError as exc:
-            raise HostKeyError(f"cannot make the host key {self.path}: {exc.strerror}") from exc
-        return True
+        return self._file.make(secrets.token_bytes(HOST_KEY_BYTES))
 
     def load(self) -> SealKey | None:
         """The key of the seals; ``None`` without a host key.
 
         :raise HostKeyError: When the file cannot be read, or is no host key.
         """
-        try:
-            with self.path.open("rb") as file:
-                is_open_to_others = os.fstat(file.fileno()).st_mode & _OTHERS
-                content = file.read()
-        except FileNotFoundError:
+        content = self._file.read()
+        if content is None:
             return None
-        except OSError as exc:
-            raise HostKeyError(f"cannot read the host key {self.path}: {exc.strerror}") from exc
-        if is_open_to_others:
-            raise HostKeyError(f"{self.path} is open to other users", hint=f"chmod 600 {self.path}")
         if len(content) != HOST_KEY_BYTES:
             raise HostKeyError(
                 f"{self.path} holds {len(content)} bytes instead of {HOST_KEY_BYTES}",
