@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from virt_sse.cli.disk_reencrypt import MaxRate
+from virt_sse.cli.disk_options import MaxRate
 from virt_sse.cli.key import print_report
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend

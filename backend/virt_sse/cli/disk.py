@@ -10,6 +10,7 @@ import typer
 
 from virt_sse.cli import disk_backup
 from virt_sse.cli.disk_fields import dek_fields, disk_fields, image_place, print_disk, shown_size
+from virt_sse.cli.disk_options import DryRun, ImagePath, Pool, cipher_option
 from virt_sse.cli.disk_reencrypt import disk_reencrypt
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend, host, listed_disks
@@ -28,16 +29,6 @@ Name = Annotated[str, typer.Argument(help="The disk's name or id.", show_default
 NewName = Annotated[str, typer.Argument(help="The new disk's name.", show_default=False)]
 DomainName = Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name.", show_default=False)]
 ImageFormat = Annotated[DiskFormat, typer.Option("--format", help="The image format.")]
-ImagePath = Annotated[
-    Path | None,
-    typer.Option("--path", help="The image file to create; default: NAME.FORMAT in libvirt's image folder."),
-]
-Pool = Annotated[
-    str | None,
-    typer.Option(
-        "--pool", help="The libvirt storage pool (of type dir, fs or netfs) to create the image in."
-    ),
-]
 SetName = Annotated[
     str | None,
     typer.Option(
@@ -46,11 +37,9 @@ SetName = Annotated[
 ]
 InfrastructureCipher = Annotated[
     Cipher | None,
-    typer.Option(
+    cipher_option(
         "--infrastructure-cipher",
-        parser=Cipher.parse,
-        metavar="CIPHER",
-        help="Cipher of the second layer, in a set for double encryption; default: the configured cipher.",
+        "Cipher of the second layer, in a set for double encryption; default: the configured cipher.",
     ),
 ]
 SkuOption = Annotated[
@@ -151,7 +140,7 @@ def import_(
 
 @app.command()
 def copy(
-    name: Annotated[str, typer.Argument(metavar="SOURCE", help="The disk to copy; unused.")],
+    name: Annotated[str, typer.Argument(metavar="SOURCE", help="The disk to copy.")],
     new_name: Annotated[str, typer.Argument(metavar="NEW", help="The new disk's name.")],
     des: Annotated[
         str | None, typer.Option("--des", help="The new disk's encryption set; default: the source's.")
@@ -337,9 +326,7 @@ def resize(
 @app.command()
 def delete(
     name: Name,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and report only; change nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     certificate: Annotated[
         Path | None,
         typer.Option(

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from virt_sse.cli.disk_fields import disk_fields, image_place, print_disk, shown_size
-from virt_sse.cli.output import Output, OutputFormat, print_rows, progress_bar
-from virt_sse.cli.session import backend, listed_disks
+from virt_sse.cli.disk_fields import image_place, print_copies, print_disk
+from virt_sse.cli.disk_options import DryRun, ImagePath, Pool, Quiesce
+from virt_sse.cli.output import Output, OutputFormat, progress_bar
+from virt_sse.cli.session import backend
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disk_kind import DiskKind
 
@@ -29,14 +30,7 @@ def backup(
     des: Annotated[
         str | None, typer.Option("--des", help="Any disk encryption set; default: the disk's.")
     ] = None,
-    quiesce: Annotated[
-        bool | None,
-        typer.Option(
-            "--quiesce/--no-quiesce",
-            help="Freeze the guest's file systems; default: if a guest agent is connected.",
-            show_default=False,
-        ),
-    ] = None,
+    quiesce: Quiesce = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Make a restore point of a disk, running or not: an encrypted copy elsewhere."""
@@ -52,13 +46,7 @@ def backups(
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """List restore points as stored, without a look at their images."""
-    names = {str(each.id): each.name for each in listed_disks()}
-    rows = []
-    for point in listed_disks(DiskKind.RESTORE_POINT):
-        source = str(point.source_id)
-        if disk in (None, source, names.get(source)):
-            rows.append(disk_fields(point) | {"size": shown_size(point, output), "disk": names.get(source)})
-    print_rows(rows, ("name", "disk", "created", "size", "state", "key", "path"), output)
+    print_copies(DiskKind.RESTORE_POINT, disk, output)
 
 
 def restore(
@@ -80,15 +68,8 @@ def restore(
         DiskFormat | None,
         typer.Option("--format", help="The image format; default: the restore point's."),
     ] = None,
-    path: Annotated[
-        Path | None,
-        typer.Option(
-            "--path", help="The image file to create; default: NAME.FORMAT in libvirt's image folder."
-        ),
-    ] = None,
-    pool: Annotated[
-        str | None, typer.Option("--pool", help="The libvirt storage pool to create the image in.")
-    ] = None,
+    path: ImagePath = None,
+    pool: Pool = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Verify a restore point, and make a new disk with its content."""
@@ -114,9 +95,7 @@ def verify_backup(point: _Point) -> None:
 
 def erase_backup(
     point: _Point,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and report only; change nothing.")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Crypto-erase a restore point alone: wipe its keyslots, forget its DEK, remove image and manifest."""
     with backend() as b:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from virt_sse.cli.output import OutputFormat, human_size, print_fields
+from virt_sse.cli.output import OutputFormat, human_size, print_fields, print_rows
+from virt_sse.cli.session import listed_disks
 from virt_sse.errors import InvalidValueError
 from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk, StoragePool
@@ -27,6 +28,20 @@ def image_place(path: Path | None, pool: str | None) -> Path | StoragePool | Non
 def print_disk(disk: Disk, output: OutputFormat) -> None:
     """Print a disk, or a copy."""
     print_fields(disk_fields(disk) | {"size": shown_size(disk, output)}, output)
+
+
+def print_copies(kind: DiskKind, disk: str | None, output: OutputFormat) -> None:
+    """Print the copies of a kind as stored.
+
+    :param disk: name or id of the disk whose copies are printed; default: of all disks.
+    """
+    names = {str(each.id): each.name for each in listed_disks()}
+    rows = []
+    for copy in listed_disks(kind):
+        source = str(copy.source_id)
+        if disk in (None, source, names.get(source)):
+            rows.append(disk_fields(copy) | {"size": shown_size(copy, output), "disk": names.get(source)})
+    print_rows(rows, ("name", "disk", "created", "size", "state", "key", "path"), output)
 
 
 def shown_size(disk: Disk, output: OutputFormat) -> int | str:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from virt_sse.cli.disk_options import MaxRate, cipher_option
 from virt_sse.cli.output import progress_bar
 from virt_sse.cli.session import backend, config
 from virt_sse.errors import InvalidValueError
@@ -15,30 +16,21 @@ from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import parse_size
 
-MaxRate = Annotated[
-    str | None,
-    typer.Option("--max-rate", metavar="SIZE", help="Copy at most this many bytes a second, e.g. 100M."),
-]
-
 
 def disk_reencrypt(
     name: Annotated[str, typer.Argument(help="The disk's name or id.", show_default=False)],
     cipher: Annotated[
         Cipher | None,
-        typer.Option(
+        cipher_option(
             "--cipher",
-            parser=Cipher.parse,
-            metavar="CIPHER",
-            help="Cipher of the guest's layer; default: unchanged.",
+            "Cipher of the guest's layer; default: unchanged.",
         ),
     ] = None,
     infrastructure_cipher: Annotated[
         Cipher | None,
-        typer.Option(
+        cipher_option(
             "--infrastructure-cipher",
-            parser=Cipher.parse,
-            metavar="CIPHER",
-            help="Cipher of the second layer, in a set for double encryption; default: unchanged.",
+            "Cipher of the second layer, in a set for double encryption; default: unchanged.",
         ),
     ] = None,
     des: Annotated[

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from virt_sse.cli.disk import ImagePath, Pool
 from virt_sse.cli.disk_fields import dek_fields, disk_fields, image_place, print_disk, shown_size
+from virt_sse.cli.disk_options import DryRun, ImagePath, Pool, Quiesce
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend, listed_disks
 from virt_sse.errors import InvalidValueError
@@ -60,14 +60,7 @@ def create(
     with_backing: Annotated[
         bool, typer.Option("--with-backing", help="Read the file's backing files, too.")
     ] = False,
-    quiesce: Annotated[
-        bool | None,
-        typer.Option(
-            "--quiesce/--no-quiesce",
-            help="Freeze the guest's file systems; default: if a guest agent is connected.",
-            show_default=False,
-        ),
-    ] = None,
+    quiesce: Quiesce = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Make a version of an image, of a disk, a snapshot or a foreign image."""
@@ -132,9 +125,7 @@ def delete(
     name: Annotated[
         str, typer.Argument(metavar="NAME:VERSION", help="The version of the image.", show_default=False)
     ],
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and report only; change nothing.")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Delete a version of an image for good. Disks made of the image stay."""
     with backend() as b:

@@ -6,10 +6,17 @@ from typing import Annotated
 
 import typer
 
-from virt_sse.cli.disk import ImagePath, Pool
-from virt_sse.cli.disk_fields import dek_fields, disk_fields, image_place, print_disk, shown_size
-from virt_sse.cli.output import Output, OutputFormat, print_fields, print_json, print_rows, progress_bar
-from virt_sse.cli.session import backend, host, listed_disks
+from virt_sse.cli.disk_fields import (
+    dek_fields,
+    disk_fields,
+    image_place,
+    print_copies,
+    print_disk,
+    shown_size,
+)
+from virt_sse.cli.disk_options import DryRun, ImagePath, Pool, Quiesce
+from virt_sse.cli.output import Output, OutputFormat, print_fields, print_json, progress_bar
+from virt_sse.cli.session import backend, host
 from virt_sse.errors import InvalidValueError
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disk_kind import DiskKind
@@ -41,14 +48,7 @@ def create(
             "--domain", help="Take all disks of this domain, at one point in time.", show_default=False
         ),
     ] = None,
-    quiesce: Annotated[
-        bool | None,
-        typer.Option(
-            "--quiesce/--no-quiesce",
-            help="Freeze the guest's file systems; default: if a guest agent is connected.",
-            show_default=False,
-        ),
-    ] = None,
+    quiesce: Quiesce = None,
     image_format: Format = None,
     path: ImagePath = None,
     pool: Pool = None,
@@ -91,14 +91,7 @@ def list_(
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """List snapshots as stored, without a look at their images."""
-    names = {str(each.id): each.name for each in listed_disks()}
-    rows = []
-    for snapshot in listed_disks(DiskKind.SNAPSHOT):
-        source = str(snapshot.source_id)
-        fields = disk_fields(snapshot) | {"size": shown_size(snapshot, output), "disk": names.get(source)}
-        if disk in (None, source, names.get(source)):
-            rows.append(fields)
-    print_rows(rows, ("name", "disk", "created", "size", "state", "key", "path"), output)
+    print_copies(DiskKind.SNAPSHOT, disk, output)
 
 
 @app.command()
@@ -146,9 +139,7 @@ def restore(
 @app.command()
 def delete(
     name: Name,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and report only; change nothing.")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Delete a snapshot for good: wipe its keyslots, forget its DEK, remove its image."""
     with backend() as b:

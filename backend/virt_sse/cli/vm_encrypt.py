@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from virt_sse.cli.disk_reencrypt import MaxRate, pause_of
+from virt_sse.cli.disk_options import MaxRate, cipher_option
+from virt_sse.cli.disk_reencrypt import pause_of
 from virt_sse.cli.output import progress_bar
 from virt_sse.cli.session import backend
 from virt_sse.errors import InvalidValueError
@@ -28,20 +29,16 @@ def vm_encrypt(
     ] = None,
     cipher: Annotated[
         Cipher | None,
-        typer.Option(
+        cipher_option(
             "--cipher",
-            parser=Cipher.parse,
-            metavar="CIPHER",
-            help="Cipher of the guest's layer; default: aes-256-xts.",
+            "Cipher of the guest's layer; default: aes-256-xts.",
         ),
     ] = None,
     infrastructure_cipher: Annotated[
         Cipher | None,
-        typer.Option(
+        cipher_option(
             "--infrastructure-cipher",
-            parser=Cipher.parse,
-            metavar="CIPHER",
-            help="Cipher of the second layer, with double encryption; default: the configured cipher.",
+            "Cipher of the second layer, with double encryption; default: the configured cipher.",
         ),
     ] = None,
     image_format: Annotated[

@@ -1,0 +1,40 @@
+"""Options that several commands for disks and copies of disks have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from virt_sse.model.ciphers import Cipher
+
+
+def cipher_option(name: str, text: str) -> Any:
+    """The option *name* for a cipher."""
+    return typer.Option(name, parser=Cipher.parse, metavar="CIPHER", help=text)
+
+
+ImagePath = Annotated[
+    Path | None,
+    typer.Option("--path", help="The image file to create; default: NAME.FORMAT in libvirt's image folder."),
+]
+Pool = Annotated[
+    str | None,
+    typer.Option(
+        "--pool", help="The libvirt storage pool (of type dir, fs or netfs) to create the image in."
+    ),
+]
+Quiesce = Annotated[
+    bool | None,
+    typer.Option(
+        "--quiesce/--no-quiesce",
+        help="Freeze the guest's file systems; default: if a guest agent is connected.",
+        show_default=False,
+    ),
+]
+MaxRate = Annotated[
+    str | None,
+    typer.Option("--max-rate", metavar="SIZE", help="Copy at most this many bytes a second, e.g. 100M."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and report only; change nothing.")]
