@@ -7,9 +7,6 @@ from typing import Self
 
 from virt_sse.audit.record import Component
 from virt_sse.config import Config
-from virt_sse.copies.in_place import InPlace
-from virt_sse.copies.reencryption import ReencryptionService
-from virt_sse.copies.settlement import Settlement
 from virt_sse.disks.certificates import DeletionCertificates
 from virt_sse.disks.copies import Copies
 from virt_sse.disks.images import Images
@@ -29,6 +26,9 @@ from virt_sse.keys.encryption_sets import EncryptionSets
 from virt_sse.keys.host import Host
 from virt_sse.keys.rewrap import KeyRotation
 from virt_sse.plugins import PluginHost
+from virt_sse.replacement.in_place import InPlace
+from virt_sse.replacement.reencryption import ReencryptionService
+from virt_sse.replacement.settlement import Settlement
 from virt_sse.verification.verification import Verification
 
 

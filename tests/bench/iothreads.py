@@ -21,7 +21,7 @@ from virt_sse.errors import LabUnavailableError, ToolError
 from virt_sse.model.ciphers import AES_256_XTS
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
-from virt_sse.qemu import formatting, img
+from virt_sse.qemu import formatting, unlocking
 from virt_sse.qemu.formatting import Volume
 from virt_sse.system import acceleration
 
@@ -85,7 +85,7 @@ class _Daemon:
     ) -> None:
         self._stack = contextlib.ExitStack()
         self._count = self._ended = 0
-        secrets, descriptors = self._stack.enter_context(img.secrets_for([dek]))
+        secrets, descriptors = self._stack.enter_context(unlocking.secrets_for([dek]))
         arguments = [*secrets, "--chardev", "stdio,id=monitor", "--monitor", "chardev=monitor"]
         for number, image in enumerate(images):
             file = f"file.driver=file,file.filename={image},file.locking=off"

@@ -20,7 +20,7 @@ from virt_sse.backend import Backend
 from virt_sse.errors import LabUnavailableError
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
-from virt_sse.qemu import img
+from virt_sse.qemu import unlocking
 from virt_sse.system import acceleration
 
 _MIB, _GIB = 1 << 20, 1 << 30
@@ -143,13 +143,13 @@ def _rate(samples: Sequence[_Sample]) -> Measurement:
 def _run(image: _Image, direction: str, size: int, cache: str) -> _Sample:
     """Let qemu-img write or read the whole image once, from or to QEMU's null driver."""
     if image.deks:
-        options = img.image_options(image.path, image.format, len(image.deks))
+        options = unlocking.image_options(image.path, image.format, len(image.deks))
     else:
         options = f"driver={image.format.value},file.driver=file,file.filename={image.path}"
     null = f"driver=null-co,size={size},read-zeroes=off"
     source, target = (null, options) if direction == "write" else (options, null)
     caches = ["-t", cache] if direction == "write" else ["-T", cache]
-    with img.secrets_for(image.deks) as (secrets, descriptors):
+    with unlocking.secrets_for(image.deks) as (secrets, descriptors):
         before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         subprocess.run(
             ["qemu-img", "convert", "-n", "-S", "0", *caches, *secrets, "--image-opts", "--target-image-opts"]

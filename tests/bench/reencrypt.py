@@ -11,8 +11,6 @@ from pathlib import Path
 from hosts import prepared_host
 from measurement import Measurement, Row, Run, Target, Unit, seconds
 from virt_sse.backend import Backend
-from virt_sse.copies.offline import no_bars
-from virt_sse.copies.reencryption import Reencryption
 from virt_sse.errors import LabError
 from virt_sse.lab import acceleration
 from virt_sse.lab.guests import Guest
@@ -22,6 +20,8 @@ from virt_sse.libvirt.block_copy import BlockCopy
 from virt_sse.libvirt.disk_element import disk_element
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, NewDisk
+from virt_sse.replacement.offline import no_bars
+from virt_sse.replacement.reencryption import Reencryption
 
 _NAME, _TARGET = "reencrypt", "vda"
 _POLL_SECONDS = 0.02

@@ -26,7 +26,7 @@ from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import PLATFORM_KEY, Disk, NewDisk
 from virt_sse.model.layers import EncryptionType
-from virt_sse.qemu import img
+from virt_sse.qemu import image_file
 
 _SET = "web"
 _DISKS_PER_DOMAIN = 4
@@ -88,7 +88,7 @@ def add_copies(backend: Backend, first: Disk, count: int, *, images: bool = True
     (entry,) = first.deks
     provider = backend.host.plugins.key_provider(entry.wrapped.key.provider, first.identity_for(entry.slot))
     dek = provider.unwrap(entry.wrapped, context=first.context(entry.slot))
-    with img.opened(first.path) as image:
+    with image_file.opened(first.path) as image:
         header, size = os.pread(image, _HEADER, 0), os.fstat(image).st_size
     copies = []
     for number in range(count):
@@ -103,7 +103,7 @@ def add_copies(backend: Backend, first: Disk, count: int, *, images: bool = True
         copy = replace(copy, deks=(replace(entry, wrapped=wrapped),))
         if images:
             copy.path.write_bytes(header)
-            with img.opened(copy.path, os.O_RDWR) as image:
+            with image_file.opened(copy.path, os.O_RDWR) as image:
                 os.ftruncate(image, size)
                 backend.host.freshness.seal_new(image, copy)
             backend.host.freshness.note_new(copy)

@@ -13,7 +13,7 @@ from virt_sse.backend import Backend
 from virt_sse.errors import ConfigError, EnvelopeError, ImageFormatError, InvalidValueError, VirtSseError
 from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.model.envelope import Envelope
-from virt_sse.qemu import image_header, img
+from virt_sse.qemu import image_file, image_header
 
 IMAGES = list(corpus.images())
 ENVELOPES = list(corpus.envelopes())
@@ -33,13 +33,13 @@ def test_the_corpus_is_the_same_at_each_run() -> None:
 @pytest.mark.parametrize("case", IMAGES, ids=lambda case: case.name)
 def test_an_image_is_refused_for_the_expected_reason_or_accepted(case: Case, tmp_path: Path) -> None:
     path = corpus.write_image(case, tmp_path / "image")
-    with img.opened(path) as descriptor:
+    with image_file.opened(path) as descriptor:
         if not case.reasons:
-            image_format = img.probe_format(descriptor)
+            image_format = image_file.probe_format(descriptor)
             assert image_header.validate(descriptor, image_format)[1] > 0
             return
         with pytest.raises(ImageFormatError) as caught:
-            image_header.validate(descriptor, img.probe_format(descriptor))
+            image_header.validate(descriptor, image_file.probe_format(descriptor))
         assert_refused(case, caught.value)
 
 

@@ -19,7 +19,7 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, NewDisk
 from virt_sse.model.keys import Dek
 from virt_sse.model.layers import EncryptionType
-from virt_sse.qemu import img
+from virt_sse.qemu import img, unlocking
 from virt_sse.qemu.formatting import Volume, make
 
 M = 1 << 20
@@ -75,7 +75,7 @@ def assert_refused(backend: Backend, disk: Disk, reason: str, root: Path, canary
         "resize": lambda: backend.disks.resize("disk", 2 * M),
         "shrink": lambda: backend.disks.resize("disk", M // 2, shrink=True),
         "inspect": lambda: backend.inspector.disk(disk),
-        "start": lambda: img.validate(disk.path, disk.format, deks[1:]),
+        "start": lambda: unlocking.validate(disk.path, disk.format, deks[1:]),
     }
     for name, command in commands.items():
         began = time.monotonic()
@@ -148,15 +148,15 @@ def test_lengths_in_a_hostile_header_erase_nothing(backend: Backend, canary: Can
 def test_the_bitmaps_of_libvirts_checkpoints_are_accepted(tmp_path: Path) -> None:
     dek, path = Dek.generate(), tmp_path / "image"
     make(path, DiskFormat.QCOW2, M, [Volume(AES_256_XTS, dek)])
-    with img.secrets_for([dek]) as (secrets, descriptors):
+    with unlocking.secrets_for([dek]) as (secrets, descriptors):
         subprocess.run(
             ["qemu-img", "bitmap", *secrets, "--add", "--image-opts"]
-            + [img.image_options(path, DiskFormat.QCOW2, 1), "checkpoint"],
+            + [unlocking.image_options(path, DiskFormat.QCOW2, 1), "checkpoint"],
             pass_fds=descriptors,
             check=True,
         )
     assert "checkpoint" in json.dumps(info(path))
-    img.validate(path, DiskFormat.QCOW2, [])
+    unlocking.validate(path, DiskFormat.QCOW2, [])
     img.check(path, DiskFormat.QCOW2, [dek])
 
 
@@ -167,4 +167,4 @@ def test_headers_of_all_formatters_are_accepted(tmp_path: Path, image_format: st
     """qemu-img measures the machine for its iteration counts; they stay below the bound."""
     dek, path, kind = Dek.generate(), tmp_path / "image", DiskFormat(image_format)
     make(path, kind, M, [Volume(Cipher.parse(cipher), dek)])
-    img.validate(path, kind, [])
+    unlocking.validate(path, kind, [])

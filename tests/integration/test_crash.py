@@ -27,7 +27,7 @@ from virt_sse.model import envelope
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import PLATFORM_KEY, Disk, DiskState, NewDisk
 from virt_sse.model.layers import EncryptionType
-from virt_sse.qemu import envelope_slots, img, qcow2
+from virt_sse.qemu import envelope_slots, image_file, img, qcow2
 from virt_sse.store import store
 from virt_sse.system import files
 
@@ -237,7 +237,7 @@ def test_a_killed_rotation_is_finished_by_the_next(root: Path) -> None:
     def check(backend: Backend) -> None:
         disk = backend.disks.get("disk")
         assert KeyedImage.of(backend, disk).has(0, M, 0x66)
-        with img.opened(disk.path) as descriptor:
+        with image_file.opened(disk.path) as descriptor:
             carried = envelope_slots.read(descriptor, disk.format)
         assert carried == disk.envelope, "the next command has written what the killed one could not"
         assert list((scene.root / "var/lib/virt-sse/pending-envelopes").glob("*")) == []

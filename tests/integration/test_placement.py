@@ -28,7 +28,7 @@ from virt_sse.lab.recipes import BOOT_SECTOR_TEXT
 from virt_sse.model.disks import Disk
 from virt_sse.model.keys import Dek
 from virt_sse.model.layers import EncryptionType, HostCaching, Placement
-from virt_sse.qemu import img
+from virt_sse.qemu import image_file
 from virt_sse.qemu.reading import plaintext
 
 M = 1 << 20
@@ -94,7 +94,7 @@ def _luks_header(disk: Disk, number: int, deks: Sequence[Dek]) -> bytes:
             os.write(content, reader.read(0, 4 * M))
         else:
             os.write(content, disk.path.read_bytes()[: 8 * M])
-        offset, length = img.luks_area(content, disk.format)
+        offset, length = image_file.luks_area(content, disk.format)
         return os.pread(content, max(length, 2 * M + 4096), offset)
 
 

@@ -27,7 +27,7 @@ from virt_sse.lab.guests import Guest, disk_xml
 from virt_sse.lab.host import LabHost
 from virt_sse.lab.recipes import LinuxMicro
 from virt_sse.model.disks import Disk, DiskState
-from virt_sse.qemu import img, luks
+from virt_sse.qemu import image_file, luks
 
 M = 1 << 20
 SIZE = 8 * M
@@ -47,7 +47,7 @@ def site(running_site: StageSite) -> Iterator[StageSite]:
     yield running_site
     running_site.forget_domains()
     assert running_site.left() == {}
-    assert running_site.backend.host.store.copies.all() == []
+    assert running_site.backend.host.store.replacements.all() == []
     assert not list(running_site.host.images.glob(".*"))
 
 
@@ -69,8 +69,8 @@ def expect(site: StageSite, guest: Guest, pattern: int, offset: str = "0", lengt
 
 def volume_keys(site: StageSite, disk: Disk) -> bytes:
     """The salted digest of the outermost volume key, which differs for each volume key."""
-    with img.opened(disk.path) as descriptor:
-        offset, _ = img.luks_area(descriptor, disk.format)
+    with image_file.opened(disk.path) as descriptor:
+        offset, _ = image_file.luks_area(descriptor, disk.format)
         return os.pread(descriptor, luks.HEADER_END, offset)[112:208]
 
 
@@ -319,7 +319,7 @@ def test_the_agent_goes_on_where_a_killed_agent_stopped(site: StageSite) -> None
     with LabAgent(site.host):
         wait_until(lambda: site.backend.disks.get(disk.name).id != disk.id, "copied", seconds=60)
         wait_until(lambda: not disk.path.exists(), "the old image is gone", seconds=30)
-        wait_until(lambda: site.backend.host.store.copies.all() == [], "all is done", seconds=30)
+        wait_until(lambda: site.backend.host.store.replacements.all() == [], "all is done", seconds=30)
     expect(site, guest, 0x5A)
     site.virt_sse("vm", "verify", guest.name)
     guest.destroy()
@@ -366,7 +366,7 @@ from virt_sse.cli.main import main
 main()
 """
 BEFORE_PIVOT = {"module": "virt_sse.libvirt.block_copy", "name": "BlockCopy", "method": "pivot"}
-AFTER_PIVOT = {"module": "virt_sse.store.copies", "name": "CopyStore", "method": "take_over"}
+AFTER_PIVOT = {"module": "virt_sse.store.replacements", "name": "ReplacementStore", "method": "take_over"}
 
 
 @pytest.mark.parametrize(

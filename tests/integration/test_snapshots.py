@@ -23,7 +23,7 @@ from virt_sse.errors import (
 )
 from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import DiskState, NewDisk
-from virt_sse.qemu import img
+from virt_sse.qemu import conversion, img
 
 LAYERS = ("single", "double")
 
@@ -163,13 +163,13 @@ class TestRefusals:
     ) -> None:
         """The locks of QEMU do not exclude a writer of a raw image."""
         disk = new_disk(backend, root, image_format="raw")
-        copy_into = img.copy_into
+        copy_into = conversion.copy_into
 
         def use_meanwhile(*arguments: object, **options: object) -> None:
             copy_into(*arguments, **options)  # type: ignore[arg-type]
             backend.host.freshness.begin_use(disk)
 
-        monkeypatch.setattr(img, "copy_into", use_meanwhile)
+        monkeypatch.setattr(conversion, "copy_into", use_meanwhile)
         with pytest.raises(DiskInUseError, match="started with disk 'web' meanwhile"):
             backend.snapshots.of_disk("before", "web")
         assert [each.name for each in backend.host.store.all()] == ["web"]

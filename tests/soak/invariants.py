@@ -13,7 +13,7 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import DiskState
 from virt_sse.model.keys import KeyState
-from virt_sse.qemu import envelope_slots, img
+from virt_sse.qemu import envelope_slots, image_file
 
 _TEMPORARY = re.compile(r"^\..+|.*\.(partial|erased|new)$")
 """Names of unfinished files; the product's own begin with a dot."""
@@ -39,7 +39,7 @@ def check_host(site: FileSite, disks: Mapping[str, bytes], *, optional: Collecti
             assert disk.state is DiskState.READY, f"{name} is {disk.state}"
             assert disk.path.stat().st_uid == 0
             backend.disks.check(name)
-            with img.opened(disk.path) as descriptor:
+            with image_file.opened(disk.path) as descriptor:
                 assert envelope_slots.read(descriptor, disk.format) == disk.envelope
             for entry in disk.deks:
                 backend.host.keys.unwrap_slot(disk, entry.slot)

@@ -157,7 +157,7 @@ def _reencrypt(kind: Kind, *options: str) -> FileOperation:
     def check(site: FileSite) -> bool:
         check_host(site, _contents(kind))
         with Backend.open(site.root) as backend:
-            assert backend.host.store.copies.all() == []
+            assert backend.host.store.replacements.all() == []
         return _disk_id(site, kind.name) != (site.out.parent / "id").read_text()
 
     return FileOperation(

@@ -12,7 +12,7 @@ from pathlib import Path
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk
 from virt_sse.model.keys import Dek
-from virt_sse.qemu import img, reading
+from virt_sse.qemu import reading, unlocking
 
 _CLUSTER = 65536
 _LUKS_HEADER = 592
@@ -208,10 +208,13 @@ class Header:
             return
         source = self.disk.path.with_suffix(".new-header")
         source.write_bytes(content)
-        with img.secrets_for(self.outer) as (secrets, descriptors):
+        with unlocking.secrets_for(self.outer) as (secrets, descriptors):
             subprocess.run(
                 ["qemu-io", *secrets, "-c", f"write -q -s {source} {offset} {len(content)}"]
-                + ["--image-opts", img.image_options(self.disk.path, self.disk.format, len(self.outer))],
+                + [
+                    "--image-opts",
+                    unlocking.image_options(self.disk.path, self.disk.format, len(self.outer)),
+                ],
                 pass_fds=descriptors,
                 check=True,
                 stdout=subprocess.DEVNULL,

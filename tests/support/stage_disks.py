@@ -30,7 +30,7 @@ from virt_sse.model.layers import (
     Stage,
     StorageNode,
 )
-from virt_sse.qemu import formatting, img
+from virt_sse.qemu import formatting, image_file, unlocking
 from virt_sse.qemu.formatting import Volume
 from virt_sse.qemu.storage_daemon import StorageDaemon
 from virt_sse.stages import Stages
@@ -132,7 +132,7 @@ class StagedDisk:
         assert self.pids() == []
         assert [path for path in self.folders if path.exists()] == []
         assert (self.disk.path.stat().st_uid, self.disk.path.stat().st_gid) == (0, 0)
-        img.refuse_if_open(self.disk.path)
+        image_file.refuse_if_open(self.disk.path)
 
     def guest_io(self, *commands: str) -> str:
         """The output of qemu-io at the socket for a guest's QEMU, with the DEK for QEMU, if any."""
@@ -148,7 +148,7 @@ class StagedDisk:
     def image_io(self, *commands: str) -> str:
         """The output of qemu-io with all DEKs, on the image."""
         deks = list(self.deks.values())
-        return self._io(commands, deks, img.image_options(self.disk.path, self.disk.format, len(deks)))
+        return self._io(commands, deks, unlocking.image_options(self.disk.path, self.disk.format, len(deks)))
 
     def _driver(self, prefix: str) -> str:
         return (
@@ -158,7 +158,7 @@ class StagedDisk:
     @staticmethod
     def _io(commands: Sequence[str], deks: Sequence[Dek], options: str, within: Sequence[str] = ()) -> str:
         arguments = [part for command in commands for part in ("-c", command)]
-        with img.secrets_for(deks) as (secrets, descriptors):
+        with unlocking.secrets_for(deks) as (secrets, descriptors):
             done = subprocess.run(
                 [*within, "qemu-io", *secrets, *arguments, "--image-opts", options],
                 pass_fds=descriptors,

@@ -105,7 +105,7 @@ def test_a_listing_loads_no_services(root: Path) -> None:
 @pytest.mark.usefixtures("domain")
 def test_a_look_at_a_disk_loads_no_services(root: Path) -> None:
     packages = loaded(root, COMMAND, "disk", "show", "disk")
-    assert {"virt_sse.qemu.img", "libvirt"} <= packages
+    assert {"virt_sse.qemu.image_file", "libvirt"} <= packages
     assert not packages & (DATABASE | SERVER | VAULT | QMP | SLOW | {"virt_sse.backend"})
 
 

@@ -16,7 +16,7 @@ LINES = (
     "cli",
     "agent hook",
     "backend",
-    "copies",
+    "replacement",
     "verification",
     "domains",
     "disks host vault",

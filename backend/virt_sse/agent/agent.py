@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 
 import virt_sse
 from virt_sse.agent.automatic_rotation import AutomaticRotation
-from virt_sse.agent.copy_watch import CopyWatch
 from virt_sse.agent.deferred_start import DeferredStart
 from virt_sse.agent.inventory import Inventory
 from virt_sse.agent.key_status import KeyStatusLookup
@@ -23,6 +22,7 @@ from virt_sse.agent.listener import listening
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
 from virt_sse.agent.plaintext_watch import PlaintextWatch
+from virt_sse.agent.replacement_watch import ReplacementWatch
 from virt_sse.agent.revocation import Revocation
 from virt_sse.agent.secret_watch import SecretWatch
 from virt_sse.agent.server import AgentServer, AgentService
@@ -93,7 +93,7 @@ class Agent:
             unused_seconds=max(_START_SECONDS, _UNUSED_POLLS * seconds),
         )
         self._plaintext = PlaintextWatch(backend, metrics)
-        self._copies = CopyWatch(backend, metrics)
+        self._copies = ReplacementWatch(backend, metrics)
         self._deferred = DeferredStart(config, metrics)
         self._rotation = AutomaticRotation(backend, metrics, config.agent.rotation_seconds)
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)

@@ -29,7 +29,7 @@ from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.disk_chains import ChainLink, DiskChain
 from virt_sse.libvirt.snapshots import SnapshotFiles
 from virt_sse.libvirt.xml import parse_xml
-from virt_sse.qemu import img
+from virt_sse.qemu import image_file
 from virt_sse.system.files import canonical
 from virt_sse.system.overwrite import overwrite_and_remove
 from virt_sse.verification.chains import ACTIVE_COMMIT
@@ -177,7 +177,7 @@ class OverlayCommit:
         deadline = time.monotonic() + _LET_GO_SECONDS
         while True:
             try:
-                img.refuse_if_open(overlay.path)
+                image_file.refuse_if_open(overlay.path)
                 break
             except DiskInUseError:
                 if time.monotonic() > deadline:

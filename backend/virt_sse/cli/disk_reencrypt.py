@@ -55,7 +55,7 @@ def disk_reencrypt(
 ) -> None:
     """Give a disk new DEKs and a new volume key, also while a domain uses the disk."""
     from virt_sse.agent_client import ask
-    from virt_sse.copies.reencryption import Reencryption
+    from virt_sse.replacement.reencryption import Reencryption
 
     change = Reencryption(
         cipher=cipher,

@@ -54,7 +54,7 @@ def vm_encrypt(
     ] = False,
 ) -> None:
     """Encrypt all plaintext disks of a domain in place, also while the domain runs."""
-    from virt_sse.copies.in_place import EncryptionInPlace
+    from virt_sse.replacement.in_place import EncryptionInPlace
 
     change = EncryptionInPlace(
         cipher=cipher or AES_256_XTS,

@@ -38,7 +38,7 @@ from virt_sse.model.keys import Dek, KeyRef
 from virt_sse.model.layers import EncryptionType, LayerChoice
 from virt_sse.model.operations import CreateDisk
 from virt_sse.model.slots import TEMP_SLOT
-from virt_sse.qemu import img
+from virt_sse.qemu import image_file, img, unlocking
 from virt_sse.qemu.envelope_slots import CarriedEnvelope
 from virt_sse.qemu.volume_header import VolumeHeader
 
@@ -176,7 +176,7 @@ class Adoption:
             refuse_moved(disk, self._sets.get(str(disk.set_id)), self._host.config)
         deks = self._keys.unwrap_all(disk)
         img.check_unlocks(disk.path, disk.format, deks)
-        headers = img.validate(disk.path, disk.format, deks[1:])
+        headers = unlocking.validate(disk.path, disk.format, deks[1:])
         _check_ciphers(disk, headers)
         disk = dataclasses.replace(disk, size=img.usable_size_within(disk.path, disk.format, deks))
         self._validate(disk, deks)
@@ -205,7 +205,7 @@ class Adoption:
             self._keys.note_trust(disk, f"adopted from {disk.path}, {found.authenticity}")
             self._freshness.trust(disk, headers)
         elif disk.envelope != found.envelope:
-            with img.opened(disk.path, os.O_RDWR) as descriptor:
+            with image_file.opened(disk.path, os.O_RDWR) as descriptor:
                 self._freshness.write_envelope(disk, descriptor)
 
     def trust(self, name: str) -> Disk:
@@ -226,7 +226,7 @@ class Adoption:
             except StaleImageError as exc:
                 reason = str(exc)
             self._keys.note_trust(current, reason)
-            self._freshness.trust(current, img.validate(current.path, current.format, deks[1:]))
+            self._freshness.trust(current, unlocking.validate(current.path, current.format, deks[1:]))
             return current
 
     def _check_layers(self, disk: Disk) -> None:

@@ -21,7 +21,7 @@ from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk
 from virt_sse.model.keys import Dek
 from virt_sse.model.seal import derived
-from virt_sse.qemu import img
+from virt_sse.qemu import image_file
 from virt_sse.system.documents import DocumentError, from_json
 from virt_sse.system.files import write_new
 
@@ -94,7 +94,7 @@ def write(disk: Disk, image: Path, dek: Dek) -> None:
     :raise ImageError: When the image cannot be read.
     :raise OSError: When the manifest cannot be written.
     """
-    with img.opened(image) as descriptor:
+    with image_file.opened(image) as descriptor:
         made = BackupManifest(
             version=1,
             restore_point=str(disk.id),
@@ -124,7 +124,7 @@ def verify(disk: Disk, dek: Dek) -> None:
         raise ImageError(f"the manifest {path} was not written by a host with the key of {disk.name!r}")
     if (found.restore_point, found.image_format) != (str(disk.id), disk.format):
         raise ImageError(f"the manifest {path} is that of another restore point than {disk.name!r}")
-    with img.opened(disk.path) as descriptor:
+    with image_file.opened(disk.path) as descriptor:
         length = os.fstat(descriptor).st_size
         if length != found.image_bytes:
             raise ImageError(
@@ -140,7 +140,7 @@ def _read(path: Path) -> BackupManifest:
     :raise ImageError: When the manifest is missing or invalid.
     """
     try:
-        with img.opened(path) as descriptor:
+        with image_file.opened(path) as descriptor:
             return from_json(os.pread(descriptor, _MOST_BYTES, 0), BackupManifest)
     except DocumentError as exc:
         raise ImageError(f"the manifest {path} is invalid: {exc}") from exc
@@ -148,7 +148,7 @@ def _read(path: Path) -> BackupManifest:
 
 def _checksum(descriptor: int, image_format: DiskFormat) -> str:
     """SHA-256 of the open image, with zeros in place of the envelope and its seals, in hexadecimal."""
-    luks_offset, _ = img.luks_area(descriptor, image_format)
+    luks_offset, _ = image_file.luks_area(descriptor, image_format)
     begin, end = (luks_offset + offset for offset in _ENVELOPE_AREA)
     digest = hashlib.sha256()
     position = 0

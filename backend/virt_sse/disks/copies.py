@@ -24,7 +24,7 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk, NewDisk, StoragePool
 from virt_sse.model.layers import EncryptionType
-from virt_sse.qemu import img
+from virt_sse.qemu import conversion, image_file, unlocking
 from virt_sse.system.progress import Progress, silent
 
 
@@ -139,7 +139,7 @@ class Copies:
         (domain,) = domains
         if domain is None:
             for source in sources:
-                img.refuse_if_open(source.path)
+                image_file.refuse_if_open(source.path)
             if quiesce:
                 raise InvalidValueError(f"no running domain has disk {sources[0].name!r}: nothing to freeze")
         return domain
@@ -161,11 +161,11 @@ class Copies:
 
     def _copy_stopped(self, source: Disk, target: Unfinished, progress: Progress) -> None:
         deks = self._keys.unwrap_all(source)
-        headers = img.validate(source.path, source.format, deks[1:])
+        headers = unlocking.validate(source.path, source.format, deks[1:])
         self._freshness.check_inner(source, headers, always_refuse=True)
         with image_errors(target.disk):
-            img.copy_into(
-                img.CopySource.encrypted(source.path, source.format, deks),
+            conversion.copy_into(
+                conversion.CopySource.encrypted(source.path, source.format, deks),
                 target.image,
                 target.disk.format,
                 target.deks,

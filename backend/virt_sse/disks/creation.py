@@ -38,7 +38,7 @@ from virt_sse.model.envelope import DekEntry
 from virt_sse.model.keys import Dek, DekContext
 from virt_sse.model.layers import EncryptionType, LayerChoice, LayerPlan
 from virt_sse.model.operations import CreateDisk
-from virt_sse.qemu import img
+from virt_sse.qemu import image_file
 from virt_sse.qemu.formatting import Volume, make
 from virt_sse.system.files import publish
 
@@ -285,7 +285,7 @@ class Creation:
 
     def _carried(self, disk: Disk) -> Disk:
         """The disk as its image's envelope has it."""
-        copy = self._store.copies.find(disk.id)
+        copy = self._store.replacements.find(disk.id)
         return replace(disk, name=copy.name) if copy and copy.disk_id == disk.id else disk
 
     def _make_image(self, made: Unfinished) -> None:
@@ -297,7 +297,7 @@ class Creation:
     def _publish(self, made: Unfinished) -> None:
         """Give a complete image its name."""
         with image_errors(made.disk):
-            with img.opened(made.image, os.O_RDWR) as descriptor:
+            with image_file.opened(made.image, os.O_RDWR) as descriptor:
                 self._freshness.seal_new(descriptor, made.carried)
             publish(made.image, made.disk.path)
 

@@ -17,7 +17,7 @@ from virt_sse.libvirt.disk_places import DiskPlace
 from virt_sse.model.content import Content, Finding
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.events import audit_context
-from virt_sse.qemu import img
+from virt_sse.qemu import image_file, img
 
 _FORMATS = ("raw", "qcow2")
 """Formats of foreign images."""
@@ -121,7 +121,7 @@ def _others(place: DiskPlace) -> list[Finding]:
         raise ImageError(place.obstacle or "the disk has no data")
     if place.format not in _FORMATS:
         raise ImageError(f"the image format is {place.format}, not {' or '.join(_FORMATS)}")
-    with img.held(place.path) as descriptor:
+    with image_file.held(place.path) as descriptor:
         information = img.info(place.path, place.format, shared=True, descriptor=descriptor)
         if information.encrypted:
             raise ImageError("the image is encrypted, but not by virt-sse")

@@ -42,7 +42,7 @@ from virt_sse.model.disks import (
     check_size,
 )
 from virt_sse.model.operations import DeleteDisk, ResizeDisk
-from virt_sse.qemu import envelope_slots, img
+from virt_sse.qemu import envelope_slots, image_file, img, unlocking
 from virt_sse.system.files import sync_folder
 from virt_sse.system.marks import Marks
 
@@ -258,9 +258,9 @@ class Disks:
             deks = self._keys.unwrap_all(current)
             img.check(current.path, current.format, deks)
             self._freshness.check(current)
-            headers = img.validate(current.path, current.format, deks[1:])
+            headers = unlocking.validate(current.path, current.format, deks[1:])
             self._freshness.check_inner(current, headers, always_refuse=True)
-            with img.opened(current.path) as descriptor:
+            with image_file.opened(current.path) as descriptor:
                 carried = envelope_slots.read(descriptor, current.format)
             if carried != current.envelope:
                 raise EnvelopeError(f"the envelope in {current.path} differs from the store")
@@ -301,7 +301,7 @@ class Disks:
                         f"{current.path} is not the image of disk {disk.name!r} any more, or is damaged",
                         hint="move the file away; a disk without an image is removed from the store",
                     )
-                img.refuse_if_open(current.path)
+                image_file.refuse_if_open(current.path)
             if dry_run:
                 return
             if certified:
@@ -327,7 +327,7 @@ class Disks:
                     if image is None:
                         image = _open_leftover(stack, doomed)
                 if image is not None:  # by descriptor: the name may meanwhile be a link made by another user
-                    img.erase(Path(f"/proc/self/fd/{image}"), disk.format)
+                    image_file.erase(Path(f"/proc/self/fd/{image}"), disk.format)
                     is_erased = True
             backup_manifest.remove(disk)
             if os.path.lexists(doomed):
@@ -349,7 +349,7 @@ def _doomed(disk: Disk) -> Path:
 def _open_own(stack: contextlib.ExitStack, disk: Disk, path: Path) -> int | None:
     """Open the file at *path*; ``None`` unless the file carries the disk's envelope."""
     try:
-        descriptor = stack.enter_context(img.opened(path))
+        descriptor = stack.enter_context(image_file.opened(path))
     except ImageError:
         return None
     return descriptor if envelope_slots.id_in(descriptor, disk.format) == disk.id else None
@@ -365,7 +365,7 @@ def _open_leftover(stack: contextlib.ExitStack, doomed: Path) -> int | None:
     """
     if doomed.is_symlink() or not os.path.lexists(doomed):
         return None
-    descriptor = stack.enter_context(img.opened(doomed, os.O_RDONLY | os.O_NOFOLLOW))
+    descriptor = stack.enter_context(image_file.opened(doomed, os.O_RDONLY | os.O_NOFOLLOW))
     if os.fstat(descriptor).st_nlink != 1:
         raise ImageError(
             f"{doomed} has further names and may be another file",

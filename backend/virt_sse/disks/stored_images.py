@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from virt_sse.errors import DiskStateError, ImageError
 from virt_sse.keys.host import Host
 from virt_sse.model.disks import Disk, DiskState
-from virt_sse.qemu import envelope_slots, img
+from virt_sse.qemu import envelope_slots, image_file
 
 
 @contextlib.contextmanager
@@ -36,8 +36,8 @@ def with_real_size(host: Host, disk: Disk) -> Disk:
     """
     if disk.state is not DiskState.READY or len(disk.deks) > 1:
         return disk
-    with contextlib.suppress(ImageError), img.opened(disk.path) as descriptor:
-        size = img.usable_size(descriptor, disk.format)
+    with contextlib.suppress(ImageError), image_file.opened(disk.path) as descriptor:
+        size = image_file.usable_size(descriptor, disk.format)
         if size != disk.size:
             host.store.set_size(disk.id, size)
             return dataclasses.replace(disk, size=size)
@@ -47,7 +47,7 @@ def with_real_size(host: Host, disk: Disk) -> Disk:
 def image_state(disk: Disk) -> str:
     """The state of the disk's image by its envelope: ``present``, or an error message."""
     try:
-        with img.opened(disk.path) as descriptor:
+        with image_file.opened(disk.path) as descriptor:
             if envelope_slots.read(descriptor, disk.format).disk_id != disk.id:
                 return f"{disk.path} is the image of another disk"
     except ImageError as exc:

@@ -17,7 +17,7 @@ from virt_sse.model.content import Content
 from virt_sse.model.disks import Disk, NewDisk
 from virt_sse.model.keys import Dek
 from virt_sse.model.operations import ExportDisk
-from virt_sse.qemu import img
+from virt_sse.qemu import conversion, image_file, img
 from virt_sse.system.files import canonical, publish, unnamed_file
 from virt_sse.system.progress import Progress, silent
 
@@ -54,7 +54,7 @@ class Transfer:
         """
         source = canonical(source)
         with contextlib.ExitStack() as stack:
-            descriptor = stack.enter_context(img.held(source))
+            descriptor = stack.enter_context(image_file.held(source))
             files = stack.enter_context(img.with_other_files(source, source_format)) if with_backing else None
             try:
                 information = img.info(source, source_format, descriptor=descriptor, others=files or ())
@@ -68,7 +68,7 @@ class Transfer:
                 raise _refers_to(source, information.other_files[0])
 
             def fill(partial: Path, deks: Sequence[Dek]) -> None:
-                img.encrypt_from(
+                conversion.encrypt_from(
                     source,
                     information.format,
                     partial,
@@ -109,7 +109,7 @@ class Transfer:
             deks = self._keys.unwrap_all(current)
             try:
                 with unnamed_file(destination.parent) as descriptor:
-                    img.decrypt_to(
+                    conversion.decrypt_to(
                         current.path, current.format, descriptor, destination_format, deks, progress
                     )
                     os.fsync(descriptor)

@@ -31,7 +31,7 @@ from virt_sse.libvirt.secrets import drop_secret, set_secret
 from virt_sse.model.disks import Disk
 from virt_sse.model.layers import Placement
 from virt_sse.model.slots import TEMP_SLOT
-from virt_sse.qemu import img
+from virt_sse.qemu import image_file, img, unlocking
 from virt_sse.system.locks import DiskLocks
 from virt_sse.system.marks import Marks
 from virt_sse.system.progress import Progress
@@ -106,7 +106,7 @@ class DomainCopies:
                 for _, made in copies:
                     self._end(connection, made.disk)
         for _, made in copies:  # the guest's QEMU, perhaps taken over, had the image
-            headers = img.validate(made.image, made.disk.format, made.deks[1:])
+            headers = unlocking.validate(made.image, made.disk.format, made.deks[1:])
             if [header.cipher for header in headers] != [entry.cipher for entry in made.disk.deks]:
                 raise ImageFormatError(f"the header of the copy {made.disk.name!r} was changed meanwhile")
             img.check_unlocks(made.image, made.disk.format, made.deks)
@@ -123,7 +123,7 @@ class DomainCopies:
         with contextlib.suppress(LibvirtError), connected(self._uri) as connection:
             self._end(connection, disk)
         self._stages.stop(disk.id)
-        img.refuse_if_open(image)  # decides, whatever libvirt says
+        image_file.refuse_if_open(image)  # decides, whatever libvirt says
 
     def recover(self) -> None:
         """Resume the guests paused by killed commands.

@@ -12,10 +12,10 @@ from uuid import UUID
 import libvirt
 
 from virt_sse.config import IoErrors
-from virt_sse.domains.copy_outcome import settle_ended
 from virt_sse.domains.deferred_starts import DeferredStarts
 from virt_sse.domains.guest_preload import refuse_unsafe
 from virt_sse.domains.host_encryption import HostEncryption
+from virt_sse.domains.replacement_outcome import settle_ended
 from virt_sse.errors import (
     DiskInUseError,
     DiskNotFoundError,
@@ -45,7 +45,7 @@ from virt_sse.model.events import audit_context
 from virt_sse.model.keys import Dek
 from virt_sse.model.layers import GuestNode, LayerChoice, LayerPlan, Placement
 from virt_sse.model.operations import UnlockDisk
-from virt_sse.qemu import envelope_slots, img
+from virt_sse.qemu import envelope_slots, image_file, unlocking
 from virt_sse.stages.record import StageRecord
 from virt_sse.system.files import canonical
 from virt_sse.system.locks import DiskLocks
@@ -300,7 +300,7 @@ class DomainStart:
         check_kind(disk, DiskKind.DISK)
         if disk.state is not DiskState.READY and not (is_running and disk.state is DiskState.COPYING):
             raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
-        with img.opened(disk.path) as descriptor:
+        with image_file.opened(disk.path) as descriptor:
             try:
                 carried = envelope_slots.read(descriptor, disk.format).disk_id
             except EnvelopeError:
@@ -393,7 +393,7 @@ class DomainStart:
         """
         if 1 < len(deks) == len(disk.deks):
             outer = [deks[entry.slot] for entry in disk.deks[1:]]
-            self._freshness.check_inner(disk, img.validate(disk.path, disk.format, outer))
+            self._freshness.check_inner(disk, unlocking.validate(disk.path, disk.format, outer))
 
     def _begin_use(self, served: _Served) -> _Served:
         """Refuse a stale image, and take over an envelope that is newer than the store's.

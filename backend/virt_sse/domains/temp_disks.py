@@ -25,7 +25,7 @@ from virt_sse.model.events import audit_context
 from virt_sse.model.keys import Dek, DekContext
 from virt_sse.model.layers import EncryptionType, HostLayer
 from virt_sse.model.vms import temp_disk_id
-from virt_sse.qemu import envelope_slots, img
+from virt_sse.qemu import envelope_slots, image_file
 from virt_sse.qemu.formatting import Volume, make
 from virt_sse.system.files import private_folder, shared_folder, write_private
 
@@ -84,7 +84,7 @@ def create(
             generation=1,
             deks=(DekEntry(spec.slot, spec.cipher, wrapped),),
         )
-        with img.opened(path, os.O_RDWR) as descriptor:
+        with image_file.opened(path, os.O_RDWR) as descriptor:
             envelope_slots.write(descriptor, DiskFormat.RAW, carried)
         # The folder does not belong to QEMU's user: a QEMU taken over by the guest could replace the image
         # with a link, and root would erase the link's target.
@@ -102,7 +102,7 @@ def unlock(config: Config, keys: KeyAccess, vm_id: UUID, domain: str) -> Dek:
     :raise KeyProviderError: When the DEK cannot be unwrapped.
     """
     path, disk_id = image(config, vm_id), temp_disk_id(vm_id)
-    with img.opened(path) as descriptor:
+    with image_file.opened(path) as descriptor:
         carried = envelope_slots.read(descriptor, DiskFormat.RAW)
     if carried.disk_id != disk_id or not carried.deks:
         raise ImageError(f"{path} is not the temporary disk of domain {domain!r}")
@@ -120,8 +120,8 @@ def erase(config: Config, vm_id: UUID) -> None:
     path = image(config, vm_id)
     try:
         if os.path.lexists(path):
-            img.refuse_if_open(path)
-            img.erase(path, DiskFormat.RAW)
+            image_file.refuse_if_open(path)
+            image_file.erase(path, DiskFormat.RAW)
             path.unlink()
         if path.parent.is_dir():
             for left in path.parent.iterdir():

@@ -19,7 +19,7 @@ from virt_sse.model.ciphers import AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.plugins import PluginHost
-from virt_sse.qemu import img, luks
+from virt_sse.qemu import luks, unlocking
 from virt_sse.stages import launch, seccomp
 from virt_sse.stages.storage_user import is_mapped, storage_user
 from virt_sse.system import acceleration
@@ -101,10 +101,10 @@ def _cipher(cipher: Cipher) -> Capability:
     image = os.memfd_create("cipher")
     try:
         write_at(image, bytes(header) + bytes(luks.SECTOR), 0)
-        with img.secrets_for([dek]) as (secrets, descriptors):
+        with unlocking.secrets_for([dek]) as (secrets, descriptors):
             run(
                 ["qemu-io", "--read-only", *secrets, "-c", "read -q 0 512", "--image-opts"]
-                + [img.image_options(Path(f"/proc/self/fd/{image}"), DiskFormat.RAW, 1)],
+                + [unlocking.image_options(Path(f"/proc/self/fd/{image}"), DiskFormat.RAW, 1)],
                 confinement=Confinement(),
                 pass_fds=[*descriptors, image],
             )

@@ -12,7 +12,7 @@ from virt_sse.errors import ConfigError, ToolError
 from virt_sse.model.ciphers import AES_256_XTS
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
-from virt_sse.qemu import img, luks
+from virt_sse.qemu import luks, unlocking
 from virt_sse.system import acceleration
 from virt_sse.system.files import write_at
 
@@ -79,9 +79,9 @@ def measured_gain() -> float:
 
 def _rate(image: int, dek: Dek, environment: Mapping[str, str]) -> float:
     """Bytes per second of a write through LUKS."""
-    options = img.image_options(Path(f"/proc/self/fd/{image}"), DiskFormat.RAW, 1)
+    options = unlocking.image_options(Path(f"/proc/self/fd/{image}"), DiskFormat.RAW, 1)
     try:
-        with img.secrets_for([dek]) as (secrets, descriptors):
+        with unlocking.secrets_for([dek]) as (secrets, descriptors):
             said = subprocess.run(
                 ["qemu-io", *secrets, "-c", f"write -C 0 {_BYTES}", "--image-opts", options],
                 stdin=subprocess.DEVNULL,

@@ -31,7 +31,7 @@ from virt_sse.model.disks import Disk
 from virt_sse.model.envelope import Envelope
 from virt_sse.model.image_states import ImageState
 from virt_sse.model.seal import SealKey
-from virt_sse.qemu import envelope_slots, img
+from virt_sse.qemu import envelope_slots, image_file
 from virt_sse.qemu.envelope_slots import CarriedEnvelope
 from virt_sse.qemu.volume_header import VolumeHeader
 from virt_sse.system.locks import DiskLocks
@@ -92,8 +92,8 @@ class ImageFreshness:
 
         :raise ImageError: When image or envelope cannot be read.
         """
-        with img.opened(path) as descriptor:
-            return envelope_slots.read_sealed(descriptor, img.probe_format(descriptor), self.key)
+        with image_file.opened(path) as descriptor:
+            return envelope_slots.read_sealed(descriptor, image_file.probe_format(descriptor), self.key)
 
     def refuse_untrusted(self, path: Path, carried: CarriedEnvelope) -> None:
         """Refuse an image from elsewhere, older than the last known image of the disk, or of a deleted disk.
@@ -155,7 +155,7 @@ class ImageFreshness:
         :raise StaleImageError: When the image is not the last known or a newer one.
         :raise ImageError: When the image cannot be read.
         """
-        with self._locks.hold(disk.id, wait=True), img.opened(disk.path) as descriptor:
+        with self._locks.hold(disk.id, wait=True), image_file.opened(disk.path) as descriptor:
             found = self._examine(disk, descriptor)
         if found.problem:
             raise _stale(disk, found.problem)
@@ -172,7 +172,7 @@ class ImageFreshness:
         """
         is_writable = os.access(disk.path, os.W_OK)
         flags = os.O_RDWR if is_writable else os.O_RDONLY
-        with self._locks.hold(disk.id, wait=True), img.opened(disk.path, flags) as descriptor:
+        with self._locks.hold(disk.id, wait=True), image_file.opened(disk.path, flags) as descriptor:
             found = self._examine(disk, descriptor)
             if found.problem:
                 self._refuse(disk, found.problem)
@@ -232,8 +232,8 @@ class ImageFreshness:
             key = self.host_key.load()
             if key is None:
                 return
-            with self._locks.hold(disk_id, wait=True), img.opened(path, os.O_RDWR) as descriptor:
-                image_format = img.probe_format(descriptor)
+            with self._locks.hold(disk_id, wait=True), image_file.opened(path, os.O_RDWR) as descriptor:
+                image_format = image_file.probe_format(descriptor)
                 carried = envelope_slots.read_sealed(descriptor, image_format, key)
                 state = self._states.get(disk_id)
                 if state is None or carried.uses is None or carried.envelope.disk_id != disk_id:
@@ -272,7 +272,7 @@ class ImageFreshness:
         :param headers: of the image's volumes, innermost first.
         :raise ImageError: When the image cannot be read or written, or is the image of another disk.
         """
-        with self._locks.hold(disk.id, wait=True), img.opened(disk.path, os.O_RDWR) as descriptor:
+        with self._locks.hold(disk.id, wait=True), image_file.opened(disk.path, os.O_RDWR) as descriptor:
             self._seal(disk, descriptor, self._examine(disk, descriptor), _inner(headers))
 
     def _seal(self, disk: Disk, descriptor: int, found: _Examined, inner: bytes | None) -> None:

@@ -37,7 +37,7 @@ from virt_sse.model.envelope import DekEntry
 from virt_sse.model.keys import Dek, KeyId, KeyRef, KeyState
 from virt_sse.model.operations import MoveDisk
 from virt_sse.model.vms import Vm, tpm_context
-from virt_sse.qemu import envelope_slots, img
+from virt_sse.qemu import envelope_slots, image_file, img
 from virt_sse.system.marks import Marks
 from virt_sse.system.progress import Progress, silent
 
@@ -415,7 +415,7 @@ class KeyRotation:
     def _update_envelope(self, disk: Disk) -> bool:
         """Write the store's wrapped DEKs into the image's envelope: whether the image changed."""
         try:
-            with img.opened(disk.path, os.O_RDWR) as descriptor:
+            with image_file.opened(disk.path, os.O_RDWR) as descriptor:
                 try:
                     carried = envelope_slots.read(descriptor, disk.format)
                 except EnvelopeError:
@@ -441,7 +441,7 @@ class KeyRotation:
         places = [("store", disk.deks)]
         proofs = []
         try:
-            with img.opened(disk.path) as descriptor:
+            with image_file.opened(disk.path) as descriptor:
                 for name, carried in envelope_slots.read_slots(descriptor, disk.format).items():
                     places.append((f"image slot {name}", carried.deks))
         except ImageError as exc:

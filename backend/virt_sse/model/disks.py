@@ -46,8 +46,8 @@ _UNITS = {None: 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 class DiskState(enum.Enum):
     """Stage of a disk's life. Only ``READY`` disks can be used.
 
-    A ``COPYING`` disk is the source or the target of a copy (:mod:`virt_sse.model.copies`): a running domain
-    goes on using the source, and no operation but the copy changes either disk.
+    A ``COPYING`` disk is replaced by another or replaces one (:mod:`virt_sse.model.replacements`): a running
+    domain goes on using the source, and no operation but the copy changes either disk.
     """
 
     CREATING = "creating"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from virt_sse.errors import DiskInUseError, ImageFormatError, OtherFileError
-from virt_sse.qemu import img
+from virt_sse.qemu import conversion, image_file, img
 from virt_sse.system.confinement import BoundFile
 from virt_sse.system.files import canonical
 
@@ -32,7 +32,7 @@ class BackingChain:
     :ivar paths: the image first.
     """
 
-    source: img.CopySource
+    source: conversion.CopySource
     size: int
     paths: tuple[Path, ...]
 
@@ -43,7 +43,7 @@ class BackingChain:
         """
         found = []
         for path in self.paths:
-            with img.held(path) as descriptor:
+            with image_file.held(path) as descriptor:
                 found.append(os.fstat(descriptor))
         return [(each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for each in found]
 
@@ -74,7 +74,7 @@ def opened_chain(path: Path, image_format: str, *, shared: bool = False) -> Iter
                     f"the format of {present} is {stated or 'not stated'}",
                     hint=f"supported: {', '.join(_FORMATS)}; 'qemu-img rebase -u -F FORMAT' states a format",
                 )
-            descriptor = stack.enter_context(img.held(present))
+            descriptor = stack.enter_context(image_file.held(present))
             if not files and not shared:
                 stack.enter_context(_without_writers(present))
             try:
@@ -100,7 +100,9 @@ def opened_chain(path: Path, image_format: str, *, shared: bool = False) -> Iter
         for layer in reversed(layers):
             node = layer | ({"backing": node} if layer["driver"] == "qcow2" else {})
         assert node is not None  # noqa: S101 -- at least the image
-        yield BackingChain(img.CopySource(node, tuple(files)), size, tuple(file.path for file in files))
+        yield BackingChain(
+            conversion.CopySource(node, tuple(files)), size, tuple(file.path for file in files)
+        )
 
 
 @contextlib.contextmanager
@@ -111,7 +113,7 @@ def _without_writers(path: Path) -> Iterator[None]:
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        img.refuse_if_locked(path, descriptor)
+        image_file.refuse_if_locked(path, descriptor)
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, _NO_WRITERS, 1, 0))
         yield
     except BlockingIOError as exc:

@@ -16,7 +16,7 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.envelope import SLOT_BYTES, SLOT_OFFSETS, Envelope, sealed_part
 from virt_sse.model.seal import SEAL_BYTES, SEAL_OFFSETS, Seal, SealKey
 from virt_sse.qemu import image_header
-from virt_sse.qemu.img import luks_area, opened
+from virt_sse.qemu.image_file import luks_area, opened
 from virt_sse.qemu.volume_header import VolumeHeader
 from virt_sse.system.files import write_at
 

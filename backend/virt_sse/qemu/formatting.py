@@ -12,7 +12,8 @@ from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.qemu import luks, qcow2
-from virt_sse.qemu.img import image_options, luks_area, secrets_for
+from virt_sse.qemu.image_file import luks_area
+from virt_sse.qemu.unlocking import image_options, secrets_for
 from virt_sse.system.confinement import Confinement
 from virt_sse.system.files import PRIVATE_FILE, write_at
 from virt_sse.system.tools import run

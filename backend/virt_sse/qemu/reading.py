@@ -11,7 +11,7 @@ from pathlib import Path
 
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
-from virt_sse.qemu import img
+from virt_sse.qemu import conversion, image_file, unlocking
 from virt_sse.qemu.nbd import NbdReader
 from virt_sse.qemu.serving import served
 from virt_sse.system.confinement import BoundFile
@@ -25,9 +25,9 @@ def plaintext(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> Iter
     :raise ToolError: When *deks* do not unlock the image.
     """
     with (
-        img.keys_to(path, image_format, deks) as keys,
+        unlocking.keys_to(path, image_format, deks) as keys,
         served(
-            img.block_node(path, image_format, len(deks)), keys.secrets, keys.descriptors, [keys.image]
+            unlocking.block_node(path, image_format, len(deks)), keys.secrets, keys.descriptors, [keys.image]
         ) as reader,
     ):
         yield reader
@@ -51,12 +51,12 @@ def unencrypted(
     """
     if descriptor is None:
         with (
-            img.held(path) as held,
+            image_file.held(path) as held,
             unencrypted(path, image_format, descriptor=held, others=others) as reader,
         ):
             yield reader
         return
-    node = img.node_without_backing(path, descriptor, image_format)
+    node = conversion.node_without_backing(path, descriptor, image_format)
     if others is not None:
         node.pop("backing", None)
     with served(node, [], [], [*(others or ()), BoundFile(path, descriptor)]) as reader:

@@ -19,7 +19,7 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk
 from virt_sse.model.keys import Dek
 from virt_sse.model.layers import LayerPlan, Stage
-from virt_sse.qemu import img, qcow2
+from virt_sse.qemu import image_file, qcow2
 from virt_sse.qemu.formatting import header_length
 from virt_sse.stages import sockets
 from virt_sse.stages.gate_process import GATE, GateProcess, admitted_by
@@ -187,7 +187,7 @@ class Stages:
             if before and before.domain_id not in (domain_id, replacing):
                 raise DiskInUseError(f"disk {disk.name!r} is in use by domain {before.domain!r}")
             self._stop(disk.id, before)
-            with img.opened(disk.path) as image:
+            with image_file.opened(disk.path) as image:
                 status = os.fstat(image)
             is_left_over = status.st_uid in self._config.storage_uids  # by a host that lost power
             try:
@@ -351,11 +351,11 @@ class Stages:
         return own_users(self._config.storage_uids, disk_id, names, taken)
 
     def _start(self, record: StageRecord, deks: Mapping[str, Dek], *, size: int) -> None:
-        img.refuse_if_open(record.image)  # QEMU's driver for raw LUKS would not
+        image_file.refuse_if_open(record.image)  # QEMU's driver for raw LUKS would not
         sockets.make_folders(self._sockets(record.disk_id), record.qemu, record.storage)
         processes = self.processes(record)
-        with img.opened(record.image, os.O_RDWR) as image:
-            img.luks_area(image, record.format)  # never give away a file without our LUKS header
+        with image_file.opened(record.image, os.O_RDWR) as image:
+            image_file.luks_area(image, record.format)  # never give away a file without our LUKS header
             if not processes[-1].is_qemu and record.format is DiskFormat.QCOW2:
                 _extend(image, size)
             os.fchown(image, record.storage.uid, record.storage.gid)
@@ -374,7 +374,7 @@ class Stages:
     def _stop(self, disk_id: UUID, record: StageRecord | None) -> None:
         self._end_processes(disk_id)
         if record:
-            with contextlib.suppress(VirtSseError), img.opened(record.image) as image:
+            with contextlib.suppress(VirtSseError), image_file.opened(record.image) as image:
                 _give_back(image, record)
         # The cache's user may have put links there: rmtree follows none.
         shutil.rmtree(self._config.cache_directory / str(disk_id), ignore_errors=True)
@@ -459,10 +459,10 @@ def _return_images_of(pid: int) -> None:
     with contextlib.suppress(OSError):  # the process has ended
         user = folder.stat().st_uid
         for entry in (folder / "fd").iterdir():
-            with contextlib.suppress(VirtSseError), img.opened(entry) as image:
+            with contextlib.suppress(VirtSseError), image_file.opened(entry) as image:
                 status = os.fstat(image)
                 if status.st_uid == user and status.st_nlink:
-                    img.luks_area(image, img.probe_format(image))
+                    image_file.luks_area(image, image_file.probe_format(image))
                     os.fchown(image, ROOT.uid, ROOT.gid)
 
 

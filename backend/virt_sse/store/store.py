@@ -15,9 +15,9 @@ from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.envelope import DekEntry
 from virt_sse.model.keys import KeyId, KeyRef
 from virt_sse.store.certificates import CertificateStore
-from virt_sse.store.copies import CopyStore
 from virt_sse.store.encryption_sets import EncryptionSetStore
 from virt_sse.store.engine import open_engine, reading, writing
+from virt_sse.store.replacements import ReplacementStore
 from virt_sse.store.rows import disks_of
 from virt_sse.store.scale_sets import ScaleSetStore
 from virt_sse.store.tables import disks, encryption_sets, wrapped_deks
@@ -36,7 +36,7 @@ class Store:
         self.vms = VmStore(self._engine)
         self.certificates = CertificateStore(self._engine)
         self.scale_sets = ScaleSetStore(self._engine)
-        self.copies = CopyStore(self._engine)
+        self.replacements = ReplacementStore(self._engine)
 
     def close(self) -> None:
         """Close all connections."""

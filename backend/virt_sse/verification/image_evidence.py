@@ -12,7 +12,7 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk
 from virt_sse.model.envelope import Envelope
 from virt_sse.model.events import audit_context
-from virt_sse.qemu import envelope_slots, img
+from virt_sse.qemu import envelope_slots, image_file, unlocking
 from virt_sse.qemu.volume_header import VolumeHeader
 from virt_sse.verification.verdict import DataPlace, DiskVerdict, Layer
 
@@ -54,7 +54,7 @@ def check_within(
     try:
         with audit_context(domain=domain):
             deks = [keys.unwrap_slot(disk, other.slot) for other in others]
-        headers = img.validate(disk.path, disk.format, deks)
+        headers = unlocking.validate(disk.path, disk.format, deks)
     except VirtSseError as exc:
         verdict.expect(False, f"cannot inspect the image's inner layer: {exc}")
         return
@@ -83,7 +83,7 @@ def check_temporary(verdict: DiskVerdict, path: Path, disk_id: UUID, cipher: str
 def _check(verdict: DiskVerdict, path: Path, image_format: DiskFormat, disk_id: UUID) -> Envelope | None:
     """Read the envelope of an image, and check the disk id in the envelope."""
     try:
-        with img.opened(path) as descriptor:
+        with image_file.opened(path) as descriptor:
             carried = envelope_slots.read(descriptor, image_format)
     except EnvelopeError as exc:
         verdict.expect(False, f"the image carries no wrapped DEKs: {exc}")
@@ -96,7 +96,7 @@ def _check(verdict: DiskVerdict, path: Path, image_format: DiskFormat, disk_id: 
 
 def _cipher(verdict: DiskVerdict, path: Path, image_format: DiskFormat) -> str | None:
     try:
-        with img.opened(path) as descriptor:
+        with image_file.opened(path) as descriptor:
             cipher = str(VolumeHeader.of_file(descriptor, image_format).cipher)
     except ImageError as exc:
         verdict.expect(False, f"{path}: {exc}" if str(path) not in str(exc) else str(exc))

@@ -220,7 +220,7 @@ class Verification:
     def _copy_target(self, subject: _Subject, chain: DiskChain) -> Disk | None:
         """The new disk into which virt-sse copies a disk of a running domain, if any."""
         for link in chain.mirror:
-            copy = self._store.copies.find(link.disk_id) if link.disk_id else None
+            copy = self._store.replacements.find(link.disk_id) if link.disk_id else None
             if copy and copy.disk_id == link.disk_id and copy.domain_id == subject.id:
                 return next((disk for disk in subject.disks if disk.id == copy.disk_id), None)
         return None

@@ -19,7 +19,7 @@ from virt_sse.in_guest.inspection import inspect
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import check_name, parse_size
 from virt_sse.model.envelope import SLOT_BYTES, Envelope
-from virt_sse.qemu import envelope_slots, image_header, img
+from virt_sse.qemu import envelope_slots, image_file, image_header, img
 from virt_sse.qemu.luks import Luks1Header
 from virt_sse.qemu.nbd import NbdReader
 from virt_sse.qemu.qcow2 import Qcow2Header
@@ -79,11 +79,11 @@ def _slots(folder: Path) -> Iterator[Parse]:
             file.truncate(ROOM)
         for image_format in DiskFormat:
             envelope_slots.carried_id(path, image_format)
-        with img.opened(path) as descriptor:
-            image_format = img.probe_format(descriptor)
+        with image_file.opened(path) as descriptor:
+            image_format = image_file.probe_format(descriptor)
             envelope_slots.read(descriptor, image_format)
             envelope_slots.read_slots(descriptor, image_format)
-            assert img.usable_size(descriptor, image_format) > 0
+            assert image_file.usable_size(descriptor, image_format) > 0
 
     yield parse
 

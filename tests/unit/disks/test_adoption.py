@@ -19,7 +19,7 @@ from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, NewDisk
 from virt_sse.model.layers import EncryptionType
-from virt_sse.qemu import envelope_slots, formatting, img
+from virt_sse.qemu import envelope_slots, formatting, image_file
 from virt_sse.qemu.formatting import Volume
 
 M = 1 << 20
@@ -102,7 +102,7 @@ def test_a_cipher_in_the_envelope_unlike_the_headers_is_not_adopted(backend: Bac
     disk.path.unlink()
     volumes = [Volume(cipher, dek) for cipher, dek in zip(ciphers, deks, strict=True)]
     formatting.make(disk.path, disk.format, M, volumes)
-    with img.opened(disk.path, os.O_RDWR) as descriptor:
+    with image_file.opened(disk.path, os.O_RDWR) as descriptor:
         envelope_slots.write(descriptor, disk.format, disk.envelope)
     backend.host.store.remove(disk.id)
     with pytest.raises(EnvelopeError, match=r"states aes-256-xts for slot 'service', .* has aes-256-cbc"):
@@ -127,7 +127,7 @@ def test_a_moved_disk_keeps_its_name_and_set(backend: Backend, disk: Disk) -> No
 
 def test_a_moved_disk_gets_the_envelope_of_the_store(backend: Backend, disk: Disk) -> None:
     """The image is from before a rotation, and named otherwise by the host that used it."""
-    with img.opened(disk.path, os.O_RDWR) as descriptor:
+    with image_file.opened(disk.path, os.O_RDWR) as descriptor:
         renamed = dataclasses.replace(disk.envelope, name="elsewhere")
         envelope_slots.write(descriptor, disk.format, renamed, (backend.host.freshness.key, 7))
     moved = disk.path.rename(disk.path.with_suffix(".moved"))

@@ -16,7 +16,7 @@ from virt_sse.model.ciphers import AES_256_CBC
 from virt_sse.model.disks import NewDisk
 from virt_sse.model.envelope import Envelope
 from virt_sse.model.layers import EncryptionType
-from virt_sse.qemu import envelope_slots, img
+from virt_sse.qemu import envelope_slots, image_file
 
 M = 1 << 20
 LAYERS = "layers in the envelope"
@@ -58,11 +58,11 @@ def test_an_envelope_with_other_layers_than_its_type_is_not_adopted(
     images.require("qemu-img", "qemu-io", "cryptsetup")
     disk = backend.disks.create(NewDisk(name="disk", size=M))
     backend.host.store.remove(disk.id)
-    with img.opened(disk.path, os.O_RDWR) as descriptor:
+    with image_file.opened(disk.path, os.O_RDWR) as descriptor:
         envelope_slots.write(descriptor, disk.format, change(disk.envelope))
     with pytest.raises(EnvelopeError, match=message):
         backend.disks.adopt(disk.path, trust=True)
     assert backend.disks.all() == []
-    with img.opened(disk.path, os.O_RDWR) as descriptor:
+    with image_file.opened(disk.path, os.O_RDWR) as descriptor:
         envelope_slots.write(descriptor, disk.format, disk.envelope)
     assert backend.disks.adopt(disk.path, trust=True).deks == disk.deks

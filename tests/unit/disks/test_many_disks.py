@@ -17,7 +17,7 @@ from virt_sse.backend import Backend
 from virt_sse.model.disks import PLATFORM_KEY, Disk, DiskState, NewDisk
 from virt_sse.model.encryption_sets import EncryptionSet
 from virt_sse.model.layers import EncryptionType
-from virt_sse.qemu import envelope_slots, img
+from virt_sse.qemu import envelope_slots, image_file, img, unlocking
 
 M = 1 << 20
 
@@ -82,7 +82,8 @@ def no_image_opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise AssertionError("an image is opened")
 
     with monkeypatch.context() as patched:
-        patched.setattr(img, "opened", opened)
+        for module in (image_file, img, unlocking, envelope_slots):
+            patched.setattr(module, "opened", opened)
         yield
 
 
@@ -143,7 +144,7 @@ def test_a_rotation_of_every_image_finds_an_older_copy(backend: Backend, web: En
     assert backend.sets.rotate("web").current == 1
     assert "an older copy of the image" in backend.sets.rotate("web", every_image=True).failed["disk"]
     backend.disks.trust("disk")
-    with img.opened(disk.path) as descriptor:
+    with image_file.opened(disk.path) as descriptor:
         assert envelope_slots.read(descriptor, disk.format).generation == 2
 
 

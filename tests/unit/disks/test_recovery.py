@@ -17,7 +17,7 @@ from virt_sse.domains import temp_disks
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import DiskState, NewDisk
 from virt_sse.model.vms import PendingUpdate, Vm, VmProperties
-from virt_sse.qemu import img
+from virt_sse.qemu import image_file
 from virt_sse.stages import Stages
 from virt_sse.stages.record import RECORD_NAME, StageRecord
 
@@ -32,8 +32,8 @@ def _tools() -> None:
 @pytest.mark.parametrize("length", [2**62, 2**64 - 1, 0])
 def test_a_deletion_takes_no_length_from_the_image(root: Path, backend: Backend, length: int) -> None:
     disk = backend.disks.create(NewDisk(name="disk", size=M))
-    with img.opened(disk.path) as descriptor:
-        offset, _ = img.luks_area(descriptor, DiskFormat.QCOW2)
+    with image_file.opened(disk.path) as descriptor:
+        offset, _ = image_file.luks_area(descriptor, DiskFormat.QCOW2)
     images.rewrite_luks_pointer(disk.path, offset, length)
     backend.disks.erase(disk)
     assert backend.disks.all() == []
@@ -52,14 +52,14 @@ def test_a_disk_that_cannot_be_recovered_stops_no_other(
         disk = backend.disks.create(NewDisk(name=name, size=M))
         if name != "other":
             backend.host.store.set_state(disk.id, DiskState.DELETING)
-    erase = img.erase
+    erase = image_file.erase
 
     def failing(path: Path, image_format: DiskFormat) -> None:
         if str(backend.host.store.get("bad").id) in path.resolve().name:
             raise error
         erase(path, image_format)
 
-    monkeypatch.setattr(img, "erase", failing)
+    monkeypatch.setattr(image_file, "erase", failing)
     with Backend.open(root) as again:
         assert {disk.name: disk.state for disk in again.disks.all()} == {
             "bad": DiskState.DELETING,
@@ -146,8 +146,8 @@ def test_after_a_hostile_image_every_command_works(root: Path, virt_sse: Command
     virt_sse("disk", "create", "good", "-s", "1M")
     virt_sse("disk", "create", "bad", "-s", "1M")
     path = root / "var/lib/libvirt/images/bad.qcow2"
-    with img.opened(path) as descriptor:
-        offset, _ = img.luks_area(descriptor, DiskFormat.QCOW2)
+    with image_file.opened(path) as descriptor:
+        offset, _ = image_file.luks_area(descriptor, DiskFormat.QCOW2)
     images.rewrite_luks_pointer(path, offset, 2**64 - 1)
     with contextlib.closing(sqlite3.connect(root / "var/lib/virt-sse/store.sqlite")) as store:
         store.execute("UPDATE disks SET state = 'deleting' WHERE name = 'bad'")

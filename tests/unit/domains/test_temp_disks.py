@@ -19,7 +19,7 @@ from virt_sse.errors import DiskInUseError, ImageError
 from virt_sse.libvirt.users import User
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
-from virt_sse.qemu import img
+from virt_sse.qemu import image_file, img
 
 pytestmark = pytest.mark.usefixtures("as_root")  # the disks are given to QEMU's user
 
@@ -42,8 +42,8 @@ def test_a_temporary_disk_is_a_luks_image_for_qemu_alone(backend: Backend, confi
     dek = make(backend)
     path = temp_disks.image(config, ID)
     img.check_unlocks(path, DiskFormat.RAW, [dek])
-    with img.opened(path) as descriptor:
-        assert img.usable_size(descriptor, DiskFormat.RAW) == 1 << 20
+    with image_file.opened(path) as descriptor:
+        assert image_file.usable_size(descriptor, DiskFormat.RAW) == 1 << 20
     assert temp_disks.unlock(config, backend.host.keys, ID, "web") == dek
     folder = path.parent.stat()
     assert (folder.st_mode & 0o777, folder.st_uid, folder.st_gid) == (0o710, 0, QEMU.gid)
@@ -91,7 +91,7 @@ def test_a_temporary_disk_that_qemu_has_open_is_not_erased(backend: Backend, con
 
 def _is_open(path: Path) -> bool:
     try:
-        img.refuse_if_open(path)
+        image_file.refuse_if_open(path)
     except DiskInUseError:
         return True
     return False

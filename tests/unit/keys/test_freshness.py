@@ -24,7 +24,7 @@ from virt_sse.model.disks import PLATFORM_KEY, Disk, NewDisk
 from virt_sse.model.keys import Dek, DekContext
 from virt_sse.model.layers import EncryptionType
 from virt_sse.model.seal import SEAL_BYTES, SEAL_OFFSETS, Seal, SealKey
-from virt_sse.qemu import envelope_slots, img, luks
+from virt_sse.qemu import envelope_slots, image_file, img, luks, unlocking
 from virt_sse.system import files
 
 M = 1 << 20
@@ -75,15 +75,15 @@ def uses(disk: Disk, backend: Backend) -> int | None:
 
 def without_seals(disk: Disk) -> None:
     """Make the image look as made by the version before seals."""
-    with img.opened(disk.path, os.O_RDWR) as descriptor:
-        offset, _ = img.luks_area(descriptor, disk.format)
+    with image_file.opened(disk.path, os.O_RDWR) as descriptor:
+        offset, _ = image_file.luks_area(descriptor, disk.format)
         for seal in SEAL_OFFSETS:
             os.pwrite(descriptor, bytes(SEAL_BYTES), offset + seal)
 
 
 def forge(disk: Disk, **changes: object) -> None:
     """Write an envelope with *changes* as anyone with write access to the image can."""
-    with img.opened(disk.path, os.O_RDWR) as descriptor:
+    with image_file.opened(disk.path, os.O_RDWR) as descriptor:
         changed = dataclasses.replace(disk.envelope, **changes)  # type: ignore[arg-type]
         envelope_slots.write(descriptor, disk.format, changed)
 
@@ -129,8 +129,8 @@ def test_an_image_from_before_an_event_is_refused_until_trusted(
 def test_a_header_rebuilt_by_a_holder_of_the_dek_is_refused(backend: Backend, disk: Disk) -> None:
     """The same passphrase, another volume key: an escaped guest knows the DEK, not the host key."""
     (dek,) = backend.host.keys.unwrap_all(disk)
-    with img.opened(disk.path, os.O_RDWR) as descriptor:
-        offset, _ = img.luks_area(descriptor, disk.format)
+    with image_file.opened(disk.path, os.O_RDWR) as descriptor:
+        offset, _ = image_file.luks_area(descriptor, disk.format)
         gap = os.pread(descriptor, luks.FIRST_KEYSLOT - luks.HEADER_END, offset + luks.HEADER_END)
         os.pwrite(descriptor, luks.make_header(disk.deks[0].cipher, dek), offset)
         os.pwrite(descriptor, gap, offset + luks.HEADER_END)
@@ -154,7 +154,7 @@ def test_a_rebuilt_inner_header_is_refused(backend: Backend, tmp_path: Path) -> 
     img.check_unlocks(disk.path, disk.format, [inner, outer])
     start(backend)
     with pytest.raises(StaleImageError, match="header of the inner layer"):
-        backend.host.freshness.check_inner(disk, img.validate(disk.path, disk.format, [outer]))
+        backend.host.freshness.check_inner(disk, unlocking.validate(disk.path, disk.format, [outer]))
     with pytest.raises(StaleImageError, match="header of the inner layer"):
         backend.disks.check("disk")
     backend.disks.trust("disk")
@@ -252,7 +252,7 @@ def test_adoption_of_a_forged_disk_is_refused(root: Path, backend: Backend, raw:
     dek = Dek.generate()
     key = backend.host.keys.current_key(PLATFORM_KEY)
     wrapped = backend.host.keys.wrap(dek, key, context=DekContext(raw.id, "service"))
-    with img.opened(raw.path, os.O_RDWR) as descriptor:
+    with image_file.opened(raw.path, os.O_RDWR) as descriptor:
         os.pwrite(descriptor, luks.make_header(raw.deks[0].cipher, dek), 0)
     forge(raw, deks=(dataclasses.replace(raw.deks[0], wrapped=wrapped),))
     backend.host.store.remove(raw.id)
@@ -277,7 +277,7 @@ def test_a_trusted_adoption_is_in_the_audit_log(
 
 
 def test_trust_needs_an_image_that_opens_with_the_dek(backend: Backend, raw: Disk) -> None:
-    with img.opened(raw.path, os.O_RDWR) as descriptor:
+    with image_file.opened(raw.path, os.O_RDWR) as descriptor:
         os.pwrite(descriptor, luks.make_header(raw.deks[0].cipher, Dek.generate()), 0)
     with pytest.raises(ImageFormatError, match="does not open with its DEK"):
         backend.disks.trust("disk")

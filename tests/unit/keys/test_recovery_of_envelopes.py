@@ -12,7 +12,7 @@ from support.command_line import CommandLine
 from virt_sse.backend import Backend
 from virt_sse.model.disks import PLATFORM_KEY, Disk, NewDisk
 from virt_sse.model.envelope import Envelope
-from virt_sse.qemu import envelope_slots, img
+from virt_sse.qemu import envelope_slots, image_file
 
 M = 1 << 20
 
@@ -23,7 +23,7 @@ def _tools() -> None:
 
 
 def carried(disk: Disk) -> Envelope:
-    with img.opened(disk.path) as descriptor:
+    with image_file.opened(disk.path) as descriptor:
         return envelope_slots.read(descriptor, disk.format)
 
 
@@ -78,7 +78,7 @@ def test_without_a_mark_no_image_is_opened(
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("an image is opened")
 
-    monkeypatch.setattr(img, "opened", opened)
+    monkeypatch.setattr(image_file, "opened", opened)
     with Backend.open(root):
         pass
 

@@ -10,7 +10,7 @@ from support import images
 from virt_sse.model.ciphers import AES_256_CBC, AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
-from virt_sse.qemu import formatting, img, qcow2
+from virt_sse.qemu import formatting, image_file, img, qcow2
 from virt_sse.qemu.formatting import Volume
 
 M = 1 << 20
@@ -24,8 +24,8 @@ def _tools() -> None:
 @pytest.mark.parametrize("cipher", [AES_256_XTS, AES_256_CBC], ids=str)
 def test_the_header_has_its_computed_length(tmp_path: Path, cipher: Cipher) -> None:
     formatting.make(tmp_path / "image", DiskFormat.RAW, M, [Volume(cipher, Dek.generate())])
-    with img.opened(tmp_path / "image") as image:
-        assert img.luks_area(image, DiskFormat.RAW) == (0, formatting.header_length(cipher))
+    with image_file.opened(tmp_path / "image") as image:
+        assert image_file.luks_area(image, DiskFormat.RAW) == (0, formatting.header_length(cipher))
     assert (tmp_path / "image").stat().st_size == formatting.header_length(cipher) + M
 
 

@@ -11,7 +11,7 @@ from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError, ToolEr
 from virt_sse.model.ciphers import AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
-from virt_sse.qemu import formatting, img, reading
+from virt_sse.qemu import formatting, image_file, img, reading
 from virt_sse.qemu.formatting import Volume
 
 M = 1 << 20
@@ -49,9 +49,9 @@ def test_qemu_reads_an_image_of_every_cipher(tmp_path: Path, image_format: str, 
     assert image.has(0, M, 0x29)
     assert not images.contains([image.path], b"\x29" * 16)
     assert images.mode(image.path) == 0o600
-    with img.opened(image.path) as descriptor:
-        assert img.probe_format(descriptor) is DiskFormat(image_format)
-        assert img.usable_size(descriptor, DiskFormat(image_format)) == M + 512
+    with image_file.opened(image.path) as descriptor:
+        assert image_file.probe_format(descriptor) is DiskFormat(image_format)
+        assert image_file.usable_size(descriptor, DiskFormat(image_format)) == M + 512
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
@@ -108,28 +108,28 @@ def test_an_erased_image_never_opens_again(tmp_path: Path, image_format: str) ->
     image.write(0, M, 1)
     before = image.path.read_bytes()
     start = before.index(b"LUKS\xba\xbe")
-    with img.opened(image.path) as descriptor:
-        offset, length = img.luks_area(descriptor, DiskFormat(image_format))
+    with image_file.opened(image.path) as descriptor:
+        offset, length = image_file.luks_area(descriptor, DiskFormat(image_format))
     assert offset == start
-    img.erase(image.path, DiskFormat(image_format))
+    image_file.erase(image.path, DiskFormat(image_format))
     after = image.path.read_bytes()
     assert not image.opens()
     assert after[:offset] == before[:offset]
     assert after[offset + length :] == before[offset + length :]
     same = sum(a == b for a, b in zip(after[offset:][:length], before[offset:][:length], strict=True))
     assert same < length // 100  # 1 in 256 by chance
-    img.erase(image.path, DiskFormat(image_format))  # as after a kill; then there is no header to go by
+    image_file.erase(image.path, DiskFormat(image_format))  # as after a kill: there is no header
     assert len(image.path.read_bytes()) == len(before)
 
 
 @pytest.mark.parametrize("named", [2**63 - 1, 2**64 - 1, 16, 0])
 def test_what_is_erased_is_bounded_by_the_file_and_covers_the_keyslots(tmp_path: Path, named: int) -> None:
     image = make(tmp_path / "image", "qcow2")
-    with img.opened(image.path) as descriptor:
-        offset, length = img.luks_area(descriptor, DiskFormat.QCOW2)
+    with image_file.opened(image.path) as descriptor:
+        offset, length = image_file.luks_area(descriptor, DiskFormat.QCOW2)
     images.rewrite_luks_pointer(image.path, offset, named)
     before = image.path.read_bytes()
-    img.erase(image.path, DiskFormat.QCOW2)
+    image_file.erase(image.path, DiskFormat.QCOW2)
     after = image.path.read_bytes()
     assert len(after) == len(before)
     same = sum(a == b for a, b in zip(after[offset:][:length], before[offset:][:length], strict=True))
@@ -140,10 +140,13 @@ def test_what_is_erased_is_bounded_by_the_file_and_covers_the_keyslots(tmp_path:
 def test_a_luks_header_outside_of_the_file_is_damage(tmp_path: Path, offset: int) -> None:
     image = make(tmp_path / "image", "qcow2")
     images.rewrite_luks_pointer(image.path, offset, 1 << 20)
-    with img.opened(image.path) as descriptor, pytest.raises(ImageFormatError, match="outside of the file"):
-        img.luks_area(descriptor, DiskFormat.QCOW2)
+    with (
+        image_file.opened(image.path) as descriptor,
+        pytest.raises(ImageFormatError, match="outside of the file"),
+    ):
+        image_file.luks_area(descriptor, DiskFormat.QCOW2)
     size = image.path.stat().st_size
-    img.erase(image.path, DiskFormat.QCOW2)
+    image_file.erase(image.path, DiskFormat.QCOW2)
     assert image.path.stat().st_size == size
     assert b"LUKS" not in image.path.read_bytes()
 
@@ -153,19 +156,19 @@ def test_a_size_beyond_any_file_is_damage(tmp_path: Path) -> None:
     with image.path.open("r+b") as file:
         file.seek(24)
         file.write((2**63).to_bytes(8, "big"))
-    with img.opened(image.path) as descriptor, pytest.raises(ImageFormatError, match="invalid size"):
-        img.usable_size(descriptor, DiskFormat.QCOW2)
+    with image_file.opened(image.path) as descriptor, pytest.raises(ImageFormatError, match="invalid size"):
+        image_file.usable_size(descriptor, DiskFormat.QCOW2)
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_an_open_image_is_noticed(tmp_path: Path, image_format: str) -> None:
     image = make(tmp_path / "image", image_format)
-    img.refuse_if_open(image.path)
-    with img.opened(image.path):
-        img.refuse_if_open(image.path)  # we are no QEMU
+    image_file.refuse_if_open(image.path)
+    with image_file.opened(image.path):
+        image_file.refuse_if_open(image.path)  # we are no QEMU
     for read_only in (False, True):
         with image.held(read_only=read_only), pytest.raises(DiskInUseError):
-            img.refuse_if_open(image.path)
+            image_file.refuse_if_open(image.path)
         img.check_unlocks(image.path, DiskFormat(image_format), [DEK])
     with image.held():
         img.check_unlocks(image.path, DiskFormat(image_format), [DEK])
@@ -183,24 +186,24 @@ def test_a_path_that_is_no_image_file_is_refused(tmp_path: Path) -> None:
         (Path("/dev/null"), "not a regular file"),
         (tmp_path / "loop", "cannot open"),
     ):
-        with pytest.raises(ImageError, match=reason), img.opened(path):
+        with pytest.raises(ImageError, match=reason), image_file.opened(path):
             pass
 
 
 @pytest.mark.parametrize("content", [b"", b"text", bytes(8192), b"QFI\xfb", b"LUKS\xba\xbe\0\1"])
 def test_an_image_without_a_luks_header_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "image").write_bytes(content)
-    with img.opened(tmp_path / "image") as descriptor:
+    with image_file.opened(tmp_path / "image") as descriptor:
         for image_format in DiskFormat:
             with pytest.raises(ImageFormatError):
-                img.luks_area(descriptor, image_format)
+                image_file.luks_area(descriptor, image_format)
 
 
 def test_a_raw_image_that_ends_within_its_header_is_refused(tmp_path: Path) -> None:
     image = make(tmp_path / "image", "raw")
     os.truncate(image.path, 5000)
-    with img.opened(image.path) as descriptor, pytest.raises(ImageFormatError, match="without data"):
-        img.usable_size(descriptor, DiskFormat.RAW)
+    with image_file.opened(image.path) as descriptor, pytest.raises(ImageFormatError, match="without data"):
+        image_file.usable_size(descriptor, DiskFormat.RAW)
     with pytest.raises(ImageFormatError):
         img.check(image.path, DiskFormat.RAW, [DEK])
 
@@ -215,4 +218,4 @@ def test_nothing_holds_an_image_after_it_was_read(tmp_path: Path) -> None:
     for _ in range(20):
         with reading.plaintext(image.path, DiskFormat.RAW, [DEK]) as reader:
             reader.read(0, 512)
-        img.refuse_if_open(image.path)
+        image_file.refuse_if_open(image.path)

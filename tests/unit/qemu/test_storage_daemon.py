@@ -22,7 +22,7 @@ from virt_sse.errors import DiskInUseError, MonitorError
 from virt_sse.model.ciphers import AES_256_CBC, AES_256_XTS
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
-from virt_sse.qemu import formatting, img, qmp
+from virt_sse.qemu import formatting, image_file, qmp
 from virt_sse.qemu.formatting import Volume
 from virt_sse.qemu.storage_daemon import StorageDaemon, arguments
 
@@ -96,7 +96,7 @@ def test_the_export_has_the_content_of_the_volume(daemon: Daemon, folder: Path, 
     assert "wrote 4096" in io(daemon, "write -P 0x22 8192 4096")
     assert "export" in io(daemon, "read 0 512", name="other")
     with pytest.raises(DiskInUseError):
-        img.refuse_if_open(keyed.path)
+        image_file.refuse_if_open(keyed.path)
     nodes, _, _ = daemon.block_graph()
     node = {str(node["node-name"]): node for node in nodes}["volume"]
     assert node["encrypted"]

@@ -19,7 +19,7 @@ from virt_sse.libvirt.secret_name import plain_export
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.model.layers import GuestNode, LayerPlan, Placement, StorageNode
-from virt_sse.qemu import img
+from virt_sse.qemu import image_file, img
 from virt_sse.stages.record import StageRecord
 from virt_sse.verification.stage_evidence import StageEvidence
 from virt_sse.verification.verdict import DiskVerdict
@@ -126,8 +126,8 @@ def test_all_volumes_grow_under_a_guest_that_connects_again(
     if double:
         assert img.usable_size_within(disk.disk.path, disk.disk.format, deks) == 5 * M
     else:
-        with img.opened(disk.disk.path) as descriptor:
-            assert img.usable_size(descriptor, disk.disk.format) == 5 * M
+        with image_file.opened(disk.disk.path) as descriptor:
+            assert image_file.usable_size(descriptor, disk.disk.format) == 5 * M
     assert "failed" not in disk.image_io(f"read -P 0x44 {5 * M - 4096} 4096")
 
 

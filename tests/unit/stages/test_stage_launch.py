@@ -19,7 +19,7 @@ from virt_sse.libvirt.users import User
 from virt_sse.model.ciphers import AES_256_XTS
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
-from virt_sse.qemu import formatting, img
+from virt_sse.qemu import formatting, image_file, img
 from virt_sse.qemu.formatting import Volume
 from virt_sse.stages.locked_process import Command, LockedProcess
 
@@ -129,7 +129,7 @@ def test_an_open_descriptor_3_is_kept(process: LockedProcess, folder: Path, user
     assert folder / "cache.lock" in found.values()
     if taken == "image":
         with pytest.raises(DiskInUseError):
-            img.refuse_if_open(folder / "image")
+            image_file.refuse_if_open(folder / "image")
 
 
 class TestImageLock:
@@ -144,24 +144,24 @@ class TestImageLock:
     def test_qemu_sees_an_image_held_by_a_stage_as_in_use(
         self, process: LockedProcess, image: images.KeyedImage, user: User
     ) -> None:
-        with img.opened(image.path, os.O_RDWR) as descriptor:
+        with image_file.opened(image.path, os.O_RDWR) as descriptor:
             process.start(SLEEP, user, image=descriptor)
         for _ in range(2):  # to have asked takes no lock away
             with pytest.raises(DiskInUseError, match="in use by"):
                 img.info(image.path)
             with pytest.raises(DiskInUseError):
-                img.refuse_if_open(image.path)
+                image_file.refuse_if_open(image.path)
         assert 'Failed to get "write" lock' in image.io("write 0 512").stderr
         assert img.info(image.path, shared=True).encrypted
         process.stop()
         assert image.opens()
-        img.refuse_if_open(image.path)
+        image_file.refuse_if_open(image.path)
 
     @pytest.mark.parametrize("read_only", [False, True])
     def test_a_stage_does_not_start_on_an_image_that_qemu_has_open(
         self, process: LockedProcess, image: images.KeyedImage, user: User, read_only: bool
     ) -> None:
-        with image.held(read_only=read_only), img.opened(image.path, os.O_RDWR) as descriptor:
+        with image.held(read_only=read_only), image_file.opened(image.path, os.O_RDWR) as descriptor:
             with pytest.raises(StageError, match="the image is in use by a running domain"):
                 process.start(SLEEP, user, image=descriptor)
             assert process.pid() is None

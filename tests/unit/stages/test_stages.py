@@ -23,11 +23,11 @@ from support.faults import crash_points, dies_at
 from support.stage_disks import DOMAIN, QEMU, M, StagedDisk, kill
 from support.stage_programs import command_line, status
 from virt_sse.config import Config
-from virt_sse.errors import DiskInUseError, StageError, ToolError
+from virt_sse.errors import DiskInUseError, ImageError, StageError, ToolError
 from virt_sse.libvirt.users import User
 from virt_sse.model.keys import Dek
 from virt_sse.model.layers import HostCaching
-from virt_sse.qemu import img, qcow2, qmp
+from virt_sse.qemu import image_file, img, qcow2, qmp
 from virt_sse.stages import Stages
 from virt_sse.stages.locked_process import Command
 from virt_sse.stages.storage_daemon import StorageDaemonProcess
@@ -84,7 +84,7 @@ def test_data_written_by_a_guest_is_in_the_image(
     assert said.count("8192/8192") == 2, said
     assert "failed" not in said
     with pytest.raises(DiskInUseError):
-        img.refuse_if_open(disk.disk.path)
+        image_file.refuse_if_open(disk.disk.path)
     disk.stop()
     disk.assert_nothing_is_left()
     said = disk.image_io("read -P 0x5a 4096 8192", "length")
@@ -284,7 +284,7 @@ class TestNothingIsLeftOfAStartThatFails:
     def test_a_missing_image_is_reported(self, make: Make) -> None:
         disk = make("raw")
         disk.disk.path.unlink()
-        with pytest.raises(img.ImageError, match="is missing"):
+        with pytest.raises(ImageError, match="is missing"):
             disk.start()
         assert disk.stages.records() == []
 

@@ -18,7 +18,7 @@ from virt_sse.config import Config
 from virt_sse.errors import DiskInUseError, StageError
 from virt_sse.libvirt.users import User
 from virt_sse.model.layers import GuestNode, HostCache, HostCaching, LayerPlan, StorageNode
-from virt_sse.qemu import img
+from virt_sse.qemu import image_file
 from virt_sse.stages import Stages
 from virt_sse.stages.host_cache import HostCacheProcess
 from virt_sse.stages.kinds import STAGE_KINDS
@@ -93,7 +93,7 @@ def test_start_record_verify_restart_stop(
     assert problems(disk) == []
 
     with pytest.raises(DiskInUseError):
-        img.refuse_if_open(disk.disk.path)
+        image_file.refuse_if_open(disk.disk.path)
     with pytest.raises(StageError, match=r"has a (host cache|pass-through proxy), which does not grow"):
         disk.stages.grow(disk.disk, 5 << 20, reconnects=True)
     disk.stages.stop_domain(DOMAIN)
@@ -115,7 +115,7 @@ def test_a_qcow2_image_that_the_proxy_opens_is_extended_and_locked(make: Make) -
     disk.start()
     assert "wrote 1048576" in disk.guest_io("write -P 0x5a 0 1M")
     with pytest.raises(DiskInUseError):
-        img.refuse_if_open(disk.disk.path)
+        image_file.refuse_if_open(disk.disk.path)
     assert problems(disk) == []
 
 

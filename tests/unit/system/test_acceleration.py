@@ -21,7 +21,7 @@ from virt_sse.errors import ToolError
 from virt_sse.model.ciphers import AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
-from virt_sse.qemu import formatting, img
+from virt_sse.qemu import conversion, formatting, image_file
 from virt_sse.qemu.formatting import Volume
 from virt_sse.system import acceleration, confinement, tools
 from virt_sse.system.confinement import Confinement
@@ -174,7 +174,7 @@ def test_images_are_the_same_with_and_without_the_library(
 
     count(monkeypatch, tmp_path)
     with back.open("w+b") as file:
-        img.decrypt_to(same, DiskFormat(image_format), file.fileno(), "raw", [DEK], lambda _: None)
+        conversion.decrypt_to(same, DiskFormat(image_format), file.fileno(), "raw", [DEK], lambda _: None)
     assert used(tmp_path) == is_fast
     assert back.read_bytes() == plain.read_bytes()
 
@@ -188,8 +188,8 @@ def count(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def encrypt(plain: Path, image: Path, image_format: DiskFormat) -> None:
-    with img.held(plain) as source:
-        img.encrypt_from(plain, "raw", image, image_format, [DEK], lambda _: None, descriptor=source)
+    with image_file.held(plain) as source:
+        conversion.encrypt_from(plain, "raw", image, image_format, [DEK], lambda _: None, descriptor=source)
 
 
 def used(folder: Path) -> bool:

@@ -18,7 +18,7 @@ from support.images import require
 from virt_sse.model.ciphers import AES_256_CBC, AES_256_XTS
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
-from virt_sse.qemu import formatting, img
+from virt_sse.qemu import formatting, image_file
 from virt_sse.qemu.formatting import Volume
 from virt_sse.qemu.volume_header import VolumeHeader
 from virt_sse.system.running_process import command_line
@@ -100,7 +100,7 @@ def test_the_cipher_is_read_from_the_header(tmp_path: Path, image_format: DiskFo
     require("cryptsetup", "qemu-img")
     volumes = [Volume(AES_256_XTS, Dek.generate()), Volume(AES_256_CBC, Dek.generate())]
     formatting.make(tmp_path / "image", image_format, 1 << 20, volumes[: 1 + double])
-    with img.opened(tmp_path / "image") as descriptor:
+    with image_file.opened(tmp_path / "image") as descriptor:
         cipher = AES_256_CBC if double else AES_256_XTS
         assert VolumeHeader.of_file(descriptor, image_format).cipher == cipher
 

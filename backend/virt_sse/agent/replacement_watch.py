@@ -12,7 +12,7 @@ from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
 from virt_sse.backend import Backend
 from virt_sse.errors import CopyInterruptedError, VirtSseError
-from virt_sse.model.copies import CopyState, DiskCopy
+from virt_sse.model.replacements import Replacement, ReplacementState
 
 _log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ _THREADS = 4
 _AGAIN_SECONDS = 10.0
 
 
-class CopyWatch:
+class ReplacementWatch:
     """Does the agent's part of copies in threads of its own."""
 
     def __init__(self, backend: Backend, metrics: Metrics) -> None:
@@ -39,10 +39,10 @@ class CopyWatch:
         :raise StoreError: When the store cannot be queried.
         """
         now = time.monotonic()
-        for copy in self._backend.host.store.copies.all():
+        for copy in self._backend.host.store.replacements.all():
             job = self._jobs.get(copy.disk_id)
             is_due = now >= self._not_before.get(copy.disk_id, 0.0)
-            if copy.state is not CopyState.KEPT and is_due and (job is None or job.done()):
+            if copy.state is not ReplacementState.KEPT and is_due and (job is None or job.done()):
                 self._jobs[copy.disk_id] = self._pool.submit(self._work, copy)
 
     def stop(self) -> None:
@@ -50,7 +50,7 @@ class CopyWatch:
         self._stopping.set()
         self._pool.shutdown(cancel_futures=True)
 
-    def _work(self, copy: DiskCopy) -> None:
+    def _work(self, copy: Replacement) -> None:
         details: dict[str, object] = {"disk": copy.name, "copy": copy.disk_id}
         try:
             done = self._backend.reencryption.continue_detached(copy, self._stopping)

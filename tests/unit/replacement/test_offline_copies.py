@@ -11,16 +11,16 @@ import pytest
 from support import images
 from support.hosts import host_folder
 from virt_sse.backend import Backend
-from virt_sse.copies import reencryption
-from virt_sse.copies.offline import no_bars
-from virt_sse.copies.reencryption import Reencryption
 from virt_sse.errors import DiskExistsError, DiskStateError, ImageError, PolicyError
 from virt_sse.host.setup import initialise
 from virt_sse.model.ciphers import AES_256_CBC
-from virt_sse.model.copies import CopyState
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, DiskState, NewDisk
 from virt_sse.model.layers import EncryptionType
+from virt_sse.model.replacements import ReplacementState
+from virt_sse.replacement import reencryption
+from virt_sse.replacement.offline import no_bars
+from virt_sse.replacement.reencryption import Reencryption
 
 M = 1 << 20
 CONTENT = b"what the guest has written".ljust(M + 512, b".")
@@ -54,7 +54,7 @@ def only(backend: Backend) -> Disk:
     """The only disk; nothing of a copy is left."""
     (found,) = backend.disks.all()
     assert found.state is DiskState.READY
-    assert backend.host.store.copies.all() == []
+    assert backend.host.store.replacements.all() == []
     assert list(found.path.parent.iterdir()) == [found.path]
     return found
 
@@ -133,7 +133,7 @@ def test_a_disk_that_is_copied_is_refused_to_all_others(backend: Backend, disk: 
         backend.disks.erase(disk)
     with Backend.open(backend.host.config.root) as second:  # the agent's copies stay
         assert len(second.disks.all()) == 2
-        assert [copy.state for copy in second.host.store.copies.all()] == [CopyState.COPYING]
+        assert [copy.state for copy in second.host.store.replacements.all()] == [ReplacementState.COPYING]
         assert second.reencryption.cancel("web") == disk
     assert only(backend) == disk
     with pytest.raises(DiskStateError, match="not being re-encrypted"):

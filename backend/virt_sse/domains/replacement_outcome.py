@@ -10,14 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from virt_sse.libvirt.domain_definition import DomainDefinition
-from virt_sse.model.copies import CopyState, DiskCopy
+from virt_sse.model.replacements import Replacement, ReplacementState
 from virt_sse.system.locks import DiskLocks
 
 if TYPE_CHECKING:
     from virt_sse.store.store import Store
 
 
-def has_new_disk(definition: DomainDefinition, copy: DiskCopy) -> bool:
+def has_new_disk(definition: DomainDefinition, copy: Replacement) -> bool:
     """Whether a definition has the new disk of *copy* itself, not only as the target of a block copy."""
     return any(chain.links[0].disk_id == copy.disk_id for chain in definition.disk_chains())
 
@@ -28,11 +28,11 @@ def settle_ended(store: Store, locks: DiskLocks, definition: DomainDefinition) -
     :raise DiskInUseError: When another process is at work on a copy.
     """
     for disk_id in {use.disk_id for use in definition.our_disks}:
-        copy = store.copies.find(disk_id)
-        if copy is None or copy.state is CopyState.DONE:
+        copy = store.replacements.find(disk_id)
+        if copy is None or copy.state is ReplacementState.DONE:
             continue
         with locks.hold(copy.lock_id):
             if has_new_disk(definition, copy):
-                store.copies.take_over(copy)
+                store.replacements.take_over(copy)
             else:
-                store.copies.abandon(copy)
+                store.replacements.abandon(copy)

@@ -14,7 +14,7 @@ from pathlib import Path
 from uuid import UUID, uuid5
 
 
-class CopyState(enum.Enum):
+class ReplacementState(enum.Enum):
     """Progress of a copy.
 
     Up to ``PIVOTING`` the source is whole. In ``PIVOTING`` the domain may be paused by the copy, and source
@@ -30,7 +30,7 @@ class CopyState(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DiskCopy:
+class Replacement:
     """The record of a copy.
 
     :ivar disk_id: the new disk.
@@ -55,7 +55,7 @@ class DiskCopy:
     final_path: Path | None = None
     domain_id: UUID | None = None
     target: str = ""
-    state: CopyState = CopyState.COPYING
+    state: ReplacementState = ReplacementState.COPYING
     is_detached: bool = False
     is_cancelled: bool = False
     max_rate: int | None = None

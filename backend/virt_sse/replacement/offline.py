@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 from virt_sse.errors import CopyCancelledError, CopyInterruptedError, ImageError
 from virt_sse.keys.host import Host
-from virt_sse.model.copies import DiskCopy
-from virt_sse.qemu import img
+from virt_sse.model.replacements import Replacement
+from virt_sse.qemu import conversion, image_file, img
 from virt_sse.system.progress import Progress, silent
 
 Bars = Callable[[str], AbstractContextManager[Progress]]
@@ -27,7 +27,7 @@ def no_bars(_what: str) -> AbstractContextManager[Progress]:
 
 
 def copy_offline(
-    host: Host, copy: DiskCopy, source: img.CopySource, bars: Bars, stopping: threading.Event | None
+    host: Host, copy: Replacement, source: conversion.CopySource, bars: Bars, stopping: threading.Event | None
 ) -> None:
     """Copy the content of *source* into the new disk, durably, and compare both.
 
@@ -42,16 +42,18 @@ def copy_offline(
     deks = host.keys.unwrap_all(new)
     with bars("copying") as progress:
         watched = _watching(host, copy, progress, stopping)
-        img.copy_into(source, new.path, new.format, deks, watched, max_rate=copy.max_rate)
-        with img.opened(new.path, os.O_RDWR) as descriptor:
+        conversion.copy_into(source, new.path, new.format, deks, watched, max_rate=copy.max_rate)
+        with image_file.opened(new.path, os.O_RDWR) as descriptor:
             os.fsync(descriptor)
     with bars("comparing") as progress:
-        img.compare(source, new.path, new.format, deks, _watching(host, copy, progress, stopping))
+        conversion.compare(source, new.path, new.format, deks, _watching(host, copy, progress, stopping))
     if img.usable_size_within(new.path, new.format, deks) != new.size:
         raise ImageError(f"{new.path} has another size than the disk before")
 
 
-def _watching(host: Host, copy: DiskCopy, progress: Progress, stopping: threading.Event | None) -> Progress:
+def _watching(
+    host: Host, copy: Replacement, progress: Progress, stopping: threading.Event | None
+) -> Progress:
     """*progress*, with a query whether the copy is to be undone."""
     due = 0.0
 
@@ -61,7 +63,7 @@ def _watching(host: Host, copy: DiskCopy, progress: Progress, stopping: threadin
         if stopping is not None and stopping.is_set():
             raise CopyInterruptedError(f"the copy of disk {copy.name!r} goes on without this process")
         if time.monotonic() >= due:
-            record = host.store.copies.find(copy.disk_id)
+            record = host.store.replacements.find(copy.disk_id)
             if record is None or record.is_cancelled:
                 raise CopyCancelledError(f"the copy of disk {copy.name!r} was cancelled")
             due = time.monotonic() + _CANCEL_SECONDS

@@ -9,10 +9,6 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from virt_sse.copies.offline import Bars, copy_offline
-from virt_sse.copies.online import OnlineCopy
-from virt_sse.copies.plain_disks import PlainDisk, plain_disks, user_of_image
-from virt_sse.copies.settlement import Settlement, await_unlocked
 from virt_sse.disks.creation import Successor
 from virt_sse.disks.inspector import Inspector
 from virt_sse.disks.lifecycle import Disks
@@ -22,12 +18,16 @@ from virt_sse.keys.host import Host
 from virt_sse.libvirt import domains
 from virt_sse.libvirt.connection import connected
 from virt_sse.model.ciphers import AES_256_XTS, Cipher
-from virt_sse.model.copies import CopyState, DiskCopy
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, NewDisk, check_path
 from virt_sse.model.operations import AttachDisk
-from virt_sse.qemu import img
+from virt_sse.model.replacements import Replacement, ReplacementState
+from virt_sse.qemu import image_file
 from virt_sse.qemu.backing_chain import opened_chain
+from virt_sse.replacement.offline import Bars, copy_offline
+from virt_sse.replacement.online import OnlineCopy
+from virt_sse.replacement.plain_disks import PlainDisk, plain_disks, user_of_image
+from virt_sse.replacement.settlement import Settlement, await_unlocked
 from virt_sse.system.overwrite import overwrite_and_remove
 
 
@@ -117,9 +117,9 @@ class InPlace:
         folder = change.directory or (
             plain.path.parent if plain.is_file else self._host.config.disk_directory
         )
-        with img.held(plain.path) as descriptor:
+        with image_file.held(plain.path) as descriptor:
             status = os.fstat(descriptor)
-        copy = DiskCopy(
+        copy = Replacement(
             disk_id=copy_id,
             name=name,
             source_path=plain.path,
@@ -143,14 +143,14 @@ class InPlace:
                 infrastructure_cipher=change.infrastructure_cipher,
                 place=check_path(folder / f"{name}.{change.format.value}"),
             )
-            self._store.copies.begin(copy)
+            self._store.replacements.begin(copy)
             paused = None
             with self._settlement.undone_after_failure(copy):
                 content = self._inspector.plain_content(plain.path, plain.format)
                 disk = self._disks.create(
                     new, content=content, successor=Successor(copy_id, name, plain.serial)
                 )
-                self._store.copies.reserve(copy)
+                self._store.replacements.reserve(copy)
                 self._plugins.validate(AttachDisk(disk, domain_name, plain.encryption_at_host, content))
                 if chain is None:
                     with bars(f"encrypting {plain.target}") as progress:
@@ -160,7 +160,7 @@ class InPlace:
                     copy_offline(self._host, copy, chain.source, bars, None)
                     if chain.identity() != before:
                         raise ImageError(f"{plain.path} or a backing file was changed during the copy")
-                    self._store.copies.take_over(copy)
+                    self._store.replacements.take_over(copy)
             self._settlement.finish_or_leave(copy)
         return EncryptedInPlace(plain.target, self._store.get(str(copy_id)), plain.path, paused)
 
@@ -193,12 +193,12 @@ class InPlace:
             if os.path.lexists(path):
                 await_unlocked(path)
             in_place = overwrite_and_remove(path, copy.source_identity)
-            self._store.copies.remove(copy)
+            self._store.replacements.remove(copy)
             wiped.append(WipedImage(path, in_place))
         return wiped
 
-    def _kept(self, domain_name: str) -> list[DiskCopy]:
+    def _kept(self, domain_name: str) -> list[Replacement]:
         with connected(self._uri) as connection:
             domain_id = uuid.UUID(domains.lookup(connection, domain_name).UUIDString())
-        found = self._store.copies.of_domain(domain_id)
-        return [copy for copy in found if copy.state is CopyState.KEPT]
+        found = self._store.replacements.of_domain(domain_id)
+        return [copy for copy in found if copy.state is ReplacementState.KEPT]

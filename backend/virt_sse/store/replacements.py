@@ -1,4 +1,4 @@
-"""Copies of disks in the store (:mod:`virt_sse.model.copies`)."""
+"""Copies of disks in the store (:mod:`virt_sse.model.replacements`)."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from virt_sse.errors import DiskStateError
-from virt_sse.model.copies import CopyState, DiskCopy
 from virt_sse.model.disks import DiskState
+from virt_sse.model.replacements import Replacement, ReplacementState
 from virt_sse.store.engine import reading, writing
 from virt_sse.store.tables import copies, disks
 
 
-class CopyStore:
+class ReplacementStore:
     """Queries and changes, each a transaction. Every method raises StoreError when the database fails."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def all(self) -> list[DiskCopy]:
+    def all(self) -> list[Replacement]:
         """All copies, also done copies with a plaintext image that is still there."""
         return self._select(sa.true())
 
-    def find(self, disk_id: UUID) -> DiskCopy | None:
+    def find(self, disk_id: UUID) -> Replacement | None:
         """The unfinished copy with this disk as source or as new disk, if any."""
         is_disk = sa.or_(copies.c.disk_id == disk_id, copies.c.source_id == disk_id)
-        return next(iter(self._select(sa.and_(is_disk, copies.c.state != CopyState.KEPT.value))), None)
+        return next(iter(self._select(sa.and_(is_disk, copies.c.state != ReplacementState.KEPT.value))), None)
 
-    def of_domain(self, domain_id: UUID) -> list[DiskCopy]:
+    def of_domain(self, domain_id: UUID) -> list[Replacement]:
         """The copies of disks of a domain."""
         return self._select(copies.c.domain_id == domain_id)
 
-    def begin(self, copy: DiskCopy) -> None:
+    def begin(self, copy: Replacement) -> None:
         """Record a copy. The source disk, if any, becomes ``copying``.
 
         :raise DiskStateError: When the source disk is not ready, or the plaintext image has a copy already.
@@ -48,7 +48,7 @@ class CopyStore:
             path = str(copy.source_path) if copy.source_path else None
             if path and connection.scalar(
                 sa.select(copies.c.disk_id).where(
-                    copies.c.source_path == path, copies.c.state != CopyState.KEPT.value
+                    copies.c.source_path == path, copies.c.state != ReplacementState.KEPT.value
                 )
             ):
                 raise DiskStateError(f"{path} is being copied already")
@@ -70,20 +70,20 @@ class CopyStore:
                 )
             )
 
-    def set_state(self, copy: DiskCopy, state: CopyState) -> None:
+    def set_state(self, copy: Replacement, state: ReplacementState) -> None:
         """Set the state of a copy."""
         self._update(copy.disk_id, state=state.value)
 
-    def cancel(self, copy: DiskCopy) -> None:
+    def cancel(self, copy: Replacement) -> None:
         """Request that a copy be undone."""
         self._update(copy.disk_id, is_cancelled=True)
 
-    def reserve(self, copy: DiskCopy) -> None:
+    def reserve(self, copy: Replacement) -> None:
         """Reserve the new disk of a copy: from ``ready``, as created, to ``copying``."""
         with writing(self._engine) as connection:
             _change_state(connection, copy.disk_id, DiskState.READY, DiskState.COPYING)
 
-    def take_over(self, copy: DiskCopy) -> None:
+    def take_over(self, copy: Replacement) -> None:
         """Put the new disk in place of the source, which becomes ``deleting``: the point of no return."""
         with writing(self._engine) as connection:
             if copy.source_id:
@@ -98,10 +98,12 @@ class CopyStore:
                 .values(name=copy.name, state=DiskState.READY.value)
             )
             connection.execute(
-                copies.update().where(copies.c.disk_id == copy.disk_id).values(state=CopyState.DONE.value)
+                copies.update()
+                .where(copies.c.disk_id == copy.disk_id)
+                .values(state=ReplacementState.DONE.value)
             )
 
-    def abandon(self, copy: DiskCopy) -> None:
+    def abandon(self, copy: Replacement) -> None:
         """Undo a copy: the source disk becomes ``ready``, the new disk, if created, ``deleting``."""
         with writing(self._engine) as connection:
             if copy.source_id:
@@ -111,7 +113,7 @@ class CopyStore:
             )
             connection.execute(copies.delete().where(copies.c.disk_id == copy.disk_id))
 
-    def remove(self, copy: DiskCopy) -> None:
+    def remove(self, copy: Replacement) -> None:
         """Forget a finished copy."""
         with writing(self._engine) as connection:
             connection.execute(copies.delete().where(copies.c.disk_id == copy.disk_id))
@@ -120,7 +122,7 @@ class CopyStore:
         with writing(self._engine) as connection:
             connection.execute(copies.update().where(copies.c.disk_id == disk_id).values(**values))
 
-    def _select(self, condition: sa.ColumnElement[bool]) -> list[DiskCopy]:
+    def _select(self, condition: sa.ColumnElement[bool]) -> list[Replacement]:
         with reading(self._engine) as connection:
             query = sa.select(copies).where(condition).order_by(copies.c.name)
             return [_copy(row) for row in connection.execute(query)]
@@ -133,8 +135,8 @@ def _change_state(connection: Connection, disk_id: UUID, before: DiskState, afte
     return changed.rowcount == 1
 
 
-def _copy(row: Any) -> DiskCopy:
-    return DiskCopy(
+def _copy(row: Any) -> Replacement:
+    return Replacement(
         disk_id=row.disk_id,
         name=row.name,
         source_id=row.source_id,
@@ -143,7 +145,7 @@ def _copy(row: Any) -> DiskCopy:
         final_path=Path(row.final_path) if row.final_path else None,
         domain_id=row.domain_id,
         target=row.target,
-        state=CopyState(row.state),
+        state=ReplacementState(row.state),
         is_detached=row.is_detached,
         is_cancelled=row.is_cancelled,
         max_rate=row.max_rate,

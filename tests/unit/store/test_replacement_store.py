@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from virt_sse.domains.copy_outcome import settle_ended
+from virt_sse.domains.replacement_outcome import settle_ended
 from virt_sse.errors import DiskInUseError, DiskStateError
 from virt_sse.libvirt.domain_definition import DomainDefinition
-from virt_sse.model.copies import CopyState, DiskCopy
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.layers import EncryptionType
+from virt_sse.model.replacements import Replacement, ReplacementState
 from virt_sse.store.store import Store
 from virt_sse.system.locks import DiskLocks
 
 OLD, NEW = uuid.UUID(int=1), uuid.UUID(int=2)
-COPY = DiskCopy(
+COPY = Replacement(
     disk_id=NEW,
     name="web",
     source_id=OLD,
@@ -51,9 +51,9 @@ def disk(disk_id: uuid.UUID, name: str, state: DiskState = DiskState.READY) -> D
 def store(tmp_path: Path) -> Iterator[Store]:
     opened = Store(f"sqlite:///{tmp_path}/store.sqlite")
     opened.add(disk(OLD, "web"))
-    opened.copies.begin(COPY)
+    opened.replacements.begin(COPY)
     opened.add(disk(NEW, "web.copy-1"))
-    opened.copies.reserve(COPY)
+    opened.replacements.reserve(COPY)
     yield opened
     opened.close()
 
@@ -63,44 +63,44 @@ def states(store: Store) -> dict[str, DiskState]:
 
 
 def test_a_copy_reserves_both_disks(store: Store) -> None:
-    assert store.copies.all() == [COPY]
-    assert store.copies.find(OLD) == store.copies.find(NEW) == COPY
+    assert store.replacements.all() == [COPY]
+    assert store.replacements.find(OLD) == store.replacements.find(NEW) == COPY
     assert states(store) == {"web": DiskState.COPYING, "web.copy-1": DiskState.COPYING}
     assert {each.id for each in store.unfinished()} == {OLD, NEW}
     with pytest.raises(DiskStateError, match="is not ready"):
-        store.copies.begin(COPY)
+        store.replacements.begin(COPY)
     assert store.get("web.copy-1").guest_serial == "0123456789"
 
 
 def test_the_new_disk_takes_over(store: Store) -> None:
-    store.copies.take_over(COPY)
+    store.replacements.take_over(COPY)
     assert states(store) == {"web": DiskState.READY, str(OLD): DiskState.DELETING}
     assert store.get("web").id == NEW
-    (found,) = store.copies.all()
-    assert found.state is CopyState.DONE
+    (found,) = store.replacements.all()
+    assert found.state is ReplacementState.DONE
 
 
 def test_an_abandoned_copy_leaves_the_source(store: Store) -> None:
-    store.copies.cancel(COPY)
-    (found,) = store.copies.all()
+    store.replacements.cancel(COPY)
+    (found,) = store.replacements.all()
     assert found.is_cancelled
-    store.copies.abandon(found)
+    store.replacements.abandon(found)
     assert states(store) == {"web": DiskState.READY, "web.copy-1": DiskState.DELETING}
-    assert store.copies.all() == []
+    assert store.replacements.all() == []
 
 
 def test_an_image_has_one_copy_at_a_time(store: Store) -> None:
-    plain = DiskCopy(
+    plain = Replacement(
         disk_id=uuid.uuid4(), name="a", source_path=Path("/plain"), source_identity=(1, 2), target="vda"
     )
-    store.copies.begin(plain)
-    assert store.copies.find(plain.disk_id) == plain
-    again = DiskCopy(disk_id=uuid.uuid4(), name="b", source_path=Path("/plain"), target="vda")
+    store.replacements.begin(plain)
+    assert store.replacements.find(plain.disk_id) == plain
+    again = Replacement(disk_id=uuid.uuid4(), name="b", source_path=Path("/plain"), target="vda")
     with pytest.raises(DiskStateError, match="being copied already"):
-        store.copies.begin(again)
-    store.copies.set_state(plain, CopyState.KEPT)
-    store.copies.begin(again)
-    assert store.copies.find(plain.disk_id) is None
+        store.replacements.begin(again)
+    store.replacements.set_state(plain, ReplacementState.KEPT)
+    store.replacements.begin(again)
+    assert store.replacements.find(plain.disk_id) is None
 
 
 @pytest.mark.parametrize("has", [OLD, NEW])

@@ -12,9 +12,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from virt_sse.copies.offline import Bars, copy_offline, no_bars
-from virt_sse.copies.online import OnlineCopy
-from virt_sse.copies.settlement import Settlement
 from virt_sse.disks.creation import Successor
 from virt_sse.disks.inspector import Inspector
 from virt_sse.disks.lifecycle import Disks
@@ -25,12 +22,15 @@ from virt_sse.keys.host import Host
 from virt_sse.libvirt import disk_users, domains
 from virt_sse.libvirt.connection import connected
 from virt_sse.model.ciphers import Cipher
-from virt_sse.model.copies import CopyState, DiskCopy
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, DiskState, NewDisk, check_path
 from virt_sse.model.layers import HostCaching
 from virt_sse.model.operations import DeleteDisk
-from virt_sse.qemu import img
+from virt_sse.model.replacements import Replacement, ReplacementState
+from virt_sse.qemu import conversion, image_file, unlocking
+from virt_sse.replacement.offline import Bars, copy_offline, no_bars
+from virt_sse.replacement.online import OnlineCopy
+from virt_sse.replacement.settlement import Settlement
 from virt_sse.system.progress import Progress
 
 _CANCELLING_SECONDS = 120.0
@@ -129,12 +129,12 @@ class ReencryptionService:
         :raise DiskStateError: When the disk is not being re-encrypted, or the new disk has taken over.
         """
         disk = self._store.get(name)
-        copy = self._store.copies.find(disk.id)
-        if copy is None or copy.state is CopyState.DONE:
+        copy = self._store.replacements.find(disk.id)
+        if copy is None or copy.state is ReplacementState.DONE:
             raise DiskStateError(f"disk {disk.name!r} is not being re-encrypted")
-        self._store.copies.cancel(copy)
+        self._store.replacements.cancel(copy)
         deadline = time.monotonic() + _CANCELLING_SECONDS
-        while self._store.copies.find(copy.disk_id):
+        while self._store.replacements.find(copy.disk_id):
             with contextlib.suppress(DiskInUseError), self._locks.hold(copy.lock_id):
                 self._settlement.settle(copy)
                 continue
@@ -148,7 +148,7 @@ class ReencryptionService:
                 return source
         raise DiskStateError(f"disk {copy.name!r} was re-encrypted before the copy could be cancelled")
 
-    def continue_detached(self, copy: DiskCopy, stopping: threading.Event) -> Reencrypted | None:
+    def continue_detached(self, copy: Replacement, stopping: threading.Event) -> Reencrypted | None:
         """Go on with a copy whose command has ended; for the agent.
 
         :return: ``None`` if another process is at work on the copy, or the copy was undone.
@@ -156,17 +156,17 @@ class ReencryptionService:
         """
         try:
             with self._locks.hold(copy.lock_id):
-                found = self._store.copies.find(copy.disk_id)
+                found = self._store.replacements.find(copy.disk_id)
                 if found is None:
                     return None
-                if found.is_detached and not found.is_cancelled and found.state is CopyState.COPYING:
+                if found.is_detached and not found.is_cancelled and found.state is ReplacementState.COPYING:
                     return self._run(found, no_bars, stopping)
                 self._settlement.settle(found)
                 return None
         except DiskInUseError:
             return None
 
-    def _begin(self, disk: Disk, change: Reencryption, *, is_detached: bool) -> DiskCopy:
+    def _begin(self, disk: Disk, change: Reencryption, *, is_detached: bool) -> Replacement:
         """Record a copy and make the new disk; undone after a failure."""
         disk = with_real_size(self._host, disk)
         self._plugins.validate(DeleteDisk(disk))
@@ -187,7 +187,7 @@ class ReencryptionService:
             place=check_path(change.path) if change.path else beside,
             source=disk,
         )
-        copy = DiskCopy(
+        copy = Replacement(
             disk_id=copy_id,
             name=disk.name,
             source_id=disk.id,
@@ -197,7 +197,7 @@ class ReencryptionService:
             is_detached=is_detached,
             max_rate=change.max_rate,
         )
-        self._store.copies.begin(copy)
+        self._store.replacements.begin(copy)
         with self._settlement.undone_after_failure(copy):
             self._disks.create(
                 new,
@@ -206,7 +206,7 @@ class ReencryptionService:
             )
             if disk.caching is not HostCaching.NONE:
                 self._store.vms.set_caching(copy_id, disk.caching)
-            self._store.copies.reserve(copy)
+            self._store.replacements.reserve(copy)
         return copy
 
     def _running_user(self, disk: Disk) -> tuple[uuid.UUID | None, str]:
@@ -229,10 +229,10 @@ class ReencryptionService:
                             f"{domain.name()!r}"
                         )
                     return uuid.UUID(domain.UUIDString()), chain.target
-        img.refuse_if_open(disk.path)
+        image_file.refuse_if_open(disk.path)
         return None, ""
 
-    def _run(self, copy: DiskCopy, bars: Bars, stopping: threading.Event | None) -> Reencrypted:
+    def _run(self, copy: Replacement, bars: Bars, stopping: threading.Event | None) -> Reencrypted:
         paused = None
         with self._settlement.undone_after_failure(copy):
             if copy.domain_id is not None:
@@ -240,19 +240,19 @@ class ReencryptionService:
                     paused = OnlineCopy(self._host, self._start, copy, stopping).run(progress)
             else:
                 self._copy_offline(copy, bars, stopping)
-                self._store.copies.take_over(copy)
+                self._store.replacements.take_over(copy)
         self._settlement.finish_or_leave(copy)
         return Reencrypted(self._store.get(str(copy.disk_id)), paused)
 
-    def _copy_offline(self, copy: DiskCopy, bars: Bars, stopping: threading.Event | None) -> None:
+    def _copy_offline(self, copy: Replacement, bars: Bars, stopping: threading.Event | None) -> None:
         source = self._store.get(str(copy.source_id))
         self._host.freshness.check(source)
-        img.refuse_if_open(source.path)
+        image_file.refuse_if_open(source.path)
         before = _identity(source.path)
         deks = self._host.keys.unwrap_all(source)
-        headers = img.validate(source.path, source.format, deks[1:])
+        headers = unlocking.validate(source.path, source.format, deks[1:])
         self._host.freshness.check_inner(source, headers, always_refuse=True)
-        content = img.CopySource.encrypted(source.path, source.format, deks)
+        content = conversion.CopySource.encrypted(source.path, source.format, deks)
         copy_offline(self._host, copy, content, bars, stopping)
         if _identity(source.path) != before:
             raise ImageError(f"{source.path} was changed during the copy")
@@ -260,6 +260,6 @@ class ReencryptionService:
 
 def _identity(path: Path) -> tuple[int, int, int, int]:
     """Properties of a file that change with its content."""
-    with img.opened(path) as descriptor:
+    with image_file.opened(path) as descriptor:
         status = os.fstat(descriptor)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

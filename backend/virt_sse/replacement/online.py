@@ -17,7 +17,6 @@ from uuid import UUID
 
 import libvirt
 
-from virt_sse.copies.pivot import check_target
 from virt_sse.domains.start import DomainStart
 from virt_sse.errors import (
     CopyCancelledError,
@@ -34,9 +33,10 @@ from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.disk_chains import DiskChain
 from virt_sse.libvirt.disk_element import disk_element
 from virt_sse.libvirt.secrets import drop_secrets_of
-from virt_sse.model.copies import CopyState, DiskCopy
 from virt_sse.model.disks import Disk
 from virt_sse.model.layers import GuestNode
+from virt_sse.model.replacements import Replacement, ReplacementState
+from virt_sse.replacement.pivot import check_target
 from virt_sse.system.progress import Progress
 
 _log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class OnlineCopy:
     """
 
     def __init__(
-        self, host: Host, start: DomainStart, copy: DiskCopy, stopping: threading.Event | None = None
+        self, host: Host, start: DomainStart, copy: Replacement, stopping: threading.Event | None = None
     ) -> None:
         assert copy.domain_id is not None  # noqa: S101 -- of the caller
         self._uri = host.config.libvirt_uri
@@ -169,7 +169,7 @@ class OnlineCopy:
     def _refuse_to_go_on(self) -> None:
         if self._stopping.is_set():
             raise CopyInterruptedError(f"the copy of disk {self._copy.name!r} goes on without this process")
-        record = self._store.copies.find(self._copy.disk_id)
+        record = self._store.replacements.find(self._copy.disk_id)
         if record is None or record.is_cancelled:
             raise CopyCancelledError(f"the copy of disk {self._copy.name!r} was cancelled")
 
@@ -190,7 +190,7 @@ class OnlineCopy:
         self._catch_up(job)
         was_running = domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
         if was_running:
-            self._store.copies.set_state(self._copy, CopyState.PIVOTING)
+            self._store.replacements.set_state(self._copy, ReplacementState.PIVOTING)
         began = time.monotonic()
         try:
             if was_running:
@@ -200,7 +200,7 @@ class OnlineCopy:
             if chain is None or chain.links[0].disk_id != new.id:
                 raise ImageError(f"the domain does not use {new.path} after the pivot")
             check_target(domain, source.place, cipher, alias=chain.alias)
-            self._store.copies.take_over(self._copy)
+            self._store.replacements.take_over(self._copy)
         finally:
             if was_running:
                 with contextlib.suppress(libvirt.libvirtError):

@@ -25,10 +25,8 @@ from pathlib import Path
 
 import libvirt
 
-from virt_sse.copies.online import OnlineCopy
-from virt_sse.copies.plain_disks import is_image
 from virt_sse.disks.lifecycle import Disks
-from virt_sse.domains.copy_outcome import has_new_disk
+from virt_sse.domains.replacement_outcome import has_new_disk
 from virt_sse.domains.start import DomainStart
 from virt_sse.errors import (
     CopyInterruptedError,
@@ -44,9 +42,11 @@ from virt_sse.libvirt import domains
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.disk_element import DiskSource
 from virt_sse.libvirt.domain_edit import DomainEdit
-from virt_sse.model.copies import CopyState, DiskCopy
 from virt_sse.model.disks import DiskState
-from virt_sse.qemu import envelope_slots, img
+from virt_sse.model.replacements import Replacement, ReplacementState
+from virt_sse.qemu import envelope_slots, image_file
+from virt_sse.replacement.online import OnlineCopy
+from virt_sse.replacement.plain_disks import is_image
 from virt_sse.system.files import publish
 
 _log = logging.getLogger(__name__)
@@ -73,12 +73,12 @@ class Settlement:
         A copy that cannot be settled now, e.g. because libvirt does not answer, is logged and left to the
         next command.
         """
-        for copy in self._store.copies.all():
-            if copy.state is CopyState.KEPT:
+        for copy in self._store.replacements.all():
+            if copy.state is ReplacementState.KEPT:
                 continue
             try:
                 with self._locks.hold(copy.lock_id):
-                    if found := self._store.copies.find(copy.disk_id):
+                    if found := self._store.replacements.find(copy.disk_id):
                         self.settle(found, leave_detached=True)
             except DiskInUseError:
                 continue
@@ -88,7 +88,7 @@ class Settlement:
                 _log.exception("the copy of disk %s is not finished", copy.name)
 
     @contextlib.contextmanager
-    def undone_after_failure(self, copy: DiskCopy) -> Iterator[None]:
+    def undone_after_failure(self, copy: Replacement) -> Iterator[None]:
         """Undo the copy if the block fails, unless another process goes on or the new disk has taken over."""
         try:
             yield
@@ -102,43 +102,43 @@ class Settlement:
             if not self._has_taken_over(copy):
                 raise
 
-    def settle(self, copy: DiskCopy, *, leave_detached: bool = False) -> None:
+    def settle(self, copy: Replacement, *, leave_detached: bool = False) -> None:
         """Finish a copy if the new disk has taken over or the domain uses the new disk; else undo the copy.
 
         :param leave_detached: leave copies alone that the agent continues.
         :raise VirtSseError: By meaning, when neither is possible now.
         """
-        found = self._store.copies.find(copy.disk_id)
+        found = self._store.replacements.find(copy.disk_id)
         if found is None:
             return
-        if found.state is CopyState.DONE:
+        if found.state is ReplacementState.DONE:
             self.finish(found)
             return
         is_left = leave_detached and found.is_detached and not found.is_cancelled
         with self._locks.hold(found.disk_id):
             if not self._store.with_ids([found.disk_id]):
                 if not is_left:
-                    self._store.copies.abandon(found)
+                    self._store.replacements.abandon(found)
                 return
             self._disks.remove_remains(found.disk_id)
         if self._uses_new_disk(found):
-            if found.state is CopyState.PIVOTING:
-                self._store.copies.take_over(found)
+            if found.state is ReplacementState.PIVOTING:
+                self._store.replacements.take_over(found)
                 self._online(found).resume_guest()
             else:
-                self._store.copies.take_over(found)
+                self._store.replacements.take_over(found)
             self.finish(found)
         elif not is_left:
             self._undo(found)
 
-    def finish_or_leave(self, copy: DiskCopy) -> None:
+    def finish_or_leave(self, copy: Replacement) -> None:
         """As :meth:`finish`; after a failure, the rest is left to the next command."""
         try:
             self.finish(copy)
         except VirtSseError as exc:
             _log.warning("disk %s has its new keys; the next command removes the rest: %s", copy.name, exc)
 
-    def finish(self, copy: DiskCopy) -> None:
+    def finish(self, copy: Replacement) -> None:
         """Do what remains once the new disk has taken over; each part can be repeated.
 
         :raise VirtSseError: By meaning, when that is impossible now.
@@ -152,17 +152,17 @@ class Settlement:
             self._move(copy, copy.final_path)
         self._rewrite_definitions(copy)
         if copy.source_path is not None and os.path.lexists(copy.source_path):
-            self._store.copies.set_state(copy, CopyState.KEPT)
+            self._store.replacements.set_state(copy, ReplacementState.KEPT)
         else:
-            self._store.copies.remove(copy)
+            self._store.replacements.remove(copy)
 
-    def _has_taken_over(self, copy: DiskCopy) -> bool:
-        found = self._store.copies.find(copy.disk_id)
+    def _has_taken_over(self, copy: Replacement) -> bool:
+        found = self._store.replacements.find(copy.disk_id)
         new = self._store.with_ids([copy.disk_id])
-        is_settled = found is None or found.state is CopyState.DONE
+        is_settled = found is None or found.state is ReplacementState.DONE
         return is_settled and any(disk.state is DiskState.READY for disk in new)
 
-    def _uses_new_disk(self, copy: DiskCopy) -> bool:
+    def _uses_new_disk(self, copy: Replacement) -> bool:
         if copy.domain_id is None:
             return False
         with contextlib.suppress(VmStateError, DiskNotFoundError):
@@ -173,19 +173,19 @@ class Settlement:
                 return domain is not None and has_new_disk(domains.definition(domain, inactive=True), copy)
         return False
 
-    def _undo(self, copy: DiskCopy) -> None:
+    def _undo(self, copy: Replacement) -> None:
         if copy.domain_id is not None:
             self._online(copy).abort()
-            if copy.state is CopyState.PIVOTING:
+            if copy.state is ReplacementState.PIVOTING:
                 with contextlib.suppress(VmStateError):
                     self._online(copy).resume_guest()
-        self._store.copies.abandon(copy)
+        self._store.replacements.abandon(copy)
         if self._store.with_ids([copy.disk_id]):
             with self._locks.hold(copy.disk_id):
                 self._await_closed(copy.disk_id)
                 self._disks.remove_remains(copy.disk_id)
 
-    def _move(self, copy: DiskCopy, final_path: Path) -> None:
+    def _move(self, copy: Replacement, final_path: Path) -> None:
         """Give the image of the new disk its final path.
 
         :raise ImageError: When that is impossible; the disk stays usable at its present path.
@@ -205,7 +205,7 @@ class Settlement:
         with contextlib.suppress(DiskExistsError):
             self._store.set_path(disk.id, final_path)
 
-    def _rewrite_definitions(self, copy: DiskCopy) -> None:
+    def _rewrite_definitions(self, copy: Replacement) -> None:
         """Put the new disk into the persistent definitions of all domains with the source.
 
         :raise LibvirtError: When libvirt refuses.
@@ -226,7 +226,7 @@ class Settlement:
                         if (changed := edit.result()) is not definition:
                             connection.defineXML(changed.to_xml())
 
-    def _rewrite_definition(self, copy: DiskCopy, source: DiskSource) -> None:
+    def _rewrite_definition(self, copy: Replacement, source: DiskSource) -> None:
         """Put the new disk in the place of the plaintext image in the persistent definition of the domain."""
         assert copy.domain_id is not None  # noqa: S101 -- of a plaintext image
         with connected(self._uri) as connection:
@@ -252,7 +252,7 @@ class Settlement:
             with contextlib.suppress(ImageError):  # gone already
                 await_unlocked(disk.path)
 
-    def _online(self, copy: DiskCopy) -> OnlineCopy:
+    def _online(self, copy: Replacement) -> OnlineCopy:
         return OnlineCopy(self._host, self._start, copy)
 
 
@@ -264,7 +264,7 @@ def await_unlocked(path: Path) -> None:
     deadline = time.monotonic() + _CLOSING_SECONDS
     while True:
         try:
-            img.refuse_if_open(path)
+            image_file.refuse_if_open(path)
             return
         except DiskInUseError:
             if time.monotonic() > deadline:

@@ -1,0 +1,144 @@
+"""Images as files: opened, locked by QEMU, measured by their headers, erased."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.qemu import image_header, luks, qcow2
+from virt_sse.system.files import write_at
+from virt_sse.system.locks import is_locked
+
+_QEMU_LOCKS, _QEMU_LOCKS_LENGTH = 100, 200
+
+_ERASED_AT_MOST = 4 << 20
+"""Upper bound for a LUKS header with its keyslots, and so for the bytes to overwrite."""
+
+_ERASED_AT_ONCE = 1 << 20
+
+
+def refuse_if_open(path: Path) -> None:
+    """Check that no QEMU process has the image open, not even for reading.
+
+    QEMU locks bytes of an image (``RAW_LOCK_PERM_BASE`` in its ``block/file-posix.c``). QEMU's own tools are
+    more permissive: they accept readers, and writers of raw LUKS images, whose driver shares them.
+
+    :raise DiskInUseError: When a QEMU process has the image open.
+    :raise ImageError: When the image is missing or cannot be read.
+    """
+    with opened(path) as descriptor:
+        refuse_if_locked(path, descriptor)
+
+
+def refuse_if_locked(path: Path, descriptor: int) -> None:
+    """As :func:`refuse_if_open`, for an open file or block device."""
+    if is_locked(descriptor, _QEMU_LOCKS, _QEMU_LOCKS_LENGTH):
+        raise DiskInUseError(f"{path} is in use by a running domain or another QEMU process")
+
+
+@contextlib.contextmanager
+def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """Open the image file *path*; an ``OSError`` of the block becomes an :class:`ImageError`.
+
+    An :class:`ImageFormatError` of the block gets the path.
+
+    :raise ImageError: When the file is missing, not regular, or cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a FIFO must not block
+    except FileNotFoundError as exc:
+        raise ImageError(f"image {path} is missing") from exc
+    except OSError as exc:
+        raise ImageError(f"cannot open {path}: {exc.strerror}") from exc
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ImageError(f"{path} is not a regular file")
+        yield descriptor
+    except ImageFormatError as exc:
+        if str(path) in str(exc):
+            raise
+        raise ImageFormatError(f"{path}: {exc}", hint=exc.hint) from exc
+    except OSError as exc:
+        raise ImageError(f"cannot read or write {path}: {exc.strerror}") from exc
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[int]:
+    """Hold a foreign image from check to use: another file that takes its name is not read.
+
+    Refuses files on which qemu-img would block or never end, e.g. FIFOs and character devices.
+
+    :return: an ``O_PATH`` descriptor, which opens no device.
+    :raise ImageError: When *path* is missing, or neither a file nor a block device.
+    """
+    try:
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as exc:
+        raise ImageError(f"cannot read {path}: {exc.strerror}") from exc
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise ImageError(f"{path} is neither a file nor a block device")
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def probe_format(descriptor: int) -> DiskFormat:
+    """Detect the format of the encrypted image open at *descriptor*.
+
+    :raise ImageFormatError: When the image is neither qcow2 nor raw LUKS.
+    """
+    start = os.pread(descriptor, luks.HEADER_END, 0)
+    if start.startswith(qcow2.MAGIC):
+        return DiskFormat.QCOW2
+    luks.Luks1Header.parse(start)
+    return DiskFormat.RAW
+
+
+def luks_area(descriptor: int, image_format: DiskFormat) -> tuple[int, int]:
+    """Offset and length, in bytes, of the LUKS header and its keyslots within the file; validates the header.
+
+    :raise ImageFormatError: When the header is missing, damaged or refused (:mod:`.image_header`).
+    """
+    return image_header.validate(descriptor, image_format)
+
+
+def usable_size(descriptor: int, image_format: DiskFormat) -> int:
+    """The usable size of the outermost volume, in bytes, computed from header and file size.
+
+    :raise ImageFormatError: When the image is damaged or not in *image_format*.
+    """
+    _, header_length = luks_area(descriptor, image_format)
+    if image_format is DiskFormat.QCOW2:
+        return qcow2.Qcow2Header.read(descriptor).size
+    size = os.fstat(descriptor).st_size - header_length
+    if size <= 0:
+        raise ImageFormatError("a LUKS image without data after its header")
+    return size
+
+
+def erase(path: Path, image_format: DiskFormat) -> None:
+    """Crypto-erase an image: overwrite the LUKS header and all keyslots durably.
+
+    At most 4 MiB within the file are overwritten, whatever length the image's header names. If the header is
+    damaged, these are the first 4 MiB of the file.
+
+    :raise ImageError: When the file cannot be written.
+    """
+    with opened(path, os.O_RDWR) as descriptor:
+        try:
+            offset, length = image_header.locate(descriptor, image_format)
+        except ImageFormatError:
+            offset, length = 0, _ERASED_AT_MOST
+        end = min(offset + min(length, _ERASED_AT_MOST), os.fstat(descriptor).st_size)
+        for begin in range(offset, end, _ERASED_AT_ONCE):
+            write_at(descriptor, os.urandom(min(_ERASED_AT_ONCE, end - begin)), begin)
+        os.fsync(descriptor)

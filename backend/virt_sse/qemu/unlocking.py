@@ -1,0 +1,159 @@
+"""Images opened with their keys: validated headers, secrets, and QEMU's description of the block graph.
+
+Multiple LUKS volumes of an image are nested, each in the image's format. Volumes and their DEKs are always
+listed from the guest's, innermost, to the outermost, whose header is in the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from virt_sse.errors import ImageFormatError, ToolError
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.keys import Dek
+from virt_sse.qemu.image_file import opened
+from virt_sse.qemu.serving import served
+from virt_sse.qemu.volume_header import VolumeHeader
+from virt_sse.system.confinement import BoundFile
+from virt_sse.system.tools import passphrase_descriptor
+
+
+@contextlib.contextmanager
+def secrets_for(deks: Sequence[Dek], *, first: int = 0) -> Iterator[tuple[list[str], list[int]]]:
+    """Arguments and descriptors that define the secret objects ``dek0``, ``dek1``, … for a QEMU tool.
+
+    :param first: number of the first secret object.
+    """
+    with contextlib.ExitStack() as stack:
+        descriptors = [stack.enter_context(passphrase_descriptor(dek.passphrase)) for dek in deks]
+        arguments = []
+        for number, descriptor in enumerate(descriptors, first):
+            arguments += ["--object", f"secret,id=dek{number},file=/proc/self/fd/{descriptor}"]
+        yield arguments, descriptors
+
+
+@dataclass(frozen=True, slots=True)
+class Unlocking:
+    """What a QEMU tool needs to open a validated image with its keys.
+
+    :ivar secrets: arguments that define the secret objects.
+    :ivar descriptors: descriptors of the secrets, to be inherited by the tool.
+    :ivar image: the validated image, read-only for the tool.
+    """
+
+    secrets: list[str]
+    descriptors: list[int]
+    image: BoundFile
+
+
+@contextlib.contextmanager
+def keys_to(
+    path: Path, image_format: DiskFormat, deks: Sequence[Dek], *, writable: bool = False, first: int = 0
+) -> Iterator[Unlocking]:
+    """As :func:`secrets_for`, after validating the headers of all volumes of the image at *path*.
+
+    :param deks: of all volumes to be opened.
+    :param writable: let the tool write to the image.
+    :param first: number of the first secret.
+    :raise ImageFormatError: When a header is missing, damaged or refused (:mod:`.image_header`).
+    :raise ToolError: When the DEKs of outer volumes do not unlock these.
+    """
+    with contextlib.ExitStack() as stack:
+        with opened(path) as descriptor:
+            _validate_volumes(path, descriptor, image_format, deks[1:])
+            held_open = os.dup(descriptor)
+        stack.callback(os.close, held_open)
+        secrets, descriptors = stack.enter_context(secrets_for(deks, first=first))
+        yield Unlocking(secrets, descriptors, BoundFile(path, held_open, writable))
+
+
+def _validate_volumes(
+    path: Path, image: int, image_format: DiskFormat, outer: Sequence[Dek]
+) -> tuple[VolumeHeader, ...]:
+    """Validate the headers of all volumes of the open image.
+
+    The header of an inner volume is ciphertext in the file. A storage daemon opens the volumes around it,
+    read-only, once their own headers are validated.
+
+    :param outer: DEKs of all volumes but the innermost.
+    :return: the headers, innermost first.
+    :raise: As :func:`keys_to`.
+    """
+    headers = [VolumeHeader.of_file(image, image_format)]
+    for first in reversed(range(len(outer))):
+        around = outer[first:]
+        with (
+            secrets_for(around) as (secrets, descriptors),
+            served(
+                block_node(path, image_format, len(around)), secrets, descriptors, [BoundFile(path, image)]
+            ) as reader,
+        ):
+            try:
+                headers.insert(0, VolumeHeader.of_content(reader.read, reader.size, image_format))
+            except ImageFormatError as exc:
+                raise ImageFormatError(f"{path}: in the inner layer: {exc}", hint=exc.hint) from exc
+    return tuple(headers)
+
+
+def validate(path: Path, image_format: DiskFormat, outer: Sequence[Dek]) -> tuple[VolumeHeader, ...]:
+    """Validate the headers of all volumes of the image at *path*, e.g. before a guest gets the disk.
+
+    The image may be in use.
+
+    :param outer: DEKs of all volumes but the innermost.
+    :return: the headers, innermost first.
+    :raise ImageFormatError: When a header is missing, damaged or refused, or an outer volume does not open.
+    """
+    try:
+        with opened(path) as image:
+            return _validate_volumes(path, image, image_format, outer)
+    except ToolError as exc:
+        raise ImageFormatError(f"{path} does not open with its DEK: {exc}") from exc
+
+
+def block_node(path: Path, image_format: DiskFormat, volumes: int, *, first: int = 0) -> dict[str, object]:
+    """QEMU's description of the image at *path*, opened with the secrets of :func:`secrets_for`.
+
+    The description has the whole block graph: QEMU must not take a backing file from a header.
+
+    :param volumes: number of LUKS volumes to open, outermost first; below the image's number, the content of
+        the opened node is ciphertext.
+    :param first: number of the first secret.
+    """
+    node: dict[str, object] = {"driver": "file", "filename": str(path)}
+    for number in reversed(range(first, first + volumes)):
+        node = {"driver": image_format.qemu_driver, "file": node}
+        if image_format is DiskFormat.QCOW2:
+            node |= {"backing": None, "encrypt": {"format": "luks", "key-secret": f"dek{number}"}}
+        else:
+            node["key-secret"] = f"dek{number}"
+    return node
+
+
+def json_filename(path: Path, image_format: DiskFormat, volumes: int) -> str:
+    """Encode :func:`block_node` as a file name for QEMU's tools (``json:``, qemu-block-drivers(7))."""
+    return "json:" + json.dumps(block_node(path, image_format, volumes))
+
+
+def image_options(path: Path, image_format: DiskFormat, volumes: int, *, first_secret: int = 0) -> str:
+    """Options for ``--image-opts`` and ``--target-image-opts``, as :func:`block_node`, for new images.
+
+    The syntax of options has no null, therefore no way to say that there is no backing file.
+
+    :param first_secret: number of the secret of the innermost volume.
+    """
+    options = []
+    for number in range(volumes):
+        prefix = "file." * number
+        options += [
+            f"{prefix}driver={image_format.qemu_driver}",
+            f"{prefix}{image_format.qemu_key_secret}=dek{first_secret + number}",
+        ]
+    prefix = "file." * volumes
+    filename = str(path).replace(",", ",,")
+    return ",".join([*options, f"{prefix}driver=file", f"{prefix}filename={filename}"])
