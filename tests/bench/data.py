@@ -26,10 +26,16 @@ _LOADS = {
 _QUICK = ({"plain-raw", "single-raw", "double-raw", "double-read-only-raw"}, {"seq-write", "rand-write"})
 _DISKS_AT_ONCE = 4
 _POOL = "QEMU ciphers clusters of qcow2 in a pool of threads, a hand-over per request"
+_ONE_THREAD = "one thread deciphers and sends to the socket; a plain image is sent only"
+_TWO_PROCESSES = "two processes and the client on two cores; each request passes two sockets"
 _NOTES = {
     "single-qcow2/rand-write": _POOL,
     "single-qcow2/rand-read": _POOL,
+    "single-raw/seq-read": _ONE_THREAD,
+    "single-qcow2/seq-read": _ONE_THREAD,
     "double-raw/seq-write": "the outer layer is aes-256-cbc, which encrypts serially",
+    "double-raw/seq-read": _TWO_PROCESSES,
+    "double-raw/rand-read": _TWO_PROCESSES,
 }
 """What limits a configuration; shown where the aim is missed."""
 

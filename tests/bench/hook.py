@@ -67,6 +67,7 @@ def _rows(bench: Run, hook: Path, served: str, description: str, domains: Mappin
             f"hook {operation}, one {name} disk, {description}",
             measured,
             target=aim,
+            note="" if served == "agent" else "about 100 ms are Python's imports",
         )
 
 

@@ -19,6 +19,8 @@ from virt_sse.qemu.unlocking import block_node, image_options, json_filename, ke
 from virt_sse.system.confinement import BoundFile
 from virt_sse.system.tools import run_with_progress
 
+_CONVERT = ("qemu-img", "convert", "-p", "-W")
+"""``-W``: writes need not be in order. In order, encryption and writing do not overlap: half the rate."""
 _STALLED_SECONDS, _SLOWEST = 600.0, 10 << 20
 """A conversion reports each percent: time for one, in addition to the time at this rate in bytes/s."""
 
@@ -58,7 +60,7 @@ def encrypt_from(
         size = max(os.fstat(written).st_size, usable_size(written, target_format))
         files = [*(others or ()), BoundFile(source, descriptor), BoundFile(target, written, writable=True)]
         run_with_progress(
-            ["qemu-img", "convert", "-p", "-n", *zero, *secrets, "--target-image-opts", *opening]
+            [*_CONVERT, "-n", *zero, *secrets, "--target-image-opts", *opening]
             + [image_options(target, target_format, len(deks))],
             confinement=working_limits(size, *files),
             pass_fds=descriptors,
@@ -133,7 +135,7 @@ def copy_into(
         rate = ["-r", str(max_rate)] if max_rate else []
         zero = ["--target-is-zero"] if is_new and target_format is DiskFormat.QCOW2 else []
         run_with_progress(
-            ["qemu-img", "convert", "-p", "-n", *zero, *rate, *secrets, *keys.secrets, "--target-image-opts"]
+            [*_CONVERT, "-n", *zero, *rate, *secrets, *keys.secrets, "--target-image-opts"]
             + [source.filename, image_options(target, target_format, len(deks), first_secret=first)],
             confinement=working_limits(size, *files, keys.image),
             pass_fds=[*descriptors, *keys.descriptors],
@@ -201,7 +203,7 @@ def decrypt_to(
     size = usable_size_within(source, source_format, deks)
     with keys_to(source, source_format, deks) as keys, locks_named(source):
         run_with_progress(
-            ["qemu-img", "convert", "-p", *keys.secrets, "-O", target_format]
+            [*_CONVERT, *keys.secrets, "-O", target_format]
             + [json_filename(source, source_format, len(deks)), f"/proc/self/fd/{target}"],
             confinement=working_limits(size, keys.image),
             pass_fds=[*keys.descriptors, target],
