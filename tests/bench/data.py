@@ -33,6 +33,7 @@ _NOTES = {
     "single-qcow2/rand-read": _POOL,
     "single-raw/seq-read": _ONE_THREAD,
     "single-qcow2/seq-read": _ONE_THREAD,
+    "double-read-only-raw/rand-write": "each write passes two more processes, and both layers",
     "double-raw/seq-write": "the outer layer is aes-256-cbc, which encrypts serially",
     "double-raw/seq-read": _TWO_PROCESSES,
     "double-raw/rand-read": _TWO_PROCESSES,

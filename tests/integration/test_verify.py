@@ -93,8 +93,8 @@ def test_verify_reports_the_layers_that_were_asked_for(site: StageSite) -> None:
     assert layers(verify(site, one)) == [GUEST, ("image", XTS, "service")]
     assert layers(verify(site, two)) == [GUEST, STORAGE, *DOUBLE_IMAGE]
     seen = verify(site, cached)
-    assert layers(seen) == [GUEST, CACHE, STORAGE, *DOUBLE_IMAGE]
-    sampled = re.search(r"sectors sampled: (\d+) ciphertext", seen["disks"][0]["layers"][1]["detail"])
+    assert layers(seen) == [GUEST, STORAGE, CACHE, *DOUBLE_IMAGE]
+    sampled = re.search(r"sectors sampled: (\d+) ciphertext", seen["disks"][0]["layers"][2]["detail"])
     assert sampled
     assert int(sampled[1]) > 200
     assert layers(seen, 1) == [("guest's QEMU", XTS, "temp"), ("image", XTS, "temp")]

@@ -55,18 +55,20 @@ class StagedDisk:
         kinds: StageKinds = STAGE_KINDS,
         infrastructure_cipher: Cipher = AES_256_CBC,
         placement: Placement = Placement.GUEST,
+        is_cache_above: bool = False,
     ) -> None:
+        """:param is_cache_above: whether the cache is above the storage daemon, as in earlier versions."""
         self.config = config
         self.stages = Stages(config, kinds=kinds)
         self.deks = {"service": Dek.generate()}
         volumes = [Volume(AES_256_XTS, self.deks["service"])]
         below: list[Stage] = []
-        if caching is not HostCaching.NONE:
-            below.append(HostCache(caching))
         if double:
             self.deks["infrastructure"] = Dek.generate()
             volumes.append(Volume(infrastructure_cipher, self.deks["infrastructure"]))
             below.append(StorageNode("infrastructure"))
+        if caching is not HostCaching.NONE:
+            below.insert(0 if is_cache_above else len(below), HostCache(caching))
         first = StorageNode if placement is Placement.STORAGE else GuestNode
         self.placement = placement
         self.plan = LayerPlan(deks=(), stages=(first("service"), *below))

@@ -72,7 +72,7 @@ class GuestNode(Stage):
 
 @dataclass(frozen=True, slots=True)
 class HostCache(Stage):
-    """Stage: a cache on the host, below the guest's LUKS node: it holds ciphertext only."""
+    """Stage: a cache on the host, below the first LUKS node: it holds ciphertext only."""
 
     caching: HostCaching
 

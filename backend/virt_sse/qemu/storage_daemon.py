@@ -42,6 +42,17 @@ def arguments(monitor: int, listening: int) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
+class NbdExport:
+    """An NBD export of an image's bytes.
+
+    :ivar socket: path of the server's Unix socket.
+    """
+
+    socket: Path
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class StorageDaemon:
     """A running storage daemon.
 
@@ -51,8 +62,10 @@ class StorageDaemon:
 
     monitor: Path
 
-    def open_volumes(self, path: Path, image_format: DiskFormat, deks: Sequence[Dek], export: str) -> None:
-        """Open nested LUKS volumes in the image at *path*, and export the innermost.
+    def open_volumes(
+        self, image: Path | NbdExport, image_format: DiskFormat, deks: Sequence[Dek], export: str
+    ) -> None:
+        """Open nested LUKS volumes in *image*, and export the innermost.
 
         :param deks: at least one, innermost first.
         :param export: name of the export.
@@ -60,8 +73,7 @@ class StorageDaemon:
 
         async def do(monitor: Monitor) -> None:
             below = FILE_NODE
-            file = {"driver": "file", "node-name": FILE_NODE, "filename": str(path), "discard": "unmap"}
-            await monitor.execute("blockdev-add", file)
+            await monitor.execute("blockdev-add", _stored(image))
             for node, dek in reversed(list(zip(volume_nodes(len(deks)), deks, strict=True))):
                 await monitor.execute(
                     "object-add", {"qom-type": "secret", "id": _DEK, "data": dek.passphrase.decode()}
@@ -140,6 +152,14 @@ class StorageDaemon:
 def volume_nodes(count: int) -> list[str]:
     """Node names of *count* nested volumes, innermost first."""
     return [VOLUME_NODE, *(f"{VOLUME_NODE}{number}" for number in range(1, count))]
+
+
+def _stored(image: Path | NbdExport) -> dict[str, object]:
+    node: dict[str, object] = {"node-name": FILE_NODE, "discard": "unmap"}
+    if isinstance(image, Path):
+        return node | {"driver": "file", "filename": str(image)}
+    server = {"type": "unix", "path": str(image.socket)}
+    return node | {"driver": "nbd", "server": server, "export": image.name}
 
 
 def _volume(name: str, image_format: DiskFormat, below: str) -> dict[str, object]:

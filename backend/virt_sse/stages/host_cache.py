@@ -1,4 +1,4 @@
-"""Host cache: nbdkit(1) with its cache filter, below the guest's LUKS node: holds ciphertext only.
+"""Host cache: nbdkit(1) with its cache filter, next to the image: holds ciphertext only.
 
 The cache is an unnamed file, and ends with the process (nbdkit-cache-filter(1)).
 """
@@ -21,8 +21,8 @@ _IMAGE_BLOCK = "cache-min-block-size=4096"
 """Block size above an image; nbdkit's default is 65536. A write of part of a block reads the rest first.
 
 With 4096, random writes of 4 KiB are twice as fast. The price: 64 MiB of memory for a full cache of 1 TiB,
-and sequential writes at 0.6 of the speed without a cache. Above an export, each block written through takes a
-round trip: sequential writes would fall to 15 MiB/s.
+and sequential writes at 0.6 of the speed without a cache. Above an export, as earlier versions start it, each
+block written through takes a round trip: sequential writes would fall to 15 MiB/s.
 """
 _PASS_THROUGH = 0o711
 _MODES = {HostCaching.READ_ONLY: "cache=writethrough", HostCaching.READ_WRITE: "cache=writeback"}

@@ -1,4 +1,4 @@
-"""The kinds of stage processes, in the order of the data path. A new kind needs a module and an entry."""
+"""The kinds of stage processes. A new kind needs a module and an entry."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from virt_sse.stages.stage_process import StageProcess
 from virt_sse.stages.storage_daemon import StorageDaemonProcess
 
 StageKinds = tuple[type[StageProcess[Any]], ...]
-"""Guest first. ``Any``: a kind's methods take the kind's own stage, which its ``stage_type`` names."""
+"""Guest first, as a rule; the plan of a disk sets the order.
 
-STAGE_KINDS: StageKinds = (HostCacheProcess, StorageDaemonProcess)
+``Any``: a kind's methods take the kind's own stage, which its ``stage_type`` names.
+"""
+
+STAGE_KINDS: StageKinds = (StorageDaemonProcess, HostCacheProcess)
 
 
 def kind_of(stage: Stage, kinds: StageKinds = STAGE_KINDS) -> type[StageProcess[Any]]:
@@ -46,15 +49,15 @@ def guest_and_below(
     """The node in the guest's QEMU, if any, and the stages below, guest first.
 
     :raise StageError: When the first stage of *plan* does not encrypt, or the stages below the guest's QEMU
-        are of unknown kinds or out of order, or a process would have to serve several stages and cannot.
+        are of unknown kinds, or need two processes of one kind, or a process would have to serve several
+        stages and cannot.
     """
     guest = plan.stages[0] if plan.stages and isinstance(plan.stages[0], GuestNode) else None
     below = plan.stages[1:] if guest else plan.stages
     processes = by_process(below, kinds)
-    places = [kinds.index(kind) for kind, _ in processes]
     encrypts = guest or (below and isinstance(below[0], StorageNode))
     is_served = all(kind.serves_several or len(stages) == 1 for kind, stages in processes)
-    if not encrypts or sorted(set(places)) != places or not is_served:
+    if not encrypts or len({kind for kind, _ in processes}) < len(processes) or not is_served:
         names = ", ".join(type(stage).__name__ for stage in plan.stages)
         raise StageError(f"the plan's stages are out of order: {names}")
     return guest, below

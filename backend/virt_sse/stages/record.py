@@ -21,7 +21,9 @@ from virt_sse.libvirt.secret_name import plain_export
 from virt_sse.libvirt.users import User
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.layers import Stage
-from virt_sse.stages.kinds import STAGE_KINDS, StageKinds
+from virt_sse.stages.host_cache import HostCacheProcess
+from virt_sse.stages.kinds import STAGE_KINDS, StageKinds, by_process
+from virt_sse.stages.storage_daemon import StorageDaemonProcess
 from virt_sse.system.documents import DocumentError, from_json
 from virt_sse.system.files import private_folder, write_private
 
@@ -29,6 +31,8 @@ RECORD_NAME = "stages.json"
 
 _UserId = Annotated[int, msgspec.Meta(ge=0, lt=2**32 - 1)]
 """Without ``(uid_t) -1``, which means "unchanged" to chown(2)."""
+_FORMER_ORDER = (HostCacheProcess.name, StorageDaemonProcess.name)
+"""Of the processes in records without an order, guest first."""
 
 
 class _CommonFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
@@ -43,6 +47,7 @@ class _CommonFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     guest_slot: str | None
     users: dict[str, tuple[_UserId, _UserId]] = {}
     gated: bool = False
+    order: tuple[str, ...] = _FORMER_ORDER
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +109,17 @@ class StageRecord:
             return None
         except OSError as exc:
             raise StageError(f"cannot read {path}: {exc.strerror}") from exc
+        hint = "correct the file; or remove it if no running domain uses the disk"
         try:
             found = from_json(content, _document_type(kinds))
         except DocumentError as exc:
-            hint = "correct the file; or remove it if no running domain uses the disk"
             raise StageError(f"damaged stage record {path}: {exc}", hint=hint) from exc
-        stages = [kind.from_record(getattr(found, kind.record_field.name)) for kind in kinds]
+        by_name = {kind.name: kind for kind in kinds}
+        rest = [kind.name for kind in kinds if kind.name not in found.order]
+        if len({*found.order, *rest}) < len(found.order) + len(rest) or not by_name.keys() >= {*found.order}:
+            raise StageError(f"damaged stage record {path}: order", hint=hint)
+        ordered = [by_name[name] for name in (*found.order, *rest)]
+        stages = [kind.from_record(getattr(found, kind.record_field.name)) for kind in ordered]
         return cls(
             disk_id=found.disk,
             domain_id=found.domain_id,
@@ -144,6 +154,7 @@ class StageRecord:
             "guest-slot": self.guest_slot,
             "users": {name: [user.uid, user.gid] for name, user in self.users.items()},
             "gated": self.gated,
+            "order": [kind.name for kind, _ in by_process(self.stages, kinds)],
         }
         for kind in kinds:
             stages = [each for each in self.stages if isinstance(each, kind.stage_type)]

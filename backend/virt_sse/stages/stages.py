@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import shutil
@@ -207,7 +208,7 @@ class Stages:
                         users=users,
                     )
                     record.write(self._folder(disk.id), self.kinds)
-                self._start(record, deks, size=disk.size)
+                self._start(record, deks, size=_most_image(disk))
             except BaseException as exc:
                 self._stop(disk.id, self.record(disk.id))
                 if isinstance(exc, OSError):
@@ -226,7 +227,7 @@ class Stages:
                 return
             if not self.may_restart(record):
                 raise StageError(LOST_WRITES)
-            self._end_processes(disk_id)
+            self._end_processes(disk_id, record)
             record = dataclasses.replace(record, gated=True)
             try:
                 record.write(self._folder(disk_id), self.kinds)
@@ -365,14 +366,14 @@ class Stages:
                     gate = self.gate(record) if each is processes[0] else None
                     own = [deks[slot] for slot in each.slots]
                     _launch(each, record.image, own, image if needs_lock else None, gate)
-                    if each.is_qemu:  # the process keeps the image open
+                    if each.is_qemu and each is processes[-1]:  # the process keeps the image open
                         _give_back(image, record)
             except BaseException:
                 _give_back(image, record)
                 raise
 
     def _stop(self, disk_id: UUID, record: StageRecord | None) -> None:
-        self._end_processes(disk_id)
+        self._end_processes(disk_id, record)
         if record:
             with contextlib.suppress(VirtSseError), image_file.opened(record.image) as image:
                 _give_back(image, record)
@@ -381,9 +382,13 @@ class Stages:
         _remove_tree(self._sockets(disk_id))
         _remove_tree(self._folder(disk_id))
 
-    def _end_processes(self, disk_id: UUID) -> None:
-        """End the processes of all kinds, recorded or not; guest first, in the direction of writes."""
-        for name in (GATE, *(kind.name for kind in self.kinds)):
+    def _end_processes(self, disk_id: UUID, record: StageRecord | None) -> None:
+        """End the processes of all kinds, recorded or not; guest first, in the direction of writes.
+
+        A process with a client, the next process towards the guest, would end by SIGKILL only.
+        """
+        recorded = [each.name for each in self.processes(record)] if record else []
+        for name in dict.fromkeys((GATE, *recorded, *(kind.name for kind in self.kinds))):
             LockedProcess(self._folder(disk_id) / name).stop()
 
     def _restart_gate(self, record: StageRecord) -> None:
@@ -473,10 +478,15 @@ def _room(disk: Disk, size: int) -> int:
     return header_length(disk.deks[0].cipher) + size
 
 
+def _most_image(disk: Disk) -> int:
+    """Largest size in bytes of a disk's image of nested qcow2 volumes."""
+    return functools.reduce(lambda size, _: qcow2.most_room(size), disk.deks, disk.size)
+
+
 def _extend(image: int, size: int) -> None:
-    """Extend the sparse file to the largest size of its qcow2: an NBD export does not grow."""
-    if os.fstat(image).st_size < qcow2.most_room(size):
-        os.ftruncate(image, qcow2.most_room(size))
+    """Extend the sparse file to *size*: an NBD export does not grow, but a qcow2 image in the export does."""
+    if os.fstat(image).st_size < size:
+        os.ftruncate(image, size)
 
 
 def _remove_tree(folder: Path) -> None:

@@ -12,7 +12,7 @@ from virt_sse.libvirt.users import ROOT
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.model.layers import StorageNode
-from virt_sse.qemu.storage_daemon import StorageDaemon, arguments
+from virt_sse.qemu.storage_daemon import NbdExport, StorageDaemon, arguments
 from virt_sse.stages.locked_process import Command
 from virt_sse.stages.sockets import ListeningSocket
 from virt_sse.stages.stage_process import ExpectedEvidence, ImageSource, RecordField, StageProcess
@@ -23,7 +23,7 @@ _Slots = Annotated[list[str], msgspec.Meta(min_length=2)]
 
 
 class StorageDaemonProcess(StageProcess[StorageNode]):
-    """A qemu-storage-daemon process, which gets the image's path and the DEKs through its monitor."""
+    """A qemu-storage-daemon process: gets the image's path, or the image's export, and the DEKs by QMP."""
 
     name = "storage"
     title = "storage daemon"
@@ -66,10 +66,11 @@ class StorageDaemonProcess(StageProcess[StorageNode]):
         )
 
     def await_serving(self, deks: Sequence[Dek]) -> None:
+        if not deks:
+            raise StageError("a storage daemon needs a DEK")
         source = self.place.source
-        if not deks or not isinstance(source, ImageSource):
-            raise StageError("a storage daemon needs a DEK and the disk's image")
-        self._daemon.open_volumes(source.path, self.place.format, deks, self.place.export)
+        stored = source.path if isinstance(source, ImageSource) else NbdExport(source.socket, source.export)
+        self._daemon.open_volumes(stored, self.place.format, deks, self.place.export)
 
     def growable(self) -> StorageDaemon:
         return self._daemon

@@ -150,9 +150,11 @@ def _check_volumes(
     exported = [str(each["node-name"]) for each in exports]
     innermost = volumes[0].name if volumes else VOLUME_NODE
     verdict.expect(exported == [innermost], f"the {title} exports {', '.join(exported) or 'nothing'}")
+    source = process.place.source
+    wanted = disk.path if isinstance(source, ImageSource) else source.socket
     for vertex in graph.stored():
         place = vertex.place.path if vertex.place else None
-        verdict.expect(place == disk.path, f"the {title} has its data in {place}")
+        verdict.expect(place == wanted, f"the {title} has its data in {place}")
     return True
 
 

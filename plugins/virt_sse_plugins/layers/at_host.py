@@ -18,20 +18,19 @@ from virt_sse.api import (
 
 
 class AtHostLayer(HostLayer):
-    """Host caches below the LUKS node in the guest's QEMU; temporary disks under the platform's key."""
+    """Host caches next to the image, below all LUKS nodes; temporary disks under the platform's key."""
 
     name = "at-host"
 
     def cache(self, plan: LayerPlan, caching: HostCaching) -> LayerPlan:
         if caching is HostCaching.NONE:
             return plan
-        guest, *storage = plan.stages
-        if not isinstance(guest, GuestNode):
+        if not isinstance(plan.stages[0], GuestNode):
             raise PolicyError(
                 "a host cache would hold plaintext: the disk's layers are placed in the storage daemon",
                 hint="host caching 'None', or placement 'guest'",
             )
-        return dataclasses.replace(plan, stages=(guest, HostCache(caching), *storage))
+        return dataclasses.replace(plan, stages=(*plan.stages, HostCache(caching)))
 
     def temporary_disk(self) -> LayerPlan:
         return LayerPlan(

@@ -52,7 +52,7 @@ def test_a_host_cache_above_all_encryption_is_refused(layer: EncryptionLayer, ca
     at_host = AtHostLayer()
     in_guest = layer.plan(choice(Placement.GUEST))
     cached = at_host.cache(in_guest, caching)
-    assert cached.stages == (in_guest.stages[0], HostCache(caching), *in_guest.stages[1:])
+    assert cached.stages == (*in_guest.stages, HostCache(caching))
     below = layer.plan(choice(Placement.STORAGE))
     with pytest.raises(PolicyError, match="a host cache would hold plaintext"):
         at_host.cache(below, caching)

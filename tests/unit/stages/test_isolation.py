@@ -54,8 +54,10 @@ def make(config: Config) -> Iterator[Make]:
         double: bool = True,
         caching: HostCaching = NONE,
         config: Config = config,
+        is_cache_above: bool = False,
     ) -> StagedDisk:
-        made.append(StagedDisk(config, image_format, double=double, caching=caching))
+        above = is_cache_above
+        made.append(StagedDisk(config, image_format, double=double, caching=caching, is_cache_above=above))
         return made[-1]
 
     yield make_one
@@ -144,7 +146,7 @@ def reached(user: User, disk: StagedDisk, names: list[str]) -> list[str]:
     sockets = disk.config.socket_directory / str(disk.disk.id)
     asked = [
         files,
-        [str(sockets / "guest/nbd"), str(sockets / "stages/nbd")]
+        [str(sockets / "guest/nbd"), *(str(sockets / "stages" / name) for name in ("nbd", "cache"))]
         + [str(disk.config.stage_directory / str(disk.disk.id) / "qmp")],
         pids,
     ]
@@ -171,11 +173,12 @@ def test_a_process_reaches_nothing_of_another_disk(make: Make) -> None:
     assert {each.partition(" of ")[0] for each in itself} >= {"memory", "ptrace", "files"}
 
 
-def test_a_cache_does_not_reach_its_disks_storage_daemon_except_by_nbd(make: Make) -> None:
+def test_a_storage_daemon_does_not_reach_its_disks_cache_except_by_nbd(make: Make) -> None:
     disk = make(caching=READ_ONLY)
     disk.start()
-    inner = disk.config.socket_directory / str(disk.disk.id) / "stages/nbd"
-    assert reached(users(disk)["cache"], disk, ["storage"]) == [str(inner)]
+    inner = disk.config.socket_directory / str(disk.disk.id) / "stages/cache"
+    assert reached(users(disk)["storage"], disk, ["cache"]) == [str(inner)]
+    assert reached(users(disk)["cache"], disk, ["storage"]) == [str(disk.disk.path)]
 
 
 def test_an_image_belongs_to_its_owner_again_once_a_storage_daemon_has_opened_the_image(make: Make) -> None:
@@ -234,12 +237,13 @@ def test_an_image_in_a_folder_closed_to_other_users_is_reported(make: Make, fold
 
 
 def test_a_record_from_before_is_managed_on(make: Make, config: Config, user: User) -> None:
-    """The version before ran all processes as one user, which owned the image and the folder of caches."""
-    disk = make(caching=READ_ONLY, config=dataclasses.replace(config, storage_user=str(user.uid)))
+    """One user for all processes, the image and the folder of caches; the cache above the daemon."""
+    shared = dataclasses.replace(config, storage_user=str(user.uid))
+    disk = make(caching=READ_ONLY, config=shared, is_cache_above=True)
     disk.start()
     path = config.stage_directory / str(disk.disk.id) / "stages.json"
     written = json.loads(path.read_bytes())
-    del written["users"]
+    del written["users"], written["order"]
     path.write_text(json.dumps(written))
     os.chown(disk.disk.path, user.uid, user.uid)
     disk.stages = Stages(config)
@@ -250,6 +254,9 @@ def test_a_record_from_before_is_managed_on(make: Make, config: Config, user: Us
     disk.stages.restart(disk.disk.id, disk.deks)
     assert status(pid_of(disk, "cache"))["Uid"].split()[0] == str(user.uid)
     assert "failed" not in disk.guest_io("write -P 0x5a 0 64k", "flush")
+    record = disk.stages.record(disk.disk.id)
+    assert record
+    assert record.stages == disk.plan.stages[1:], "the order stays until the domain stops"
     os.chown(disk.disk.path, user.uid, user.uid)
     disk.stages.stop(disk.disk.id)
     disk.assert_nothing_is_left()

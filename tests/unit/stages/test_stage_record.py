@@ -43,7 +43,7 @@ WRITTEN = {
     "storage-slot": "infrastructure",
     "users": {"cache": [991, 990], "storage": [990, 990]},
 }
-"""The record as written; running domains have such records across an upgrade."""
+"""As written by earlier versions, with the cache above the daemon; running domains have such records."""
 
 JSON_VALUES = (
     *(None, True, 1, -1, 1.5, "text", {}, {"a": 1}),
@@ -75,9 +75,24 @@ def test_a_record_is_read_as_written(tmp_path: Path, slot: str | None, caching: 
     assert {path.name: mode(path) for path in folder.iterdir()} == {"stages.json": 0o600}
     assert mode(folder) == mode(folder.parent) == 0o700
     written = json.loads((folder / "stages.json").read_bytes())
-    assert written == WRITTEN | {"gated": True, "caching": caching, "storage-slot": slot}
+    names = [*(["cache"] if caching != "None" else []), *(["storage"] if slot else [])]
+    assert written == WRITTEN | {"gated": True, "caching": caching, "storage-slot": slot, "order": names}
     (folder / "stages.json").write_text(json.dumps(WRITTEN | {"caching": caching, "storage-slot": slot}))
     assert StageRecord.read(folder) == dataclasses.replace(record, gated=False)
+
+
+def test_a_record_keeps_the_order_of_the_stages(tmp_path: Path) -> None:
+    record = dataclasses.replace(RECORD, stages=RECORD.stages[::-1])
+    record.write(tmp_path)
+    assert StageRecord.read(tmp_path) == record
+    assert record != RECORD
+
+
+@pytest.mark.parametrize("order", [["cache", "cache"], ["cache", "disk"], ["storage", "storage", "cache"]])
+def test_an_order_of_other_processes_is_refused(tmp_path: Path, order: list[str]) -> None:
+    (tmp_path / "stages.json").write_text(json.dumps(WRITTEN | {"order": order}))
+    with pytest.raises(StageError, match=r"damaged stage record .*order"):
+        StageRecord.read(tmp_path)
 
 
 def test_a_record_from_before_each_process_had_a_user_is_read(tmp_path: Path) -> None:
@@ -95,7 +110,7 @@ def test_an_invalid_record_is_refused(tmp_path: Path) -> None:
     RECORD.write(tmp_path)
     path = tmp_path / "stages.json"
     written = json.loads(path.read_bytes())
-    assert written == WRITTEN | {"gated": True}
+    assert written == WRITTEN | {"gated": True, "order": ["cache", "storage"]}
     for content in (
         b"",
         b"\xff",

@@ -135,6 +135,7 @@ def test_records_from_before_the_third_kind_are_read(make: Make) -> None:
     path = disk.config.stage_directory / str(disk.disk.id) / "stages.json"
     written = json.loads(path.read_bytes())
     assert written.pop("pass-through") is True
+    assert written.pop("order") == ["proxy", "storage"]
     path.write_text(json.dumps(written))
     found = StageRecord.read(path.parent, KINDS)
     assert found == StageRecord.read(path.parent, STAGE_KINDS)
@@ -154,9 +155,8 @@ def test_a_process_that_the_record_does_not_name_is_ended_too(make: Make) -> Non
     ("stages", "message"),
     [
         ((GuestNode("service"), PassThrough()), "no kind of process serves the stage PassThrough"),
-        ((GuestNode("service"), StorageNode("x"), HostCache(READ_ONLY)), "stages are out of order"),
         ((GuestNode("service"), HostCache(READ_ONLY), HostCache(READ_ONLY)), "stages are out of order"),
-        ((StorageNode("x"), HostCache(READ_ONLY)), "stages are out of order"),
+        ((StorageNode("x"), HostCache(READ_ONLY), StorageNode("y")), "stages are out of order"),
         ((HostCache(READ_ONLY), StorageNode("x")), "stages are out of order"),
         ((HostCache(READ_ONLY),), "stages are out of order"),
         ((), "stages are out of order"),
