@@ -39,7 +39,9 @@ def measure(bench: Run) -> Iterator[Row]:
                 for index in range(1 + bench.amount(15, quick=5))
             ]
             peer = _QemuImg(bench.scratch / f"peer.{name}", image_format)
-            usual = [peer.create() for _ in range(bench.amount(5, quick=1))]
+            usual = [
+                peer.create(iter_time=10 if bench.quick else None) for _ in range(bench.amount(5, quick=1))
+            ]
             yield Row(
                 f"create/{name}",
                 f"create a disk, 10 GiB {name}",

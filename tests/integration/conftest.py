@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from support import loaded_commands
 from support.agent_site import CONFIG, CustomerSite, customer_site
 from support.lab_operator import Operator
 from support.leftovers import descendants
@@ -17,8 +18,14 @@ LAB = ("virt_sse.lab", "/lab/supervisor.py", "libvirtd", "virtlogd", "postgres")
 """Parts of the command lines of processes that serve all tests of a session."""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _loaded_commands() -> None:
+    """Start the server of commands, which serves all tests of a session."""
+    loaded_commands.start()
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _no_process_is_left() -> Iterator[None]:
+def _no_process_is_left(_loaded_commands: None) -> Iterator[None]:
     """Check that a module of tests leaves no process: not in a lab host, where orphans have a new parent."""
     known = descendants()
 

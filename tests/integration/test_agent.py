@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from support.agent_site import CONFIG, Site, prepared
-from support.command_line import PROGRAM
+from support.loaded_commands import PROGRAM, run_command
 from support.waiting import wait_until
 from virt_sse.agent_client import ask
 from virt_sse.errors import AgentUnavailableError
@@ -50,9 +50,7 @@ def site(running_site: Site) -> Iterator[Site]:
 
 
 def virt_sse(site: Site, *arguments: str, status: int = 0) -> str:
-    done = subprocess.run(
-        [PROGRAM, *arguments], env=site.host.environment, capture_output=True, text=True, timeout=60
-    )
+    done = run_command(arguments, site.host.environment)
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
-PROGRAM = Path(sys.executable).with_name("virt-sse")
+from support.loaded_commands import PROGRAM, run_command
+
+__all__ = ["PROGRAM", "CommandLine", "no_libvirt"]
 
 
 def no_libvirt(root: Path) -> str:
@@ -43,14 +44,7 @@ class CommandLine:
     def _run(
         self, arguments: tuple[str | bytes | Path, ...], status: int
     ) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [PROGRAM, *arguments],
-            env=os.environ | self._host,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        done = run_command(arguments, os.environ | self._host)
         assert done.returncode == status, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         return done

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from support.agent_site import forget_domains
+from support.loaded_commands import run_command
 from virt_sse.lab.host import LabHost
 from virt_sse.lab.recipes import boot_sector_image
 
@@ -35,7 +36,11 @@ class Operator:
         return done.stdout
 
     def virt_sse(self, *arguments: str | Path, status: int = 0) -> str:
-        return self.run("virt-sse", *arguments, status=status)
+        """The output and errors together of ``virt-sse`` with *arguments*."""
+        done = run_command(arguments, self.host.environment, together=True)
+        assert done.returncode == status, f"{arguments}: {done.stdout}"
+        assert "Traceback" not in done.stdout
+        return done.stdout
 
     def virsh(self, *arguments: str | Path, status: int = 0) -> str:
         return self.run("virsh", *arguments, status=status)

@@ -235,7 +235,7 @@ def test_a_stage_process_from_before_the_gate_is_kept_and_gets_a_gate_when_it_is
     disk.start()
     before = dataclasses.replace(record(disk), gated=False)
     folder = config.stage_directory / str(disk.disk.id)
-    disk.stages._end_processes(disk.disk.id)
+    disk.stages._end_processes(disk.disk.id, before)
     before.write(folder)
     disk.stages._start(before, disk.deks, size=0)
     assert gate(disk).pid() is None
