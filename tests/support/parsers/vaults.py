@@ -31,7 +31,8 @@ from virt_sse.vault.vault import Vault, open_vault
 from virt_sse.vault_client.administration import _decoded, _PolicyList, _PrincipalList
 from virt_sse.vault_client.credential import issued_token
 from virt_sse.vault_client.credential_file import CredentialFile, new_assertion_key
-from virt_sse.vault_client.https import Response, VaultConnection, checked, describe, document_of
+from virt_sse.vault_client.exchange import document_of
+from virt_sse.vault_client.https import Response, VaultConnection, checked, describe
 
 _KEY = {
     "kty": "RSA",
