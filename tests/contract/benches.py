@@ -99,6 +99,22 @@ def _hsm_simulated(administered: AdministeredToken, kind: KeyKind) -> Iterator[B
 
 
 @contextmanager
+def _vault_transit(directory: Path, fixture: Fixture) -> Iterator[Bench]:
+    from support.transit_keys import ROTATION, RULES, TransitKeys
+
+    with TransitKeys(fixture("lab_openbao"), directory) as keys:
+        key = keys.new_key(rules=RULES + ROTATION)
+        yield Bench(
+            key=key,
+            rotate=lambda: keys.rotate(key),
+            disable=lambda used: keys.disable_before(key, int(used.version) + 1),
+            enable=lambda _: keys.configure(key, min_decryption_version=1),
+            options=keys.options(),
+            secrets=(keys.secret_id.encode(),),
+        )
+
+
+@contextmanager
 def _platform_managed(directory: Path, _fixture: Fixture) -> Iterator[Bench]:
     administrator = PlatformManagedKeyProvider.from_config(ProviderConfig(directory))
     assert administrator.provision()
@@ -135,6 +151,7 @@ BENCHES: Mapping[str, Callable[[Path, Fixture], AbstractContextManager[Bench]]] 
     "hsm-simulated, NSS": lambda _folder, fixture: _hsm_simulated(fixture("nss"), KeyKind.RSA),
     "kek-file": _kek_file,
     "platform-managed": _platform_managed,
+    "vault-transit": _vault_transit,
 }
 """By name, and after a comma what sets one bench of a provider apart from its others.
 

@@ -17,6 +17,7 @@ import pytest
 
 from support.customer_keys import RIGHTS, CustomerKeys
 from support.forking import fork
+from support.strange_vaults import Listener
 from virt_sse.errors import (
     KeyDeniedError,
     KeyDisabledError,
@@ -42,10 +43,10 @@ def keys(lab_vault: LabVault, tmp_path: Path) -> Iterator[CustomerKeys]:
 class Disk:
     """A DEK wrapped with the newest version of a new key, as an identity that may no more than is needed."""
 
-    def __init__(self, keys: CustomerKeys) -> None:
+    def __init__(self, keys: CustomerKeys, **options: object) -> None:
         self.identity = keys.new_identity(*RIGHTS)
         self.principal = keys.client_id(self.identity)
-        self.provider = keys.open_provider(self.identity)
+        self.provider = keys.open_provider(self.identity, **options)
         self.name = keys.new_key()
         self.key = self.provider.current_key(self.name)
         self.dek = Dek.generate()
@@ -267,6 +268,22 @@ def test_a_stopped_killed_or_frozen_vault_is_unreachable_and_no_verdict(tmp_path
         finally:
             os.kill(vault.pid, signal.SIGCONT)
         disk.assert_usable()
+
+
+def test_another_address_answers_for_a_silent_one_and_a_refusal_holds(
+    keys: CustomerKeys, lab_vault: LabVault
+) -> None:
+    short = {"connection-timeout": 0.3, "read-timeout": 0.5}
+    with Listener() as silent, Listener() as unasked:
+        addresses = {lab_vault.url: [silent.url, lab_vault.url, unasked.url]}
+        disk = Disk(keys, addresses=addresses, **short)
+        disk.assert_usable()
+        assert len(silent.connections) == 1  # later requests avoid the address, also for tokens
+        keys.enable(disk.key, enabled=False)
+        disk.assert_refused(KeyState.DISABLED, KeyDisabledError, "403 KeyDisabled")
+        keys.administration.delete_principal(disk.principal)
+        disk.assert_refused(KeyState.DENIED, KeyDeniedError, "no token for principal")
+        assert unasked.connections == []
 
 
 @pytest.mark.slow

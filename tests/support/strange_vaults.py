@@ -39,6 +39,8 @@ class Seen:
 class StrangeVault:
     """Gives a token to every client, and :attr:`answers` to requests with the token; the last answer repeats.
 
+    Below ``/v1/`` it speaks like Vault and OpenBao, elsewhere like Azure Key Vault.
+
     ``None`` among the answers breaks the connection.
 
     :ivar seen: the requests with a token.
@@ -93,6 +95,12 @@ class StrangeVault:
         ).write(path)
         return path
 
+    def ca_file(self) -> Path:
+        """The authority of the server's certificate, in PEM."""
+        path = self._folder / "strange-ca.pem"
+        path.write_bytes(self._ca)
+        return path
+
     def next_answer(self) -> Answer | None:
         return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
 
@@ -127,6 +135,13 @@ def _handler(vault: StrangeVault) -> type[BaseHTTPRequestHandler]:
                 vault.tokens += 1
                 token = {"access_token": TOKEN, "expires_in": 900, "token_type": "Bearer"}
                 self.send(vault.token_answer or document(**token))
+            elif self.path.startswith("/v1/auth/"):
+                vault.tokens += 1
+                auth = {"client_token": TOKEN, "lease_duration": 900, "renewable": True}
+                self.send(vault.token_answer or document(auth=auth))
+            elif self.path.startswith("/v1/"):
+                vault.seen.append(Seen(self.command, self.path, dict(self.headers.items()), body))
+                self.send(vault.next_answer())
             elif self.headers.get("Authorization") is None:
                 challenge = {"WWW-Authenticate": vault.challenge(vault.url)}
                 self.send(refusal(401, "Unauthorized", **challenge))

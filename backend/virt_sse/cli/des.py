@@ -29,7 +29,9 @@ PlacementOption = typer.Option(
     "from the next start of each domain.",
 )
 KeyOption = typer.Option(
-    "--key", help="The key: its name, or in a key vault its URL; with a version or for the newest."
+    "--key",
+    help="The key: its name, in a key vault its URL, in a transit engine its path; "
+    "with a version or for the newest.",
 )
 
 

@@ -4,6 +4,8 @@
     running :class:`virt_sse.lab.host.LabHost`, one each for the whole session
 ``lab_vault``
     a running :class:`virt_sse.lab.vaults.LabVault` for the whole session
+``lab_openbao``
+    a running :class:`virt_sse.lab.openbao.LabOpenBao` for the whole session
 ``lab_token``
     a new :class:`virt_sse.lab.tokens.LabToken` of SoftHSM for each test; ``lab_hsm`` makes further tokens
 ``lab_nss_token``
@@ -31,6 +33,7 @@ import pytest
 if TYPE_CHECKING:
     from virt_sse.lab.acceleration import Acceleration, GuestName
     from virt_sse.lab.host import LabHost
+    from virt_sse.lab.openbao import LabOpenBao
     from virt_sse.lab.recipes import LinuxMicro
     from virt_sse.lab.tokens import LabHsm, LabToken
     from virt_sse.lab.vaults import LabVault
@@ -80,6 +83,17 @@ def lab_vault() -> Iterator[LabVault]:
 
     with LabVault() as vault:
         yield vault
+
+
+@pytest.fixture(scope="session")
+def lab_openbao() -> Iterator[LabOpenBao]:
+    """A running OpenBao server, shared by the session's tests."""
+    with ExitStack() as stack:
+        with _skip_if_unavailable():
+            from virt_sse.lab.openbao import LabOpenBao
+
+            server = stack.enter_context(LabOpenBao())
+        yield server
 
 
 @pytest.fixture(scope="session")

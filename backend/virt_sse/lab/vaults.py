@@ -120,7 +120,7 @@ class LabVault:
 
         directories.sweep(self._base)
         self._folder = directories.create(self._base)
-        self._port = _free_port()
+        self._port = free_port()
         try:
             initialise(
                 self.directory,
@@ -181,7 +181,7 @@ class LabVault:
             process.communicate()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A free port outside the kernel's range for clients, so that the port stays free."""
     while True:
         port = random.randrange(*_PORTS)  # noqa: S311 -- no secret

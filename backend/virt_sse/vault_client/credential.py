@@ -10,12 +10,13 @@ import os
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from virt_sse.errors import KeyDeniedError, KeyProviderUnavailableError
+from virt_sse.vault_client.addresses import VaultAddresses
 from virt_sse.vault_client.credential_file import CredentialFile
 from virt_sse.vault_client.https import VaultConnection, describe
 
@@ -43,11 +44,20 @@ class VaultCredential:
     client.
 
     :param timeout: in seconds, for connecting and for each response.
+    :param addresses: returns the addresses of the vault at a URL; by default, the URL itself.
     """
 
-    def __init__(self, file: CredentialFile | Path, *, timeout: float = 5.0) -> None:
+    def __init__(
+        self,
+        file: CredentialFile | Path,
+        *,
+        timeout: float = 5.0,
+        addresses: Callable[[str], VaultAddresses] | None = None,
+    ) -> None:
         self._file = CredentialFile.read(file) if isinstance(file, Path) else file
-        self._connection = VaultConnection(self._file, timeout=timeout)
+        self._connection = VaultConnection(
+            self._file, timeout=timeout, addresses=addresses(self._file.vault_url) if addresses else None
+        )
         self._lock = threading.Lock()
         self._token: tuple[str, int] | None = None
         self._renew_at = 0.0
@@ -138,14 +148,7 @@ class VaultCredential:
 
     def _ask(self) -> tuple[str, int]:
         asked, now = time.monotonic(), time.time()
-        form = {
-            "grant_type": _GRANT,
-            "client_id": self._file.client_id,
-            "client_assertion_type": _ASSERTION_TYPE,
-            "client_assertion": self._file.assertion(),
-            "scope": f"{self._file.audience}/.default",
-        }
-        answer = self._connection.form(self._file.token_endpoint, form)
+        answer = self._connection.form(self._file.token_endpoint, self._form)
         if answer.status in (400, 401) and answer.body.get("error") in _DENIALS:
             raise KeyDeniedError(f"the key vault {self._file.vault_url} gave no token ({describe(answer)})")
         if answer.status != 200:
@@ -155,6 +158,15 @@ class VaultCredential:
         token, seconds = issued_token(answer.body, self._file.vault_url)
         self._renew_at = asked + seconds * (1 - _RENEW_BEFORE)
         return token, int(now) + seconds
+
+    def _form(self) -> Mapping[str, str]:
+        return {
+            "grant_type": _GRANT,
+            "client_id": self._file.client_id,
+            "client_assertion_type": _ASSERTION_TYPE,
+            "client_assertion": self._file.assertion(),
+            "scope": f"{self._file.audience}/.default",
+        }
 
 
 def issued_token(body: Mapping[str, object], url: str) -> tuple[str, int]:

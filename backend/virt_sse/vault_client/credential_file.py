@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from pathlib import Path
 from typing import Self
-from urllib.parse import urlsplit
 
 import jwt
 import msgspec
@@ -24,6 +22,8 @@ from cryptography.hazmat.primitives.serialization import (
 from virt_sse.errors import CredentialError
 from virt_sse.system.documents import DocumentError, from_json
 from virt_sse.system.files import write_private
+from virt_sse.vault_client.exchange import origin
+from virt_sse.vault_client.secret_files import read_secret_file
 
 _FORMAT = "virt-sse-vault-credential-1"
 _ASSERTION_SECONDS = 300
@@ -72,15 +72,7 @@ class CredentialFile(
         :raise CredentialError: When the file cannot be read, is open to others, or is malformed.
         """
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            with os.fdopen(descriptor, "rb") as file:
-                if os.fstat(descriptor).st_mode & 0o077:
-                    raise CredentialError(
-                        f"the credential file {path} is open to others", hint=f"chmod go= {path}"
-                    )
-                return from_json(file.read(), cls)
-        except OSError as exc:
-            raise CredentialError(f"cannot read the credential file {path}: {exc.strerror}") from exc
+            return from_json(read_secret_file(path, "credential file"), cls)
         except DocumentError as exc:
             raise CredentialError(f"{path} is no credential file of a known version: {exc}") from None
 
@@ -127,17 +119,6 @@ class CredentialFile(
             return origin(url) == origin(self.vault_url)
         except ValueError:
             return False
-
-
-def origin(url: str) -> tuple[str, str, int]:
-    """Split a URL into scheme, host and port.
-
-    :raise ValueError: When *url* has no host, or has user information.
-    """
-    parts = urlsplit(url)
-    if not parts.hostname or parts.username is not None or parts.password is not None:
-        raise ValueError("the URL must have a host, and no user information")
-    return parts.scheme.lower(), parts.hostname.lower(), parts.port or 443
 
 
 def new_assertion_key() -> tuple[str, str]:

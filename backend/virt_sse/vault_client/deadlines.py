@@ -25,6 +25,12 @@ def within(seconds: float) -> Iterator[None]:
         _deadline.reset(token)
 
 
+def remaining() -> float | None:
+    """Seconds until the deadline of :func:`within`, 0 or more; ``None`` outside of its blocks."""
+    deadline = _deadline.get()
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
 class DeadlineSocket(ssl.SSLSocket):
     """A TLS connection whose reads end at the deadline of :func:`within`; for ``SSLContext.sslsocket_class``.
 
@@ -36,9 +42,8 @@ class DeadlineSocket(ssl.SSLSocket):
 
         :raise TimeoutError: At the deadline.
         """
-        deadline = _deadline.get()
-        if deadline is not None:
-            left = deadline - time.monotonic()
+        left = remaining()
+        if left is not None:
             if left <= 0:
                 raise TimeoutError("the answer takes too long")
             timeout = self.gettimeout()

@@ -1,12 +1,11 @@
-"""HTTPS to one vault, with the standard library: no proxy, no redirects, and trust in the vault's CA only."""
+"""HTTPS to the vault of a credential file, with trust in the vault's CA only."""
 
 from __future__ import annotations
 
-import http.client
 import json
 import ssl
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlencode
 
@@ -20,11 +19,12 @@ from virt_sse.errors import (
     VirtSseError,
     printable,
 )
-from virt_sse.vault_client.credential_file import CredentialFile, origin
-from virt_sse.vault_client.deadlines import DeadlineSocket, within
+from virt_sse.vault_client.addresses import VaultAddresses
+from virt_sse.vault_client.credential_file import CredentialFile
+from virt_sse.vault_client.deadlines import within
+from virt_sse.vault_client.exchange import document_of, exchange, tls_context
 
 _TIMEOUT_SECONDS = 5.0
-_LONGEST_ANSWER = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +42,19 @@ class VaultConnection:
     """Sends requests to the vault of a credential file, each over a new connection. Thread-safe.
 
     :param timeout: in seconds, for connecting, for the handshake, and for request and response as a whole.
+    :param addresses: of the vault; by default, the credential file's URL.
     """
 
-    def __init__(self, credential: CredentialFile, *, timeout: float = _TIMEOUT_SECONDS) -> None:
+    def __init__(
+        self,
+        credential: CredentialFile,
+        *,
+        timeout: float = _TIMEOUT_SECONDS,
+        addresses: VaultAddresses | None = None,
+    ) -> None:
         self._credential = credential
         self._timeout = timeout
+        self._addresses = addresses or VaultAddresses((credential.vault_url,))
         self._context: ssl.SSLContext | None = None
         self._lock = threading.Lock()
 
@@ -59,36 +67,44 @@ class VaultConnection:
         """
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         body = None if document is None else json.dumps(document).encode()
-        return self._send(method, path, body, headers)
+        return self._send(method, path, lambda: body, headers, repeatable=method == "GET")
 
-    def form(self, url: str, fields: Mapping[str, str]) -> Response:
+    def form(self, url: str, fields: Callable[[], Mapping[str, str]]) -> Response:
         """Post a form to *url*, a URL of the vault.
 
+        :param fields: makes the form, anew for each address that is tried: an assertion is for one use.
         :raise KeyProviderUnavailableError: When the vault does not answer, or is overloaded.
         """
         if not self._credential.covers(url):
             raise VaultError("a credential must only be sent to its own vault")
         path = url.split("/", 3)[3]
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
-        return self._send("POST", f"/{path}", urlencode(fields).encode(), headers)
+        return self._send("POST", f"/{path}", lambda: urlencode(fields()).encode(), headers, repeatable=True)
 
-    def _send(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> Response:
-        url = self._credential.vault_url
-        _, host, port = origin(url)
-        connection = http.client.HTTPSConnection(host, port, timeout=self._timeout, context=self._trust())
-        try:
+    def _send(
+        self,
+        method: str,
+        path: str,
+        body: Callable[[], bytes | None],
+        headers: Mapping[str, str],
+        *,
+        repeatable: bool,
+    ) -> Response:
+        context = self._trust()
+
+        def ask(url: str) -> Response:
             with within(self._timeout):
-                connection.request(method, path, body, dict(headers))
-                answer = connection.getresponse()
-                content = answer.read(_LONGEST_ANSWER)
-        except (OSError, http.client.HTTPException) as exc:
-            raise KeyProviderUnavailableError(f"the key vault {url} does not answer: {_reason(exc)}") from exc
-        finally:
-            connection.close()
-        response = Response(answer.status, document_of(content))
-        if response.status == 429 or response.status >= 500:
-            raise KeyProviderUnavailableError(f"the key vault {url} cannot answer now ({describe(response)})")
-        return response
+                status, content = exchange(
+                    url, method, path, body(), headers, context=context, connection_timeout=self._timeout
+                )
+            response = Response(status, document_of(content))
+            if status == 429 or status >= 500:
+                raise KeyProviderUnavailableError(
+                    f"the key vault {url} cannot answer now ({describe(response)})"
+                )
+            return response
+
+        return self._addresses.first_answer(ask, timeout=self._timeout, repeatable=repeatable)
 
     def _trust(self) -> ssl.SSLContext:
         with self._lock:
@@ -97,22 +113,10 @@ class VaultConnection:
                 if not authority:  # OpenSSL would trust the system's authorities
                     raise VaultError("the credential file has no CA certificate")
                 try:
-                    context = ssl.create_default_context(cadata=authority)
+                    self._context = tls_context(authority)
                 except (ssl.SSLError, TypeError) as exc:
                     raise VaultError("the credential file's CA certificate cannot be read") from exc
-                context.minimum_version = ssl.TLSVersion.TLSv1_2
-                context.sslsocket_class = DeadlineSocket
-                self._context = context
             return self._context
-
-
-def document_of(content: bytes) -> Mapping[str, object]:
-    """The JSON object in the body of a response; empty if *content* is anything else."""
-    try:
-        document = json.loads(content)
-    except (ValueError, RecursionError):
-        return {}
-    return document if isinstance(document, dict) else {}
 
 
 def checked(response: Response) -> Mapping[str, object]:
@@ -142,11 +146,3 @@ def describe(response: Response) -> str:
         said = f"{code}: {error.get('message')}"
     text = printable(" ".join(str(said).split())[:300].rstrip(".")) if said else ""
     return f"{response.status} {text}".rstrip()
-
-
-def _reason(exc: Exception) -> str:
-    if isinstance(exc, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted: {exc.verify_message}"
-    if isinstance(exc, TimeoutError):
-        return "timed out"
-    return " ".join(str(getattr(exc, "strerror", None) or exc or type(exc).__name__).split())

@@ -26,8 +26,15 @@ def _hsm_simulated() -> type[KeyProvider]:
     return HsmSimulatedKeyProvider
 
 
+def _vault_transit() -> type[KeyProvider]:
+    from virt_sse_plugins.key_providers.vault_transit import VaultTransitKeyProvider
+
+    return VaultTransitKeyProvider
+
+
 @hookimpl
 def virt_sse_register_key_providers(register: RegisterKeyProvider) -> None:
     register("platform-managed", _platform_managed)
     register("customer-managed", _customer_managed)
     register("hsm-simulated", _hsm_simulated)
+    register("vault-transit", _vault_transit)

@@ -28,7 +28,8 @@ from virt_sse.api import (
     current_correlation,
 )
 from virt_sse_plugins.key_providers.key_urls import KeyVaultKey, is_key_version
-from virt_sse_plugins.key_providers.key_vault import KeyVault, UnacceptableError
+from virt_sse_plugins.key_providers.key_vault import UnacceptableError
+from virt_sse_plugins.key_providers.key_vault_addresses import AddressedKeyVault
 from virt_sse_plugins.key_providers.key_vault_options import KeyVaultOptions
 
 ALGORITHM = "RSA-OAEP-256"
@@ -60,7 +61,7 @@ class CustomerManagedKeyProvider(KeyProvider):
     def __init__(self, options: KeyVaultOptions) -> None:
         self._options = options
         self._access = options.access()
-        self._vaults: dict[str, KeyVault] = {}
+        self._vaults: dict[str, AddressedKeyVault] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -170,7 +171,7 @@ class CustomerManagedKeyProvider(KeyProvider):
             return KeyState.DENIED
         return KeyState.ENABLED
 
-    def _vault(self, key: KeyVaultKey) -> KeyVault:
+    def _vault(self, key: KeyVaultKey) -> AddressedKeyVault:
         """The vault of a key.
 
         :raise KeyDeniedError: When the identity is not meant for the key's vault.
@@ -182,8 +183,8 @@ class CustomerManagedKeyProvider(KeyProvider):
             )
         with self._lock:
             if key.vault_url not in self._vaults:
-                self._vaults[key.vault_url] = KeyVault(
-                    key.vault_url,
+                self._vaults[key.vault_url] = AddressedKeyVault(
+                    self._access.addresses(key.vault_url),
                     self._access,
                     connection_timeout=self._options.connection_timeout,
                     read_timeout=self._options.read_timeout,

@@ -36,7 +36,7 @@ _CODE = re.compile(r"[A-Za-z]{1,64}", re.ASCII)
 _PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 2.0
 _SOON_SECONDS = 1.0
-_MOST_ANSWERS = 3
+MOST_ANSWERS = 3
 """The answers to a request: a challenge, a token, and the result."""
 
 
@@ -133,7 +133,7 @@ class KeyVault:
         """
         with self._client() as client:
             try:
-                with within(_MOST_ANSWERS * self._read_timeout):
+                with within(MOST_ANSWERS * self._read_timeout):
                     return client.send_request(request)
             except KeyDeniedError as exc:
                 raise KeyDeniedError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 from urllib.parse import urlsplit
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from azure.core.credentials import AccessToken
     from azure.identity import DefaultAzureCredential, ManagedIdentityCredential
 
+    from virt_sse.vault_client.addresses import VaultAddresses
     from virt_sse.vault_client.credential import VaultCredential
 
 AZURE_DOMAINS = (
@@ -66,6 +67,12 @@ class Access(ABC):
     def credential(self, vault_url: str) -> Credential:
         """Source of tokens for a vault covered by this identity."""
 
+    def addresses(self, vault_url: str) -> VaultAddresses:
+        """The addresses of a vault covered by this identity; by default, its URL."""
+        from virt_sse.vault_client.addresses import VaultAddresses
+
+        return VaultAddresses((vault_url,))
+
     @abstractmethod
     def authorities(self) -> str | bool:
         """Path of the trusted certificates; ``True`` for the system's."""
@@ -85,14 +92,19 @@ class CredentialFileAccess(Access):
     The file is read at first use, and again after each failure to read.
 
     :param timeout: time limit for a token of the vault, in seconds.
+    :param addresses: the addresses of vaults, by the vaults' URLs; a vault without an entry is at its URL.
     """
 
     follows_environment = False
 
-    def __init__(self, path: Path, *, timeout: float) -> None:
+    def __init__(
+        self, path: Path, *, timeout: float, addresses: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
         self._path = path
         self._timeout = timeout
-        self._lock = threading.Lock()
+        self._configured = addresses or {}
+        self._addresses: dict[tuple[str, str, int], VaultAddresses] = {}
+        self._lock = threading.RLock()
         self._opened: VaultCredential | None = None
 
     def who(self) -> str:
@@ -106,6 +118,17 @@ class CredentialFileAccess(Access):
 
     def credential(self, vault_url: str) -> Credential:
         return _FileTokens(self._open())
+
+    def addresses(self, vault_url: str) -> VaultAddresses:
+        from virt_sse.vault_client.addresses import VaultAddresses
+        from virt_sse.vault_client.exchange import origin
+
+        place = origin(vault_url)
+        with self._lock:
+            if place not in self._addresses:
+                configured = [urls for url, urls in self._configured.items() if origin(url) == place]
+                self._addresses[place] = VaultAddresses(configured[0] if configured else (vault_url,))
+            return self._addresses[place]
 
     def authorities(self) -> str | bool:
         return self._open().ca_file()
@@ -125,7 +148,9 @@ class CredentialFileAccess(Access):
                 from virt_sse.vault_client.credential import VaultCredential
 
                 try:
-                    self._opened = VaultCredential(self._path, timeout=self._timeout)
+                    self._opened = VaultCredential(
+                        self._path, timeout=self._timeout, addresses=self.addresses
+                    )
                 except VirtSseError as exc:  # a local problem, not a verdict of the vault about the key
                     raise KeyProviderUnavailableError(str(exc), hint=exc.hint) from exc
             return self._opened

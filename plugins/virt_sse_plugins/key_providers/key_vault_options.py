@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from virt_sse.api import ProviderConfig
 
-_OPTIONS = frozenset({"credential", "ca", "hosts", "connection-timeout", "read-timeout"})
+_OPTIONS = frozenset({"credential", "ca", "hosts", "addresses", "connection-timeout", "read-timeout"})
 _LONGEST_TIMEOUT = 60.0
 _PROCESS_SECONDS = 5
 _HOST = re.compile(r"[^/]+")
@@ -43,6 +43,7 @@ class KeyVaultOptions:
     :ivar identity: the credential file; always set for ``CredentialKind.IDENTITY``.
     :ivar ca: file of trusted certificates, in place of the system's authorities.
     :ivar hosts: the only allowed vaults, in place of Azure's.
+    :ivar addresses: URLs of a vault's instances, in order of preference, by the vault's URL.
     :ivar connection_timeout: in seconds; also for a vault's own tokens.
     :ivar read_timeout: in seconds, for each answer.
     """
@@ -51,6 +52,7 @@ class KeyVaultOptions:
     identity: Path | None
     ca: Path | None
     hosts: tuple[str, ...]
+    addresses: Mapping[str, tuple[str, ...]]
     connection_timeout: float
     read_timeout: float
 
@@ -69,6 +71,7 @@ class KeyVaultOptions:
             identity=config.identity,
             ca=_ca(table, config.options),
             hosts=_hosts(table, config.options),
+            addresses=_addresses(table, config.options),
             connection_timeout=_seconds(table, config.options, "connection-timeout", 2.0),
             read_timeout=_seconds(table, config.options, "read-timeout", 5.0),
         )
@@ -84,13 +87,17 @@ class KeyVaultOptions:
                     f"key provider {provider!r} needs an identity",
                     hint=f"use it through a disk encryption set, or choose another 'credential' in {table}",
                 )
+        elif "addresses" in config.options:
+            raise ConfigError(f"'addresses' in {table} needs the credential 'identity'")
         _require_modules(provider, options.credential)
         return options
 
     def access(self) -> Access:
         """The identity named by these options."""
         if self.credential is CredentialKind.IDENTITY and self.identity is not None:
-            return CredentialFileAccess(self.identity, timeout=self.connection_timeout)
+            return CredentialFileAccess(
+                self.identity, timeout=self.connection_timeout, addresses=self.addresses
+            )
         managed = self.credential is CredentialKind.MANAGED_IDENTITY
         return AzureAccess(
             "this host's managed identity" if managed else "this host's default Azure credential",
@@ -155,6 +162,28 @@ def _host(table: str, host: object) -> str:
     except InvalidValueError:
         pass
     raise ConfigError(f"'hosts' in {table}: {host!r} is neither HOST nor HOST:PORT")
+
+
+def _addresses(table: str, options: Mapping[str, object]) -> Mapping[str, tuple[str, ...]]:
+    given = options.get("addresses", {})
+    if not isinstance(given, dict):
+        raise ConfigError(f"'addresses' in {table} must be a table of lists of URLs, by the vaults' URLs")
+    found = {}
+    for vault, urls in given.items():
+        if not isinstance(urls, list) or not urls:
+            raise ConfigError(f"'addresses' in {table}: {vault!r} needs a list of URLs")
+        found[_vault_url(table, vault)] = tuple(_vault_url(table, url) for url in urls)
+    return found
+
+
+def _vault_url(table: str, url: object) -> str:
+    """*url* in the form of a vault's URL."""
+    try:
+        if isinstance(url, str):
+            return KeyVaultKey.parse(f"{url.rstrip('/')}/keys/k").vault_url
+    except InvalidValueError:
+        pass
+    raise ConfigError(f"'addresses' in {table}: {url!r} is not https://HOST[:PORT]")
 
 
 def _seconds(table: str, options: Mapping[str, object], name: str, default: float) -> float:

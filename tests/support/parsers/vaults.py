@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from support.fuzzing import Parse, Parser, always, texts
 from support.vault_doubles import Records
-from virt_sse.errors import VaultError, VirtSseError
+from virt_sse.errors import InvalidValueError, KeyProviderError, VaultError, VirtSseError
 from virt_sse.vault.home.layout import VaultDirectory
 from virt_sse.vault.home.settings import VaultSettings
 from virt_sse.vault.http import identity_api, key_api, wire
@@ -31,7 +31,11 @@ from virt_sse.vault.vault import Vault, open_vault
 from virt_sse.vault_client.administration import _decoded, _PolicyList, _PrincipalList
 from virt_sse.vault_client.credential import issued_token
 from virt_sse.vault_client.credential_file import CredentialFile, new_assertion_key
-from virt_sse.vault_client.https import Response, VaultConnection, checked, describe, document_of
+from virt_sse.vault_client.exchange import document_of
+from virt_sse.vault_client.https import Response, VaultConnection, checked, describe
+from virt_sse_plugins.key_providers.transit_answers import TransitAnswer
+from virt_sse_plugins.key_providers.transit_keys import TransitKey, TransitPath
+from virt_sse_plugins.key_providers.transit_login import TransitToken
 
 _KEY = {
     "kty": "RSA",
@@ -191,6 +195,25 @@ def _management_answer(content: bytes) -> None:
     _decoded(body, _PrincipalList if content[:1] == b"\0" else _PolicyList)
 
 
+def _transit_path(text: str) -> None:
+    path = TransitPath.parse(text)
+    assert str(path) in text
+    assert not {"", ".", ".."} & set(path.operation("decrypt").split("/"))
+
+
+def _transit_answer(content: bytes) -> None:
+    status = 200 + content[0] % 4 * 100 if content else 200
+    answer = TransitAnswer.of("https://bao.example", status, content[1:])
+    assert str(answer.unavailable()).isprintable()
+    token = TransitToken.of(answer, 0.0)
+    assert token is None or (token.value.isascii() and token.value.isprintable())
+    with contextlib.suppress(KeyProviderError):
+        path = TransitPath("transit", "web")
+        key = TransitKey.of(answer.data)
+        key.algorithm(path)
+        key.check_encryption(path, 1)
+
+
 def _headers(text: str) -> None:
     correlation_of({"x-ms-client-request-id": text})
     disk_of({"x-virt-sse-disk": text})
@@ -208,6 +231,8 @@ _PRINCIPAL = {
     "created": 1,
     "created_by": None,
 }
+_TRANSIT_KEY = {"type": "aes256-gcm96", "latest_version": 2, "min_decryption_version": 1}
+_TRANSIT_AUTH = {"client_token": "s.t", "lease_duration": 3600, "renewable": True, "token_type": "service"}
 _ERROR = {"error": {"code": "Forbidden", "message": "No.", "innererror": {"code": "KeyDisabled"}}}
 _SETTINGS = VaultSettings(
     name="vault",
@@ -239,6 +264,17 @@ PARSERS = [
         "token-answer",
         always(_token_answer),
         [b'\0{"access_token": "a.b.c", "expires_in": 900}'],
+        document=True,
+    ),
+    Parser("transit-key-path", texts(_transit_path), [b"team/transit/keys/web/12"], (InvalidValueError,)),
+    Parser(
+        "transit-answer",
+        always(_transit_answer),
+        [
+            b"\0" + json.dumps({"data": _TRANSIT_KEY}).encode(),
+            b"\0" + json.dumps({"auth": _TRANSIT_AUTH}).encode(),
+            b"\2" + json.dumps({"errors": ["permission denied"]}).encode(),
+        ],
         document=True,
     ),
     Parser(
