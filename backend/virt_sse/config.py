@@ -59,7 +59,7 @@ def _one_of(kind: type[enum.Enum]) -> str:
 
 
 _LONGEST_RECONNECT = 3600
-_PAGE_ADDRESS = r"^(127\.0\.0\.1|\[::1\]):[1-9][0-9]{0,4}$"
+_PAGE_ADDRESS = r"^(127\.0\.0\.1|\[::1\]):[1-9][0-9]{0,4}\Z"
 _UIDS = re.compile(r"(\d{1,10})-(\d{1,10})", re.ASCII)
 _STORAGE_UIDS = range(2_100_000_000, 2_100_065_536)
 """Outside of the ranges of distributions, of systemd (DynamicUser, nspawn), of subuid(5) and of SSSD."""
