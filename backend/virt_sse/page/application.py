@@ -27,7 +27,7 @@ from virt_sse.errors import printable
 from virt_sse.page.access import COOKIE, Sessions, is_loopback_name
 from virt_sse.page.document import HostPart, Overview
 from virt_sse.page.picture import draw
-from virt_sse.page.views import Index, Page, middle, moment, size
+from virt_sse.page.views import Index, Page, key_name, middle, moment, size
 
 HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
@@ -282,7 +282,7 @@ def _environment() -> jinja2.Environment:
         cache_size=-1,
         finalize=_shown,
     )
-    environment.filters |= {"middle": middle, "size": size, "moment": moment}
+    environment.filters |= {"middle": middle, "size": size, "moment": moment, "key_name": key_name}
     for name in environment.list_templates():
         environment.get_template(name)
     return environment

@@ -213,6 +213,12 @@ def middle(text: object, longest: int) -> str:
     return f"{shown[: longest - 1 - end]}…{shown[-end:]}"
 
 
+def key_name(key: str) -> str:
+    """A key in tables: a key vault's URL without provider and scheme; any other key as it is."""
+    name = key.partition(":")[2]
+    return name.removeprefix("https://") if name.startswith("https://") else key
+
+
 def size(number: int) -> str:
     """A number of bytes, with a binary unit."""
     value: float = number

@@ -232,8 +232,8 @@ def test_the_picture_tells_the_layers_from_guest_to_storage() -> None:
         "/dev/vda in orders-db",
         "plaintext",
         "QEMU of the guest",
-        "Host cache",
         "Storage daemon",
+        "Host cache",
         "encrypted twice",
         "orders.qcow2",
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def test_the_document_has_disks_keys_and_uses_and_no_key_material(
 def test_a_store_that_is_gone_is_a_fault(backend: Backend) -> None:
     collecting = collector(backend)
     path = Path(backend.host.config.store_url.removeprefix("sqlite:///"))
-    path.write_bytes(os.urandom(1 << 16))
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("DROP TABLE wrapped_deks")
     document = collecting.collect()
     collecting.stop()
     assert document.disks == ()
