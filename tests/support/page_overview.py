@@ -165,8 +165,8 @@ def busy_host() -> Overview:
             EffectPart(key=VAULT_BILLING, domain_id=UUID(int=102), action="pause", grace_seconds=0),
         ),
         jobs=(
-            JobPart(kind="re-encryption", subject="mail", detail="copying, online, as vda"),
-            JobPart(kind="block job copy", subject="vda of mail", detail="to /var/lib/libvirt/images/mail.new.qcow2", fraction=0.634),
+            JobPart(kind="re-encryption", subject="mail", detail="copying, online, as vda", fraction=0.634),
+            JobPart(kind="encryption in place", subject="archive", detail="copying, offline"),
         ),
         uses=uses,
         last_uses=uses,

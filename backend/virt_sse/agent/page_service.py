@@ -125,6 +125,7 @@ class PageService:
                     stdout=subprocess.DEVNULL,
                     env={"PATH": os.defpath, "LC_ALL": "C.UTF-8"},
                 )
+            stopped = True
             try:
                 ours.settimeout(_SEND_SECONDS)
                 ours.sendall(encode(settings))
@@ -134,7 +135,7 @@ class PageService:
                 stopped = False
             finally:
                 ours.close()
-                status = _ended(process)
+                status = _ended(process, at_once=stopped)
         if status and not stopped:
             _log.warning("page-failed", extra=fields({"status": status}))
             select.select([self._woken], [], [], _PAUSE_SECONDS)
@@ -164,8 +165,10 @@ def _readable(*descriptors: int) -> list[int]:
     return select.select(descriptors, [], [])[0]
 
 
-def _ended(process: subprocess.Popen[bytes]) -> int:
-    """Wait for the end of a process without a channel; kill the process if need be."""
+def _ended(process: subprocess.Popen[bytes], *, at_once: bool) -> int:
+    """Wait for the end of a process without a channel; kill the process *at_once*, or if need be."""
+    if at_once:
+        process.kill()
     try:
         return process.wait(2)
     except subprocess.TimeoutExpired:

@@ -139,7 +139,7 @@ class OverviewCollector:
             sets=tuple(map(_set_part, sets)),
             key_states=tuple(_key_states(status["keys"])),
             effects=tuple(self._effects(survey, disks, by_id)),
-            jobs=(*_jobs(disks, copies), *survey.jobs),
+            jobs=tuple(_jobs(disks, copies, survey)),
             uses=self._uses.tail(),
             last_uses=self._uses.last(),
             records_read=self._uses.records_read,
@@ -215,8 +215,9 @@ def _layers(disk: Disk, plan: LayerPlan) -> Iterator[LayerPart]:
             )
 
 
-def _jobs(disks: Iterable[Disk], copies: Iterable[Replacement]) -> Iterator[JobPart]:
-    """Copies on record, and disks being made or deleted; a block job of libvirt is listed by the survey."""
+def _jobs(disks: Iterable[Disk], copies: Iterable[Replacement], survey: Survey) -> Iterator[JobPart]:
+    """Copies on record, with their block jobs' progress; disks being made or deleted; other block jobs."""
+    block_jobs = {(job.domain_id, job.target): job.shown for job in survey.jobs}
     new = set()
     for copy in copies:
         new |= {copy.disk_id, copy.source_id}
@@ -225,11 +226,14 @@ def _jobs(disks: Iterable[Disk], copies: Iterable[Replacement]) -> Iterator[JobP
         what = "re-encryption" if copy.source_id else "encryption in place"
         where = f"online, as {copy.target}" if copy.domain_id and copy.target else "offline"
         state = "cancelled" if copy.is_cancelled else copy.state.value
-        yield JobPart(kind=what, subject=copy.name, detail=f"{state}, {where}")
+        job = block_jobs.pop((copy.domain_id, copy.target), None) if copy.domain_id else None
+        fraction = job.fraction if job else None
+        yield JobPart(kind=what, subject=copy.name, detail=f"{state}, {where}", fraction=fraction)
     for disk in disks:
         if disk.state is not DiskState.READY and disk.id not in new:
             kind = f"{disk.kind.title}: {disk.state.value}"
             yield JobPart(kind=kind, subject=disk.name, detail=str(disk.path))
+    yield from block_jobs.values()
 
 
 def _host_part(status: Mapping[str, Any], survey: Survey) -> HostPart:

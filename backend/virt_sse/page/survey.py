@@ -26,6 +26,18 @@ _SHARE = 20
 
 
 @dataclass(frozen=True, slots=True)
+class BlockJob:
+    """A block copy or backup of a running domain's disk.
+
+    :ivar target: the disk's name in the guest.
+    """
+
+    domain_id: UUID
+    target: str
+    shown: JobPart
+
+
+@dataclass(frozen=True, slots=True)
 class Survey:
     """The domains at a point in time.
 
@@ -35,7 +47,7 @@ class Survey:
 
     time: datetime | None = None
     domains: tuple[DomainPart, ...] = ()
-    jobs: tuple[JobPart, ...] = ()
+    jobs: tuple[BlockJob, ...] = ()
     faults: tuple[FaultPart, ...] = ()
 
 
@@ -86,7 +98,7 @@ class DomainSurvey:
 
 def _survey(connection: libvirt.virConnect) -> Survey:
     found: list[DomainPart] = []
-    jobs: list[JobPart] = []
+    jobs: list[BlockJob] = []
     faults: list[FaultPart] = []
     for domain in connection.listAllDomains():
         with domains.gone_is_fine():
@@ -130,7 +142,7 @@ def _domain(
 
 def _jobs(
     domain: libvirt.virDomain, name: str, chains: list[DiskChain], backup: BackupJob | None
-) -> Iterator[JobPart]:
+) -> Iterator[BlockJob]:
     for chain in chains:
         if chain.mirror or chain.backup:
             try:
@@ -140,6 +152,7 @@ def _jobs(
             kind = f"block job {chain.mirror_job or 'copy'}" if chain.mirror else "backup"
             places = ", ".join(link.place for link in (*chain.mirror, *chain.backup))
             fraction = progress.fraction if progress and progress.end else None
-            yield JobPart(
+            shown = JobPart(
                 kind=kind, subject=f"{chain.target} of {name}", detail=f"to {places}", fraction=fraction
             )
+            yield BlockJob(UUID(bytes=domain.UUID()), chain.target, shown)

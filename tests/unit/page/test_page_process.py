@@ -120,7 +120,10 @@ def test_the_page_is_served_by_a_process_without_rights(short_folder: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_replaced_and_many_readers_cost_one_document(short_folder: Path) -> None:
+def test_a_killed_process_is_replaced_and_many_readers_cost_one_document(
+    short_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_service, "_PAUSE_SECONDS", 0.1)
     config = configured(short_folder, PageConfig())
     collected = Collected()
     with served(config, collected):
@@ -130,11 +133,8 @@ def test_a_killed_process_is_replaced_and_many_readers_cost_one_document(short_f
         assert collected.count <= 2 + time.monotonic() - began
         (pid,) = processes()
         os.kill(pid, 9)
-        page_service._PAUSE_SECONDS, before = 0.1, page_service._PAUSE_SECONDS
-        try:
-            assert get(UnixConnection(config.page_socket)).status == 200
-        finally:
-            page_service._PAUSE_SECONDS = before
+        wait_until(lambda: not processes(), "the process has ended")
+        assert get(UnixConnection(config.page_socket)).status == 200
         assert processes() != [pid]
 
 
@@ -208,3 +208,46 @@ def test_an_absent_library_is_one_clear_line(
     assert "the page needs no_such_library" in details
     assert "pip install 'virt-sse[page]'" in details
     assert overview().disks == ()
+
+
+_AGENT = """
+import sys, time
+from pathlib import Path
+from support.page_overview import busy_host
+from virt_sse.agent.page_service import PageService
+from virt_sse.config import Config
+
+class Collected:
+    def collect(self):
+        return busy_host()
+
+    def stop(self):
+        return
+
+PageService(Config.load(Path(sys.argv[1])), Collected).start()
+time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_the_process_ends_with_a_killed_agent_and_the_next_agent_serves(short_folder: Path) -> None:
+    config = configured(short_folder, PageConfig())
+    tests = Path(__file__).parents[2]
+    agent = subprocess.Popen([sys.executable, "-c", _AGENT, short_folder], cwd=tests)
+    try:
+        wait_until(config.page_socket.exists, "the page's socket exists")
+        assert get(UnixConnection(config.page_socket)).status == 200
+        children = Path(f"/proc/{agent.pid}/task").glob("*/children")
+        (pid,) = [int(child) for each in children for child in each.read_text().split()]
+    finally:
+        agent.kill()
+        agent.wait()
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the page's process ends with the agent")
+    with served(config, Collected()):
+        wait_until(lambda: _connects(config.page_socket), "the next agent listens")
+        assert get(UnixConnection(config.page_socket)).status == 200
+
+
+def _connects(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
