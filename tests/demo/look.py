@@ -19,6 +19,7 @@ def play(stage: Stage) -> None:
     """
     heading("A page about the host, served by a process without rights")
     path = stage.host.root / "etc/virt-sse/config.toml"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'[page]\nlisten = "127.0.0.1:{_free_port()}"\n')
     with LabAgent(stage.host):
         stage.virsh("start", "books")

@@ -61,9 +61,6 @@ class Collector(Protocol):
     def collect(self) -> Overview:
         """The document as of now."""
 
-    def stop(self) -> None:
-        """Begin no more work."""
-
 
 class PageService:
     """Serves the page in a thread, between :meth:`start` and :meth:`stop`. Failures are logged.
@@ -90,8 +87,6 @@ class PageService:
         os.write(self._wake, b"1")
         if self._thread.is_alive():
             self._thread.join(timeout=5)
-        if self._collector is not None:
-            self._collector.stop()
 
     def _run(self) -> None:
         try:
@@ -133,12 +128,21 @@ class PageService:
             except OSError as exc:
                 _log.warning("page-failed", extra=fields({"reason": exc.strerror or str(exc)}))
                 stopped = False
+            except Exception:  # noqa: BLE001 -- a fault while collecting must not end the page for good
+                _log.exception("page-failed")
+                self._pause()
             finally:
                 ours.close()
                 status = _ended(process, at_once=stopped)
         if status and not stopped:
             _log.warning("page-failed", extra=fields({"status": status}))
-            select.select([self._woken], [], [], _PAUSE_SECONDS)
+            self._pause()
+
+    def _pause(self) -> None:
+        """Wait before the next start, unless the agent stops."""
+        waiting = select.poll()
+        waiting.register(self._woken, select.POLLIN)
+        waiting.poll(_PAUSE_SECONDS * 1000)
 
     def _answer_requests(self, channel: socket.socket) -> bool:
         """Answer requests until the process has ended: whether the agent stops."""
@@ -161,8 +165,11 @@ class PageService:
 
 
 def _readable(*descriptors: int) -> list[int]:
-    """Wait until a descriptor can be read: all that can."""
-    return select.select(descriptors, [], [])[0]
+    """Wait until a descriptor can be read, or its peer has closed: all such descriptors."""
+    waiting = select.poll()  # select(2) takes no descriptor above 1023
+    for descriptor in descriptors:
+        waiting.register(descriptor, select.POLLIN)
+    return [descriptor for descriptor, _ in waiting.poll()]
 
 
 def _ended(process: subprocess.Popen[bytes], *, at_once: bool) -> int:

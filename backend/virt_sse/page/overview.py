@@ -107,10 +107,6 @@ class OverviewCollector:
         self._survey = DomainSurvey(host.config.libvirt_uri)
         self._uses = KeyUses(AuditLog.of_host(host.config))
 
-    def stop(self) -> None:
-        """Begin no more work."""
-        self._survey.stop()
-
     def collect(self) -> Overview:
         """The document as of now. Raises no expected error."""
         faults: list[FaultPart] = []

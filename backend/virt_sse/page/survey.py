@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYetError
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from uuid import UUID
@@ -59,31 +58,26 @@ class DomainSurvey:
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="page-survey")
         self._last = Survey()
         self._next = 0.0
-        self._request: Future[Survey] | None = None
+        self._thread: threading.Thread | None = None
 
     def current(self, patience: float) -> Survey:
         """The newest survey; a new one is begun if due.
 
         :param patience: how long to wait for the new survey, in seconds; then the last one is returned.
         """
-        if self._request is None and time.monotonic() >= self._next:
-            self._request = self._pool.submit(self._take)
-        if self._request is not None:
-            try:
-                self._last = self._request.result(patience)
-                self._request = None
-            except NotYetError:
-                pass
+        if self._thread is None and time.monotonic() >= self._next:
+            # A daemon: a libvirt that hangs must not keep the agent from its end.
+            self._thread = threading.Thread(target=self._take, name="page-survey", daemon=True)
+            self._thread.start()
+        if self._thread is not None:
+            self._thread.join(patience)
+            if not self._thread.is_alive():
+                self._thread = None
         return self._last
 
-    def stop(self) -> None:
-        """Start no more surveys; a survey under way is left to end."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _take(self) -> Survey:
+    def _take(self) -> None:
         began = time.monotonic()
         try:
             with connected(self._uri) as connection:
@@ -93,7 +87,7 @@ class DomainSurvey:
             survey = Survey(self._last.time, self._last.domains, (), (fault,))
         now = time.monotonic()
         self._next = now + max(_SHORTEST_SECONDS, _SHARE * (now - began))
-        return survey
+        self._last = survey
 
 
 def _survey(connection: libvirt.virConnect) -> Survey:

@@ -54,7 +54,6 @@ def test_the_document_has_disks_keys_and_uses_and_no_key_material(
     made = backend.disks.create(NewDisk(name="web", size=M))
     collecting = collector(backend)
     document = collecting.collect()
-    collecting.stop()
     (disk,) = document.disks
     assert (disk.name, disk.size, [layer.process for layer in disk.layers]) == ("web", M, ["guest"])
     assert disk.layers[0].key == "platform-managed:default"
@@ -78,7 +77,6 @@ def test_a_store_that_is_gone_is_a_fault(backend: Backend) -> None:
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("DROP TABLE wrapped_deks")
     document = collecting.collect()
-    collecting.stop()
     assert document.disks == ()
     assert "store" in [fault.part for fault in document.faults]
 

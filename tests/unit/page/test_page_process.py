@@ -37,9 +37,6 @@ class Collected:
         self.count += 1
         return self.overview
 
-    def stop(self) -> None:
-        return
-
 
 @contextlib.contextmanager
 def served(config: Config, collected: Collected) -> Iterator[PageService]:
@@ -220,9 +217,6 @@ from virt_sse.config import Config
 class Collected:
     def collect(self):
         return busy_host()
-
-    def stop(self):
-        return
 
 PageService(Config.load(Path(sys.argv[1])), Collected).start()
 time.sleep(60)
