@@ -15,7 +15,7 @@ from virt_sse.errors import VirtSseError
 from virt_sse.libvirt import domains
 from virt_sse.libvirt.block_copy import BlockCopy
 from virt_sse.libvirt.connection import connected
-from virt_sse.libvirt.disk_chains import BackupJob, DiskChain
+from virt_sse.libvirt.disk_chains import DiskChain
 from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.page.document import DomainDiskPart, DomainPart, FaultPart, JobPart
 
@@ -95,19 +95,23 @@ def _survey(connection: libvirt.virConnect) -> Survey:
     jobs: list[BlockJob] = []
     faults: list[FaultPart] = []
     for domain in connection.listAllDomains():
-        with domains.gone_is_fine():
-            name = str(domain.name())
-            try:
-                is_active = bool(domain.isActive())
-                definition = DomainDefinition.salvage(
-                    domain.XMLDesc(0 if is_active else libvirt.VIR_DOMAIN_XML_INACTIVE)
-                )
-                backup = domains.salvaged_backup(domain)[0] if is_active else None
-                chains = definition.disk_chains(backup)
-                found.append(_domain(domain, definition, chains, is_active=is_active))
-                jobs += _jobs(domain, name, chains, backup) if is_active else ()
-            except VirtSseError as exc:
-                faults.append(FaultPart(part=f"domain {name}", problem=str(exc), remedy=exc.hint))
+        name = str(domain.name())
+        try:
+            is_active = bool(domain.isActive())
+            definition = DomainDefinition.salvage(
+                domain.XMLDesc(0 if is_active else libvirt.VIR_DOMAIN_XML_INACTIVE)
+            )
+            backup = domains.salvaged_backup(domain)[0] if is_active else None
+            chains = definition.disk_chains(backup)
+            found.append(_domain(domain, definition, chains, is_active=is_active))
+            jobs += _jobs(domain, name, chains) if is_active else ()
+        except VirtSseError as exc:
+            faults.append(FaultPart(part=f"domain {name}", problem=str(exc), remedy=exc.hint))
+        except libvirt.libvirtError as exc:
+            if not connection.isAlive():
+                raise
+            if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                faults.append(FaultPart(part=f"domain {name}", problem=str(exc)))
     found.sort(key=lambda each: each.name)
     return Survey(datetime.now(UTC), tuple(found), tuple(jobs), tuple(faults))
 
@@ -134,9 +138,7 @@ def _domain(
     )
 
 
-def _jobs(
-    domain: libvirt.virDomain, name: str, chains: list[DiskChain], backup: BackupJob | None
-) -> Iterator[BlockJob]:
+def _jobs(domain: libvirt.virDomain, name: str, chains: list[DiskChain]) -> Iterator[BlockJob]:
     for chain in chains:
         if chain.mirror or chain.backup:
             try:

@@ -1,4 +1,7 @@
-"""The page in headless Chromium: it shows, and its own policy refuses none of its parts."""
+"""The page in headless Chromium: all parts load, and the page's own policy refuses none of them.
+
+``VIRT_SSE_SCREENSHOTS=backend/docs/page`` replaces the pictures in the documents.
+"""
 
 from __future__ import annotations
 
