@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import tomllib
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from uuid import UUID
 
 import pytest
 
+from support.documents import CHECKOUT
 from support.page_client import ask, page_of
 from support.page_overview import HOSTILE, PLATFORM, VAULT, busy_host, disk, hostile_host, layer, overview
 from virt_sse.page.access import LINK_SECONDS, Sessions, is_loopback_name, new_code
@@ -279,3 +281,12 @@ def test_long_texts_and_sizes() -> None:
     assert middle("a" * 30, 9) == "aaaa…aaaa"
     assert middle("short", 9) == "short"
     assert [size(0), size(1536), size(64 << 40)] == ["0 B", "1.5 KiB", "64 TiB"]
+
+
+def test_templates_and_files_are_part_of_the_wheel() -> None:
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text("utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["virt_sse.page"]
+    folder = CHECKOUT / "backend/virt_sse/page"
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    assert len(files) > 10
+    assert [path.name for path in files if not any(path.match(pattern) for pattern in patterns)] == []
