@@ -59,6 +59,7 @@ def _one_of(kind: type[enum.Enum]) -> str:
 
 
 _LONGEST_RECONNECT = 3600
+_PAGE_ADDRESS = r"^(127\.0\.0\.1|\[::1\]):[1-9][0-9]{0,4}\Z"
 _UIDS = re.compile(r"(\d{1,10})-(\d{1,10})", re.ASCII)
 _STORAGE_UIDS = range(2_100_000_000, 2_100_065_536)
 """Outside of the ranges of distributions, of systemd (DynamicUser, nspawn), of subuid(5) and of SSSD."""
@@ -93,6 +94,26 @@ class AgentConfig(_Table, frozen=True):
     plaintext: Annotated[PlaintextPolicy, msgspec.Meta(description=_one_of(PlaintextPolicy))] = (
         PlaintextPolicy.WARN
     )
+
+
+class PageConfig(_Table, frozen=True):
+    """Options of the page.
+
+    :ivar listen: address on loopback, ``HOST:PORT``, beside the Unix socket.
+    :ivar group: name of the group whose members may connect to the Unix socket, beside root.
+    """
+
+    listen: Annotated[
+        Annotated[str, msgspec.Meta(pattern=_PAGE_ADDRESS)] | None,
+        msgspec.Meta(description="127.0.0.1:PORT or [::1]:PORT: loopback only"),
+    ] = None
+    group: str | None = None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of :attr:`listen`, which must be set."""
+        host, _, port = (self.listen or "").rpartition(":")
+        return host.strip("[]"), int(port)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +164,7 @@ class Config:
     required_plugins: tuple[str, ...] = ()
     provider_options: Mapping[str, Mapping[str, object]] = field(default_factory=dict, repr=False)
     agent: AgentConfig = field(default_factory=AgentConfig)
+    page: PageConfig = field(default_factory=PageConfig)
 
     @classmethod
     def load(cls, root: Path | None = None) -> Self:
@@ -189,6 +211,7 @@ class Config:
             required_plugins=document.plugins.required,
             provider_options=document.key_providers,
             agent=document.agent,
+            page=document.page,
         )
 
     @property
@@ -230,6 +253,16 @@ class Config:
     def agent_socket(self) -> Path:
         """The Unix socket of the host's agent."""
         return self.root / SOCKET
+
+    @property
+    def page_socket(self) -> Path:
+        """The Unix socket of the page; in a folder for root and the configured group."""
+        return self.root / "run/virt-sse-page/page.sock"
+
+    @property
+    def page_token(self) -> Path:
+        """The token of the page's loopback socket; mode 0600."""
+        return self.state_directory / "page-token"
 
     @property
     def temp_disk_directory(self) -> Path:
@@ -382,6 +415,7 @@ class _Document(_Table, frozen=True):
     encryption_sets: _EncryptionSets = _EncryptionSets()
     policy: _Policy = _Policy()
     agent: AgentConfig = AgentConfig()
+    page: PageConfig = PageConfig()
     key_providers: dict[str, dict[str, object]] = {}
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 
 import customer_key
+import look
 import platform_key
 import two_layers
 from stage import Stage
@@ -22,6 +23,7 @@ def main() -> None:
             platform_key.play(stage)
             customer_key.play(stage)
             two_layers.play(stage)
+            look.play(stage)
     except VirtSseError as exc:
         report(exc)
         for note in getattr(exc, "__notes__", ()):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from support import unit_sandbox
 from support.images import require
+from support.page_client import UnixConnection, get
 from support.stage_site import StageSite, stage_site_fixtures
 from virt_sse import agent
 from virt_sse.audit.log import AuditLog
@@ -34,6 +35,11 @@ def test_the_sandboxed_agent_serves_a_domain_with_stages(site: StageSite) -> Non
         log = AuditLog.of_host(site.backend.host.config)
         assert {record.document["component"] for record in log.tail(3)} == {"agent"}
         site.virt_sse("vm", "verify", guest.name)
+        page = site.backend.host.config.page_socket
+        asked = get(UnixConnection(page), f"/disks/{disk.id}")
+        assert asked.status == 200
+        assert f"/dev/vda in {guest.name}" in asked.body
+        assert "Storage daemon" in asked.body
         guest.destroy()
         assert site.left() == {}
         assert "denied" not in served.log_path.read_text().lower()

@@ -277,3 +277,29 @@ def test_a_file_of_another_user_is_refused(tmp_path: Path, name: str) -> None:
     os.chown(tmp_path / name, 65534, 0)
     with pytest.raises(ConfigError, match="belongs to user 65534"):
         Config.load(tmp_path)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8088", "[::1]:1"])
+def test_the_page_listens_on_loopback(tmp_path: Path, address: str) -> None:
+    write(tmp_path, f'[page]\nlisten = "{address}"\ngroup = "adm"\n')
+    host, port = Config.load(tmp_path).page.address
+    assert (host, port) == (address.rpartition(":")[0].strip("[]"), int(address.rpartition(":")[2]))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "0.0.0.0:80",
+        "192.0.2.1:80",
+        "127.0.0.1",
+        "127.0.0.1:0",
+        "localhost:80",
+        "[::]:80",
+        ":80",
+        "127.0.0.1:80\\n",
+    ],
+)
+def test_the_page_listens_nowhere_else(tmp_path: Path, address: str) -> None:
+    write(tmp_path, f'[page]\nlisten = "{address}"\n')
+    with pytest.raises(ConfigError, match=r"'listen' in \[page\] must be .*loopback only"):
+        Config.load(tmp_path)

@@ -18,7 +18,7 @@ LINES = (
     "backend",
     "replacement",
     "verification",
-    "domains",
+    "domains page",
     "disks host vault",
     "keys",
     "api pkcs11",

@@ -9,8 +9,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import virt_sse
 from virt_sse.agent.automatic_rotation import AutomaticRotation
@@ -21,9 +22,10 @@ from virt_sse.agent.key_watch import KeyWatch
 from virt_sse.agent.listener import listening
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
+from virt_sse.agent.page_service import PageService
 from virt_sse.agent.plaintext_watch import PlaintextWatch
 from virt_sse.agent.replacement_watch import ReplacementWatch
-from virt_sse.agent.revocation import Revocation
+from virt_sse.agent.revocation import Enforcement, Revocation, RevokedDisk, strictest_enforcement
 from virt_sse.agent.secret_watch import SecretWatch
 from virt_sse.agent.server import AgentServer, AgentService
 from virt_sse.agent.stage_watch import StageWatch
@@ -34,9 +36,13 @@ from virt_sse.domains import temp_disks
 from virt_sse.domains.release import release
 from virt_sse.errors import VirtSseError
 from virt_sse.libvirt.domain_definition import DomainDefinition
-from virt_sse.model.disks import DiskSku
+from virt_sse.model.disks import Disk, DiskSku
+from virt_sse.model.encryption_sets import EncryptionSet
 from virt_sse.model.keys import KeyState
 from virt_sse.plugins import PluginHost
+
+if TYPE_CHECKING:
+    from virt_sse.page.overview import OverviewCollector
 
 _log = logging.getLogger(__name__)
 
@@ -75,12 +81,9 @@ class Agent:
             backend, poll_seconds=seconds, probe_seconds=config.agent.probe_seconds, changed=self._wake.set
         )
         self._key_status = KeyStatusLookup(backend, self._keys)
+        self._spared = _spared_skus(backend.host.plugins)
         self._revocation = Revocation(
-            config.libvirt_uri,
-            backend.host.stages,
-            metrics,
-            self._inventory.refresh,
-            _spared_skus(backend.host.plugins),
+            config.libvirt_uri, backend.host.stages, metrics, self._inventory.refresh, self._spared
         )
         self._secrets = SecretWatch(
             config.libvirt_uri, backend.domains, metrics, unused_seconds=_UNUSED_POLLS * seconds
@@ -97,17 +100,20 @@ class Agent:
         self._deferred = DeferredStart(config, metrics)
         self._rotation = AutomaticRotation(backend, metrics, config.agent.rotation_seconds)
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+        self._page = PageService(config, self._page_collector)
 
     def start(self) -> None:
         """Start watching."""
         self._inventory.start()
         self._thread.start()
         self._rotation.start()
+        self._page.start()
 
     def stop(self) -> None:
         """Stop watching; actions on domains under way are completed first."""
         self._stopping = True
         self._wake.set()
+        self._page.stop()
         self._rotation.stop()
         self._inventory.stop()
         self._thread.join()
@@ -168,6 +174,21 @@ class Agent:
                 for watched, state in self._keys.states()
             ],
         }
+
+    def enforcement(self, disks: Sequence[tuple[Disk, EncryptionSet | None]]) -> Enforcement:
+        """What would be done with a running domain if the key of *disks*, each with its set, were revoked."""
+        revoked = [RevokedDisk(disk, encryption_set, "") for disk, encryption_set in disks]
+        return strictest_enforcement(revoked, self._spared)
+
+    def _page_collector(self) -> OverviewCollector:
+        from virt_sse.page.overview import AgentView, OverviewCollector
+
+        def enforcement(disks: Sequence[tuple[Disk, EncryptionSet | None]]) -> tuple[str, int]:
+            wanted = self.enforcement(disks)
+            return wanted.action.value, wanted.grace_seconds
+
+        view = AgentView(self.status, self._backend.domains.plan, enforcement)
+        return OverviewCollector(self._backend.host, view)
 
     def _watch(self) -> None:
         while not self._stopping:

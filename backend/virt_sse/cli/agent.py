@@ -37,6 +37,33 @@ def status(output: Output = OutputFormat.TABLE) -> None:
 
 
 @app.command()
+def page(output: Output = OutputFormat.TABLE) -> None:
+    """Print the address of this host's web page: a link, valid once and for ten minutes.
+
+    The agent serves the read-only page at a Unix socket for root and, with 'group' in [page], for a group's
+    members; with 'listen = "127.0.0.1:PORT"' in [page] on loopback, too. From another machine: ssh -L.
+    """
+    from virt_sse.agent.page_service import require_extra
+    from virt_sse.page.access import new_code, read_token
+
+    require_extra()
+    config = session.config()
+    link = None
+    if config.page.listen:
+        link = f"http://{config.page.listen}/?token={new_code(read_token(config.page_token))}"
+    if output is OutputFormat.JSON:
+        print_json({"socket": str(config.page_socket), "listen": config.page.listen, "link": link})
+        return
+    if link:
+        typer.echo(link)
+        return
+    typer.echo(f"The page is at the Unix socket {config.page_socket}. To look at it from your machine:")
+    typer.echo(f"  ssh -L 8088:{config.page_socket} root@HOST, then open http://localhost:8088/")
+    typer.echo("For a link on this host, set 'listen = \"127.0.0.1:8088\"' in [page] of the configuration,")
+    typer.echo("and restart the agent.")
+
+
+@app.command()
 def units(
     directory: Annotated[
         Path, typer.Argument(help="Directory of the units, e.g. /etc/systemd/system.", show_default=False)

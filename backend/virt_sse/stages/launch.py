@@ -12,7 +12,7 @@ Run as a script, with the standard library alone. The arguments are
 - ``threads``: null, or the maximum number of threads of the user.
 - ``filter``: null, or a seccomp filter, a BPF program in hexadecimal.
 - ``readable``, ``writable``: paths of the files and folders that the program may read, or change, beside
-  system files; see :func:`_landlock`.
+  system files; see :func:`landlock`.
 - ``gated``: null, or a listening socket at which the process gets connections from its gate only
   (:mod:`virt_sse.stages.gate`).
 - ``gate``: null, or the gate to start as well, by a fork: a domain's start would wait for a second
@@ -59,7 +59,7 @@ _NUMBER_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT = 0, 4, 16
 """Offsets in Linux ``struct seccomp_data``; the first argument's on a little-endian machine."""
 
 _INSTRUCTION_LENGTH = 8
-_LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
+_LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
 _LANDLOCK_VERSION, _LANDLOCK_RULE_PATH_BENEATH = 1, 1
 _EXECUTE, _WRITE, _READ, _READ_FOLDER, _REMOVE, _MAKE, _TRUNCATE = (
     1 << bit for bit in (0, 1, 2, 3, 5, 8, 14)
@@ -131,7 +131,7 @@ def main() -> None:
     os.umask(0o077)
     _limit(asked["threads"])
     libc = ctypes.CDLL(None, use_errno=True)
-    ruleset = _landlock(libc, asked["readable"], asked["writable"])
+    ruleset = landlock(libc, asked["readable"], asked["writable"])
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "cannot give up the right to new privileges")
     if os.geteuid() == 0:
@@ -140,10 +140,10 @@ def main() -> None:
         os.setgid(asked["gid"])
         os.setuid(asked["uid"])
     os.chdir("/")
-    if ruleset is not None and libc.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0) != 0:
+    if ruleset is not None and libc.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0) != 0:
         raise OSError(ctypes.get_errno(), "cannot restrict the process by Landlock")
     if asked["filter"] is not None:
-        _filter(libc, bytes.fromhex(asked["filter"]))
+        put_under_filter(libc, bytes.fromhex(asked["filter"]))
     os.execve(asked["command"][0], asked["command"], environment)  # noqa: S606 -- no shell is wanted
 
 
@@ -213,7 +213,7 @@ def _survives_landlock(libc: ctypes.CDLL) -> bool:
     return status == 0
 
 
-def _landlock(libc: ctypes.CDLL, readable: list[str], writable: list[str]) -> int | None:
+def landlock(libc: ctypes.CDLL, readable: list[str], writable: list[str]) -> int | None:
     """A Landlock ruleset (landlock(7)): *readable*, system libraries, *writable*, and no other file.
 
     Landlock also denies ptrace(2) and signals to all other processes, even to processes of the same user.
@@ -252,7 +252,7 @@ def _allow(libc: ctypes.CDLL, ruleset: int, path: str, rights: int) -> None:
     os.close(place)
 
 
-def _filter(libc: ctypes.CDLL, program: bytes) -> None:
+def put_under_filter(libc: ctypes.CDLL, program: bytes) -> None:
     """Put this process, and the program after exec, under a seccomp filter for the rest of its life."""
     content = ctypes.create_string_buffer(program, len(program))
     described = _Program(len(program) // _INSTRUCTION_LENGTH, ctypes.addressof(content))

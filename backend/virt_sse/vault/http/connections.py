@@ -16,6 +16,7 @@ import resource
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -165,10 +166,18 @@ class Acceptor:
     asyncio's own server accepts without limits, and logs a traceback at each attempt without descriptors.
 
     :param listener: a listening socket; remains the caller's.
+    :param client: names the client of a new connection, for counting; ``None`` refuses the connection. By
+        default, the client's network address.
     """
 
     def __init__(
-        self, listener: socket.socket, limits: Limits, config: uvicorn.Config, server_state: ServerState
+        self,
+        listener: socket.socket,
+        limits: Limits,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        *,
+        client: Callable[[socket.socket, Any], str | None] | None = None,
     ) -> None:
         self._listener = listener
         self._limits = limits
@@ -176,6 +185,7 @@ class Acceptor:
         self._server_state = server_state
         self._total = most_connections(limits.connections)
         self._slots: dict[str, set[_Slot]] = {}
+        self._client = client or _network_client
         self._count = 0
         self._retry = _Timer(_ACCEPT_RETRY_SECONDS, self.start)
         self._loop = asyncio.get_running_loop()
@@ -206,10 +216,10 @@ class Acceptor:
                 self._loop.remove_reader(self._listener.fileno())
                 self._retry.start()
                 return
-            self._admit(connection, _client(str(address[0])))
+            self._admit(connection, self._client(connection, address))
 
-    def _admit(self, connection: socket.socket, address: str) -> None:
-        if not self._make_room(address):
+    def _admit(self, connection: socket.socket, address: str | None) -> None:
+        if address is None or not self._make_room(address):
             connection.close()
             return
         slot = _Slot(connection, address, self._loop.time(), lambda: self._release(slot))
@@ -244,8 +254,8 @@ class Acceptor:
                 ),
                 slot.socket,
                 ssl=self._config.ssl,
-                ssl_handshake_timeout=self._limits.request_seconds,
-                ssl_shutdown_timeout=_CLOSING_SECONDS,
+                ssl_handshake_timeout=self._limits.request_seconds if self._config.ssl else None,
+                ssl_shutdown_timeout=_CLOSING_SECONDS if self._config.ssl else None,
             )
         except (OSError, asyncio.CancelledError):  # ssl.SSLError is an OSError; asyncio closes the socket
             slot.release()
@@ -268,6 +278,10 @@ def most_connections(wanted: int) -> int:
     if soft == resource.RLIM_INFINITY:
         return wanted
     return max(1, min(wanted, max(soft - RESERVED_DESCRIPTORS, soft // 4)))
+
+
+def _network_client(_connection: socket.socket, address: tuple[object, ...]) -> str:
+    return _client(str(address[0]))
 
 
 def _client(address: str) -> str:
