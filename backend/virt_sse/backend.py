@@ -28,6 +28,7 @@ from virt_sse.keys.rewrap import KeyRotation
 from virt_sse.plugins import PluginHost
 from virt_sse.replacement.in_place import InPlace
 from virt_sse.replacement.reencryption import ReencryptionService
+from virt_sse.replacement.restoration import Restoration
 from virt_sse.replacement.settlement import Settlement
 from virt_sse.verification.verification import Verification
 
@@ -45,6 +46,7 @@ class Backend:
     :ivar transfer: import and export.
     :ivar certificates: certificates about deleted disks.
     :ivar reencryption: new DEKs and volume keys for disks.
+    :ivar restoration: restoration of disks in place.
     :ivar in_place: encryption of plaintext disks of domains.
     :ivar inspector: in-guest encryption on disks.
     :ivar sets: disk encryption sets.
@@ -88,6 +90,7 @@ class Backend:
         self.images = Images(host, self.disks, self.copies, self.transfer)
         settlement = Settlement(host, self.disks, self.domains)
         self.reencryption = ReencryptionService(host, self.disks, self.domains, self.inspector, settlement)
+        self.restoration = Restoration(host, self.disks, self.copies, settlement)
         self.in_place = InPlace(host, self.disks, self.domains, self.inspector, settlement)
         self.vms = VmSettings(host, self.domains, self.host_encryption, self.inspector)
         self.scale_sets = ScaleSets(host, self.disks, self.copies, self.domains, self.vms)

@@ -34,6 +34,7 @@ import process
 import reencrypt
 import rewrap
 import scale
+import snapshot
 import start
 import transfer
 import virt_sse
@@ -52,6 +53,7 @@ BENCHES: Mapping[str, Bench] = {
     "process": process.measure,
     "import": transfer.measure,
     "reencrypt": reencrypt.measure,
+    "snapshot": snapshot.measure,
     "rewrap": rewrap.measure,
     "scale": scale.measure,
     "customer": customer.measure,

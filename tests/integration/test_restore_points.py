@@ -153,8 +153,8 @@ def test_a_failed_backup_leaves_nothing(
         backend.restore_points.create("web", folder / "missing")
     write = backup_manifest.write
 
-    def fail(*arguments: object) -> None:
-        write(*arguments)  # type: ignore[arg-type]
+    def fail(*arguments: object, **options: object) -> None:
+        write(*arguments, **options)  # type: ignore[arg-type]
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(backup_manifest, "write", fail)

@@ -223,6 +223,22 @@ def _snapshot(kind: Kind) -> FileOperation:
     )
 
 
+def _incremental_snapshot(kind: Kind) -> FileOperation:
+    def prepare(site: FileSite) -> None:
+        site.bring_host(kind)
+        site.cli("snapshot", "create", "before", "--disk", kind.name)
+
+    return FileOperation(
+        f"snapshot-create-incremental-{kind.name}",
+        prepare,
+        lambda _: ["snapshot", "create", "new", "--disk", kind.name, "--incremental"],
+        lambda site: (
+            "new" in check_host(site, _contents(kind, before=content(), new=content()), optional=["new"])
+        ),
+        ("exist",),
+    )
+
+
 def _from_snapshot(kind: Kind) -> FileOperation:
     def prepare(site: FileSite) -> None:
         site.bring_host(kind)
@@ -249,7 +265,7 @@ def _image(kind: Kind) -> FileOperation:
     )
 
 
-def _backup(kind: Kind) -> FileOperation:
+def _backup(kind: Kind, *options: str) -> FileOperation:
     """Each repetition makes a restore point of its own; all must be whole, or gone."""
 
     def check(site: FileSite) -> bool:
@@ -263,9 +279,9 @@ def _backup(kind: Kind) -> FileOperation:
         return False
 
     return FileOperation(
-        f"disk-backup-{kind.name}",
+        f"disk-backup{''.join(options)}-{kind.name}",
         lambda site: site.bring_host(kind),
-        lambda site: ["disk", "backup", kind.name, site.out],
+        lambda site: ["disk", "backup", kind.name, site.out, *options],
         check,
     )
 
@@ -481,9 +497,11 @@ OPERATIONS: tuple[FileOperation, ...] = (
     *map(_adopt, KINDS[:6]),
     *map(_update, KINDS[:6]),
     *map(_snapshot, KINDS[:6]),
+    *(_incremental_snapshot(kind) for kind in KINDS[:6] if kind.format == "qcow2"),
     *map(_from_snapshot, KINDS[2:4]),
     *map(_image, KINDS[2:4]),
     *map(_backup, KINDS[2:4]),
+    *(_backup(kind, "--incremental") for kind in KINDS[2:4]),
     _platform_rotation(),
     _vault_rotation(),
     _keep("key-rotate-hsm", ["key", "rotate", "disks", "--provider", "hsm-simulated"], *_of("hsm")),

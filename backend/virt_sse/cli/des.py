@@ -11,6 +11,7 @@ from virt_sse.cli.key import print_report
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
 from virt_sse.cli.session import backend
 from virt_sse.errors import VirtSseError
+from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import parse_size
 from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.model.layers import EncryptionType, Placement
@@ -167,7 +168,7 @@ def rotate(
 
 def _reencrypt(name: str, jobs: int, max_rate: int | None) -> None:
     with backend() as b, progress_bar("re-encrypting") as progress:
-        disks = b.sets.disks(name)
+        disks = [disk for disk in b.sets.disks(name) if disk.kind is DiskKind.DISK]
         failed = b.reencryption.reencrypt_all(disks, jobs=jobs, max_rate=max_rate, progress=progress)
     typer.echo(f"re-encrypted {len(disks) - len(failed)} of {len(disks)} disks")
     for disk, error in failed.items():

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from virt_sse.cli.disk_fields import image_place, print_copies, print_disk
-from virt_sse.cli.disk_options import DryRun, ImagePath, Pool, Quiesce
+from virt_sse.cli.disk_fields import image_place, print_backup, print_copies, print_disk
+from virt_sse.cli.disk_options import DryRun, ImagePath, Incremental, Pool, Quiesce
 from virt_sse.cli.output import Output, OutputFormat, progress_bar
 from virt_sse.cli.session import backend
 from virt_sse.model.disk_format import DiskFormat
@@ -30,13 +30,21 @@ def backup(
     des: Annotated[
         str | None, typer.Option("--des", help="Any disk encryption set; default: the disk's.")
     ] = None,
+    incremental: Incremental = False,
     quiesce: Quiesce = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Make a restore point of a disk, running or not: an encrypted copy elsewhere."""
     with backend() as b, progress_bar("copying") as progress:
-        made = b.restore_points.create(name, folder, encryption_set=des, quiesce=quiesce, progress=progress)
-    print_disk(made.disks[0], output)
+        made = b.restore_points.create(
+            name,
+            folder,
+            encryption_set=des,
+            is_incremental=incremental,
+            quiesce=quiesce,
+            progress=progress,
+        )
+    print_backup(made, output)
 
 
 def backups(

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from virt_sse.cli.output import OutputFormat, human_size, print_fields, print_rows
-from virt_sse.cli.session import listed_disks
+import typer
+
+from virt_sse.cli.output import OutputFormat, human_size, print_fields, print_json, print_rows
+from virt_sse.cli.session import all_disks
 from virt_sse.errors import InvalidValueError
 from virt_sse.model.disk_kind import DiskKind
+from virt_sse.model.disk_lines import owners
 from virt_sse.model.disks import Disk, StoragePool
 
 if TYPE_CHECKING:
+    from virt_sse.disks.copies import Copied
     from virt_sse.keys.host import Host
 
 
@@ -35,13 +39,56 @@ def print_copies(kind: DiskKind, disk: str | None, output: OutputFormat) -> None
 
     :param disk: name or id of the disk whose copies are printed; default: of all disks.
     """
-    names = {str(each.id): each.name for each in listed_disks()}
+    every = all_disks()
+    owner, names = owners(every), {each.id: each.name for each in every}
     rows = []
-    for copy in listed_disks(kind):
-        source = str(copy.source_id)
-        if disk in (None, source, names.get(source)):
-            rows.append(disk_fields(copy) | {"size": shown_size(copy, output), "disk": names.get(source)})
-    print_rows(rows, ("name", "disk", "created", "size", "state", "key", "path"), output)
+    for copy in every:
+        of = owner.get(copy.id)
+        if copy.kind is kind and disk in (None, str(copy.source_id), *((str(of.id), of.name) if of else ())):
+            base = names.get(copy.base_id, str(copy.base_id)) if copy.base_id else None
+            shown = {"size": shown_size(copy, output), "disk": of.name if of else None, "based-on": base}
+            rows.append(disk_fields(copy) | shown)
+    print_rows(rows, ("name", "disk", "created", "size", "based-on", "state", "key", "path"), output)
+
+
+def print_snapshots(taken: Copied, output: OutputFormat) -> None:
+    """Print snapshots just taken, and how."""
+    if output is OutputFormat.JSON:
+        print_json(
+            {
+                "snapshots": [disk_fields(each) | _manner(taken, each) for each in taken.disks],
+                "domain": taken.domain,
+                "seconds": round(taken.seconds, 3),
+                "pause-seconds": round(taken.pause_seconds, 3),
+            }
+        )
+        return
+    for each in taken.disks:
+        typer.echo(f"snapshot {each.name} ({shown_size(each, output)}, {each.path})")
+        if increment := taken.increments.get(each.id):
+            how = "a dirty bitmap" if increment.by_bitmap else "a comparison: no dirty bitmap is valid"
+            changed = human_size(increment.changed_bytes)
+            typer.echo(f"  {changed} changed since {increment.base.name}, found by {how}")
+        elif reason := taken.full.get(each.name):
+            typer.echo(f"  a full copy: {reason}")
+    if taken.domain is not None:
+        typer.echo(f"domain {taken.domain} was paused for {1000 * taken.pause_seconds:.0f} ms")
+
+
+def print_backup(made: Copied, output: OutputFormat) -> None:
+    """Print a restore point just made, and how."""
+    (point,) = made.disks
+    print_fields(disk_fields(point) | {"size": shown_size(point, output)} | _manner(made, point), output)
+
+
+def _manner(copied: Copied, copy: Disk) -> dict[str, object]:
+    increment = copied.increments.get(copy.id)
+    if increment is None:
+        return {"manner": "full", "reason": copied.full.get(copy.name)}
+    return {
+        "manner": "bitmap" if increment.by_bitmap else "comparison",
+        "changed-bytes": increment.changed_bytes,
+    }
 
 
 def shown_size(disk: Disk, output: OutputFormat) -> int | str:
@@ -69,6 +116,8 @@ def disk_fields(disk: Disk) -> dict[str, object]:
         del fields["sku"], fields["caching"]
     if disk.source_id:
         fields["source"] = str(disk.source_id)
+    if disk.base_id:
+        fields["base"] = str(disk.base_id)
     if disk.point:
         fields["point"] = str(disk.point)
     return fields

@@ -33,6 +33,12 @@ Quiesce = Annotated[
         show_default=False,
     ),
 ]
+Incremental = Annotated[
+    bool,
+    typer.Option(
+        "--incremental", help="Store only what changed since the copy before; the first copy is a full one."
+    ),
+]
 MaxRate = Annotated[
     str | None,
     typer.Option("--max-rate", metavar="SIZE", help="Copy at most this many bytes a second, e.g. 100M."),

@@ -195,10 +195,15 @@ def _require_unused(keys: list[TokenKey]) -> None:
     doomed = {_key_id(key) for key in keys}
     with backend() as b:
         used = [use for use in b.keys.in_use() if use.key in doomed]
+        disks = b.host.store.all() if used else []
+        lost = [disk for disk in disks if any(entry.wrapped.key in doomed for entry in disk.deks)]
+        above = {copy.name: copy for disk in lost for copy in b.disks.based_on(disk)}
     if used:
+        others = sorted(above.keys() - {disk.name for disk in lost})
         raise PolicyError(
             f"{sum(use.deks for use in used)} DEKs of this host's disks are wrapped with key {used[0].key}",
-            hint="rewrap these DEKs first; with --force, these disks are lost",
+            hint="rewrap these DEKs first; with --force, these disks are lost"
+            + (f", and so are the incremental copies based on them: {', '.join(others)}" if others else ""),
         )
 
 

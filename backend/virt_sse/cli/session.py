@@ -43,19 +43,26 @@ def listed_disks(kind: DiskKind | None = None) -> list[Disk]:
     """All disks, by name, as stored; from the backend if it may have a killed command's work to finish.
 
     :param kind: list the copies of this kind instead.
+    :raise StoreError: When the store cannot be opened.
+    """
+    from virt_sse.model.disk_kind import DiskKind
+
+    return [disk for disk in all_disks() if disk.kind is (kind or DiskKind.DISK)]
+
+
+def all_disks() -> list[Disk]:
+    """All disks and copies of every kind, as :func:`listed_disks`.
 
     :raise StoreError: When the store cannot be opened.
     """
     from virt_sse.keys.unfinished_work import has_unfinished_work
-    from virt_sse.model.disk_kind import DiskKind
     from virt_sse.store import LazyStore
 
-    kind = kind or DiskKind.DISK
     with contextlib.closing(LazyStore(config().store_url)) as store:
         if not has_unfinished_work(config(), store.reads()):
-            return [disk for disk in store.reads().all() if disk.kind is kind]
+            return store.reads().all()
     with backend() as b:
-        return b.disks.all(kind)
+        return b.host.store.all()
 
 
 @contextlib.contextmanager

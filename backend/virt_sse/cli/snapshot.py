@@ -12,10 +12,11 @@ from virt_sse.cli.disk_fields import (
     image_place,
     print_copies,
     print_disk,
+    print_snapshots,
     shown_size,
 )
-from virt_sse.cli.disk_options import DryRun, ImagePath, Pool, Quiesce
-from virt_sse.cli.output import Output, OutputFormat, print_fields, print_json, progress_bar
+from virt_sse.cli.disk_options import DryRun, ImagePath, Incremental, Pool, Quiesce
+from virt_sse.cli.output import Output, OutputFormat, print_fields, progress_bar
 from virt_sse.cli.session import backend, host
 from virt_sse.errors import InvalidValueError
 from virt_sse.model.disk_format import DiskFormat
@@ -48,6 +49,7 @@ def create(
             "--domain", help="Take all disks of this domain, at one point in time.", show_default=False
         ),
     ] = None,
+    incremental: Incremental = False,
     quiesce: Quiesce = None,
     image_format: Format = None,
     path: ImagePath = None,
@@ -60,27 +62,24 @@ def create(
     place = image_place(path, pool)
     if domain is not None and (place or image_format):
         raise InvalidValueError("--path, --pool and --format go with --disk alone")
+    if incremental and image_format is DiskFormat.RAW:
+        raise InvalidValueError("incremental snapshots are qcow2 images")
     with backend() as b, progress_bar("copying") as progress:
         if disk is not None:
             taken = b.snapshots.of_disk(
-                name, disk, image_format=image_format, place=place, quiesce=quiesce, progress=progress
+                name,
+                disk,
+                image_format=image_format,
+                place=place,
+                is_incremental=incremental,
+                quiesce=quiesce,
+                progress=progress,
             )
         else:
-            taken = b.snapshots.of_domain(name, str(domain), quiesce=quiesce, progress=progress)
-    if output is OutputFormat.JSON:
-        print_json(
-            {
-                "snapshots": [disk_fields(each) for each in taken.disks],
-                "domain": taken.domain,
-                "seconds": round(taken.seconds, 3),
-                "pause-seconds": round(taken.pause_seconds, 3),
-            }
-        )
-        return
-    for each in taken.disks:
-        typer.echo(f"snapshot {each.name} ({shown_size(each, output)}, {each.path})")
-    if taken.domain is not None:
-        typer.echo(f"domain {taken.domain} was paused for {1000 * taken.pause_seconds:.0f} ms")
+            taken = b.snapshots.of_domain(
+                name, str(domain), is_incremental=incremental, quiesce=quiesce, progress=progress
+            )
+    print_snapshots(taken, output)
 
 
 @app.command(name="list")
@@ -113,7 +112,17 @@ def show(name: Name, output: Output = OutputFormat.TABLE) -> None:
 @app.command()
 def restore(
     name: Name,
-    disk: Annotated[str, typer.Argument(help="The new disk's name.", show_default=False)],
+    disk: Annotated[
+        str,
+        typer.Argument(help="The new disk's name; with --in-place, the snapshot's disk.", show_default=False),
+    ],
+    in_place: Annotated[
+        bool,
+        typer.Option(
+            "--in-place", help="Put the content into the snapshot's own disk; its present content is lost."
+        ),
+    ] = False,
+    dry_run: DryRun = False,
     des: Annotated[
         str | None,
         typer.Option("--des", help="The new disk's encryption set; default: the snapshot's."),
@@ -123,7 +132,19 @@ def restore(
     pool: Pool = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Make a new disk with the content of a snapshot."""
+    """Make a new disk with the content of a snapshot, or put the content back into its disk."""
+    if in_place:
+        if des or image_format or path or pool:
+            raise InvalidValueError("with --in-place, the disk keeps its set, format and path")
+        with backend() as b:
+            restored = b.restoration.restore(name, disk, progress_bar, dry_run=dry_run)
+        if dry_run:
+            typer.echo(f"would put the content of snapshot {name} into disk {restored.name}")
+            return
+        print_disk(restored, output)
+        return
+    if dry_run:
+        raise InvalidValueError("--dry-run goes with --in-place alone")
     with backend() as b, progress_bar("copying") as progress:
         made = b.snapshots.restore(
             name,

@@ -27,6 +27,7 @@ from virt_sse.errors import (
     StaleImageError,
 )
 from virt_sse.in_guest.images import in_image
+from virt_sse.keys.copy_chains import unlocked_base
 from virt_sse.keys.encryption_sets import EncryptionSets, refuse_moved
 from virt_sse.keys.freshness import with_newer_envelope
 from virt_sse.keys.host import Host
@@ -118,9 +119,10 @@ class Adoption:
             set_id=self._set_of(carried, given),
             kind=carried.kind,
             source_id=carried.source_id,
+            base_id=carried.base_id,
         )
         disk, headers = self._checked(disk, found, trust=trust)
-        self._store.add(disk)
+        self._store.add(disk, is_adopted=True)
         try:
             self._take(disk, found, headers, trust=trust)
         finally:
@@ -183,7 +185,9 @@ class Adoption:
         return disk, headers
 
     def _validate(self, disk: Disk, deks: Sequence[Dek]) -> None:
-        content = Content(lambda: in_image(disk.path, disk.format, deks))
+        content = Content(
+            lambda: in_image(disk.path, disk.format, deks, base=unlocked_base(self._host, disk))
+        )
         self._plugins.validate(
             CreateDisk(
                 disk.name,

@@ -7,24 +7,28 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+from uuid import UUID
 
-from virt_sse.disks.creation import LiveWrites, Unfinished, image_errors
+from virt_sse.disks.creation import LiveWrites, Unfinished, difference_image, image_errors
 from virt_sse.disks.lifecycle import Disks
 from virt_sse.disks.stored_images import usable, with_real_size
 from virt_sse.errors import DiskInUseError, InvalidValueError
 from virt_sse.in_guest.images import in_image
+from virt_sse.keys.copy_chains import copies_below, refuse_other_size, unlocked_base
 from virt_sse.keys.host import Host
-from virt_sse.model.content import Content
+from virt_sse.model.content import Content, Finding
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk, NewDisk, StoragePool
 from virt_sse.model.layers import EncryptionType
 from virt_sse.qemu import conversion, image_file, unlocking
+from virt_sse.qemu.conversion import CopySource
+from virt_sse.qemu.difference import write_difference
 from virt_sse.system.progress import Progress, silent
 
 
@@ -41,11 +45,36 @@ class LiveCopies(LiveWrites, Protocol):
         *,
         quiesce: bool | None,
         progress: Progress,
-    ) -> float:
-        """Copy disks of a running domain, all at the same point in time; see :meth:`Copies.copy`.
+    ) -> LiveCopied:
+        """Copy disks of a running domain, all at the same point in time; see :meth:`Copies.copy`."""
 
-        :return: how long the guest was paused or frozen, in seconds.
-        """
+
+@dataclass(frozen=True, slots=True)
+class LiveCopied:
+    """Complete copies of disks of a running domain.
+
+    :ivar pause_seconds: how long the guest was paused or frozen.
+    :ivar changed: bytes that were read, of each incremental copy made by a dirty bitmap alone. The images of
+        all other copies have the whole content.
+    """
+
+    pause_seconds: float
+    changed: Mapping[UUID, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Increment:
+    """How an incremental copy was made.
+
+    :ivar base: the copy below.
+    :ivar changed_bytes: what the image has: the clusters changed since.
+    :ivar by_bitmap: whether a dirty bitmap told what changed, and nothing else was read; else the whole
+        content was compared with that of the copy below.
+    """
+
+    base: Disk
+    changed_bytes: int
+    by_bitmap: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +82,8 @@ class Copied:
     """Complete copies.
 
     :ivar disks: the copies, in the order of the sources.
+    :ivar increments: by copy, for incremental copies.
+    :ivar full: by name, why a copy is a full copy although an incremental copy was wanted.
     :ivar domain: the running domain of the sources; ``None`` for sources not in use.
     :ivar pause_seconds: how long the guest was paused or frozen.
     :ivar seconds: duration of the whole copy.
@@ -62,6 +93,8 @@ class Copied:
     domain: str | None
     pause_seconds: float
     seconds: float
+    increments: Mapping[UUID, Increment]
+    full: Mapping[str, str] = field(default_factory=dict)
 
 
 class Copies:
@@ -85,7 +118,8 @@ class Copies:
     ) -> Copied:
         """Copy disks, all at the same point in time, or none.
 
-        :param new: the copies, each with its source. Without a size, a copy has the source's.
+        :param new: the copies, each with its source. Without a size, a copy has the source's. Images of
+            incremental copies are qcow2 images.
         :param quiesce: have the guest agent freeze the file systems of a running guest: ``None`` if an agent
             is connected, ``True`` always, ``False`` never.
         :param complete: called with each copy once its content is complete, before its image has its name.
@@ -105,20 +139,31 @@ class Copies:
             ]
             domain = self._domain_with(sources, quiesce=quiesce)
             uses = [self._uses(source) for source in sources]
+            for base in (each.base for each in new if each.base):
+                locks.enter_context(usable(self._host, base))
+                copies_below(self._host, base)
+                self._freshness.check(base)
             new = [
                 dataclasses.replace(each, size=each.size or source.size, source=source)
                 for each, source in zip(new, sources, strict=True)
             ]
             with self._disks.unfinished(new, content=self._content(new)) as made:
                 pairs = list(zip(sources, made, strict=True))
+                increments = {}
                 if domain is None:
                     for number, (source, target) in enumerate(pairs):
-                        self._copy_stopped(source, target, _part(progress, number, len(pairs)))
+                        part = _part(progress, number, len(pairs))
+                        if increment := self._copy_stopped(source, target, part):
+                            increments[target.disk.id] = increment
                     for source, before in zip(sources, uses, strict=True):
                         if self._uses(source) != before:
                             raise DiskInUseError(f"a domain started with disk {source.name!r} meanwhile")
                 else:
-                    pause = self._live.copy(domain, pairs, quiesce=quiesce, progress=progress)
+                    copied = self._live.copy(domain, pairs, quiesce=quiesce, progress=progress)
+                    pause = copied.pause_seconds
+                    for target in made:
+                        if increment := self._reduced(target, copied.changed.get(target.disk.id), progress):
+                            increments[target.disk.id] = increment
                 for each in made:
                     with image_errors(each.disk):
                         complete(each)
@@ -127,6 +172,7 @@ class Copies:
             domain,
             pause,
             time.monotonic() - began,
+            increments,
         )
 
     def _domain_with(self, sources: Sequence[Disk], *, quiesce: bool | None) -> str | None:
@@ -157,21 +203,75 @@ class Copies:
         source = new[0].source
         if len(new) > 1 or source is None or source.encryption_type is not EncryptionType.PLATFORM_KEY:
             return None
-        return Content(lambda: in_image(source.path, source.format, self._keys.unwrap_all(source)))
 
-    def _copy_stopped(self, source: Disk, target: Unfinished, progress: Progress) -> None:
+        return self.findings_in(source)
+
+    def findings_in(self, source: Disk) -> Content:
+        """The content of a disk or copy, for policies; inspected on first use."""
+
+        def look() -> Sequence[Finding]:
+            deks, base = self._keys.unwrap_all(source), unlocked_base(self._host, source)
+            return in_image(source.path, source.format, deks, base=base)
+
+        return Content(look)
+
+    def content_of(self, source: Disk) -> CopySource:
+        """The content of a disk without a running domain, or of a copy with all copies below.
+
+        :raise StaleImageError: When the inner LUKS header is not the last known, or a copy has another size.
+        :raise VirtSseError: As :func:`unlocked_base`.
+        """
         deks = self._keys.unwrap_all(source)
         headers = unlocking.validate(source.path, source.format, deks[1:])
         self._freshness.check_inner(source, headers, always_refuse=True)
+        if source.kind is not DiskKind.DISK:
+            refuse_other_size(source, deks)
+        base = unlocked_base(self._host, source)
+        return CopySource.encrypted(source.path, source.format, deks, base=base)
+
+    def _copy_stopped(self, source: Disk, target: Unfinished, progress: Progress) -> Increment | None:
+        content = self.content_of(source)
+        if target.disk.base_id:
+            return self._compared(target, content, target.image, progress)
         with image_errors(target.disk):
             conversion.copy_into(
-                conversion.CopySource.encrypted(source.path, source.format, deks),
+                content,
                 target.image,
                 target.disk.format,
                 target.deks,
                 progress,
                 is_new=True,
             )
+        return None
+
+    def _reduced(self, target: Unfinished, changed: int | None, progress: Progress) -> Increment | None:
+        """Reduce the image of an incremental copy with the whole content to the changes.
+
+        :param changed: given if the image has the changes alone already.
+        """
+        if target.disk.base_id is None:
+            return None
+        if changed is not None:
+            return Increment(self._base(target), changed, by_bitmap=True)
+        whole = CopySource.encrypted(target.image, target.disk.format, target.deks)
+        reduced = difference_image(target.disk)
+        with image_errors(target.disk):
+            target.make(reduced)
+            increment = self._compared(target, whole, reduced, progress)
+            image_file.erase(target.image, target.disk.format)
+            reduced.replace(target.image)
+        return increment
+
+    def _compared(
+        self, target: Unfinished, content: CopySource, image: Path, progress: Progress
+    ) -> Increment:
+        base = self._base(target)
+        with image_errors(target.disk):
+            changed = write_difference(content, self.content_of(base), image, target.deks, progress)
+        return Increment(base, changed, by_bitmap=False)
+
+    def _base(self, target: Unfinished) -> Disk:
+        return self._store.get(str(target.disk.base_id))
 
 
 def new_copy(

@@ -92,6 +92,16 @@ class Unfinished:
         """The incomplete image, to be filled."""
         return incomplete_image(self.disk)
 
+    def make(self, path: Path) -> None:
+        """Make the empty image at *path*.
+
+        :raise OSError: When *path* exists or there is no room.
+        :raise ImageError: When there is no room.
+        :raise ToolError: When a volume cannot be made.
+        """
+        volumes = [Volume(spec.cipher, dek) for spec, dek in zip(self.plan.deks, self.deks, strict=True)]
+        make(path, self.disk.format, self.disk.size, volumes)
+
 
 class LiveWrites(Protocol):
     """Writes of running domains into incomplete images."""
@@ -248,6 +258,7 @@ class Creation:
             source_id=source.id if (source := checked.new.source) else None,
             point=checked.new.point,
             origin_id=source.origin_id or source.id if source else None,
+            base_id=base.id if (base := checked.new.base) else None,
             serial=successor.serial if successor else None,
         )
         disk.envelope.encode()  # refuses what has no room in the image, before anything is made
@@ -265,11 +276,13 @@ class Creation:
         :param disks: all disks of the creation that are not ready.
         :raise VirtSseError: When an incomplete image cannot be removed.
         """
+        complete = [disk for disk in disks if self._freshness.has_sealed(self._carried(disk))]
         for disk in disks:
-            if disk.source_id:
+            if disk.source_id and disk not in complete:
                 self._live_writes.end(disk, incomplete_image(disk))
             _remove(incomplete_image(disk))
-        complete = [disk for disk in disks if self._freshness.has_sealed(self._carried(disk))]
+            if disk.base_id:
+                _remove(difference_image(disk))
         if len(complete) == len(disks):
             for disk in disks:
                 self._freshness.note_new(disk)
@@ -289,10 +302,8 @@ class Creation:
         return replace(disk, name=copy.name) if copy and copy.disk_id == disk.id else disk
 
     def _make_image(self, made: Unfinished) -> None:
-        disk = made.disk
-        volumes = [Volume(spec.cipher, dek) for spec, dek in zip(made.plan.deks, made.deks, strict=True)]
-        with image_errors(disk):
-            make(made.image, disk.format, disk.size, volumes)
+        with image_errors(made.disk):
+            made.make(made.image)
 
     def _publish(self, made: Unfinished) -> None:
         """Give a complete image its name."""
@@ -322,6 +333,11 @@ def image_errors(disk: Disk) -> Iterator[None]:
 def incomplete_image(disk: Disk) -> Path:
     """The path of the image of a disk in state ``creating``."""
     return disk.path.with_name(f".{disk.id}.partial")
+
+
+def difference_image(disk: Disk) -> Path:
+    """The path of the image with the changes, during the comparison of an :func:`incomplete_image`."""
+    return disk.path.with_name(f".{disk.id}.difference")
 
 
 def _remove(path: Path) -> None:

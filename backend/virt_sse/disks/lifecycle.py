@@ -290,10 +290,11 @@ class Disks:
 
         :param dry_run: check only.
         :param certified: as for :meth:`delete`.
-        :raise DiskInUseError: When a QEMU process has the image open.
+        :raise DiskInUseError: When a QEMU process has the image open, or incremental copies need it.
         :raise ImageError: When the file at the disk's path is not its image.
         """
         with usable(self._host, disk) as current:
+            self._refuse_below(current)
             self._plugins.validate(DeleteDisk(current))
             if os.path.lexists(current.path):
                 if envelope_slots.carried_id(current.path, current.format) != current.id:
@@ -306,8 +307,24 @@ class Disks:
                 return
             if certified:
                 self._certificates.request(current)
-            self._store.set_state(current.id, DiskState.DELETING)
+            self._store.begin_deletion(current.id)
             self._finish_deletion(current)
+
+    def _refuse_below(self, disk: Disk) -> None:
+        """Refuse the erasure of a copy that incremental copies are based on."""
+        if above := self.based_on(disk):
+            names = ", ".join(copy.name for copy in above)
+            raise DiskInUseError(
+                f"{disk.kind.title} {disk.name!r} is needed by {len(above)} incremental copies: {names}",
+                hint="delete these first, the last in the list before the others",
+            )
+
+    def based_on(self, disk: Disk) -> list[Disk]:
+        """All incremental copies that cannot be read without *disk*, each after the copy below."""
+        found = self._store.based_on(disk.id)
+        for copy in found:  # grows: the copies of the next level follow
+            found += [each for each in self._store.based_on(copy.id) if each not in found]
+        return found
 
     def _finish_deletion(self, disk: Disk) -> None:
         """Erase and remove the image under a name of its own: after a kill, its path may hold another file.

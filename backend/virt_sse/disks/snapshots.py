@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Protocol
 
 from virt_sse.disks.copies import Copied, Copies, new_copy
+from virt_sse.disks.increments import incremental
 from virt_sse.disks.lifecycle import Disks
 from virt_sse.errors import DiskNotFoundError
 from virt_sse.keys.host import Host
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disk_kind import DiskKind
-from virt_sse.model.disks import Disk, StoragePool, check_kind
+from virt_sse.model.disks import Disk, NewDisk, StoragePool, check_kind
 from virt_sse.system.progress import Progress, silent
 
 
@@ -32,6 +33,7 @@ class Snapshots:
     """Takes, restores and deletes snapshots. Methods take a snapshot's name or id."""
 
     def __init__(self, host: Host, disks: Disks, copies: Copies, domains: DomainDisks) -> None:
+        self._host = host
         self._store = host.store
         self._disks = disks
         self._copies = copies
@@ -54,37 +56,58 @@ class Snapshots:
         *,
         image_format: DiskFormat | None = None,
         place: Path | StoragePool | None = None,
+        is_incremental: bool = False,
         quiesce: bool | None = None,
         progress: Progress = silent,
     ) -> Copied:
         """Take a snapshot of one disk, running or not.
 
         :param place: as of :class:`NewDisk`; default: beside the disk's image.
+        :param is_incremental: store what changed since the disk's newest snapshot, if there is one.
         :raise VirtSseError: As :meth:`Copies.copy`.
         """
         source = self._store.get(disk)
         check_kind(source, DiskKind.DISK)
         new = new_copy(source, name, DiskKind.SNAPSHOT, image_format=image_format, place=place)
-        return self._copies.copy([new], quiesce=quiesce, progress=progress)
+        return self._copy([new], is_incremental=is_incremental, quiesce=quiesce, progress=progress)
+
+    def _copy(
+        self, new: list[NewDisk], *, is_incremental: bool, quiesce: bool | None, progress: Progress
+    ) -> Copied:
+        reasons = {}
+        if is_incremental:
+            for number, each in enumerate(new):
+                new[number], reason = incremental(self._host, each)
+                if reason:
+                    reasons[each.name] = reason
+        copied = self._copies.copy(new, quiesce=quiesce, progress=progress)
+        return dataclasses.replace(copied, full=reasons)
 
     def of_domain(
-        self, name: str, domain: str, *, quiesce: bool | None = None, progress: Progress = silent
+        self,
+        name: str,
+        domain: str,
+        *,
+        is_incremental: bool = False,
+        quiesce: bool | None = None,
+        progress: Progress = silent,
     ) -> Copied:
         """Take snapshots of all disks of ours in a domain, at one point in time, or none.
 
         Each snapshot is called after *name* and the disk's target, as in ``name-vda``.
 
+        :param is_incremental: as of :meth:`of_disk`, for each disk.
         :raise DiskNotFoundError: When the domain has no disk of ours.
         :raise VirtSseError: As :meth:`Copies.copy`.
         """
         point = uuid.uuid4()
-        new = []
+        new: list[NewDisk] = []
         for target, disk_id in self._domains.of_domain(domain):
             copy = new_copy(self._store.get(str(disk_id)), f"{name}-{target}", DiskKind.SNAPSHOT)
             new.append(dataclasses.replace(copy, point=point))
         if not new:
             raise DiskNotFoundError(f"domain {domain!r} has no disk of virt-sse")
-        return self._copies.copy(new, quiesce=quiesce, progress=progress)
+        return self._copy(new, is_incremental=is_incremental, quiesce=quiesce, progress=progress)
 
     def restore(
         self,
@@ -112,7 +135,10 @@ class Snapshots:
         return self._copies.copy([new], progress=progress).disks[0]
 
     def delete(self, name: str, *, dry_run: bool = False) -> Disk:
-        """Erase a snapshot for good; see :meth:`Disks.erase`. Restored disks are independent of snapshots."""
+        """Erase a snapshot for good; see :meth:`Disks.erase`. Restored disks are independent of snapshots.
+
+        :raise DiskInUseError: When incremental snapshots are based on it.
+        """
         snapshot = self.get(name)
         self._disks.erase(snapshot, dry_run=dry_run)
         return snapshot

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from virt_sse.errors import DiskStateError, ImageError
 from virt_sse.keys.host import Host
+from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.qemu import envelope_slots, image_file
 
@@ -32,9 +33,9 @@ def with_real_size(host: Host, disk: Disk) -> Disk:
     """The disk with the real size of its image, after an interrupted resize or a resize by other tools.
 
     Another size is stored. Missing or damaged images change nothing, nor do images with several layers: their
-    size is encrypted.
+    size is encrypted. The images of copies never change their size.
     """
-    if disk.state is not DiskState.READY or len(disk.deks) > 1:
+    if disk.state is not DiskState.READY or disk.kind is not DiskKind.DISK or len(disk.deks) > 1:
         return disk
     with contextlib.suppress(ImageError), image_file.opened(disk.path) as descriptor:
         size = image_file.usable_size(descriptor, disk.format)

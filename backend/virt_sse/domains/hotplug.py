@@ -11,6 +11,7 @@ from uuid import UUID
 import libvirt
 
 from virt_sse.disks.inspector import Inspector
+from virt_sse.domains import dirty_bitmaps
 from virt_sse.domains.host_encryption import refuse_unencrypted
 from virt_sse.domains.start import DomainStart
 from virt_sse.errors import (
@@ -226,12 +227,15 @@ class Hotplug:
         :return: whether a running domain has the disk.
         :raise StageError: When a stage below the domain's QEMU cannot grow while in use.
         :raise LibvirtError: When libvirt refuses.
+        :raise MonitorError: When a smaller disk is asked for and QEMU does not answer.
         """
         try:
             with connected(self._uri) as connection:
                 for domain in disk_users.using(connection, disk.id):
                     if domain.isActive():
                         (use, *_) = disk_users.uses(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE, disk.id)
+                        if size < disk.size:  # bitmaps forget what is cut off, and the disk may grow again
+                            dirty_bitmaps.forget(domain, disk.id)
                         self._stages.grow(disk, size, reconnects=use.reconnects)
                         _block_resize(domain, use.target, size)
                         return True

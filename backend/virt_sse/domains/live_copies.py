@@ -2,13 +2,16 @@
 
 The domain's QEMU copies a disk into the incomplete image of the copy, behind stages of its own if the copy
 has two layers, and then keeps both alike. Once all copies of a domain have caught up, the guest is paused for
-a moment, and the copies end: every copy has the content of the same point in time.
+a moment, and the copies end: every copy has the content of the same point in time. An incremental copy, if a
+dirty bitmap tells what changed, begins at that moment instead, and goes on beside the guest
+(:mod:`.dirty_bitmaps`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,9 +19,18 @@ from uuid import UUID
 
 import libvirt
 
+from virt_sse.disks.copies import LiveCopied
 from virt_sse.disks.creation import Unfinished
+from virt_sse.domains import dirty_bitmaps
+from virt_sse.domains.dirty_bitmaps import BitmapCopy, DiskNode
 from virt_sse.domains.start import DomainStart
-from virt_sse.errors import DiskInUseError, ImageFormatError, LibvirtError, LibvirtUnavailableError
+from virt_sse.errors import (
+    DiskInUseError,
+    ImageFormatError,
+    LibvirtError,
+    LibvirtUnavailableError,
+    MonitorError,
+)
 from virt_sse.keys.host import Host
 from virt_sse.libvirt import disk_users, domains
 from virt_sse.libvirt.capabilities import HostCapabilities
@@ -26,15 +38,19 @@ from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.disk_chains import DiskChain
 from virt_sse.libvirt.disk_element import disk_element
 from virt_sse.libvirt.guest_pause import end_pause, paused
-from virt_sse.libvirt.secret_name import SecretName
+from virt_sse.libvirt.secret_name import SecretName, plain_export
 from virt_sse.libvirt.secrets import drop_secret, set_secret
+from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk
 from virt_sse.model.layers import Placement
 from virt_sse.model.slots import TEMP_SLOT
 from virt_sse.qemu import image_file, img, unlocking
+from virt_sse.system.files import canonical
 from virt_sse.system.locks import DiskLocks
 from virt_sse.system.marks import Marks
 from virt_sse.system.progress import Progress
+
+_log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
 _FLAGS = libvirt.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT | libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
@@ -45,6 +61,7 @@ class DomainCopies:
 
     def __init__(self, host: Host, start: DomainStart) -> None:
         self._uri = host.config.libvirt_uri
+        self._store = host.store_reads
         self._stages = host.stages
         self._start = start
         self._paused = Marks(host.config.paused_domains)
@@ -79,12 +96,12 @@ class DomainCopies:
         *,
         quiesce: bool | None,
         progress: Progress,
-    ) -> float:
+    ) -> LiveCopied:
         """Copy disks of a running domain, all at the same point in time.
 
-        :param copies: each disk, and the empty image to fill.
+        :param copies: each disk, and the empty image to fill. The image of an incremental copy gets the
+            changes if QEMU has the bitmap since the copy below, and else the whole content.
         :param quiesce: as of :meth:`Copies.copy`.
-        :return: how long the guest was paused or frozen, in seconds.
         :raise DiskInUseError: When a disk is being copied, e.g. by ``virsh blockcopy``, has an overlay, or is
             decrypted outside of the guest's QEMU.
         :raise LibvirtError: When libvirt refuses, the domain ends, or QEMU cannot write a copy.
@@ -92,25 +109,37 @@ class DomainCopies:
         """
         with connected(self._uri) as connection:
             found = domains.lookup(connection, domain)
-            targets = []
+            targets: list[str] = []
+            increments: list[BitmapCopy] = []
+            nodes: dict[UUID, str] = {}
+            is_failed = True
             try:
                 for disk, made in copies:
-                    targets.append(self._begin(found, disk, made))
+                    node = self._node_for_bitmaps(found, disk, made)
+                    if node:
+                        nodes[made.disk.id] = node.name
+                    if node and made.disk.base_id in node.bitmaps:
+                        increments.append(self._begin_increment(found, node, made))
+                    else:
+                        targets.append(self._begin(found, disk, made))
                 _await(found, targets, _are_ready, progress)
                 with self._pause(found, quiesce=quiesce) as began:
                     _await(found, targets, _are_in_sync, lambda _: None)
+                    dirty_bitmaps.begin(found, nodes, increments)
                     for target in targets:
                         found.blockJobAbort(target, 0)  # a copy in sync is complete at its end
                 pause = time.monotonic() - began
+                changed = dirty_bitmaps.finish(found, increments, progress) if increments else {}
+                is_failed = False
             finally:
                 for _, made in copies:
-                    self._end(connection, made.disk)
+                    self._end(connection, made.disk, is_failed=is_failed)
         for _, made in copies:  # the guest's QEMU, perhaps taken over, had the image
             headers = unlocking.validate(made.image, made.disk.format, made.deks[1:])
             if [header.cipher for header in headers] != [entry.cipher for entry in made.disk.deks]:
                 raise ImageFormatError(f"the header of the copy {made.disk.name!r} was changed meanwhile")
             img.check_unlocks(made.image, made.disk.format, made.deks)
-        return pause
+        return LiveCopied(pause, changed)
 
     def end(self, disk: Disk, image: Path) -> None:
         """End all that writes to the incomplete image of *disk*, left behind by a killed command.
@@ -120,7 +149,7 @@ class DomainCopies:
         """
         if not image.exists():
             return
-        with contextlib.suppress(LibvirtError), connected(self._uri) as connection:
+        with contextlib.suppress(LibvirtError, MonitorError), connected(self._uri) as connection:
             self._end(connection, disk)
         self._stages.stop(disk.id)
         image_file.refuse_if_open(image)  # decides, whatever libvirt says
@@ -138,21 +167,38 @@ class DomainCopies:
                         end_pause(found)
                 self._paused.remove(domain_id)
 
+    def _node_for_bitmaps(self, domain: libvirt.virDomain, disk: Disk, made: Unfinished) -> DiskNode | None:
+        """The node of a disk for the bitmap since a new copy; ``None`` if QEMU does not name it."""
+        if made.disk.kind not in (DiskKind.SNAPSHOT, DiskKind.RESTORE_POINT):
+            return None
+        try:
+            node = DiskNode.of(domain, _copied_chain(domain, disk).alias)
+            dirty_bitmaps.prune(domain, node, self._store.with_ids(node.bitmaps), made.disk.base_id)
+        except MonitorError as exc:
+            _log.warning("QEMU keeps no dirty bitmap of disk %s: %s", disk.name, exc)
+            return None
+        return node
+
+    def _begin_increment(self, domain: libvirt.virDomain, node: DiskNode, made: Unfinished) -> BitmapCopy:
+        """Have a storage daemon open the image of an incremental copy, and QEMU connect to it."""
+        assert made.disk.base_id is not None  # noqa: S101 -- of the caller
+        copy = dataclasses.replace(made.disk, path=made.image)
+        deks = {entry.slot: dek for entry, dek in zip(copy.deks, made.deks, strict=True)}
+        definition = domains.definition(domain)
+        qemu = definition.qemu_user or HostCapabilities.of(domain.connect()).qemu_user
+        plan = self._start.plan(copy, Placement.STORAGE)
+        self._stages.start(copy, plan, deks, domain_id=definition.uuid, domain=definition.name, qemu=qemu)
+        increment = BitmapCopy(node.name, made.disk.base_id, copy.id)
+        increment.connect(domain, canonical(self._stages.guest_socket(copy.id)), plain_export(copy.id))
+        return increment
+
     def _begin(self, domain: libvirt.virDomain, disk: Disk, made: Unfinished) -> str:
         """Begin to copy a disk into the image of a copy.
 
         :return: the disk's name in the guest.
         """
         definition = domains.definition(domain)
-        chain = next((each for each in definition.disk_chains() if each.disk_id == disk.id), None)
-        if chain is None:
-            raise LibvirtError(f"domain {domain.name()!r} does not have disk {disk.name!r} any more")
-        if chain.ours != 0:
-            raise DiskInUseError(
-                f"disk {disk.name!r} has an overlay, {chain.links[0].place}", hint="commit the overlay first"
-            )
-        if chain.mirror:
-            raise DiskInUseError(f"disk {disk.name!r} is being copied to {chain.mirror[0].place}")
+        chain = _copied_chain(domain, disk)
         if chain.links[0].slot is None:
             raise DiskInUseError(
                 f"disk {disk.name!r} is decrypted by a storage daemon, and its guest's QEMU must get no key",
@@ -169,16 +215,28 @@ class DomainCopies:
         domain.blockCopy(chain.target, disk_element(source, target=chain.target), flags=_FLAGS)
         return chain.target
 
-    def _end(self, connection: libvirt.virConnect, disk: Disk) -> None:
-        """End the copy job, the stages and the secrets of a copy, as far as there are any."""
-        for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
-            with domains.gone_is_fine(or_ended=True):
-                for chain in domains.definition(domain).disk_chains():
-                    if any(link.disk_id == disk.id for link in chain.mirror):
-                        domain.blockJobAbort(chain.target, 0)
-        self._stages.stop(disk.id)
-        for entry in disk.deks:
-            drop_secret(connection, SecretName(disk.id, entry.slot))
+    def _end(self, connection: libvirt.virConnect, disk: Disk, *, is_failed: bool = True) -> None:
+        """End the jobs, the stages and the secrets of a copy, as far as there are any."""
+        try:
+            for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+                with domains.gone_is_fine(or_ended=True):
+                    self._end_jobs(domain, disk, is_failed=is_failed)
+        finally:
+            self._stages.stop(disk.id)
+            for entry in disk.deks:
+                drop_secret(connection, SecretName(disk.id, entry.slot))
+
+    def _end_jobs(self, domain: libvirt.virDomain, disk: Disk, *, is_failed: bool) -> None:
+        has_bitmap = disk.kind in (DiskKind.SNAPSHOT, DiskKind.RESTORE_POINT)
+        for chain in domains.definition(domain).disk_chains():
+            if any(link.disk_id == disk.id for link in chain.mirror):
+                domain.blockJobAbort(chain.target, 0)
+            if has_bitmap and chain.disk_id == disk.source_id:
+                try:
+                    dirty_bitmaps.end(domain, chain.alias, disk.id, is_failed=is_failed)
+                except MonitorError:
+                    if domains.is_active(domain):
+                        raise
 
     @contextlib.contextmanager
     def _pause(self, domain: libvirt.virDomain, *, quiesce: bool | None) -> Iterator[float]:
@@ -193,6 +251,25 @@ class DomainCopies:
             with paused(domain, quiesce=quiesce):
                 yield began
             self._paused.remove(domain_id)
+
+
+def _copied_chain(domain: libvirt.virDomain, disk: Disk) -> DiskChain:
+    """The images of a disk of a running domain.
+
+    :raise DiskInUseError: When the disk is being copied or has an overlay.
+    :raise LibvirtError: When the domain does not have the disk.
+    """
+    chains = domains.definition(domain).disk_chains()
+    chain = next((each for each in chains if each.disk_id == disk.id), None)
+    if chain is None:
+        raise LibvirtError(f"domain {domain.name()!r} does not have disk {disk.name!r} any more")
+    if chain.ours != 0:
+        raise DiskInUseError(
+            f"disk {disk.name!r} has an overlay, {chain.links[0].place}", hint="commit the overlay first"
+        )
+    if chain.mirror:
+        raise DiskInUseError(f"disk {disk.name!r} is being copied to {chain.mirror[0].place}")
+    return chain
 
 
 def _await(

@@ -83,6 +83,8 @@ class Disk:
     :ivar placement: of the disk's encryption set; ``None`` for the host's configured placement.
     :ivar serial: serial number for guests, if not derived from the id: a re-encrypted disk keeps the serial
         number of the disk before.
+    :ivar base_id: of an incremental copy: id of the copy below, with the content of all clusters that the
+        image of this copy does not have.
     """
 
     id: UUID
@@ -104,6 +106,7 @@ class Disk:
     origin_id: UUID | None = None
     placement: Placement | None = None
     serial: str | None = None
+    base_id: UUID | None = None
 
     @property
     def guest_serial(self) -> str:
@@ -150,6 +153,7 @@ class Disk:
             deks=self.deks,
             kind=self.kind,
             source_id=self.source_id if self.kind is not DiskKind.DISK else None,
+            base_id=self.base_id,
         )
 
 
@@ -175,6 +179,7 @@ class NewDisk:
     :ivar source: the disk or copy with the original content, if any.
     :ivar point: as of :class:`Disk`.
     :ivar id: an id that no disk ever had; ``None``: a new one.
+    :ivar base: of an incremental copy: the copy below.
     """
 
     name: str
@@ -189,6 +194,7 @@ class NewDisk:
     source: Disk | None = None
     point: UUID | None = None
     id: UUID | None = None
+    base: Disk | None = None
 
 
 def check_name(name: str, kind: DiskKind = DiskKind.DISK) -> str:

@@ -26,6 +26,9 @@ _NOT_OPENED = re.compile(r"Could not open '(.*?)': (?:No such file or directory|
 _MOST_FILES = 256
 """Upper bound for a chain of backing files."""
 
+_MEMORY_OF_IMAGE = 64 << 20
+"""Bytes for the tables of one image, with two volumes, in a chain (QEMU ``docs/qcow2-cache.txt``)."""
+
 _QUERY_SECONDS = 120.0
 
 
@@ -185,7 +188,10 @@ def locks_named(path: Path) -> Iterator[None]:
 def working_limits(size: int, *files: BoundFile) -> Confinement:
     """Limits of a tool that reads or writes images of *size* bytes throughout: its tables grow with them."""
     return Confinement(
-        files=files, memory=(2 << 30) + size // 1024, cpu_seconds=None, written=size + size // 8 + (64 << 20)
+        files=files,
+        memory=(2 << 30) + size // 1024 + len(files) * _MEMORY_OF_IMAGE,
+        cpu_seconds=None,
+        written=size + size // 8 + (64 << 20),
     )
 
 

@@ -1,7 +1,8 @@
-"""NBD client for reading (NBD ``doc/proto.md``): fixed newstyle handshake, simple replies."""
+"""NBD client (NBD ``doc/proto.md``): fixed newstyle handshake, simple replies."""
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 import time
@@ -16,7 +17,7 @@ _MOST_AT_ONCE = 32 << 20
 _MAGIC, _OPTIONS_MAGIC = b"NBDMAGIC", b"IHAVEOPT"
 _FIXED_NEWSTYLE, _NO_ZEROES = 1, 2
 _EXPORT_NAME = 1
-_READ = 0
+_READ, _WRITE, _FLUSH, _WRITE_ZEROES = 0, 1, 3, 6
 _REQUEST = struct.Struct(">IHHQQI")
 _REQUEST_MAGIC = 0x25609513
 _REPLY = struct.Struct(">IIQ")
@@ -55,15 +56,25 @@ class NbdReader:
         return bytes(content)
 
     def _read(self, offset: int, length: int) -> bytes:
+        self._request(_READ, offset, length)
+        return self._receive(length)
+
+    def _request(self, command: int, offset: int, length: int, content: bytes = b"") -> None:
+        """Send a request and receive the reply, without its data.
+
+        :raise ImageError: When the server fails.
+        """
         self._requests += 1
         self._limit(length)
-        self._send(_REQUEST.pack(_REQUEST_MAGIC, 0, _READ, self._requests, offset, length))
+        self._send(_REQUEST.pack(_REQUEST_MAGIC, 0, command, self._requests, offset, length) + content)
         magic, error, number = _REPLY.unpack(self._receive(_REPLY.size))
         if magic != _REPLY_MAGIC or number != self._requests:
             raise ImageError("the NBD server violates the protocol")
+        if error == errno.ENOSPC:
+            raise ImageError("no space left on device")
         if error:
-            raise ImageError(f"cannot read {length} bytes at {offset}: error {error}")
-        return self._receive(length)
+            done = "read" if command == _READ else "write"
+            raise ImageError(f"cannot {done} {length} bytes at {offset}: error {error}")
 
     def _limit(self, length: int) -> None:
         """Set the deadline of the next exchange, for *length* bytes of data."""
@@ -94,3 +105,24 @@ class NbdReader:
                 raise ImageError("the NBD server closed the connection")
             content += chunk
         return bytes(content)
+
+
+class NbdWriter(NbdReader):
+    """Writes to an export of an NBD server."""
+
+    def write(self, offset: int, content: bytes) -> None:
+        """Write whole sectors, at most 32 MiB, at *offset*; zeros take no room in a qcow2 image.
+
+        :raise ImageError: When writing fails, e.g. because there is no room.
+        """
+        if content.count(0) == len(content):
+            self._request(_WRITE_ZEROES, offset, len(content))
+        else:
+            self._request(_WRITE, offset, len(content), content)
+
+    def flush(self) -> None:
+        """Make all completed writes durable.
+
+        :raise ImageError: When the server fails.
+        """
+        self._request(_FLUSH, 0, 0)

@@ -12,15 +12,19 @@ import json
 import socket
 from collections.abc import Iterator, Sequence
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 from virt_sse.errors import ImageError, ToolError
-from virt_sse.qemu.nbd import NbdReader
+from virt_sse.qemu.nbd import NbdReader, NbdWriter
 from virt_sse.system.confinement import BoundFile, Confinement
 from virt_sse.system.tools import running
 
+_Client = TypeVar("_Client", bound=NbdReader)
 _EXPORT = "image"
 _CPU_SECONDS = 600
 """Bound for reading samples of an image."""
+_MEMORY_OF_IMAGE = 64 << 20
+"""Bytes for the tables of one image in a chain."""
 
 
 @contextlib.contextmanager
@@ -29,24 +33,57 @@ def served(
     secrets: Sequence[str],
     descriptors: Sequence[int],
     files: Sequence[BoundFile],
+    *,
+    shared: bool = True,
+    confinement: Confinement | None = None,
 ) -> Iterator[NbdReader]:
-    """Open the content of the block node *node* in a new storage daemon, which can open *files* only."""
-    node |= {"node-name": _EXPORT, "read-only": True, "force-share": True}
-    export = f"type=nbd,id={_EXPORT},node-name={_EXPORT},name={_EXPORT},writable=off"
+    """Open the content of the block node *node* in a new storage daemon, which can open *files* only.
+
+    :param shared: allow an image that a QEMU process has open for writing.
+    :param confinement: with the files; default: limits for reading samples.
+    :raise ToolError: When the daemon cannot open the node.
+    """
+    memory = (2 << 30) + len(files) * _MEMORY_OF_IMAGE
+    limits = confinement or Confinement(files=files, cpu_seconds=_CPU_SECONDS, memory=memory)
+    node = node | {"read-only": True, "force-share": shared}
+    with _served(node, secrets, descriptors, limits, NbdReader) as reader:
+        yield reader
+
+
+@contextlib.contextmanager
+def served_for_writing(
+    node: dict[str, object], secrets: Sequence[str], descriptors: Sequence[int], confinement: Confinement
+) -> Iterator[NbdWriter]:
+    """As :func:`served`, for writing to the content of *node*.
+
+    :raise ToolError: When the daemon cannot open the node.
+    """
+    with _served(node, secrets, descriptors, confinement, NbdWriter) as writer:
+        yield writer
+
+
+@contextlib.contextmanager
+def _served(
+    node: dict[str, object],
+    secrets: Sequence[str],
+    descriptors: Sequence[int],
+    confinement: Confinement,
+    client: type[_Client],
+) -> Iterator[_Client]:
+    writable = "on" if client is NbdWriter else "off"
+    export = f"type=nbd,id={_EXPORT},node-name={_EXPORT},name={_EXPORT},writable={writable}"
     with _connected_socket() as (listening, connection):
-        arguments = ["qemu-storage-daemon", *secrets, "--blockdev", json.dumps(node)]
+        arguments = ["qemu-storage-daemon", *secrets, "--blockdev", json.dumps(node | {"node-name": _EXPORT})]
         arguments += ["--nbd-server", f"addr.type=fd,addr.str={listening.fileno()}", "--export", export]
         with running(
-            arguments,
-            confinement=Confinement(files=files, cpu_seconds=_CPU_SECONDS),
-            pass_fds=[*descriptors, listening.fileno()],
+            arguments, confinement=confinement, pass_fds=[*descriptors, listening.fileno()]
         ) as daemon:
             listening.close()  # else a failure of the daemon would leave the connection waiting
             try:
-                reader = NbdReader(connection, _EXPORT)
+                connected = client(connection, _EXPORT)
             except ImageError as exc:
                 raise (daemon.failure() or exc) from exc
-            yield reader
+            yield connected
 
 
 @contextlib.contextmanager

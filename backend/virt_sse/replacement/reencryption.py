@@ -23,7 +23,8 @@ from virt_sse.libvirt import disk_users, domains
 from virt_sse.libvirt.connection import connected
 from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import Disk, DiskState, NewDisk, check_path
+from virt_sse.model.disk_kind import DiskKind
+from virt_sse.model.disks import Disk, DiskState, NewDisk, check_kind, check_path
 from virt_sse.model.layers import HostCaching
 from virt_sse.model.operations import DeleteDisk
 from virt_sse.model.replacements import Replacement, ReplacementState
@@ -90,7 +91,7 @@ class ReencryptionService:
         :raise DiskStateError: When the disk is not ready, or has overlays, a backup or another block job.
         :raise VirtSseError: By meaning; the disk is then as before.
         """
-        with usable(self._host, self._store.get(name)) as disk:
+        with usable(self._host, self._disk(name)) as disk:
             copy = self._begin(disk, change, is_detached=False)
             return self._run(copy, bars, None)
 
@@ -119,9 +120,14 @@ class ReencryptionService:
 
         :return: the disk.
         """
-        with usable(self._host, self._store.get(name)) as disk:
+        with usable(self._host, self._disk(name)) as disk:
             self._begin(disk, change, is_detached=True)
             return disk
+
+    def _disk(self, name: str) -> Disk:
+        disk = self._store.get(name)
+        check_kind(disk, DiskKind.DISK)
+        return disk
 
     def cancel(self, name: str) -> Disk:
         """Undo the re-encryption of a disk that another process does, and wait until done.

@@ -61,6 +61,7 @@ def _disk(rows: Sequence[Any]) -> Disk:
         origin_id=first.origin_id,
         placement=Placement(first.placement) if first.placement else None,
         serial=first.serial,
+        base_id=first.base_id,
         deks=tuple(
             DekEntry(
                 row.slot,

@@ -10,7 +10,13 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from virt_sse.errors import DiskExistsError, DiskNotFoundError, StoreError
+from virt_sse.errors import (
+    DiskExistsError,
+    DiskInUseError,
+    DiskNotFoundError,
+    DiskStateError,
+    StoreError,
+)
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.envelope import DekEntry
 from virt_sse.model.keys import KeyId, KeyRef
@@ -42,13 +48,17 @@ class Store:
         """Close all connections."""
         self._engine.dispose()
 
-    def add(self, disk: Disk) -> None:
+    def add(self, disk: Disk, *, is_adopted: bool = False) -> None:
         """Add *disk*.
 
+        :param is_adopted: whether the copy below may be missing, or be adopted later.
         :raise DiskExistsError: When the name, path or id is taken.
+        :raise DiskStateError: When the copy below an incremental copy was or is being deleted.
         """
         with self._naming_taken(disk), writing(self._engine) as connection:
             _refuse_taken(connection, disk)
+            if not is_adopted:
+                _check_base(connection, disk)
             connection.execute(
                 disks.insert().values(
                     id=disk.id,
@@ -68,6 +78,7 @@ class Store:
                     point=disk.point,
                     origin_id=disk.origin_id,
                     serial=disk.serial,
+                    base_id=disk.base_id,
                 )
             )
             _insert_deks(connection, disk.id, disk.deks)
@@ -131,6 +142,10 @@ class Store:
             sa.and_(sa.or_(disks.c.origin_id == origin, disks.c.id == origin), disks.c.id != disk.id)
         )
 
+    def based_on(self, disk_id: UUID) -> list[Disk]:
+        """The incremental copies whose images lack what the copy *disk_id* has, sorted by name."""
+        return self._select(disks.c.base_id == disk_id)
+
     def sizes_of_sets(self) -> dict[UUID, int]:
         """Number of disks by encryption set; sets without disks are left out."""
         column = disks.c.encryption_set_id
@@ -162,6 +177,21 @@ class Store:
         :raise DiskNotFoundError: When the disk was deleted.
         """
         self._update(disk_id, state=state.value)
+
+    def begin_deletion(self, disk_id: UUID) -> None:
+        """Set the state of a disk without incremental copies above to ``deleting``.
+
+        :raise DiskInUseError: When an incremental copy is based on the disk.
+        :raise DiskNotFoundError: When the disk was deleted.
+        """
+        with writing(self._engine) as connection:
+            _locked_state(connection, disk_id)
+            above = connection.scalar(sa.select(disks.c.name).where(disks.c.base_id == disk_id))
+            if above is not None:
+                raise DiskInUseError(f"{above!r} is based on it")
+            deleting = disks.update().where(disks.c.id == disk_id).values(state=DiskState.DELETING.value)
+            if connection.execute(deleting).rowcount != 1:
+                raise DiskNotFoundError(f"disk {disk_id} was deleted")
 
     def set_size(self, disk_id: UUID, size: int) -> None:
         """Set the size of a disk in bytes.
@@ -248,6 +278,21 @@ def _refuse_taken(connection: Connection, disk: Disk) -> None:
     for column, value in (("name", disk.name), ("path", str(disk.path)), ("id", disk.id)):
         if connection.scalar(sa.select(disks.c.state).where(disks.c[column] == value)):
             raise DiskExistsError(f"a disk with {column} {str(value)!r} exists already")
+
+
+def _check_base(connection: Connection, disk: Disk) -> None:
+    """Check that the copy below an incremental copy, if there is one, stays.
+
+    :raise DiskStateError: When the copy below is not ready.
+    """
+    if disk.base_id and _locked_state(connection, disk.base_id) is not DiskState.READY:
+        raise DiskStateError(f"the copy below {disk.name!r} is not ready")
+
+
+def _locked_state(connection: Connection, disk_id: UUID) -> DiskState | None:
+    """The state of a disk, unchanged until the end of the transaction; ``None`` without such a disk."""
+    state = connection.scalar(sa.select(disks.c.state).where(disks.c.id == disk_id).with_for_update())
+    return DiskState(state) if state else None
 
 
 def _is_called(name: str) -> sa.ColumnElement[bool]:

@@ -199,6 +199,11 @@ class Verification:
                 entry.cipher,
                 is_all=not below,
                 copies=copies,
+                increments={
+                    f"socket {canonical(self._stages.guest_socket(each.id))}"
+                    for each in subject.copies
+                    if each.source_id == disk.id and each.base_id
+                },
                 copied_to=self._place_of(new) if new else None,
             )
         else:

@@ -10,10 +10,11 @@ import pytest
 
 from virt_sse.errors import MonitorError
 from virt_sse.libvirt.disk_chains import DiskChain
+from virt_sse.model.ciphers import AES_256_XTS
 from virt_sse.verification.chains import LinkKind
 from virt_sse.verification.graph import BlockGraph, Exposure, Place, cipher_of, place_of
 from virt_sse.verification.running_disks import RunningDisks
-from virt_sse.verification.verdict import DiskVerdict
+from virt_sse.verification.verdict import DiskVerdict, Layer
 
 LUKS = {"format": "luks", "cipher-alg": "aes-256", "cipher-mode": "xts", "ivgen-alg": "plain64"}
 DEVICE = "/machine/peripheral/virtio-disk0/virtio-backend"
@@ -193,3 +194,17 @@ def test_a_block_graph_of_an_unknown_form_is_refused() -> None:
 )
 def test_strange_options_in_a_filename_are_a_place(options: str) -> None:
     assert place_of(f"json:{options}") == Place(f"json:{options}")
+
+
+def test_an_incremental_copy_leaves_qemu_at_the_socket_of_its_storage_daemon_alone() -> None:
+    nodes = [*OURS, node("cbw", "copy-before-write"), EXPORT[1]]
+    edges = "device:root:cbw cbw:file:ours cbw:target:socket ours:file:file"
+    running = RunningDisks(Graph(nodes, edges).graph, [], None)
+    for increments, problems in (
+        ([f"socket {SOCKET}"], []),
+        (["socket /run/other"], [f"backup socket {SOCKET} is not encrypted"]),
+    ):
+        verdict = DiskVerdict("vda")
+        layer = Layer("guest's QEMU", None)
+        running.check_ours(verdict, CHAIN, Path("/ours"), layer, AES_256_XTS, increments=increments)
+        assert verdict.problems == problems
