@@ -69,6 +69,8 @@ def disk_fields(disk: Disk) -> dict[str, object]:
         del fields["sku"], fields["caching"]
     if disk.source_id:
         fields["source"] = str(disk.source_id)
+    if disk.base_id:
+        fields["base"] = str(disk.base_id)
     if disk.point:
         fields["point"] = str(disk.point)
     return fields

@@ -18,8 +18,9 @@ from virt_sse.disks.lifecycle import Disks
 from virt_sse.disks.stored_images import usable, with_real_size
 from virt_sse.errors import DiskInUseError, InvalidValueError
 from virt_sse.in_guest.images import in_image
+from virt_sse.keys.clone_bases import unlocked_base
 from virt_sse.keys.host import Host
-from virt_sse.model.content import Content
+from virt_sse.model.content import Content, Finding
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk, NewDisk, StoragePool
@@ -139,7 +140,10 @@ class Copies:
         (domain,) = domains
         if domain is None:
             for source in sources:
-                image_file.refuse_if_open(source.path)
+                if source.kind is DiskKind.IMAGE:  # domains with linked clones read the image
+                    image_file.refuse_if_written(source.path)
+                else:
+                    image_file.refuse_if_open(source.path)
             if quiesce:
                 raise InvalidValueError(f"no running domain has disk {sources[0].name!r}: nothing to freeze")
         return domain
@@ -157,15 +161,21 @@ class Copies:
         source = new[0].source
         if len(new) > 1 or source is None or source.encryption_type is not EncryptionType.PLATFORM_KEY:
             return None
-        return Content(lambda: in_image(source.path, source.format, self._keys.unwrap_all(source)))
+
+        def look() -> list[Finding]:
+            base = unlocked_base(self._host, source)
+            return in_image(source.path, source.format, self._keys.unwrap_all(source), base=base)
+
+        return Content(look)
 
     def _copy_stopped(self, source: Disk, target: Unfinished, progress: Progress) -> None:
         deks = self._keys.unwrap_all(source)
         headers = unlocking.validate(source.path, source.format, deks[1:])
         self._freshness.check_inner(source, headers, always_refuse=True)
+        base = unlocked_base(self._host, source)
         with image_errors(target.disk):
             conversion.copy_into(
-                conversion.CopySource.encrypted(source.path, source.format, deks),
+                conversion.CopySource.encrypted(source.path, source.format, deks, base=base),
                 target.image,
                 target.disk.format,
                 target.deks,

@@ -249,6 +249,7 @@ class Creation:
             point=checked.new.point,
             origin_id=source.origin_id or source.id if source else None,
             serial=successor.serial if successor else None,
+            base_id=checked.new.base.id if checked.new.base else None,
         )
         disk.envelope.encode()  # refuses what has no room in the image, before anything is made
         carried = replace(disk, name=successor.name) if successor else disk

@@ -12,6 +12,7 @@ from virt_sse.disks.lifecycle import Disks
 from virt_sse.disks.stored_images import usable
 from virt_sse.errors import DiskExistsError, ImageError, ImageFormatError, OtherFileError
 from virt_sse.in_guest.images import in_unencrypted_image
+from virt_sse.keys.clone_bases import unlocked_base
 from virt_sse.keys.host import Host
 from virt_sse.model.content import Content
 from virt_sse.model.disks import Disk, NewDisk
@@ -107,10 +108,17 @@ class Transfer:
         with usable(self._host, disk) as current:
             self._plugins.validate(ExportDisk(current, destination))
             deks = self._keys.unwrap_all(current)
+            base = unlocked_base(self._host, current)
             try:
                 with unnamed_file(destination.parent) as descriptor:
                     conversion.decrypt_to(
-                        current.path, current.format, descriptor, destination_format, deks, progress
+                        current.path,
+                        current.format,
+                        descriptor,
+                        destination_format,
+                        deks,
+                        progress,
+                        base=base,
                     )
                     os.fsync(descriptor)
                     publish(Path(f"/proc/self/fd/{descriptor}"), destination)

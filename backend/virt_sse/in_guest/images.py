@@ -12,16 +12,20 @@ from virt_sse.model.keys import Dek
 from virt_sse.qemu import reading
 from virt_sse.qemu.backing_chain import opened_chain
 from virt_sse.qemu.serving import served
+from virt_sse.qemu.unlocking import BaseImage
 from virt_sse.system.confinement import BoundFile
 
 
-def in_image(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> list[Finding]:
+def in_image(
+    path: Path, image_format: DiskFormat, deks: Sequence[Dek], *, base: BaseImage | None = None
+) -> list[Finding]:
     """Find in-guest encryption on the disk in the image at *path*, unlocked by *deks*.
 
+    :param base: the image below.
     :raise ImageError: When the image cannot be read.
     :raise ToolError: When *deks* do not unlock the image.
     """
-    with reading.plaintext(path, image_format, deks) as reader:
+    with reading.plaintext(path, image_format, deks, base=base) as reader:
         return inspect(reader.read, reader.size)
 
 

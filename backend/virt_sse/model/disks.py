@@ -80,9 +80,12 @@ class Disk:
     :ivar source_id: id of the disk or copy with the original content, if any; may be deleted by now.
     :ivar point: id of a point in time, shared by the snapshots of all disks of a domain.
     :ivar origin_id: id of the first disk in a line of copies that leads to this disk; may be deleted by now.
-    :ivar placement: of the disk's encryption set; ``None`` for the host's configured placement.
+    :ivar placement: of the disk's encryption set, and of linked clones always ``STORAGE``; ``None`` for the
+        host's configured placement.
     :ivar serial: serial number for guests, if not derived from the id: a re-encrypted disk keeps the serial
         number of the disk before.
+    :ivar base_id: of a linked clone: id of the image below, which the clone is read from where nothing was
+        written yet. No image has a base itself.
     """
 
     id: UUID
@@ -104,6 +107,12 @@ class Disk:
     origin_id: UUID | None = None
     placement: Placement | None = None
     serial: str | None = None
+    base_id: UUID | None = None
+
+    @property
+    def is_linked_clone(self) -> bool:
+        """Whether the disk is read from an image where nothing was written yet."""
+        return self.base_id is not None and self.kind is DiskKind.DISK
 
     @property
     def guest_serial(self) -> str:
@@ -150,6 +159,7 @@ class Disk:
             deks=self.deks,
             kind=self.kind,
             source_id=self.source_id if self.kind is not DiskKind.DISK else None,
+            base_id=self.base_id,
         )
 
 
@@ -175,6 +185,7 @@ class NewDisk:
     :ivar source: the disk or copy with the original content, if any.
     :ivar point: as of :class:`Disk`.
     :ivar id: an id that no disk ever had; ``None``: a new one.
+    :ivar base: of a linked clone: the image.
     """
 
     name: str
@@ -189,6 +200,7 @@ class NewDisk:
     source: Disk | None = None
     point: UUID | None = None
     id: UUID | None = None
+    base: Disk | None = None
 
 
 def check_name(name: str, kind: DiskKind = DiskKind.DISK) -> str:

@@ -68,6 +68,7 @@ class Envelope:
     :ivar generation: number of rewraps.
     :ivar kind: a disk, or a copy that no domain can use.
     :ivar source_id: of a copy: id of the disk or copy with the original content.
+    :ivar base_id: of a linked clone: id of the image below.
     """
 
     disk_id: UUID
@@ -79,6 +80,7 @@ class Envelope:
     deks: tuple[DekEntry, ...]
     kind: DiskKind = DiskKind.DISK
     source_id: UUID | None = None
+    base_id: UUID | None = None
 
     def has_same_keys(self, other: Envelope) -> bool:
         """Whether *other* has the same layers, wrapped DEKs and generation.
@@ -144,6 +146,7 @@ class Envelope:
                 deks=tuple(entry.decoded() for entry in body.deks),
                 kind=body.kind,
                 source_id=_uuid(body.source) if body.source else None,
+                base_id=_uuid(body.base) if body.base else None,
             )
         except (ValueError, InvalidValueError) as exc:
             raise EnvelopeError(f"invalid envelope: {exc}") from exc
@@ -207,6 +210,7 @@ class _Body(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", omit_defa
     deks: tuple[_Dek, ...]
     kind: DiskKind = DiskKind.DISK
     source: str | None = None
+    base: str | None = None
 
     @classmethod
     def of(cls, envelope: Envelope) -> Self:
@@ -219,6 +223,7 @@ class _Body(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", omit_defa
             deks=tuple(_Dek.of(entry) for entry in envelope.deks),
             kind=envelope.kind,
             source=str(envelope.source_id) if envelope.source_id else None,
+            base=str(envelope.base_id) if envelope.base_id else None,
         )
 
 
@@ -258,6 +263,7 @@ class _DenseBody(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", omit
     deks: tuple[_DenseDek, ...]
     kind: DiskKind = DiskKind.DISK
     source: bytes | None = None
+    base: bytes | None = None
 
     @classmethod
     def of(cls, envelope: Envelope) -> Self:
@@ -270,6 +276,7 @@ class _DenseBody(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", omit
             deks=tuple(_DenseDek.of(entry) for entry in envelope.deks),
             kind=envelope.kind,
             source=envelope.source_id.bytes if envelope.source_id else None,
+            base=envelope.base_id.bytes if envelope.base_id else None,
         )
 
 

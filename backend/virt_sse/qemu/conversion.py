@@ -15,7 +15,14 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.qemu.image_file import opened, usable_size
 from virt_sse.qemu.img import locks_named, usable_size_within, working_limits
-from virt_sse.qemu.unlocking import block_node, image_options, json_filename, keys_to, secrets_for
+from virt_sse.qemu.unlocking import (
+    BaseImage,
+    block_node,
+    image_options,
+    json_filename,
+    keys_to,
+    secrets_for,
+)
 from virt_sse.system.confinement import BoundFile
 from virt_sse.system.tools import run_with_progress
 
@@ -76,26 +83,36 @@ class CopySource:
     :ivar node: QEMU's description of the source.
     :ivar deks: keys of the source, as for :func:`block_node`; empty for a plaintext image.
     :ivar image: the source, if encrypted.
+    :ivar base: the image below.
     """
 
     node: dict[str, object]
     files: tuple[BoundFile, ...] = ()
     deks: tuple[Dek, ...] = ()
     image: tuple[Path, DiskFormat] | None = None
+    base: BaseImage | None = None
 
     @classmethod
-    def encrypted(cls, path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> Self:
-        """The content of our image at *path*."""
-        return cls(block_node(path, image_format, len(deks)), deks=tuple(deks), image=(path, image_format))
+    def encrypted(
+        cls, path: Path, image_format: DiskFormat, deks: Sequence[Dek], *, base: BaseImage | None = None
+    ) -> Self:
+        """The content of our image at *path*, over that of *base*."""
+        node = block_node(path, image_format, len(deks), base=base)
+        return cls(node, deks=tuple(deks), image=(path, image_format), base=base)
+
+    @property
+    def secrets(self) -> int:
+        """Number of the secrets in :attr:`node`."""
+        return len(self.deks) + (len(self.base.all_deks) if self.base else 0)
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[tuple[list[str], list[int], list[BoundFile]]]:
+    def opened(self) -> Iterator[tuple[list[str], list[int], list[BoundFile]]]:
         """Secrets, their descriptors, and files for the tool."""
         if self.image is None:
             yield [], [], list(self.files)
             return
-        with keys_to(*self.image, self.deks) as keys:
-            yield keys.secrets, keys.descriptors, [keys.image]
+        with keys_to(*self.image, self.deks, base=self.base) as keys:
+            yield keys.secrets, keys.descriptors, list(keys.files)
 
     @property
     def filename(self) -> str:
@@ -125,9 +142,9 @@ def copy_into(
     :raise ImageError: When there is no room.
     :raise ToolError: When the source cannot be read, or reading stalls.
     """
-    first = len(source.deks)
+    first = source.secrets
     with (
-        source._opened() as (secrets, descriptors, files),
+        source.opened() as (secrets, descriptors, files),
         keys_to(target, target_format, deks, writable=True, first=first) as keys,
         locks_named(source.image[0] if source.image else target),
     ):
@@ -156,9 +173,9 @@ def compare(
     :raise ImageError: When the contents differ.
     :raise ToolError: When an image cannot be read, or reading stalls.
     """
-    first = len(source.deks)
+    first = source.secrets
     with (
-        source._opened() as (secrets, descriptors, files),
+        source.opened() as (secrets, descriptors, files),
         keys_to(target, target_format, deks, first=first) as keys,
     ):
         size = target.stat().st_size
@@ -193,19 +210,22 @@ def decrypt_to(
     target_format: str,
     deks: Sequence[Dek],
     progress: Callable[[float], None],
+    *,
+    base: BaseImage | None = None,
 ) -> None:
     """Write the plaintext of the encrypted image *source* to the descriptor *target*, in *target_format*.
 
+    :param base: the image below.
     :raise DiskInUseError: When a QEMU process is writing to *source*.
     :raise ImageError: When there is no room.
     :raise ToolError: When *source* cannot be read, or reading stalls.
     """
     size = usable_size_within(source, source_format, deks)
-    with keys_to(source, source_format, deks) as keys, locks_named(source):
+    with keys_to(source, source_format, deks, base=base) as keys, locks_named(source):
         run_with_progress(
             [*_CONVERT, *keys.secrets, "-O", target_format]
-            + [json_filename(source, source_format, len(deks)), f"/proc/self/fd/{target}"],
-            confinement=working_limits(size, keys.image),
+            + [json_filename(source, source_format, len(deks), base=base), f"/proc/self/fd/{target}"],
+            confinement=working_limits(size, *keys.files),
             pass_fds=[*keys.descriptors, target],
             progress=progress,
             stalled_after=_stalled_after(size),

@@ -18,16 +18,22 @@ from virt_sse.system.confinement import BoundFile
 
 
 @contextlib.contextmanager
-def plaintext(path: Path, image_format: DiskFormat, deks: Sequence[Dek]) -> Iterator[NbdReader]:
+def plaintext(
+    path: Path, image_format: DiskFormat, deks: Sequence[Dek], *, base: unlocking.BaseImage | None = None
+) -> Iterator[NbdReader]:
     """Open the plaintext of the encrypted image at *path*.
 
+    :param base: the image below.
     :raise ImageError: When the image is damaged or cannot be read.
     :raise ToolError: When *deks* do not unlock the image.
     """
     with (
-        unlocking.keys_to(path, image_format, deks) as keys,
+        unlocking.keys_to(path, image_format, deks, base=base) as keys,
         served(
-            unlocking.block_node(path, image_format, len(deks)), keys.secrets, keys.descriptors, [keys.image]
+            unlocking.block_node(path, image_format, len(deks), base=base),
+            keys.secrets,
+            keys.descriptors,
+            keys.files,
         ) as reader,
     ):
         yield reader

@@ -12,6 +12,8 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
+from uuid import UUID
 
 from virt_sse.errors import ImageFormatError, ToolError
 from virt_sse.model.disk_format import DiskFormat
@@ -38,38 +40,82 @@ def secrets_for(deks: Sequence[Dek], *, first: int = 0) -> Iterator[tuple[list[s
 
 
 @dataclass(frozen=True, slots=True)
+class BaseImage:
+    """The image below another image, with keys of its own; only read.
+
+    No header names the image below: whoever opens an image states the whole block graph.
+
+    :ivar deks: of all its volumes.
+    :ivar base: the image below this one, if any.
+    """
+
+    disk_id: UUID
+    path: Path
+    format: DiskFormat
+    deks: tuple[Dek, ...]
+    base: Self | None = None
+
+    @property
+    def all_deks(self) -> tuple[Dek, ...]:
+        """The DEKs of this image and of all images below, in the order of their secrets."""
+        return self.deks + (self.base.all_deks if self.base else ())
+
+
+@dataclass(frozen=True, slots=True)
 class Unlocking:
     """What a QEMU tool needs to open a validated image with its keys.
 
     :ivar secrets: arguments that define the secret objects.
     :ivar descriptors: descriptors of the secrets, to be inherited by the tool.
-    :ivar image: the validated image, read-only for the tool.
+    :ivar image: the validated image.
+    :ivar files: the image, and the validated images below.
     """
 
     secrets: list[str]
     descriptors: list[int]
     image: BoundFile
+    files: tuple[BoundFile, ...]
 
 
 @contextlib.contextmanager
 def keys_to(
-    path: Path, image_format: DiskFormat, deks: Sequence[Dek], *, writable: bool = False, first: int = 0
+    path: Path,
+    image_format: DiskFormat,
+    deks: Sequence[Dek],
+    *,
+    writable: bool = False,
+    first: int = 0,
+    base: BaseImage | None = None,
 ) -> Iterator[Unlocking]:
     """As :func:`secrets_for`, after validating the headers of all volumes of the image at *path*.
 
     :param deks: of all volumes to be opened.
     :param writable: let the tool write to the image.
     :param first: number of the first secret.
+    :param base: the image below; its secrets follow.
     :raise ImageFormatError: When a header is missing, damaged or refused (:mod:`.image_header`).
     :raise ToolError: When the DEKs of outer volumes do not unlock these.
     """
     with contextlib.ExitStack() as stack:
-        with opened(path) as descriptor:
-            _validate_volumes(path, descriptor, image_format, deks[1:])
-            held_open = os.dup(descriptor)
-        stack.callback(os.close, held_open)
-        secrets, descriptors = stack.enter_context(secrets_for(deks, first=first))
-        yield Unlocking(secrets, descriptors, BoundFile(path, held_open, writable))
+        image = BoundFile(path, _held_valid(stack, path, image_format, deks[1:]), writable)
+        files, all_deks = [image], [*deks]
+        while base:
+            files.append(BoundFile(base.path, _held_valid(stack, base.path, base.format, base.deks[1:])))
+            all_deks += base.deks
+            base = base.base
+        secrets, descriptors = stack.enter_context(secrets_for(all_deks, first=first))
+        yield Unlocking(secrets, descriptors, image, tuple(files))
+
+
+def _held_valid(
+    stack: contextlib.ExitStack, path: Path, image_format: DiskFormat, outer: Sequence[Dek]
+) -> int:
+    """Validate the headers of all volumes of the image at *path*: a descriptor, closed by *stack*."""
+    with opened(path) as descriptor:
+        _validate_volumes(path, descriptor, image_format, outer)
+        held_open = os.dup(descriptor)
+    stack.callback(os.close, held_open)
+    return held_open
 
 
 def _validate_volumes(
@@ -116,7 +162,9 @@ def validate(path: Path, image_format: DiskFormat, outer: Sequence[Dek]) -> tupl
         raise ImageFormatError(f"{path} does not open with its DEK: {exc}") from exc
 
 
-def block_node(path: Path, image_format: DiskFormat, volumes: int, *, first: int = 0) -> dict[str, object]:
+def block_node(
+    path: Path, image_format: DiskFormat, volumes: int, *, first: int = 0, base: BaseImage | None = None
+) -> dict[str, object]:
     """QEMU's description of the image at *path*, opened with the secrets of :func:`secrets_for`.
 
     The description has the whole block graph: QEMU must not take a backing file from a header.
@@ -124,20 +172,28 @@ def block_node(path: Path, image_format: DiskFormat, volumes: int, *, first: int
     :param volumes: number of LUKS volumes to open, outermost first; below the image's number, the content of
         the opened node is ciphertext.
     :param first: number of the first secret.
+    :param base: the image below the innermost volume, with secrets after those of the image.
     """
+    below = None
+    if base:
+        below = block_node(base.path, base.format, len(base.deks), first=first + volumes, base=base.base)
+        below |= {"read-only": True}
     node: dict[str, object] = {"driver": "file", "filename": str(path)}
     for number in reversed(range(first, first + volumes)):
         node = {"driver": image_format.qemu_driver, "file": node}
         if image_format is DiskFormat.QCOW2:
-            node |= {"backing": None, "encrypt": {"format": "luks", "key-secret": f"dek{number}"}}
+            node["backing"] = below if number == first else None
+            node["encrypt"] = {"format": "luks", "key-secret": f"dek{number}"}
         else:
             node["key-secret"] = f"dek{number}"
     return node
 
 
-def json_filename(path: Path, image_format: DiskFormat, volumes: int) -> str:
+def json_filename(
+    path: Path, image_format: DiskFormat, volumes: int, *, base: BaseImage | None = None
+) -> str:
     """Encode :func:`block_node` as a file name for QEMU's tools (``json:``, qemu-block-drivers(7))."""
-    return "json:" + json.dumps(block_node(path, image_format, volumes))
+    return "json:" + json.dumps(block_node(path, image_format, volumes, base=base))
 
 
 def image_options(path: Path, image_format: DiskFormat, volumes: int, *, first_secret: int = 0) -> str:

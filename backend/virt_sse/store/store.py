@@ -10,7 +10,13 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from virt_sse.errors import DiskExistsError, DiskNotFoundError, StoreError
+from virt_sse.errors import (
+    DiskExistsError,
+    DiskInUseError,
+    DiskNotFoundError,
+    DiskStateError,
+    StoreError,
+)
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.envelope import DekEntry
 from virt_sse.model.keys import KeyId, KeyRef
@@ -46,9 +52,12 @@ class Store:
         """Add *disk*.
 
         :raise DiskExistsError: When the name, path or id is taken.
+        :raise DiskStateError: When the image below a linked clone was or is being deleted.
         """
         with self._naming_taken(disk), writing(self._engine) as connection:
             _refuse_taken(connection, disk)
+            if disk.base_id and _locked_state(connection, disk.base_id) is not DiskState.READY:
+                raise DiskStateError(f"the image below the linked clone {disk.name!r} is not ready")
             connection.execute(
                 disks.insert().values(
                     id=disk.id,
@@ -68,6 +77,7 @@ class Store:
                     point=disk.point,
                     origin_id=disk.origin_id,
                     serial=disk.serial,
+                    base_id=disk.base_id,
                 )
             )
             _insert_deks(connection, disk.id, disk.deks)
@@ -131,6 +141,10 @@ class Store:
             sa.and_(sa.or_(disks.c.origin_id == origin, disks.c.id == origin), disks.c.id != disk.id)
         )
 
+    def based_on(self, image_id: UUID) -> list[Disk]:
+        """The linked clones of an image, sorted by name."""
+        return self._select(disks.c.base_id == image_id)
+
     def sizes_of_sets(self) -> dict[UUID, int]:
         """Number of disks by encryption set; sets without disks are left out."""
         column = disks.c.encryption_set_id
@@ -162,6 +176,21 @@ class Store:
         :raise DiskNotFoundError: When the disk was deleted.
         """
         self._update(disk_id, state=state.value)
+
+    def begin_deletion(self, disk_id: UUID) -> None:
+        """Set the state of a disk without linked clones to ``deleting``.
+
+        :raise DiskInUseError: When the disk is an image with linked clones.
+        :raise DiskNotFoundError: When the disk was deleted.
+        """
+        with writing(self._engine) as connection:
+            _locked_state(connection, disk_id)
+            clone = connection.scalar(sa.select(disks.c.name).where(disks.c.base_id == disk_id))
+            if clone is not None:
+                raise DiskInUseError(f"disk {clone!r} is a linked clone of the image")
+            deleting = disks.update().where(disks.c.id == disk_id).values(state=DiskState.DELETING.value)
+            if connection.execute(deleting).rowcount != 1:
+                raise DiskNotFoundError(f"disk {disk_id} was deleted")
 
     def set_size(self, disk_id: UUID, size: int) -> None:
         """Set the size of a disk in bytes.
@@ -248,6 +277,12 @@ def _refuse_taken(connection: Connection, disk: Disk) -> None:
     for column, value in (("name", disk.name), ("path", str(disk.path)), ("id", disk.id)):
         if connection.scalar(sa.select(disks.c.state).where(disks.c[column] == value)):
             raise DiskExistsError(f"a disk with {column} {str(value)!r} exists already")
+
+
+def _locked_state(connection: Connection, disk_id: UUID) -> DiskState | None:
+    """The state of a disk, unchanged until the end of the transaction; ``None`` without such a disk."""
+    state = connection.scalar(sa.select(disks.c.state).where(disks.c.id == disk_id).with_for_update())
+    return DiskState(state) if state else None
 
 
 def _is_called(name: str) -> sa.ColumnElement[bool]:

@@ -59,6 +59,7 @@ disks = Table(
     Column("point", Uuid),
     Column("origin_id", Uuid),
     Column("serial", String(80)),
+    Column("base_id", Uuid),
     Index("disks_by_encryption_set", "encryption_set_id"),
 )
 
