@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
+import clone
 import command
 import create
 import customer
@@ -45,6 +46,7 @@ from virt_sse.lab import directories
 
 BENCHES: Mapping[str, Bench] = {
     "create": create.measure,
+    "clone": clone.measure,
     "domain": domain.measure,
     "start": start.measure,
     "hook": hook.measure,

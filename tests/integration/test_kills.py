@@ -18,7 +18,13 @@ from soak.vault_operations import VAULT_OPERATIONS
 from soak.vault_site import VaultSite
 from support import images
 
-FEW = ("disk-create-single-qcow2", "disk-delete-single-raw", "disk-reencrypt-single-qcow2", "key-rewrap")
+FEW = (
+    "disk-create-single-qcow2",
+    "disk-create-linked-single-raw",
+    "disk-delete-single-raw",
+    "disk-reencrypt-single-qcow2",
+    "key-rewrap",
+)
 
 
 @pytest.fixture(scope="module")

@@ -265,6 +265,47 @@ def _image(kind: Kind) -> FileOperation:
     )
 
 
+def _bring_image(kind: Kind) -> Callable[[FileSite], None]:
+    def prepare(site: FileSite) -> None:
+        site.bring_host(kind)
+        site.cli("image", "create", "image", "--disk", kind.name, "--version", "1")
+
+    return prepare
+
+
+def _clone(kind: Kind) -> FileOperation:
+    whole = _contents(kind, clone=content()) | {"image:1": content()}
+    return FileOperation(
+        f"disk-create-linked-{kind.name}",
+        _bring_image(kind),
+        lambda _: ["disk", "create", "clone", "--image", "image", "--linked"],
+        lambda site: "clone" in check_host(site, whole, optional=["clone"]),
+        ("exist",),
+    )
+
+
+def _image_delete(kind: Kind) -> FileOperation:
+    """An image with its clone: after a kill, a clone never lacks its image."""
+
+    def prepare(site: FileSite) -> None:
+        _bring_image(kind)(site)
+        site.cli("disk", "create", "clone", "--image", "image", "--linked")
+
+    def check(site: FileSite) -> bool:
+        more = {"clone": content(), "image:1": content()}
+        found = check_host(site, _contents(kind) | more, optional=more)
+        assert "image:1" in found or "clone" not in found, f"a clone without its image: {found}"
+        return "image:1" not in found
+
+    return FileOperation(
+        f"image-delete-force-{kind.name}",
+        prepare,
+        lambda _: ["image", "delete", "image:1", "--force"],
+        check,
+        ("no image",),
+    )
+
+
 def _backup(kind: Kind, *options: str) -> FileOperation:
     """Each repetition makes a restore point of its own; all must be whole, or gone."""
 
@@ -500,6 +541,8 @@ OPERATIONS: tuple[FileOperation, ...] = (
     *(_incremental_snapshot(kind) for kind in KINDS[:6] if kind.format == "qcow2"),
     *map(_from_snapshot, KINDS[2:4]),
     *map(_image, KINDS[2:4]),
+    *map(_clone, KINDS[1:3]),
+    *map(_image_delete, KINDS[1:3]),
     *map(_backup, KINDS[2:4]),
     *(_backup(kind, "--incremental") for kind in KINDS[2:4]),
     _platform_rotation(),

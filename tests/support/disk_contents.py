@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from virt_sse.backend import Backend
+from virt_sse.keys.copy_chains import unlocked_base
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, NewDisk
 from virt_sse.model.layers import EncryptionType
@@ -17,7 +18,8 @@ CONTENT = (b"the content of a disk, again and again. " * M)[: M + 512]
 
 def decrypted(backend: Backend, disk: Disk) -> bytes:
     """The content as a guest sees it, whether or not in use."""
-    with plaintext(disk.path, disk.format, backend.host.keys.unwrap_all(disk)) as reader:
+    base = unlocked_base(backend.host, disk)
+    with plaintext(disk.path, disk.format, backend.host.keys.unwrap_all(disk), base=base) as reader:
         return reader.read(0, reader.size)
 
 

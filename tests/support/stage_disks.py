@@ -33,6 +33,7 @@ from virt_sse.model.layers import (
 from virt_sse.qemu import formatting, image_file, unlocking
 from virt_sse.qemu.formatting import Volume
 from virt_sse.qemu.storage_daemon import StorageDaemon
+from virt_sse.qemu.unlocking import BaseImage
 from virt_sse.stages import Stages
 from virt_sse.stages.kinds import STAGE_KINDS, StageKinds
 from virt_sse.stages.locked_process import LockedProcess
@@ -89,6 +90,7 @@ class StagedDisk:
             ),
             caching=caching,
         )
+        self.base: BaseImage | None = None
         formatting.make(self.disk.path, self.disk.format, M, volumes)
 
     def start(
@@ -106,6 +108,7 @@ class StagedDisk:
             domain="web",
             qemu=QEMU,
             replacing=replacing,
+            base=self.base,
         )
 
     def stop(self) -> None:

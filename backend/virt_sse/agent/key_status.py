@@ -43,6 +43,8 @@ class KeyStatusLookup:
         """
         ids = {use.disk_id for domain in snapshot.domains for use in domain.uses}
         disks = {disk.id: disk for disk in self._backend.disks.with_ids(ids)} if ids else {}
+        base_ids = {disk.base_id for disk in disks.values() if disk.base_id}
+        bases = {image.id: image for image in self._backend.disks.with_ids(base_ids)} if base_ids else {}
         sets = {each.id: each for each in self._backend.sets.all()} if ids else {}
         self._report_unknown(snapshot, ids - disks.keys())
         probe_deks: dict[WatchedKey, ProbeDek] = {}
@@ -56,11 +58,15 @@ class KeyStatusLookup:
                     is_clear = False
                     continue
                 encryption_set = sets.get(disk.set_id) if disk.set_id else None
-                for entry in disk.deks:  # a layer outside QEMU has a DEK not named in the domain
-                    watched = WatchedKey(entry.wrapped.key, disk.identity_for(entry.slot))
-                    probe_deks.setdefault(watched, ProbeDek(disk, entry.slot, domain.name))
+                base = bases.get(disk.base_id) if disk.base_id else None
+                is_clear = is_clear and (base is not None or disk.base_id is None)
+                # A layer outside QEMU, and an image below, have DEKs not named in the domain.
+                held = [(each, entry) for each in (disk, base) if each for entry in each.deks]
+                for each, entry in held:
+                    watched = WatchedKey(entry.wrapped.key, each.identity_for(entry.slot))
+                    probe_deks.setdefault(watched, ProbeDek(each, entry.slot, domain.name))
                     status = self._keys.status(watched)
-                    reason = self._no_identity(encryption_set) if entry is disk.deks[0] else None
+                    reason = self._no_identity(encryption_set) if entry is each.deks[0] else None
                     reason = reason or (status.revoked if status else None)
                     if reason:
                         revoked.append(RevokedDisk(disk, encryption_set, reason))

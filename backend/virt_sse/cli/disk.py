@@ -71,6 +71,12 @@ def create(
             show_default=False,
         ),
     ] = None,
+    linked: Annotated[
+        bool,
+        typer.Option(
+            "--linked", help="With --image: copy nothing; the disk is read from the image, which must stay."
+        ),
+    ] = False,
     des: SetName = None,
     infrastructure_cipher: InfrastructureCipher = None,
     sku: SkuOption = DiskSku.PREMIUM_SSD,
@@ -80,6 +86,8 @@ def create(
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Create an empty disk, or a disk with the content of an image."""
+    if linked and image is None:
+        raise InvalidValueError("--linked makes a disk of an image", hint="pass --image")
     if size is None and image is None:
         raise InvalidValueError(f"no size for disk {name!r}", hint="pass --size, or --image")
     new = NewDisk(
@@ -94,6 +102,8 @@ def create(
     with backend() as b:
         if image is None:
             disk = b.disks.create(new)
+        elif linked:
+            disk = b.images.new_clone(image, new)
         else:
             with progress_bar("copying") as progress:
                 disk = b.images.new_disk(image, new, progress=progress)

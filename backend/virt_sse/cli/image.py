@@ -115,6 +115,7 @@ def show(name: Name, output: Output = OutputFormat.TABLE) -> None:
         fields = disk_fields(image) | {
             "size": shown_size(image, output),
             "image": image_state(image),
+            "clones": [clone.name for clone in b.images.clones(image)],
             "deks": dek_fields(b.host, image),
         }
     print_fields(fields, output)
@@ -125,9 +126,14 @@ def delete(
     name: Annotated[
         str, typer.Argument(metavar="NAME:VERSION", help="The version of the image.", show_default=False)
     ],
+    force: Annotated[
+        bool, typer.Option("--force", help="Delete all linked clones of the image, too.")
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Delete a version of an image for good. Disks made of the image stay."""
+    """Delete a version of an image for good. Full copies of the image stay."""
     with backend() as b:
-        image = b.images.delete(name, dry_run=dry_run)
-    typer.echo(f"{'would erase' if dry_run else 'erased'} image {image.name} ({image.path})")
+        erased = b.images.delete(name, dry_run=dry_run, force=force)
+    for each in erased:
+        what = "linked clone" if each.is_linked_clone else "image"
+        typer.echo(f"{'would erase' if dry_run else 'erased'} {what} {each.name} ({each.path})")

@@ -41,6 +41,7 @@ from virt_sse.model.operations import CreateDisk
 from virt_sse.model.slots import TEMP_SLOT
 from virt_sse.qemu import image_file, img, unlocking
 from virt_sse.qemu.envelope_slots import CarriedEnvelope
+from virt_sse.qemu.unlocking import BaseImage
 from virt_sse.qemu.volume_header import VolumeHeader
 
 _CHANGED = "the envelope was changed: restore the image from a backup"
@@ -76,6 +77,7 @@ class Adoption:
         :raise EnvelopeError: When the envelope cannot be read, or has other layers than its type, or other
             ciphers than the LUKS headers.
         :raise EncryptionSetNotFoundError: When the store lacks the set in the envelope and no set is given.
+        :raise DiskNotFoundError: When the image is a linked clone of an image that the store does not have.
         :raise DiskExistsError: When the store has the disk, the name or the path.
         :raise InvalidValueError: When *name* is invalid, or a known disk has another name or set.
         :raise KeyProviderError: When the DEK cannot be unwrapped, e.g. because it is under another host's
@@ -118,7 +120,8 @@ class Adoption:
             deks=carried.deks,
             set_id=self._set_of(carried, given),
             kind=carried.kind,
-            source_id=carried.source_id,
+            source_id=carried.source_id or carried.base_id,
+            origin_id=carried.base_id,
             base_id=carried.base_id,
         )
         disk, headers = self._checked(disk, found, trust=trust)
@@ -180,14 +183,13 @@ class Adoption:
         img.check_unlocks(disk.path, disk.format, deks)
         headers = unlocking.validate(disk.path, disk.format, deks[1:])
         _check_ciphers(disk, headers)
+        base = unlocked_base(self._host, disk)
         disk = dataclasses.replace(disk, size=img.usable_size_within(disk.path, disk.format, deks))
-        self._validate(disk, deks)
+        self._validate(disk, deks, base)
         return disk, headers
 
-    def _validate(self, disk: Disk, deks: Sequence[Dek]) -> None:
-        content = Content(
-            lambda: in_image(disk.path, disk.format, deks, base=unlocked_base(self._host, disk))
-        )
+    def _validate(self, disk: Disk, deks: Sequence[Dek], base: BaseImage | None) -> None:
+        content = Content(lambda: in_image(disk.path, disk.format, deks, base=base))
         self._plugins.validate(
             CreateDisk(
                 disk.name,

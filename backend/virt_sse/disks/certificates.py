@@ -79,7 +79,11 @@ class DeletionCertificates:
             deleted=datetime.now(UTC).isoformat(timespec="seconds"),
             image=image,
             remaining=tuple(
-                RemainingCopy(kind=copy.kind.value, id=copy.id, name=copy.name)
+                RemainingCopy(
+                    kind="linked-clone" if copy.is_linked_clone else copy.kind.value,
+                    id=copy.id,
+                    name=copy.name,
+                )
                 for copy in self._store.copies_of(disk)
             ),
         )

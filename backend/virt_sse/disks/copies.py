@@ -185,7 +185,10 @@ class Copies:
         (domain,) = domains
         if domain is None:
             for source in sources:
-                image_file.refuse_if_open(source.path)
+                if source.kind is DiskKind.IMAGE:  # domains with linked clones read the image
+                    image_file.refuse_if_written(source.path)
+                else:
+                    image_file.refuse_if_open(source.path)
             if quiesce:
                 raise InvalidValueError(f"no running domain has disk {sources[0].name!r}: nothing to freeze")
         return domain

@@ -1,4 +1,4 @@
-"""Images: encrypted copies in numbered versions, from which disks are made."""
+"""Images: encrypted copies in numbered versions, from which disks are made: full copies, or linked clones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from virt_sse.disks.copies import Copies, new_copy
 from virt_sse.disks.lifecycle import Disks
 from virt_sse.disks.transfer import Transfer
-from virt_sse.errors import DiskNotFoundError, InvalidValueError
+from virt_sse.errors import DiskInUseError, DiskNotFoundError, InvalidValueError, PolicyError
 from virt_sse.keys.host import Host
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disk_kind import DiskKind
@@ -24,6 +24,7 @@ class Images:
 
     def __init__(self, host: Host, disks: Disks, copies: Copies, transfer: Transfer) -> None:
         self._store = host.store
+        self._freshness = host.freshness
         self._disks = disks
         self._copies = copies
         self._transfer = transfer
@@ -128,19 +129,76 @@ class Images:
         copy = dataclasses.replace(copy, size=new.size, sku=new.sku, infrastructure_cipher=cipher)
         return self._copies.copy([copy], progress=progress).disks[0]
 
-    def delete(self, name: str, *, dry_run: bool = False) -> Disk:
-        """Erase a version of an image for good; see :meth:`Disks.erase`. Disks made of it are independent.
+    def new_clone(self, name: str, new: NewDisk) -> Disk:
+        """Make a linked clone of an image: a disk that is read from the image where nothing was written yet.
+
+        Takes no time for the image's content. The clone has DEKs and a volume key of its own, and is in the
+        image's set.
+
+        :param new: as of :meth:`new_disk`.
+        :raise InvalidValueError: When the clone would be smaller than the image, or no qcow2 image.
+        :raise PolicyError: When another set is given.
+        :raise VirtSseError: As :meth:`Disks.create`.
+        """
+        image = self.get(name)
+        if new.format is not DiskFormat.QCOW2:
+            raise InvalidValueError(
+                "a linked clone has the format qcow2: a raw image holds all of its content",
+                hint="leave out --linked: the disk is then a full copy",
+            )
+        if new.size is not None and new.size < image.size:
+            raise InvalidValueError(f"image {image.name!r} has {image.size} bytes, more than {new.size}")
+        if new.encryption_set is not None:
+            chosen = self._store.encryption_sets.get(new.encryption_set)
+            if chosen.id != image.set_id:
+                raise PolicyError(
+                    f"a linked clone is in the set of its image {image.name!r}, not in {chosen.name!r}",
+                    hint="leave out --linked: the disk is then a full copy",
+                )
+        self._freshness.check(image)
+        infrastructure = image.deks[-1].cipher if len(image.deks) > 1 else None
+        return self._disks.create(
+            dataclasses.replace(
+                new,
+                size=new.size or image.size,
+                encryption_set=str(image.set_id) if image.set_id else None,
+                cipher=image.deks[0].cipher,
+                infrastructure_cipher=new.infrastructure_cipher or infrastructure,
+                source=image,
+                base=image,
+            )
+        )
+
+    def clones(self, image: Disk) -> list[Disk]:
+        """The linked clones of an image, by name."""
+        return self._store.based_on(image.id)
+
+    def delete(self, name: str, *, dry_run: bool = False, force: bool = False) -> list[Disk]:
+        """Erase a version of an image for good; see :meth:`Disks.erase`. Full copies of it are independent.
 
         :param name: with the version, or an id.
+        :param force: erase all linked clones of the image, too, which cannot be read without it.
+        :return: what was erased: the linked clones, and last the image.
         :raise InvalidValueError: When *name* has no version.
+        :raise DiskInUseError: When the image has linked clones, without *force*; or a domain has one of them.
         """
         if self.versions(name):
             raise InvalidValueError(
                 f"image {name!r} has versions", hint=f"name one of them: '{name}:VERSION'"
             )
         image = self.get(name)
-        self._disks.erase(image, dry_run=dry_run)
-        return image
+        clones = self.clones(image)
+        if clones and not force:
+            raise DiskInUseError(
+                f"image {image.name!r} has linked clones, unreadable without it: "
+                + ", ".join(clone.name for clone in clones),
+                hint="'virt-sse disk reencrypt' makes a clone independent; --force deletes the clones, too",
+            )
+        for is_trial in (True,) if dry_run else (True, False):  # nothing is erased unless all can be
+            for clone in clones:
+                self._disks.delete(clone.name, dry_run=is_trial)
+            self._disks.erase(image, dry_run=is_trial)
+        return [*clones, image]
 
     def _versioned(self, name: str, version: int | None) -> str:
         if version is None:

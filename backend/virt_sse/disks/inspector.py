@@ -10,6 +10,7 @@ import libvirt
 
 from virt_sse.errors import DiskStateError, ImageError, PolicyError, VirtSseError
 from virt_sse.in_guest.images import in_image, in_unencrypted_chain, in_unencrypted_image
+from virt_sse.keys.copy_chains import unlocked_base
 from virt_sse.keys.host import Host
 from virt_sse.libvirt import domains
 from virt_sse.libvirt.connection import connected
@@ -45,6 +46,7 @@ class Inspector:
     """Inspects our disks with their DEKs (each use is audited), and foreign disks as plain images."""
 
     def __init__(self, host: Host) -> None:
+        self._host = host
         self._uri = host.config.libvirt_uri
         self._store = host.store
         self._keys = host.keys
@@ -58,7 +60,8 @@ class Inspector:
         """
         if disk.state is not DiskState.READY:
             raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
-        return in_image(disk.path, disk.format, self._keys.unwrap_all(disk))
+        base = unlocked_base(self._host, disk)
+        return in_image(disk.path, disk.format, self._keys.unwrap_all(disk), base=base)
 
     def content(self, disk: Disk, domain: str) -> Content:
         """The content of *disk*, for policies; inspected on first use, on behalf of the domain *domain*."""

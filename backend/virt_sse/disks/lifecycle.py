@@ -30,6 +30,7 @@ from virt_sse.errors import (
     StoreError,
     VirtSseError,
 )
+from virt_sse.keys.copy_chains import unlocked_base
 from virt_sse.keys.encryption_sets import EncryptionSets
 from virt_sse.keys.host import Host
 from virt_sse.model.content import Content
@@ -201,7 +202,8 @@ class Disks:
             with self._size_marked(current):
                 if not self._attachments.resize_live(current, size):
                     deks = self._keys.unwrap_all(current)
-                    img.resize(current.path, current.format, size, deks, shrink=shrink)
+                    base = unlocked_base(self._host, current)
+                    img.resize(current.path, current.format, size, deks, shrink=shrink, base=base)
                 self._store.set_size(current.id, size)
             return with_real_size(self._host, dataclasses.replace(current, size=size))
 
@@ -249,6 +251,8 @@ class Disks:
     def check(self, name: str) -> None:
         """Check a disk's image: intact, opens with the DEK, last known, has the store's wrapped DEKs.
 
+        The image below a linked clone is checked for its header, seal and size.
+
         :raise StaleImageError: When the image is not the last known or a newer one.
         :raise ImageError: When the image fails the check.
         :raise DiskInUseError: When a QEMU process has the image open.
@@ -260,6 +264,7 @@ class Disks:
             self._freshness.check(current)
             headers = unlocking.validate(current.path, current.format, deks[1:])
             self._freshness.check_inner(current, headers, always_refuse=True)
+            unlocked_base(self._host, current)
             with image_file.opened(current.path) as descriptor:
                 carried = envelope_slots.read(descriptor, current.format)
             if carried != current.envelope:
@@ -290,7 +295,8 @@ class Disks:
 
         :param dry_run: check only.
         :param certified: as for :meth:`delete`.
-        :raise DiskInUseError: When a QEMU process has the image open, or incremental copies need it.
+        :raise DiskInUseError: When a QEMU process has the image open, or incremental copies or linked clones
+            need it.
         :raise ImageError: When the file at the disk's path is not its image.
         """
         with usable(self._host, disk) as current:

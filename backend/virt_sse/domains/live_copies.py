@@ -102,8 +102,7 @@ class DomainCopies:
         :param copies: each disk, and the empty image to fill. The image of an incremental copy gets the
             changes if QEMU has the bitmap since the copy below, and else the whole content.
         :param quiesce: as of :meth:`Copies.copy`.
-        :raise DiskInUseError: When a disk is being copied, e.g. by ``virsh blockcopy``, has an overlay, or is
-            decrypted outside of the guest's QEMU.
+        :raise DiskInUseError: When a disk is being copied, e.g. by ``virsh blockcopy``, or has an overlay.
         :raise LibvirtError: When libvirt refuses, the domain ends, or QEMU cannot write a copy.
         :raise ImageFormatError: When QEMU has changed the header of a copy.
         """
@@ -199,19 +198,16 @@ class DomainCopies:
         """
         definition = domains.definition(domain)
         chain = _copied_chain(domain, disk)
-        if chain.links[0].slot is None:
-            raise DiskInUseError(
-                f"disk {disk.name!r} is decrypted by a storage daemon, and its guest's QEMU must get no key",
-                hint="stop the domain first",
-            )
+        # The QEMU of a guest whose disk is decrypted below gets no key of the copy, either.
+        placement = Placement.STORAGE if chain.links[0].slot is None else Placement.GUEST
         copy = dataclasses.replace(made.disk, path=made.image)
         deks = {entry.slot: dek for entry, dek in zip(copy.deks, made.deks, strict=True)}
-        source = self._start.source(copy, Placement.GUEST)
-        assert source.slot is not None  # noqa: S101 -- of this placement
+        source = self._start.source(copy, placement)
         qemu = definition.qemu_user or HostCapabilities.of(domain.connect()).qemu_user
-        plan = self._start.plan(copy, Placement.GUEST)
+        plan = self._start.plan(copy, placement)
         self._stages.start(copy, plan, deks, domain_id=definition.uuid, domain=definition.name, qemu=qemu)
-        set_secret(domain.connect(), SecretName(copy.id, source.slot), deks[source.slot])
+        if source.slot is not None:
+            set_secret(domain.connect(), SecretName(copy.id, source.slot), deks[source.slot])
         domain.blockCopy(chain.target, disk_element(source, target=chain.target), flags=_FLAGS)
         return chain.target
 

@@ -28,6 +28,7 @@ from virt_sse.errors import (
     PolicyError,
     VirtSseError,
 )
+from virt_sse.keys.copy_chains import unlocked_base
 from virt_sse.keys.freshness import with_newer_envelope
 from virt_sse.keys.host import Host
 from virt_sse.libvirt import disk_element, domains
@@ -69,6 +70,7 @@ class DomainStart:
     """Provides domains with the DEKs and stages of the domains' disks."""
 
     def __init__(self, host: Host, host_encryption: HostEncryption) -> None:
+        self._host = host
         self._config = host.config
         self._store = host.store_reads
         self._opened_store = host.opened_store
@@ -187,7 +189,11 @@ class DomainStart:
         self._stages.restart(record.disk_id, deks)
 
     def placement(self, disk: Disk) -> Placement:
-        """The placement of the disk's DEKs from the next start of a domain with the disk."""
+        """The placement of the disk's DEKs from the next start of a domain with the disk.
+
+        The set and the configuration decide. Of a linked clone's image, shared with other guests, the guest's
+        QEMU gets no DEK, and not the file.
+        """
         return disk.placement or self._config.placement
 
     def source(self, disk: Disk, placement: Placement | None = None) -> DiskSource:
@@ -371,6 +377,8 @@ class DomainStart:
         served = self._begin_use(served)
         deks = self._unlock(served, domain)
         self._validate_inner(served.disk, deks)
+        with audit_context(domain=domain):
+            base = unlocked_base(self._host, served.disk)
         if qemu:
             self._stages.start(
                 served.disk,
@@ -380,6 +388,7 @@ class DomainStart:
                 domain=domain,
                 qemu=qemu,
                 replacing=replacing,
+                base=base,
             )
         return _for_libvirt(served, deks)
 

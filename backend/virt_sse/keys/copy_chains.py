@@ -1,7 +1,7 @@
-"""Chains of incremental copies: checked and unlocked wherever the content of a copy is read.
+"""What incremental copies and linked clones are based on: checked and unlocked where their content is read.
 
-An incremental copy has an image with what changed since the copy below. No header names the copy below: the
-store and the sealed envelope name it by id, and the path is the store's.
+The image has what changed since the copy below. No header names the copy below: the store and the sealed
+envelope name it by id, and the path is the store's.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from virt_sse.errors import DiskNotFoundError, DiskStateError, ImageError, StaleImageError
 from virt_sse.keys.host import Host
+from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.keys import Dek
 from virt_sse.qemu import image_file, img, unlocking
@@ -22,8 +23,11 @@ LONGEST = 32
 def copies_below(host: Host, copy: Disk) -> list[Disk]:
     """The copies that *copy* is based on, as stored, the nearest first; empty for a full copy.
 
+    A linked clone is based on an image alone.
+
     :raise DiskNotFoundError: When the store does not have one of them.
-    :raise DiskStateError: When one is not ready or of another kind, or the chain is a loop or too long.
+    :raise DiskStateError: When one is not ready, of another kind or, below a linked clone, of another set, or
+        the chain is a loop or too long.
     """
     found: list[Disk] = []
     above = copy
@@ -41,10 +45,7 @@ def copies_below(host: Host, copy: Disk) -> list[Disk]:
                 hint="if its image is intact, 'virt-sse disk adopt PATH' adds it to the store",
             )
         (base,) = stored
-        if base.kind is not copy.kind:
-            raise DiskStateError(
-                f"{above.kind.title} {above.name!r} cannot be based on {base.kind.title} {base.name!r}"
-            )
+        _refuse_unsuitable(above, base)
         if base.state is not DiskState.READY:
             raise DiskStateError(
                 f"{base.kind.title} {base.name!r}, below {above.name!r}, is {base.state.value}"
@@ -52,6 +53,18 @@ def copies_below(host: Host, copy: Disk) -> list[Disk]:
         found.append(base)
         above = base
     return found
+
+
+def _refuse_unsuitable(above: Disk, base: Disk) -> None:
+    named = f"{above.kind.title} {above.name!r}"
+    if above.is_linked_clone:
+        suits = base.kind is DiskKind.IMAGE and base.base_id is None
+    else:
+        suits = base.kind is above.kind
+    if not suits:
+        raise DiskStateError(f"{named} cannot be based on {base.kind.title} {base.name!r}")
+    if above.is_linked_clone and above.set_id != base.set_id:
+        raise DiskStateError(f"{named} and {base.kind.title} {base.name!r} are in different encryption sets")
 
 
 def unlocked_base(host: Host, copy: Disk) -> BaseImage | None:

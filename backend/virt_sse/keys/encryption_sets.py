@@ -31,6 +31,7 @@ from virt_sse.system.files import private_folder
 from virt_sse.system.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from virt_sse.store.store import Store
     from virt_sse.vault_client.administration import VaultClient
 
 _log = logging.getLogger(__name__)
@@ -94,10 +95,12 @@ class EncryptionSets:
     def move_disk(self, disk: str, name: str) -> Disk:
         """Move a disk into a set, also while a domain uses the disk.
 
-        :raise PolicyError: When the disk's host caching excludes the set's placement.
+        :raise PolicyError: When the disk's host caching excludes the set's placement; for a linked clone, and
+            for an image with linked clones, whose set is that of the other.
         :raise VirtSseError: By meaning; see :meth:`KeyRotation.move`.
         """
         encryption_set = self.usable(name)
+        _refuse_linked(self._store, self._store.get(disk))
         _refuse_cached([self._store.get(disk)], encryption_set.placement or self._config.placement)
         self._rotation.move(self._store.get(disk), encryption_set)
         return self._store.get(disk)
@@ -346,6 +349,23 @@ def _refuse_cached(disks: Sequence[Disk], placement: Placement) -> None:
                 "which would hold plaintext with placement storage",
                 hint="'virt-sse vm update DOMAIN --disk-caching TARGET=None' removes the host cache",
             )
+
+
+def _refuse_linked(store: Store, disk: Disk) -> None:
+    """Refuse to move a linked clone, or an image with linked clones: both are under the key of one set.
+
+    :raise PolicyError: When *disk* is either.
+    """
+    if disk.is_linked_clone:
+        raise PolicyError(
+            f"disk {disk.name!r} is a linked clone: its image is under the key of its set",
+            hint=f"copy the disk: 'virt-sse disk copy {disk.name} NEW --des SET'",
+        )
+    if clones := [each for each in store.based_on(disk.id) if each.is_linked_clone]:
+        raise PolicyError(
+            f"image {disk.name!r} has linked clones: {', '.join(clone.name for clone in clones)}",
+            hint="'virt-sse disk reencrypt' makes a clone an independent disk",
+        )
 
 
 def _check_rotation(encryption_set: EncryptionSet) -> None:

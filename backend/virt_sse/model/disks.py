@@ -80,11 +80,12 @@ class Disk:
     :ivar source_id: id of the disk or copy with the original content, if any; may be deleted by now.
     :ivar point: id of a point in time, shared by the snapshots of all disks of a domain.
     :ivar origin_id: id of the first disk in a line of copies that leads to this disk; may be deleted by now.
-    :ivar placement: of the disk's encryption set; ``None`` for the host's configured placement.
+    :ivar placement: of the disk's encryption set, and of linked clones always ``STORAGE``; ``None`` for the
+        host's configured placement.
     :ivar serial: serial number for guests, if not derived from the id: a re-encrypted disk keeps the serial
         number of the disk before.
-    :ivar base_id: of an incremental copy: id of the copy below, with the content of all clusters that the
-        image of this copy does not have.
+    :ivar base_id: of an incremental copy or a linked clone: id of the copy below, with the content of all
+        clusters that this image does not have.
     """
 
     id: UUID
@@ -107,6 +108,11 @@ class Disk:
     placement: Placement | None = None
     serial: str | None = None
     base_id: UUID | None = None
+
+    @property
+    def is_linked_clone(self) -> bool:
+        """Whether the disk is read from an image where nothing was written yet."""
+        return self.base_id is not None and self.kind is DiskKind.DISK
 
     @property
     def guest_serial(self) -> str:
@@ -179,7 +185,7 @@ class NewDisk:
     :ivar source: the disk or copy with the original content, if any.
     :ivar point: as of :class:`Disk`.
     :ivar id: an id that no disk ever had; ``None``: a new one.
-    :ivar base: of an incremental copy: the copy below.
+    :ivar base: of an incremental copy or a linked clone: the copy below.
     """
 
     name: str

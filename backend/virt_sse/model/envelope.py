@@ -68,7 +68,7 @@ class Envelope:
     :ivar generation: number of rewraps.
     :ivar kind: a disk, or a copy that no domain can use.
     :ivar source_id: of a copy: id of the disk or copy with the original content.
-    :ivar base_id: of an incremental copy: id of the copy below.
+    :ivar base_id: of an incremental copy or a linked clone: id of the copy below.
     """
 
     disk_id: UUID

@@ -15,6 +15,8 @@ from virt_sse.system.files import write_at
 from virt_sse.system.locks import is_locked
 
 _QEMU_LOCKS, _QEMU_LOCKS_LENGTH = 100, 200
+_QEMU_WRITES, _QEMU_WRITES_LENGTH = 101, 3
+"""``BLK_PERM_WRITE``, ``BLK_PERM_WRITE_UNCHANGED`` and ``BLK_PERM_RESIZE`` among these."""
 
 _ERASED_AT_MOST = 4 << 20
 """Upper bound for a LUKS header with its keyslots, and so for the bytes to overwrite."""
@@ -33,6 +35,17 @@ def refuse_if_open(path: Path) -> None:
     """
     with opened(path) as descriptor:
         refuse_if_locked(path, descriptor)
+
+
+def refuse_if_written(path: Path) -> None:
+    """Check that no QEMU process may write to the image; readers are accepted.
+
+    :raise DiskInUseError: When a QEMU process has the image open for writing or resizing.
+    :raise ImageError: When the image is missing or cannot be read.
+    """
+    with opened(path) as descriptor:
+        if is_locked(descriptor, _QEMU_WRITES, _QEMU_WRITES_LENGTH):
+            raise DiskInUseError(f"{path} is being written by a QEMU process")
 
 
 def refuse_if_locked(path: Path, descriptor: int) -> None:

@@ -16,7 +16,7 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.qemu import qcow2
 from virt_sse.qemu.image_file import held, opened, refuse_if_open, usable_size
-from virt_sse.qemu.unlocking import json_filename, keys_to
+from virt_sse.qemu.unlocking import BaseImage, json_filename, keys_to
 from virt_sse.system.confinement import BoundFile, Confinement
 from virt_sse.system.documents import DocumentError, from_json
 from virt_sse.system.tools import run
@@ -214,9 +214,18 @@ def usable_size_within(path: Path, image_format: DiskFormat, deks: Sequence[Dek]
         raise ImageFormatError(f"{path} does not open with its DEK: {exc}") from exc
 
 
-def resize(path: Path, image_format: DiskFormat, size: int, deks: Sequence[Dek], *, shrink: bool) -> None:
+def resize(
+    path: Path,
+    image_format: DiskFormat,
+    size: int,
+    deks: Sequence[Dek],
+    *,
+    shrink: bool,
+    base: BaseImage | None = None,
+) -> None:
     """Change the usable size of an unused image to *size* bytes.
 
+    :param base: of a linked clone: where the base is longer than the clone was, growing writes zeros.
     :param shrink: allow a smaller size; data beyond the new end is lost.
     :raise DiskInUseError: When a QEMU process has the image open.
     """
@@ -227,11 +236,11 @@ def resize(path: Path, image_format: DiskFormat, size: int, deks: Sequence[Dek],
         needed = qcow2.most_room(size)
         if needed > room:
             resize(path, image_format, needed, deks[-1:], shrink=False)
-    with keys_to(path, image_format, deks, writable=True) as keys, locks_named(path):
+    with keys_to(path, image_format, deks, writable=True, base=base) as keys, locks_named(path):
         run(
             ["qemu-img", "resize", "-q", *keys.secrets, *(["--shrink"] if shrink else [])]
-            + [json_filename(path, image_format, len(deks)), str(size)],
-            confinement=working_limits(max(room, qcow2.most_room(size)), keys.image),
+            + [json_filename(path, image_format, len(deks), base=base), str(size)],
+            confinement=working_limits(max(room, qcow2.most_room(size)), *keys.files),
             pass_fds=keys.descriptors,
         )
 

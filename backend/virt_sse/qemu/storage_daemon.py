@@ -7,9 +7,10 @@ are imported at their first use: most starts of domains need no daemon, and wait
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from virt_sse.errors import MonitorError
@@ -18,6 +19,7 @@ from virt_sse.model.keys import Dek
 
 if TYPE_CHECKING:
     from virt_sse.qemu.qmp import Monitor
+    from virt_sse.qemu.unlocking import BaseImage
 
 T = TypeVar("T")
 Answer = Any
@@ -25,7 +27,10 @@ Answer = Any
 
 FILE_NODE, VOLUME_NODE, EXPORT = "file", "volume", "disk"
 """Node names of the image and of the exported volume, and the id of the export."""
+BASE_FILE_NODE, BASE_NODE = "base-file", "base"
+"""Node names of the image below a linked clone, and of its content."""
 _DEK = "dek"
+_UNMAP = {"discard": "unmap"}
 _UNEXPORT_SECONDS = 5.0
 
 
@@ -63,24 +68,30 @@ class StorageDaemon:
     monitor: Path
 
     def open_volumes(
-        self, image: Path | NbdExport, image_format: DiskFormat, deks: Sequence[Dek], export: str
+        self,
+        image: Path | NbdExport,
+        image_format: DiskFormat,
+        deks: Sequence[Dek],
+        export: str,
+        *,
+        base: BaseImage | None = None,
     ) -> None:
         """Open nested LUKS volumes in *image*, and export the innermost.
 
         :param deks: at least one, innermost first.
         :param export: name of the export.
+        :param base: the image below a linked clone; opened read-only.
         """
 
         async def do(monitor: Monitor) -> None:
-            below = FILE_NODE
+            if base:
+                file = {"driver": "file", "node-name": BASE_FILE_NODE, "filename": str(base.path)}
+                await monitor.execute("blockdev-add", file | {"read-only": True})
+                nodes = volume_nodes(len(base.deks), BASE_NODE)
+                await _open(monitor, nodes, BASE_FILE_NODE, base.format, base.deks, {"read-only": True})
             await monitor.execute("blockdev-add", _stored(image))
-            for node, dek in reversed(list(zip(volume_nodes(len(deks)), deks, strict=True))):
-                await monitor.execute(
-                    "object-add", {"qom-type": "secret", "id": _DEK, "data": dek.passphrase.decode()}
-                )
-                await monitor.execute("blockdev-add", _volume(node, image_format, below))
-                await monitor.execute("object-del", {"id": _DEK})  # the open volume keeps its key
-                below = node
+            innermost = {"backing": BASE_NODE} if base else {}
+            await _open(monitor, volume_nodes(len(deks)), FILE_NODE, image_format, deks, _UNMAP, innermost)
             await _export(monitor, export)
 
         self._do(do)
@@ -149,9 +160,35 @@ class StorageDaemon:
         return asyncio.run(connect_and_do())
 
 
-def volume_nodes(count: int) -> list[str]:
+def volume_nodes(count: int, innermost: str = VOLUME_NODE) -> list[str]:
     """Node names of *count* nested volumes, innermost first."""
-    return [VOLUME_NODE, *(f"{VOLUME_NODE}{number}" for number in range(1, count))]
+    return [innermost, *(f"{innermost}{number}" for number in range(1, count))]
+
+
+async def _open(
+    monitor: Monitor,
+    nodes: Sequence[str],
+    below: str,
+    image_format: DiskFormat,
+    deks: Sequence[Dek],
+    options: Mapping[str, object],
+    innermost: Mapping[str, object] = MappingProxyType({}),
+) -> None:
+    """Open nested volumes.
+
+    :param nodes: their names, innermost first.
+    :param below: the node of the file.
+    :param options: of all nodes.
+    :param innermost: further options of the innermost node.
+    """
+    for node, dek in reversed(list(zip(nodes, deks, strict=True))):
+        await monitor.execute(
+            "object-add", {"qom-type": "secret", "id": _DEK, "data": dek.passphrase.decode()}
+        )
+        described = {**_volume(node, image_format, below), **options}
+        await monitor.execute("blockdev-add", {**described, **(innermost if node == nodes[0] else {})})
+        await monitor.execute("object-del", {"id": _DEK})  # the open volume keeps its key
+        below = node
 
 
 def _stored(image: Path | NbdExport) -> dict[str, object]:
@@ -163,12 +200,7 @@ def _stored(image: Path | NbdExport) -> dict[str, object]:
 
 
 def _volume(name: str, image_format: DiskFormat, below: str) -> dict[str, object]:
-    node: dict[str, object] = {
-        "driver": image_format.qemu_driver,
-        "node-name": name,
-        "file": below,
-        "discard": "unmap",
-    }
+    node: dict[str, object] = {"driver": image_format.qemu_driver, "node-name": name, "file": below}
     if image_format is DiskFormat.QCOW2:
         node |= {"backing": None, "encrypt": {"format": "luks", "key-secret": _DEK}}
     else:

@@ -18,6 +18,7 @@ from virt_sse.disks.lifecycle import Disks
 from virt_sse.disks.stored_images import usable, with_real_size
 from virt_sse.domains.start import DomainStart
 from virt_sse.errors import DiskInUseError, DiskStateError, ImageError, VirtSseError
+from virt_sse.keys.copy_chains import unlocked_base
 from virt_sse.keys.host import Host
 from virt_sse.libvirt import disk_users, domains
 from virt_sse.libvirt.connection import connected
@@ -258,7 +259,8 @@ class ReencryptionService:
         deks = self._host.keys.unwrap_all(source)
         headers = unlocking.validate(source.path, source.format, deks[1:])
         self._host.freshness.check_inner(source, headers, always_refuse=True)
-        content = conversion.CopySource.encrypted(source.path, source.format, deks)
+        base = unlocked_base(self._host, source)
+        content = conversion.CopySource.encrypted(source.path, source.format, deks, base=base)
         copy_offline(self._host, copy, content, bars, stopping)
         if _identity(source.path) != before:
             raise ImageError(f"{source.path} was changed during the copy")

@@ -48,6 +48,19 @@ class _CommonFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     users: dict[str, tuple[_UserId, _UserId]] = {}
     gated: bool = False
     order: tuple[str, ...] = _FORMER_ORDER
+    base: tuple[UUID, Path, _UserId, _UserId] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedBase:
+    """The image below a linked clone.
+
+    :ivar owner: owner of the image before a storage daemon was let open the image.
+    """
+
+    disk_id: UUID
+    path: Path
+    owner: User
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +76,7 @@ class StageRecord:
     :ivar stages: the stages below the guest's QEMU, guest first.
     :ivar gated: whether a gate stands before the stage process next to the guest
         (:mod:`~virt_sse.stages.gate`); processes started by earlier versions have none.
+    :ivar base: the image below, if the disk is a linked clone.
     """
 
     disk_id: UUID
@@ -77,6 +91,7 @@ class StageRecord:
     stages: tuple[Stage, ...]
     users: Mapping[str, User] = field(default_factory=dict)
     gated: bool = True
+    base: RecordedBase | None = None
 
     def user(self, name: str) -> User:
         """The user of the process of the kind *name*."""
@@ -133,6 +148,7 @@ class StageRecord:
             stages=tuple(itertools.chain.from_iterable(stages)),
             users={name: User(*user) for name, user in found.users.items()},
             gated=found.gated,
+            base=RecordedBase(*found.base[:2], User(*found.base[2:])) if found.base else None,
         )
 
     def write(self, folder: Path, kinds: StageKinds = STAGE_KINDS) -> None:
@@ -156,6 +172,8 @@ class StageRecord:
             "gated": self.gated,
             "order": [kind.name for kind, _ in by_process(self.stages, kinds)],
         }
+        if base := self.base:
+            fields["base"] = [str(base.disk_id), str(base.path), base.owner.uid, base.owner.gid]
         for kind in kinds:
             stages = [each for each in self.stages if isinstance(each, kind.stage_type)]
             fields[kind.record_field.name.replace("_", "-")] = kind.to_record(stages)

@@ -23,6 +23,7 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.model.layers import Stage
 from virt_sse.qemu.storage_daemon import StorageDaemon
+from virt_sse.qemu.unlocking import BaseImage
 from virt_sse.stages.locked_process import Command, LockedProcess
 from virt_sse.stages.sockets import ListeningSocket, await_greeting
 
@@ -61,6 +62,7 @@ class StagePlace:
     :ivar is_own_user: whether no other process has this user.
     :ivar folder: private folder, root's, for locks, logs and monitor sockets of the disk's stage processes.
     :ivar cache_directory: the host's folder for host caches, with a folder per disk.
+    :ivar base: path of the image below a linked clone.
     """
 
     disk_id: UUID
@@ -73,6 +75,7 @@ class StagePlace:
     is_own_user: bool
     folder: Path
     cache_directory: Path
+    base: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,10 +201,11 @@ class StageProcess(ABC, Generic[StageT]):
         :param listening: descriptors of :meth:`sockets`, in the same order.
         """
 
-    def await_serving(self, deks: Sequence[Dek]) -> None:
+    def await_serving(self, deks: Sequence[Dek], base: BaseImage | None = None) -> None:
         """Return once the process serves the disk. The default waits for an NBD greeting.
 
         :param deks: the DEKs of :attr:`slots`, in the same order.
+        :param base: the image below a linked clone.
         :raise VirtSseError: When the process ends first, or does not serve in time.
         """
         await_greeting(self.place.served.path)

@@ -22,11 +22,13 @@ from virt_sse.model.keys import Dek
 from virt_sse.model.layers import LayerPlan, Stage
 from virt_sse.qemu import image_file, qcow2
 from virt_sse.qemu.formatting import header_length
+from virt_sse.qemu.unlocking import BaseImage
 from virt_sse.stages import sockets
 from virt_sse.stages.gate_process import GATE, GateProcess, admitted_by
 from virt_sse.stages.kinds import STAGE_KINDS, StageKinds, by_process, guest_and_below, kind_of
+from virt_sse.stages.lent_images import give_back, lent_base, return_images_of, take_back_base
 from virt_sse.stages.locked_process import LockedProcess
-from virt_sse.stages.record import StageRecord
+from virt_sse.stages.record import RecordedBase, StageRecord
 from virt_sse.stages.sockets import ListeningSocket
 from virt_sse.stages.stage_process import ExportSource, ImageSource, StagePlace, StageProcess
 from virt_sse.stages.storage_user import own_users, storage_user
@@ -115,6 +117,7 @@ class Stages:
                 is_own_user=self._config.storage_user is None and user.uid in self._config.storage_uids,
                 folder=self._folder(record.disk_id),
                 cache_directory=self._config.cache_directory,
+                base=record.base.path if record.base else None,
             )
             found.insert(0, kind(stages, place))
             source = ExportSource(served.path, place.export)
@@ -167,6 +170,7 @@ class Stages:
         domain: str,
         qemu: User,
         replacing: UUID | None = None,
+        base: BaseImage | None = None,
     ) -> None:
         """Start the processes for the stages of *plan* below the guest's; running processes are ended first.
 
@@ -175,6 +179,7 @@ class Stages:
         :param deks: by slot.
         :param qemu: user of the domain's QEMU.
         :param replacing: a stopped domain; its processes for the disk may be ended.
+        :param base: the image below a linked clone.
         :raise DiskInUseError: When a different domain has the disk, or a QEMU process has the image open.
         :raise StageError: When a process does not start, or the disk's record is damaged. No process of the
             disk runs then, except if the record is damaged: nothing is changed then.
@@ -188,9 +193,8 @@ class Stages:
             if before and before.domain_id not in (domain_id, replacing):
                 raise DiskInUseError(f"disk {disk.name!r} is in use by domain {before.domain!r}")
             self._stop(disk.id, before)
-            with image_file.opened(disk.path) as image:
-                status = os.fstat(image)
-            is_left_over = status.st_uid in self._config.storage_uids  # by a host that lost power
+            owner = self._owner(disk.path)
+            under = self._recorded(base) if base else None
             try:
                 with self._locks.hold(_USERS, wait=True):
                     users = self._choose_users(disk.id, below, qemu)
@@ -200,15 +204,16 @@ class Stages:
                         domain=domain,
                         image=disk.path,
                         format=disk.format,
-                        owner=ROOT if is_left_over else User(status.st_uid, status.st_gid),
+                        owner=owner,
                         qemu=qemu,
                         storage=users[kind_of(below[-1], self.kinds).name],
                         guest_slot=guest.slot if guest else None,
                         stages=below,
                         users=users,
+                        base=under,
                     )
                     record.write(self._folder(disk.id), self.kinds)
-                self._start(record, deks, size=_most_image(disk))
+                self._start(record, deks, size=_most_image(disk), base=base)
             except BaseException as exc:
                 self._stop(disk.id, self.record(disk.id))
                 if isinstance(exc, OSError):
@@ -308,7 +313,7 @@ class Stages:
         """Return the images that the disk's processes own to root: only the record has the owner before."""
         for kind in self.kinds:
             if pid := LockedProcess(self._folder(disk_id) / kind.name).pid():
-                _return_images_of(pid)
+                return_images_of(pid)
 
     def grow(self, disk: Disk, size: int, *, reconnects: bool) -> None:
         """Grow the volumes below the guest's QEMU, while a guest uses the disk, for *size* usable bytes.
@@ -340,6 +345,17 @@ class Stages:
                 self._restart_gate(record)  # QEMU is about to connect again
                 volumes.grow(sizes, each.place.export)
 
+    def _owner(self, path: Path) -> User:
+        """The owner of an image, before a stage process gets the image."""
+        with image_file.opened(path) as image:
+            status = os.fstat(image)
+        is_left_over = status.st_uid in self._config.storage_uids  # by a host that lost power
+        return ROOT if is_left_over else User(status.st_uid, status.st_gid)
+
+    def _recorded(self, base: BaseImage) -> RecordedBase:
+        with self._locks.hold(base.disk_id, wait=True):  # else another disk's process may have the image
+            return RecordedBase(base.disk_id, base.path, self._owner(base.path))
+
     def _choose_users(self, disk_id: UUID, stages: Sequence[Stage], qemu: User) -> dict[str, User]:
         """A user for each process, by the name of its kind; to be recorded under the same lock.
 
@@ -351,11 +367,13 @@ class Stages:
         taken = {qemu.uid}.union(*(record.user_ids for record in self.records()))
         return own_users(self._config.storage_uids, disk_id, names, taken)
 
-    def _start(self, record: StageRecord, deks: Mapping[str, Dek], *, size: int) -> None:
+    def _start(
+        self, record: StageRecord, deks: Mapping[str, Dek], *, size: int, base: BaseImage | None = None
+    ) -> None:
         image_file.refuse_if_open(record.image)  # QEMU's driver for raw LUKS would not
         sockets.make_folders(self._sockets(record.disk_id), record.qemu, record.storage)
         processes = self.processes(record)
-        with image_file.opened(record.image, os.O_RDWR) as image:
+        with image_file.opened(record.image, os.O_RDWR) as image, lent_base(record, self._locks):
             image_file.luks_area(image, record.format)  # never give away a file without our LUKS header
             if not processes[-1].is_qemu and record.format is DiskFormat.QCOW2:
                 _extend(image, size)
@@ -365,18 +383,19 @@ class Stages:
                     needs_lock = each is processes[-1] and not each.is_qemu
                     gate = self.gate(record) if each is processes[0] else None
                     own = [deks[slot] for slot in each.slots]
-                    _launch(each, record.image, own, image if needs_lock else None, gate)
+                    _launch(each, record.image, own, image if needs_lock else None, gate, base)
                     if each.is_qemu and each is processes[-1]:  # the process keeps the image open
-                        _give_back(image, record)
+                        give_back(image, record.storage, record.owner)
             except BaseException:
-                _give_back(image, record)
+                give_back(image, record.storage, record.owner)
                 raise
 
     def _stop(self, disk_id: UUID, record: StageRecord | None) -> None:
         self._end_processes(disk_id, record)
         if record:
+            take_back_base(record, self._locks)
             with contextlib.suppress(VirtSseError), image_file.opened(record.image) as image:
-                _give_back(image, record)
+                give_back(image, record.storage, record.owner)
         # The cache's user may have put links there: rmtree follows none.
         shutil.rmtree(self._config.cache_directory / str(disk_id), ignore_errors=True)
         _remove_tree(self._sockets(disk_id))
@@ -416,6 +435,7 @@ def _launch(
     deks: Sequence[Dek],
     image: int | None,
     gate: GateProcess | None,
+    base: BaseImage | None,
 ) -> None:
     """Start a process; return once the process serves the disk.
 
@@ -423,6 +443,7 @@ def _launch(
     :param deks: of the process's slots.
     :param image: descriptor of the image, if the image has to be locked on the program's behalf.
     :param gate: the gate before the process.
+    :param base: the image below a linked clone.
     """
     stage.prepare()
     for is_last in (False, True):
@@ -439,7 +460,7 @@ def _launch(
                 is_own_user=stage.place.is_own_user,
             )
         try:
-            stage.await_serving(deks)
+            stage.await_serving(deks, base)
             return
         except VirtSseError as exc:
             log, has_ended = stage.process.log, stage.process.pid() is None
@@ -450,25 +471,6 @@ def _launch(
             detail = f" ({log})" if log else " (the process has ended)" if has_ended else ""
             text = f"the {stage.title} cannot serve {path}: {exc}{detail}"
             raise StageError(text, hint=_DENIED_HINT if "Permission denied" in text else None) from exc
-
-
-def _give_back(image: int, record: StageRecord) -> None:
-    """Return the image's ownership, if a stage process has it."""
-    if os.fstat(image).st_uid == record.storage.uid:
-        os.fchown(image, record.owner.uid, record.owner.gid)
-
-
-def _return_images_of(pid: int) -> None:
-    """Return the images that a process has open, and owns, to root."""
-    folder = Path(f"/proc/{pid}")
-    with contextlib.suppress(OSError):  # the process has ended
-        user = folder.stat().st_uid
-        for entry in (folder / "fd").iterdir():
-            with contextlib.suppress(VirtSseError), image_file.opened(entry) as image:
-                status = os.fstat(image)
-                if status.st_uid == user and status.st_nlink:
-                    image_file.luks_area(image, image_file.probe_format(image))
-                    os.fchown(image, ROOT.uid, ROOT.gid)
 
 
 def _room(disk: Disk, size: int) -> int:

@@ -13,6 +13,7 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.model.layers import StorageNode
 from virt_sse.qemu.storage_daemon import NbdExport, StorageDaemon, arguments
+from virt_sse.qemu.unlocking import BaseImage
 from virt_sse.stages.locked_process import Command
 from virt_sse.stages.sockets import ListeningSocket
 from virt_sse.stages.stage_process import ExpectedEvidence, ImageSource, RecordField, StageProcess
@@ -57,20 +58,20 @@ class StorageDaemonProcess(StageProcess[StorageNode]):
 
     def command(self, listening: Sequence[int]) -> Command:
         served, monitor = listening
-        library = acceleration.library()
+        library, base = acceleration.library(), self.place.base
         return Command(
             arguments(monitor, served),
             [monitor, served],
             environment=acceleration.environment(),
-            readable=[library] if library else [],
+            readable=[path for path in (library, base) if path],
         )
 
-    def await_serving(self, deks: Sequence[Dek]) -> None:
+    def await_serving(self, deks: Sequence[Dek], base: BaseImage | None = None) -> None:
         if not deks:
             raise StageError("a storage daemon needs a DEK")
         source = self.place.source
         stored = source.path if isinstance(source, ImageSource) else NbdExport(source.socket, source.export)
-        self._daemon.open_volumes(stored, self.place.format, deks, self.place.export)
+        self._daemon.open_volumes(stored, self.place.format, deks, self.place.export, base=base)
 
     def growable(self) -> StorageDaemon:
         return self._daemon

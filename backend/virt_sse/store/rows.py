@@ -59,7 +59,7 @@ def _disk(rows: Sequence[Any]) -> Disk:
         source_id=first.source_id,
         point=first.point,
         origin_id=first.origin_id,
-        placement=Placement(first.placement) if first.placement else None,
+        placement=_placement(first),
         serial=first.serial,
         base_id=first.base_id,
         deks=tuple(
@@ -74,6 +74,13 @@ def _disk(rows: Sequence[Any]) -> Disk:
             if row.slot is not None
         ),
     )
+
+
+def _placement(row: Any) -> Placement | None:
+    """The placement of a disk; a guest's QEMU gets no key of the image below a linked clone."""
+    if row.base_id and row.kind == DiskKind.DISK.value:
+        return Placement.STORAGE
+    return Placement(row.placement) if row.placement else None
 
 
 class _Pending(msgspec.Struct, frozen=True, rename="kebab"):

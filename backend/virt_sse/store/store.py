@@ -53,7 +53,7 @@ class Store:
 
         :param is_adopted: whether the copy below may be missing, or be adopted later.
         :raise DiskExistsError: When the name, path or id is taken.
-        :raise DiskStateError: When the copy below an incremental copy was or is being deleted.
+        :raise DiskStateError: When the copy below was or is being deleted.
         """
         with self._naming_taken(disk), writing(self._engine) as connection:
             _refuse_taken(connection, disk)
@@ -143,7 +143,7 @@ class Store:
         )
 
     def based_on(self, disk_id: UUID) -> list[Disk]:
-        """The incremental copies whose images lack what the copy *disk_id* has, sorted by name."""
+        """The incremental copies and linked clones whose images lack what *disk_id* has, sorted by name."""
         return self._select(disks.c.base_id == disk_id)
 
     def sizes_of_sets(self) -> dict[UUID, int]:
@@ -179,9 +179,9 @@ class Store:
         self._update(disk_id, state=state.value)
 
     def begin_deletion(self, disk_id: UUID) -> None:
-        """Set the state of a disk without incremental copies above to ``deleting``.
+        """Set the state of a disk that no copy is based on to ``deleting``.
 
-        :raise DiskInUseError: When an incremental copy is based on the disk.
+        :raise DiskInUseError: When an incremental copy or a linked clone is based on the disk.
         :raise DiskNotFoundError: When the disk was deleted.
         """
         with writing(self._engine) as connection:
@@ -281,7 +281,7 @@ def _refuse_taken(connection: Connection, disk: Disk) -> None:
 
 
 def _check_base(connection: Connection, disk: Disk) -> None:
-    """Check that the copy below an incremental copy, if there is one, stays.
+    """Check that the copy below *disk*, if there is one, stays.
 
     :raise DiskStateError: When the copy below is not ready.
     """

@@ -16,15 +16,18 @@ from virt_sse.qemu import envelope_slots, image_file, unlocking
 from virt_sse.qemu.volume_header import VolumeHeader
 from virt_sse.verification.verdict import DataPlace, DiskVerdict, Layer
 
-IMAGE, WITHIN = "image", "within that"
+IMAGE, BASE, WITHIN = "image", "image below", "within that"
 
 
-def check_image(verdict: DiskVerdict, disk: Disk, freshness: ImageFreshness) -> None:
-    """Check the cipher of the image's outermost volume, the DEKs in its envelope, and its freshness."""
+def check_image(verdict: DiskVerdict, disk: Disk, freshness: ImageFreshness, *, where: str = IMAGE) -> None:
+    """Check the cipher of the image's outermost volume, the DEKs in its envelope, and its freshness.
+
+    :param where: names the layer.
+    """
     entry = disk.deks[-1]
     carried = _check(verdict, disk.path, disk.format, disk.id)
     cipher, key = _cipher(verdict, disk.path, disk.format), str(entry.wrapped.key)
-    verdict.layers.append(Layer(IMAGE, cipher, entry.slot, key, str(disk.path)))
+    verdict.layers.append(Layer(where, cipher, entry.slot, key, str(disk.path)))
     if cipher:
         verdict.expect(
             cipher == str(entry.cipher), f"the image is encrypted with {cipher}, not {entry.cipher}"

@@ -7,7 +7,7 @@ The checks are the same for every kind of process; a kind states its facts as :c
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -17,11 +17,19 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk
 from virt_sse.model.layers import LayerPlan, Stage
 from virt_sse.qemu.qcow2 import Qcow2Header
-from virt_sse.qemu.storage_daemon import FILE_NODE, VOLUME_NODE, StorageDaemon, volume_nodes
+from virt_sse.qemu.storage_daemon import (
+    BASE_FILE_NODE,
+    BASE_NODE,
+    FILE_NODE,
+    VOLUME_NODE,
+    StorageDaemon,
+    volume_nodes,
+)
 from virt_sse.stages import Stages
 from virt_sse.stages.kinds import guest_and_below
 from virt_sse.stages.stage_process import ExportSource, ImageSource, StageProcess
 from virt_sse.system.running_process import command_line
+from virt_sse.verification.chains import LinkKind
 from virt_sse.verification.graph import BlockGraph
 from virt_sse.verification.isolation import check_isolation
 from virt_sse.verification.processes import OpenFile, has_open, listens_at, open_files
@@ -35,8 +43,13 @@ class StageEvidence:
     def __init__(self, stages: Stages) -> None:
         self._stages = stages
 
-    def check(self, verdict: DiskVerdict, disk: Disk, plan: LayerPlan, vm_id: UUID) -> None:
-        """Check a running domain's disk: exactly the processes of *plan* run, and work as expected."""
+    def check(
+        self, verdict: DiskVerdict, disk: Disk, plan: LayerPlan, vm_id: UUID, *, base: Disk | None = None
+    ) -> None:
+        """Check a running domain's disk: exactly the processes of *plan* run, and work as expected.
+
+        :param base: the image below a linked clone.
+        """
         guest, wanted = guest_and_below(plan, self._stages.kinds)
         try:
             record = self._stages.record(disk.id)
@@ -60,7 +73,7 @@ class StageEvidence:
             pid = process.process.pid()
             if verdict.expect(pid is not None, f"the {process.title} does not run"):
                 verdict.expect(bool(pid), f"the {process.title} cannot be seen from here")
-                _check_process(verdict, disk, process, pid or None)
+                _check_process(verdict, disk, process, pid or None, base)
                 if pid and record.users:  # else started by an earlier version
                     check_isolation(verdict, process, pid)
 
@@ -90,15 +103,18 @@ class StageEvidence:
                 verdict.expect(not want, f"there is no {kind.title}")
 
 
-def _check_process(verdict: DiskVerdict, disk: Disk, process: StageProcess[Any], pid: int | None) -> None:
+def _check_process(
+    verdict: DiskVerdict, disk: Disk, process: StageProcess[Any], pid: int | None, base: Disk | None
+) -> None:
     """Check a running process.
 
     :param pid: ``None`` if the process is in another PID namespace.
+    :param base: the image below a linked clone.
     """
     expected = process.evidence()
     is_seen = pid is not None
     if expected.monitor:
-        is_seen = _check_volumes(verdict, disk, process, expected.monitor, pid)
+        is_seen = _check_volumes(verdict, disk, process, expected.monitor, pid, base)
     if pid:
         socket = process.place.served.path
         verdict.expect(
@@ -109,6 +125,11 @@ def _check_process(verdict: DiskVerdict, disk: Disk, process: StageProcess[Any],
                 has_open(pid, disk.path),
                 f"the {process.title} has another file open than {disk.path}: it was replaced",
             )
+            if base:
+                verdict.expect(
+                    has_open(pid, base.path),
+                    f"the {process.title} has another file open than {base.path}: it was replaced",
+                )
         else:
             verdict.expect(
                 not has_open(pid, disk.path), f"the {process.title} has the image {disk.path} itself open"
@@ -123,7 +144,12 @@ def _check_process(verdict: DiskVerdict, disk: Disk, process: StageProcess[Any],
 
 
 def _check_volumes(
-    verdict: DiskVerdict, disk: Disk, process: StageProcess[Any], monitor: StorageDaemon, pid: int | None
+    verdict: DiskVerdict,
+    disk: Disk,
+    process: StageProcess[Any],
+    monitor: StorageDaemon,
+    pid: int | None,
+    base: Disk | None,
 ) -> bool:
     """Check the block graph of a QEMU process; whether its monitor answers."""
     title = process.title
@@ -132,7 +158,9 @@ def _check_volumes(
         graph = BlockGraph(nodes, edges, exports=exports)
     except VirtSseError as exc:
         return verdict.expect(False, f"the {title} does not report its block graph: {exc}")
-    stacks = [stack for vertex in graph.stored() for stack in graph.volumes_over(vertex)]
+    below = [vertex for vertex in graph.stored() if base and vertex.name == BASE_FILE_NODE]
+    own = [vertex for vertex in graph.stored() if vertex not in below]
+    stacks = [stack for vertex in own for stack in graph.volumes_over(vertex)]
     volumes = stacks[0][::-1] if stacks else ()
     verdict.expect(len(stacks) < 2, f"the {title} has {len(stacks)} uses of its data instead of 1")
     count = len(process.slots)
@@ -145,17 +173,49 @@ def _check_volumes(
             verdict.layers.append(Layer(title, cipher, entry.slot, str(entry.wrapped.key), _process(pid)))
             is_right = cipher == str(entry.cipher)
             verdict.expect(is_right, f"the {title} encrypts with {cipher}, not {entry.cipher}")
-    more = sorted({str(node["node-name"]) for node in nodes} - {FILE_NODE, *volume_nodes(count)})
+    known = {FILE_NODE, *volume_nodes(count)}
+    if base:
+        known |= {BASE_FILE_NODE, *volume_nodes(len(base.deks), BASE_NODE)}
+        _check_base(verdict, base, title, graph, nodes)
+    more = sorted({str(node["node-name"]) for node in nodes} - known)
     verdict.expect(not more, f"the {title} has other block nodes, too: {', '.join(more)}")
     exported = [str(each["node-name"]) for each in exports]
     innermost = volumes[0].name if volumes else VOLUME_NODE
     verdict.expect(exported == [innermost], f"the {title} exports {', '.join(exported) or 'nothing'}")
     source = process.place.source
     wanted = disk.path if isinstance(source, ImageSource) else source.socket
-    for vertex in graph.stored():
+    for vertex in own:
         place = vertex.place.path if vertex.place else None
         verdict.expect(place == wanted, f"the {title} has its data in {place}")
     return True
+
+
+def _check_base(
+    verdict: DiskVerdict, base: Disk, title: str, graph: BlockGraph, nodes: Sequence[Mapping[str, Any]]
+) -> None:
+    """Check that the image below a linked clone is open once, read-only, with all of its layers."""
+    stored = [vertex for vertex in graph.stored() if vertex.name == BASE_FILE_NODE]
+    places = [vertex.place.path if vertex.place else None for vertex in stored]
+    verdict.expect(
+        places == [base.path],
+        f"the {title} has the image below in {', '.join(map(str, places)) or 'no file'}",
+    )
+    stacks = [stack for vertex in stored for stack in graph.volumes_over(vertex)]
+    ciphers = [volume.cipher for volume in stacks[0][::-1]] if len(stacks) == 1 else []
+    wanted = [str(entry.cipher) for entry in base.deks]
+    verdict.expect(ciphers == wanted, f"the {title} decrypts the image below with {ciphers}, not {wanted}")
+    exposed = [
+        (exposure.kind, exposure.place)
+        for vertex in graph.stored()
+        if vertex.name == FILE_NODE
+        for stack in graph.volumes_over(vertex)
+        for exposure in graph.exposures(stack[-1])
+    ]
+    is_below = exposed == [(LinkKind.BACKING, str(base.path))]
+    verdict.expect(is_below, f"the {title} does not have the image {base.name!r} alone below the disk")
+    names = {BASE_FILE_NODE, *volume_nodes(len(base.deks), BASE_NODE)}
+    written = [str(node["node-name"]) for node in nodes if node["node-name"] in names and not node["ro"]]
+    verdict.expect(not written, f"the {title} can write to the image below: {', '.join(written)}")
 
 
 def _check_files(

@@ -31,7 +31,7 @@ from virt_sse.system.running_process import qemu_process
 from virt_sse.verification.chains import plaintext_links
 from virt_sse.verification.code import code_problems, stage_processes
 from virt_sse.verification.graph import place_of
-from virt_sse.verification.image_evidence import check_image, check_temporary, check_within
+from virt_sse.verification.image_evidence import BASE, check_image, check_temporary, check_within
 from virt_sse.verification.monitor import block_graph, secret_objects
 from virt_sse.verification.running_disks import GUEST_QEMU, CopyTarget, RunningDisks
 from virt_sse.verification.stage_evidence import StageEvidence
@@ -67,6 +67,11 @@ class _Subject:
     def copies(self) -> list[Disk]:
         """The copies of disks under way."""
         return [disk for disk in self.disks if disk.source_id and disk.state is DiskState.CREATING]
+
+    def base_of(self, disk: Disk) -> Disk | None:
+        """The image below a linked clone; ``None`` for any other disk, or if the store lacks the image."""
+        found = (each for each in self.disks if each.id == disk.base_id)
+        return next(found, None) if disk.is_linked_clone else None
 
     def disk_of(self, chain: DiskChain) -> Disk | None:
         """Find the disk of virt-sse in a chain: by disk id or, if the image was replaced, by serial."""
@@ -184,12 +189,14 @@ class Verification:
         guest, *below = plan.stages
         is_plain = not isinstance(guest, GuestNode)
         place = self._stages.guest_socket(disk.id) if below or is_plain else disk.path
+        copies = {
+            canonical(self._place_of_copy(each, is_plain=is_plain))
+            for each in subject.copies
+            if each.source_id == disk.id
+        }
         if isinstance(guest, GuestNode):
             entry = disk.dek(guest.slot)
             layer = Layer(GUEST_QEMU, None, entry.slot, str(entry.wrapped.key), str(place))
-            copies = {
-                canonical(self._place_of_copy(each)) for each in subject.copies if each.source_id == disk.id
-            }
             new = self._copy_target(subject, chain)
             running.check_ours(
                 verdict,
@@ -207,20 +214,36 @@ class Verification:
                 copied_to=self._place_of(new) if new else None,
             )
         else:
-            running.check_plain(verdict, chain, place)
+            running.check_plain(verdict, chain, place, copies=copies)
         if below or is_plain:
             verdict.places.append(DataPlace(f"the socket {place}", is_plain))
             direct = running.stored_at(disk.path)
             verdict.expect(not direct, "the guest's QEMU has the image open directly, bypassing the stages")
         else:
             running.check_open(verdict, disk.path)
-        self._evidence.check(verdict, disk, plan, subject.id)
+        self._evidence.check(verdict, disk, plan, subject.id, base=subject.base_of(disk))
         check_image(verdict, disk, self._freshness)
         check_within(verdict, disk, self._keys, self._freshness, subject.name)
+        self._check_base(verdict, subject, disk)
 
-    def _place_of_copy(self, copy: Disk) -> Path:
-        """Where the guest's QEMU writes a copy under way."""
-        return self._stages.guest_socket(copy.id) if len(copy.deks) > 1 else incomplete_image(copy)
+    def _place_of_copy(self, copy: Disk, *, is_plain: bool) -> Path:
+        """Where the guest's QEMU writes a copy under way.
+
+        :param is_plain: whether the copy is encrypted below the guest's QEMU.
+        """
+        return (
+            self._stages.guest_socket(copy.id) if is_plain or len(copy.deks) > 1 else incomplete_image(copy)
+        )
+
+    def _check_base(self, verdict: DiskVerdict, subject: _Subject, disk: Disk) -> None:
+        """Check the image below a linked clone, if *disk* is one."""
+        base = subject.base_of(disk)
+        if base is not None:
+            verdict.expect(base.state is DiskState.READY, f"the image below is {base.state.value}")
+            check_image(verdict, base, self._freshness, where=BASE)
+        else:
+            problem = f"the store does not have the image below, {disk.base_id}"
+            verdict.expect(not disk.is_linked_clone, problem)
 
     def _copy_target(self, subject: _Subject, chain: DiskChain) -> Disk | None:
         """The new disk into which virt-sse copies a disk of a running domain, if any."""
@@ -298,6 +321,7 @@ class Verification:
         check_image(verdict, disk, self._freshness)
         if not is_used:
             check_within(verdict, disk, self._keys, self._freshness, subject.name)
+        self._check_base(verdict, subject, disk)
 
     def _check_foreign_definition(self, verdict: DiskVerdict, subject: _Subject, chain: DiskChain) -> None:
         """Check a foreign disk in a definition, and disks of virt-sse among the image's backing files."""

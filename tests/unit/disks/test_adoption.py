@@ -143,8 +143,8 @@ def test_a_name_taken_during_an_adoption_leaves_the_image_as_it_is(
     backend.host.store.remove(disk.id)
     validate = adoption.Adoption._validate
 
-    def lost_race(self: adoption.Adoption, adopted: Disk, deks: object) -> None:
-        validate(self, adopted, deks)  # type: ignore[arg-type]
+    def lost_race(self: adoption.Adoption, adopted: Disk, deks: object, base: None) -> None:
+        validate(self, adopted, deks, base)  # type: ignore[arg-type]
         backend.disks.create(NewDisk(name="taken", size=M, format=DiskFormat.RAW))
 
     monkeypatch.setattr(adoption.Adoption, "_validate", lost_race)

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from support import images
+from support.clone_images import filled
 from support.domain_qemu import as_qemu
+from support.faults import crash_points, dies_at
 from support.stage_disks import DOMAIN, M, StagedDisk, kill
 from virt_sse.config import Config
 from virt_sse.errors import StageError
@@ -20,6 +22,7 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
 from virt_sse.model.layers import GuestNode, LayerPlan, Placement, StorageNode
 from virt_sse.qemu import image_file, img
+from virt_sse.stages import lent_images, stages
 from virt_sse.stages.record import StageRecord
 from virt_sse.verification.stage_evidence import StageEvidence
 from virt_sse.verification.verdict import DiskVerdict
@@ -169,3 +172,45 @@ def test_a_missing_gate_before_plaintext_is_a_problem(make: Make) -> None:
     record.write(folder)
     assert StageRecord.read(folder) == record
     assert record.format is DiskFormat.RAW
+
+
+def flags(pid: int, path: Path) -> list[int]:
+    """The access modes with which a process has a file open."""
+    folder = Path(f"/proc/{pid}")
+    numbers = [each.name for each in (folder / "fd").iterdir() if each.resolve() == path.resolve()]
+    lines = [(folder / "fdinfo" / number).read_text().splitlines() for number in numbers]
+    return [int(line.split()[1], 8) & os.O_ACCMODE for each in lines for line in each if "flags:" in line]
+
+
+def test_daemons_of_two_clones_read_one_image_and_cannot_write_it(make: Make) -> None:
+    clones = [make("qcow2", double=double) for double in (False, True)]
+    base = filled(clones[0].config.root, "raw", double=True)
+    for number, clone in enumerate(clones):
+        clone.base = base
+        clone.start()
+        assert "failed" not in clone.guest_io(f"write -P {0x60 + number} 64k 4k", "flush")
+        assert base.path.stat().st_uid == 0
+    for number, clone in enumerate(clones):
+        (pid,) = clone.pids()
+        assert flags(pid, base.path) == [os.O_RDONLY]
+        said = clone.guest_io(f"read -P {0x60 + number} 64k 4k", "read -v 0 16")
+        assert "failed" not in said
+        assert "what.the.image.h" in said, "as of the image"
+    for clone in clones:
+        clone.stop()
+        clone.assert_nothing_is_left()
+    image_file.refuse_if_open(base.path)
+
+
+def test_a_clone_whose_start_is_killed_anywhere_leaves_the_image_to_its_owner(make: Make) -> None:
+    clone = make("qcow2", double=False)
+    clone.base = filled(clone.config.root, "raw", double=False)
+    modules = [stages, lent_images]
+    points = crash_points(modules, clone.start)
+    clone.stop()
+    assert len(points) > 30
+    for point in points[:: max(1, len(points) // 8)]:
+        assert dies_at(point, modules, clone.start)
+        clone.stop()
+        clone.assert_nothing_is_left()
+        assert clone.base.path.stat().st_uid == 0

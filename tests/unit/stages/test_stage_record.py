@@ -14,7 +14,7 @@ from virt_sse.libvirt.users import User
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.layers import HostCache, HostCaching, Stage, StorageNode
 from virt_sse.stages import Stages
-from virt_sse.stages.record import StageRecord
+from virt_sse.stages.record import RecordedBase, StageRecord
 
 RECORD = StageRecord(
     disk_id=uuid.UUID(int=1),
@@ -93,6 +93,20 @@ def test_an_order_of_other_processes_is_refused(tmp_path: Path, order: list[str]
     (tmp_path / "stages.json").write_text(json.dumps(WRITTEN | {"order": order}))
     with pytest.raises(StageError, match=r"damaged stage record .*order"):
         StageRecord.read(tmp_path)
+
+
+def test_the_record_of_a_linked_clone_has_the_image_below(tmp_path: Path) -> None:
+    base = RecordedBase(uuid.UUID(int=5), Path("/images/debian:1.qcow2"), User(0, 0))
+    record = dataclasses.replace(RECORD, base=base)
+    record.write(tmp_path)
+    assert StageRecord.read(tmp_path) == record
+    path = tmp_path / "stages.json"
+    written = json.loads(path.read_bytes())
+    assert written["base"] == [str(base.disk_id), "/images/debian:1.qcow2", 0, 0]
+    for wrong in ("x", [], written["base"][:3], ["x", *written["base"][1:]], [*written["base"][:3], -1]):
+        path.write_text(json.dumps(written | {"base": wrong}))
+        with pytest.raises(StageError, match=f"{path}.*base"):
+            StageRecord.read(tmp_path)
 
 
 def test_a_record_from_before_each_process_had_a_user_is_read(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Incremental copies: images with the changes since the copy below."""
+"""Incremental copies and linked clones: images with what differs from the copy below."""
 
 from __future__ import annotations
 
