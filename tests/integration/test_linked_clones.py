@@ -123,7 +123,7 @@ def _delete_with_clones(backend: Backend, root: Path) -> None:
     independent = backend.images.new_disk("debian", NewDisk(name="copy"))
     with pytest.raises(DiskInUseError, match="has linked clones, unreadable without it: clone, second"):
         backend.images.delete("debian:1")
-    with pytest.raises(DiskInUseError, match="'clone' is a linked clone of the image"):
+    with pytest.raises(DiskInUseError, match="needed by what is based on it: clone, second"):
         backend.disks.erase(image)  # whoever asks
     assert backend.images.get("debian").state is DiskState.READY
     named = [each.name for each in backend.images.delete("debian:1", dry_run=True, force=True)]
@@ -187,7 +187,7 @@ def test_a_lost_store_is_rebuilt_image_first(backend: Backend, root: Path) -> No
     for file in (root / "var/lib/virt-sse").glob("store.sqlite*"):
         file.unlink()
     with Backend.open(root) as again:
-        with pytest.raises(DiskNotFoundError, match=f"a linked clone of image {image.id}, which the store"):
+        with pytest.raises(DiskNotFoundError, match=f"is based on {image.id}, which is not in the store"):
             again.disks.adopt(clone.path)
         assert again.host.store.all() == []
         again.disks.adopt(image.path)
@@ -247,7 +247,7 @@ def test_a_clone_of_a_store_that_names_another_image_is_refused(backend: Backend
     """Whoever can write the store can exchange a base; another set or kind does not pass."""
     clone = new_clone(backend, root)
     web = backend.disks.get("web")
-    with pytest.raises(DiskStateError, match="cannot be a linked clone of 'web'"):
+    with pytest.raises(DiskStateError, match="cannot be based on disk 'web'"):
         unlocked_base(backend.host, replace(clone, base_id=web.id))
     set_id = backend.sets.create("other", provider="platform-managed", key="default").id
     with pytest.raises(DiskStateError, match="in different encryption sets"):
@@ -260,5 +260,5 @@ def test_an_older_copy_of_the_image_is_refused(backend: Backend, root: Path) -> 
     older = image.path.read_bytes()
     backend.keys.rotate(clone.key)
     image.path.write_bytes(older)
-    with pytest.raises(StaleImageError, match="the image below disk 'clone'"):
+    with pytest.raises(StaleImageError, match="image 'debian:1', below 'clone'"):
         unlocked_base(backend.host, backend.disks.get("clone"))

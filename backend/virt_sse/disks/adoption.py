@@ -183,13 +183,15 @@ class Adoption:
         img.check_unlocks(disk.path, disk.format, deks)
         headers = unlocking.validate(disk.path, disk.format, deks[1:])
         _check_ciphers(disk, headers)
-        base = unlocked_base(self._host, disk)
+        base = unlocked_base(self._host, disk) if disk.is_linked_clone else None
         disk = dataclasses.replace(disk, size=img.usable_size_within(disk.path, disk.format, deks))
         self._validate(disk, deks, base)
         return disk, headers
 
     def _validate(self, disk: Disk, deks: Sequence[Dek], base: BaseImage | None) -> None:
-        content = Content(lambda: in_image(disk.path, disk.format, deks, base=base))
+        content = Content(
+            lambda: in_image(disk.path, disk.format, deks, base=base or unlocked_base(self._host, disk))
+        )
         self._plugins.validate(
             CreateDisk(
                 disk.name,

@@ -197,7 +197,7 @@ class Images:
         for is_trial in (True,) if dry_run else (True, False):  # nothing is erased unless all can be
             for clone in clones:
                 self._disks.delete(clone.name, dry_run=is_trial)
-            self._disks.erase(image, dry_run=is_trial)
+            self._disks.erase(image, dry_run=is_trial, after=clones)
         return [*clones, image]
 
     def _versioned(self, name: str, version: int | None) -> str:

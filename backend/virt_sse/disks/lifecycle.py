@@ -288,19 +288,22 @@ class Disks:
         self.erase(disk, dry_run=dry_run, certified=certified)
         return disk
 
-    def erase(self, disk: Disk, *, dry_run: bool = False, certified: bool = False) -> None:
+    def erase(
+        self, disk: Disk, *, dry_run: bool = False, certified: bool = False, after: Collection[Disk] = ()
+    ) -> None:
         """Crypto-erase a disk without asking libvirt: wipe keyslots, forget wrapped DEKs, remove the image.
 
         A disk without an image is removed from the store.
 
         :param dry_run: check only.
         :param certified: as for :meth:`delete`.
+        :param after: what is erased before, and may need the disk until then.
         :raise DiskInUseError: When a QEMU process has the image open, or incremental copies or linked clones
             need it.
         :raise ImageError: When the file at the disk's path is not its image.
         """
         with usable(self._host, disk) as current:
-            self._refuse_below(current)
+            self._refuse_below(current, after)
             self._plugins.validate(DeleteDisk(current))
             if os.path.lexists(current.path):
                 if envelope_slots.carried_id(current.path, current.format) != current.id:
@@ -316,17 +319,18 @@ class Disks:
             self._store.begin_deletion(current.id)
             self._finish_deletion(current)
 
-    def _refuse_below(self, disk: Disk) -> None:
-        """Refuse the erasure of a copy that incremental copies are based on."""
-        if above := self.based_on(disk):
+    def _refuse_below(self, disk: Disk, after: Collection[Disk]) -> None:
+        """Refuse the erasure of a copy that others than *after* are based on."""
+        gone = {each.id for each in after}
+        if above := [each for each in self.based_on(disk) if each.id not in gone]:
             names = ", ".join(copy.name for copy in above)
             raise DiskInUseError(
-                f"{disk.kind.title} {disk.name!r} is needed by {len(above)} incremental copies: {names}",
+                f"{disk.kind.title} {disk.name!r} is needed by what is based on it: {names}",
                 hint="delete these first, the last in the list before the others",
             )
 
     def based_on(self, disk: Disk) -> list[Disk]:
-        """All incremental copies that cannot be read without *disk*, each after the copy below."""
+        """All copies and linked clones that cannot be read without *disk*, each after the copy below."""
         found = self._store.based_on(disk.id)
         for copy in found:  # grows: the copies of the next level follow
             found += [each for each in self._store.based_on(copy.id) if each not in found]
