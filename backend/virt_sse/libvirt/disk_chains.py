@@ -45,6 +45,7 @@ class DiskChain:
     :ivar target: the disk's name in the guest, e.g. ``vda``.
     :ivar alias: libvirt's name of the device in QEMU.
     :ivar read_only: whether the guest cannot write to the disk.
+    :ivar transient: whether libvirt puts an unencrypted overlay over the disk at each start.
     :ivar links: from the image that the guest writes to down to the last backing file.
     :ivar mirror: target of a running copy.
     :ivar mirror_job: libvirt's name of the copy job.
@@ -56,6 +57,7 @@ class DiskChain:
     alias: str = ""
     serial: str = ""
     read_only: bool = False
+    transient: bool = False
     links: tuple[ChainLink, ...] = ()
     mirror: tuple[ChainLink, ...] = ()
     mirror_job: str | None = None
@@ -132,6 +134,7 @@ def _chain(disk: ET.Element) -> DiskChain:
         alias=alias.get("name", "") if alias is not None else "",
         serial=disk.findtext("serial", ""),
         read_only=disk.find("readonly") is not None or disk.get("device") == "cdrom",
+        transient=disk.find("transient") is not None,
         links=tuple(_links(disk)),
         mirror=tuple(_links(mirror)) if mirror is not None else (),
         mirror_job=mirror.get("job") if mirror is not None else None,

@@ -115,7 +115,9 @@ class Verification:
         # The survey's disks are left out: their verdicts are more precise.
         host_data = [each for each in view.at_rest if not each.name.startswith("disk ")]
         problems += [
-            f"{each.name} is in plaintext: {each.reason}" for each in host_data if at_host and each.is_refused
+            f"{each.name} is in plaintext: {each.reason}"
+            for each in host_data
+            if at_host and each.is_avoidable
         ]
         return DomainVerdict(
             domain=name,
