@@ -15,6 +15,7 @@ from virt_sse.config import IoErrors
 from virt_sse.domains.deferred_starts import DeferredStarts
 from virt_sse.domains.guest_preload import refuse_unsafe
 from virt_sse.domains.host_encryption import HostEncryption
+from virt_sse.domains.keyless_images import refuse_keyless_images
 from virt_sse.domains.replacement_outcome import settle_ended
 from virt_sse.errors import (
     DiskInUseError,
@@ -69,6 +70,7 @@ class DomainStart:
     """Provides domains with the DEKs and stages of the domains' disks."""
 
     def __init__(self, host: Host, host_encryption: HostEncryption) -> None:
+        self._host = host
         self._config = host.config
         self._store = host.store_reads
         self._opened_store = host.opened_store
@@ -89,6 +91,7 @@ class DomainStart:
         :raise VirtSseError: When any part cannot be served; the domain must not start then.
         """
         refuse_unsafe(self._config.guest_library, definition)
+        refuse_keyless_images(self._host, definition)
         try:
             with self._host_encryption.prepared(definition):
                 if uses := definition.our_disks:

@@ -28,6 +28,8 @@ class LinkKind(enum.Enum):
     MIRROR = "mirror"
     BACKUP = "backup"
     SUBSTITUTE = "image in its place"
+    KEYLESS = "keyless image"
+    """The disk's own image, used as a plain disk."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import libvirt
 from virt_sse.disks.creation import incomplete_image
 from virt_sse.domains import temp_disks
 from virt_sse.domains.data_on_host import HostData
+from virt_sse.domains.keyless_images import described
 from virt_sse.domains.settings import VmSettings
 from virt_sse.domains.start import DomainStart
 from virt_sse.errors import OtherFileError, PolicyError, VirtSseError
@@ -67,6 +68,11 @@ class _Subject:
     def copies(self) -> list[Disk]:
         """The copies of disks under way."""
         return [disk for disk in self.disks if disk.source_id and disk.state is DiskState.CREATING]
+
+    def keyless(self, chain: DiskChain) -> Disk | None:
+        """Find the disk of virt-sse whose image the domain has without the disk's key."""
+        paths = {canonical(link.path) for link in chain.written_as_plain if link.is_file and link.path}
+        return next((disk for disk in self.disks if disk.path in paths), None)
 
     def disk_of(self, chain: DiskChain) -> Disk | None:
         """Find the disk of virt-sse in a chain: by disk id or, if the image was replaced, by serial."""
@@ -146,6 +152,9 @@ class Verification:
                 verdict.expect(
                     disk.state in (DiskState.READY, DiskState.COPYING), f"the disk is {disk.state.value}"
                 )
+            elif keyless := subject.keyless(chain):
+                listed.add(keyless.id)
+                _refuse_keyless(verdict, keyless)
             elif not _expect_known(verdict, chain):
                 pass
             elif running.check_foreign(verdict, chain):
@@ -262,6 +271,8 @@ class Verification:
                 verdict.disk = TEMPORARY  # made when the domain starts
             elif disk:
                 self._check_defined(verdict, subject, chain, disk)
+            elif keyless := subject.keyless(chain):
+                _refuse_keyless(verdict, keyless)
             elif _expect_known(verdict, chain):
                 self._check_foreign_definition(verdict, subject, chain)
             for link in links:
@@ -341,6 +352,12 @@ def _expect_known(verdict: DiskVerdict, chain: DiskChain) -> bool:
         return True
     verdict.disk = str(chain.disk_id)
     return verdict.expect(False, "the store does not have the disk")
+
+
+def _refuse_keyless(verdict: DiskVerdict, disk: Disk) -> None:
+    verdict.disk = disk.name
+    image = f"{disk.path}, {described(disk)}"
+    verdict.expect(False, f"without its key, the domain has {image}: writes damage it")
 
 
 def _refuse_plaintext(verdict: DiskVerdict, subject: _Subject, chain: DiskChain) -> None:
