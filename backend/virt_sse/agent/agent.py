@@ -26,6 +26,7 @@ from virt_sse.agent.replacement_watch import ReplacementWatch
 from virt_sse.agent.revocation import Revocation
 from virt_sse.agent.secret_watch import SecretWatch
 from virt_sse.agent.server import AgentServer, AgentService
+from virt_sse.agent.size_watch import SizeWatch
 from virt_sse.agent.stage_watch import StageWatch
 from virt_sse.audit.record import Component
 from virt_sse.backend import Backend
@@ -93,6 +94,7 @@ class Agent:
             unused_seconds=max(_START_SECONDS, _UNUSED_POLLS * seconds),
         )
         self._plaintext = PlaintextWatch(backend, metrics)
+        self._sizes = SizeWatch(backend)
         self._copies = ReplacementWatch(backend, metrics)
         self._deferred = DeferredStart(config, metrics)
         self._rotation = AutomaticRotation(backend, metrics, config.agent.rotation_seconds)
@@ -115,6 +117,7 @@ class Agent:
         self._secrets.stop()
         self._stages.stop()
         self._plaintext.stop()
+        self._sizes.stop()
         self._copies.stop()
         self._deferred.stop()
         self._keys.stop()
@@ -195,6 +198,7 @@ class Agent:
             self._stages.keep(snapshot)
             revoked = {domain.uuid for domain in snapshot.domains if self._revocation.reason(domain)}
             self._plaintext.keep(snapshot, revoked)
+            self._sizes.keep(snapshot)
             self._copies.keep()
             self._deferred.keep(snapshot)
             running = {domain.uuid for domain in snapshot.domains}

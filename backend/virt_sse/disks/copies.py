@@ -15,7 +15,7 @@ from typing import Protocol
 
 from virt_sse.disks.creation import LiveWrites, Unfinished, image_errors
 from virt_sse.disks.lifecycle import Disks
-from virt_sse.disks.stored_images import usable, with_real_size
+from virt_sse.disks.stored_images import usable
 from virt_sse.errors import DiskInUseError, InvalidValueError
 from virt_sse.in_guest.images import in_image
 from virt_sse.keys.host import Host
@@ -99,7 +99,7 @@ class Copies:
         pause = 0.0
         with ExitStack() as locks:
             sources = [
-                with_real_size(self._host, locks.enter_context(usable(self._host, each.source)))
+                self._disks.with_size_within(locks.enter_context(usable(self._host, each.source)))
                 for each in new
                 if each.source
             ]

@@ -55,6 +55,9 @@ class Attachments(Protocol):
     def users(self, disk: Disk) -> list[str]:
         """The names of the domains, running or defined, that have the disk."""
 
+    def live_size(self, disk: Disk) -> int | None:
+        """The size that the running domain with the disk has, in bytes; ``None`` without such a domain."""
+
     def resize_live(self, disk: Disk, size: int) -> bool:
         """Resize the disk in the running domain that has the disk; whether there was such a domain."""
 
@@ -191,7 +194,7 @@ class Disks:
         check_kind(disk, DiskKind.DISK)
         check_size(size)
         with usable(self._host, disk) as current:
-            current = with_real_size(self._host, current)
+            current = self.with_size_within(current)
             if size < current.size and not shrink:
                 raise InvalidValueError(
                     f"disk {disk.name!r} has {current.size} bytes, more than {size}",
@@ -204,6 +207,20 @@ class Disks:
                     img.resize(current.path, current.format, size, deks, shrink=shrink)
                 self._store.set_size(current.id, size)
             return with_real_size(self._host, dataclasses.replace(current, size=size))
+
+    def with_size_within(self, disk: Disk) -> Disk:
+        """The disk with its real size, of the innermost layer; another size is stored.
+
+        :raise KeyProviderError: When no running domain tells the size, and a DEK cannot be unwrapped.
+        """
+        if len(disk.deks) < 2:
+            return with_real_size(self._host, disk)
+        size = self._attachments.live_size(disk)
+        if size is None:
+            size = img.usable_size_within(disk.path, disk.format, self._keys.unwrap_all(disk))
+        if size != disk.size:
+            self._store.set_size(disk.id, size)
+        return dataclasses.replace(disk, size=size)
 
     @contextlib.contextmanager
     def _size_marked(self, disk: Disk) -> Iterator[None]:
@@ -231,11 +248,8 @@ class Disks:
             try:
                 with self._locks.hold(disk_id):
                     disk = self._store.get(str(disk_id))
-                    if disk.state is DiskState.READY and len(disk.deks) > 1:
-                        deks = self._keys.unwrap_all(disk)  # the size is encrypted
-                        self._store.set_size(disk_id, img.usable_size_within(disk.path, disk.format, deks))
-                    else:
-                        with_real_size(self._host, disk)
+                    if disk.state is DiskState.READY:
+                        self.with_size_within(disk)
                     self._resizing.remove(disk_id)
             except DiskInUseError:
                 continue

@@ -220,6 +220,19 @@ class Hotplug:
                 )
             time.sleep(0.1)
 
+    def live_size(self, disk: Disk) -> int | None:
+        """The size that the running domain with the disk has, in bytes; ``None`` without such a domain.
+
+        :raise LibvirtError: When libvirt refuses.
+        """
+        with contextlib.suppress(LibvirtUnavailableError), connected(self._uri) as connection:
+            for domain in disk_users.using(connection, disk.id):
+                with domains.gone_is_fine(or_ended=True):
+                    for use in disk_users.uses(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE, disk.id):
+                        if domain.isActive():
+                            return int(domain.blockInfo(use.target)[0])
+        return None
+
     def resize_live(self, disk: Disk, size: int) -> bool:
         """Resize the disk in the running domain with the disk.
 

@@ -46,7 +46,8 @@ from virt_sse.model.events import audit_context
 from virt_sse.model.keys import Dek
 from virt_sse.model.layers import GuestNode, LayerChoice, LayerPlan, Placement
 from virt_sse.model.operations import UnlockDisk
-from virt_sse.qemu import envelope_slots, image_file, unlocking
+from virt_sse.qemu import envelope_slots, image_file, qcow2, unlocking
+from virt_sse.qemu.volume_header import VolumeHeader
 from virt_sse.stages.record import StageRecord
 from virt_sse.system.files import canonical
 from virt_sse.system.locks import DiskLocks
@@ -373,7 +374,8 @@ class DomainStart:
     ) -> dict[SecretName, Dek]:
         served = self._begin_use(served)
         deks = self._unlock(served, domain)
-        self._validate_inner(served.disk, deks)
+        headers = self._validate_inner(served.disk, deks)
+        _make_room(served.disk, deks, headers)
         if qemu:
             self._stages.start(
                 served.disk,
@@ -386,17 +388,21 @@ class DomainStart:
             )
         return _for_libvirt(served, deks)
 
-    def _validate_inner(self, disk: Disk, deks: Mapping[str, Dek]) -> None:
+    def _validate_inner(self, disk: Disk, deks: Mapping[str, Dek]) -> Sequence[VolumeHeader]:
         """Validate the headers of nested volumes, before QEMU opens the inner volume.
 
         :param deks: by slot. Does nothing unless they are the DEKs of several volumes, all of the disk's: the
             outer header is validated wherever the image is opened.
+        :return: the headers, innermost first; empty if nothing was done.
         :raise ImageFormatError: When a header is refused.
         :raise StaleImageError: When the inner header was changed, and policy refuses.
         """
         if 1 < len(deks) == len(disk.deks):
             outer = [deks[entry.slot] for entry in disk.deks[1:]]
-            self._freshness.check_inner(disk, unlocking.validate(disk.path, disk.format, outer))
+            headers = unlocking.validate(disk.path, disk.format, outer)
+            self._freshness.check_inner(disk, headers)
+            return headers
+        return ()
 
     def _begin_use(self, served: _Served) -> _Served:
         """Refuse a stale image, and take over an envelope that is newer than the store's.
@@ -413,6 +419,20 @@ class DomainStart:
         with audit_context(domain=domain):
             unwrapped = self._keys.unwrap_all(served.disk)
         return {entry.slot: dek for entry, dek in zip(served.disk.deks, unwrapped, strict=True)}
+
+
+def _make_room(disk: Disk, deks: Mapping[str, Dek], headers: Sequence[VolumeHeader]) -> None:
+    """Grow the volume around a qcow2 volume that another program has grown, e.g. ``virsh blockresize``.
+
+    :param headers: of two nested volumes, innermost first; without, nothing is done.
+    :raise DiskInUseError: When a QEMU process has the image open.
+    """
+    for entry, inner, outer in zip(disk.deks[1:], headers, headers[1:], strict=False):
+        if inner.size and outer.size and qcow2.full_room(inner.size) > outer.size:
+            from virt_sse.qemu import img  # rarely needed, and the hook imports little
+
+            room = qcow2.most_room(inner.size)
+            img.resize(disk.path, disk.format, room, [deks[entry.slot]], shrink=False)
 
 
 def _for_libvirt(served: _Served, deks: Mapping[str, Dek]) -> dict[SecretName, Dek]:
