@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from virt_sse.disks import backup_manifest
-from virt_sse.disks.adoption import Adoption, with_images_envelope
+from virt_sse.disks.adoption import Adoption
 from virt_sse.disks.certificates import DeletionCertificates
 from virt_sse.disks.creation import Creation, Fill, LiveWrites, Successor, Unfinished
 from virt_sse.disks.stored_images import usable, with_real_size
@@ -268,7 +268,6 @@ class Disks:
         :raise DiskInUseError: When a QEMU process has the image open.
         """
         with usable(self._host, self._store.get(name)) as current:
-            current = with_images_envelope(self._host, current)
             deks = self._keys.unwrap_all(current)
             img.check(current.path, current.format, deks)
             self._freshness.check(current)

@@ -29,7 +29,7 @@ from virt_sse.errors import (
     PolicyError,
     VirtSseError,
 )
-from virt_sse.keys.freshness import with_newer_envelope
+from virt_sse.keys.freshness import with_images_envelope, with_newer_envelope
 from virt_sse.keys.host import Host
 from virt_sse.libvirt import disk_element, domains
 from virt_sse.libvirt.capabilities import HostCapabilities
@@ -161,7 +161,8 @@ class DomainStart:
         self._host_encryption.restore(definition)
         deks: dict[SecretName, Dek] = {}
         uses = [use for use in self._complete(definition.our_disks) if use.secret]
-        for each in self._look_up(uses, definition.name, placement=Placement.GUEST, is_running=True):
+        for stored in self._look_up(uses, definition.name, placement=Placement.GUEST, is_running=True):
+            each = replace(stored, disk=self._with_images_envelope(stored.disk))
             deks |= _for_libvirt(each, self._unlock(each, definition.name))
         with connected(self._config.libvirt_uri) as connection:
             set_secrets(connection, deks)
@@ -184,7 +185,7 @@ class DomainStart:
         """
         deks = {}
         if slots := self._stages.dek_slots(record):
-            disk = self._store.get(str(record.disk_id))
+            disk = self._with_images_envelope(self._store.get(str(record.disk_id)))
             with audit_context(domain=record.domain):
                 deks = {slot: self._keys.unwrap_slot(disk, slot) for slot in slots}
             self._validate_inner(disk, deks)
@@ -413,6 +414,9 @@ class DomainStart:
         if carried is None:
             return served
         return replace(served, disk=with_newer_envelope(self._opened_store, served.disk, carried))
+
+    def _with_images_envelope(self, disk: Disk) -> Disk:
+        return with_images_envelope(self._freshness, self._opened_store, disk)
 
     def _unlock(self, served: _Served, domain: str) -> dict[str, Dek]:
         """Unwrap the disk's DEKs; by slot."""

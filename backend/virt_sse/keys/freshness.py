@@ -323,6 +323,24 @@ def with_newer_envelope(store: LazyStore, disk: Disk, carried: Envelope) -> Disk
     return newer
 
 
+def with_images_envelope(freshness: ImageFreshness, store: LazyStore, disk: Disk) -> Disk:
+    """Take over the image's envelope if authentic and newer than the store's, into the store.
+
+    An image that cannot be read, or is not the last known, changes nothing: the user of the image refuses the
+    image.
+
+    :return: the disk as stored.
+    :raise DiskStateError: As for :func:`with_newer_envelope`.
+    """
+    try:
+        found = freshness.check(disk)
+    except (ImageError, HostKeyError):
+        return disk
+    if found is None or found.uses is None:
+        return disk
+    return with_newer_envelope(store, disk, found.envelope)
+
+
 def _problem(disk: Disk, carried: CarriedEnvelope, state: ImageState | None) -> str | None:
     """The reason why an image is not the last known or a newer one, if any."""
     if state and state.deleted:
