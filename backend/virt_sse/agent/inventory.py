@@ -5,20 +5,26 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from uuid import UUID
 
 import libvirt
 
+from virt_sse.agent.libvirt_events import LibvirtEvents
 from virt_sse.agent.logs import fields
+from virt_sse.domains.keyless_images import plain_paths
 from virt_sse.errors import LibvirtError
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.disk_chains import BackupJob
 from virt_sse.libvirt.disk_element import DomainDisk
 from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.domains import gone_is_fine, salvaged_backup
+from virt_sse.libvirt.pools import volume_path
 from virt_sse.libvirt.secret_name import PREFIX, SecretName
+from virt_sse.store.image_paths import ImagePaths
 from virt_sse.verification.chains import may_be_ours
 
 _log = logging.getLogger(__name__)
@@ -43,6 +49,8 @@ class RunningDomain:
     :ivar usages: usage ids of the libvirt secrets named in the domain at its start.
     :ivar definition: the live definition.
     :ivar backup: a running backup of the domain.
+    :ivar plain_files: files to which the domain may write without encryption; by path, the disk's name in the
+        guest. Only of a domain that names an image of the store.
     """
 
     uuid: UUID
@@ -55,6 +63,7 @@ class RunningDomain:
     definition: DomainDefinition = field(repr=False, compare=False)
     paused_for_plaintext: bool = False
     backup: BackupJob | None = field(default=None, repr=False, compare=False)
+    plain_files: Mapping[Path, str] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +75,7 @@ class InventorySnapshot:
         that was just starting may be missing.
     :ivar time: of ``time.time()``.
     :ivar others: domains without virt-sse disks, but with a disk whose serial number may be a virt-sse
-        disk's.
+        disk's, or with the image of a virt-sse disk.
     :ivar unreadable: number of skipped parts: malformed references to our secrets, unreadable definitions,
         secrets with a malformed usage id, domains that could not be inspected.
     """
@@ -87,10 +96,21 @@ class Inventory:
 
     :param seconds: interval between polls.
     :param changed: called after each poll.
+    :param image_paths: the paths of the store's images.
+    :param events: registered at each connection.
     """
 
-    def __init__(self, uri: str, seconds: float, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        uri: str,
+        seconds: float,
+        changed: Callable[[], None],
+        image_paths: ImagePaths,
+        events: LibvirtEvents | None = None,
+    ) -> None:
         self._uri = uri
+        self._image_paths = image_paths
+        self._events = events
         self._seconds = seconds
         self._changed = changed
         self._wake = threading.Event()
@@ -132,6 +152,8 @@ class Inventory:
                 self._wait(_LONGEST_PAUSE)
 
     def _poll(self, connection: libvirt.virConnect) -> None:
+        if self._events:
+            self._events.register(connection)
         while not self._stopping:
             self._take(connection)
             self._changed()
@@ -185,11 +207,17 @@ class Inventory:
         """The domain if it may have a virt-sse disk and still exists, else ``None``."""
         with gone_is_fine():
             xml = domain.XMLDesc()
-            if PREFIX not in xml and not may_be_ours(xml):
+            names_image = self._image_paths.mentioned(xml)
+            if PREFIX not in xml and not may_be_ours(xml) and not names_image:
                 return None
             definition = DomainDefinition.salvage(xml)
             state, _ = domain.state()
             backup, left_out = salvaged_backup(domain)
+            files = (
+                plain_paths(definition, backup, volume=partial(_volume, domain.connect()))
+                if names_image
+                else {}
+            )
             found = RunningDomain(
                 uuid=UUID(bytes=domain.UUID()),
                 run=domain.ID(),
@@ -201,6 +229,7 @@ class Inventory:
                 definition=definition,
                 paused_for_plaintext=PLAINTEXT_NAMESPACE in xml,
                 backup=backup,
+                plain_files=files,
             )
             self._report_unreadable(found, [*definition.unreadable, *left_out])
             return found
@@ -224,6 +253,15 @@ class Inventory:
                     yield usage
             except ValueError:
                 self._unreadable += 1
+
+
+def _volume(connection: libvirt.virConnect, pool: str, name: str) -> Path | None:
+    try:
+        return volume_path(connection, pool, name)
+    except libvirt.libvirtError:
+        if not connection.isAlive():
+            raise
+        return None
 
 
 def _usage_id(secret: libvirt.virSecret) -> str:

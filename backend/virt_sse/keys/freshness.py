@@ -71,7 +71,7 @@ class ImageFreshness:
 
     def __init__(self, config: Config) -> None:
         self.host_key = HostKeyFile(config.state_directory / "host.key")
-        self._states = ImageStateFiles(config.state_directory / "image-states")
+        self._states = ImageStateFiles(config.image_states)
         self._locks = DiskLocks(config.state_directory / "image-states.lock")
         self._policy = config.stale_images
 
