@@ -40,6 +40,7 @@ from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.secrets import set_secrets
 from virt_sse.libvirt.users import User
 from virt_sse.model.cloud import DriverOptions
+from virt_sse.model.disk_bus import DiskBus
 from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk, DiskState, check_kind
 from virt_sse.model.events import audit_context
@@ -204,19 +205,28 @@ class DomainStart:
         return self._source(disk, self.plan(disk, placement))
 
     def disk_element(
-        self, name: str, *, target: str = "vda", read_only: bool = False, iothread: int | None = None
+        self,
+        name: str,
+        *,
+        target: str | None = None,
+        bus: DiskBus | None = None,
+        read_only: bool = False,
+        iothread: int | None = None,
     ) -> str:
         """Make the ``<disk>`` element for a disk, given by name or id (libvirt formatdomain).
 
+        :param target: the name in the guest; default: the first name on *bus*.
+        :param bus: default: by *target*; virtio without a target.
         :raise DiskNotFoundError: When the store has no such disk.
-        :raise InvalidValueError: When *target* is not a valid name of a disk in a guest, or names a bus
-            without iothreads for disks.
+        :raise InvalidValueError: When *target* is not a valid name of a disk in a guest, or the bus has no
+            iothreads for disks.
         """
         disk = self._store.get(name)
         check_kind(disk, DiskKind.DISK)
         return disk_element.disk_element(
             self.source(disk),
-            target=target,
+            target=target or f"{(bus or DiskBus.VIRTIO).prefix}a",
+            bus=bus,
             read_only=read_only,
             iothread=iothread,
             options=self.driver_options(disk),
