@@ -96,6 +96,7 @@ class Backend:
         self.scale_sets = ScaleSets(host, self.disks, self.copies, self.domains, self.vms)
         self.verification = Verification(host, self.domains, self.vms)
         try:
+            host.image_paths.provide(lambda: [disk.path for disk in host.store.all()])
             temp_disks.erase_of_other_boots(config)
             self.live_copies.recover()
             self.disks.recover()

@@ -235,6 +235,16 @@ class Config:
         return self.state_directory / "pending-resizes"
 
     @property
+    def image_states(self) -> Path:
+        """Folder of the last known states of this host's images; mode 0700."""
+        return self.state_directory / "image-states"
+
+    @property
+    def image_paths(self) -> Path:
+        """File with the paths of the store's images, for the hook script; mode 0600."""
+        return self.state_directory / "image-paths"
+
+    @property
     def log_directory(self) -> Path:
         """Folder of the audit log; mode 0700."""
         return self.root / "var/log/virt-sse"

@@ -241,6 +241,43 @@ def test_a_disk_is_attached_to_and_detached_from_a_guest_that_is_shut_off(
     assert not (operator.host.images / f"{name}.qcow2").exists()
 
 
+def test_a_bus_that_cannot_unplug_changes_nothing(
+    operator: Operator, acceleration: Accelerate, name: str
+) -> None:
+    operator.create(name, "--size", "8M")
+    boots = operator.import_boot_sector(f"{name}b", stays=True)
+    Guest(operator.host, name, acceleration=acceleration("boot-sector"), disks=[boots]).define()
+    assert "no name of a sata disk" in operator.virt_sse(
+        "disk", "attach", name, name, "--bus", "sata", "--target", "vdb", status=2
+    )
+    assert "as sda" in operator.virt_sse("disk", "attach", name, name, "--bus", "sata")
+    assert "<target dev='sda' bus='sata'/>" in operator.virsh("dumpxml", name)
+    operator.virsh("start", name, "--paused")
+    before = operator.virsh("dumpxml", name, "--inactive")
+    assert "cannot be hot unplugged" in operator.virt_sse("disk", "detach", name, name, status=1)
+    assert operator.virsh("dumpxml", name, "--inactive") == before
+    assert len(operator.secrets()) == 2, "the running guest keeps its key"
+    operator.virsh("destroy", name)
+    operator.virt_sse("disk", "detach", name, name)
+    assert "sda" not in operator.virsh("dumpxml", name)
+
+
+def test_a_disk_without_its_image_is_listed_as_missing(operator: Operator, name: str) -> None:
+    operator.create(name, "--size", "1M")
+    image = operator.host.images / f"{name}.qcow2"
+
+    def state() -> str:
+        listed = json.loads(operator.virt_sse("disk", "list", "-o", "json"))
+        return str(next(each["state"] for each in listed if each["name"] == name))
+
+    assert state() == "ready"
+    image.rename(f"{image}.kept")
+    assert state() == "missing"
+    assert json.loads(operator.virt_sse("disk", "show", name, "-o", "json"))["state"] == "missing"
+    Path(f"{image}.kept").rename(image)
+    assert state() == "ready"
+
+
 @pytest.mark.parametrize("image_format", ["qcow2", "raw"])
 def test_a_running_guest_sees_its_disk_grow(
     operator: Operator, acceleration: Accelerate, linux_micro: LinuxMicro, name: str, image_format: str

@@ -33,7 +33,7 @@ from virt_sse.agent.overlay_commit import OverlayCommit
 from virt_sse.agent.overlay_commit_record import OverlayCommitRecord
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
-from virt_sse.lab.guests import Guest
+from virt_sse.lab.guests import Guest, disk_xml
 from virt_sse.lab.host import LabHost
 from virt_sse.model.ciphers import AES_256_XTS
 from virt_sse.model.disk_format import DiskFormat
@@ -245,7 +245,8 @@ def test_foreign_replaced_and_unserved_disks_are_found(site: StageSite) -> None:
     third = site.single_disk("raw")
     site.virsh("attach-disk", beside.name, third.path, "vdc", "--live")
     assert verify(site, beside, status=1)["problems"] == [
-        f"-: the guest's QEMU has disk {third.name!r} open, which does not belong to the domain"
+        f"vdc: without its key, the domain has {third.path}, the image of disk {third.name!r}: "
+        "writes damage it"
     ]
     site.virsh("destroy", beside.name)
     site.start_paused(beside)
@@ -290,9 +291,9 @@ def test_a_copy_that_took_the_place_of_a_disk_is_found(site: StageSite) -> None:
 
 
 @contextlib.contextmanager
-def agent(site: StageSite, policy: str) -> Iterator[LabAgent]:
+def agent(site: StageSite, policy: str, poll_seconds: float = 0.3) -> Iterator[LabAgent]:
     path = site.backend.host.config.root / "etc/virt-sse/config.toml"
-    path.write_text(f'[agent]\npoll-seconds = 0.3\nplaintext = "{policy}"\n')
+    path.write_text(f'[agent]\npoll-seconds = {poll_seconds}\nplaintext = "{policy}"\n')
     try:
         with LabAgent(site.host) as running:
             yield running
@@ -325,6 +326,103 @@ def test_the_agent_reports_a_link_once_and_pauses_the_guest_while_the_link_exist
             wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_PAUSED, "the guest is paused")
             assert running.events("plaintext-link", domain=guest.name, kind="backup")
         wait_until(lambda: site.state(guest)[0] == libvirt.VIR_DOMAIN_RUNNING, "the guest runs")
+
+
+def test_an_image_of_ours_without_its_key_is_refused_at_start_and_found_when_attached(
+    site: StageSite,
+) -> None:
+    disk = site.single_disk("raw")
+    keyless = disk_xml(disk.path)
+    foreign = Guest(site.host, f"{disk.name}-f", acceleration=site.acceleration, disks=[keyless])
+    foreign.define()
+    refused = f"vda is {disk.path}, the image of disk '{disk.name}', without its key"
+    assert refused in site.virsh("start", foreign.name, status=1)
+    link = site.host.images / f"{disk.name}.link"
+    link.symlink_to(disk.path)
+    guest = site.guest(site.single_disk())
+    site.virsh("attach-disk", guest.name, link, "vdb", "--config")
+    assert "without its key" in site.virsh("start", guest.name, status=1), (
+        "for a domain of ours, also by a link"
+    )
+    site.virsh("detach-disk", guest.name, "vdb", "--config")
+    site.virsh("attach-disk", guest.name, disk.path, "vdb", "--config", "--mode", "readonly")
+    site.start_paused(guest)  # reading does no damage
+    site.virsh("destroy", guest.name)
+    plain = site.host.images / f"{disk.name}.plain"
+    plain.write_bytes(bytes(M))
+    foreign = Guest(site.host, f"{disk.name}-g", acceleration=site.acceleration, disks=[disk_xml(plain)])
+    foreign.define()
+    site.start_paused(foreign)
+    with agent(site, "warn") as running:
+        site.virsh("attach-disk", foreign.name, disk.path, "vdb", "--live")
+        found = {"domain": foreign.name, "kind": "keyless image", "place": str(disk.path), "target": "vdb"}
+        assert wait_for_event(running, "plaintext-link", **found) < 3
+        site.virsh("detach-disk", foreign.name, "vdb", "--live")
+
+
+def test_a_disk_grown_by_virsh_is_known_at_once_and_never_shrunk_silently(site: StageSite) -> None:
+    disk = site.disk("qcow2", size=M)
+    guest = site.guest(disk)
+    site.start_paused(guest)
+
+    def stored() -> int:
+        return site.backend.disks.get(disk.name).size
+
+    site.virsh("blockresize", guest.name, "vda", "4M")
+    assert stored() == M, "the size is encrypted"
+    assert "--shrink" in site.virt_sse("disk", "resize", disk.name, "2M", status=2)
+    assert stored() == 4 * M
+    with agent(site, "warn") as running:
+        site.virsh("blockresize", guest.name, "vda", "8M")
+        wait_for_event(running, "disk-resized", disk=disk.name, to=8 * M)
+        assert stored() == 8 * M
+        assert verify(site, guest)["problems"] == []
+        site.virsh("blockresize", guest.name, "vda", "400M")
+        wait_for_event(running, "disk-beyond-room", disk=disk.name, to=400 * M)
+    (problem,) = verify(site, guest, status=1)["problems"]
+    assert "was grown to 419430400 bytes, and the process below QEMU has room for" in problem
+    assert has(site, guest, 0, "0")
+    site.qemu_io(guest, "write -P 1 0 64k")
+    assert "write failed" in site.qemu_io(guest, "write -P 2 64k 127M")
+    assert has(site, guest, 1, "0"), "a write past the end damages no other data"
+    site.virsh("destroy", guest.name)
+    site.backend.host.store.set_size(disk.id, M)
+    assert "--shrink" in site.virt_sse("disk", "resize", disk.name, "2M", status=2)
+    assert stored() == 400 * M
+    site.virt_sse("disk", "check", disk.name)
+    site.start_paused(guest)
+    assert verify(site, guest)["problems"] == [], "the next start has room"
+    assert has(site, guest, 1, "0")
+
+
+def test_a_copy_between_two_polls_is_reported(site: StageSite) -> None:
+    disk = site.single_disk("raw")
+    guest, copy = site.guest(disk), site.host.images / f"{disk.name}.out"
+    site.virt_sse("vm", "update", guest.name, "--encryption-at-host", "on")
+    site.start_paused(guest)
+    with agent(site, "warn", poll_seconds=30) as running:
+        wait_for_event(running, "libvirt-connected")
+
+        def is_reported(kind: str) -> bool:
+            return any(
+                running.events(name, domain=guest.name, kind=kind)
+                for name in ("plaintext-link", "copy-unseen")
+            )
+
+        job = ("--transient-job", "--wait", "--finish")
+        site.virsh("blockcopy", guest.name, "vda", "--dest", copy, *job)
+        wait_until(lambda: is_reported("mirror"), "the copy is reported", seconds=10)
+        with contextlib.closing(site.host.connect()) as connection:
+            domain = connection.lookupByName(guest.name)
+            domain.backupBegin("<domainbackup/>", None)
+        wait_until(lambda: is_reported("backup"), "the backup is reported", seconds=10)
+        wait_for_event(running, "plaintext-beside", disk=disk.name)
+        saved = site.host.directory / f"{disk.name}.save"
+        site.virsh("save", guest.name, saved)
+        wait_for_event(running, "memory-saved", domain=guest.name)
+        site.virsh("restore", saved)
+    (backup,) = site.host.images.glob(f"{disk.path.name}.*")
+    backup.unlink()
 
 
 def snapshot(site: StageSite, guest: Guest, name: str) -> Path:

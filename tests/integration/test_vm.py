@@ -388,20 +388,34 @@ def test_an_encrypted_vm_edited_into_plaintext_does_not_start(
     assert "crash-dump" in operator.virsh("start", name, status=1)
     operator.define_xml(xml.replace("</devices>", f"{TPM}</devices>"))
     assert "its tpm" in operator.virsh("start", name, status=1)
+    transient = xml.replace("</disk>", "<transient/></disk>", 1)
+    operator.define_xml(transient)
+    assert "for <transient/>, libvirt makes an overlay" in operator.virsh("start", name, status=1)
+    operator.define_xml(xml)
+    operator.update(name, OFF)
+    operator.define_xml(operator.definition(name).replace("</disk>", "<transient/></disk>", 1))
+    assert "<transient/>" in operator.refuses(name, ON)
+    assert "warning: disk vda" in operator.vm("show", name)
+    assert "overlay of <transient/> is not encrypted" in operator.vm("verify", name, status=1)
 
 
-def test_a_saved_state_is_reported_and_blocks_start_and_update(
+def test_a_saved_state_is_reported_and_resumed(
     operator: VmOperator, acceleration: Accelerate, name: str
 ) -> None:
     operator.define(_guest(operator, acceleration, name))
     operator.update(name, ON)
     operator.virsh("start", name)
+    file = operator.host.directory / f"{name}.save"
+    operator.virsh("save", name, file)
+    operator.virsh("restore", file)
     operator.virsh("managedsave", name)
     assert operator.secrets() == []
     assert operator.at_rest(name)["managed-save"] == "plaintext"
     assert "saved state" in operator.refuses(name, OFF, VmStateError)
-    assert "managedsave-remove" in operator.virsh("start", name, status=1)
-    operator.virsh("managedsave-remove", name)
+    assert "managed-save is in plaintext" in operator.vm("verify", name, status=1)
+    operator.virsh("start", name)
+    assert operator.at_rest(name)["managed-save"] == "absent"
+    assert len(operator.secrets()) == 1
 
 
 def test_a_transient_domain_gets_no_encryption_at_host(

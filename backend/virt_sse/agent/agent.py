@@ -12,13 +12,17 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 import virt_sse
 from virt_sse.agent.automatic_rotation import AutomaticRotation
 from virt_sse.agent.deferred_start import DeferredStart
+from virt_sse.agent.image_watch import ImageWatch
 from virt_sse.agent.inventory import Inventory
+from virt_sse.agent.job_watch import JobWatch
 from virt_sse.agent.key_status import KeyStatusLookup
 from virt_sse.agent.key_watch import KeyWatch
+from virt_sse.agent.libvirt_events import LibvirtEvents, start_loop
 from virt_sse.agent.listener import listening
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
@@ -28,13 +32,15 @@ from virt_sse.agent.replacement_watch import ReplacementWatch
 from virt_sse.agent.revocation import Enforcement, Revocation, RevokedDisk, strictest_enforcement
 from virt_sse.agent.secret_watch import SecretWatch
 from virt_sse.agent.server import AgentServer, AgentService
+from virt_sse.agent.size_watch import SizeWatch
 from virt_sse.agent.stage_watch import StageWatch
 from virt_sse.audit.record import Component
 from virt_sse.backend import Backend
 from virt_sse.config import Config
 from virt_sse.domains import temp_disks
+from virt_sse.domains.data_on_host import SAVED_MEMORY
 from virt_sse.domains.release import release
-from virt_sse.errors import VirtSseError
+from virt_sse.errors import InvalidValueError, VirtSseError
 from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.model.disks import Disk, DiskSku
 from virt_sse.model.encryption_sets import EncryptionSet
@@ -48,6 +54,9 @@ _log = logging.getLogger(__name__)
 
 _UNUSED_POLLS = 5
 """Number of polls during which a secret or a stage must be unused before removal."""
+
+_IMAGE_POLLS = 15
+"""Number of polls between two looks at the folders of images."""
 
 _START_SECONDS = 10.0
 """Time for a domain to start after its stages."""
@@ -76,7 +85,13 @@ class Agent:
         self._stopping = False
         self._wake = threading.Event()
         seconds = config.agent.poll_seconds
-        self._inventory = Inventory(config.libvirt_uri, seconds, self._wake.set)
+        self._inventory = Inventory(
+            config.libvirt_uri,
+            seconds,
+            self._wake.set,
+            backend.host.image_paths,
+            LibvirtEvents(self._on_job, self._on_saved),
+        )
         self._keys = KeyWatch(
             backend, poll_seconds=seconds, probe_seconds=config.agent.probe_seconds, changed=self._wake.set
         )
@@ -96,6 +111,9 @@ class Agent:
             unused_seconds=max(_START_SECONDS, _UNUSED_POLLS * seconds),
         )
         self._plaintext = PlaintextWatch(backend, metrics)
+        self._sizes = SizeWatch(backend)
+        self._jobs = JobWatch(backend, metrics, self._poll_jobs)
+        self._images = ImageWatch(backend, metrics, _IMAGE_POLLS * seconds)
         self._copies = ReplacementWatch(backend, metrics)
         self._deferred = DeferredStart(config, metrics)
         self._rotation = AutomaticRotation(backend, metrics, config.agent.rotation_seconds)
@@ -121,6 +139,8 @@ class Agent:
         self._secrets.stop()
         self._stages.stop()
         self._plaintext.stop()
+        self._sizes.stop()
+        self._images.stop()
         self._copies.stop()
         self._deferred.stop()
         self._keys.stop()
@@ -143,6 +163,19 @@ class Agent:
                 else:
                     self._backend.domains.reconnect(definition)
         self._inventory.refresh()
+
+    def _on_job(self, domain_id: UUID, job: str, status: str) -> None:
+        self._jobs.changed(domain_id, job, status)
+
+    def _on_saved(self, domain_id: UUID) -> None:
+        """Report a saved state in plaintext, of a domain with encryption at host."""
+        domain = self._inventory.known(domain_id)
+        if domain and _has_encryption_at_host(domain.definition):
+            _log.warning("memory-saved", extra=fields({"domain": domain.name, "reason": SAVED_MEMORY}))
+
+    def _poll_jobs(self) -> None:
+        self._inventory.refresh()
+        self._images.soon()
 
     def status(self) -> Mapping[str, object]:
         """The agent's view of domains and keys, for JSON."""
@@ -216,6 +249,9 @@ class Agent:
             self._stages.keep(snapshot)
             revoked = {domain.uuid for domain in snapshot.domains if self._revocation.reason(domain)}
             self._plaintext.keep(snapshot, revoked)
+            self._jobs.keep(snapshot)
+            self._sizes.keep(snapshot)
+            self._images.keep(snapshot)
             self._copies.keep()
             self._deferred.keep(snapshot)
             running = {domain.uuid for domain in snapshot.domains}
@@ -238,6 +274,7 @@ def run(config: Config, plugins: PluginHost) -> None:
     :raise AgentError: When an agent is already running, or the socket cannot be created.
     :raise VirtSseError: When the backend cannot be opened.
     """
+    start_loop()
     metrics = Metrics()
     plugins.register(metrics, "virt-sse-agent")
     with (
@@ -297,3 +334,10 @@ def _notify(state: str) -> None:
 
 def _moment(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def _has_encryption_at_host(definition: DomainDefinition) -> bool:
+    try:
+        return definition.has_encryption_at_host
+    except InvalidValueError:
+        return True

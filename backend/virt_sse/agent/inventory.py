@@ -5,20 +5,26 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from uuid import UUID
 
 import libvirt
 
+from virt_sse.agent.libvirt_events import LibvirtEvents
 from virt_sse.agent.logs import fields
+from virt_sse.domains.keyless_images import plain_paths
 from virt_sse.errors import LibvirtError
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.disk_chains import BackupJob
 from virt_sse.libvirt.disk_element import DomainDisk
 from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.domains import gone_is_fine, salvaged_backup
+from virt_sse.libvirt.pools import volume_path
 from virt_sse.libvirt.secret_name import PREFIX, SecretName
+from virt_sse.store.image_paths import ImagePaths
 from virt_sse.verification.chains import may_be_ours
 
 _log = logging.getLogger(__name__)
@@ -29,6 +35,7 @@ PAUSED_NAMESPACE = "https://virt-sse.invalid/agent/1"
 PLAINTEXT_NAMESPACE = "https://virt-sse.invalid/agent/plaintext/1"
 """Likewise, because of a plaintext image with data of the domain's encrypted disks."""
 
+_KNOWN_AFTER_END = 60.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0
 
 
@@ -43,6 +50,8 @@ class RunningDomain:
     :ivar usages: usage ids of the libvirt secrets named in the domain at its start.
     :ivar definition: the live definition.
     :ivar backup: a running backup of the domain.
+    :ivar plain_files: files to which the domain may write without encryption; by path, the disk's name in the
+        guest. Only of a domain that names an image of the store.
     """
 
     uuid: UUID
@@ -55,6 +64,7 @@ class RunningDomain:
     definition: DomainDefinition = field(repr=False, compare=False)
     paused_for_plaintext: bool = False
     backup: BackupJob | None = field(default=None, repr=False, compare=False)
+    plain_files: Mapping[Path, str] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +76,7 @@ class InventorySnapshot:
         that was just starting may be missing.
     :ivar time: of ``time.time()``.
     :ivar others: domains without virt-sse disks, but with a disk whose serial number may be a virt-sse
-        disk's.
+        disk's, or with the image of a virt-sse disk.
     :ivar unreadable: number of skipped parts: malformed references to our secrets, unreadable definitions,
         secrets with a malformed usage id, domains that could not be inspected.
     """
@@ -87,10 +97,21 @@ class Inventory:
 
     :param seconds: interval between polls.
     :param changed: called after each poll.
+    :param image_paths: the paths of the store's images.
+    :param events: registered at each connection.
     """
 
-    def __init__(self, uri: str, seconds: float, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        uri: str,
+        seconds: float,
+        changed: Callable[[], None],
+        image_paths: ImagePaths,
+        events: LibvirtEvents | None = None,
+    ) -> None:
         self._uri = uri
+        self._image_paths = image_paths
+        self._events = events
         self._seconds = seconds
         self._changed = changed
         self._wake = threading.Event()
@@ -99,6 +120,7 @@ class Inventory:
         self._unclear: set[tuple[UUID, str]] = set()
         self._unreadable = 0
         self.snapshot = InventorySnapshot()
+        self._ended: dict[UUID, tuple[float, RunningDomain]] = {}
         self.connected: bool | None = None
 
     def start(self) -> None:
@@ -132,6 +154,8 @@ class Inventory:
                 self._wait(_LONGEST_PAUSE)
 
     def _poll(self, connection: libvirt.virConnect) -> None:
+        if self._events:
+            self._events.register(connection)
         while not self._stopping:
             self._take(connection)
             self._changed()
@@ -145,9 +169,22 @@ class Inventory:
         seen = [found for domain in listed if (found := self._try_inspect(domain))]
         domains = tuple(each for each in seen if each.definition.mentions_us)
         others = tuple(each for each in seen if not each.definition.mentions_us)
+        self._note_ended({each.uuid for each in seen})
         self.snapshot = InventorySnapshot(
             self.snapshot.number + 1, domains, secrets, time.time(), others, self._unreadable
         )
+
+    def _note_ended(self, running: set[UUID]) -> None:
+        now = time.monotonic()
+        kept = {uuid: ended for uuid, ended in self._ended.items() if now - ended[0] < _KNOWN_AFTER_END}
+        before = (*self.snapshot.domains, *self.snapshot.others)
+        self._ended = kept | {each.uuid: (now, each) for each in before if each.uuid not in running}
+
+    def known(self, domain_id: UUID) -> RunningDomain | None:
+        """A domain of the last snapshot, or one that ended in the last minute: events come in any order."""
+        snapshot, ended = self.snapshot, self._ended.get(domain_id)
+        running = (each for each in (*snapshot.domains, *snapshot.others) if each.uuid == domain_id)
+        return next(running, ended[1] if ended else None)
 
     def _wait(self, seconds: float) -> None:
         self._wake.wait(seconds)
@@ -185,11 +222,17 @@ class Inventory:
         """The domain if it may have a virt-sse disk and still exists, else ``None``."""
         with gone_is_fine():
             xml = domain.XMLDesc()
-            if PREFIX not in xml and not may_be_ours(xml):
+            names_image = self._image_paths.mentioned(xml)
+            if PREFIX not in xml and not may_be_ours(xml) and not names_image:
                 return None
             definition = DomainDefinition.salvage(xml)
             state, _ = domain.state()
             backup, left_out = salvaged_backup(domain)
+            files = (
+                plain_paths(definition, backup, volume=partial(_volume, domain.connect()))
+                if names_image
+                else {}
+            )
             found = RunningDomain(
                 uuid=UUID(bytes=domain.UUID()),
                 run=domain.ID(),
@@ -201,6 +244,7 @@ class Inventory:
                 definition=definition,
                 paused_for_plaintext=PLAINTEXT_NAMESPACE in xml,
                 backup=backup,
+                plain_files=files,
             )
             self._report_unreadable(found, [*definition.unreadable, *left_out])
             return found
@@ -224,6 +268,15 @@ class Inventory:
                     yield usage
             except ValueError:
                 self._unreadable += 1
+
+
+def _volume(connection: libvirt.virConnect, pool: str, name: str) -> Path | None:
+    try:
+        return volume_path(connection, pool, name)
+    except libvirt.libvirtError:
+        if not connection.isAlive():
+            raise
+        return None
 
 
 def _usage_id(secret: libvirt.virSecret) -> str:

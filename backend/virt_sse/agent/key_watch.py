@@ -13,9 +13,10 @@ from uuid import UUID
 from virt_sse.agent.logs import fields
 from virt_sse.backend import Backend
 from virt_sse.errors import KeyDeniedError, KeyDisabledError, KeyNotFoundError, KeyProviderError, VirtSseError
+from virt_sse.keys.freshness import with_images_envelope
 from virt_sse.model.disks import Disk
 from virt_sse.model.events import audit_context
-from virt_sse.model.keys import KeyId, KeyState
+from virt_sse.model.keys import KeyId, KeyRef, KeyState
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ _STATES: tuple[tuple[type[KeyProviderError], KeyState], ...] = (
 )
 _MOST_THREADS = 64
 _OVERDUE_SECONDS = 10.0
+_ENVELOPE_SECONDS = 3.0
+"""Time to read the images of the disks under a revoked key version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +174,8 @@ class KeyWatch:
             return entry.confirmed
         entry.next_probe = now + self._probe_seconds
         status = self._probe(key, entry.probe_dek, state)
+        if status and status.revoked:
+            self._take_newer_envelopes(key)
         if status is None:
             entry.polled = before  # probe again at the next poll
             return entry.confirmed.unreachable()
@@ -192,6 +197,34 @@ class KeyWatch:
             _log.warning("key-not-tried", extra=fields({"key": str(key.key), "reason": str(exc)}))
             return polled
         return KeyStatus(KeyState.ENABLED)
+
+    def _take_newer_envelopes(self, key: WatchedKey) -> None:
+        """Look for envelopes newer than the store's in the images of all disks under a revoked key version.
+
+        Another host may have moved the disks to a later version, and only then disabled this one. Storage
+        that hangs delays the verdict, but does not prevent it.
+        """
+        worker = threading.Thread(target=self._read_envelopes, args=[key], name="envelopes", daemon=True)
+        worker.start()
+        worker.join(_ENVELOPE_SECONDS)
+
+    def _read_envelopes(self, key: WatchedKey) -> None:
+        host = self._backend.host
+        try:
+            disks = host.store.under_key(KeyRef(key.key.provider, key.key.name))
+        except VirtSseError as exc:
+            _log.warning("newer-envelope-failed", extra=fields({"key": str(key.key), "reason": str(exc)}))
+            return
+        for disk in disks:
+            details = {"disk": disk.name, "key": str(key.key)}
+            try:
+                if all(entry.wrapped.key != key.key for entry in disk.deks):
+                    continue
+                newer = with_images_envelope(host.freshness, host.opened_store, disk)
+                if newer != disk:
+                    _log.info("newer-envelope", extra=fields(details | {"generation": newer.generation}))
+            except Exception as exc:  # noqa: BLE001 -- one image must not hide the others
+                _log.warning("newer-envelope-failed", extra=fields(details | {"reason": str(exc)}))
 
     def _record(self, key: WatchedKey, entry: _WatchEntry, status: KeyStatus) -> None:
         with self._lock:

@@ -78,6 +78,18 @@ class Metrics:
             ["kind"],
             registry=registry,
         )
+        self.unseen_copies = Counter(
+            f"{_PREFIX}_unseen_copies",
+            "Copies and backups of encrypted disks that ended before their targets were seen.",
+            ["kind"],
+            registry=registry,
+        )
+        self.plaintext_beside = Gauge(
+            f"{_PREFIX}_plaintext_beside",
+            "Unencrypted files named as an image with a suffix.",
+            registry=registry,
+        )
+        self.missing_images = Gauge(f"{_PREFIX}_missing_images", "Disks without an image.", registry=registry)
         self.rewrapped = Counter(
             f"{_PREFIX}_rewrapped_disks", "Disks rewrapped to a new key version.", registry=registry
         )

@@ -1,8 +1,8 @@
 """Finds plaintext images with data of encrypted disks, and applies the site's policy: warn, pause or commit.
 
 libvirt creates such images: a snapshot's overlay, or the target of a block copy or backup, if the XML or the
-command names no encryption. The agent finds the images in libvirt's live XML of the domain and its backup. An
-image with a life shorter than the poll interval, such as a short backup's, is not found.
+command names no encryption. An image of a disk, attached without its key, gets a guest's plaintext, too. The
+agent finds the images in libvirt's live XML of the domain and its backup.
 """
 
 from __future__ import annotations
@@ -103,7 +103,17 @@ class PlaintextWatch:
             )
         except InvalidValueError:  # logged by the inventory
             return ()
-        return tuple(dict.fromkeys(links))
+        return tuple(dict.fromkeys([*links, *self._keyless(domain)]))
+
+    def _keyless(self, domain: RunningDomain) -> list[PlaintextLink]:
+        """Images of disks of ours that the domain has without encryption."""
+        if not domain.plain_files:
+            return []
+        paths = self._backend.host.image_paths.among(domain.plain_files)
+        return [
+            PlaintextLink(disk.id, domain.plain_files[disk.path], LinkKind.KEYLESS, str(disk.path))
+            for disk in self._backend.host.store.at_paths(paths)
+        ]
 
     def _report(
         self,

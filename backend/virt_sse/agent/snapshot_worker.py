@@ -1,13 +1,17 @@
-"""Base class of workers: agent parts with worker threads, called with each snapshot of running domains."""
+"""Base classes of workers: agent parts with worker threads, called with each snapshot of running domains."""
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 from virt_sse.agent.inventory import InventorySnapshot
+from virt_sse.agent.logs import fields
+
+_log = logging.getLogger(__name__)
 
 _THREADS = 4
 
@@ -51,3 +55,41 @@ class SnapshotWorker(Generic[Resource]):
                 del self._unused[used]
             since = {each: self._unused.setdefault(each, now) for each in unused}
         return [each for each, begin in since.items() if begin <= now - self._unused_seconds]
+
+
+class SingleWorker:
+    """Does one piece of work at a time in a thread of its own; leaves out the work of snapshots meanwhile.
+
+    A daemon thread: the agent ends although the work waits for a storage that hangs.
+
+    :param name: the thread's name.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._thread: threading.Thread | None = None
+        self._seen = 0
+        self._complaint: str | None = None
+
+    def submit(self, number: int, work: Callable[..., None], *arguments: object) -> None:
+        """Do *work*, unless other work is under way or the number was seen before."""
+        if number != self._seen and (self._thread is None or not self._thread.is_alive()):
+            self._seen = number
+            self._thread = threading.Thread(
+                target=self._run, args=(work, *arguments), name=self._name, daemon=True
+            )
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Wait for work under way, up to two seconds."""
+        if self._thread is not None:
+            self._thread.join(timeout=2)
+
+    def _run(self, work: Callable[..., None], *arguments: object) -> None:
+        try:
+            work(*arguments)
+            self._complaint = None
+        except Exception as exc:  # noqa: BLE001 -- one failure must not end the watch
+            if str(exc) != self._complaint:  # once, while the failure lasts
+                self._complaint = str(exc)
+                _log.warning("watch-failed", extra=fields({"watch": self._name, "reason": str(exc)}))

@@ -8,26 +8,24 @@ from typing import Annotated
 
 import typer
 
-from virt_sse.cli import disk_backup
-from virt_sse.cli.disk_fields import dek_fields, disk_fields, image_place, print_disk, shown_size
-from virt_sse.cli.disk_options import DryRun, ImagePath, Pool, cipher_option
+from virt_sse.cli import disk_attachment, disk_backup
+from virt_sse.cli.disk_fields import dek_fields, image_place, print_disk, shown_fields
+from virt_sse.cli.disk_options import DryRun, ImagePath, Name, Pool, cipher_option
 from virt_sse.cli.disk_reencrypt import disk_reencrypt
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
-from virt_sse.cli.session import backend, host, listed_disks
+from virt_sse.cli.session import backend, config, host, listed_disks
 from virt_sse.cli.vm_inspect import disk_inspect
 from virt_sse.errors import CertificateError, InvalidValueError, LibvirtUnavailableError, PolicyError
 from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, DiskSku, NewDisk, parse_size
-from virt_sse.model.layers import EncryptionType, HostCaching
+from virt_sse.model.layers import EncryptionType
 from virt_sse.system.files import write_new
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
-Name = Annotated[str, typer.Argument(help="The disk's name or id.", show_default=False)]
 NewName = Annotated[str, typer.Argument(help="The new disk's name.", show_default=False)]
-DomainName = Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name.", show_default=False)]
 ImageFormat = Annotated[DiskFormat, typer.Option("--format", help="The image format.")]
 SetName = Annotated[
     str | None,
@@ -46,8 +44,6 @@ SkuOption = Annotated[
     DiskSku,
     typer.Option("--sku", help="The SKU, by the cloud's name."),
 ]
-Target = Annotated[str, typer.Option("--target", help="The disk's name in the guest; chooses the bus.")]
-ReadOnly = Annotated[bool, typer.Option("--read-only", help="The guest cannot write to the disk.")]
 
 
 @app.command()
@@ -250,9 +246,13 @@ def trust(name: Name, output: Output = OutputFormat.TABLE) -> None:
 
 @app.command(name="list")
 def list_(output: Output = OutputFormat.TABLE) -> None:
-    """List all disks as stored, without a look at their images."""
+    """List all disks as stored; state 'missing' without an image. No image is opened."""
+    from virt_sse.disks.missing_images import missing_images
+
+    disks = listed_disks()
+    missing = missing_images(disks, config().image_states)
     print_rows(
-        [disk_fields(disk) | {"size": shown_size(disk, output)} for disk in listed_disks()],
+        [shown_fields(disk, output, is_missing=disk.id in missing) for disk in disks],
         ("name", "size", "format", "state", "key", "path"),
         output,
     )
@@ -261,12 +261,14 @@ def list_(output: Output = OutputFormat.TABLE) -> None:
 @app.command()
 def show(name: Name, output: Output = OutputFormat.TABLE) -> None:
     """Show a disk: its image, its keys and their states, its domains."""
+    from virt_sse.disks.missing_images import missing_images
     from virt_sse.disks.stored_images import image_state, with_real_size
     from virt_sse.libvirt import disk_users
 
     with host() as h:
         disk = with_real_size(h, h.store_reads.get(name))
-        fields = disk_fields(disk) | {"size": shown_size(disk, output), "image": image_state(disk)}
+        missing = missing_images([disk], h.config.image_states)
+        fields = shown_fields(disk, output, is_missing=disk.id in missing) | {"image": image_state(disk)}
         fields["placement"] = (disk.placement or h.config.placement).value
         fields["deks"] = dek_fields(h, disk)
         try:
@@ -291,6 +293,9 @@ app.command(name="restore")(disk_backup.restore)
 app.command(name="verify-backup")(disk_backup.verify_backup)
 app.command(name="erase-backup")(disk_backup.erase_backup)
 app.command(name="reencrypt")(disk_reencrypt)
+app.command()(disk_attachment.xml)
+app.command()(disk_attachment.attach)
+app.command()(disk_attachment.detach)
 
 
 @app.command()
@@ -354,67 +359,6 @@ def delete(
         if certificate is not None and not dry_run:
             _write_certificate(certificate, b.certificates.get(str(disk.id)).encode(), disk)
     typer.echo(f"{'would erase' if dry_run else 'erased'} disk {disk.name} ({disk.path})")
-
-
-@app.command()
-def xml(
-    name: Name,
-    target: Target = "vda",
-    read_only: ReadOnly = False,
-    iothread: Annotated[
-        int | None,
-        typer.Option("--iothread", min=1, help="The iothread of the domain that serves the disk."),
-    ] = None,
-) -> None:
-    """Print the <disk> element for using a disk in a domain."""
-    with backend() as b:
-        element = b.domains.disk_element(name, target=target, read_only=read_only, iothread=iothread)
-    typer.echo(element, nl=False)
-
-
-@app.command()
-def attach(
-    name: Name,
-    domain: DomainName,
-    target: Annotated[
-        str | None,
-        typer.Option("--target", help="The disk's name in the guest; default: the first free name."),
-    ] = None,
-    read_only: ReadOnly = False,
-    caching: Annotated[
-        HostCaching,
-        typer.Option("--caching", help="Host caching of the disk, in a domain with encryption at host."),
-    ] = HostCaching.NONE,
-    iothread: Annotated[
-        str | None,
-        typer.Option(
-            "--iothread",
-            metavar="N|new|auto",
-            help="The domain's iothread that serves the disk. auto: an iothread without a disk, else a new "
-            "iothread up to the host's number of processors, else the iothread with the fewest disks.",
-        ),
-    ] = None,
-) -> None:
-    """Attach a disk to a domain: in its persistent definition, and at once if the domain runs."""
-    from virt_sse.libvirt.iothreads import parse_choice
-
-    chosen = None if iothread is None else parse_choice(iothread)
-    with backend() as b:
-        target = b.hotplug.attach(
-            name, domain, target=target, read_only=read_only, caching=caching, iothread=chosen
-        )
-        gains = b.hotplug.gains_by_acceleration(domain)
-    typer.echo(f"attached disk {name} to domain {domain} as {target}")
-    if gains:
-        typer.echo(f"faster from the next start after 'virt-sse vm update {domain} --accelerate on'")
-
-
-@app.command()
-def detach(name: Name, domain: DomainName) -> None:
-    """Detach a disk from a domain: from its persistent definition, and at once if the domain runs."""
-    with backend() as b:
-        b.hotplug.detach(name, domain)
-    typer.echo(f"detached disk {name} from domain {domain}")
 
 
 def _refuse_taken(file: Path) -> None:

@@ -123,6 +123,17 @@ def disk_fields(disk: Disk) -> dict[str, object]:
     return fields
 
 
+def shown_fields(disk: Disk, output: OutputFormat, *, is_missing: bool) -> dict[str, object]:
+    """The fields of a disk as printed.
+
+    :param is_missing: whether the disk has no image.
+    """
+    from virt_sse.disks.missing_images import MISSING
+
+    state = MISSING if is_missing else disk.state.value
+    return disk_fields(disk) | {"size": shown_size(disk, output), "state": state}
+
+
 def dek_fields(host: Host, disk: Disk) -> list[dict[str, object]]:
     """The DEKs of a disk, or of a copy, with the states of their keys."""
     states = host.keys.key_states(disk)

@@ -43,4 +43,5 @@ MaxRate = Annotated[
     str | None,
     typer.Option("--max-rate", metavar="SIZE", help="Copy at most this many bytes a second, e.g. 100M."),
 ]
+Name = Annotated[str, typer.Argument(help="The disk's name or id.", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and report only; change nothing.")]

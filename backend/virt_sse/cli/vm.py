@@ -142,7 +142,7 @@ def _summary(view: VmView, output: OutputFormat) -> dict[str, object]:
 
 
 def _print(view: VmView, output: OutputFormat) -> None:
-    """Print a VM. With encryption at host, plaintext is a warning on standard error, too."""
+    """Print a VM. Plaintext of encrypted disks, or with encryption at host, is also a warning."""
     from virt_sse.domains.data_on_host import State
     from virt_sse.domains.guest_preload import library_problem
 
@@ -167,8 +167,9 @@ def _print(view: VmView, output: OutputFormat) -> None:
         print_fields(fields, output)
     else:
         print_fields(fields | {"at-rest": _lines(fields["at-rest"])}, output)
-    for each in view.at_rest if view.properties.encryption_at_host else ():
-        if each.state is State.PLAINTEXT:
+    for each in view.at_rest:
+        is_told = view.properties.encryption_at_host or each.is_of_encrypted_disk
+        if is_told and each.state is State.PLAINTEXT:
             where = f" at {each.place}" if each.place else ""
             typer.echo(f"virt-sse: warning: {each.name}{where} is not encrypted: {each.reason}", err=True)
     if view.library and (problem := library_problem(view.library, is_asked=view.is_accelerated)):

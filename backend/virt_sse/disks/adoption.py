@@ -6,7 +6,6 @@ disk's encryption type, and with the LUKS headers, before the image gets a seal 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import uuid
@@ -225,7 +224,6 @@ class Adoption:
         :raise KeyProviderError: When a DEK cannot be unwrapped.
         """
         with usable(self._host, self._store.get(name)) as current:
-            current = with_images_envelope(self._host, current)
             deks = self._keys.unwrap_all(current)
             img.check_unlocks(current.path, current.format, deks)
             try:
@@ -270,15 +268,6 @@ class Adoption:
                 f"the disk was in encryption set {carried.set_id}, which the store does not have",
                 hint="pass --des with a set that may use the disk's key",
             ) from exc
-
-
-def with_images_envelope(host: Host, disk: Disk) -> Disk:
-    """Take over the image's envelope if authentic and newer than the store's."""
-    with contextlib.suppress(ImageError):  # left to the caller's checks
-        found = host.freshness.check(disk)
-        if found and found.uses is not None:
-            return with_newer_envelope(host.opened_store, disk, found.envelope)
-    return disk
 
 
 def _check_ciphers(disk: Disk, headers: Sequence[VolumeHeader]) -> None:

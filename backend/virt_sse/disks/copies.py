@@ -16,7 +16,7 @@ from uuid import UUID
 
 from virt_sse.disks.creation import LiveWrites, Unfinished, difference_image, image_errors
 from virt_sse.disks.lifecycle import Disks
-from virt_sse.disks.stored_images import usable, with_real_size
+from virt_sse.disks.stored_images import usable
 from virt_sse.errors import DiskInUseError, InvalidValueError
 from virt_sse.in_guest.images import in_image
 from virt_sse.keys.copy_chains import copies_below, refuse_other_size, unlocked_base
@@ -133,7 +133,7 @@ class Copies:
         pause = 0.0
         with ExitStack() as locks:
             sources = [
-                with_real_size(self._host, locks.enter_context(usable(self._host, each.source)))
+                self._disks.with_size_within(locks.enter_context(usable(self._host, each.source)))
                 for each in new
                 if each.source
             ]

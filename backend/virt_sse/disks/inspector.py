@@ -15,6 +15,7 @@ from virt_sse.keys.host import Host
 from virt_sse.libvirt import domains
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.disk_places import DiskPlace
+from virt_sse.libvirt.pools import volume_path
 from virt_sse.model.content import Content, Finding
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.events import audit_context
@@ -146,7 +147,7 @@ def _resolved(connection: libvirt.virConnect, place: DiskPlace) -> DiskPlace:
         return place
     pool, volume = place.volume
     try:
-        path = connection.storagePoolLookupByName(pool).storageVolLookupByName(volume).path()
+        path = volume_path(connection, pool, volume)
     except libvirt.libvirtError as exc:
         return DiskPlace(place.target, obstacle=f"volume {volume!r} in pool {pool!r}: {exc}")
-    return DiskPlace(place.target, path=Path(path), format=place.format)
+    return DiskPlace(place.target, path=path, format=place.format)

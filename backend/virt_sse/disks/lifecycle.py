@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from virt_sse.disks import backup_manifest
-from virt_sse.disks.adoption import Adoption, with_images_envelope
+from virt_sse.disks.adoption import Adoption
 from virt_sse.disks.certificates import DeletionCertificates
 from virt_sse.disks.creation import Creation, Fill, LiveWrites, Successor, Unfinished
 from virt_sse.disks.stored_images import usable, with_real_size
@@ -55,6 +55,9 @@ class Attachments(Protocol):
 
     def users(self, disk: Disk) -> list[str]:
         """The names of the domains, running or defined, that have the disk."""
+
+    def live_size(self, disk: Disk) -> int | None:
+        """The size that the running domain with the disk has, in bytes; ``None`` without such a domain."""
 
     def resize_live(self, disk: Disk, size: int) -> bool:
         """Resize the disk in the running domain that has the disk; whether there was such a domain."""
@@ -192,7 +195,7 @@ class Disks:
         check_kind(disk, DiskKind.DISK)
         check_size(size)
         with usable(self._host, disk) as current:
-            current = with_real_size(self._host, current)
+            current = self.with_size_within(current)
             if size < current.size and not shrink:
                 raise InvalidValueError(
                     f"disk {disk.name!r} has {current.size} bytes, more than {size}",
@@ -206,6 +209,20 @@ class Disks:
                     img.resize(current.path, current.format, size, deks, shrink=shrink, base=base)
                 self._store.set_size(current.id, size)
             return with_real_size(self._host, dataclasses.replace(current, size=size))
+
+    def with_size_within(self, disk: Disk) -> Disk:
+        """The disk with its real size, of the innermost layer; another size is stored.
+
+        :raise KeyProviderError: When no running domain tells the size, and a DEK cannot be unwrapped.
+        """
+        if len(disk.deks) < 2:
+            return with_real_size(self._host, disk)
+        size = self._attachments.live_size(disk)
+        if size is None:
+            size = img.usable_size_within(disk.path, disk.format, self._keys.unwrap_all(disk))
+        if size != disk.size:
+            self._store.set_size(disk.id, size)
+        return dataclasses.replace(disk, size=size)
 
     @contextlib.contextmanager
     def _size_marked(self, disk: Disk) -> Iterator[None]:
@@ -233,11 +250,8 @@ class Disks:
             try:
                 with self._locks.hold(disk_id):
                     disk = self._store.get(str(disk_id))
-                    if disk.state is DiskState.READY and len(disk.deks) > 1:
-                        deks = self._keys.unwrap_all(disk)  # the size is encrypted
-                        self._store.set_size(disk_id, img.usable_size_within(disk.path, disk.format, deks))
-                    else:
-                        with_real_size(self._host, disk)
+                    if disk.state is DiskState.READY:
+                        self.with_size_within(disk)
                     self._resizing.remove(disk_id)
             except DiskInUseError:
                 continue
@@ -258,7 +272,6 @@ class Disks:
         :raise DiskInUseError: When a QEMU process has the image open.
         """
         with usable(self._host, self._store.get(name)) as current:
-            current = with_images_envelope(self._host, current)
             deks = self._keys.unwrap_all(current)
             img.check(current.path, current.format, deks)
             self._freshness.check(current)

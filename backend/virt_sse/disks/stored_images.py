@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from virt_sse.errors import DiskStateError, ImageError
+from virt_sse.keys.freshness import with_images_envelope
 from virt_sse.keys.host import Host
 from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk, DiskState
@@ -17,6 +18,8 @@ from virt_sse.qemu import envelope_slots, image_file
 def usable(host: Host, disk: Disk) -> Iterator[Disk]:
     """Lock a disk: the disk as stored once the lock is held.
 
+    An authentic envelope in the image that is newer than the store's, written by another host, comes first.
+
     :raise DiskInUseError: When another command holds the lock.
     :raise DiskStateError: When the disk is not ready.
     """
@@ -26,7 +29,7 @@ def usable(host: Host, disk: Disk) -> Iterator[Disk]:
         current = host.store.get(str(disk.id))
         if current.state is not DiskState.READY:
             raise DiskStateError(f"disk {disk.name!r} is {current.state.value}")
-        yield current
+        yield with_images_envelope(host.freshness, host.opened_store, current)
 
 
 def with_real_size(host: Host, disk: Disk) -> Disk:

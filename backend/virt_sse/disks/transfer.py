@@ -19,7 +19,7 @@ from virt_sse.model.disks import Disk, NewDisk
 from virt_sse.model.keys import Dek
 from virt_sse.model.operations import ExportDisk
 from virt_sse.qemu import conversion, image_file, img
-from virt_sse.system.files import canonical, publish, unnamed_file
+from virt_sse.system.files import canonical, complete_file
 from virt_sse.system.progress import Progress, silent
 
 
@@ -95,7 +95,9 @@ class Transfer:
     ) -> None:
         """Write a disk's content, in plaintext, to the new image *destination*, 0600.
 
-        The image gets its name once complete, so a killed command leaves no plaintext behind.
+        The image gets its name once complete, so a killed command leaves no plaintext behind. Without
+        ``O_TMPFILE``, e.g. on NFS, a killed command leaves a hidden file, which the next export to
+        *destination* removes.
 
         :raise DiskExistsError: When *destination* exists.
         :raise DiskInUseError: When a QEMU process has the disk open.
@@ -109,7 +111,7 @@ class Transfer:
             self._plugins.validate(ExportDisk(current, destination))
             deks, base = self._keys.unwrap_all(current), unlocked_base(self._host, current)
             try:
-                with unnamed_file(destination.parent) as descriptor:
+                with complete_file(destination) as descriptor:
                     conversion.decrypt_to(
                         current.path,
                         current.format,
@@ -119,8 +121,6 @@ class Transfer:
                         progress,
                         base=base,
                     )
-                    os.fsync(descriptor)
-                    publish(Path(f"/proc/self/fd/{descriptor}"), destination)
             except FileExistsError as exc:
                 raise DiskExistsError(f"{destination} exists already") from exc
             except OSError as exc:

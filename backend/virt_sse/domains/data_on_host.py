@@ -19,6 +19,8 @@ from virt_sse.libvirt.guest_data import DiskEncryption, GuestData
 from virt_sse.libvirt.snapshots import SnapshotFiles
 from virt_sse.system.host_memory import QemuSettings, plain_swaps
 
+SAVED_MEMORY = "libvirt cannot encrypt a guest's saved memory"
+"""Why the file of ``virsh save`` and ``virsh managedsave`` is in plaintext."""
 _DUMPS = ("coredump-destroy", "coredump-restart")
 _ENCRYPTED_BLOB = 1
 """swtpm ``swtpm_nvstore.c``: ``BLOB_FLAG_ENCRYPTED`` in the flags of a state file's header."""
@@ -41,6 +43,8 @@ class HostData:
     :ivar place: the file or folder; ``None`` without a single file or folder.
     :ivar reason: why the data is in this state.
     :ivar hint: how to avoid plaintext. Encryption at host refuses a VM with plaintext data and a hint.
+    :ivar is_tolerated: whether a VM with encryption at host starts nevertheless.
+    :ivar is_of_encrypted_disk: whether the data is of an encrypted disk: worth a warning for every VM.
     """
 
     name: str
@@ -48,10 +52,18 @@ class HostData:
     state: State
     reason: str
     hint: str | None = None
+    is_tolerated: bool = False
+    is_of_encrypted_disk: bool = False
+
+    @property
+    def is_avoidable(self) -> bool:
+        """Whether the data is in plaintext, and the hint tells how to change that."""
+        return self.state is State.PLAINTEXT and self.hint is not None
 
     @property
     def is_refused(self) -> bool:
-        return self.state is State.PLAINTEXT and self.hint is not None
+        """Whether a VM with encryption at host does not start because of the data."""
+        return self.is_avoidable and not self.is_tolerated
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +95,7 @@ def survey(definition: DomainDefinition, files: LibvirtFiles) -> list[HostData]:
     settings = QemuSettings.read(files.qemu_conf)
     data = definition.guest_data
     return [
-        *_disks(data),
+        *disk_data(data),
         tpm_state(definition, files),
         _nvram(data),
         _managed_save(definition.name, files),
@@ -95,15 +107,38 @@ def survey(definition: DomainDefinition, files: LibvirtFiles) -> list[HostData]:
     ]
 
 
-def _disks(data: GuestData) -> Iterator[HostData]:
+def disk_data(data: GuestData) -> Iterator[HostData]:
     """List the disks. Foreign disks are reported, not refused.
 
     Installation media hold no data of the guest, and the operator is responsible for disks encrypted by
-    other means.
+    other means. An overlay without encryption over an encrypted disk is refused: the definition asks for it.
+
+    :raise InvalidValueError: When a secret's usage id has our prefix and is malformed.
     """
     for disk in data.disks():
         name, place = f"disk {disk.target}" if disk.target is not None else "disk", disk.where
-        if disk.encryption is DiskEncryption.OURS:
+        is_encrypted = disk.encryption in (DiskEncryption.OURS, DiskEncryption.OTHER)
+        if disk.is_transient and is_encrypted:
+            yield HostData(
+                name,
+                place,
+                State.PLAINTEXT,
+                "for <transient/>, libvirt makes an overlay without encryption for the guest's writes",
+                hint="remove <transient/> from the disk, with 'virsh edit DOMAIN'; "
+                "'virt-sse snapshot restore' undoes the writes of a guest",
+                is_of_encrypted_disk=True,
+            )
+        elif disk.encryption is DiskEncryption.OVERLAID:
+            yield HostData(
+                name,
+                place,
+                State.PLAINTEXT,
+                "an overlay without encryption over a disk of virt-sse",
+                hint="name the disk itself in the definition, with 'virsh edit DOMAIN'; "
+                "'virsh blockcommit DOMAIN TARGET --active --pivot' merges the overlay of a running domain",
+                is_of_encrypted_disk=True,
+            )
+        elif disk.encryption is DiskEncryption.OURS:
             yield HostData(name, place, State.ENCRYPTED, "by virt-sse, including the host cache")
         elif disk.encryption is DiskEncryption.OTHER:
             yield HostData(name, place, State.ENCRYPTED, "not by virt-sse")
@@ -189,8 +224,8 @@ def _nvram(data: GuestData) -> HostData:
 def _managed_save(name: str, files: LibvirtFiles) -> HostData:
     """Describe the file with the guest's memory written by ``virsh managedsave``.
 
-    libvirt can neither encrypt nor forbid a saved state. A VM with an existing saved state is refused, so the
-    state cannot be started from.
+    libvirt can neither encrypt nor forbid a saved state. The VM starts from the state, as after ``virsh
+    save``: libvirt then removes the file. A refusal would leave the file, or cost the state.
     """
     path = files.managed_save(name)
     if not path.exists():
@@ -199,8 +234,9 @@ def _managed_save(name: str, files: LibvirtFiles) -> HostData:
         "managed-save",
         str(path),
         State.PLAINTEXT,
-        "libvirt cannot encrypt a guest's saved memory",
-        hint=f"'virsh managedsave-remove {name}' discards the state, as a power failure would",
+        SAVED_MEMORY,
+        hint=f"'virsh start {name}' resumes the guest and removes the file",
+        is_tolerated=True,
     )
 
 

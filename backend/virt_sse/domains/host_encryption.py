@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from uuid import UUID
@@ -11,7 +12,7 @@ from uuid import UUID
 import libvirt
 
 from virt_sse.domains import temp_disks, tpm_envelope
-from virt_sse.domains.data_on_host import HostData, LibvirtFiles, has_tpm_state, survey
+from virt_sse.domains.data_on_host import HostData, LibvirtFiles, disk_data, has_tpm_state, survey
 from virt_sse.errors import (
     DiskInUseError,
     InvalidValueError,
@@ -37,6 +38,8 @@ from virt_sse.model.vms import NOWHERE, Vm, VmProperties, temp_disk_id, tpm_cont
 from virt_sse.plugins import PluginHost
 from virt_sse.system.files import canonical
 from virt_sse.system.locks import DiskLocks
+
+_log = logging.getLogger(__name__)
 
 _LOCK_TRIES, _LOCK_PAUSE = 20, 0.05
 
@@ -72,7 +75,12 @@ class HostEncryption:
                 if metadata:
                     self._plugins.validate(StartVm(name, properties, disks))
                 if properties.encryption_at_host:
-                    refuse_plaintext_data(survey(definition, self.files), name)
+                    found = survey(definition, self.files)
+                    refuse_plaintext_data(found, name)
+                    _warn(name, [each for each in found if each.is_avoidable])
+                else:
+                    found = list(disk_data(definition.guest_data))
+                    _warn(name, [each for each in found if each.is_of_encrypted_disk])
                 self._refuse_foreign_tpm_secret(definition)
                 if metadata or definition.has_our_tpm_secret:
                     with connected(self._config.libvirt_uri) as connection:
@@ -343,3 +351,10 @@ def refuse_plaintext_data(found: list[HostData], name: str) -> None:
                 f"domain {name!r} has encryption at host, and its {data} is not encrypted: {each.reason}",
                 hint=each.hint.replace("DOMAIN", name) if each.hint else None,
             )
+
+
+def _warn(name: str, found: Sequence[HostData]) -> None:
+    """Log plaintext data of a domain that starts nevertheless."""
+    for each in found:
+        where = f"{each.name} at {each.place}"
+        _log.warning("domain %s: %s is not encrypted: %s", name, where, each.reason)

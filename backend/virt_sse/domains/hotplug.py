@@ -29,6 +29,7 @@ from virt_sse.libvirt.disk_element import DiskSource, DomainDisk, disk_element
 from virt_sse.libvirt.iothreads import IothreadChoice, choose, parse_number
 from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.secrets import drop_secret
+from virt_sse.model.disk_bus import DiskBus
 from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk, DiskState, check_kind
 from virt_sse.model.encryption_sets import EncryptionSet
@@ -74,6 +75,7 @@ class Hotplug:
         domain_name: str,
         *,
         target: str | None = None,
+        bus: DiskBus | None = None,
         read_only: bool = False,
         caching: HostCaching = HostCaching.NONE,
         iothread: int | IothreadChoice | None = None,
@@ -83,7 +85,9 @@ class Hotplug:
         If only one definition of a running domain has the disk, the disk is added to the other definition: a
         killed :meth:`attach` or :meth:`detach` leaves such a domain.
 
-        :param target: the disk's name in the guest; default: the first free virtio name.
+        :param target: the disk's name in the guest; default: the first free name on *bus*.
+        :param bus: default: by *target*; virtio without a target. Only libvirt knows which buses of a running
+            domain take new disks.
         :param caching: host caching of the disk, in a domain with encryption at host.
         :param iothread: the iothread of the domain that serves the disk; default: QEMU's main thread. A new
             iothread stays in the domain after :meth:`detach`.
@@ -117,7 +121,7 @@ class Hotplug:
             refuse_moved(disk, self._set_of(disk), self._config)
             source = self._start.source(disk)
             present = next((use for found in uses.values() for use in found), None)
-            target = target or (present.target if present else definition.free_target())
+            target = target or (present.target if present else definition.free_target(bus or DiskBus.VIRTIO))
             adds_iothread = False
             if present and isinstance(iothread, IothreadChoice):  # chosen by the attach that was killed
                 iothread = parse_number(present.iothread) if present.iothread else None
@@ -136,6 +140,7 @@ class Hotplug:
             element = disk_element(
                 source,
                 target=target,
+                bus=bus,
                 read_only=read_only,
                 iothread=iothread,
                 options=self._start.driver_options(disk),
@@ -169,8 +174,9 @@ class Hotplug:
         return self._store.encryption_sets.get(str(disk.set_id)) if disk.set_id else None
 
     def detach(self, name: str, domain_name: str) -> None:
-        """Detach a disk from a domain: from its persistent definition, and at once if the domain runs.
+        """Detach a disk from a domain: at once if the domain runs, and from its persistent definition.
 
+        The definition changes last: if guest or bus keep the disk, nothing changes.
         If no domain has the disk any more, secrets and stages left by a killed command are removed.
 
         :raise DiskNotFoundError: When the domain does not have the disk.
@@ -191,14 +197,15 @@ class Hotplug:
                 if not disk_users.using(connection, disk.id):
                     self._forget(domain, disk)
                 raise DiskNotFoundError(f"domain {domain_name!r} does not have disk {disk.name!r}")
-            for definition, use in found:
-                with _ending_is_fine(domain, definition):
+            # The live domain first.
+            for flag, use in sorted(found, key=lambda each: each[0] != libvirt.VIR_DOMAIN_AFFECT_LIVE):
+                with _ending_is_fine(domain, flag):
                     # libvirt finds the disk by its target. The disk's present source may be another.
                     source = DiskSource(disk.id, use.slot, disk.format.value, disk.path)
                     element = disk_element(source, target=use.target, read_only=False)
-                    domain.detachDeviceFlags(element, definition)
-            with _ending_is_fine(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE):
-                self._await_unplug(domain, disk)
+                    domain.detachDeviceFlags(element, flag)
+                    if flag == libvirt.VIR_DOMAIN_AFFECT_LIVE:
+                        self._await_unplug(domain, disk)
             self._forget(domain, disk)
         self._freshness.end_use(disk.id, disk.path)
         self._store.vms.set_caching(disk.id, HostCaching.NONE)
@@ -217,9 +224,23 @@ class Hotplug:
                 raise LibvirtError(
                     f"the guest in domain {domain.name()!r} did not release disk {disk.name!r} "
                     f"within {_UNPLUG_SECONDS:g} s",
-                    hint="libvirt removes the disk as soon as the guest releases the disk or stops",
+                    hint="libvirt removes the disk as soon as the guest releases it; then detach it again, "
+                    "which changes the persistent definition",
                 )
             time.sleep(0.1)
+
+    def live_size(self, disk: Disk) -> int | None:
+        """The size that the running domain with the disk has, in bytes; ``None`` without such a domain.
+
+        :raise LibvirtError: When libvirt refuses.
+        """
+        with contextlib.suppress(LibvirtUnavailableError), connected(self._uri) as connection:
+            for domain in disk_users.using(connection, disk.id):
+                with domains.gone_is_fine(or_ended=True):
+                    for use in disk_users.uses(domain, libvirt.VIR_DOMAIN_AFFECT_LIVE, disk.id):
+                        if domain.isActive():
+                            return int(domain.blockInfo(use.target)[0])
+        return None
 
     def resize_live(self, disk: Disk, size: int) -> bool:
         """Resize the disk in the running domain with the disk.

@@ -15,6 +15,7 @@ from virt_sse.config import IoErrors
 from virt_sse.domains.deferred_starts import DeferredStarts
 from virt_sse.domains.guest_preload import refuse_unsafe
 from virt_sse.domains.host_encryption import HostEncryption
+from virt_sse.domains.keyless_images import refuse_keyless_images
 from virt_sse.domains.replacement_outcome import settle_ended
 from virt_sse.errors import (
     DiskInUseError,
@@ -29,7 +30,7 @@ from virt_sse.errors import (
     VirtSseError,
 )
 from virt_sse.keys.copy_chains import unlocked_base
-from virt_sse.keys.freshness import with_newer_envelope
+from virt_sse.keys.freshness import with_images_envelope, with_newer_envelope
 from virt_sse.keys.host import Host
 from virt_sse.libvirt import disk_element, domains
 from virt_sse.libvirt.capabilities import HostCapabilities
@@ -40,13 +41,15 @@ from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.secrets import set_secrets
 from virt_sse.libvirt.users import User
 from virt_sse.model.cloud import DriverOptions
+from virt_sse.model.disk_bus import DiskBus
 from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk, DiskState, check_kind
 from virt_sse.model.events import audit_context
 from virt_sse.model.keys import Dek
 from virt_sse.model.layers import GuestNode, LayerChoice, LayerPlan, Placement
 from virt_sse.model.operations import UnlockDisk
-from virt_sse.qemu import envelope_slots, image_file, unlocking
+from virt_sse.qemu import envelope_slots, image_file, qcow2, unlocking
+from virt_sse.qemu.volume_header import VolumeHeader
 from virt_sse.stages.record import StageRecord
 from virt_sse.system.files import canonical
 from virt_sse.system.locks import DiskLocks
@@ -91,6 +94,7 @@ class DomainStart:
         :raise VirtSseError: When any part cannot be served; the domain must not start then.
         """
         refuse_unsafe(self._config.guest_library, definition)
+        refuse_keyless_images(self._host, definition)
         try:
             with self._host_encryption.prepared(definition):
                 if uses := definition.our_disks:
@@ -159,7 +163,8 @@ class DomainStart:
         self._host_encryption.restore(definition)
         deks: dict[SecretName, Dek] = {}
         uses = [use for use in self._complete(definition.our_disks) if use.secret]
-        for each in self._look_up(uses, definition.name, placement=Placement.GUEST, is_running=True):
+        for stored in self._look_up(uses, definition.name, placement=Placement.GUEST, is_running=True):
+            each = replace(stored, disk=self._with_images_envelope(stored.disk))
             deks |= _for_libvirt(each, self._unlock(each, definition.name))
         with connected(self._config.libvirt_uri) as connection:
             set_secrets(connection, deks)
@@ -182,7 +187,7 @@ class DomainStart:
         """
         deks = {}
         if slots := self._stages.dek_slots(record):
-            disk = self._store.get(str(record.disk_id))
+            disk = self._with_images_envelope(self._store.get(str(record.disk_id)))
             with audit_context(domain=record.domain):
                 deks = {slot: self._keys.unwrap_slot(disk, slot) for slot in slots}
             self._validate_inner(disk, deks)
@@ -205,19 +210,28 @@ class DomainStart:
         return self._source(disk, self.plan(disk, placement))
 
     def disk_element(
-        self, name: str, *, target: str = "vda", read_only: bool = False, iothread: int | None = None
+        self,
+        name: str,
+        *,
+        target: str | None = None,
+        bus: DiskBus | None = None,
+        read_only: bool = False,
+        iothread: int | None = None,
     ) -> str:
         """Make the ``<disk>`` element for a disk, given by name or id (libvirt formatdomain).
 
+        :param target: the name in the guest; default: the first name on *bus*.
+        :param bus: default: by *target*; virtio without a target.
         :raise DiskNotFoundError: When the store has no such disk.
-        :raise InvalidValueError: When *target* is not a valid name of a disk in a guest, or names a bus
-            without iothreads for disks.
+        :raise InvalidValueError: When *target* is not a valid name of a disk in a guest, or the bus has no
+            iothreads for disks.
         """
         disk = self._store.get(name)
         check_kind(disk, DiskKind.DISK)
         return disk_element.disk_element(
             self.source(disk),
-            target=target,
+            target=target or f"{(bus or DiskBus.VIRTIO).prefix}a",
+            bus=bus,
             read_only=read_only,
             iothread=iothread,
             options=self.driver_options(disk),
@@ -376,7 +390,8 @@ class DomainStart:
     ) -> dict[SecretName, Dek]:
         served = self._begin_use(served)
         deks = self._unlock(served, domain)
-        self._validate_inner(served.disk, deks)
+        headers = self._validate_inner(served.disk, deks)
+        _make_room(served.disk, deks, headers)
         with audit_context(domain=domain):
             base = unlocked_base(self._host, served.disk)
         if qemu:
@@ -392,17 +407,21 @@ class DomainStart:
             )
         return _for_libvirt(served, deks)
 
-    def _validate_inner(self, disk: Disk, deks: Mapping[str, Dek]) -> None:
+    def _validate_inner(self, disk: Disk, deks: Mapping[str, Dek]) -> Sequence[VolumeHeader]:
         """Validate the headers of nested volumes, before QEMU opens the inner volume.
 
         :param deks: by slot. Does nothing unless they are the DEKs of several volumes, all of the disk's: the
             outer header is validated wherever the image is opened.
+        :return: the headers, innermost first; empty if nothing was done.
         :raise ImageFormatError: When a header is refused.
         :raise StaleImageError: When the inner header was changed, and policy refuses.
         """
         if 1 < len(deks) == len(disk.deks):
             outer = [deks[entry.slot] for entry in disk.deks[1:]]
-            self._freshness.check_inner(disk, unlocking.validate(disk.path, disk.format, outer))
+            headers = unlocking.validate(disk.path, disk.format, outer)
+            self._freshness.check_inner(disk, headers)
+            return headers
+        return ()
 
     def _begin_use(self, served: _Served) -> _Served:
         """Refuse a stale image, and take over an envelope that is newer than the store's.
@@ -414,11 +433,28 @@ class DomainStart:
             return served
         return replace(served, disk=with_newer_envelope(self._opened_store, served.disk, carried))
 
+    def _with_images_envelope(self, disk: Disk) -> Disk:
+        return with_images_envelope(self._freshness, self._opened_store, disk)
+
     def _unlock(self, served: _Served, domain: str) -> dict[str, Dek]:
         """Unwrap the disk's DEKs; by slot."""
         with audit_context(domain=domain):
             unwrapped = self._keys.unwrap_all(served.disk)
         return {entry.slot: dek for entry, dek in zip(served.disk.deks, unwrapped, strict=True)}
+
+
+def _make_room(disk: Disk, deks: Mapping[str, Dek], headers: Sequence[VolumeHeader]) -> None:
+    """Grow the volume around a qcow2 volume that another program has grown, e.g. ``virsh blockresize``.
+
+    :param headers: of two nested volumes, innermost first; without, nothing is done.
+    :raise DiskInUseError: When a QEMU process has the image open.
+    """
+    for entry, inner, outer in zip(disk.deks[1:], headers, headers[1:], strict=False):
+        if inner.size and outer.size and qcow2.full_room(inner.size) > outer.size:
+            from virt_sse.qemu import img  # rarely needed, and the hook imports little
+
+            room = qcow2.most_room(inner.size)
+            img.resize(disk.path, disk.format, room, [deks[entry.slot]], shrink=False)
 
 
 def _for_libvirt(served: _Served, deks: Mapping[str, Dek]) -> dict[SecretName, Dek]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from virt_sse.config import Config
-from virt_sse.host.setup import hook_environment
+from virt_sse.host.setup import hook_parameters
 from virt_sse.keys.host import Host
 from virt_sse.libvirt import hook_script
 from virt_sse.model.disks import Disk
@@ -55,7 +55,7 @@ def _hook(config: Config) -> Iterator[SetupFault]:
     """Without the hook, libvirt starts no domain with our disks."""
     path, remedy = config.hook_path, "virt-sse host init, then restart libvirtd (or virtqemud)"
     try:
-        is_current = path.read_text() == hook_script.script(hook_environment(config), config.stage_directory)
+        is_current = path.read_text() == hook_script.script(*hook_parameters(config))
     except FileNotFoundError:
         yield SetupFault("hook", f"the libvirt hook {path} is missing", remedy)
         return

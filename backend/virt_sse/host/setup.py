@@ -42,8 +42,10 @@ def initialise(host: Host) -> list[str]:
     if host.freshness.host_key.provision():
         made.append(f"host key {host.freshness.host_key.path}")
     with _naming(config.hook_path):
-        if hook_script.install(config.hook_path, hook_environment(config), config.stage_directory):
+        if hook_script.install(config.hook_path, *hook_parameters(config)):
             made.append(f"libvirt hook {config.hook_path}")
+    with _naming(config.image_paths):
+        host.image_paths.replace(lambda: [disk.path for disk in store.all()])
     library = config.guest_library
     if library.is_wanted and acceleration.library():
         with _naming(library.path):
@@ -56,9 +58,10 @@ def initialise(host: Host) -> list[str]:
     return made
 
 
-def hook_environment(config: Config) -> dict[str, str]:
-    """Environment variables of the hook: libvirtd does not pass on its own."""
-    return {"VIRT_SSE_ROOT": str(config.root), "LIBVIRT_DEFAULT_URI": config.libvirt_uri}
+def hook_parameters(config: Config) -> tuple[dict[str, str], Path, Path]:
+    """The parameters of the hook script. libvirtd does not pass on its own environment."""
+    environment = {"VIRT_SSE_ROOT": str(config.root), "LIBVIRT_DEFAULT_URI": config.libvirt_uri}
+    return environment, config.stage_directory, config.image_paths
 
 
 @contextlib.contextmanager

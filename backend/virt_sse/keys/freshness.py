@@ -71,7 +71,7 @@ class ImageFreshness:
 
     def __init__(self, config: Config) -> None:
         self.host_key = HostKeyFile(config.state_directory / "host.key")
-        self._states = ImageStateFiles(config.state_directory / "image-states")
+        self._states = ImageStateFiles(config.image_states)
         self._locks = DiskLocks(config.state_directory / "image-states.lock")
         self._policy = config.stale_images
 
@@ -321,6 +321,24 @@ def with_newer_envelope(store: LazyStore, disk: Disk, carried: Envelope) -> Disk
     if carried.encryption_type is not disk.encryption_type or not store.full().replace(disk, newer):
         raise DiskStateError(f"disk {disk.name!r} was changed by another host at the same time")
     return newer
+
+
+def with_images_envelope(freshness: ImageFreshness, store: LazyStore, disk: Disk) -> Disk:
+    """Take over the image's envelope if authentic and newer than the store's, into the store.
+
+    An image that cannot be read, or is not the last known, changes nothing: the user of the image refuses the
+    image.
+
+    :return: the disk as stored.
+    :raise DiskStateError: As for :func:`with_newer_envelope`.
+    """
+    try:
+        found = freshness.check(disk)
+    except (ImageError, HostKeyError):
+        return disk
+    if found is None or found.uses is None:
+        return disk
+    return with_newer_envelope(store, disk, found.envelope)
 
 
 def _problem(disk: Disk, carried: CarriedEnvelope, state: ImageState | None) -> str | None:

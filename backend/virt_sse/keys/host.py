@@ -14,6 +14,7 @@ from virt_sse.keys.unfinished_work import has_unfinished_work
 from virt_sse.plugins import PluginHost
 from virt_sse.stages import Stages
 from virt_sse.store import LazyStore, StoreReads
+from virt_sse.store.image_paths import ImagePaths
 from virt_sse.system.locks import DiskLocks
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """Configuration, store, plugins, key access, disk locks, stages and freshness of images of a host.
+    """Configuration, store, plugins, key access, disk locks, stages, freshness and paths of images of a host.
 
     Every service takes a ``Host`` as its first parameter.
     """
@@ -34,6 +35,7 @@ class Host:
     locks: DiskLocks
     stages: Stages
     freshness: ImageFreshness
+    image_paths: ImagePaths
 
     @property
     def store(self) -> Store:
@@ -64,14 +66,16 @@ class Host:
         :raise PluginError: When a required plugin is broken.
         """
         plugins = plugins or PluginHost(config)
+        image_paths = ImagePaths(config.image_paths)
         return cls(
             config=config,
-            opened_store=LazyStore(config.store_url),
+            opened_store=LazyStore(config.store_url, image_paths),
             plugins=plugins,
             keys=KeyAccess(plugins, AuditLog.of_host(config), component=component),
             locks=DiskLocks(config.state_directory / "disks.lock"),
             stages=Stages(config),
             freshness=ImageFreshness(config),
+            image_paths=image_paths,
         )
 
     def close(self) -> None:

@@ -29,6 +29,7 @@ from virt_sse.errors import (
 )
 from virt_sse.in_guest.images import in_image
 from virt_sse.keys.access import KeyAccess
+from virt_sse.keys.freshness import with_images_envelope
 from virt_sse.keys.host import Host
 from virt_sse.model.content import Content
 from virt_sse.model.disks import Disk, DiskState
@@ -192,6 +193,7 @@ class KeyRotation:
         self._keys = host.keys
         self._locks = host.locks
         self._freshness = host.freshness
+        self._opened_store = host.opened_store
         self._update_tpm_envelope = update_tpm_envelope
         self._pending = _PendingEnvelopes(host.config.pending_envelopes)
 
@@ -349,7 +351,7 @@ class KeyRotation:
     def _rewrap_disk(self, disk: Disk, targets: _Targets, *, move_to: EncryptionSet | None) -> bool:
         """Rewrap each DEK that is not under the wanted version: whether anything changed."""
         with self._locks.hold(disk.id):
-            before = self._store.get(str(disk.id))
+            before = with_images_envelope(self._freshness, self._opened_store, self._store.get(str(disk.id)))
             if before.state is not DiskState.READY:
                 raise DiskStateError(f"disk {disk.name!r} is {before.state.value}")
             encryption_set = move_to or self._set_of(before)

@@ -24,6 +24,7 @@ class ChainLink:
     :ivar place: the location for messages; a path for a file.
     :ivar path: the file, or the Unix socket of an NBD server; ``None`` for any other location.
     :ivar is_file: whether :attr:`path` is a file.
+    :ivar volume: name of the storage pool, and name of the volume in the pool, instead of a path.
     :ivar index: libvirt's number of the image in a running domain.
     :ivar disk_id: id of the disk of ours whose secret encrypts the image, or whose plaintext is exported.
     :ivar slot: the DEK's slot; ``None`` for such an export.
@@ -32,6 +33,7 @@ class ChainLink:
     place: str
     path: Path | None = None
     is_file: bool = False
+    volume: tuple[str, str] | None = None
     index: str | None = None
     is_encrypted: bool = False
     disk_id: UUID | None = None
@@ -45,6 +47,7 @@ class DiskChain:
     :ivar target: the disk's name in the guest, e.g. ``vda``.
     :ivar alias: libvirt's name of the device in QEMU.
     :ivar read_only: whether the guest cannot write to the disk.
+    :ivar transient: whether libvirt puts an unencrypted overlay over the disk at each start.
     :ivar links: from the image that the guest writes to down to the last backing file.
     :ivar mirror: target of a running copy.
     :ivar mirror_job: libvirt's name of the copy job.
@@ -56,6 +59,7 @@ class DiskChain:
     alias: str = ""
     serial: str = ""
     read_only: bool = False
+    transient: bool = False
     links: tuple[ChainLink, ...] = ()
     mirror: tuple[ChainLink, ...] = ()
     mirror_job: str | None = None
@@ -66,6 +70,19 @@ class DiskChain:
     def ours(self) -> int | None:
         """Position in :attr:`links` of the first disk of ours."""
         return next((number for number, link in enumerate(self.links) if link.disk_id), None)
+
+    @property
+    def written_as_plain(self) -> tuple[ChainLink, ...]:
+        """Files and volumes to which QEMU may write without encryption.
+
+        Backing files too: a commit writes to a backing file.
+        """
+        links = (*(() if self.read_only else self.links), *self.mirror, *self.backup)
+        return tuple(
+            link
+            for link in links
+            if not link.is_encrypted and link.disk_id is None and (link.is_file or link.volume)
+        )
 
     @property
     def disk_id(self) -> UUID | None:
@@ -132,6 +149,7 @@ def _chain(disk: ET.Element) -> DiskChain:
         alias=alias.get("name", "") if alias is not None else "",
         serial=disk.findtext("serial", ""),
         read_only=disk.find("readonly") is not None or disk.get("device") == "cdrom",
+        transient=disk.find("transient") is not None,
         links=tuple(_links(disk)),
         mirror=tuple(_links(mirror)) if mirror is not None else (),
         mirror_job=mirror.get("job") if mirror is not None else None,
@@ -164,6 +182,7 @@ def _link(place: ET.Element, source: ET.Element) -> ChainLink:
         place=_place(source),
         path=Path(path) if path else None,
         is_file=source.get("file") is not None,
+        volume=(source.get("pool", ""), source.get("volume", "")) if source.get("volume") else None,
         index=place.get("index") or source.get("index"),
         is_encrypted=encryption,
         disk_id=disk_id,

@@ -15,10 +15,12 @@ from uuid import UUID
 from virt_sse.errors import InvalidValueError
 from virt_sse.libvirt.secret_name import SecretName, exported_disk, plain_export
 from virt_sse.model.cloud import DriverOptions
+from virt_sse.model.disk_bus import DiskBus
 from virt_sse.model.layers import Placement
 
 _TARGET = re.compile(r"(?:vd|sd|hd)[a-z]{1,2}")
-_BUSES = {"vd": "virtio", "sd": "scsi", "hd": "ide"}
+_BUSES = {"vd": DiskBus.VIRTIO, "sd": DiskBus.SCSI, "hd": DiskBus.IDE}
+"""The bus of a name, unless stated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,7 @@ def disk_element(
     source: DiskSource,
     *,
     target: str,
+    bus: DiskBus | None = None,
     read_only: bool = False,
     iothread: int | None = None,
     options: DriverOptions | None = None,
@@ -108,17 +111,24 @@ def disk_element(
     write to a plaintext overlay. An internal snapshot with memory would abort QEMU: the qcow2 driver asserts
     that encrypted VM state is a multiple of the sector size.
 
-    :param target: the name in the guest; its first two letters select the bus.
+    :param target: the name in the guest.
+    :param bus: default: virtio, SCSI or IDE, by the first two letters of *target*.
     :param iothread: the iothread of the domain that serves the disk.
     :param options: options of the driver.
-    :raise InvalidValueError: When *target* is invalid, or selects a bus whose disks have no iothread.
+    :raise InvalidValueError: When *target* is invalid, not a name on *bus*, or on a bus whose disks have no
+        iothread.
     """
     if not _TARGET.fullmatch(target):
         raise InvalidValueError(f"invalid target {target[:20]!r}", hint="e.g. vdb, sda or hda")
+    bus = bus or _BUSES[target[:2]]
+    if not target.startswith(bus.prefix):
+        raise InvalidValueError(
+            f"target {target!r} is no name of a {bus.value} disk", hint=f"e.g. {bus.prefix}a"
+        )
     disk = ET.Element("disk", type="file", device="disk", snapshot="no")
     driver = ET.SubElement(disk, "driver", name="qemu")
     if iothread is not None:
-        if _BUSES[target[:2]] != "virtio":
+        if bus is not DiskBus.VIRTIO:
             raise InvalidValueError(
                 f"no iothread can serve {target}: only virtio disks have an iothread of their own",
                 hint="choose a target such as vdb; with virtio-scsi the iothread belongs to the <controller>",
@@ -127,7 +137,7 @@ def disk_element(
     ET.SubElement(disk, "source")
     set_source(disk, source)
     _set_options(disk, options or DriverOptions(), is_image=source.behind is None)
-    ET.SubElement(disk, "target", dev=target, bus=_BUSES[target[:2]])
+    ET.SubElement(disk, "target", dev=target, bus=bus.value)
     if read_only:
         ET.SubElement(disk, "readonly")
     ET.SubElement(disk, "serial").text = source.serial or source.disk_id.hex[:20]
@@ -296,16 +306,16 @@ def target_of(disk: ET.Element) -> str:
     return target.get("dev", "") if target is not None else ""
 
 
-def free_target(domain: ET.Element) -> str:
-    """The first virtio name from ``vda`` to ``vdz`` without a disk in the ``<domain>`` element *domain*.
+def free_target(domain: ET.Element, bus: DiskBus = DiskBus.VIRTIO) -> str:
+    """The first name on *bus*, e.g. from ``vda`` to ``vdz``, that no disk of a ``<domain>`` element has.
 
     :raise InvalidValueError: When all names are in use.
     """
     used = {target.get("dev") for target in domain.iterfind("./devices/disk/target")}
     for letter in "abcdefghijklmnopqrstuvwxyz":
-        if f"vd{letter}" not in used:
-            return f"vd{letter}"
-    raise InvalidValueError("the domain has no free virtio target")
+        if (name := f"{bus.prefix}{letter}") not in used:
+            return name
+    raise InvalidValueError(f"the domain has no free {bus.value} target")
 
 
 def _source(place: ET.Element) -> Path | None:

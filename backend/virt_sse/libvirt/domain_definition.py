@@ -22,6 +22,7 @@ from virt_sse.libvirt.secret_name import PREFIX, SecretName
 from virt_sse.libvirt.users import User
 from virt_sse.libvirt.vm_metadata import Stated, read_metadata
 from virt_sse.libvirt.xml import parse_with_prefixes
+from virt_sse.model.disk_bus import DiskBus
 from virt_sse.model.slots import TEMP_SLOT, TPM_SLOT
 from virt_sse.model.vms import temp_disk_id
 
@@ -183,12 +184,12 @@ class DomainDefinition:
         targets = self._root.iterfind("./devices/channel/target[@state='connected']")
         return any(target.get("name") == name for target in targets)
 
-    def free_target(self) -> str:
-        """The first virtio name from ``vda`` to ``vdz`` without a disk.
+    def free_target(self, bus: DiskBus = DiskBus.VIRTIO) -> str:
+        """The first name of a bus, e.g. from ``vda`` to ``vdz``, without a disk.
 
         :raise InvalidValueError: When all names are in use.
         """
-        return disk_element.free_target(self._root)
+        return disk_element.free_target(self._root, bus)
 
     def iothreads(self) -> Mapping[int, int]:
         """The numbers of disks by iothread.

@@ -17,6 +17,8 @@ class DiskEncryption(enum.Enum):
     OURS = enum.auto()
     OTHER = enum.auto()
     NONE = enum.auto()
+    OVERLAID = enum.auto()
+    """A disk of ours below an image without encryption, which gets the guest's writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +28,14 @@ class DataDisk:
     :ivar target: the name in the guest; ``None`` without a ``<target>``.
     :ivar where: file, device or name of the source.
     :ivar is_read_only: whether the guest cannot write to the disk.
+    :ivar is_transient: whether libvirt puts an unencrypted overlay over the disk at each start.
     """
 
     target: str | None
     where: str | None
     encryption: DiskEncryption
     is_read_only: bool
+    is_transient: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +129,13 @@ class GuestData:
 def _disk(disk: ET.Element) -> DataDisk:
     source = disk.find("source")
     where = source.get("file") or source.get("dev") or source.get("name") if source is not None else None
-    secrets = encryption_secrets(disk)
     if disks_named(disk):
         encryption = DiskEncryption.OURS
+    elif encryption_secrets(disk):
+        encryption = DiskEncryption.OTHER
     else:
-        encryption = DiskEncryption.OTHER if secrets else DiskEncryption.NONE
+        below = any(disks_named(image) for image in disk.iter("backingStore"))
+        encryption = DiskEncryption.OVERLAID if below else DiskEncryption.NONE
     read_only = disk.find("readonly") is not None or disk.get("device") == "cdrom"
     target = target_of(disk) if disk.find("target") is not None else None
-    return DataDisk(target, where, encryption, read_only)
+    return DataDisk(target, where, encryption, read_only, disk.find("transient") is not None)

@@ -30,11 +30,17 @@ xml=$(cat)
 case $2 in {events}) ;; *) exit 0 ;; esac
 case $xml in
     *"usage='{prefix}"* | *'usage="{prefix}'* | *"name='{prefix}"* | *'name="{prefix}'* | *{namespace}*) ;;
-    *)  # No disk of ours now. An unplugged disk may have left processes, which end with the domain.
-        [ "$2" = release ] || exit 0
-        case $xml in *"<uuid>"*"</uuid>"*) ;; *) exit 0 ;; esac
-        uuid=${{xml#*<uuid>}}
-        case $(cat {stages}/*/stages.json 2>&-) in *"${{uuid%%</uuid>*}}"*) ;; *) exit 0 ;; esac ;;
+    *)  # No disk of ours, but perhaps an image of ours without its key.
+        if [ "$2" = prepare ]; then
+            printf '%s\\n' "$xml" | LC_ALL=C grep -qFf {images} 2>/dev/null || exit 0
+        # An unplugged disk may have left processes, which end with the domain.
+        elif [ "$2" = release ]; then
+            case $xml in *"<uuid>"*"</uuid>"*) ;; *) exit 0 ;; esac
+            uuid=${{xml#*<uuid>}}
+            case $(cat {stages}/*/stages.json 2>&-) in *"${{uuid%%</uuid>*}}"*) ;; *) exit 0 ;; esac
+        else
+            exit 0
+        fi ;;
 esac
 {environment}\
 if [ -x {python} ]; then
@@ -63,11 +69,12 @@ def program() -> str:
     return _PROGRAM.format(folder=str(Path(virt_sse.__file__).resolve().parents[1]))
 
 
-def script(environment: dict[str, str], stages: Path) -> str:
+def script(environment: dict[str, str], stages: Path, images: Path) -> str:
     """The text of the hook script.
 
     :param environment: variables for the hook, because libvirtd does not pass on its own environment.
     :param stages: folder with the records of stages.
+    :param images: file with patterns of the images' paths.
     """
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(environment.items()))
     return _SCRIPT.format(
@@ -76,18 +83,19 @@ def script(environment: dict[str, str], stages: Path) -> str:
         namespace=VM_NAMESPACE,
         environment=exports,
         stages=shlex.quote(str(stages)),
+        images=shlex.quote(str(images)),
         python=shlex.quote(sys.executable),
         program=shlex.quote(program()),
     )
 
 
-def install(path: Path, environment: dict[str, str], stages: Path) -> bool:
+def install(path: Path, environment: dict[str, str], stages: Path, images: Path) -> bool:
     """Install the hook script at *path* with mode 0755.
 
     :return: whether the file was missing or different, its mode included: others must not change the script.
     :raise OSError: When the file cannot be written.
     """
-    content = script(environment, stages).encode()
+    content = script(environment, stages, images).encode()
     with contextlib.suppress(FileNotFoundError):
         if path.read_bytes() == content and stat.S_IMODE(path.stat().st_mode) == _MODE:
             return False

@@ -39,6 +39,14 @@ def refresh_pool(uri: str, name: str) -> None:
         _lookup(connection, name).refresh()
 
 
+def volume_path(connection: libvirt.virConnect, pool: str, volume: str) -> Path:
+    """The path of a volume of a storage pool.
+
+    :raise libvirt.libvirtError: When no such volume exists, or libvirt fails.
+    """
+    return Path(connection.storagePoolLookupByName(pool).storageVolLookupByName(volume).path())
+
+
 def _lookup(connection: libvirt.virConnect, name: str) -> libvirt.virStoragePool:
     try:
         return connection.storagePoolLookupByName(name)

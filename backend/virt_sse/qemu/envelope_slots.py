@@ -204,7 +204,9 @@ def _write_slot(
 def _header(descriptor: int, image_format: DiskFormat) -> tuple[int, bytes]:
     """Offset and digest of the LUKS header. The digest takes long: an active key slot has 256 KiB."""
     luks_offset, _ = luks_area(descriptor, image_format)
-    header = VolumeHeader.read(lambda offset, length: os.pread(descriptor, length, offset), luks_offset)
+    header = VolumeHeader.read(
+        lambda offset, length: os.pread(descriptor, length, offset), luks_offset, image_format
+    )
     return luks_offset, header.digest
 
 

@@ -116,6 +116,20 @@ def probe_format(descriptor: int) -> DiskFormat:
     return DiskFormat.RAW
 
 
+def is_plain_copy(descriptor: int, size: int) -> bool:
+    """Whether the open file is like an unencrypted copy of a disk: qcow2, or raw with the disk's size.
+
+    :param size: of the disk, in bytes.
+    """
+    start = os.pread(descriptor, luks.HEADER_END, 0)
+    if start.startswith(luks.MAGIC):
+        return False
+    if start.startswith(qcow2.MAGIC):
+        return qcow2.Qcow2Header.read(descriptor).crypt_method == 0
+    status = os.fstat(descriptor)
+    return status.st_size == size and status.st_blocks > 0
+
+
 def luks_area(descriptor: int, image_format: DiskFormat) -> tuple[int, int]:
     """Offset and length, in bytes, of the LUKS header and its keyslots within the file; validates the header.
 

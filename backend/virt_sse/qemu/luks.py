@@ -21,7 +21,7 @@ HEADER_END = 592
 """End of the header's fields; the gap up to the first keyslot at 4096 is unused by LUKS tools."""
 FIRST_KEYSLOT = 4096
 
-_MAGIC = b"LUKS\xba\xbe"
+MAGIC = b"LUKS\xba\xbe"
 _HEADER = struct.Struct(">6sH32s32s32sII20s32sI40s")
 _KEYSLOT = struct.Struct(">II32sII")
 _CIPHER_NAME, _VOLUME_KEY_BYTES = 8, 108
@@ -82,7 +82,7 @@ class Luks1Header:
 
         :raise ImageFormatError: When there is no LUKS1 header, or the header is damaged or unusual.
         """
-        if len(header) < HEADER_END or not header.startswith(_MAGIC):
+        if len(header) < HEADER_END or not header.startswith(MAGIC):
             raise ImageFormatError("no LUKS header")
         fields = _HEADER.unpack_from(header)
         if fields[1] != 1:

@@ -155,6 +155,11 @@ def most_room(size: int) -> int:
     return size + size // 256 // 512 * 512 + (64 << 20)
 
 
+def full_room(size: int) -> int:
+    """Upper bound for the file size of an image of *size* usable bytes, all written, without snapshots."""
+    return size + size // 256 + (4 << 20)
+
+
 def add_luks_header(descriptor: int, luks: bytes) -> None:
     """Make the new, empty qcow2 image open at *descriptor* LUKS-encrypted, with the LUKS header *luks*.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from virt_sse.disks.creation import Successor
 from virt_sse.disks.inspector import Inspector
 from virt_sse.disks.lifecycle import Disks
-from virt_sse.disks.stored_images import usable, with_real_size
+from virt_sse.disks.stored_images import usable
 from virt_sse.domains.start import DomainStart
 from virt_sse.errors import DiskInUseError, DiskStateError, ImageError, VirtSseError
 from virt_sse.keys.copy_chains import unlocked_base
@@ -175,7 +175,7 @@ class ReencryptionService:
 
     def _begin(self, disk: Disk, change: Reencryption, *, is_detached: bool) -> Replacement:
         """Record a copy and make the new disk; undone after a failure."""
-        disk = with_real_size(self._host, disk)
+        disk = self._disks.with_size_within(disk)
         self._plugins.validate(DeleteDisk(disk))
         domain_id, target = self._running_user(disk)
         copy_id = uuid.uuid4()

@@ -376,7 +376,8 @@ class Stages:
         with image_file.opened(record.image, os.O_RDWR) as image, lent_base(record, self._locks):
             image_file.luks_area(image, record.format)  # never give away a file without our LUKS header
             if not processes[-1].is_qemu and record.format is DiskFormat.QCOW2:
-                _extend(image, size)
+                outer = qcow2.most_room(image_file.usable_size(image, record.format))
+                _extend(image, max(size, outer))  # the store may not know a size set by others
             os.fchown(image, record.storage.uid, record.storage.gid)
             try:
                 for each in reversed(processes):

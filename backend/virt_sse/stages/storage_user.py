@@ -22,7 +22,7 @@ def storage_user(configured: str) -> User:
     """
     if configured.isascii() and configured.isdecimal():
         try:
-            user = User.parse(f"{configured}:{configured}")
+            user = User.parse(f"+{configured}:+{configured}")
         except ConfigError as exc:
             raise ConfigError(f"no user {configured[:80]!r}, 'storage-user' in [host]") from exc
     else:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from virt_sse.store.reader import StoreReader, StoreReads
 
 if TYPE_CHECKING:
+    from virt_sse.store.image_paths import ImagePaths
     from virt_sse.store.store import Store
 
 __all__ = ["LazyStore", "StoreReads"]
@@ -20,10 +21,12 @@ class LazyStore:
     """A store, opened at its first use.
 
     :param url: SQLAlchemy URL.
+    :param image_paths: file that gets the paths of new images.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, image_paths: ImagePaths | None = None) -> None:
         self._url = url
+        self._image_paths = image_paths
         self._lock = threading.Lock()
         self._store: Store | None = None
 
@@ -36,7 +39,7 @@ class LazyStore:
             if self._store is None:
                 from virt_sse.store.store import Store
 
-                self._store = Store(self._url)
+                self._store = Store(self._url, self._image_paths)
             return self._store
 
     def reads(self) -> StoreReads:

@@ -48,6 +48,9 @@ class StoreReads(Protocol):
     def with_ids(self, ids: Collection[UUID]) -> list[Disk]:
         """As :meth:`Store.with_ids`."""
 
+    def at_paths(self, paths: Collection[Path]) -> list[Disk]:
+        """As :meth:`Store.at_paths`."""
+
     def all(self) -> list[Disk]:
         """As :meth:`Store.all`."""
 
@@ -101,6 +104,11 @@ class StoreReader:
         """The existing disks among *ids*, sorted by name."""
         marks = ", ".join("?" * len(ids))
         return self._disks(f"disks.id IN ({marks})", *(each.hex for each in ids)) if ids else []
+
+    def at_paths(self, paths: Collection[Path]) -> list[Disk]:
+        """The disks with their images at *paths*, sorted by name."""
+        places = ", ".join("?" * len(paths))
+        return self._disks(f"disks.path IN ({places})", *map(str, paths)) if paths else []
 
     def all(self) -> list[Disk]:
         """All disks, sorted by name."""

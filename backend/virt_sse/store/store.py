@@ -23,6 +23,7 @@ from virt_sse.model.keys import KeyId, KeyRef
 from virt_sse.store.certificates import CertificateStore
 from virt_sse.store.encryption_sets import EncryptionSetStore
 from virt_sse.store.engine import open_engine, reading, writing
+from virt_sse.store.image_paths import ImagePaths
 from virt_sse.store.replacements import ReplacementStore
 from virt_sse.store.rows import disks_of
 from virt_sse.store.scale_sets import ScaleSetStore
@@ -33,11 +34,13 @@ from virt_sse.store.vms import VmStore
 class Store:
     """The index of disks, for concurrent use by several processes and threads.
 
+    :param image_paths: file that gets the paths of new images.
     :raise StoreError: When the database cannot be opened; from every method, when the database fails.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, image_paths: ImagePaths | None = None) -> None:
         self._engine = open_engine(url)
+        self._image_paths = image_paths
         self.encryption_sets = EncryptionSetStore(self._engine)
         self.vms = VmStore(self._engine)
         self.certificates = CertificateStore(self._engine)
@@ -82,6 +85,8 @@ class Store:
                 )
             )
             _insert_deks(connection, disk.id, disk.deks)
+        if self._image_paths:
+            self._image_paths.add(disk.path)
 
     @contextlib.contextmanager
     def _naming_taken(self, disk: Disk) -> Iterator[None]:
@@ -112,6 +117,10 @@ class Store:
     def find_by_path(self, path: Path) -> Disk | None:
         """The disk with its image at *path*, if any."""
         return next(iter(self._select(disks.c.path == str(path))), None)
+
+    def at_paths(self, paths: Collection[Path]) -> list[Disk]:
+        """The disks with their images at *paths*, sorted by name."""
+        return self._select(disks.c.path.in_(list(map(str, paths)))) if paths else []
 
     def all(self) -> list[Disk]:
         """All disks, sorted by name."""
@@ -214,6 +223,8 @@ class Store:
             if self.find_by_path(path):  # since
                 raise DiskExistsError(f"a disk with path {str(path)!r} exists already") from exc
             raise
+        if self._image_paths:
+            self._image_paths.add(path)
 
     def replace(self, before: Disk, after: Disk) -> bool:
         """Replace DEKs, encryption type, encryption set and generation of a disk with the values of *after*.

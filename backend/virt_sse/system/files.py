@@ -123,24 +123,8 @@ def write_new(path: Path, content: bytes) -> None:
     :raise FileExistsError: When *path* exists; an existing file is never replaced.
     :raise OSError: When there is no room or no permission; no file is left.
     """
-    try:
-        unnamed = os.open(path.parent, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, PRIVATE_FILE)
-    except OSError as exc:
-        if exc.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
-            raise
-    else:
-        with os.fdopen(unnamed, "wb") as file:
-            _write_through(file.fileno(), content)
-            publish(Path(f"/proc/self/fd/{file.fileno()}"), path)
-        return
-    _remove_abandoned(path)
-    temporary, named = _new_temporary(path)  # e.g. on NFS
-    with os.fdopen(named, "wb") as file:
-        try:
-            _write_through(file.fileno(), content)
-            publish(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with complete_file(path) as descriptor:
+        write_at(descriptor, content, 0)
 
 
 def _write_through(descriptor: int, content: bytes) -> None:
@@ -197,16 +181,38 @@ def _locked(descriptor: int) -> bool:
 
 
 @contextlib.contextmanager
-def unnamed_file(folder: Path) -> Iterator[int]:
-    """Open a new unnamed file in *folder*, mode 0600; the file vanishes with its descriptor unless published.
+def complete_file(path: Path) -> Iterator[int]:
+    """Open the new file *path*, mode 0600, which gets its name, durably, when the block succeeds.
 
-    :raise OSError: When the file system does not support ``O_TMPFILE`` (e.g. NFS).
+    Until then, the file has no name, and vanishes with a killed process. A file system without ``O_TMPFILE``,
+    e.g. NFS, has a temporary file beside *path*, removed after an error; after a kill, by the next call for
+    *path*.
+
+    :raise FileExistsError: When *path* exists; an existing file is never replaced.
+    :raise OSError: When there is no room or no permission; no file is left.
     """
-    descriptor = os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, PRIVATE_FILE)
     try:
-        yield descriptor
+        unnamed = os.open(path.parent, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, PRIVATE_FILE)
+    except OSError as exc:
+        if exc.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+    else:
+        try:
+            yield unnamed
+            os.fsync(unnamed)
+            publish(Path(f"/proc/self/fd/{unnamed}"), path)
+        finally:
+            os.close(unnamed)
+        return
+    _remove_abandoned(path)
+    temporary, named = _new_temporary(path)
+    try:
+        yield named
+        os.fsync(named)
+        publish(temporary, path)
     finally:
-        os.close(descriptor)
+        temporary.unlink(missing_ok=True)
+        os.close(named)
 
 
 def publish(source: Path, target: Path) -> None:
@@ -214,14 +220,30 @@ def publish(source: Path, target: Path) -> None:
 
     :param source: a path; ``/proc/self/fd/N`` for an unnamed file.
     :raise FileExistsError: When *target* exists; an existing file is never replaced.
+    :raise OSError: When the file system has no hard links and *source* has no name.
     """
     # Python follows the link in /proc only if given a folder descriptor, although both paths are absolute.
     folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.link(source, target.name, dst_dir_fd=folder, follow_symlinks=True)
+        try:
+            os.link(source, target.name, dst_dir_fd=folder, follow_symlinks=True)
+        except OSError as exc:
+            if exc.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            _rename_without_links(source, target)  # e.g. on FAT, or by FUSE
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _rename_without_links(source: Path, target: Path) -> None:
+    """Rename a file to a free name: an empty file reserves the name."""
+    os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE_FILE))
+    try:
+        source.rename(target)
+    except BaseException:
+        target.unlink()
+        raise
 
 
 def write_at(descriptor: int, content: bytes, offset: int) -> None:

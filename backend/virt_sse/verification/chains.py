@@ -28,6 +28,8 @@ class LinkKind(enum.Enum):
     MIRROR = "mirror"
     BACKUP = "backup"
     SUBSTITUTE = "image in its place"
+    KEYLESS = "keyless image"
+    """The disk's own image, used as a plain disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,8 @@ def plaintext_links(
                 if number == position:
                     kind = LinkKind.SUBSTITUTE
                 found.append(PlaintextLink(disk_id, chain.target, kind, link.place))
+        if chain.transient and position == 0:
+            found.append(PlaintextLink(disk_id, chain.target, LinkKind.OVERLAY, "of <transient/>"))
         if chain.mirror_job != ACTIVE_COMMIT:
             found += [
                 PlaintextLink(disk_id, chain.target, LinkKind.MIRROR, link.place)

@@ -45,6 +45,7 @@ class Vertex:
 
     :ivar name: node name of a block node, QOM path of a device, or id of a job.
     :ivar cipher: cipher of an encrypting node; else ``None``.
+    :ivar size: size of a node's data in bytes; ``None`` if QEMU does not tell.
     """
 
     id: int
@@ -53,6 +54,7 @@ class Vertex:
     driver: str = ""
     place: Place | None = None
     cipher: str | None = None
+    size: int | None = None
 
     @property
     def where(self) -> str:
@@ -306,6 +308,7 @@ def _vertex(vertex: Answer, node: Answer | None) -> Vertex:
         driver=str(node["drv"]),
         place=place_of(node["file"]),
         cipher=cipher_of(node),
+        size=node["image"].get("virtual-size"),
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from virt_sse.libvirt.disk_chains import DiskChain
 from virt_sse.model.ciphers import Cipher
+from virt_sse.qemu import qcow2
 from virt_sse.system.files import canonical
 from virt_sse.verification.graph import BlockGraph, Vertex
 from virt_sse.verification.processes import has_open
@@ -66,6 +68,8 @@ class RunningDisks:
         """
         stacks = [stack for vertex in self.stored_at(place) for stack in self._graph.volumes_over(vertex)]
         volumes = list(dict.fromkeys(stack[-1] for stack in stacks if stack))
+        if problem := self.beyond_room(place):
+            verdict.expect(False, problem)
         self._check_device(verdict, chain, volumes)
         verdict.expect(bool(stacks), f"the guest's QEMU does not have {place} open")
         for stack in stacks:
@@ -144,6 +148,22 @@ class RunningDisks:
                 verdict.places.append(DataPlace(name, not stack))
                 plain = plain or not stack
         return plain
+
+    def beyond_room(self, place: Path) -> str | None:
+        """Describe a disk grown past the export below QEMU, which does not grow, e.g. of a host cache.
+
+        :param place: the NBD server's socket; an image grows by itself.
+        """
+        for vertex in self.stored_at(place):
+            if vertex.driver != "nbd" or vertex.size is None:
+                continue
+            for volume in itertools.chain.from_iterable(self._graph.volumes_over(vertex)):
+                if volume.driver == "qcow2" and volume.size and qcow2.full_room(volume.size) > vertex.size:
+                    return (
+                        f"the disk was grown to {volume.size} bytes, and the process below QEMU has room for "
+                        f"{vertex.size} bytes until the domain's next start: writes may fail"
+                    )
+        return None
 
     def stored_at(self, place: Path) -> list[Vertex]:
         """List QEMU's nodes with data at *place*."""

@@ -12,6 +12,7 @@ import libvirt
 from virt_sse.disks.creation import incomplete_image
 from virt_sse.domains import temp_disks
 from virt_sse.domains.data_on_host import HostData
+from virt_sse.domains.keyless_images import described
 from virt_sse.domains.settings import VmSettings
 from virt_sse.domains.start import DomainStart
 from virt_sse.errors import OtherFileError, PolicyError, VirtSseError
@@ -73,6 +74,11 @@ class _Subject:
         found = (each for each in self.disks if each.id == disk.base_id)
         return next(found, None) if disk.is_linked_clone else None
 
+    def keyless(self, chain: DiskChain) -> Disk | None:
+        """Find the disk of virt-sse whose image the domain has without the disk's key."""
+        paths = {canonical(link.path) for link in chain.written_as_plain if link.is_file and link.path}
+        return next((disk for disk in self.disks if disk.path in paths), None)
+
     def disk_of(self, chain: DiskChain) -> Disk | None:
         """Find the disk of virt-sse in a chain: by disk id or, if the image was replaced, by serial."""
         if chain.disk_id is not None:
@@ -120,7 +126,9 @@ class Verification:
         # The survey's disks are left out: their verdicts are more precise.
         host_data = [each for each in view.at_rest if not each.name.startswith("disk ")]
         problems += [
-            f"{each.name} is in plaintext: {each.reason}" for each in host_data if at_host and each.is_refused
+            f"{each.name} is in plaintext: {each.reason}"
+            for each in host_data
+            if at_host and each.is_avoidable
         ]
         return DomainVerdict(
             domain=name,
@@ -149,6 +157,9 @@ class Verification:
                 verdict.expect(
                     disk.state in (DiskState.READY, DiskState.COPYING), f"the disk is {disk.state.value}"
                 )
+            elif keyless := subject.keyless(chain):
+                listed.add(keyless.id)
+                _refuse_keyless(verdict, keyless)
             elif not _expect_known(verdict, chain):
                 pass
             elif running.check_foreign(verdict, chain):
@@ -288,6 +299,8 @@ class Verification:
                 verdict.disk = TEMPORARY  # made when the domain starts
             elif disk:
                 self._check_defined(verdict, subject, chain, disk)
+            elif keyless := subject.keyless(chain):
+                _refuse_keyless(verdict, keyless)
             elif _expect_known(verdict, chain):
                 self._check_foreign_definition(verdict, subject, chain)
             for link in links:
@@ -368,6 +381,12 @@ def _expect_known(verdict: DiskVerdict, chain: DiskChain) -> bool:
         return True
     verdict.disk = str(chain.disk_id)
     return verdict.expect(False, "the store does not have the disk")
+
+
+def _refuse_keyless(verdict: DiskVerdict, disk: Disk) -> None:
+    verdict.disk = disk.name
+    image = f"{disk.path}, {described(disk)}"
+    verdict.expect(False, f"without its key, the domain has {image}: writes damage it")
 
 
 def _refuse_plaintext(verdict: DiskVerdict, subject: _Subject, chain: DiskChain) -> None:

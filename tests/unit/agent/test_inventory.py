@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import cast
 from unittest.mock import Mock
 from uuid import UUID, uuid4
@@ -12,6 +13,7 @@ import pytest
 
 from virt_sse.agent.inventory import Inventory
 from virt_sse.libvirt.secret_name import SecretName
+from virt_sse.store.image_paths import ImagePaths
 
 DISK = UUID("6e2a0c0e-8d1f-4c58-9c63-0a1c62d7a9b1")
 OURS = SecretName(DISK, "service").usage
@@ -81,8 +83,8 @@ class Host:
 
 
 @pytest.fixture
-def inventory() -> Inventory:
-    return Inventory("test:///", 1, lambda: None)
+def inventory(tmp_path: Path) -> Inventory:
+    return Inventory("test:///", 1, lambda: None, ImagePaths(tmp_path / "image-paths"))
 
 
 def take(inventory: Inventory, host: Host) -> None:

@@ -65,6 +65,29 @@ def test_disks_are_reported_and_not_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "disk",
+    [
+        "<disk><source file='/a'>{key}</source><target dev='vda'/><transient/></disk>",
+        "<disk><source file='/a'>{key}</source><target dev='vda'/><transient shareBacking='yes'/></disk>",
+        "<disk><source file='/o'/><backingStore type='file'><source file='/a'>{key}</source></backingStore>"
+        "<target dev='vda'/></disk>",
+        "<disk><source file='/p'/><backingStore><source file='/o'/><backingStore><source file='/a'/>{key}"
+        "</backingStore></backingStore><target dev='vda'/></disk>",
+        "<disk><source file='/o'/><backingStore type='network'><source protocol='nbd' name='virt-sse:{id}'/>"
+        "</backingStore><target dev='vda'/></disk>",
+    ],
+)
+def test_an_unencrypted_overlay_of_an_encrypted_disk_is_refused(tmp_path: Path, disk: str) -> None:
+    usage = SecretName(ID, "service").usage
+    key = f"<encryption format='luks'><secret type='passphrase' usage='{usage}'/></encryption>"
+    found = survey_of(tmp_path, devices=disk.format(key=key, id=ID))["disk vda"]
+    assert (found.state, found.is_refused, found.is_of_encrypted_disk) == (State.PLAINTEXT, True, True)
+    plain = "<disk><source file='/o'/><backingStore><source file='/b'/></backingStore><target dev='vda'/>"
+    foreign = survey_of(tmp_path, devices=f"{plain}<transient/></disk>")["disk vda"]
+    assert (foreign.state, foreign.is_refused) == (State.PLAINTEXT, False), "as any foreign disk"
+
+
+@pytest.mark.parametrize(
     ("devices", "state_file", "expected", "refused"),
     [
         ("", None, State.ABSENT, False),
@@ -119,7 +142,8 @@ def test_plaintext_by_configuration_is_refused(tmp_path: Path) -> None:
     saved = LibvirtFiles(tmp_path).managed_save("web")
     saved.parent.mkdir(parents=True)
     saved.touch()
-    assert survey_of(tmp_path)["managed-save"].is_refused
+    found = survey_of(tmp_path)["managed-save"]
+    assert (found.is_avoidable, found.is_refused) == (True, False)
 
 
 def test_plaintext_by_host_or_firmware_is_reported_and_not_refused(tmp_path: Path) -> None:

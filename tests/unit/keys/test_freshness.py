@@ -13,6 +13,7 @@ import pytest
 from support import images
 from support.command_line import CommandLine
 from support.faults import crash_points, dies_at
+from virt_sse.agent.key_watch import KeyWatch, WatchedKey
 from virt_sse.audit.log import AuditLog
 from virt_sse.backend import Backend
 from virt_sse.errors import ImageError, ImageFormatError, StaleImageError, VirtSseError
@@ -310,6 +311,12 @@ TAKING = {
     ),
     "check": lambda host, _: host.disks.check("disk"),
     "trust": lambda host, _: host.disks.trust("disk"),
+    "resize": lambda host, _: host.disks.resize("disk", M),
+    "rotate": lambda host, _: host.keys.rewrap(PLATFORM_KEY),
+    "export": lambda host, disk: host.transfer.export("disk", disk.path.with_name("plain")),
+    "agent": lambda host, disk: KeyWatch(
+        host, poll_seconds=1, probe_seconds=1, changed=lambda: None
+    )._take_newer_envelopes(WatchedKey(disk.deks[0].wrapped.key, None)),
 }
 
 

@@ -14,6 +14,7 @@ from support.command_line import no_libvirt
 from virt_sse.libvirt import hook_script
 from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.vm_metadata import VM_NAMESPACE
+from virt_sse.store.image_paths import ImagePaths
 
 OURS = f"<domain><uuid>{uuid.uuid4()}</uuid><devices><disk><source file='/x'><encryption format='luks'><secret type='passphrase' usage='{SecretName(uuid.uuid4(), 'service').usage}'/></encryption></source><target dev='vda'/></disk></devices></domain>"  # noqa: E501 -- XML
 DISK = (
@@ -28,7 +29,8 @@ class Hook:
     def __init__(self, path: Path, environment: dict[str, str]) -> None:
         self.path = path
         self.stages = Path(environment["VIRT_SSE_ROOT"]) / "run/virt-sse/stages"
-        hook_script.install(path, environment, self.stages)
+        self.images = ImagePaths(Path(environment["VIRT_SSE_ROOT"]) / "var/lib/virt-sse/image-paths")
+        hook_script.install(path, environment, self.stages, self.images.file)
 
     def __call__(self, xml: str, *event: str, status: int = 0) -> str:
         """What is said in the environment that libvirtd gives its hooks, which is next to none."""
@@ -55,13 +57,13 @@ def installed(tmp_path: Path) -> Hook:
 
 
 def test_the_hook_is_installed_once(tmp_path: Path) -> None:
-    path, stages = tmp_path / "hooks/qemu.d/virt-sse", tmp_path / "stages"
-    assert hook_script.install(path, {"A": "1"}, stages)
+    path, files = tmp_path / "hooks/qemu.d/virt-sse", (tmp_path / "stages", tmp_path / "image-paths")
+    assert hook_script.install(path, {"A": "1"}, *files)
     assert path.stat().st_mode & 0o777 == 0o755
-    assert not hook_script.install(path, {"A": "1"}, stages)
-    assert hook_script.install(path, {"A": "2"}, stages)
+    assert not hook_script.install(path, {"A": "1"}, *files)
+    assert hook_script.install(path, {"A": "2"}, *files)
     path.chmod(0o644)
-    assert hook_script.install(path, {"A": "2"}, stages)
+    assert hook_script.install(path, {"A": "2"}, *files)
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -144,3 +146,20 @@ def test_other_events_pass_without_work(installed: Hook, tmp_path: Path) -> None
     for event in (("start", "begin", "-"), ("started", "begin", "-"), ("stopped", "end", "-")):
         assert installed(OURS, *event) == ""
     assert not (tmp_path / "a root's $HOME").exists()
+
+
+@pytest.mark.parametrize("named", ["file='/images/a &amp; b.raw'", "pool='default' volume='a &amp; b.raw'"])
+def test_only_a_domain_with_an_image_of_ours_reaches_python(installed: Hook, named: str) -> None:
+    """With its key or without: Python asks the store."""
+    with_image = THEIRS.replace("file='/x'", named).replace(
+        "<devices>", f"<uuid>{uuid.uuid4()}</uuid><devices>"
+    )
+    installed.path.write_text(installed.path.read_text().replace(sys.executable, "/nowhere/python"))
+    assert installed(with_image, *PREPARE) == "", "no image is known yet"
+    installed.images.add(Path("/images/a & b.raw"))
+    assert "/nowhere/python is gone" in installed(with_image, *PREPARE, status=1)
+    assert installed(with_image, *RECONNECT) == ""
+    assert installed(with_image.replace("b.raw", "b.raw.bak"), *PREPARE) == ""
+    assert installed(THEIRS, *PREPARE) == ""
+    installed.images.replace(list)
+    assert installed(with_image, *PREPARE) == ""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ctypes
+import grp
 import pwd
 import subprocess
 import uuid
@@ -22,11 +24,34 @@ def test_a_user_is_found_by_number_or_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "label", ["+" + "9" * 5000 + ":+1", f"+1:+{2**32 - 1}", "+4294967296:+1", "\ud800", "+\u0661:+\u0661"]
+    "label",
+    ["+" + "9" * 5000 + ":+1", f"+1:+{2**32 - 1}", "+4294967296:+1", "\ud800", "+\u0661:+\u0661"]
+    + ["0", "root", "root:", ":0", "no-such-user:0"],
 )
 def test_a_label_without_valid_ids_is_refused(label: str) -> None:
-    with pytest.raises(ConfigError, match="not as a numeric user"):
+    with pytest.raises(ConfigError, match="not as a user and group"):
         User.parse(label)
+
+
+def test_labels_are_read_as_libvirt_reads_them() -> None:
+    """By the function of libvirt's own library."""
+    try:
+        theirs = ctypes.CDLL("libvirt.so.0").virParseOwnershipIds
+    except (OSError, AttributeError):
+        pytest.skip("libvirt's library has no virParseOwnershipIds")
+    nobody = pwd.getpwnam("nobody")
+    group = grp.getgrgid(nobody.pw_gid).gr_name
+    owners = ("0", "+0", "root", "+root", "nobody", f"{nobody.pw_uid}", f"+{nobody.pw_uid}", "007", "", "x")
+    for label in (
+        f"{owner}{end}" for owner in owners for end in ("", ":", ":0", ":+0", ":root", f":{group}")
+    ):
+        uid, gid = ctypes.c_uint32(), ctypes.c_uint32()
+        known = theirs(label.encode(), ctypes.byref(uid), ctypes.byref(gid)) == 0
+        try:
+            ours = User.parse(label)
+        except ConfigError:
+            ours = None
+        assert ours == (User(uid.value, gid.value) if known else None), label
 
 
 @pytest.mark.parametrize("root", ["0", "00", "root"])

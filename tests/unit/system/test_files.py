@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 from support.faults import no_file_beyond
-from support.forking import Report, fork
+from support.forking import Report, fork, run_forked
 from virt_sse.system.files import (
     canonical,
+    complete_file,
     private_folder,
-    publish,
     sync_folder,
-    unnamed_file,
     write_as_single_writer,
     write_at,
     write_new,
@@ -137,26 +136,74 @@ def test_all_paths_to_a_file_have_the_same_canonical_name(
     assert canonical(tmp_path / "link/disk") == tmp_path / "real/disk"
 
 
-def test_an_unnamed_file_leaves_nothing_unless_it_is_published(tmp_path: Path) -> None:
-    with unnamed_file(tmp_path) as descriptor:
-        write_at(descriptor, b"given up", 0)
-        assert list(tmp_path.iterdir()) == []
+@pytest.fixture
+def without_o_tmpfile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS."""
+    opened = os.open
+
+    def refuse(path: object, flags: int, mode: int = 0o777, **options: int) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return opened(path, flags, mode, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", refuse)
+
+
+@pytest.fixture
+def without_links(without_o_tmpfile: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on FAT."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+
+
+@pytest.fixture(params=[None, "without_o_tmpfile", "without_links"])
+def file_system(request: pytest.FixtureRequest) -> None:
+    """File systems with fewer abilities."""
+    if request.param:
+        request.getfixturevalue(request.param)
+
+
+def test_a_complete_file_leaves_nothing_if_given_up(tmp_path: Path, file_system: None) -> None:
+    path = tmp_path / "image"
+
+    def give_up() -> None:
+        with complete_file(path) as descriptor:
+            write_at(descriptor, b"given up", 0)
+            assert os.fstat(descriptor).st_mode & 0o777 == 0o600
+            assert not path.exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        give_up()
     assert list(tmp_path.iterdir()) == []
-
-    path = tmp_path / "image"
-    with unnamed_file(tmp_path) as descriptor:
+    with complete_file(path) as descriptor:
         write_at(descriptor, b"whole", 0)
-        publish(Path(f"/proc/self/fd/{descriptor}"), path)
-    assert path.read_bytes() == b"whole"
-    assert mode(path) == 0o600
+    assert (path.read_bytes(), mode(path)) == (b"whole", 0o600)
+    with pytest.raises(FileExistsError), complete_file(path) as descriptor:
+        write_at(descriptor, b"other", 0)
+    assert (path.read_bytes(), list(tmp_path.iterdir())) == (b"whole", [path])
 
 
-def test_publishing_never_replaces_an_existing_file(tmp_path: Path) -> None:
+def test_without_o_tmpfile_the_next_call_removes_the_part_of_a_killed_process(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue("without_o_tmpfile")
     path = tmp_path / "image"
-    path.write_bytes(b"theirs")
-    with unnamed_file(tmp_path) as descriptor, pytest.raises(FileExistsError):
-        publish(Path(f"/proc/self/fd/{descriptor}"), path)
-    assert path.read_bytes() == b"theirs"
+
+    def write_a_part() -> None:
+        with complete_file(path) as descriptor:
+            write_at(descriptor, b"part", 0)
+            os._exit(9)
+
+    assert run_forked(write_a_part) == 9
+    (part,) = tmp_path.iterdir()
+    assert (part != path, mode(part)) == (True, 0o600)
+    with complete_file(path) as descriptor:
+        write_at(descriptor, b"whole", 0)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @each_writer
@@ -214,19 +261,7 @@ def test_the_temporary_file_of_a_running_process_is_left_alone(tmp_path: Path) -
     assert path.read_bytes() == b"first"
 
 
-@pytest.mark.parametrize("is_supported", [True, False])
-def test_a_new_file_is_whole_and_never_replaces_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_supported: bool
-) -> None:
-    if not is_supported:  # as on NFS
-        opened = os.open
-
-        def refuse(path: object, flags: int, mode: int = 0o777, **options: int) -> int:
-            if flags & os.O_TMPFILE == os.O_TMPFILE:
-                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-            return opened(path, flags, mode, **options)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(os, "open", refuse)
+def test_a_new_file_is_whole_and_never_replaces_a_file(tmp_path: Path, file_system: None) -> None:
     path = tmp_path / "backup"
     write_new(path, b"whole")
     assert (path.read_bytes(), mode(path)) == (b"whole", 0o600)

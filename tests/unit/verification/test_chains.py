@@ -61,6 +61,25 @@ def test_the_chain_of_an_ordinary_disk_has_no_plaintext_link() -> None:
     assert (chain.ours, chain.alias, chain.links[0].slot) == (0, "virtio-disk0", "service")
 
 
+def test_a_transient_disk_gets_a_plaintext_overlay() -> None:
+    assert found(domain(source("/ours", OURS), "<transient/>")) == [(LinkKind.OVERLAY, "of <transient/>")]
+    running = domain(source("/ours.TRANSIENT"), backing("/ours", OURS), "<transient/>")
+    assert found(running) == [(LinkKind.OVERLAY, "/ours.TRANSIENT")]
+    assert found(domain(source("/ours", THEIRS), "<transient/>")) == []
+
+
+def test_files_that_the_guest_writes_without_encryption_are_found_in_every_role() -> None:
+    def written(*parts: str) -> list[str]:
+        (chain,) = disk_chains(domain(*parts))
+        return [link.place for link in chain.written_as_plain]
+
+    assert written(source("/ours", OURS)) == []
+    assert written(source("/top"), backing("/below")) == ["/top", "/below"]
+    assert written(source("/top"), "<readonly/>") == []
+    assert written("<source pool='p' volume='v'/>") == ["p v"]
+    assert written(source("/ours", OURS), f"<mirror type='file'>{source('/copy')}</mirror>") == ["/copy"]
+
+
 def test_plaintext_overlays_and_backing_files_are_found() -> None:
     below = backing("/ours", OURS, backing("/base"))
     xml = domain(source("/two"), backing("/one", below=below))

@@ -1,0 +1,114 @@
+"""The paths of all images in a file, for programs that cannot open the store: the hook script, the inventory.
+
+The file has each image of the store, and may have further paths: a path is added once the store has the disk,
+before the image exists, and removed at leisure. Whoever finds a path asks the store.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from virt_sse.system.files import PRIVATE_FILE, private_folder, sync_folder, write_private
+
+_log = logging.getLogger(__name__)
+
+_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&apos;", '"': "&quot;"})
+"""As in libvirt's ``virBufferEscapeString``."""
+_NAMED = re.compile(r"<(?:source|target)\b[^>]*?\b(?:file|volume)=('[^']*')")
+
+
+class ImagePaths:
+    """The file, mode 0600: two lines for each image, as libvirt's XML names a file and a volume of a pool.
+
+    The lines are patterns for ``grep -F -f``.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._read: tuple[tuple[int, int, int], frozenset[str]] = ((0, 0, 0), frozenset())
+
+    def add(self, path: Path) -> None:
+        """Add the path of an image. A failure is logged: the agent adds the path later."""
+        try:
+            with self._locked():
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+                descriptor = os.open(self.file, flags, PRIVATE_FILE)
+                with os.fdopen(descriptor, "a", encoding="utf-8") as file:
+                    file.write(_lines([path]))
+                    file.flush()
+                    os.fsync(file.fileno())
+                sync_folder(self.file.parent)
+        except OSError as exc:
+            _log.warning("cannot add %s to %s: %s", path, self.file, exc.strerror)
+
+    def provide(self, read: Callable[[], Iterable[Path]]) -> None:
+        """Make the file, if missing, as :meth:`replace` does. A failure is logged."""
+        if not self.file.exists():
+            try:
+                self.replace(read)
+            except OSError as exc:
+                _log.warning("cannot write %s: %s", self.file, exc.strerror)
+
+    def replace(self, read: Callable[[], Iterable[Path]]) -> None:
+        """Replace the content with the paths of the store; a file with these paths stays untouched.
+
+        :param read: reads the paths; called while no other process adds a path.
+        :raise OSError: When the file cannot be written.
+        """
+        with self._locked():
+            content = _lines(sorted(read()))
+            try:
+                if self.file.read_text("utf-8") == content:
+                    return
+            except (OSError, ValueError):
+                pass
+            write_private(self.file, content.encode())
+
+    def mentioned(self, xml: str) -> bool:
+        """Whether a domain's XML names a path of the file, or a volume with the name of an image."""
+        known = self._known()
+        return bool(known) and any(name in known or f"volume={name}" in known for name in _NAMED.findall(xml))
+
+    def has_volume(self, name: str) -> bool:
+        """Whether an image has this name in its folder."""
+        return f"volume={_quoted(name)}" in self._known()
+
+    def among(self, paths: Collection[Path]) -> set[Path]:
+        """The paths that are in the file."""
+        known = self._known()
+        return {path for path in paths if _quoted(str(path)) in known}
+
+    def _known(self) -> frozenset[str]:
+        """The lines; read again if the file has changed. Empty if the file cannot be read."""
+        try:
+            status = self.file.stat()
+            version = (status.st_ino, status.st_size, status.st_mtime_ns)
+            if version != self._read[0]:
+                self._read = (version, frozenset(self.file.read_text("utf-8").splitlines()))
+        except (OSError, ValueError):
+            return frozenset()
+        return self._read[1]
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        folder = os.open(private_folder(self.file.parent), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+
+def _lines(paths: Iterable[Path]) -> str:
+    return "".join(f"{_quoted(str(path))}\nvolume={_quoted(path.name)}\n" for path in paths)
+
+
+def _quoted(value: str) -> str:
+    """A value as in an attribute of libvirt's XML."""
+    return f"'{value.translate(_ESCAPES)}'"
