@@ -91,7 +91,7 @@ class KilledLife:
 
     def _copies(self) -> list[Disk]:
         backend, life = self._site.backend, self._life
-        return [backend.disks.get(life.snapshot), life.points()[0], backend.disks.get(life.second)]
+        return [backend.disks.get(life.snapshot), life.points()[-1], backend.disks.get(life.second)]
 
     def _kill_in(self, step: Step, kill: LifeKill) -> str:
         """Kill a process in a step, and finish the step: what the next command found."""

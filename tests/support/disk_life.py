@@ -129,12 +129,10 @@ class DiskLife:
         ]
 
     def points(self) -> list[Disk]:
-        """The restore points of the disk."""
-        return [
-            each
-            for each in self.backend.disks.all(DiskKind.RESTORE_POINT)
-            if each.name.startswith(f"{self.disk}.") and each.state is DiskState.READY
-        ]
+        """The restore points of the disk, the newest last."""
+        points = self.backend.disks.all(DiskKind.RESTORE_POINT)
+        mine = [each for each in points if each.name.startswith(f"{self.disk}.")]
+        return sorted([each for each in mine if each.state is DiskState.READY], key=lambda each: each.name)
 
     def _stored(self) -> Disk:
         return self.backend.disks.get(self.disk)
