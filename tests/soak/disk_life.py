@@ -22,15 +22,15 @@ from virt_sse.model.disks import Disk, DiskState
 
 _RATE = "4M"
 _LONGEST = {
-    "encrypt": 4.0,
-    "associate": 1.5,
-    "snapshot": 3.0,
-    "rotate": 2.0,
-    "reencrypt": 5.0,
-    "backup": 3.0,
-    "restore-snapshot": 2.5,
+    "encrypt": 3.5,
+    "associate": 1.2,
+    "snapshot": 2.2,
+    "rotate": 1.5,
+    "reencrypt": 4.0,
+    "backup": 2.2,
+    "restore-snapshot": 1.5,
 }
-"""Seconds that a step takes at most on two busy processors."""
+"""Seconds from the begin of a step to the latest kill: about its duration on two busy processors."""
 _PROCESSES = ("command", "command", "command", "qemu", "agent", "all")
 
 
