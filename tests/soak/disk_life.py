@@ -28,6 +28,7 @@ _LONGEST = {
     "rotate": 1.5,
     "reencrypt": 4.0,
     "backup": 2.2,
+    "increment": 2.2,
     "restore-snapshot": 1.5,
 }
 """Seconds from the begin of a step to the latest kill: about its duration on two busy processors."""

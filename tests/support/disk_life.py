@@ -112,7 +112,12 @@ class DiskLife:
             Step(
                 "backup",
                 ("disk", "backup", disk, self.folder, "--des", self.customer.name),
-                lambda: bool(self.points()),
+                lambda: len(self.points()) == 1,
+            ),
+            Step(
+                "increment",
+                ("disk", "backup", disk, self.folder, "--des", self.customer.name, "--incremental"),
+                lambda: len(self.points()) == 2,
             ),
             Step(
                 "restore-snapshot",
@@ -155,8 +160,9 @@ class DiskLife:
             self.guest.destroy()
         self.guest.undefine()
         kinds = (DiskKind.RESTORE_POINT, DiskKind.SNAPSHOT, DiskKind.DISK)
-        for disk in [each for kind in kinds for each in self.backend.disks.all(kind)]:
-            if disk.name.startswith(self.name):
+        for kind in kinds:
+            mine = [each for each in self.backend.disks.all(kind) if each.name.startswith(self.name)]
+            for disk in sorted(mine, key=lambda each: each.name, reverse=True):  # increments first
                 self.backend.disks.erase(disk)
         self.plain.unlink(missing_ok=True)
         shutil.rmtree(self.folder)

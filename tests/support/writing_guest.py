@@ -35,9 +35,10 @@ echo "found $w bad $bad"
 while :; do w=$((w + 1)); seq $w $((w + 4000)) | head -c {_BLOCK - _HEADER} >/p
 {{ printf '%-{_HEADER - 1}s\\n' "$c $w $(md5sum </p | cut -c 1-32)"; cat /p; }} >/o
 dd if=/o of=/dev/vda bs={_BLOCK} seek=$((w % N)) conv=notrunc,fsync 2>&- || echo "failed $w"
-i=$((w - N / 2)); if [ $i -ge 0 ]; then echo 3 >/proc/sys/vm/drop_caches
+echo "wrote $w"; i=$((w - N / 2))
+if [ $i -ge 0 ] && [ $((w % 4)) = 0 ]; then echo 3 >/proc/sys/vm/drop_caches
 get $((i % N)) && [ $n = $i ] || echo "damaged $i"; fi
-[ $((w % 4)) = 0 ] && echo "wrote $w"; usleep 30000; done
+usleep 30000; done
 """
 
 
