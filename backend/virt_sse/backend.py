@@ -81,7 +81,7 @@ class Backend:
         self.domains = DomainStart(host, self.host_encryption)
         self.hotplug = Hotplug(host, self.domains, self.inspector)
         self.certificates = DeletionCertificates(host)
-        self.live_copies = DomainCopies(host, self.domains)
+        self.live_copies = DomainCopies(host, self.domains, in_hook=in_hook)
         self.disks = Disks(host, self.sets, self.hotplug, self.certificates, self.live_copies)
         self.copies = Copies(host, self.disks, self.live_copies)
         self.snapshots = Snapshots(host, self.disks, self.copies, self.live_copies)

@@ -6,6 +6,7 @@ import sys
 import time
 
 import customer_key
+import disk_life
 import look
 import platform_key
 import two_layers
@@ -23,6 +24,7 @@ def main() -> None:
             platform_key.play(stage)
             customer_key.play(stage)
             two_layers.play(stage)
+            disk_life.play(stage)
             look.play(stage)
     except VirtSseError as exc:
         report(exc)

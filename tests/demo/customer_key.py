@@ -6,35 +6,13 @@ import json
 import time
 from pathlib import Path
 
+from guest_scripts import VERIFY, WRITE
 from stage import Stage, heading, quote
 from virt_sse.errors import LabError
 from virt_sse.lab import acceleration, recipes
 from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.vaults import LabVault
-
-_WRITE = """\
-set -e
-mke2fs -q /dev/vda >&-
-mount -t ext2 /dev/vda /mnt
-echo writing
-i=0
-while [ ! -e /mnt/enough ]; do
-    seq $i 20000 | tee /mnt/$i | md5sum >/mnt/$i.md5; sync
-    i=$((i + 1)); [ $i -lt 25 ] || touch /mnt/enough
-    sleep 0.2
-done
-sync; echo "wrote $i files"; while :; do sleep 1; done
-"""
-_VERIFY = """\
-set -e
-mount -t ext2 /dev/vda /mnt
-cd /mnt
-for sum in *.md5; do
-    [ "$(md5sum <${sum%.md5})" = "$(cat $sum)" ] || { echo "$sum is damaged"; exit 1; }
-done
-echo "verified $(ls *.md5 | wc -l) files"
-"""
 
 
 def play(stage: Stage) -> None:
@@ -79,7 +57,7 @@ def _rotate_under_a_guest(
 ) -> None:
     heading("The key is rotated while a guest writes")
     guest = _guest(stage, linux)
-    guest.define(_WRITE)
+    guest.define(WRITE)
     stage.virsh("start", "web")
     guest.wait_for("writing")
     stage.virt_sse("key", "rotate", "web", *administrator)
@@ -106,7 +84,7 @@ def _give_it_back(stage: Stage, linux: acceleration.Acceleration, administrator:
     heading("The key is enabled again: the guest starts with its data intact")
     stage.virt_sse("key", "enable", "web", *administrator)
     guest = _guest(stage, linux)
-    guest.define(_VERIFY)
+    guest.define(VERIFY)
     stage.virsh("start", "web")
     said = guest.wait_shutoff()
     quote(said)

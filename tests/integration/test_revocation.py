@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from support.agent_site import CustomerSite, key_of
+from support.stage_site import StageSite
 from support.waiting import wait_until
 from virt_sse.model.disks import Disk
 from virt_sse.model.encryption_sets import EncryptionSet
@@ -174,3 +175,31 @@ def test_a_platform_key_is_watched_and_a_lost_keyring_is_no_revocation(site: Cus
         assert "is disabled" in site.refusal(guest)
     finally:
         provider.enable(key_of(disk))  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_a_key_disabled_during_a_reencryption_ends_the_guest_and_the_disk_is_as_before(
+    site: CustomerSite,
+) -> None:
+    stages = StageSite(site.host, site.backend, site._acceleration)
+    disk = stages.disk("raw", size=8 << 20, encryption_set=site.new_set().name)
+    guest = stages.guest(disk)
+    guest.start()
+    stages.qemu_io(guest, "write -P 0x5a 0 1M")
+    stages.qemu_io(guest, "flush")
+    site.wait_until_watched(guest)
+    job = stages.popen("virt-sse", "disk", "reencrypt", disk.name, "--max-rate", "128K")
+    wait_until(lambda: "<mirror" in stages.virsh("dumpxml", guest.name), "QEMU copies the disk")
+    site.disable(disk)
+    wait_until(lambda: not guest.is_active(), "the guest has ended", seconds=SOON_SECONDS)
+    said, _ = job.communicate(timeout=60)
+    assert job.returncode == 1, said
+    assert "Traceback" not in said
+    assert site.backend.disks.get(disk.name) == disk
+    assert "KeyDisabled" in site.refusal(guest)
+    assert stages.left() == {}
+    assert not list(disk.path.parent.glob(f"{disk.name}-*"))
+    site.enable(disk)
+    guest.start()
+    assert "failed" not in stages.qemu_io(guest, "read -P 0x5a 0 1M")
+    guest.destroy()

@@ -74,7 +74,7 @@ def vm_encrypt(
             paused = pause_of(done.paused_seconds)
             typer.echo(f"encrypted {done.target} as disk {done.disk.name} ({done.disk.path}){paused}")
         kept = b.in_place.kept_images(domain)
-        for path in kept:
+        for path in [] if wipe else kept:
             typer.echo(f"virt-sse: warning: {path} still holds the plaintext", err=True)
         if wipe or (kept and sys.stdin.isatty() and typer.confirm("overwrite and remove these images?")):
             for wiped in b.in_place.wipe(domain):

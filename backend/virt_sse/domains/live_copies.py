@@ -23,6 +23,7 @@ from virt_sse.disks.copies import LiveCopied
 from virt_sse.disks.creation import Unfinished
 from virt_sse.domains import dirty_bitmaps
 from virt_sse.domains.dirty_bitmaps import BitmapCopy, DiskNode
+from virt_sse.domains.pause_locks import pause_locks
 from virt_sse.domains.start import DomainStart
 from virt_sse.errors import (
     DiskInUseError,
@@ -46,7 +47,6 @@ from virt_sse.model.layers import Placement
 from virt_sse.model.slots import TEMP_SLOT
 from virt_sse.qemu import image_file, img, unlocking
 from virt_sse.system.files import canonical
-from virt_sse.system.locks import DiskLocks
 from virt_sse.system.marks import Marks
 from virt_sse.system.progress import Progress
 
@@ -57,15 +57,19 @@ _FLAGS = libvirt.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT | libvirt.VIR_DOMAIN_BLOCK_COPY
 
 
 class DomainCopies:
-    """Copies disks of running domains, and ends copies left behind by killed commands."""
+    """Copies disks of running domains, and ends copies left behind by killed commands.
 
-    def __init__(self, host: Host, start: DomainStart) -> None:
+    :param in_hook: whether libvirt waits for this process: what is left behind is left to the next command.
+    """
+
+    def __init__(self, host: Host, start: DomainStart, *, in_hook: bool = False) -> None:
         self._uri = host.config.libvirt_uri
         self._store = host.store_reads
+        self._in_hook = in_hook
         self._stages = host.stages
         self._start = start
         self._paused = Marks(host.config.paused_domains)
-        self._pauses = DiskLocks(host.config.paused_domains.with_suffix(".lock"))
+        self._pauses = pause_locks(host.config)
 
     def domain_with(self, disk: Disk) -> str | None:
         """The name of the running domain with the disk; ``None`` without one, or if libvirt does not run."""
@@ -144,10 +148,13 @@ class DomainCopies:
         """End all that writes to the incomplete image of *disk*, left behind by a killed command.
 
         :raise DiskInUseError: When a QEMU process still has the image open.
+        :raise LibvirtUnavailableError: In a hook.
         :raise VirtSseError: When a job or a process cannot be ended.
         """
         if not image.exists():
             return
+        if self._in_hook:
+            raise LibvirtUnavailableError(f"libvirt waits: the next command removes {image}")
         with contextlib.suppress(LibvirtError, MonitorError), connected(self._uri) as connection:
             self._end(connection, disk)
         self._stages.stop(disk.id)
@@ -158,7 +165,7 @@ class DomainCopies:
 
         :raise LibvirtError: When libvirt refuses.
         """
-        for domain_id in self._paused.all():
+        for domain_id in [] if self._in_hook else self._paused.all():
             with contextlib.suppress(DiskInUseError, LibvirtUnavailableError), self._pauses.hold(domain_id):
                 with connected(self._uri) as connection:
                     found = domains.find(connection, domain_id)

@@ -27,6 +27,9 @@ _COMMAND_LINE = "console=ttyS0 quiet edd=off cryptomgr.notests random.trust_cpu=
 _COMMAND_LINE_LIMIT = 2047
 """Linux on x86: ``COMMAND_LINE_SIZE`` without its zero byte."""
 
+AGENT_CHANNEL = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
+"""The channel of QEMU's guest agent, ``/dev/vport1p1`` or ``/dev/vport0p1`` in the guest."""
+
 _POLL = 0.02
 
 # An emulated qemu64 has no RDRAND, and mke2fs would wait a second for random numbers.
@@ -52,12 +55,14 @@ def domain_xml(
     boot: LinuxMicro | None = None,
     script: str = "",
     memory_mib: int = 96,
+    devices: Sequence[str] = (),
 ) -> str:
     """The XML of a domain with the fewest and fastest devices; its UUID is derived from its name.
 
     :param disks: complete ``<disk>`` elements.
     :param serial_log: file for the output of the guest's first serial port; each start truncates the file.
     :param boot: the Linux to run *script*; by default, the BIOS boots the first disk and sees all disks.
+    :param devices: further elements of ``<devices>``.
     :raise LabError: When *script* is too long for the kernel's command line.
     """
     cpu, features = (_EMULATED_CPU, _EMULATED_FEATURES) if domain_type == "qemu" else ("", "")
@@ -74,7 +79,7 @@ def domain_xml(
   <on_reboot>restart</on_reboot>
   <on_crash>destroy</on_crash>
   <devices>
-    {"".join(disks if boot else _bootable(disks))}
+    {"".join([*(disks if boot else _bootable(disks)), *devices])}
     <serial type='file'><source path={quoteattr(str(serial_log))}/><target port='0'/></serial>
     <controller type='usb' model='none'/>
     <video><model type='none'/></video>
@@ -142,11 +147,13 @@ class Guest:
         acceleration: Acceleration,
         disks: Sequence[str] = (),
         boot: LinuxMicro | None = None,
+        devices: Sequence[str] = (),
     ) -> None:
         """Describe a guest; nothing is defined yet.
 
         :param disks: complete ``<disk>`` elements, see :func:`disk_xml`.
         :param boot: the Linux to boot; by default, the BIOS boots the first disk.
+        :param devices: further elements of ``<devices>``, e.g. :data:`AGENT_CHANNEL`.
         """
         self.name = name
         self.serial_log = host.directory / "serial" / f"{name}.log"
@@ -154,6 +161,7 @@ class Guest:
         self._host = host
         self._domain_type: DomainType = acceleration.domain_type
         self._disks = tuple(disks)
+        self._devices = tuple(devices)
         self._boot = _staged(host, boot) if boot is not None else None
 
     def xml(self, script: str = "") -> str:
@@ -165,6 +173,7 @@ class Guest:
             serial_log=self.serial_log,
             boot=self._boot,
             script=script,
+            devices=self._devices,
         )
 
     def define(self, script: str = "") -> None:

@@ -24,6 +24,7 @@ BOOT_SECTOR_TEXT = b"virt-sse boot-sector marker: not to be found in the raw ima
 _TOOLS = {
     "boot-sector": ("as", "ld"),
     "linux-micro": ("apt-get", "dpkg", "busybox", "cpio"),
+    "guest-agent": ("apt-get", "dpkg", "ldd", "cpio"),
 }
 
 
@@ -53,6 +54,19 @@ def linux_micro() -> LinuxMicro:
     """
     folder = built("linux-micro")
     return LinuxMicro(folder / "vmlinuz", folder / "initramfs.cpio")
+
+
+def linux_micro_with_agent(folder: Path) -> LinuxMicro:
+    """The linux-micro guest with QEMU's guest agent, ``qemu-ga``, which the script starts.
+
+    :param folder: gets the initramfs.
+    :raise LabUnavailableError: When ``vm-images/`` or a tool to build it is missing.
+    :raise LabError: When a recipe fails.
+    """
+    linux, agent = linux_micro(), built("guest-agent") / "agent.cpio"
+    path = folder / "initramfs-agent.cpio"
+    path.write_bytes(linux.initramfs.read_bytes() + agent.read_bytes())
+    return LinuxMicro(linux.kernel, path)
 
 
 def vm_images() -> Path:

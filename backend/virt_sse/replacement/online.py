@@ -17,6 +17,7 @@ from uuid import UUID
 
 import libvirt
 
+from virt_sse.domains.pause_locks import pause_locks
 from virt_sse.domains.start import DomainStart
 from virt_sse.errors import (
     CopyCancelledError,
@@ -33,6 +34,7 @@ from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.disk_chains import DiskChain
 from virt_sse.libvirt.disk_element import disk_element
 from virt_sse.libvirt.secrets import drop_secrets_of
+from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disks import Disk
 from virt_sse.model.layers import GuestNode
 from virt_sse.model.replacements import Replacement, ReplacementState
@@ -61,6 +63,7 @@ class OnlineCopy:
         self._uri = host.config.libvirt_uri
         self._store = host.store
         self._stages = host.stages
+        self._pauses = pause_locks(host.config)
         self._start = start
         self._copy = copy
         self._domain_id: UUID = copy.domain_id
@@ -123,7 +126,11 @@ class OnlineCopy:
 
         :raise LibvirtError: When libvirt fails.
         """
-        with self._connection() as domain, domains.gone_is_fine(or_ended=True):
+        with (
+            self._pauses.hold(self._domain_id, wait=True),
+            self._connection() as domain,
+            domains.gone_is_fine(or_ended=True),
+        ):
             if domain.state() == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER]:
                 domain.resume()
 
@@ -183,11 +190,15 @@ class OnlineCopy:
         )
 
     def _pivot(self, domain: libvirt.virDomain, new: Disk) -> float:
-        source = self._start.source(new)
         (cipher,) = [entry.cipher for entry in new.deks if entry.slot == self._guest_slot(new)]
-        check_target(domain, source.place, cipher)
+        check_target(domain, self._start.source(new).place, cipher)
         job = BlockCopy(domain, self._copy.target)
         self._catch_up(job)
+        with self._pauses.hold(self._domain_id, wait=True):
+            return self._pivot_paused(domain, new, job, cipher)
+
+    def _pivot_paused(self, domain: libvirt.virDomain, new: Disk, job: BlockCopy, cipher: Cipher) -> float:
+        place = self._start.source(new).place
         was_running = domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
         if was_running:
             self._store.replacements.set_state(self._copy, ReplacementState.PIVOTING)
@@ -199,7 +210,7 @@ class OnlineCopy:
             chain = job.chain()
             if chain is None or chain.links[0].disk_id != new.id:
                 raise ImageError(f"the domain does not use {new.path} after the pivot")
-            check_target(domain, source.place, cipher, alias=chain.alias)
+            check_target(domain, place, cipher, alias=chain.alias)
             self._store.replacements.take_over(self._copy)
         finally:
             if was_running:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ from support import images
 from support.command_line import CommandLine
 from virt_sse.backend import Backend
 from virt_sse.config import Config
+from virt_sse.disks.copies import new_copy
+from virt_sse.disks.creation import incomplete_image
 from virt_sse.domains import temp_disks
 from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import DiskState, NewDisk
 from virt_sse.model.vms import PendingUpdate, Vm, VmProperties
 from virt_sse.qemu import image_file
@@ -154,3 +158,17 @@ def test_after_a_hostile_image_every_command_works(root: Path, virt_sse: Command
         store.commit()
     virt_sse("disk", "check", "good")
     assert "bad" not in virt_sse("disk", "list")
+
+
+def test_a_hook_leaves_copies_of_running_domains_to_the_next_command(root: Path, backend: Backend) -> None:
+    """Whether QEMU still writes to a copy is libvirt's to tell, and libvirt waits for its hook."""
+    source = backend.disks.create(NewDisk(name="source", size=M))
+    copy = backend.disks.create(replace(new_copy(source, "copy", DiskKind.SNAPSHOT), size=M))
+    backend.host.store.set_state(copy.id, DiskState.CREATING)
+    image = copy.path.rename(incomplete_image(copy))
+    with Backend(backend.host.config, in_hook=True) as in_hook:
+        assert in_hook.host.store.get("copy").state is DiskState.CREATING
+        assert image.exists()
+    with Backend(backend.host.config) as again:
+        assert [disk.name for disk in again.host.store.all()] == ["source"]
+        assert not image.exists()
