@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from virt_sse.cli import host_hsm, session
+from virt_sse.cli import host_hsm
 from virt_sse.cli.output import Output, OutputFormat, print_rows
 from virt_sse.cli.session import backend
 
@@ -53,28 +52,6 @@ def init(
         typer.echo(changed)
     elif not made:
         typer.echo("nothing to do")
-
-
-@app.command()
-def backup(
-    file: Annotated[Path, typer.Argument(help="The file to create.", show_default=False)],
-) -> None:
-    """Copy the store, also while the agent and other commands run."""
-    from virt_sse.host.backup import back_up_store
-
-    back_up_store(session.config(), file)
-    typer.echo(f"made {file}")
-
-
-@app.command()
-def restore(
-    file: Annotated[Path, typer.Argument(help="A file made by 'host backup'.", show_default=False)],
-) -> None:
-    """Restore the store of a host that has none, while the agent is stopped."""
-    from virt_sse.host.backup import restore_store
-
-    restore_store(session.config(), file)
-    typer.echo("restored the store; 'virt-sse disk check' finds disks that changed since the backup")
 
 
 @app.command()
