@@ -97,6 +97,7 @@ class Backend:
         self.verification = Verification(host, self.domains, self.vms)
         try:
             temp_disks.erase_of_other_boots(config)
+            host.leases.end_killed_work()
             self.live_copies.recover()
             self.disks.recover()
             self.keys.recover()

@@ -41,6 +41,8 @@
     │   └── AgentUnavailableError    no agent answers
     ├── AuditError                   a key use cannot be recorded, or the audit log is damaged
     ├── CertificateError             a deletion certificate is missing, malformed or altered
+    ├── HostNotFoundError            no host has the name or id
+    ├── HostFencedError              this host was fenced, and may not use shared disks until a restart
     ├── StoreError                   the store's database cannot be opened, migrated, read or written
     │   ├── StoreUnavailableError    the database server does not answer, or refuses the connection
     │   ├── StoreReadOnlyError       the database accepts no changes: a standby, a read-only file
@@ -250,6 +252,14 @@ class AuditError(VirtSseError):
 
 class CertificateError(VirtSseError):
     """A deletion certificate is missing, malformed, altered, or signed with another key."""
+
+
+class HostNotFoundError(VirtSseError):
+    """No host, or more than one host, has the given name or id."""
+
+
+class HostFencedError(VirtSseError):
+    """This host was fenced: other hosts may use its disks. The machine must be restarted."""
 
 
 class StoreError(VirtSseError):

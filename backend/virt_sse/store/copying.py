@@ -13,10 +13,11 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from virt_sse.errors import StoreError
+from virt_sse.model.disks import DiskState
 from virt_sse.store import ownership
 from virt_sse.store.engine import memory_engine, named_errors, open_engine, opening, parsed_url
 from virt_sse.store.statements import lock_tables
-from virt_sse.store.tables import metadata
+from virt_sse.store.tables import disks, metadata
 from virt_sse.system.database_url import sqlite_url
 from virt_sse.system.migrations import revision_of
 
@@ -73,7 +74,8 @@ def move(url: str, target_url: str, place: str) -> Mapping[str, TableContent]:
     """Copy the store at *url* into an empty database, and mark the store as moved.
 
     :param place: of the new database, as in :func:`virt_sse.store.ownership.described`.
-    :raise StoreError: When the new database has rows of another store, or a database fails.
+    :raise StoreError: When the new database has rows of another store, a killed command left work in an
+        SQLite store, or a database fails.
     """
     with (
         _opened(open_engine(url)) as old,
@@ -82,6 +84,7 @@ def move(url: str, target_url: str, place: str) -> Mapping[str, TableContent]:
         old.begin() as source,
     ):
         lock_tables(source)
+        _refuse_unfinished(source)
         with named_errors(new), new.begin() as target:
             lock_tables(target)
             if ownership.is_copy(revision_of(target)):
@@ -92,6 +95,16 @@ def move(url: str, target_url: str, place: str) -> Mapping[str, TableContent]:
             ownership.mark_copying(target)
         ownership.mark_moved(source, place)
     return found
+
+
+def _refuse_unfinished(source: Connection) -> None:
+    """Refuse unfinished work in SQLite, without a lease: in the new store, any host could undo the work."""
+    query = sa.select(disks.c.name).where(disks.c.state != DiskState.READY.value).limit(1)
+    if source.dialect.name == "sqlite" and (name := source.scalar(query)) is not None:
+        raise StoreError(
+            f"work on disk {name!r} is not finished",
+            hint="'virt-sse disk list' finishes the work of killed commands; copies under way must end",
+        )
 
 
 def moved_contents(url: str) -> tuple[Mapping[str, TableContent] | None, str | None]:

@@ -174,7 +174,7 @@ def named_errors(engine: Engine) -> Iterator[None]:
         error = failure(exc, "the store failed")
         if isinstance(error, StoreReadOnlyError):
             engine.dispose()  # after a failover, new connections may reach the new primary
-        elif isinstance(exc, sa.exc.OperationalError | sa.exc.ProgrammingError):
+        elif type(error) is StoreError and isinstance(exc, sa.exc.OperationalError | sa.exc.ProgrammingError):
             _refuse_moved(engine)
         raise error from None
 

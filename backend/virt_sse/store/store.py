@@ -26,6 +26,7 @@ from virt_sse.model.keys import KeyId, KeyRef
 from virt_sse.store.certificates import CertificateStore
 from virt_sse.store.encryption_sets import EncryptionSetStore
 from virt_sse.store.engine import open_engine, reading, writing
+from virt_sse.store.hosts import HostStore
 from virt_sse.store.replacements import ReplacementStore
 from virt_sse.store.rows import disks_of
 from virt_sse.store.scale_sets import ScaleSetStore
@@ -47,6 +48,7 @@ class Store:
         self.certificates = CertificateStore(self._engine)
         self.scale_sets = ScaleSetStore(self._engine)
         self.replacements = ReplacementStore(self._engine)
+        self.hosts = HostStore(self._engine)
 
     def close(self) -> None:
         """Close all connections."""

@@ -29,6 +29,7 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.model.envelope import DekEntry
+from virt_sse.model.hosts import HostIdentity
 from virt_sse.model.keys import KeyId, KeyRef, WrappedDek
 from virt_sse.model.layers import EncryptionType, Placement
 from virt_sse.model.replacements import Replacement
@@ -58,6 +59,7 @@ def urls(request: pytest.FixtureRequest, root: Path, server_url: str) -> tuple[s
 def config(root: Path, urls: tuple[str, str]) -> Config:
     config = dataclasses.replace(Config.load(root), store_url=urls[0])
     fill(config.store_url)
+    execute(config.store_url, "UPDATE hosts SET seen = 0")
     return config
 
 
@@ -108,6 +110,9 @@ def fill(url: str, disks: int = 20) -> None:
         store.scale_sets.add(
             ScaleSet(uuid.UUID(int=7), "set", "<domain/>", uuid.UUID(int=8), 2, False, CREATED)
         )
+        host = HostIdentity(uuid.UUID(int=11), "host", uuid.UUID(int=12))
+        store.hosts.enter(host)
+        store.hosts.work(host, uuid.UUID(int=6))
         instance = Instance(1, uuid.UUID(int=9), uuid.UUID(int=10), False)
         store.scale_sets.plan(uuid.UUID(int=7), [instance])
 
@@ -122,6 +127,7 @@ def everything(url: str) -> list[object]:
             store.replacements.all(),
             store.scale_sets.all(),
             store.certificates.requested(uuid.UUID(int=5)),
+            [(each.name, each.leases) for each in store.hosts.all()],
         ]
 
 
@@ -162,6 +168,24 @@ def test_other_databases_are_refused(config: Config, urls: tuple[str, str], tmp_
     migrate_store(config, sqlite_url(tmp_path / "new.sqlite"))
     with pytest.raises(StoreError, match=r"has moved to the SQLite file .*, not to the "):
         migrate_store(config, sqlite_url(tmp_path / "third.sqlite"))
+
+
+def test_a_store_is_not_moved_under_another_hosts_agent(root: Path, server_url: str, tmp_path: Path) -> None:
+    fill(server_url)
+    config = dataclasses.replace(Config.load(root), store_url=server_url)
+    with pytest.raises(AgentError, match="host 'host' was seen"):
+        migrate_store(config, sqlite_url(tmp_path / "new.sqlite"))
+
+
+def test_unfinished_work_of_a_single_host_is_finished_first(root: Path, server_url: str) -> None:
+    config = Config.load(root)
+    fill(config.store_url)
+    with closing(Store(config.store_url)) as store:
+        store.set_state(disk_id := store.get("disk-0007").id, DiskState.DELETING)
+        with pytest.raises(StoreError, match="work on disk 'disk-0007' is not finished"):
+            migrate_store(config, server_url)
+        store.set_state(disk_id, DiskState.READY)
+        migrate_store(config, server_url)
 
 
 def test_a_changed_copy_is_no_store(
