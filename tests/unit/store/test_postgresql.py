@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import socket
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -14,6 +16,9 @@ from support.postgresql import PASSWORD, WITH_PASSWORD, PostgresqlServer
 from virt_sse.errors import StoreError, StoreReadOnlyError, StoreUnavailableError
 from virt_sse.store import LazyStore
 from virt_sse.store.store import Store
+
+SSL_REQUEST = bytes.fromhex("00000008 04d2162f")
+"""SSLRequest (PostgreSQL, "Message Formats")."""
 
 
 @pytest.fixture
@@ -112,6 +117,25 @@ def test_the_password_is_in_no_error_repr_or_log(
         shown += [str(caught.value), str(caught.value.hint), *traceback.format_exception(caught.value)]
     shown += [caplog.text, postgresql.log]
     assert "never-shown" not in "\n".join(shown)
+
+
+@pytest.mark.parametrize("option", ["", "&sslmode=verify-full"])
+def test_a_server_without_tls_gets_no_password(option: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+
+        def refuse_tls() -> bytes:
+            connection, _ = listener.accept()
+            with connection:
+                connection.settimeout(30)
+                received = connection.recv(100)
+                connection.sendall(b"N")
+                return received + connection.recv(100)
+
+        received = pool.submit(refuse_tls)
+        port = listener.getsockname()[1]
+        with pytest.raises(StoreUnavailableError, match="SSL"):
+            Store(f"postgresql://virt_sse:secret@127.0.0.1:{port}/db?sslrootcert=system{option}")
+        assert received.result(30) == SSL_REQUEST
 
 
 def test_a_store_has_few_idle_sessions(postgresql: PostgresqlServer, database: str) -> None:
