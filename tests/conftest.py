@@ -9,8 +9,10 @@ import pytest
 
 from support.command_line import CommandLine
 from support.hosts import host_folder
+from support.postgresql import PostgresqlServer
 from virt_sse.backend import Backend
 from virt_sse.host.setup import initialise
+from virt_sse.system.database_url import sqlite_url
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,6 +52,38 @@ def short_folder() -> Iterator[Path]:
     with TemporaryDirectory(prefix="virt-sse-") as name:
         Path(name).chmod(0o711)
         yield Path(name)
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgresqlServer]:
+    """A PostgreSQL server; the test is skipped where PostgreSQL or psycopg is not installed."""
+    with TemporaryDirectory(prefix="virt-sse-") as name:
+        Path(name).chmod(0o711)
+        server = PostgresqlServer(Path(name))
+        yield server
+        server.stop()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of a store of the test's own: a missing SQLite file, and an empty store in PostgreSQL."""
+    if request.param == "sqlite":
+        yield sqlite_url(tmp_path / "state/store.sqlite")
+        return
+    server: PostgresqlServer = request.getfixturevalue("postgresql")
+    with server.database() as name:
+        yield server.url(name)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of a store that does not exist yet: a missing SQLite file, and an empty database."""
+    if request.param == "sqlite":
+        yield sqlite_url(tmp_path / "state/store.sqlite")
+        return
+    server: PostgresqlServer = request.getfixturevalue("postgresql")
+    with server.database(template="template0") as name:
+        yield server.url(name)
 
 
 @pytest.fixture

@@ -98,6 +98,7 @@ class Backend:
         try:
             host.image_paths.provide(lambda: [disk.path for disk in host.store.all()])
             temp_disks.erase_of_other_boots(config)
+            host.leases.end_killed_work()
             self.live_copies.recover()
             self.disks.recover()
             self.keys.recover()

@@ -22,9 +22,10 @@ from virt_sse.model.ciphers import AES_256_CBC, Cipher
 from virt_sse.model.keys import ProviderConfig
 from virt_sse.model.layers import Placement
 from virt_sse.model.operations import Site
+from virt_sse.system.database_url import has_password, sqlite_url
 from virt_sse.system.documents import DocumentError, from_toml
 from virt_sse.system.guest_library import GuestLibrary
-from virt_sse.system.permissions import loose_permission
+from virt_sse.system.permissions import loose_permission, readable_permission
 
 
 class IoErrors(enum.Enum):
@@ -186,10 +187,12 @@ class Config:
             document = from_toml(text.encode(), _Document)
         except DocumentError as exc:
             raise ConfigError(_problem(path, str(exc))) from exc
+        if has_password(document.store.url) and (found := readable_permission(path, path.stat())):
+            raise ConfigError(f"{found.problem}, and has a password", hint=found.remedy)
         disks, host, sets, policy = document.disks, document.host, document.encryption_sets, document.policy
         return cls(
             root=root,
-            store_url=document.store.url or _sqlite_url(root / "var/lib/virt-sse/store.sqlite"),
+            store_url=document.store.url or sqlite_url(root / "var/lib/virt-sse/store.sqlite"),
             libvirt_uri=os.environ.get("LIBVIRT_DEFAULT_URI") or document.libvirt.uri or "qemu:///system",
             disk_directory=Path(disks.directory or root / "var/lib/libvirt/images"),
             infrastructure_cipher=_cipher(path, disks.infrastructure_cipher),
@@ -328,11 +331,6 @@ class Config:
         """Configuration of the provider *name*, for use by a disk encryption set or by the host itself."""
         identity = self.identity(set_id) if set_id else None
         return ProviderConfig(self.state_directory / name, self.provider_options.get(name, {}), identity)
-
-
-def _sqlite_url(path: Path) -> str:
-    """SQLAlchemy's URL of an SQLite file, with ``?`` and ``%`` escaped."""
-    return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")
 
 
 def _read(path: Path) -> str:

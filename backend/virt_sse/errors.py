@@ -41,7 +41,12 @@
     │   └── AgentUnavailableError    no agent answers
     ├── AuditError                   a key use cannot be recorded, or the audit log is damaged
     ├── CertificateError             a deletion certificate is missing, malformed or altered
-    ├── StoreError
+    ├── HostNotFoundError            no host has the name or id
+    ├── HostFencedError              this host was fenced, and may not use shared disks until a restart
+    ├── StoreError                   the store's database cannot be opened, migrated, read or written
+    │   ├── StoreUnavailableError    the database server does not answer, or refuses the connection
+    │   ├── StoreReadOnlyError       the database accepts no changes: a standby, a read-only file
+    │   └── StoreMovedError          the store has moved to another database
     ├── OutputError                  standard output cannot be written: a full disk, a closed descriptor
     ├── StageError                   a process between QEMU and the storage does not start, or has failed
     ├── MonitorError                 a QEMU process refuses a QMP command, or has ended
@@ -249,8 +254,28 @@ class CertificateError(VirtSseError):
     """A deletion certificate is missing, malformed, altered, or signed with another key."""
 
 
+class HostNotFoundError(VirtSseError):
+    """No host, or more than one host, has the given name or id."""
+
+
+class HostFencedError(VirtSseError):
+    """This host was fenced: other hosts may use its disks. The machine must be restarted."""
+
+
 class StoreError(VirtSseError):
-    """The store cannot be opened, migrated or written."""
+    """The store cannot be opened, migrated, read or written."""
+
+
+class StoreUnavailableError(StoreError):
+    """The database server does not answer, refuses the connection, or has closed the connection."""
+
+
+class StoreReadOnlyError(StoreError):
+    """The database accepts no changes: a standby server, a read-only primary, a read-only file."""
+
+
+class StoreMovedError(StoreError):
+    """The store has moved to another database."""
 
 
 class OutputError(VirtSseError):

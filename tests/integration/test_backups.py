@@ -103,20 +103,20 @@ def test_a_backup_of_the_store_in_use_is_restored(root: Path, virt_sse: CommandL
     with Popen(program, env=environment, stdout=DEVNULL, stderr=DEVNULL) as agent:
         try:
             wait_until((root / "run/virt-sse/agent.sock").exists, "the agent listens")
-            virt_sse("host", "backup", file)
-            assert "File exists" in virt_sse.refuses("host", "backup", file)
-            assert "agent of this host is running" in virt_sse.refuses("host", "restore", file)
+            virt_sse("store", "backup", file)
+            assert "File exists" in virt_sse.refuses("store", "backup", file)
+            assert "agent of this host is running" in virt_sse.refuses("store", "restore", file)
         finally:
             agent.terminate()
             agent.wait(30)
     assert_single_private_file(file)
-    assert "has a store" in virt_sse.refuses("host", "restore", file)
+    assert "has a store" in virt_sse.refuses("store", "restore", file)
     move_away(database, old)
     (tmp_path / "garbage").write_bytes(b"no database" * 1000)
-    assert "cannot restore" in virt_sse.refuses("host", "restore", tmp_path / "garbage")
+    assert "cannot restore" in virt_sse.refuses("store", "restore", tmp_path / "garbage")
     (tmp_path / "empty").touch()
-    assert "not a backup of a store" in virt_sse.refuses("host", "restore", tmp_path / "empty")
-    virt_sse("host", "restore", file)
+    assert "not a backup of a store" in virt_sse.refuses("store", "restore", tmp_path / "empty")
+    virt_sse("store", "restore", file)
     assert stat.S_IMODE(database.stat().st_mode) == 0o600
     assert "one" in virt_sse("disk", "list")
     virt_sse("disk", "check", "one")

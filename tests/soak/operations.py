@@ -429,24 +429,24 @@ def _des_update() -> FileOperation:
     )
 
 
-def _host_backup() -> FileOperation:
+def _store_backup() -> FileOperation:
     def check(site: FileSite) -> bool:
         check_host(site, _contents(*PLAIN))
         return is_whole_database(site.out / "backup")
 
     return FileOperation(
-        "host-backup",
+        "store-backup",
         lambda site: site.bring_host(*PLAIN),
-        lambda site: ["host", "backup", site.out / "backup"],
+        lambda site: ["store", "backup", site.out / "backup"],
         check,
         ("File exists",),
     )
 
 
-def _host_restore() -> FileOperation:
+def _store_restore() -> FileOperation:
     def prepare(site: FileSite) -> None:
         site.bring_host(*PLAIN)
-        site.cli("host", "backup", site.out / "backup")
+        site.cli("store", "backup", site.out / "backup")
         for path in site.state.glob("store.sqlite*"):
             path.unlink()
 
@@ -458,9 +458,9 @@ def _host_restore() -> FileOperation:
         return False
 
     return FileOperation(
-        "host-restore",
+        "store-restore",
         prepare,
-        lambda site: ["host", "restore", site.out / "backup"],
+        lambda site: ["store", "restore", site.out / "backup"],
         check,
         ("the host has a store",),
     )
@@ -558,8 +558,8 @@ OPERATIONS: tuple[FileOperation, ...] = (
     _des_create(),
     _des_delete(),
     _des_update(),
-    _host_backup(),
-    _host_restore(),
+    _store_backup(),
+    _store_restore(),
     _host_init(),
     _hsm_init(),
     _vault_files("vault-backup", ["vault", "backup"]),

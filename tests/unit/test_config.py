@@ -34,6 +34,42 @@ def test_without_a_file_everything_has_a_default(tmp_path: Path) -> None:
     assert provider.options == {}
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+psycopg://virt-sse:secret@db/virt_sse",
+        "postgresql://virt-sse:se/cret@db/virt_sse",
+        "postgresql://virt-sse@db/virt_sse?sslmode=verify-full&password=secret",
+        "postgresql://virt-sse@db/virt_sse?sslpassword=secret",
+    ],
+)
+def test_a_file_with_a_password_is_private(tmp_path: Path, url: str) -> None:
+    path = write(tmp_path, f'store.url = "{url}"')
+    path.chmod(0o640)
+    with pytest.raises(ConfigError, match=r"other users may read .* has a password") as caught:
+        Config.load(tmp_path)
+    assert caught.value.hint == f"chmod go-r {path}"
+    assert "cret" not in str(caught.value)
+    path.chmod(0o600)
+    config = Config.load(tmp_path)
+    assert config.store_url == url
+    assert "cret" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+psycopg://virt-sse@db:5432/virt_sse?passfile=/etc/virt-sse/pgpass",
+        "postgresql://virt-sse@/virt_sse?host=/run/postgresql",
+        "postgresql://db:5432/virt_sse?host=a:1&host=b:2",
+        "sqlite:////a:b@c",
+    ],
+)
+def test_a_file_without_a_password_may_be_read(tmp_path: Path, url: str) -> None:
+    write(tmp_path, f'store.url = "{url}"').chmod(0o644)
+    assert Config.load(tmp_path).store_url == url
+
+
 def test_the_environment_moves_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIRT_SSE_ROOT", str(tmp_path))
     assert Config.load().root == tmp_path
@@ -245,10 +281,11 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 
 def test_passwords_and_pins_do_not_show(tmp_path: Path) -> None:
-    write(
+    path = write(
         tmp_path,
         'store.url = "postgresql://virt-sse:hunter2@db/virt_sse"\nkey-providers.hsm.pin = "hunter2"\n',
     )
+    path.chmod(0o600)
     assert "hunter2" not in repr(Config.load(tmp_path))
 
 

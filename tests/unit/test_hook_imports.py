@@ -28,7 +28,7 @@ QMP = {"asyncio", "qemu"}
 SLOW = {"rich", "pydantic", "email", "importlib.metadata"}
 NOUNS = {
     f"virt_sse.cli.{name}"
-    for name in ("agent", "audit", "des", "disk", "host", "image", "key", "snapshot", "vault", "vm")
+    for name in ("agent", "audit", "des", "disk", "host", "image", "key", "snapshot", "store", "vault", "vm")
 }
 PROVIDERS = {"virt_sse_plugins", "pluggy", "cryptography"}
 

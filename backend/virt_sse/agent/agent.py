@@ -22,6 +22,7 @@ from virt_sse.agent.inventory import Inventory
 from virt_sse.agent.job_watch import JobWatch
 from virt_sse.agent.key_status import KeyStatusLookup
 from virt_sse.agent.key_watch import KeyWatch
+from virt_sse.agent.lease_watch import LeaseWatch
 from virt_sse.agent.libvirt_events import LibvirtEvents, start_loop
 from virt_sse.agent.listener import listening
 from virt_sse.agent.logs import fields
@@ -116,6 +117,7 @@ class Agent:
         self._images = ImageWatch(backend, metrics, _IMAGE_POLLS * seconds)
         self._copies = ReplacementWatch(backend, metrics)
         self._deferred = DeferredStart(config, metrics)
+        self._leases = LeaseWatch(backend.host.leases)
         self._rotation = AutomaticRotation(backend, metrics, config.agent.rotation_seconds)
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._page = PageService(config, self._page_collector)
@@ -244,6 +246,7 @@ class Agent:
         report = self._key_status.of(snapshot)
         due = self._keys.watch(report.probe_deks)
         grace_end = self._revocation.apply(report.domains)
+        self._leases.keep(snapshot, is_current=bool(self._inventory.connected and snapshot.number))
         if self._inventory.connected:
             self._secrets.keep(snapshot, lambda domain: self._revocation.reason(domain) is not None)
             self._stages.keep(snapshot)

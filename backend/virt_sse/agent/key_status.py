@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -12,6 +12,8 @@ from virt_sse.agent.key_watch import KeyWatch, ProbeDek, WatchedKey
 from virt_sse.agent.logs import fields
 from virt_sse.agent.revocation import DomainKeyStatus, RevokedDisk
 from virt_sse.backend import Backend
+from virt_sse.errors import StoreUnavailableError
+from virt_sse.model.disks import Disk
 from virt_sse.model.encryption_sets import EncryptionSet
 
 _log = logging.getLogger(__name__)
@@ -35,18 +37,25 @@ class KeyStatusLookup:
         self._backend = backend
         self._keys = keys
         self._unknown: set[UUID] = set()
+        self._disks: dict[UUID, Disk] = {}
+        self._bases: dict[UUID, Disk] = {}
+        self._sets: dict[UUID, EncryptionSet] = {}
 
     def of(self, snapshot: InventorySnapshot) -> KeyStatusReport:
         """The status of all domains of a snapshot.
 
-        :raise StoreError: When the store cannot be queried.
+        While the store's server does not answer, the last known disks count: an outage of the server does not
+        hold up a revocation.
+
+        :raise StoreError: When the store fails for another reason.
         """
         ids = {use.disk_id for domain in snapshot.domains for use in domain.uses}
-        disks = {disk.id: disk for disk in self._backend.disks.with_ids(ids)} if ids else {}
-        base_ids = {disk.base_id for disk in disks.values() if disk.base_id}
-        bases = {image.id: image for image in self._backend.disks.with_ids(base_ids)} if base_ids else {}
-        sets = {each.id: each for each in self._backend.sets.all()} if ids else {}
-        self._report_unknown(snapshot, ids - disks.keys())
+        try:
+            self._look_up(ids)
+            self._report_unknown(snapshot, ids - self._disks.keys())
+        except StoreUnavailableError as exc:
+            _log.warning("store-unavailable", extra=fields({"reason": str(exc)}))
+        disks, bases, sets = self._disks, self._bases, self._sets
         probe_deks: dict[WatchedKey, ProbeDek] = {}
         domains = []
         for domain in snapshot.domains:
@@ -74,6 +83,17 @@ class KeyStatusLookup:
             has_secrets = bool(domain.usages & snapshot.secrets)
             domains.append(DomainKeyStatus(domain, tuple(revoked), is_clear and not revoked, has_secrets))
         return KeyStatusReport(domains, probe_deks)
+
+    def _look_up(self, ids: Collection[UUID]) -> None:
+        """Read disks, the images below them, and sets.
+
+        :raise StoreError: When the store cannot be queried.
+        """
+        disks = {disk.id: disk for disk in self._backend.disks.with_ids(ids)} if ids else {}
+        base_ids = {disk.base_id for disk in disks.values() if disk.base_id}
+        bases = {image.id: image for image in self._backend.disks.with_ids(base_ids)} if base_ids else {}
+        sets = {each.id: each for each in self._backend.sets.all()} if ids else {}
+        self._disks, self._bases, self._sets = disks, bases, sets
 
     def _no_identity(self, encryption_set: EncryptionSet | None) -> str | None:
         """Why the set has no right to its key, if the provider needs an identity and the set has none."""

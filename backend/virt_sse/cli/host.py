@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -55,26 +54,42 @@ def init(
         typer.echo("nothing to do")
 
 
+@app.command("list")
+def list_(output: Output = OutputFormat.TABLE) -> None:
+    """List the hosts that share the store, with the number of disks and VMs that each alone may use."""
+    with session.host() as host:
+        rows = [
+            {
+                "name": each.name,
+                "id": str(each.id),
+                "state": each.state.value,
+                "seen": f"{each.silent_seconds} s ago",
+                "leases": each.leases,
+                "this": "yes" if each.id == host.leases.identity.id else "no",
+            }
+            for each in host.leases.hosts()
+        ]
+    print_rows(rows, ["name", "id", "state", "seen", "leases", "this"], output)
+
+
 @app.command()
-def backup(
-    file: Annotated[Path, typer.Argument(help="The file to create.", show_default=False)],
+def fence(
+    name: Annotated[str, typer.Argument(help="Name or id of the host.", show_default=False)],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask: the machine is off for certain.")] = False,
 ) -> None:
-    """Copy the store, also while the agent and other commands run."""
-    from virt_sse.host.backup import back_up_store
+    """State that another host is off for certain: other hosts may use its disks from then on.
 
-    back_up_store(session.config(), file)
-    typer.echo(f"made {file}")
+    The statement is in the audit log. A host seen within the last minute is refused. If the machine is not
+    off, two guests may write to one disk. The fenced host is a member again once its machine was restarted.
+    """
+    from virt_sse.host.fencing import fence as take_leases
 
-
-@app.command()
-def restore(
-    file: Annotated[Path, typer.Argument(help="A file made by 'host backup'.", show_default=False)],
-) -> None:
-    """Restore the store of a host that has none, while the agent is stopped."""
-    from virt_sse.host.backup import restore_store
-
-    restore_store(session.config(), file)
-    typer.echo("restored the store; 'virt-sse disk check' finds disks that changed since the backup")
+    with session.host() as host:
+        other = host.store.hosts.get(name)
+        if not yes:
+            typer.confirm(f"is the machine of host {other.name} ({other.id}) off for certain?", abort=True)
+        count = take_leases(host, other)
+    typer.echo(f"fenced host {other.name}: {count} leases taken back")
 
 
 @app.command()

@@ -29,6 +29,7 @@ _NOUNS = {
     "image": "Images: encrypted templates of disks.",
     "key": "The keys of this host's disks, and the keys in a key vault.",
     "snapshot": "Snapshots of disks.",
+    "store": "The index of all disks, in SQLite or PostgreSQL.",
     "vault": "The embedded key vault.",
     "vm": "Virtual machines: libvirt's domains.",
     "vmss": "Scale sets: many domains from one definition and one disk.",

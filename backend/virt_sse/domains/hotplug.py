@@ -58,6 +58,7 @@ class Hotplug:
         self._store = host.store
         self._plugins = host.plugins
         self._stages = host.stages
+        self._leases = host.leases
         self._freshness = host.freshness
         self._start = start
         self._inspector = inspector
@@ -211,10 +212,12 @@ class Hotplug:
         self._store.vms.set_caching(disk.id, HostCaching.NONE)
 
     def _forget(self, domain: libvirt.virDomain, disk: Disk) -> None:
-        """Remove the secrets and stages provided to a domain for the disk."""
+        """Remove the secrets and stages provided to a domain for the disk, and give the lease back."""
+        domain_id = UUID(domain.UUIDString())
         for entry in disk.deks:
             drop_secret(domain.connect(), SecretName(disk.id, entry.slot))
-        self._stages.stop(disk.id, domain_id=UUID(domain.UUIDString()))
+        self._stages.stop(disk.id, domain_id=domain_id)
+        self._leases.end(domain_id, [disk.id])
 
     def _await_unplug(self, domain: libvirt.virDomain, disk: Disk) -> None:
         """Wait until the guest releases the disk: unplugging needs the cooperation of a running guest."""

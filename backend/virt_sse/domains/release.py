@@ -1,11 +1,13 @@
 """The end of a domain: removes the domain's stages, temporary disk and secrets, and counts its disks' use.
 
-Needs no store and no key. The libvirt hook therefore loads neither when the agent does not run.
+Needs no key, and the store only to give the leases of a shared store back. The libvirt hook therefore loads
+neither keys nor a store in SQLite when the agent does not run.
 """
 
 from __future__ import annotations
 
 import contextlib
+from uuid import UUID
 
 from virt_sse.config import Config
 from virt_sse.domains import temp_disks
@@ -16,6 +18,7 @@ from virt_sse.libvirt.secrets import drop_secrets
 from virt_sse.model.slots import TEMP_SLOT
 from virt_sse.model.vms import temp_disk_id
 from virt_sse.stages import Stages
+from virt_sse.system.database_url import is_postgresql
 
 
 def release(config: Config, definition: DomainDefinition) -> None:
@@ -40,6 +43,8 @@ def release(config: Config, definition: DomainDefinition) -> None:
     if temp_disks.exists(config, domain_id):
         given.add(SecretName(temp_disk_id(domain_id), TEMP_SLOT))
     with contextlib.ExitStack() as all_parts:  # runs in the opposite order
+        if is_postgresql(config.store_url):
+            all_parts.callback(_end_leases, config, domain_id)
         for disk_id, image in images:
             all_parts.callback(ImageFreshness(config).end_use, disk_id, image)
         all_parts.callback(_drop_secrets, config, definition, given)
@@ -48,6 +53,15 @@ def release(config: Config, definition: DomainDefinition) -> None:
             stages.stop_damaged, definition.name, {use.disk_id for use in definition.our_disks}
         )
         all_parts.callback(stages.stop_domain, domain_id)
+
+
+def _end_leases(config: Config, domain_id: UUID) -> None:
+    """Give the leases back last: nothing of the domain uses the disks any more."""
+    from virt_sse.keys.leases import Leases
+    from virt_sse.store import LazyStore
+
+    with contextlib.closing(LazyStore(config.store_url)) as store:
+        Leases(config, store).end(domain_id)
 
 
 def _drop_secrets(config: Config, definition: DomainDefinition, given: set[SecretName]) -> None:

@@ -81,6 +81,7 @@ class DomainStart:
         self._keys = host.keys
         self._freshness = host.freshness
         self._locks = host.locks
+        self._leases = host.leases
         self._stages = host.stages
         self._starting = DiskLocks(host.config.stage_directory.parent / "starts.lock")
         self._host_encryption = host_encryption
@@ -100,7 +101,11 @@ class DomainStart:
                 if uses := definition.our_disks:
                     self._end_copies(definition)
                     served = self._look_up(uses, definition.name)
-                    with connected(self._config.libvirt_uri) as connection:
+                    disk_ids = [each.disk.id for each in served]
+                    with (
+                        self._leases.starting(definition.uuid, disk_ids, states=[DiskState.READY]),
+                        connected(self._config.libvirt_uri) as connection,
+                    ):
                         self._serve(connection, definition, served)
         except LibvirtSilentError:
             self._deferred.add(definition.uuid)
@@ -115,7 +120,10 @@ class DomainStart:
         :raise VirtSseError: When a disk cannot be served.
         """
         refuse_unsafe(self._config.guest_library, definition)
-        self._serve(connection, definition, self._look_up(uses, definition.name, is_running=True))
+        served = self._look_up(uses, definition.name, is_running=True)
+        disk_ids, states = [each.disk.id for each in served], (DiskState.READY, DiskState.COPYING)
+        with self._leases.starting(definition.uuid, disk_ids, states=states):
+            self._serve(connection, definition, served)
 
     def _end_copies(self, definition: DomainDefinition) -> None:
         """Settle the copies of disks under a domain that has ended, before the domain starts again.

@@ -1,4 +1,4 @@
-"""Backup and restore of this host's store."""
+"""Backup and restore of the store. A backup is a single SQLite file, also of a store in PostgreSQL."""
 
 from __future__ import annotations
 
@@ -7,50 +7,68 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
-import sqlalchemy as sa
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine import URL
 
 from virt_sse.config import Config
 from virt_sse.errors import AgentError, StoreError
-from virt_sse.store.engine import open_engine
+from virt_sse.store.copying import dump, load
+from virt_sse.store.engine import open_engine, parsed_url
+from virt_sse.system.database_url import sqlite_url
 from virt_sse.system.files import PRIVATE_FILE, private_folder, publish
-from virt_sse.system.sqlite_backup import candidate_path, copy_database, present_files, remove_database
+from virt_sse.system.sqlite_backup import (
+    candidate_path,
+    copy_database,
+    present_files,
+    refuse_existing,
+    remove_database,
+    write_database,
+)
 
 
 def back_up_store(config: Config, file: Path) -> None:
-    """Copy the store to *file*, also while the agent and other commands use the store.
+    """Copy the store to *file*, an SQLite file, also while agents and other commands use the store.
 
     :param file: must not exist.
-    :raise StoreError: When the store is not an SQLite file, *file* exists, or a file cannot be read or
-        written.
+    :raise StoreError: When *file* exists, or a database or file cannot be read or written.
     """
-    _copy(_database(config), file, f"back up the store to {file}")
+    url, doing = parsed_url(config.store_url), f"back up the store to {file}"
+    if path := _file(url):
+        _copy(path, file, doing)
+        return
+    try:
+        refuse_existing(file)
+        with closing(sqlite3.connect(":memory:")) as memory:  # a killed command leaves no part of a copy
+            dump(config.store_url, memory)
+            write_database(memory, file)
+    except OSError as exc:
+        raise StoreError(f"cannot {doing}: {exc.strerror}") from exc
 
 
 def restore_store(config: Config, file: Path) -> None:
-    """Make the backup in *file* the store of a host that has none.
+    """Make the backup in *file* the store of a host that has none: no SQLite file, or no row in PostgreSQL.
 
-    :raise StoreError: When the store is not an SQLite file, exists already, or *file* is not a backup.
+    :raise StoreError: When the host has a store, or *file* is not a backup.
     :raise AgentError: When the agent runs.
     """
-    database, doing = _database(config), f"restore the store from {file}"
+    url, doing = parsed_url(config.store_url), f"restore the store from {file}"
+    path = _file(url)
     try:
-        private_folder(database.parent)
-        with _without_agent(config):
-            candidate = candidate_path(database)
+        private_folder(config.state_directory)
+        with without_agent(config):
+            candidate = candidate_path(path or config.state_directory / "store")
             candidate.with_suffix(".lock").unlink(missing_ok=True)
-            present = present_files(database)
-            if present:
-                raise StoreError(
-                    f"the host has a store: {', '.join(str(path) for path in present)}",
-                    hint="move all of these files away first",
-                )
+            if path:
+                _refuse_present(path)
             try:
                 _copy(file, candidate, doing)
                 _check(candidate, file)
-                publish(candidate, database)
+                if path:
+                    publish(candidate, path)
+                else:
+                    load(config.store_url, candidate)
             finally:
                 remove_database(candidate)
                 candidate.with_suffix(".lock").unlink(missing_ok=True)
@@ -58,20 +76,27 @@ def restore_store(config: Config, file: Path) -> None:
         raise StoreError(f"cannot {doing}: {exc.strerror}") from exc
 
 
-def _database(config: Config) -> Path:
-    try:
-        url = make_url(config.store_url)
-    except sa.exc.ArgumentError as exc:
-        raise StoreError("invalid URL of the store") from exc
-    if url.get_backend_name() != "sqlite" or not url.database:
+def _refuse_present(path: Path) -> None:
+    private_folder(path.parent)
+    present = present_files(path)
+    if present:
         raise StoreError(
-            "the store is not an SQLite file", hint="use the database server's own tools, e.g. pg_dump"
+            f"the host has a store: {', '.join(str(each) for each in present)}",
+            hint="move all of these files away first",
         )
+
+
+def _file(url: URL) -> Path | None:
+    """The file of a store in SQLite."""
+    if url.get_backend_name() != "sqlite":
+        return None
+    if not url.database:
+        raise StoreError("the store's SQLite file needs an absolute path")
     return Path(url.database)
 
 
 @contextlib.contextmanager
-def _without_agent(config: Config) -> Iterator[None]:
+def without_agent(config: Config) -> Iterator[None]:
     """Keep an agent from starting: it would write into the file moved away."""
     path = config.agent_socket.with_suffix(".lock")
     private_folder(path.parent)
@@ -88,13 +113,13 @@ def _without_agent(config: Config) -> Iterator[None]:
 
 def _check(candidate: Path, file: Path) -> None:
     """Check that the copy is a store, and upgrade its schema if necessary."""
-    with contextlib.closing(sqlite3.connect(candidate)) as connection:
+    with closing(sqlite3.connect(candidate)) as connection:
         names = {
             name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
         }
     if not {"alembic_version", "disks"} <= names:
         raise StoreError(f"{file} is not a backup of a store")
-    open_engine(URL.create("sqlite", database=str(candidate)).render_as_string(hide_password=False)).dispose()
+    open_engine(sqlite_url(candidate)).dispose()
 
 
 def _copy(source: Path, target: Path, doing: str) -> None:

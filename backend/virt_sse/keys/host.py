@@ -10,6 +10,7 @@ from virt_sse.audit.record import Component
 from virt_sse.config import Config
 from virt_sse.keys.access import KeyAccess
 from virt_sse.keys.freshness import ImageFreshness
+from virt_sse.keys.leases import Leases, locks_of
 from virt_sse.keys.unfinished_work import has_unfinished_work
 from virt_sse.plugins import PluginHost
 from virt_sse.stages import Stages
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """Configuration, store, plugins, key access, disk locks, stages, freshness and paths of images of a host.
+    """Configuration, store, plugins, keys, locks, leases, stages, freshness and paths of images of a host.
 
     Every service takes a ``Host`` as its first parameter.
     """
@@ -33,6 +34,7 @@ class Host:
     plugins: PluginHost
     keys: KeyAccess
     locks: DiskLocks
+    leases: Leases
     stages: Stages
     freshness: ImageFreshness
     image_paths: ImagePaths
@@ -67,12 +69,15 @@ class Host:
         """
         plugins = plugins or PluginHost(config)
         image_paths = ImagePaths(config.image_paths)
+        opened_store = LazyStore(config.store_url, image_paths)
+        leases = Leases(config, opened_store)
         return cls(
             config=config,
-            opened_store=LazyStore(config.store_url, image_paths),
+            opened_store=opened_store,
             plugins=plugins,
             keys=KeyAccess(plugins, AuditLog.of_host(config), component=component),
-            locks=DiskLocks(config.state_directory / "disks.lock"),
+            locks=locks_of(config, leases),
+            leases=leases,
             stages=Stages(config),
             freshness=ImageFreshness(config),
             image_paths=image_paths,

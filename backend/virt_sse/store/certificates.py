@@ -11,6 +11,7 @@ from sqlalchemy.engine import Engine
 
 from virt_sse.errors import CertificateError
 from virt_sse.store.engine import reading, writing
+from virt_sse.store.statements import is_storable, upsert
 from virt_sse.store.tables import certificates
 
 
@@ -26,10 +27,8 @@ class CertificateStore:
     def request(self, disk_id: UUID, name: str, statement: bytes) -> None:
         """Record the statement for a certificate about a disk to be deleted; replaces an earlier one."""
         with writing(self._engine) as connection:
-            connection.execute(certificates.delete().where(certificates.c.disk_id == disk_id))
-            connection.execute(
-                certificates.insert().values(disk_id=disk_id, name=name, document=statement.decode())
-            )
+            values = {"name": name, "document": statement.decode(), "issued": None}
+            upsert(connection, certificates, {"disk_id": disk_id}, values)
 
     def requested(self, disk_id: UUID) -> bytes | None:
         """The statement of a certificate that was requested and not issued yet."""
@@ -74,8 +73,10 @@ class CertificateStore:
             .order_by(certificates.c.issued.desc())
             .limit(1)
         )
-        with reading(self._engine) as connection:
-            found = connection.scalar(query)
+        found = None
+        if is_storable(name):
+            with reading(self._engine) as connection:
+                found = connection.scalar(query)
         if found is None:
             raise CertificateError(
                 f"no deletion certificate about a disk {name[:80]!r}",

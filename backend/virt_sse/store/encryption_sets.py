@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from datetime import datetime
+from operator import attrgetter
 from typing import Any
 from uuid import UUID
 
@@ -20,6 +21,7 @@ from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.model.keys import KeyRef
 from virt_sse.model.layers import EncryptionType, Placement
 from virt_sse.store.engine import reading, writing
+from virt_sse.store.statements import is_storable, refusing, serialise
 from virt_sse.store.tables import disks, encryption_sets
 
 
@@ -36,11 +38,13 @@ class EncryptionSetStore:
         :raise EncryptionSetExistsError: When the name is taken.
         :raise PolicyError: When the limit is reached.
         """
+        exists = EncryptionSetExistsError(f"disk encryption set {encryption_set.name!r} exists already")
         with writing(self._engine) as connection:
             if connection.scalar(
                 sa.select(encryption_sets.c.id).where(encryption_sets.c.name == encryption_set.name)
             ):
-                raise EncryptionSetExistsError(f"disk encryption set {encryption_set.name!r} exists already")
+                raise exists
+            serialise(connection, "encryption-sets", encryption_set.subscription, encryption_set.region)
             there = connection.scalar(
                 sa.select(sa.func.count()).where(
                     encryption_sets.c.subscription == encryption_set.subscription,
@@ -52,16 +56,17 @@ class EncryptionSetStore:
                     f"subscription {encryption_set.subscription!r} has {there} disk encryption sets "
                     f"in region {encryption_set.region!r}; more are not allowed"
                 )
-            connection.execute(
-                encryption_sets.insert().values(id=encryption_set.id, **_values(encryption_set))
-            )
+            with refusing(exists):
+                connection.execute(
+                    encryption_sets.insert().values(id=encryption_set.id, **_values(encryption_set))
+                )
 
     def get(self, name: str) -> EncryptionSet:
         """The set with the given name or id.
 
         :raise EncryptionSetNotFoundError: When no set has this name or id.
         """
-        found = self._select(encryption_sets.c.name == name)
+        found = self._select(encryption_sets.c.name == name) if is_storable(name) else []
         if not found:
             with contextlib.suppress(ValueError):
                 found = self._select(encryption_sets.c.id == UUID(name))
@@ -98,17 +103,21 @@ class EncryptionSetStore:
             name = connection.scalar(
                 sa.select(disks.c.name).where(disks.c.encryption_set_id == encryption_set.id).limit(1)
             )
+            in_use = EncryptionSetInUseError(
+                f"disk {name!r} is in disk encryption set {encryption_set.name!r}"
+                if name
+                else f"a new disk is in disk encryption set {encryption_set.name!r}",
+                hint="move its disks to another set, or delete the disks, before deleting the set",
+            )
             if name is not None:
-                raise EncryptionSetInUseError(
-                    f"disk {name!r} is in disk encryption set {encryption_set.name!r}",
-                    hint="move its disks to another set, or delete the disks, before deleting the set",
-                )
-            connection.execute(encryption_sets.delete().where(encryption_sets.c.id == encryption_set.id))
+                raise in_use
+            with refusing(in_use):
+                connection.execute(encryption_sets.delete().where(encryption_sets.c.id == encryption_set.id))
 
     def _select(self, condition: sa.ColumnElement[bool]) -> list[EncryptionSet]:
-        query = sa.select(encryption_sets).where(condition).order_by(encryption_sets.c.name)
         with reading(self._engine) as connection:
-            return [_encryption_set(row) for row in connection.execute(query)]
+            found = map(_encryption_set, connection.execute(sa.select(encryption_sets).where(condition)))
+            return sorted(found, key=attrgetter("name"))
 
 
 def _values(encryption_set: EncryptionSet) -> dict[str, object]:

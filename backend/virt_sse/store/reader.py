@@ -122,8 +122,8 @@ class StoreReader:
         # A single statement, so that a disk and its DEKs are consistent.
         placement = "(SELECT placement FROM encryption_sets WHERE id = disks.encryption_set_id) AS placement"
         joined = "disks LEFT JOIN wrapped_deks ON wrapped_deks.disk_id = disks.id"
-        order = "disks.name, wrapped_deks.position"
-        query = f"SELECT *, {placement} FROM {joined} WHERE {condition} ORDER BY {order}"  # noqa: S608 -- constants
+        order = "ORDER BY wrapped_deks.position"
+        query = f"SELECT *, {placement} FROM {joined} WHERE {condition} {order}"  # noqa: S608 -- constants
         return disks_of(self._select(query, *values))
 
     def _select(self, statement: str, *values: str) -> list[SimpleNamespace]:

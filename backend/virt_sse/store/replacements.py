@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -13,6 +14,7 @@ from virt_sse.errors import DiskStateError
 from virt_sse.model.disks import DiskState
 from virt_sse.model.replacements import Replacement, ReplacementState
 from virt_sse.store.engine import reading, writing
+from virt_sse.store.statements import serialise
 from virt_sse.store.tables import copies, disks
 
 
@@ -46,12 +48,13 @@ class ReplacementStore:
             ):
                 raise DiskStateError(f"disk {copy.name!r} is not ready")
             path = str(copy.source_path) if copy.source_path else None
-            if path and connection.scalar(
-                sa.select(copies.c.disk_id).where(
+            if path:
+                serialise(connection, "copy", path)
+                query = sa.select(copies.c.disk_id).where(
                     copies.c.source_path == path, copies.c.state != ReplacementState.KEPT.value
                 )
-            ):
-                raise DiskStateError(f"{path} is being copied already")
+                if connection.scalar(query):
+                    raise DiskStateError(f"{path} is being copied already")
             connection.execute(
                 copies.insert().values(
                     disk_id=copy.disk_id,
@@ -124,8 +127,8 @@ class ReplacementStore:
 
     def _select(self, condition: sa.ColumnElement[bool]) -> list[Replacement]:
         with reading(self._engine) as connection:
-            query = sa.select(copies).where(condition).order_by(copies.c.name)
-            return [_copy(row) for row in connection.execute(query)]
+            found = map(_copy, connection.execute(sa.select(copies).where(condition)))
+            return sorted(found, key=attrgetter("name"))
 
 
 def _change_state(connection: Connection, disk_id: UUID, before: DiskState, after: DiskState) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -29,14 +30,17 @@ _log = logging.getLogger(__name__)
 
 
 def disks_of(rows: Iterable[Any]) -> list[Disk]:
-    """The disks in rows of ``disks`` joined with ``wrapped_deks``, in the order of the rows.
+    """The disks in rows of ``disks`` joined with ``wrapped_deks``, sorted by name.
 
-    Each row also has the ``placement`` of the disk's encryption set.
+    Sorted here: the order of PostgreSQL depends on the collation of the database.
+
+    :param rows: the rows of a disk in the order of the DEKs; each row also has the ``placement`` of the
+        disk's encryption set.
     """
     of_disk: dict[UUID, list[Any]] = {}
     for row in rows:
         of_disk.setdefault(row.id, []).append(row)
-    return [_disk(group) for group in of_disk.values()]
+    return sorted(map(_disk, of_disk.values()), key=attrgetter("name"))
 
 
 def _disk(rows: Sequence[Any]) -> Disk:

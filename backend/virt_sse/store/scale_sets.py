@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from datetime import datetime
+from operator import attrgetter
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -12,6 +13,7 @@ from sqlalchemy.engine import Engine
 from virt_sse.errors import ScaleSetExistsError, ScaleSetNotFoundError
 from virt_sse.model.scale_sets import Instance, ScaleSet
 from virt_sse.store.engine import reading, writing
+from virt_sse.store.statements import is_storable, refusing
 from virt_sse.store.tables import scale_set_instances, scale_sets
 
 
@@ -26,9 +28,8 @@ class ScaleSetStore:
 
         :raise ScaleSetExistsError: When the name is taken.
         """
-        with writing(self._engine) as connection:
-            if connection.scalar(sa.select(scale_sets.c.id).where(scale_sets.c.name == scale_set.name)):
-                raise ScaleSetExistsError(f"scale set {scale_set.name!r} exists already")
+        exists = ScaleSetExistsError(f"scale set {scale_set.name!r} exists already")
+        with writing(self._engine) as connection, refusing(exists):
             connection.execute(
                 scale_sets.insert().values(
                     id=scale_set.id,
@@ -51,7 +52,7 @@ class ScaleSetStore:
 
         :raise ScaleSetNotFoundError: When no set has the name.
         """
-        found = self._select(scale_sets.c.name == name)
+        found = self._select(scale_sets.c.name == name) if is_storable(name) else []
         if not found:
             raise ScaleSetNotFoundError(
                 f"no scale set {name[:80]!r}", hint="'virt-sse vmss list' shows all scale sets"
@@ -112,9 +113,7 @@ class ScaleSetStore:
 
     def _select(self, condition: sa.ColumnElement[bool]) -> list[ScaleSet]:
         with reading(self._engine) as connection:
-            sets = connection.execute(
-                sa.select(scale_sets).where(condition).order_by(scale_sets.c.name)
-            ).all()
+            sets = connection.execute(sa.select(scale_sets).where(condition)).all()
             wanted = scale_set_instances.c.set_id.in_([row.id for row in sets])
             rows = connection.execute(
                 sa.select(scale_set_instances).where(wanted).order_by(scale_set_instances.c.number)
@@ -135,5 +134,5 @@ class ScaleSetStore:
                     if each.set_id == row.id
                 ),
             )
-            for row in sets
+            for row in sorted(sets, key=attrgetter("name"))
         ]

@@ -15,7 +15,10 @@ from virt_sse.errors import (
     DiskInUseError,
     DiskNotFoundError,
     DiskStateError,
+    EncryptionSetNotFoundError,
     StoreError,
+    StoreReadOnlyError,
+    StoreUnavailableError,
 )
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.envelope import DekEntry
@@ -23,10 +26,12 @@ from virt_sse.model.keys import KeyId, KeyRef
 from virt_sse.store.certificates import CertificateStore
 from virt_sse.store.encryption_sets import EncryptionSetStore
 from virt_sse.store.engine import open_engine, reading, writing
+from virt_sse.store.hosts import HostStore
 from virt_sse.store.image_paths import ImagePaths
 from virt_sse.store.replacements import ReplacementStore
 from virt_sse.store.rows import disks_of
 from virt_sse.store.scale_sets import ScaleSetStore
+from virt_sse.store.statements import is_storable, refusing
 from virt_sse.store.tables import disks, encryption_sets, wrapped_deks
 from virt_sse.store.vms import VmStore
 
@@ -46,6 +51,7 @@ class Store:
         self.certificates = CertificateStore(self._engine)
         self.scale_sets = ScaleSetStore(self._engine)
         self.replacements = ReplacementStore(self._engine)
+        self.hosts = HostStore(self._engine)
 
     def close(self) -> None:
         """Close all connections."""
@@ -57,6 +63,7 @@ class Store:
         :param is_adopted: whether the copy below may be missing, or be adopted later.
         :raise DiskExistsError: When the name, path or id is taken.
         :raise DiskStateError: When the copy below was or is being deleted.
+        :raise EncryptionSetNotFoundError: When the disk's encryption set was deleted.
         """
         with self._naming_taken(disk), writing(self._engine) as connection:
             _refuse_taken(connection, disk)
@@ -90,12 +97,15 @@ class Store:
 
     @contextlib.contextmanager
     def _naming_taken(self, disk: Disk) -> Iterator[None]:
-        """Name the cause if a transaction failed because name, path or id were taken at the same time."""
+        """Name the cause if a transaction failed because of a concurrent change."""
         try:
             yield
+        except (StoreUnavailableError, StoreReadOnlyError):
+            raise  # in the former case, this transaction may have added the disk
         except StoreError:
             with reading(self._engine) as connection:
                 _refuse_taken(connection, disk)
+                _refuse_lost_set(connection, disk)
             raise
 
     def get(self, name: str) -> Disk:
@@ -103,9 +113,7 @@ class Store:
 
         :raise DiskNotFoundError: When no disk has this name or id.
         """
-        found: list[Disk] = []
-        with contextlib.suppress(UnicodeEncodeError):  # not UTF-8, therefore no disk name
-            found = self._select(_is_called(name))
+        found = self._select(_is_called(name)) if is_storable(name) else []
         if not found:
             raise DiskNotFoundError(f"no disk {name[:80]!r}", hint="'virt-sse disk list' shows all disks")
         return next((disk for disk in found if disk.name == name), found[0])
@@ -231,17 +239,20 @@ class Store:
 
         Compare-and-swap: if the disk's generation differs from *before*, nothing changes and the result is
         false.
+
+        :raise EncryptionSetNotFoundError: When the set of *after* was deleted.
         """
         with writing(self._engine) as connection:
-            swapped = connection.execute(
-                disks.update()
-                .where(disks.c.id == before.id, disks.c.generation == before.generation)
-                .values(
-                    generation=after.generation,
-                    encryption_type=after.encryption_type.value,
-                    encryption_set_id=after.set_id,
+            with refusing(_lost_set(after)):
+                swapped = connection.execute(
+                    disks.update()
+                    .where(disks.c.id == before.id, disks.c.generation == before.generation)
+                    .values(
+                        generation=after.generation,
+                        encryption_type=after.encryption_type.value,
+                        encryption_set_id=after.set_id,
+                    )
                 )
-            )
             if swapped.rowcount != 1:
                 return False
             connection.execute(wrapped_deks.delete().where(wrapped_deks.c.disk_id == before.id))
@@ -275,7 +286,7 @@ class Store:
             sa.select(disks, wrapped_deks, placement)
             .select_from(disks.outerjoin(wrapped_deks))
             .where(condition)
-            .order_by(disks.c.name, wrapped_deks.c.position)
+            .order_by(wrapped_deks.c.position)
         )
         with reading(self._engine) as connection:
             return disks_of(connection.execute(query))
@@ -304,6 +315,20 @@ def _locked_state(connection: Connection, disk_id: UUID) -> DiskState | None:
     """The state of a disk, unchanged until the end of the transaction; ``None`` without such a disk."""
     state = connection.scalar(sa.select(disks.c.state).where(disks.c.id == disk_id).with_for_update())
     return DiskState(state) if state else None
+
+
+def _refuse_lost_set(connection: Connection, disk: Disk) -> None:
+    """Refuse a disk whose encryption set was deleted meanwhile.
+
+    :raise EncryptionSetNotFoundError: When the set was deleted.
+    """
+    query = sa.select(encryption_sets.c.name).where(encryption_sets.c.id == disk.set_id)
+    if disk.set_id and connection.scalar(query) is None:
+        raise _lost_set(disk)
+
+
+def _lost_set(disk: Disk) -> EncryptionSetNotFoundError:
+    return EncryptionSetNotFoundError(f"the disk encryption set of disk {disk.name!r} was deleted")
 
 
 def _is_called(name: str) -> sa.ColumnElement[bool]:

@@ -145,3 +145,32 @@ copies = Table(
     Column("is_cancelled", Boolean, nullable=False),
     Column("max_rate", BigInteger),
 )
+
+hosts = Table(
+    "hosts",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", String(255), nullable=False),
+    Column("boot_id", Uuid, nullable=False),
+    Column("seen", BigInteger, nullable=False),
+    Column("fenced", BigInteger),
+)
+"""Hosts with a store in common. Times are in seconds since 1970, by the clock of the database."""
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("resource_id", Uuid, primary_key=True),
+    Column("host_id", Uuid, ForeignKey("hosts.id"), nullable=False),
+    Index("leases_by_host", "host_id"),
+)
+"""The host that alone may use a disk or run a VM, by the id of the disk or VM."""
+
+lease_users = Table(
+    "lease_users",
+    metadata,
+    Column("resource_id", Uuid, ForeignKey("leases.resource_id", ondelete="CASCADE"), primary_key=True),
+    Column("user_id", Uuid, primary_key=True),
+    Column("since", BigInteger, nullable=False),
+)
+"""What a lease is for: a domain, or work of commands under the id of the host."""

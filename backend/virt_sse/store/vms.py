@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -12,6 +13,7 @@ from virt_sse.model.layers import HostCaching
 from virt_sse.model.vms import Vm
 from virt_sse.store.engine import reading, writing
 from virt_sse.store.rows import pending_to_json, vm_of
+from virt_sse.store.statements import upsert
 from virt_sse.store.tables import disks, vms
 
 
@@ -46,9 +48,7 @@ class VmStore:
     def put(self, vm: Vm) -> None:
         """Add *vm*, or replace the VM with its id."""
         with writing(self._engine) as connection:
-            changed = connection.execute(vms.update().where(vms.c.id == vm.id).values(**_values(vm)))
-            if changed.rowcount != 1:
-                connection.execute(vms.insert().values(id=vm.id, **_values(vm)))
+            upsert(connection, vms, {"id": vm.id}, _values(vm))
 
     def commit(self, vm: Vm) -> Vm:
         """Apply the pending update, including the caching of disks; return the updated VM."""
@@ -90,9 +90,10 @@ class VmStore:
 
         :param among_others: the damaged pending update of one VM must not stop work on the other VMs.
         """
-        query = sa.select(vms).where(condition).order_by(vms.c.name, vms.c.id)
         with reading(self._engine) as connection:
-            return [vm_of(row, tolerant=among_others) for row in connection.execute(query)]
+            rows = connection.execute(sa.select(vms).where(condition))
+            found = [vm_of(row, tolerant=among_others) for row in rows]
+        return sorted(found, key=attrgetter("name", "id"))
 
 
 def _set_caching(connection: Connection, disk_id: UUID, caching: HostCaching) -> None:

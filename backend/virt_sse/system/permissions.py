@@ -1,4 +1,4 @@
-"""Users, besides root and the caller, who may change a file or folder."""
+"""Users, besides root and the caller, who may change a file or folder, or read a file."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _GROUP_OR_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_GROUP_OR_OTHERS_READ = stat.S_IRGRP | stat.S_IROTH
 
 
 @dataclass(frozen=True, slots=True)
 class LoosePermission:
-    """A file or folder that another user may change.
+    """A file or folder that another user may change or read.
 
     :ivar problem: in words, with the path.
     :ivar remedy: the command that takes the permission away.
@@ -32,6 +33,14 @@ def loose_permission(path: Path, status: os.stat_result) -> LoosePermission | No
     if status.st_mode & _GROUP_OR_OTHERS_WRITE:
         mode = stat.S_IMODE(status.st_mode)
         return LoosePermission(f"other users may write {path} (mode {mode:04o})", f"chmod go-w {path}")
+    return None
+
+
+def readable_permission(path: Path, status: os.stat_result) -> LoosePermission | None:
+    """A permission for others to read the file at *path*; ``None`` if they may not."""
+    if status.st_mode & _GROUP_OR_OTHERS_READ:
+        mode = stat.S_IMODE(status.st_mode)
+        return LoosePermission(f"other users may read {path} (mode {mode:04o})", f"chmod go-r {path}")
     return None
 
 

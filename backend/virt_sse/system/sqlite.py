@@ -27,9 +27,12 @@ def sqlite_engine(url: URL, *, busy_seconds: float, **options: Any) -> Engine:
 def reason(exc: Exception) -> str:
     """The driver's message on one line, without the statement and parameters that SQLAlchemy adds.
 
-    An error raised by SQLAlchemy itself is returned as text.
+    An error raised by SQLAlchemy itself is returned as text. Of a PostgreSQL server's error, the message
+    without the details, which may quote rows.
     """
-    return " ".join(str(getattr(exc, "orig", exc) or type(exc).__name__).split())
+    cause = getattr(exc, "orig", None) or exc
+    message = getattr(getattr(cause, "diag", None), "message_primary", None)
+    return " ".join((message or str(cause) or type(exc).__name__).split())
 
 
 def _set_up(connection: Any, _record: object) -> None:

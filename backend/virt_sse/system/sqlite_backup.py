@@ -30,17 +30,33 @@ def copy_database(source: Path, target: Path) -> None:
     :raise sqlite3.Error: When *source* is not an SQLite database, is damaged, or stays locked.
     """
     source.stat()
-    if target.is_symlink() or target.exists():
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    refuse_existing(target)
     try:
         with closing(_connect(source)) as read, closing(sqlite3.connect(":memory:")) as copied:
             read.backup(copied)
             found = copied.execute("PRAGMA integrity_check(1)").fetchall()
             if found != [("ok",)]:
                 raise sqlite3.DatabaseError(f"the database is damaged: {found[0][0]}")
-            content = bytearray(copied.serialize())
+            write_database(copied, target)
     except UnicodeDecodeError as exc:  # by sqlite3, from SQLite's message with a damaged name
         raise sqlite3.DatabaseError("the database is damaged") from exc
+
+
+def refuse_existing(target: Path) -> None:
+    """Refuse a path that is taken.
+
+    :raise FileExistsError: When *target* exists.
+    """
+    if target.is_symlink() or target.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+
+
+def write_database(database: sqlite3.Connection, target: Path) -> None:
+    """Write a database in memory into the new file *target*, mode 0600, complete and durable.
+
+    :raise OSError: When the file exists, or cannot be written.
+    """
+    content = bytearray(database.serialize())
     content[_JOURNAL_VERSIONS] = _NO_WAL  # else a reader needs a writable folder
     write_new(target, bytes(content))
 

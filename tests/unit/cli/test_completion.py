@@ -23,7 +23,20 @@ def run(root: Path, *command: str | Path, **environment: str) -> str:
 def test_bash_is_told_the_nouns(tmp_path: Path) -> None:
     nouns = run(tmp_path, PROGRAM, _VIRT_SSE_COMPLETE="complete_bash", COMP_WORDS="virt-sse ", COMP_CWORD="1")
     assert nouns.split() == [
-        *("agent", "audit", "certificate", "des", "disk", "host", "image", "key", "snapshot", "vault", "vm"),
+        *(
+            "agent",
+            "audit",
+            "certificate",
+            "des",
+            "disk",
+            "host",
+            "image",
+            "key",
+            "snapshot",
+            "store",
+            "vault",
+            "vm",
+        ),
         "vmss",
     ]
 

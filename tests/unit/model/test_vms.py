@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sqlite3
 import uuid
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from support.stores import execute
 from virt_sse.domains import tpm_envelope
 from virt_sse.domains.host_encryption import agreed_properties
 from virt_sse.errors import EnvelopeError, InvalidValueError, PolicyError, StoreError
@@ -49,8 +48,8 @@ def wrapped(version: str) -> WrappedDek:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = Store(f"sqlite:///{tmp_path}/state/store.sqlite")
+def store(store_url: str) -> Iterator[Store]:
+    store = Store(store_url)
     yield store
     store.close()
 
@@ -76,10 +75,9 @@ def test_a_vm_comes_back_from_the_store_as_it_was(store: Store) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"caching": 1}', '{"encryption-at-host": 1}'])
-def test_a_damaged_pending_update_is_a_store_error(store: Store, tmp_path: Path, text: str) -> None:
+def test_a_damaged_pending_update_is_a_store_error(store: Store, store_url: str, text: str) -> None:
     store.vms.put(Vm(ID, "web", uuid.uuid4()))
-    with closing(sqlite3.connect(tmp_path / "state/store.sqlite")) as connection, connection:
-        connection.execute("UPDATE vms SET pending = ?", (text,))
+    execute(store_url, "UPDATE vms SET pending = :text", text=text)
     with pytest.raises(StoreError, match="pending update"):
         store.vms.find(ID)
 

@@ -48,8 +48,8 @@ def disk(disk_id: uuid.UUID, name: str, state: DiskState = DiskState.READY) -> D
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(f"sqlite:///{tmp_path}/store.sqlite")
+def store(store_url: str) -> Iterator[Store]:
+    opened = Store(store_url)
     opened.add(disk(OLD, "web"))
     opened.replacements.begin(COPY)
     opened.add(disk(NEW, "web.copy-1"))

@@ -18,6 +18,8 @@ import pytest
 import sqlalchemy as sa
 
 import virt_sse.store.store
+from support.folders import TESTS
+from support.stores import connected, execute
 from virt_sse.errors import DiskExistsError, DiskNotFoundError, StoreError
 from virt_sse.model.ciphers import AES_256_XTS
 from virt_sse.model.disk_format import DiskFormat
@@ -52,7 +54,7 @@ def disk(name: str, *deks: DekEntry, state: DiskState = DiskState.READY) -> Disk
 
 
 def test_a_name_taken_between_check_and_insertion_is_named(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server's transactions run side by side; the unique constraints decide."""
     checks: list[str] = []
@@ -63,7 +65,7 @@ def test_a_name_taken_between_check_and_insertion_is_named(
         if len(checks) > 1:
             refuse(connection, each)
 
-    with closing(Store(f"sqlite:///{path}")) as store:
+    with closing(Store(store_url)) as store:
         store.add(disk("first"))
         monkeypatch.setattr(virt_sse.store.store, "_refuse_taken", late)
         with pytest.raises(DiskExistsError, match="a disk with name 'first' exists already"):
@@ -81,23 +83,31 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(path: Path) -> Iterator[Store]:
+def store(store_url: str) -> Iterator[Store]:
+    store = Store(store_url)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def file_store(path: Path) -> Iterator[Store]:
+    """A store in SQLite."""
     store = Store(f"sqlite:///{path}")
     yield store
     store.close()
 
 
-def in_processes(count: int, path: Path, body: str) -> list[str]:
+def in_processes(count: int, url: str, body: str) -> list[str]:
     """What so many processes print that run *body*, with ``store`` and ``number``, at the same time."""
     script = (
         "import sys, time; sys.path[:0] = sys.argv[3].split(':'); number = int(sys.argv[1])\n"
         "from test_store import *\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
-        f"store = Store('sqlite:///' + sys.argv[2])\n{body}\nstore.close()\n"
+        f"store = Store(sys.argv[2])\n{body}\nstore.close()\n"
     )
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", script, str(number), path, str(Path(__file__).parent)],
+            [sys.executable, "-c", script, str(number), url, f"{Path(__file__).parent}:{TESTS}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -183,43 +193,41 @@ def test_disks_are_found_by_their_key(store: Store) -> None:
     }
 
 
-def test_deleted_rows_leave_no_bytes_in_the_file(store: Store, path: Path) -> None:
-    store.add(one := disk("one", entry("a-version-to-be-forgotten")))
-    store.remove(one.id)
-    store.close()
+def test_deleted_rows_leave_no_bytes_in_the_file(file_store: Store, path: Path) -> None:
+    file_store.add(one := disk("one", entry("a-version-to-be-forgotten")))
+    file_store.remove(one.id)
+    file_store.close()
     assert b"a-version-to-be-forgotten" not in path.read_bytes()
 
 
-def test_the_files_are_ours_alone(store: Store, path: Path) -> None:
-    store.add(disk("one"))
+def test_the_files_are_ours_alone(file_store: Store, path: Path) -> None:
+    file_store.add(disk("one"))
     assert path.parent.stat().st_mode & 0o777 == 0o700
     assert len(list(path.parent.iterdir())) == 4  # store, lock, -wal, -shm
     for file in path.parent.iterdir():
         assert file.stat().st_mode & 0o777 == 0o600, file
 
 
-def test_a_reader_does_not_wait_for_a_writer(store: Store, path: Path) -> None:
+def test_a_reader_does_not_wait_for_a_writer(store: Store, store_url: str) -> None:
     store.add(one := disk("one"))
-    with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        other.execute("DELETE FROM disks")
+    with connected(store_url) as other:
+        other.execute(sa.text("DELETE FROM disks"))
         start = time.monotonic()
         assert store.all() == [one]
         assert time.monotonic() - start < 5
-        other.execute("ROLLBACK")
+        other.rollback()
 
 
 @pytest.mark.slow
-def test_processes_migrate_once_at_first_use(path: Path) -> None:
-    path.parent.mkdir()
-    in_processes(4, path, "store.add(disk(f'disk-{number}'))")
-    store = Store(f"sqlite:///{path}")
+def test_processes_migrate_once_at_first_use(empty_url: str) -> None:
+    in_processes(4, empty_url, "store.add(disk(f'disk-{number}'))")
+    store = Store(empty_url)
     assert [found.name for found in store.all()] == [f"disk-{number}" for number in range(4)]
     store.close()
 
 
 @pytest.mark.slow
-def test_eight_processes_write_at_the_same_time(store: Store, path: Path) -> None:
+def test_eight_processes_write_at_the_same_time(store: Store, store_url: str) -> None:
     store.add(disk("shared"))
     body = (
         "won = 0\n"
@@ -230,7 +238,7 @@ def test_eight_processes_write_at_the_same_time(store: Store, path: Path) -> Non
         "    won += store.replace(shared, rewrapped(shared, entry(f'{number}-{step}')))\n"
         "print(won)"
     )
-    won = sum(int(answer) for answer in in_processes(8, path, body))
+    won = sum(int(answer) for answer in in_processes(8, store_url, body))
     assert store.get("shared").generation == 1 + won
     assert won >= 10
     assert [found.size for found in store.all()] == [512] * 80 + [64 << 40]
@@ -300,13 +308,11 @@ def test_a_store_of_an_unfinished_schema_is_refused_and_kept(path: Path, schema:
         assert database.execute("SELECT ciphertext FROM wrapped_deks").fetchall() == [(b"\0\xff",)]
 
 
-def test_a_newer_schema_is_refused(store: Store, path: Path) -> None:
+def test_a_newer_schema_is_refused(store: Store, store_url: str) -> None:
     store.close()
-    with closing(sqlite3.connect(path)) as database:
-        database.execute("UPDATE alembic_version SET version_num = '9999'")
-        database.commit()
+    execute(store_url, "UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(StoreError, match="schema 9999") as caught:
-        Store(f"sqlite:///{path}")
+        Store(store_url)
     assert caught.value.hint
 
 
@@ -319,27 +325,38 @@ def test_a_file_that_is_no_database_is_refused_and_kept(path: Path, content: byt
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("url", ["sqlite:///relative", "sqlite://", "nonsense", "nosuch://host/db", ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite:///relative",
+        "sqlite://",
+        "nonsense",
+        "nosuch://host/db",
+        "mysql://host/db",
+        "postgresql+psycopg2://host/db",
+        "postgresql://user:pass/word@host/db",
+        "",
+    ],
+)
 def test_a_database_that_is_no_store_is_refused(url: str) -> None:
-    with pytest.raises(StoreError):
+    with pytest.raises(StoreError) as caught:
         Store(url)
+    assert "word" not in str(caught.value)
 
 
-def test_a_store_that_fails_later_says_so_without_the_statement(store: Store, path: Path) -> None:
-    with closing(sqlite3.connect(path)) as database:
-        database.execute("DROP TABLE wrapped_deks")
-    with pytest.raises(StoreError, match="no such table") as caught:
+def test_a_store_that_fails_later_says_so_without_the_statement(store: Store, store_url: str) -> None:
+    execute(store_url, "DROP TABLE wrapped_deks")
+    with pytest.raises(StoreError, match=r"no such table|does not exist") as caught:
         store.add(disk("one"))
     assert "INSERT" not in str(caught.value)
     assert b"wrapped 1" not in repr(caught.value).encode()
 
 
-def test_migrations_make_the_tables(store: Store, path: Path) -> None:
-    engine = sa.create_engine(f"sqlite:///{path}")
-    with engine.connect() as connection:
+@pytest.mark.usefixtures("store")
+def test_migrations_make_the_tables(store_url: str) -> None:
+    with connected(store_url) as connection:
         context = alembic.migration.MigrationContext.configure(connection, opts={"compare_type": True})
         assert alembic.autogenerate.compare_metadata(context, metadata) == []
-    engine.dispose()
 
 
 def test_the_newest_migration_is_the_one_in_the_code() -> None:

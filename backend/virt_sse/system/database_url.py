@@ -1,0 +1,24 @@
+"""URLs of databases, for code that does without SQLAlchemy."""
+
+from __future__ import annotations
+
+import re
+
+_SQLITE = "sqlite:///"
+_POSTGRESQL = re.compile(r"postgresql(\+\w+)?://")
+_PASSWORD = re.compile(r"[\w+]+://[^:/]*:[^@]+@|.*[?&](ssl)?password=", re.IGNORECASE)
+
+
+def sqlite_url(path: object) -> str:
+    """SQLAlchemy's URL of an SQLite file, with ``?`` and ``%`` escaped."""
+    return _SQLITE + str(path).replace("%", "%25").replace("?", "%3F")
+
+
+def is_postgresql(url: str) -> bool:
+    """Whether *url* names a PostgreSQL database."""
+    return _POSTGRESQL.match(url) is not None
+
+
+def has_password(url: str) -> bool:
+    """Whether *url* contains a password, before the host or among the options; errs towards true."""
+    return not url.startswith("sqlite:") and _PASSWORD.match(url) is not None

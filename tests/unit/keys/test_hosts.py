@@ -1,0 +1,229 @@
+"""Two hosts with one store in PostgreSQL: each works on what is its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from support import images
+from support.command_line import CommandLine, no_libvirt
+from support.postgresql import PostgresqlServer
+from support.stores import execute
+from virt_sse.agent.inventory import InventorySnapshot, RunningDomain
+from virt_sse.agent.lease_watch import LeaseWatch
+from virt_sse.backend import Backend
+from virt_sse.config import Config
+from virt_sse.domains.release import release
+from virt_sse.errors import DiskInUseError, HostFencedError, LibvirtError, VirtSseError
+from virt_sse.host.setup import initialise
+from virt_sse.libvirt.domain_definition import DomainDefinition
+from virt_sse.model.disks import Disk, DiskState, NewDisk
+from virt_sse.model.hosts import SILENT_SECONDS
+
+VM = uuid.UUID("0b2d2d1c-9d3c-4a83-9d0c-7a1d5a3f8f10")
+
+
+class Hosts:
+    """Hosts by name, each with files of its own.
+
+    :ivar url: of the store in common.
+    """
+
+    def __init__(self, folder: Path, url: str, stack: ExitStack) -> None:
+        self.folder = folder
+        self.url = url
+        self._stack = stack
+
+    def config(self, name: str) -> Config:
+        root = self.folder / name
+        path = root / "etc/virt-sse/config.toml"
+        if not path.exists():
+            path.parent.mkdir(parents=True)
+            (root / "var/lib/libvirt/images").mkdir(parents=True)
+            path.write_text(f"[store]\nurl = '{self.url}'\n[libvirt]\nuri = '{no_libvirt(root)}'\n")
+        return Config.load(root)
+
+    def backend(self, name: str) -> Backend:
+        """A backend as a new command opens it; closed with the test."""
+        backend = self._stack.enter_context(Backend(self.config(name)))
+        initialise(backend.host)
+        return backend
+
+    def make_silent(self) -> None:
+        execute(self.url, "UPDATE hosts SET seen = seen - :age", age=SILENT_SECONDS)
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, postgresql: PostgresqlServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
+    images.require("qemu-img", "cryptsetup")
+    monkeypatch.delenv("LIBVIRT_DEFAULT_URI", raising=False)
+    with postgresql.database() as name, ExitStack() as stack:
+        yield Hosts(tmp_path, postgresql.url(name), stack)
+
+
+@pytest.fixture
+def a(hosts: Hosts) -> Backend:
+    return hosts.backend("a")
+
+
+@pytest.fixture
+def b(hosts: Hosts, a: Backend) -> Backend:
+    """Host b has the platform keyring and the host key of host a."""
+    state = hosts.config("b").state_directory
+    state.mkdir(mode=0o700, parents=True)
+    ours = a.host.config.state_directory
+    shutil.copytree(ours / "platform-managed", state / "platform-managed")
+    shutil.copy(ours / "host.key", state)
+    backend = hosts.backend("b")
+    backend.host.leases.renew()
+    return backend
+
+
+@pytest.fixture
+def disk(a: Backend) -> Disk:
+    return a.disks.create(NewDisk(name="disk", size=1 << 20))
+
+
+def definition(backend: Backend, disk: Disk) -> DomainDefinition:
+    element = backend.domains.disk_element(disk.name)
+    return DomainDefinition.parse(
+        f"<domain type='qemu'><name>web</name><uuid>{VM}</uuid><devices>{element}</devices></domain>"
+    )
+
+
+def leases(backend: Backend) -> list[int]:
+    return sorted(each.leases for each in backend.host.leases.hosts())
+
+
+def test_a_hosts_id_is_its_own_and_private(hosts: Hosts, a: Backend, b: Backend) -> None:
+    path = hosts.config("a").state_directory / "host-id"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert a.host.leases.identity.id == uuid.UUID(path.read_text().strip())
+    assert a.host.leases.identity.id != b.host.leases.identity.id
+    assert hosts.backend("a").host.leases.identity == a.host.leases.identity
+
+
+def test_a_finished_command_leaves_no_lease(a: Backend, disk: Disk) -> None:
+    assert disk.state is DiskState.READY
+    assert leases(a) == [0]
+    a.disks.check("disk")
+    assert leases(a) == [0]
+
+
+def test_a_host_leaves_the_killed_work_of_others_alone(
+    hosts: Hosts, a: Backend, b: Backend, disk: Disk
+) -> None:
+    a.host.store.hosts.work(a.host.leases.identity, disk.id)  # as by a killed deletion
+    a.host.store.set_state(disk.id, DiskState.DELETING)
+    hosts.backend("b")
+    assert b.host.store.get("disk").state is DiskState.DELETING
+    assert disk.path.exists()
+    with pytest.raises(VirtSseError):
+        b.disks.check("disk")
+    hosts.backend("a")
+    assert b.host.store.all() == []
+    assert not disk.path.exists()
+    assert leases(hosts.backend("a")) == [0, 0]
+
+
+def test_a_killed_command_holds_other_hosts_up_until_the_next(
+    hosts: Hosts, a: Backend, b: Backend, disk: Disk
+) -> None:
+    a.host.store.hosts.work(a.host.leases.identity, disk.id)
+    with pytest.raises(DiskInUseError, match="in use on host"):
+        b.disks.check("disk")
+    with a.host.locks.hold(disk.id):
+        hosts.backend("a")  # another command of the same host: the work under way keeps its lease
+        with pytest.raises(DiskInUseError, match="in use on host"):
+            b.disks.check("disk")
+    assert leases(a) == [0, 0]
+
+
+def test_a_start_is_refused_while_another_host_uses_the_disk(a: Backend, b: Backend, disk: Disk) -> None:
+    with a.host.leases.starting(uuid.uuid4(), [disk.id], states=[DiskState.READY]):
+        pass
+    with pytest.raises(DiskInUseError, match="disk 'disk' is in use on host"):
+        b.domains.prepare(definition(b, disk))
+    with pytest.raises(DiskInUseError):
+        b.disks.check("disk")
+    assert leases(a) == [0, 2]
+
+
+def test_a_failed_start_gives_its_leases_back(a: Backend, disk: Disk) -> None:
+    with pytest.raises(LibvirtError):  # there is no libvirt
+        a.domains.prepare(definition(a, disk))
+    assert leases(a) == [0]
+
+
+def test_the_end_of_a_domain_gives_its_leases_back(hosts: Hosts, a: Backend, disk: Disk) -> None:
+    with a.host.leases.starting(VM, [disk.id], states=[DiskState.READY]):
+        pass
+    assert leases(a) == [2]
+    with pytest.raises(LibvirtError):  # for libvirt's secrets
+        release(hosts.config("a"), definition(a, disk))
+    assert leases(a) == [0]
+
+
+def snapshot(*domains: RunningDomain) -> InventorySnapshot:
+    return InventorySnapshot(number=1, domains=domains)
+
+
+def running(backend: Backend, disk: Disk) -> RunningDomain:
+    found = definition(backend, disk)
+    return RunningDomain(VM, 1, "web", tuple(found.our_disks), True, False, frozenset(), found)
+
+
+def test_the_agent_takes_and_gives_back_leases(
+    hosts: Hosts, a: Backend, b: Backend, disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    domain = running(a, disk)
+    LeaseWatch(a.host.leases).keep(snapshot(domain), is_current=True)
+    assert leases(a) == [0, 2]
+    watch = LeaseWatch(b.host.leases)
+    watch.keep(snapshot(domain), is_current=True)
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == ["lease-conflict"]
+    LeaseWatch(a.host.leases).keep(snapshot(), is_current=True)  # the domain may be about to start
+    assert leases(a) == [0, 2]
+    execute(hosts.url, "UPDATE lease_users SET since = since - 1000")
+    LeaseWatch(a.host.leases).keep(snapshot(), is_current=False)
+    assert leases(a) == [0, 2]
+    LeaseWatch(a.host.leases).keep(snapshot(domain), is_current=True)
+    assert leases(a) == [0, 2]
+    LeaseWatch(a.host.leases).keep(snapshot(), is_current=True)
+    assert leases(a) == [0, 0]
+
+
+def test_a_dead_host_is_fenced_by_command(hosts: Hosts, a: Backend, b: Backend, disk: Disk) -> None:
+    with a.host.leases.starting(VM, [disk.id], states=[DiskState.READY]):
+        pass
+    cli = CommandLine(hosts.folder / "b")
+    identity = str(a.host.leases.identity.id)
+    assert "is alive" in cli.refuses("host", "fence", identity, "--yes")
+    hosts.make_silent()
+    rows = {each["id"]: each for each in json.loads(cli("host", "list", "-o", "json"))}
+    assert (rows[identity]["state"], rows[identity]["leases"], rows[identity]["this"]) == ("silent", 2, "no")
+    assert "cannot fence itself" in cli.refuses(
+        "host", "fence", str(b.host.leases.identity.id), "--yes", status=2
+    )
+    assert "2 leases taken back" in cli("host", "fence", identity, "--yes")
+    assert "fence" in cli("audit", "list")
+    b.disks.check("disk")
+    with pytest.raises(HostFencedError):
+        a.disks.check("disk")
+    with pytest.raises(HostFencedError):
+        a.host.leases.renew()
+
+
+def test_a_store_in_sqlite_has_no_leases(backend: Backend, virt_sse: CommandLine) -> None:
+    disk = backend.disks.create(NewDisk(name="disk", size=1 << 20))
+    with backend.host.leases.starting(VM, [disk.id], states=[]):
+        assert backend.host.leases.uses() == []
+    (row,) = json.loads(virt_sse("host", "list", "-o", "json"))
+    assert row["this"] == "yes"
+    assert backend.host.store.hosts.all() == []

@@ -1,0 +1,148 @@
+"""A store in PostgreSQL: outages, failover, read-only servers, passwords."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import pytest
+from test_store import disk
+
+from support.postgresql import PASSWORD, WITH_PASSWORD, PostgresqlServer
+from virt_sse.errors import StoreError, StoreReadOnlyError, StoreUnavailableError
+from virt_sse.store import LazyStore
+from virt_sse.store.store import Store
+
+SSL_REQUEST = bytes.fromhex("00000008 04d2162f")
+"""SSLRequest (PostgreSQL, "Message Formats")."""
+
+
+@pytest.fixture
+def database(postgresql: PostgresqlServer) -> Iterator[str]:
+    with postgresql.database() as name:
+        yield name
+
+
+def test_a_store_outlives_a_restart_of_the_server(postgresql: PostgresqlServer, database: str) -> None:
+    with closing(Store(postgresql.url(database))) as store:
+        store.add(one := disk("one"))
+        postgresql.stop()
+        try:
+            for action in (store.all, lambda: store.add(disk("two")), lambda: store.encryption_sets.all()):
+                with pytest.raises(StoreUnavailableError, match="the store failed: ") as caught:
+                    action()
+                assert caught.value.hint
+            with pytest.raises(StoreUnavailableError, match="cannot open the store: "):
+                Store(postgresql.url(database))
+        finally:
+            postgresql.start()
+        assert store.all() == [one]
+        store.add(disk("two"))
+
+
+def test_a_session_ended_by_the_server_is_replaced(postgresql: PostgresqlServer, database: str) -> None:
+    with closing(Store(postgresql.url(database))) as store:
+        postgresql.execute(
+            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'"  # noqa: S608
+        )
+        store.add(one := disk("one"))
+        assert store.all() == [one]
+
+
+def test_a_read_only_server_answers_queries_until_the_failover(
+    postgresql: PostgresqlServer, database: str
+) -> None:
+    url = postgresql.url(database)
+    with closing(Store(url)) as store:
+        store.add(one := disk("one"))
+        postgresql.execute(f"ALTER DATABASE {database} SET default_transaction_read_only = on")
+        with closing(Store(url)) as read_only:
+            assert read_only.all() == [one]
+            with pytest.raises(StoreReadOnlyError, match="read-only") as caught:
+                read_only.add(disk("two"))
+            assert caught.value.hint
+            postgresql.execute(f"ALTER DATABASE {database} RESET default_transaction_read_only")
+            read_only.add(disk("two"))  # on a new connection
+        assert len(store.all()) == 2
+
+
+def test_a_store_without_tables_on_a_read_only_server_is_refused(postgresql: PostgresqlServer) -> None:
+    with postgresql.database(template="template0") as name:
+        postgresql.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        with pytest.raises(StoreReadOnlyError, match="cannot open the store"):
+            Store(postgresql.url(name))
+
+
+def test_a_lock_is_waited_for_with_a_limit(
+    postgresql: PostgresqlServer, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psycopg
+
+    monkeypatch.setattr("virt_sse.store.engine.BUSY_TIMEOUT_SECONDS", 0.2)
+    with (
+        closing(Store(postgresql.url(database))) as store,
+        psycopg.connect(host=str(postgresql.folder), user="virt_sse", dbname=database) as other,
+    ):
+        other.execute("LOCK TABLE disks")
+        with pytest.raises(StoreError, match="lock timeout"):
+            store.add(disk("one"))
+        other.rollback()
+        store.add(disk("one"))
+
+
+def test_the_password_is_in_no_error_repr_or_log(
+    postgresql: PostgresqlServer, database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    good = postgresql.url(database, f"{WITH_PASSWORD}:{PASSWORD}")
+    with closing(Store(good)) as store:
+        store.add(disk("one"))
+        shown = [repr(store), repr(store._engine), repr(store._engine.url)]
+    bad = [
+        good.replace("p%40ss", "wrong%40ss"),
+        good.replace(WITH_PASSWORD, "unknown-role"),
+        good.replace(f"/{database}", "/nowhere"),
+        good.replace("virt-sse-", "no-folder-"),
+        f"{good}&no-such-option=1",
+    ]
+    for url in bad:
+        lazy = LazyStore(url)
+        shown.append(repr(lazy))
+        with pytest.raises(StoreError) as caught:
+            lazy.full()
+        shown += [str(caught.value), str(caught.value.hint), *traceback.format_exception(caught.value)]
+    shown += [caplog.text, postgresql.log]
+    assert "never-shown" not in "\n".join(shown)
+
+
+@pytest.mark.parametrize("option", ["", "&sslmode=verify-full"])
+def test_a_server_without_tls_gets_no_password(option: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+
+        def refuse_tls() -> bytes:
+            connection, _ = listener.accept()
+            with connection:
+                connection.settimeout(30)
+                received = connection.recv(100)
+                connection.sendall(b"N")
+                return received + connection.recv(100)
+
+        received = pool.submit(refuse_tls)
+        port = listener.getsockname()[1]
+        with pytest.raises(StoreUnavailableError, match="SSL"):
+            Store(f"postgresql://virt_sse:secret@127.0.0.1:{port}/db?sslrootcert=system{option}")
+        assert received.result(30) == SSL_REQUEST
+
+
+def test_a_store_has_few_idle_sessions(postgresql: PostgresqlServer, database: str) -> None:
+    with closing(Store(postgresql.url(database))) as store:
+        for number in range(3):
+            store.add(disk(f"disk-{number}"))
+        query = f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{database}'"  # noqa: S608
+        assert postgresql.execute(query) == [(1,)]
+        idle = f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{database}' AND state = 'idle'"  # noqa: S608
+        assert postgresql.execute(idle) == [(1,)]
