@@ -273,7 +273,7 @@ def test_a_stopped_killed_or_frozen_vault_is_unreachable_and_no_verdict(tmp_path
 def test_another_address_answers_for_a_silent_one_and_a_refusal_holds(
     keys: CustomerKeys, lab_vault: LabVault
 ) -> None:
-    short = {"connection-timeout": 0.3, "read-timeout": 0.5}
+    short = {"connection-timeout": 2.0, "read-timeout": 2.0}
     with Listener() as silent, Listener() as unasked:
         addresses = {lab_vault.url: [silent.url, lab_vault.url, unasked.url]}
         disk = Disk(keys, addresses=addresses, **short)

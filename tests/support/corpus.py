@@ -143,7 +143,7 @@ def domains() -> Iterator[Case]:
         ("a secret without a UUID", usage, "virt-sse:x:service", "unknown secret"),
         ("a slot with a line break", usage, usage + "&#10;x", "invalid slot"),
         ("a TPM without a UUID", "<encryption secret='6e", "<encryption secret='z", "unknown secret"),
-        ("a DAC label beyond the user ids", "+64055", "+4294967295", "numeric user and group"),
+        ("a DAC label beyond the user ids", "+64055", "+4294967295", "not as a user and group"),
         ("a generation beyond the store", 'generation="1"', 'generation="99999999999"', "at most 9 digits"),
         ("a generation in other digits", 'generation="1"', 'generation="\u0661"', "at most 9 digits"),
         ("an odd temporary disk", "10737418240", "1000", "cannot have 1000 bytes"),

@@ -193,10 +193,9 @@ def _listening(config: Config) -> Iterator[tuple[Settings, list[socket.socket]]]
     page = config.page
     group = _group(page)
     with contextlib.ExitStack() as opened:
+        token = provided_token(config.page_token) if page.listen else None
         sockets = [opened.enter_context(_unix_socket(config.page_socket, group))]
-        token = None
         if page.listen:
-            token = provided_token(config.page_token)
             sockets.append(opened.enter_context(_loopback_socket(page)))
         is_root = os.geteuid() == 0
         yield (

@@ -110,7 +110,7 @@ class TransitKey(msgspec.Struct, frozen=True, kw_only=True):
         """
         try:
             return msgspec.convert(document, cls)
-        except msgspec.ValidationError:
+        except (msgspec.ValidationError, UnicodeError):
             raise KeyProviderUnavailableError("the key vault's answer is invalid") from None
 
     def algorithm(self, path: TransitPath) -> TransitAlgorithm:

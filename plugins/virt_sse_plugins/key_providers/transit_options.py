@@ -76,7 +76,7 @@ class TransitOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         table = f"[key-providers.{provider}]"
         try:
             found = msgspec.convert(dict(options), cls)
-        except msgspec.ValidationError as exc:
+        except (msgspec.ValidationError, UnicodeError) as exc:
             raise ConfigError(_problem(table, str(exc))) from None
         for login, names in _NEEDED.items():
             for name in names:

@@ -437,9 +437,9 @@ def test_a_kernel_without_landlock_or_with_an_older_version_is_no_hindrance(fold
             return self._version if is_asked_for_version else int(libc.syscall(number, *arguments))
 
     found = landlock_version(libc)
-    assert launch._landlock(OlderKernel(-1), ["/usr"], [str(folder)]) is None  # type: ignore[arg-type]
+    assert launch.landlock(OlderKernel(-1), ["/usr"], [str(folder)]) is None  # type: ignore[arg-type]
     for version in range(1, found + 1):
-        ruleset = launch._landlock(OlderKernel(version), ["/usr"], [str(folder)])  # type: ignore[arg-type]
+        ruleset = launch.landlock(OlderKernel(version), ["/usr"], [str(folder)])  # type: ignore[arg-type]
         assert ruleset is not None
         os.close(ruleset)
 
