@@ -211,10 +211,10 @@ def test_a_disk_is_plugged_in_and_out_resized_and_not_cached(site: StageSite) ->
     guest = site.guest(first)
     site.virt_sse("vm", "update", guest.name, "--encryption-at-host", "on")
     said = site.virt_sse("vm", "update", guest.name, "--disk-caching", "vda=ReadOnly", status=1)
-    assert "a host cache would hold plaintext" in said
+    assert "no host caching with placement storage" in said
     site.start_paused(guest)
     said = site.virt_sse("disk", "attach", second.name, guest.name, "--caching", "ReadWrite", status=1)
-    assert "a host cache would hold plaintext" in said
+    assert "no host caching with placement storage" in said
     site.virt_sse("disk", "attach", second.name, guest.name)
     assert layers(site, guest, 1)[:2] == [("storage daemon", "service"), ("storage daemon", "infrastructure")]
     assert site.secrets() == []
@@ -232,7 +232,7 @@ def test_a_disk_is_plugged_in_and_out_resized_and_not_cached(site: StageSite) ->
     site.backend.host.store.vms.set_caching(cached.id, HostCaching.READ_ONLY)
     set_name = site.backend.sets.get(str(cached.set_id)).name
     for command in (["des", "update", set_name, "--placement", "storage"],):
-        assert "would hold plaintext with placement storage" in site.virt_sse(*command, status=1)
+        assert "not supported with placement storage" in site.virt_sse(*command, status=1)
 
 
 def test_a_definition_with_the_socket_of_another_disk_is_refused(site: StageSite) -> None:

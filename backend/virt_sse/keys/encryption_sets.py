@@ -338,7 +338,7 @@ def refuse_moved(disk: Disk, encryption_set: EncryptionSet | None, config: Confi
 
 
 def _refuse_cached(disks: Sequence[Disk], placement: Placement) -> None:
-    """Refuse placement in the storage daemon for disks with host caching: the cache would hold plaintext.
+    """Refuse placement in the storage daemon for disks with host caching.
 
     :raise PolicyError: When one of *disks* has host caching.
     """
@@ -346,7 +346,7 @@ def _refuse_cached(disks: Sequence[Disk], placement: Placement) -> None:
         if placement is Placement.STORAGE and disk.caching is not HostCaching.NONE:
             raise PolicyError(
                 f"disk {disk.name!r} has host caching {disk.caching.value}, "
-                "which would hold plaintext with placement storage",
+                "not supported with placement storage",
                 hint="'virt-sse vm update DOMAIN --disk-caching TARGET=None' removes the host cache",
             )
 

@@ -27,7 +27,7 @@ class AtHostLayer(HostLayer):
             return plan
         if not isinstance(plan.stages[0], GuestNode):
             raise PolicyError(
-                "a host cache would hold plaintext: the disk's layers are placed in the storage daemon",
+                "no host caching with placement storage: the storage daemon opens the image itself",
                 hint="host caching 'None', or placement 'guest'",
             )
         return dataclasses.replace(plan, stages=(*plan.stages, HostCache(caching)))
