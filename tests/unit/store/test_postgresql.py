@@ -121,9 +121,11 @@ def test_the_password_is_in_no_error_repr_or_log(
 
 @pytest.mark.parametrize("option", ["", "&sslmode=verify-full"])
 def test_a_server_without_tls_gets_no_password(option: str) -> None:
+    pytest.importorskip("psycopg", reason="psycopg is not installed")
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
 
         def refuse_tls() -> bytes:
+            listener.settimeout(30)
             connection, _ = listener.accept()
             with connection:
                 connection.settimeout(30)
