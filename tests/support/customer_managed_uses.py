@@ -15,7 +15,7 @@ DEK = Dek(bytes(range(32)))
 CIPHERTEXT = bytes(range(256))
 VERSION = "0123456789abcdef" * 2
 OTHER_VERSION = "f" * 32
-SHORT = {"connection-timeout": 0.3, "read-timeout": 0.4}
+SHORT = {"connection-timeout": 0.5, "read-timeout": 1.0}
 JSON = {"Content-Type": "application/json"}
 
 Open = Callable[..., CustomerManagedKeyProvider]
