@@ -44,7 +44,11 @@ class Running:
 
     @property
     def command(self) -> list[str]:
-        return Path(f"/proc/{self.pid}/cmdline").read_text(errors="replace").split("\0")[:-1]
+        """The command line; empty once the process has ended."""
+        try:
+            return Path(f"/proc/{self.pid}/cmdline").read_text(errors="replace").split("\0")[:-1]
+        except (FileNotFoundError, ProcessLookupError):
+            return []
 
     @property
     def uid(self) -> int:
