@@ -12,7 +12,7 @@ from uuid import UUID
 
 from virt_sse.agent.logs import fields
 from virt_sse.backend import Backend
-from virt_sse.errors import KeyDeniedError, KeyDisabledError, KeyNotFoundError, KeyProviderError, VirtSseError
+from virt_sse.errors import KeyProviderError, VirtSseError
 from virt_sse.keys.freshness import with_images_envelope
 from virt_sse.model.disks import Disk
 from virt_sse.model.events import audit_context
@@ -21,11 +21,6 @@ from virt_sse.model.keys import KeyId, KeyRef, KeyState
 _log = logging.getLogger(__name__)
 
 _REVOKING = (KeyState.DISABLED, KeyState.DELETED, KeyState.DENIED)
-_STATES: tuple[tuple[type[KeyProviderError], KeyState], ...] = (
-    (KeyDisabledError, KeyState.DISABLED),
-    (KeyNotFoundError, KeyState.DELETED),
-    (KeyDeniedError, KeyState.DENIED),
-)
 _MOST_THREADS = 64
 _OVERDUE_SECONDS = 10.0
 _ENVELOPE_SECONDS = 3.0
@@ -189,10 +184,8 @@ class KeyWatch:
             with audit_context(domain=probe_dek.domain):
                 self._backend.host.keys.unwrap_slot(probe_dek.disk, probe_dek.slot)
         except KeyProviderError as exc:
-            for kind, shown in _STATES:
-                if isinstance(exc, kind):
-                    return KeyStatus(shown, str(exc))
-            return polled
+            shown = KeyState.of_error(exc)
+            return KeyStatus(shown, str(exc)) if shown in _REVOKING else polled
         except VirtSseError as exc:
             _log.warning("key-not-tried", extra=fields({"key": str(key.key), "reason": str(exc)}))
             return polled

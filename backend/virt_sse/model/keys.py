@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import ClassVar, NoReturn, Self
 from uuid import UUID
 
-from virt_sse.errors import KeyOperationUnsupportedError, UnwrapError
+from virt_sse.errors import (
+    KeyDeniedError,
+    KeyDisabledError,
+    KeyNotFoundError,
+    KeyOperationUnsupportedError,
+    UnwrapError,
+    VirtSseError,
+)
 
 DEK_BYTES = 32
 
@@ -91,6 +98,21 @@ class KeyState(enum.Enum):
     DENIED = "denied"
     UNREACHABLE = "unreachable"
 
+    @classmethod
+    def of_error(cls, error: VirtSseError) -> KeyState:
+        """The state that a provider's error tells; ``UNREACHABLE`` if it tells nothing about the key."""
+        for kind, state in _STATES_OF_ERRORS:
+            if isinstance(error, kind):
+                return state
+        return cls.UNREACHABLE
+
+
+_STATES_OF_ERRORS: tuple[tuple[type[VirtSseError], KeyState], ...] = (
+    (KeyDisabledError, KeyState.DISABLED),
+    (KeyNotFoundError, KeyState.DELETED),
+    (KeyDeniedError, KeyState.DENIED),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class DekContext:
@@ -131,6 +153,15 @@ class WrappedDek:
     ciphertext: bytes
     algorithm: str
     key: KeyId
+
+    def damaged(self, context: DekContext, reason: object = None) -> UnwrapError:
+        """The error of a provider that cannot unwrap for *context*, with the provider's *reason*, if any."""
+        return UnwrapError(
+            f"{reason}: "
+            * (reason is not None)
+            + f"the wrapped DEK of slot {context.slot!r} of disk {context.disk_id} is damaged, "
+            f"or was not wrapped with {self.key}"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from virt_sse.api import (
     DekContext,
     InvalidValueError,
     KeyDeniedError,
-    KeyDisabledError,
     KeyId,
     KeyNotFoundError,
     KeyOperationUnsupportedError,
@@ -99,10 +98,7 @@ class CustomerManagedKeyProvider(KeyProvider):
         try:
             payload = self._use("unwrap", wrapped.key, wrapped.algorithm, wrapped.ciphertext, context)
         except UnacceptableError as exc:
-            raise UnwrapError(
-                f"{exc}: the wrapped DEK of slot {context.slot!r} of disk {context.disk_id} is damaged, "
-                f"or was not wrapped with {wrapped.key}"
-            ) from exc
+            raise wrapped.damaged(context, exc) from exc
         return context.release(payload)
 
     def key_state(self, key: KeyId) -> KeyState:
@@ -116,14 +112,8 @@ class CustomerManagedKeyProvider(KeyProvider):
             if not self._access.covers(located.vault_url):
                 return KeyState.UNREACHABLE
             return self._state(located)
-        except KeyNotFoundError:
-            return KeyState.DELETED
-        except KeyDisabledError:
-            return KeyState.DISABLED
-        except KeyDeniedError:
-            return KeyState.DENIED
-        except VirtSseError:
-            return KeyState.UNREACHABLE
+        except VirtSseError as exc:
+            return KeyState.of_error(exc)
 
     def rotate(self, name: str) -> KeyId:
         """Make a new version of the key, if the vault permits.

@@ -116,10 +116,7 @@ class HsmSimulatedKeyProvider(KeyProvider):
         try:
             payload = self.keys().use(key.name, key.version, unwrap)
         except UnwrapError as exc:
-            raise UnwrapError(
-                f"the wrapped DEK of slot {context.slot!r} of disk {context.disk_id} is damaged, "
-                f"or was not wrapped with {key}"
-            ) from exc
+            raise wrapped.damaged(context) from exc
         return context.release(payload)
 
     def key_state(self, key: KeyId) -> KeyState:

@@ -57,10 +57,7 @@ class PlatformManagedKeyProvider(KeyProvider):
         try:
             payload = aes_key_unwrap(kek, wrapped.ciphertext)
         except InvalidUnwrap as exc:
-            raise UnwrapError(
-                f"the wrapped DEK of slot {context.slot!r} of disk {context.disk_id} is damaged, "
-                f"or was not wrapped with {wrapped.key}"
-            ) from exc
+            raise wrapped.damaged(context) from exc
         return context.release(payload)
 
     def key_state(self, key: KeyId) -> KeyState:

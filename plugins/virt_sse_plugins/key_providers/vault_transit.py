@@ -12,7 +12,6 @@ from virt_sse.api import (
     DekContext,
     InvalidValueError,
     KeyDeniedError,
-    KeyDisabledError,
     KeyId,
     KeyNotFoundError,
     KeyProvider,
@@ -98,7 +97,7 @@ class VaultTransitKeyProvider(KeyProvider):
         path, version = _parse_version(wrapped.key)
         if len(wrapped.ciphertext) not in lengths:
             self._read(path).check(path, version)  # a missing or disabled key is the first reason, as below
-            raise self._damaged(wrapped, context, f"{len(wrapped.ciphertext)} bytes")
+            raise wrapped.damaged(context, f"{len(wrapped.ciphertext)} bytes")
         try:
             document = self._server.ask(
                 "unwrap",
@@ -110,7 +109,7 @@ class VaultTransitKeyProvider(KeyProvider):
         except TransitRejectionError as exc:
             # The server's words differ between versions: the key itself tells the reason.
             self._read(path).check(path, version)
-            raise self._damaged(wrapped, context, str(exc)) from exc
+            raise wrapped.damaged(context, exc) from exc
         return context.release(_bytes(document.get("plaintext")))
 
     def key_state(self, key: KeyId) -> KeyState:
@@ -118,14 +117,8 @@ class VaultTransitKeyProvider(KeyProvider):
         try:
             path, version = _parse_version(key)
             self._read(path).check(path, version)
-        except KeyNotFoundError:
-            return KeyState.DELETED
-        except KeyDisabledError:
-            return KeyState.DISABLED
-        except KeyDeniedError:
-            return KeyState.DENIED
-        except VirtSseError:
-            return KeyState.UNREACHABLE
+        except VirtSseError as exc:
+            return KeyState.of_error(exc)
         return KeyState.ENABLED
 
     def rotate(self, name: str) -> KeyId:
@@ -147,12 +140,6 @@ class VaultTransitKeyProvider(KeyProvider):
 
     def _read(self, path: TransitPath) -> TransitKey:
         return TransitKey.of(self._server.ask(_READING, "GET", str(path)))
-
-    def _damaged(self, wrapped: WrappedDek, context: DekContext, reason: str) -> UnwrapError:
-        return UnwrapError(
-            f"{reason}: the wrapped DEK of slot {context.slot!r} of disk {context.disk_id} is damaged, "
-            f"or was not wrapped with {wrapped.key}"
-        )
 
 
 def _parse(name: str) -> TransitPath:
