@@ -34,13 +34,12 @@ from virt_sse.page.document import Overview, Settings, decode
 from virt_sse.stages.launch import LANDLOCK_RESTRICT_SELF, landlock, put_under_filter
 from virt_sse.stages.seccomp import stage_filter
 from virt_sse.system.process_hardening import protect_memory
-from virt_sse.vault.http.connections import Acceptor, BoundedConnection
+from virt_sse.vault.http.connections import Acceptor, server_configuration
 from virt_sse.vault.http.limits import Limits
 
 _log = logging.getLogger(__name__)
 
 _LIMITS = Limits(connections=64, connections_per_address=32, idle_seconds=60.0)
-_HEADERS_LIMIT = 16 << 10
 _LONGEST_DOCUMENT = 256 << 20
 _MOST_MEMORY = 2 << 30
 _MOST_FILES = 256
@@ -88,7 +87,7 @@ async def _serve(channel: socket.socket, listeners: list[socket.socket], setting
         apps.append(application(documents.newest, Sessions(settings.token)))
     for app in apps:
         await warm_up(app)
-    configs = [_configured(app) for app in apps]
+    configs = [server_configuration(app, _LIMITS) for app in apps]
     for config in configs:
         config.load()
     server = _Server(configs, listeners, settings, documents)
@@ -256,19 +255,3 @@ def _groups(connection: socket.socket) -> list[int]:
 
 _AGENT_USER = os.geteuid()
 """The user that starts this process."""
-
-
-def _configured(app: ASGIApp) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        http=BoundedConnection,
-        h11_max_incomplete_event_size=_HEADERS_LIMIT,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        date_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=int(_LIMITS.idle_seconds),
-    )

@@ -12,6 +12,7 @@ import asyncio
 import errno
 import ipaddress
 import logging
+import math
 import resource
 import socket
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
@@ -34,6 +36,7 @@ RESERVED_DESCRIPTORS = 128
 _STALLED_SECONDS = 30.0
 """How long a client may leave a response unread."""
 
+_HEADERS_LIMIT = 16 << 10
 _CLOSING_SECONDS = 5.0
 _ACCEPT_RETRY_SECONDS = 1.0
 _ACCEPTS_AT_ONCE = 8
@@ -295,3 +298,24 @@ def _client(address: str) -> str:
     if found.ipv4_mapped is not None:
         return str(found.ipv4_mapped)
     return str(ipaddress.ip_network((found, _IPV6_CLIENT_PREFIX), strict=False))
+
+
+def server_configuration(app: ASGIApp, limits: Limits, **more: Any) -> uvicorn.Config:
+    """Settings of a server for strangers: bounded headers, no WebSockets, and nothing told about itself.
+
+    :param more: further settings of uvicorn.
+    """
+    return uvicorn.Config(
+        app,
+        http=BoundedConnection,  # never httptools, which does not bound the headers
+        h11_max_incomplete_event_size=_HEADERS_LIMIT,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=math.ceil(limits.idle_seconds),
+        **more,
+    )

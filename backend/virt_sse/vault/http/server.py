@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import resource
 import signal
 import socket
@@ -23,7 +22,7 @@ from virt_sse.vault.home.layout import VaultDirectory
 from virt_sse.vault.home.settings import VaultSettings, url_of
 from virt_sse.vault.http import connections
 from virt_sse.vault.http.app import VaultApplication
-from virt_sse.vault.http.connections import Acceptor, BoundedConnection
+from virt_sse.vault.http.connections import Acceptor, server_configuration
 from virt_sse.vault.http.limits import Limits
 from virt_sse.vault.http.log_limit import limited
 from virt_sse.vault.identity.tokens import TOKEN_SECONDS
@@ -36,7 +35,6 @@ _BACKLOG = 2048
 _GRACE_SECONDS = 10
 _FLUSH_SECONDS = 0.05
 _UPKEEP_SECONDS = 30.0
-_HEADERS_LIMIT = 16 << 10
 _LIMITED_LOGGERS = ("uvicorn.error", trail.LOGGER, connections.LOGGER, __name__)
 """Strangers can cause lines of these loggers."""
 DEFAULT_HOST = "127.0.0.1"
@@ -179,19 +177,10 @@ def _renew_certificate(directory: VaultDirectory, settings: VaultSettings) -> bo
 def _configuration(
     directory: VaultDirectory, application: VaultApplication, limits: Limits
 ) -> uvicorn.Config:
-    return uvicorn.Config(
+    return server_configuration(
         application.limiter,
-        http=BoundedConnection,  # never httptools, which does not bound the headers
-        h11_max_incomplete_event_size=_HEADERS_LIMIT,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        date_header=False,
-        proxy_headers=False,
+        limits,
         backlog=_BACKLOG,
-        timeout_keep_alive=math.ceil(limits.idle_seconds),
         timeout_graceful_shutdown=_GRACE_SECONDS,
         ssl_certfile=directory.server_path,
         ssl_keyfile=directory.server_path,
