@@ -18,7 +18,6 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from support.agent_site import Site, key_of, prepared
-from support.command_line import PROGRAM
 from support.inside_token import home_of
 from support.waiting import wait_until
 from virt_sse.backend import Backend
@@ -49,18 +48,6 @@ class HsmSite(Site):
     ) -> None:
         super().__init__(host, backend, agent, acceleration)
         self.token = token
-
-    def virt_sse(self, *arguments: str | Path) -> str:
-        """The real command line on this host."""
-        return subprocess.run(
-            [PROGRAM, *arguments],
-            env=self.host.environment,
-            stdin=subprocess.DEVNULL,
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        ).stdout
 
     def worker(self) -> int:
         """The agent's process for the token."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from support.agent_site import Site, key_of, prepared
-from support.command_line import PROGRAM
 from support.transit_keys import TransitKeys
 from support.waiting import wait_until
 from virt_sse.backend import Backend
@@ -43,18 +41,6 @@ class TransitSite(Site):
     ) -> None:
         super().__init__(host, backend, agent, acceleration)
         self.keys = keys
-
-    def virt_sse(self, *arguments: str) -> str:
-        """The real command line on this host."""
-        return subprocess.run(
-            [PROGRAM, *arguments],
-            env=self.host.environment,
-            stdin=subprocess.DEVNULL,
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        ).stdout
 
     def new_set(self, key: str, encryption_type: EncryptionType = EncryptionType.CUSTOMER_KEY) -> str:
         """A set under that key; its name."""

@@ -6,10 +6,12 @@ import contextlib
 import dataclasses
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import libvirt
 
 from support.customer_keys import CustomerKeys
+from support.loaded_commands import run_command
 from support.waiting import wait_until
 from virt_sse.backend import Backend
 from virt_sse.config import Config
@@ -84,6 +86,13 @@ class Site:
         self.backend = backend
         self.agent = agent
         self._acceleration = acceleration
+
+    def virt_sse(self, *arguments: str | Path, status: int = 0) -> str:
+        """The output of a command on this host, which must exit with *status*."""
+        done = run_command(arguments, self.host.environment)
+        assert done.returncode == status, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout
 
     def guest(
         self, encryption_set: str | None = None, *, sku: DiskSku = DiskSku.PREMIUM_SSD

@@ -40,6 +40,8 @@ from virt_sse.vault.http.limits import Limits
 _log = logging.getLogger(__name__)
 
 _LIMITS = Limits(connections=64, connections_per_address=32, idle_seconds=60.0)
+_AGENT_USER = os.geteuid()
+"""The user that starts this process."""
 _LONGEST_DOCUMENT = 256 << 20
 _MOST_MEMORY = 2 << 30
 _MOST_FILES = 256
@@ -251,7 +253,3 @@ def _groups(connection: socket.socket) -> list[int]:
     if _LIBC.getsockopt(connection.fileno(), *given) != 0:
         return []
     return groups[: length.value // ctypes.sizeof(ctypes.c_uint32)]
-
-
-_AGENT_USER = os.geteuid()
-"""The user that starts this process."""
