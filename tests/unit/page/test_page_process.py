@@ -17,6 +17,7 @@ import pytest
 from support.images import require
 from support.page_client import UnixConnection, get
 from support.page_overview import busy_host, overview
+from support.processes import children
 from support.waiting import wait_until
 from virt_sse.agent import page_service
 from virt_sse.agent.page_service import PAGE_ID, PageService
@@ -67,11 +68,9 @@ def free_port() -> int:
 
 def processes() -> list[int]:
     """The page's processes that this process has started."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    threads = Path("/proc/self/task").iterdir()
-    children += [child for thread in threads for child in (thread / "children").read_text().split()]
-    found = {int(child) for child in children}
-    return [pid for pid in found if "virt_sse.page.process" in Path(f"/proc/{pid}/cmdline").read_text()]
+    return [
+        pid for pid, command in children(os.getpid()).items() if "virt_sse.page.process" in " ".join(command)
+    ]
 
 
 @pytest.mark.slow
@@ -223,8 +222,7 @@ def test_the_process_ends_with_a_killed_agent_and_the_next_agent_serves(short_fo
     try:
         wait_until(config.page_socket.exists, "the page's socket exists")
         assert get(UnixConnection(config.page_socket)).status == 200
-        children = Path(f"/proc/{agent.pid}/task").glob("*/children")
-        (pid,) = [int(child) for each in children for child in each.read_text().split()]
+        (pid,) = children(agent.pid)
     finally:
         agent.kill()
         agent.wait()

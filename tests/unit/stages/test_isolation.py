@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from support import images
+from support.processes import open_files
 from support.stage_disks import DOMAIN, StagedDisk, kill
 from support.stage_programs import status, wait_end
 from support.waiting import wait_until
@@ -142,7 +143,7 @@ def reached(user: User, disk: StagedDisk, names: list[str]) -> list[str]:
     """The parts of *disk* and its processes *names* that a program of *user* can reach."""
     pids = [pid_of(disk, name) for name in names]
     files = [str(disk.disk.path)]
-    files += [f"/proc/{pid}/fd/{name}" for pid in pids for name in os.listdir(f"/proc/{pid}/fd")]  # noqa: PTH208 -- names
+    files += [f"/proc/{pid}/fd/{number}" for pid in pids for number in open_files(pid)]
     sockets = disk.config.socket_directory / str(disk.disk.id)
     asked = [
         files,

@@ -16,6 +16,7 @@ import pytest
 
 from support import images
 from support.domain_qemu import as_qemu
+from support.processes import open_files
 from support.stage_disks import DOMAIN, QEMU, M, StagedDisk, kill
 from support.waiting import is_gone, wait_until
 from virt_sse.config import Config
@@ -124,13 +125,12 @@ def nearest(disk: StagedDisk) -> LockedProcess:
 def test_gate_and_stage_process_share_no_descriptor(disk: StagedDisk) -> None:
     """Both are forks of one process: the stage process must not accept clients that the gate refuses."""
 
-    def open_files(process: LockedProcess) -> set[str]:
-        folder = Path(f"/proc/{process.pid()}/fd")
-        return {str(each.readlink()) for each in folder.iterdir()}
+    def files(process: LockedProcess) -> set[str]:
+        return {str(file) for file in open_files(process.pid()).values()}
 
-    shared = open_files(gate(disk)) & open_files(nearest(disk))
+    shared = files(gate(disk)) & files(nearest(disk))
     assert shared <= {"/dev/null", "anon_inode:seccomp notify"}
-    assert any(name.startswith("socket:") for name in open_files(gate(disk)))
+    assert any(name.startswith("socket:") for name in files(gate(disk)))
 
 
 def test_waiting_connections_of_an_escaped_guest_do_not_stop_the_domain(disk: StagedDisk) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from support import images
+from support.processes import open_files
 from support.stage_programs import SLEEP, say, status, wait_end
 from support.waiting import wait_until
 from virt_sse.errors import DiskInUseError, StageError
@@ -67,7 +68,7 @@ def test_a_stage_process_inherits_only_given_descriptors(
         entry.split("=", 1) for entry in Path(f"/proc/{pid}/environ").read_text().split("\0")[:-1]
     )
     assert environment == {"PATH": os.environ["PATH"], "LC_ALL": "C", "TMPDIR": "/there"}
-    found = {int(entry.name): entry.readlink() for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    found = open_files(pid)
     assert found.pop(given).name.startswith("pipe:")
     assert found.pop(0) == Path("/dev/null")
     assert found.pop(1) == found.pop(2) == folder / "cache.log"
@@ -124,7 +125,7 @@ def test_an_open_descriptor_3_is_kept(process: LockedProcess, folder: Path, user
     pid = process.pid()
     assert pid
     wait_until(lambda: status(pid)["Name"] == "sleep", "the program runs")
-    found = {int(entry.name): entry.readlink() for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    found = open_files(pid)
     assert found[3].name.startswith("socket:")
     assert folder / "cache.lock" in found.values()
     if taken == "image":

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import shutil
@@ -20,6 +19,7 @@ import virt_sse.stages.stages
 import virt_sse.stages.storage_daemon
 from support import images
 from support.faults import crash_points, dies_at
+from support.processes import open_files
 from support.stage_disks import DOMAIN, QEMU, M, StagedDisk, kill
 from support.stage_programs import command_line, status
 from virt_sse.config import Config
@@ -164,13 +164,12 @@ def test_a_cache_holds_ciphertext_in_a_file_without_a_name(
 
 def files_without_a_name(disk: StagedDisk, folder: Path) -> list[Path]:
     """What the disk's cache has open that lies in *folder* and in no folder's listing."""
-    found = []
-    for path in Path(f"/proc/{disk.process('cache').pid()}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # closed since
-            place = path.readlink()
-            if place.name.endswith("(deleted)") and place.parent == folder:
-                found.append(path)
-    return found
+    pid = disk.process("cache").pid()
+    return [
+        Path(f"/proc/{pid}/fd/{number}")
+        for number, file in open_files(pid).items()
+        if file.name.endswith("(deleted)") and file.parent == folder
+    ]
 
 
 @pytest.mark.parametrize("double", [False, True])
