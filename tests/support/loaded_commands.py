@@ -6,6 +6,7 @@ command loads what it needs is tested with the installed script (``unit/test_hoo
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -83,11 +84,11 @@ def _at_start(environment: Mapping[str, str]) -> dict[str, str]:
 
 def start() -> str:
     """Start the server unless it runs: its address, an abstract socket. It ends with this process."""
-    return _started()[0]
+    return _started()
 
 
 @cache
-def _started() -> tuple[str, subprocess.Popen[bytes]]:
+def _started() -> str:
     address = f"\0virt-sse-tests-{os.getpid()}"
     ends, _ = os.pipe()  # the other end stays open as long as this process runs
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
@@ -102,7 +103,9 @@ def _started() -> tuple[str, subprocess.Popen[bytes]]:
             start_new_session=True,
         )
     os.close(ends)
-    return address, process
+    atexit.register(process.wait)
+    atexit.register(process.kill)  # called first
+    return address
 
 
 def _serve(listener: socket.socket, life: int) -> None:
