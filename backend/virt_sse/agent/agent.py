@@ -29,6 +29,7 @@ from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
 from virt_sse.agent.page_service import PageService
 from virt_sse.agent.plaintext_watch import PlaintextWatch
+from virt_sse.agent.protection_watch import ProtectionWatch
 from virt_sse.agent.replacement_watch import ReplacementWatch
 from virt_sse.agent.revocation import Enforcement, Revocation, RevokedDisk, strictest_enforcement
 from virt_sse.agent.secret_watch import SecretWatch
@@ -58,6 +59,9 @@ _UNUSED_POLLS = 5
 
 _IMAGE_POLLS = 15
 """Number of polls between two looks at the folders of images."""
+
+_PROTECTION_POLLS = 5
+"""Number of polls between two looks at the protected domains."""
 
 _START_SECONDS = 10.0
 """Time for a domain to start after its stages."""
@@ -118,6 +122,7 @@ class Agent:
         self._copies = ReplacementWatch(backend, metrics)
         self._deferred = DeferredStart(config, metrics)
         self._leases = LeaseWatch(backend.host.leases)
+        self._protection = ProtectionWatch(backend.host, _PROTECTION_POLLS * seconds)
         self._rotation = AutomaticRotation(backend, metrics, config.agent.rotation_seconds)
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._page = PageService(config, self._page_collector)
@@ -145,6 +150,7 @@ class Agent:
         self._images.stop()
         self._copies.stop()
         self._deferred.stop()
+        self._protection.stop()
         self._keys.stop()
 
     def serve_hook(self, event: str, domain: str, xml: str) -> None:
@@ -257,6 +263,7 @@ class Agent:
             self._images.keep(snapshot)
             self._copies.keep()
             self._deferred.keep(snapshot)
+            self._protection.keep(snapshot)
             running = {domain.uuid for domain in snapshot.domains}
             temp_disks.erase_unused(self._config, running, before=snapshot.time - temp_disks.SETTLED_SECONDS)
             self._backend.live_copies.recover()

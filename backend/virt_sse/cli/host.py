@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,8 +10,20 @@ from virt_sse.cli import host_hsm, session
 from virt_sse.cli.output import Output, OutputFormat, print_rows
 from virt_sse.cli.session import backend
 
+if TYPE_CHECKING:
+    from virt_sse.keys.host import Host
+    from virt_sse.model.hosts import HostRecord
+    from virt_sse.model.protected_domains import ProtectedDomain
+
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(host_hsm.app, name="hsm")
+
+
+_WOULD_BE = {
+    "nothing": "would be taken over",
+    "define": "would be defined",
+    "start": "would be started",
+}
 
 
 @app.callback()
@@ -82,14 +94,56 @@ def fence(
     The statement is in the audit log. A host seen within the last minute is refused. If the machine is not
     off, two guests may write to one disk. The fenced host is a member again once its machine was restarted.
     """
+    with session.host() as host:
+        typer.echo(_fenced(host, host.store.hosts.get(name), yes=yes))
+
+
+def _fenced(host: Host, other: HostRecord, *, yes: bool) -> str:
+    """Fence a host, once the user has agreed: what was done."""
     from virt_sse.host.fencing import fence as take_leases
 
+    if not yes:
+        question = f"is the machine of host {other.name} ({other.id}) off for certain?"
+        typer.confirm(question, abort=True, err=True)
+    count = take_leases(host, other)
+    return f"fenced host {other.name}: {count} leases taken back"
+
+
+@app.command()
+def evacuate(
+    name: Annotated[str, typer.Argument(help="Name or id of the host.", show_default=False)],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask: the machine is off for certain.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the domains, and change nothing.")] = False,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Take over the protected domains of another host that is off for certain, and start those that ran.
+
+    A host not yet fenced is fenced first, as by 'virt-sse host fence'. Domains that cannot start here are
+    left to other hosts; the exit status is 1 then. After an interruption, run the command again.
+    """
+    from virt_sse.host.evacuation import Evacuated, Evacuator, Result
+
+    rows: list[dict[str, object]] = []
+
+    def report(each: Evacuated) -> None:
+        reason = str(each.reason) if each.reason else None
+        rows.append(_evacuated(each.domain, each.result.value) | {"reason": reason})
+
     with session.host() as host:
-        other = host.store.hosts.get(name)
-        if not yes:
-            typer.confirm(f"is the machine of host {other.name} ({other.id}) off for certain?", abort=True)
-        count = take_leases(host, other)
-    typer.echo(f"fenced host {other.name}: {count} leases taken back")
+        other, evacuator = host.store.hosts.get(name), Evacuator(host)
+        if dry_run:
+            rows = [_evacuated(each, _WOULD_BE[each.evacuation.value]) for each in evacuator.due(other)]
+        else:
+            if not other.is_fenced:
+                typer.echo(_fenced(host, other, yes=yes), err=True)
+            evacuator.evacuate(host.store.hosts.get(str(other.id)), report)
+    print_rows(rows, ["domain", "id", "result", "reason"], output)
+    if any(row["result"] == Result.FAILED.value for row in rows):
+        raise typer.Exit(1)
+
+
+def _evacuated(domain: ProtectedDomain, result: str) -> dict[str, object]:
+    return {"domain": domain.name, "id": str(domain.id), "result": result, "reason": None}
 
 
 @app.command()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from virt_sse.cli import session
 from virt_sse.cli.output import Output, OutputFormat, human_size, print_fields, print_rows
 from virt_sse.cli.session import backend
 from virt_sse.cli.vm_encrypt import vm_encrypt
@@ -112,6 +113,34 @@ def update(
     with backend() as b:
         view = b.vms.update(domain, changes)
     _print(view, output)
+
+
+@app.command()
+def protect(domain: DomainName) -> None:
+    """Keep a domain's definition in the store: another host can take the domain over.
+
+    For hosts that share a store. 'virt-sse host evacuate' on another host starts the domain there after this
+    host has died. The agent follows later changes of the domain.
+    """
+    from virt_sse.domains.protection import Protection
+
+    with session.host() as host:
+        Protection(host).protect(domain)
+    typer.echo(f"protected domain {domain}")
+
+
+@app.command()
+def unprotect(
+    domain: Annotated[
+        str, typer.Argument(metavar="DOMAIN", help="The domain's name or UUID.", show_default=False)
+    ],
+) -> None:
+    """Remove a domain's definition from the store; libvirt keeps the domain."""
+    from virt_sse.domains.protection import Protection
+
+    with session.host() as host:
+        Protection(host).unprotect(domain)
+    typer.echo(f"no longer protected: domain {domain}")
 
 
 def _caching(text: str) -> tuple[str, HostCaching]:

@@ -17,7 +17,7 @@ import msgspec
 from virt_sse.errors import HostKeyError
 from virt_sse.keys.key_file import KeyFile
 from virt_sse.model.image_states import ImageState
-from virt_sse.model.seal import HOST_KEY_BYTES, SealKey
+from virt_sse.model.seal import HOST_KEY_BYTES, SealKey, derived
 from virt_sse.system.documents import DocumentError, from_json
 from virt_sse.system.files import (
     private_folder,
@@ -49,15 +49,28 @@ class HostKeyFile:
 
         :raise HostKeyError: When the file cannot be read, or is no host key.
         """
-        content = self._file.read()
+        content = self._read()
+        return None if content is None else SealKey.of_host_key(content)
+
+    def subkey(self, purpose: bytes) -> bytes:
+        """A key of 32 bytes for one purpose; makes the host key at the first use.
+
+        :raise HostKeyError: When the file cannot be read or written, or is no host key.
+        """
+        self.provision()
+        content = self._read()
         if content is None:
-            return None
-        if len(content) != HOST_KEY_BYTES:
+            raise HostKeyError(f"the host key {self.path} was removed")
+        return derived(content, purpose)
+
+    def _read(self) -> bytes | None:
+        content = self._file.read()
+        if content is not None and len(content) != HOST_KEY_BYTES:
             raise HostKeyError(
                 f"{self.path} holds {len(content)} bytes instead of {HOST_KEY_BYTES}",
                 hint="restore the host key from a backup",
             )
-        return SealKey.of_host_key(content)
+        return content
 
 
 class _State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -152,6 +152,13 @@ class LabHost:
         if directory is not None:
             directory.remove()
 
+    def kill(self) -> None:
+        """Kill all processes of the host at once, as a loss of power does; :meth:`stop` removes the files."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()  # unshare's --kill-child kills the namespace, too
+            process.communicate()
+
     def connect(self) -> libvirt.virConnect:
         """A new connection to the host's libvirtd; the caller closes it.
 

@@ -15,6 +15,7 @@ from virt_sse.errors import DiskInUseError, DiskStateError, HostFencedError, Hos
 from virt_sse.model.disks import DiskState
 from virt_sse.model.hosts import SILENT_SECONDS, HostIdentity, HostRecord, LeaseUse
 from virt_sse.store.engine import reading, writing
+from virt_sse.store.protected_domains import note_fencing, note_return
 from virt_sse.store.tables import disks, hosts, lease_users, leases
 
 _ATTEMPTS = 10
@@ -57,6 +58,7 @@ class HostStore:
                 is_domain = sa.and_(lease_users.c.resource_id.in_(of_host), lease_users.c.user_id != host.id)
                 connection.execute(lease_users.delete().where(is_domain))
                 _drop_unused(connection, leases.c.host_id == host.id)
+                note_return(connection, host.id)
             changes = {"name": host.name, "seen": now, "boot_id": host.boot_id, "fenced": None}
             connection.execute(hosts.update().where(hosts.c.id == host.id).values(**changes))
 
@@ -160,6 +162,7 @@ class HostStore:
                     hint=f"switch the machine off; after {SILENT_SECONDS} s the host can be fenced",
                 )
             connection.execute(hosts.update().where(hosts.c.id == host.id).values(fenced=now))
+            note_fencing(connection, host.id)
             return connection.execute(leases.delete().where(leases.c.host_id == host.id)).rowcount
 
 

@@ -28,6 +28,7 @@ from virt_sse.store.encryption_sets import EncryptionSetStore
 from virt_sse.store.engine import open_engine, reading, writing
 from virt_sse.store.hosts import HostStore
 from virt_sse.store.image_paths import ImagePaths
+from virt_sse.store.protected_domains import ProtectedDomainStore
 from virt_sse.store.replacements import ReplacementStore
 from virt_sse.store.rows import disks_of
 from virt_sse.store.scale_sets import ScaleSetStore
@@ -52,6 +53,7 @@ class Store:
         self.scale_sets = ScaleSetStore(self._engine)
         self.replacements = ReplacementStore(self._engine)
         self.hosts = HostStore(self._engine)
+        self.protected_domains = ProtectedDomainStore(self._engine)
 
     def close(self) -> None:
         """Close all connections."""

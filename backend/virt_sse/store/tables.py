@@ -174,3 +174,17 @@ lease_users = Table(
     Column("since", BigInteger, nullable=False),
 )
 """What a lease is for: a domain, or work of commands under the id of the host."""
+
+protected_domains = Table(
+    "protected_domains",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("host_id", Uuid, ForeignKey("hosts.id"), nullable=False),
+    Column("definition", Text, nullable=False),
+    Column("is_autostarted", Boolean, nullable=False),
+    Column("seal", LargeBinary, nullable=False),
+    Column("evacuation", String(16), nullable=False),
+    Index("protected_domains_by_host", "host_id"),
+)
+"""Domains that another host can take over, with their definitions."""

@@ -32,6 +32,7 @@ from virt_sse.model.envelope import DekEntry
 from virt_sse.model.hosts import HostIdentity
 from virt_sse.model.keys import KeyId, KeyRef, WrappedDek
 from virt_sse.model.layers import EncryptionType, Placement
+from virt_sse.model.protected_domains import ProtectedDomain
 from virt_sse.model.replacements import Replacement
 from virt_sse.model.scale_sets import Instance, ScaleSet
 from virt_sse.model.vms import Vm, VmProperties
@@ -113,6 +114,8 @@ def fill(url: str, disks: int = 20) -> None:
         host = HostIdentity(uuid.UUID(int=11), "host", uuid.UUID(int=12))
         store.hosts.enter(host)
         store.hosts.work(host, uuid.UUID(int=6))
+        protected = ProtectedDomain(uuid.UUID(int=13), "kept", host.id, "<domain/>", True, bytes(32))
+        store.protected_domains.protect(protected)
         instance = Instance(1, uuid.UUID(int=9), uuid.UUID(int=10), False)
         store.scale_sets.plan(uuid.UUID(int=7), [instance])
 
@@ -128,6 +131,7 @@ def everything(url: str) -> list[object]:
             store.scale_sets.all(),
             store.certificates.requested(uuid.UUID(int=5)),
             [(each.name, each.leases) for each in store.hosts.all()],
+            store.protected_domains.all(),
         ]
 
 
