@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,62 @@ def loop_device(path: Path) -> Iterator[Path]:
         subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True)
 
 
+@contextlib.contextmanager
+def linked_device(folder: Path) -> Iterator[Path]:
+    """A block device of 4 MiB by the name of a symbolic link, as device managers make them."""
+    below, link = folder / "linked-device", folder / "by-name"
+    below.write_bytes(bytes(4 * M))
+    with loop_device(below) as device:
+        link.symlink_to(device)
+        yield link
+        link.unlink()
+
+
+@contextlib.contextmanager
+def logical_volume(folder: Path) -> Iterator[Path]:
+    """An LVM volume of 4 MiB."""
+    require("lvm")
+    if not Path("/dev/mapper/control").exists():
+        pytest.skip("the kernel has no device mapper")
+    below, group = folder / "physical-volume", f"virt-sse-{uuid.uuid4().hex[:8]}"
+    below.write_bytes(b"")
+    os.truncate(below, 32 * M)
+    create = ["lvcreate", "--yes", "--size", "4m", "--name", "lv", group]
+    with loop_device(below) as device:
+        for command in (["vgcreate", group, device], create):
+            subprocess.run(["lvm", *command], check=True, stdout=subprocess.DEVNULL)
+        try:
+            yield Path("/dev", group, "lv")
+        finally:
+            subprocess.run(["lvm", "vgremove", "--yes", group], check=True, stdout=subprocess.DEVNULL)
+
+
+def block_disk(device: Path, target: str = "vda") -> str:
+    """The ``<disk>`` element of a block device."""
+    return disk_xml(device, target=target).replace("type='file'", "type='block'").replace("file=", "dev=")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("volume", [linked_device, logical_volume])
+def test_a_volume_is_encrypted_in_place(
+    running_site: StageSite, volume: Callable[[Path], contextlib.AbstractContextManager[Path]]
+) -> None:
+    site = running_site
+    with volume(site.host.images) as path:
+        guest = plain_guest(site, block_disk(path))
+        site.start_paused(guest)
+        assert "wrote" in site.qemu_io(guest, "write -P 0x44 1M 2M")
+        said = site.virt_sse("vm", "encrypt", guest.name, "--directory", site.host.images)
+        assert f"{path} still holds the plaintext" in said
+        assert site.backend.disks.get(f"{guest.name}-vda").size == 4 * M
+        assert "failed" not in site.qemu_io(guest, "read -P 0x44 1M 2M")
+        site.virt_sse("vm", "verify", guest.name)
+    guest.destroy()
+    for copy in site.backend.host.store.replacements.all():
+        site.backend.host.store.replacements.remove(copy)
+    guest.undefine()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("runs", [True, False], ids=["running", "stopped"])
 def test_files_of_any_length_and_block_devices_are_encrypted_in_place(
@@ -198,8 +255,12 @@ def test_files_of_any_length_and_block_devices_are_encrypted_in_place(
     below.write_bytes(b"\x33" * (2 * M + 512))
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", qcow2, str(M + 1536)], check=True)
     with loop_device(below) as device:
-        block = disk_xml(device, target="vdc").replace("type='file'", "type='block'").replace("file=", "dev=")
-        guest = plain_guest(site, disk_xml(odd), disk_xml(qcow2, target="vdb", image_format="qcow2"), block)
+        elements = (
+            disk_xml(odd),
+            disk_xml(qcow2, target="vdb", image_format="qcow2"),
+            block_disk(device, "vdc"),
+        )
+        guest = plain_guest(site, *elements)
         site.start_paused(guest)
         assert "wrote" in site.qemu_io(guest, "write -P 0x22 1M 512", disk=1)
         if not runs:

@@ -14,7 +14,7 @@ from support.agent_site import CustomerSite
 from support.disk_contents import decrypted
 from support.disk_life import DiskLife, Step
 from support.stage_site import Running
-from support.waiting import wait_until
+from support.waiting import is_gone, wait_until
 from support.writing_guest import newest_block
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.recipes import LinuxMicro
@@ -69,6 +69,7 @@ class KilledLife:
         self._stages = self._life.stages
         self._guest = self._life.guest
         self._seed = seed
+        self._killed_qemu = 0
 
     def play(self) -> None:
         """Play all steps.
@@ -137,12 +138,15 @@ class KilledLife:
                         os.kill(process.pid, signal.SIGKILL)
         if kill.process in ("qemu", "all"):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self._stages.qemu(self._guest).pid, signal.SIGKILL)
+                self._killed_qemu = self._stages.qemu(self._guest).pid
+                os.kill(self._killed_qemu, signal.SIGKILL)
         if kill.process in ("agent", "all"):
             self._site.agent.kill()
 
     def _start_again(self) -> None:
-        wait_until(lambda: not self._guest.is_active(), "libvirt knows of the end of QEMU")
+        # A process ends only after the writes that the kernel does for the process: long on a busy disk.
+        wait_until(lambda: is_gone(self._killed_qemu), "the killed QEMU has ended", seconds=120)
+        wait_until(lambda: not self._guest.is_active(), "libvirt knows of the end of QEMU", seconds=60)
         self._guest.run()
 
     def _check(self) -> None:
