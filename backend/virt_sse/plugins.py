@@ -15,6 +15,7 @@ from virt_sse.errors import ConfigError, KeyDeniedError, PluginError, PolicyErro
 from virt_sse.model.cloud import CloudProfile
 from virt_sse.model.layers import EncryptionLayer, HostLayer
 from virt_sse.system.entry_points import installed_entry_points
+from virt_sse.system.extras import extra_error
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,7 +84,12 @@ class _Registry(Generic[T]):
         try:
             return load()
         except Exception as exc:
-            raise PluginError(plugin, f"{self._kind} {name!r} does not load: {exc}") from exc
+            missing = extra_error(exc) if isinstance(exc, ModuleNotFoundError) else None
+            raise PluginError(
+                plugin,
+                f"{self._kind} {name!r} does not load: {missing or exc}",
+                hint=missing.hint if missing else None,
+            ) from exc
 
 
 def _only(serving: list[type[L]], what: str, broken: Iterable[PluginError]) -> type[L]:

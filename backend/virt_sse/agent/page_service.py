@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -26,13 +25,13 @@ from virt_sse.config import Config, PageConfig
 from virt_sse.errors import AgentError, ConfigError, VirtSseError
 from virt_sse.page.access import provided_token
 from virt_sse.page.document import Overview, Settings, encode
+from virt_sse.system.extras import require
 from virt_sse.system.files import SHARED_FOLDER, shared_folder
 
 _log = logging.getLogger(__name__)
 
 PAGE_ID = 65532
 """User and group of the process: outside of the ranges of distributions, systemd and ``storage-uids``."""
-EXTRA = ("starlette", "jinja2", "uvicorn")
 _MAIN = "from virt_sse.page.process import main; main()"
 _BACKLOG = 64
 _SHORTEST_SECONDS = 1.0
@@ -41,18 +40,6 @@ _SHARE = 10
 _SEND_SECONDS = 30.0
 _PAUSE_SECONDS = 5.0
 """Time between the failure of a process and the next start."""
-
-
-def require_extra() -> None:
-    """Check that the page's libraries are installed.
-
-    :raise ConfigError: When one is missing.
-    """
-    if missing := [name for name in EXTRA if find_spec(name) is None]:
-        raise ConfigError(
-            f"the page needs {', '.join(missing)}",
-            hint="pip install 'virt-sse[page]', then restart the agent",
-        )
 
 
 class Collector(Protocol):
@@ -90,7 +77,7 @@ class PageService:
 
     def _run(self) -> None:
         try:
-            require_extra()
+            require("page", "the page")
             with _listening(self._config) as (settings, sockets):
                 names = [_name(each) for each in sockets]
                 _log.info("page-listening", extra=fields({"at": names}))

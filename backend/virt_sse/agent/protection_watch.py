@@ -10,7 +10,7 @@ import libvirt
 
 from virt_sse.agent.inventory import InventorySnapshot
 from virt_sse.agent.logs import fields
-from virt_sse.domains.protection import Protection
+from virt_sse.domains.protection import DomainProtection
 from virt_sse.errors import VirtSseError
 from virt_sse.keys.host import Host
 from virt_sse.libvirt.connection import connected
@@ -19,12 +19,14 @@ _log = logging.getLogger(__name__)
 
 
 class ProtectionWatch:
-    """Follows the protected domains in a thread of its own. Does nothing without a shared store."""
+    """Follows the protected domains in a thread of its own. Does nothing without a shared store.
+
+    :param seconds: interval between two looks.
+    """
 
     def __init__(self, host: Host, seconds: float) -> None:
-        """:param seconds: interval between two looks."""
         self._host = host
-        self._protection = Protection(host)
+        self._protection = DomainProtection(host)
         self._pool = ThreadPoolExecutor(1, "protection")
         self._seconds = seconds
         self._due = 0.0

@@ -43,10 +43,10 @@ def page(output: Output = OutputFormat.TABLE) -> None:
     The agent serves the read-only page at a Unix socket for root and, with 'group' in [page], for a group's
     members; with 'listen = "127.0.0.1:PORT"' in [page] on loopback, too. From another machine: ssh -L.
     """
-    from virt_sse.agent.page_service import require_extra
     from virt_sse.page.access import new_code, read_token
+    from virt_sse.system.extras import require
 
-    require_extra()
+    require("page", "the page")
     config = session.config()
     link = None
     if config.page.listen:

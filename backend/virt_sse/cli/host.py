@@ -121,7 +121,7 @@ def evacuate(
     A host not yet fenced is fenced first, as by 'virt-sse host fence'. Domains that cannot start here are
     left to other hosts; the exit status is 1 then. After an interruption, run the command again.
     """
-    from virt_sse.host.evacuation import Evacuated, Evacuator, Result
+    from virt_sse.domains.evacuation import Evacuated, Evacuator, TakeoverResult
 
     rows: list[dict[str, object]] = []
 
@@ -138,7 +138,7 @@ def evacuate(
                 typer.echo(_fenced(host, other, yes=yes), err=True)
             evacuator.evacuate(host.store.hosts.get(str(other.id)), report)
     print_rows(rows, ["domain", "id", "result", "reason"], output)
-    if any(row["result"] == Result.FAILED.value for row in rows):
+    if any(row["result"] == TakeoverResult.FAILED.value for row in rows):
         raise typer.Exit(1)
 
 

@@ -16,6 +16,7 @@ from virt_sse.cli import session, streams
 from virt_sse.config import Config
 from virt_sse.errors import InvalidValueError, VirtSseError, report
 from virt_sse.plugins import PluginHost
+from virt_sse.system.extras import extra_error
 from virt_sse.system.process_hardening import protect_memory
 
 _USAGE = 2
@@ -103,4 +104,10 @@ def main() -> None:
         sys.exit(_USAGE)
     except VirtSseError as exc:
         report(exc)
+        sys.exit(1)
+    except ModuleNotFoundError as exc:
+        missing = extra_error(exc)
+        if missing is None:
+            raise
+        report(missing)
         sys.exit(1)

@@ -200,13 +200,9 @@ def _enable(name: str, version: str | None, credential: Path | None, *, enabled:
 @contextlib.contextmanager
 def _client(credential: Path | None) -> Iterator[KeyClient]:
     """Open a client of the credential file's vault; Azure's exceptions become virt-sse's exceptions."""
-    try:
-        from azure.core.exceptions import AzureError, HttpResponseError
-        from azure.keyvault.keys import KeyClient
-    except ImportError as exc:
-        raise VaultError(
-            f"{exc.name} is not installed", hint="pip install 'virt-sse[azure]' in virt-sse's environment"
-        ) from exc
+    from azure.core.exceptions import AzureError, HttpResponseError
+    from azure.keyvault.keys import KeyClient
+
     from virt_sse.vault_client.credential import VaultCredential
 
     identity = VaultCredential(credential_path(credential))

@@ -122,10 +122,10 @@ def protect(domain: DomainName) -> None:
     For hosts that share a store. 'virt-sse host evacuate' on another host starts the domain there after this
     host has died. The agent follows later changes of the domain.
     """
-    from virt_sse.domains.protection import Protection
+    from virt_sse.domains.protection import DomainProtection
 
     with session.host() as host:
-        Protection(host).protect(domain)
+        DomainProtection(host).protect(domain)
     typer.echo(f"protected domain {domain}")
 
 
@@ -136,10 +136,10 @@ def unprotect(
     ],
 ) -> None:
     """Remove a domain's definition from the store; libvirt keeps the domain."""
-    from virt_sse.domains.protection import Protection
+    from virt_sse.domains.protection import DomainProtection
 
     with session.host() as host:
-        Protection(host).unprotect(domain)
+        DomainProtection(host).unprotect(domain)
     typer.echo(f"no longer protected: domain {domain}")
 
 

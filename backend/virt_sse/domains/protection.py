@@ -22,7 +22,7 @@ _PURPOSE = b"virt-sse protected domain v1"
 _AUTOSTARTED, _NOT_AUTOSTARTED = b"\x01", b"\x00"
 
 
-class Protection:
+class DomainProtection:
     """Keeps definitions of this host's domains in the store."""
 
     def __init__(self, host: Host) -> None:

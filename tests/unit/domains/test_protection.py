@@ -15,9 +15,9 @@ from support.postgresql import PostgresqlServer
 from support.stores import execute
 from virt_sse.audit.record import Component
 from virt_sse.config import Config
-from virt_sse.domains.protection import Protection
+from virt_sse.domains.evacuation import Evacuated, Evacuator, TakeoverResult
+from virt_sse.domains.protection import DomainProtection
 from virt_sse.errors import HostFencedError, VirtSseError, VmStateError
-from virt_sse.host.evacuation import Evacuated, Evacuator, Result
 from virt_sse.keys.host import Host
 from virt_sse.libvirt.connection import connected
 from virt_sse.model.hosts import SILENT_SECONDS, HostIdentity
@@ -62,7 +62,7 @@ def host(tmp_path: Path, url: str) -> Iterator[Host]:
 @pytest.fixture
 def dead(host: Host, url: str) -> str:
     """The id of a fenced host that has the domain ``web`` of *host*, and ran it."""
-    Protection(host).protect("web")
+    DomainProtection(host).protect("web")
     (kept,) = host.store.protected_domains.all()
     identity = HostIdentity(kept.id, "dead", kept.id)
     host.store.hosts.enter(identity)
@@ -73,7 +73,7 @@ def dead(host: Host, url: str) -> str:
     return "dead"
 
 
-def evacuate(host: Host, name: str) -> list[tuple[str, Result, VirtSseError | None]]:
+def evacuate(host: Host, name: str) -> list[tuple[str, TakeoverResult, VirtSseError | None]]:
     found: list[Evacuated] = []
     Evacuator(host).evacuate(host.store.hosts.get(name), found.append)
     return [(each.domain.name, each.result, each.reason) for each in found]
@@ -85,7 +85,7 @@ def test_a_store_of_one_host_protects_nothing(tmp_path: Path) -> None:
         closing(Host.open(config, component=Component.HOST)) as host,
         pytest.raises(VmStateError, match="SQLite"),
     ):
-        Protection(host).protect("web")
+        DomainProtection(host).protect("web")
 
 
 @pytest.mark.parametrize(
@@ -93,12 +93,12 @@ def test_a_store_of_one_host_protects_nothing(tmp_path: Path) -> None:
 )
 def test_what_does_not_reach_another_host_is_refused(host: Host, name: str, reason: str) -> None:
     with pytest.raises(VmStateError, match=reason):
-        Protection(host).protect(name)
+        DomainProtection(host).protect(name)
     assert host.store.protected_domains.all() == []
 
 
 def test_a_domain_is_protected_and_followed(host: Host) -> None:
-    protection = Protection(host)
+    protection = DomainProtection(host)
     protection.protect("web")
     (kept,) = host.store.protected_domains.all()
     protection.check(kept)
@@ -114,7 +114,7 @@ def test_a_domain_is_protected_and_followed(host: Host) -> None:
 
 
 def test_a_running_domain_becomes_the_domain_of_its_host(host: Host) -> None:
-    protection, store = Protection(host), host.store.protected_domains
+    protection, store = DomainProtection(host), host.store.protected_domains
     protection.protect("web")
     (kept,) = store.all()
     host.store.hosts.enter(HostIdentity(kept.id, "before", kept.id))
@@ -153,7 +153,7 @@ def test_a_definition_changed_in_the_database_is_refused(
     }
     execute(url, statements[change])
     ((_, result, reason),) = evacuate(host, dead)
-    assert result is Result.FAILED
+    assert result is TakeoverResult.FAILED
     assert "no host with this host key has written the definition" in str(reason)
     (kept,) = host.store.protected_domains.all()
     assert kept.host_id == host.store.hosts.get(dead).id
@@ -169,13 +169,13 @@ def test_a_killed_evacuation_is_finished_by_the_next_command(
         raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr("virt_sse.host.evacuation._define_and_start", killed)
+        patch.setattr("virt_sse.domains.evacuation._define_and_start", killed)
         patch.setattr("virt_sse.store.protected_domains.ProtectedDomainStore.give_back", killed)
         with contextlib.suppress(KilledError):
             evacuate(host, dead)
     (kept,) = host.store.protected_domains.all()
     assert (kept.host_id, kept.evacuation) == (host.leases.identity.id, Evacuation.START)
-    assert evacuate(host, dead) == [("web", Result.STARTED, None)]
+    assert evacuate(host, dead) == [("web", TakeoverResult.STARTED, None)]
     assert evacuate(host, dead) == []
 
 
@@ -188,6 +188,6 @@ def test_a_domain_that_cannot_start_is_left_to_other_hosts(
     with monkeypatch.context() as patch:
         patch.setattr(libvirt.virConnect, "defineXML", refused)
         ((_, result, reason),) = evacuate(host, dead)
-    assert (result, str(reason)) == (Result.FAILED, "no such network")
+    assert (result, str(reason)) == (TakeoverResult.FAILED, "no such network")
     (kept,) = host.store.protected_domains.all()
     assert (kept.host_id, kept.evacuation) == (host.store.hosts.get(dead).id, Evacuation.START)

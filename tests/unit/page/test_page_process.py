@@ -24,6 +24,7 @@ from virt_sse.agent.page_service import PAGE_ID, PageService
 from virt_sse.config import Config, PageConfig
 from virt_sse.page.access import new_code, read_token
 from virt_sse.page.document import Overview
+from virt_sse.system import extras
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -187,7 +188,7 @@ def test_faults_of_the_configuration_do_not_end_the_agent(
 def test_an_absent_library_is_one_clear_line(
     short_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(page_service, "EXTRA", ("starlette", "no_such_library"))
+    monkeypatch.setitem(extras._MODULES, "page", ("starlette", "no_such_library"))
     service = PageService(configured(short_folder, PageConfig()), lambda: Collected())
     service.start()
     wait_until(lambda: bool(caplog.records), "the missing library is logged")

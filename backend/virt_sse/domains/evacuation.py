@@ -14,7 +14,7 @@ from uuid import UUID
 
 import libvirt
 
-from virt_sse.domains.protection import Protection
+from virt_sse.domains.protection import DomainProtection
 from virt_sse.errors import VirtSseError, VmStateError
 from virt_sse.keys.host import Host
 from virt_sse.libvirt import domains
@@ -23,7 +23,7 @@ from virt_sse.model.hosts import HostRecord
 from virt_sse.model.protected_domains import Evacuation, ProtectedDomain
 
 
-class Result(enum.Enum):
+class TakeoverResult(enum.Enum):
     """What became of a domain."""
 
     STARTED = "started"
@@ -39,7 +39,7 @@ class Evacuated:
     """
 
     domain: ProtectedDomain
-    result: Result
+    result: TakeoverResult
     reason: VirtSseError | None = None
 
 
@@ -49,7 +49,7 @@ class Evacuator:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._store = host.store.protected_domains
-        self._protection = Protection(host)
+        self._protection = DomainProtection(host)
 
     def due(self, other: HostRecord) -> list[ProtectedDomain]:
         """The domains that :meth:`evacuate` would take over, those of a killed command included.
@@ -87,10 +87,10 @@ class Evacuator:
                 except (VirtSseError, libvirt.libvirtError) as exc:
                     failures += 1
                     reason = exc if isinstance(exc, VirtSseError) else VmStateError(str(exc))
-                    report(Evacuated(domain, Result.FAILED, reason))
+                    report(Evacuated(domain, TakeoverResult.FAILED, reason))
         return failures
 
-    def _take(self, connection: libvirt.virConnect, domain: ProtectedDomain) -> Result:
+    def _take(self, connection: libvirt.virConnect, domain: ProtectedDomain) -> TakeoverResult:
         ours = self._host.leases.identity.id
         self._protection.check(domain)
         if domain.host_id != ours:
@@ -105,7 +105,7 @@ class Evacuator:
         return result
 
 
-def _define_and_start(connection: libvirt.virConnect, domain: ProtectedDomain) -> Result:
+def _define_and_start(connection: libvirt.virConnect, domain: ProtectedDomain) -> TakeoverResult:
     """Define a domain, and start the domain if it ran. After a failure, nothing of a new domain stays.
 
     :raise libvirt.libvirtError: When libvirt refuses.
@@ -114,7 +114,7 @@ def _define_and_start(connection: libvirt.virConnect, domain: ProtectedDomain) -
     defined = connection.defineXML(domain.definition)
     try:
         if domains.is_active(defined):
-            return Result.STARTED
+            return TakeoverResult.STARTED
         if domain.evacuation is Evacuation.START:
             defined.create()
         defined.setAutostart(domain.is_autostarted)
@@ -122,7 +122,7 @@ def _define_and_start(connection: libvirt.virConnect, domain: ProtectedDomain) -
         if is_new and not domains.is_active(defined):
             _undefine(connection, domain.id)
         raise
-    return Result.STARTED if domain.evacuation is Evacuation.START else Result.DEFINED
+    return TakeoverResult.STARTED if domain.evacuation is Evacuation.START else TakeoverResult.DEFINED
 
 
 def _undefine(connection: libvirt.virConnect, domain_id: UUID) -> None:
