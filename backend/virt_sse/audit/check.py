@@ -44,14 +44,14 @@ class VerifyReport:
     """Result of a verification.
 
     :ivar newest: the last valid record, before the break if any; its number is the count of valid records.
-    :ivar authentic: whether the MACs were checked, too; the check needs the log's key.
+    :ivar authentic: whether the MACs were checked, too, with the log's key; ``None`` for an empty log.
     :ivar beyond_head: number of records newer than the head: records being written, or written before a kill.
     :ivar torn: whether the log ends with a torn record; the next writer repairs the end.
     :ivar broken: ``None`` when the log is intact.
     """
 
     newest: Position
-    authentic: bool
+    authentic: bool | None
     beyond_head: int
     torn: bool
     broken: Break | None
@@ -71,7 +71,8 @@ def check(
 
     def report(broken: str | None = None) -> VerifyReport:
         place = Break(last.path, last.number, newest.seq + 1, broken) if broken else None
-        return VerifyReport(newest, key is not None, max(0, newest.seq - head.seq), torn, place)
+        authentic = key is not None if newest.seq else None
+        return VerifyReport(newest, authentic, max(0, newest.seq - head.seq), torn, place)
 
     for line in lines:
         if torn:

@@ -122,7 +122,7 @@ def update(
             placement=placement,
             progress=progress,
         )
-    print_report(_fields(changed), report, output)
+    print_report(_fields(changed), report, output, again=f"des rotate {name}")
 
 
 @app.command()
@@ -152,7 +152,7 @@ def rotate(
         with progress_bar("rewrapping") as progress:
             report = b.sets.rotate(name, every_image=prove, progress=progress)
         if not prove:
-            print_report({"set": name}, report, output)
+            print_report({"set": name}, report, output, again=f"des rotate {name}")
             return
         with progress_bar("proving") as progress:
             findings = b.sets.prove(name, progress=progress)

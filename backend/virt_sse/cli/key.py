@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -60,7 +61,7 @@ def rotate(
         return
     with backend() as b, progress_bar("rewrapping") as progress:
         version, report = b.keys.rotate(KeyRef(provider, name), progress=progress)
-    print_report({"key": str(version)}, report, output)
+    print_report({"key": str(version)}, report, output, again=f"key rewrap {name} --provider {provider}")
 
 
 @app.command()
@@ -68,16 +69,23 @@ def rewrap(name: KeyName = "default", *, provider: Provider, output: Output = Ou
     """Rewrap the DEKs of a key's disks with its current version, e.g. after an interrupted rotation."""
     with backend() as b, progress_bar("rewrapping") as progress:
         report = b.keys.rewrap(KeyRef(provider, name), progress=progress)
-    print_report({"key": f"{provider}:{name}"}, report, output)
+    fields = {"key": f"{provider}:{name}"}
+    print_report(fields, report, output, again=f"key rewrap {name} --provider {provider}")
 
 
-def print_report(fields: dict[str, object], report: RewrapReport, output: OutputFormat) -> None:
+def print_report(
+    fields: Mapping[str, object], report: RewrapReport, output: OutputFormat, *, again: str
+) -> None:
+    """Print what was rewrapped.
+
+    :param again: the command that rewraps the rest.
+    :raise VirtSseError: When DEKs are not rewrapped.
+    """
     failed = [{"disk": disk, "reason": reason} for disk, reason in report.failed.items()]
-    print_fields(
-        fields | {"rewrapped": report.rewrapped, "current": report.current, "failed": failed}, output
-    )
+    counts = {"rewrapped": report.rewrapped, "current": report.current, "failed": failed}
+    print_fields({**fields, **counts}, output)
     if failed:
         raise VirtSseError(
             f"{len(failed)} of the disks could not be rewrapped",
-            hint="their DEKs are unchanged; 'virt-sse key rewrap' rewraps them",
+            hint=f"their DEKs are unchanged; 'virt-sse {again}' rewraps them",
         )

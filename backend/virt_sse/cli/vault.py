@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -79,6 +81,23 @@ def init(
         "the vault's keys are lost without either file"
     )
     print_hsm(made)
+    if _is_taken(port):
+        typer.echo(
+            f"virt-sse: warning: another program listens on port {port} of this machine; "
+            "'virt-sse vault serve --port PORT' listens on another port",
+            err=True,
+        )
+
+
+def _is_taken(port: int) -> bool:
+    """Whether a program on this machine listens on the address and port of ``vault serve``."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((_HOSTS[-1], port))
+        except OSError as exc:
+            return exc.errno == errno.EADDRINUSE
+    return False
 
 
 @app.command()

@@ -204,6 +204,7 @@ def _client(credential: Path | None) -> Iterator[KeyClient]:
     from azure.keyvault.keys import KeyClient
 
     from virt_sse.vault_client.credential import VaultCredential
+    from virt_sse.vault_client.failures import failure_reason
 
     identity = VaultCredential(credential_path(credential))
     try:
@@ -221,7 +222,9 @@ def _client(credential: Path | None) -> Iterator[KeyClient]:
     except HttpResponseError as exc:
         raise VaultError(f"the key vault refused ({exc.status_code}): {_reason(exc)}") from exc
     except AzureError as exc:
-        raise VaultError(f"the key vault does not answer: {exc.message}") from exc
+        raise VaultError(
+            f"the key vault {identity.file.vault_url} does not answer: {failure_reason(exc)}"
+        ) from exc
     except ValueError as exc:
         raise InvalidValueError(str(exc)) from exc
     finally:

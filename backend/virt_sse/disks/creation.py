@@ -216,7 +216,10 @@ class Creation:
         if os.path.lexists(path):
             raise DiskExistsError(f"{path} exists already")
         if not os.path.isdir(path.parent):  # noqa: PTH112 -- Path.is_dir raises for a name that is too long
-            raise ImageError(f"{path.parent} is not a folder")
+            raise ImageError(
+                f"{path.parent} is not a folder",
+                hint="make the folder, or choose another with --path or 'directory' in [disks]",
+            )
         return _Checked(new, size, path, encryption_set, encryption_type, plan)
 
     def _image_path(self, new: NewDisk) -> Path:

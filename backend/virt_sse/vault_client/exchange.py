@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from virt_sse.errors import KeyProviderUnavailableError
 from virt_sse.vault_client.deadlines import DeadlineSocket, remaining
+from virt_sse.vault_client.failures import failure_reason
 
 _LONGEST_ANSWER = 8 << 20
 
@@ -67,7 +68,9 @@ def exchange(
         answer = connection.getresponse()
         return answer.status, answer.read(_LONGEST_ANSWER)
     except (OSError, http.client.HTTPException) as exc:
-        raise KeyProviderUnavailableError(f"the key vault {url} does not answer: {_reason(exc)}") from exc
+        raise KeyProviderUnavailableError(
+            f"the key vault {url} does not answer: {failure_reason(exc)}"
+        ) from exc
     finally:
         connection.close()
 
@@ -79,11 +82,3 @@ def document_of(content: bytes) -> Mapping[str, object]:
     except (ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}
-
-
-def _reason(exc: Exception) -> str:
-    if isinstance(exc, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted: {exc.verify_message}"
-    if isinstance(exc, TimeoutError):
-        return "timed out"
-    return " ".join(str(getattr(exc, "strerror", None) or exc or type(exc).__name__).split())

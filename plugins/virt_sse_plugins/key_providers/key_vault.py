@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import ssl
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from virt_sse.api import (
     VirtSseError,
 )
 from virt_sse.vault_client.deadlines import DeadlineSocket, within
+from virt_sse.vault_client.failures import causes, failure_reason
 from virt_sse_plugins.key_providers.key_urls import KeyVaultKey
 from virt_sse_plugins.key_providers.key_vault_access import Access
 
@@ -220,7 +220,7 @@ class KeyVault:
         return KeyProviderUnavailableError(f"{self.url} does not answer like a key vault ({told})")
 
     def _unanswered(self, failure: Exception) -> KeyProviderUnavailableError:
-        reason = _failure_reason(failure)
+        reason = failure_reason(failure)
         return KeyProviderUnavailableError(f"the key vault {self.url} does not answer: {reason}")
 
 
@@ -280,39 +280,13 @@ def _was_lost(failure: Exception) -> bool:
     )
 
 
-def _failure_reason(failure: Exception) -> str:
-    causes = list(_causes(failure))
-    for cause in causes:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return f"its certificate is not trusted: {cause.verify_message}"
-        if isinstance(cause, ssl.SSLError):
-            return f"no TLS connection: {cause.reason}"
-        if isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__:
-            return "timed out"
-        if isinstance(cause, ConnectionError):
-            return cause.strerror or "the connection was lost"
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-    return type(causes[-1]).__name__
-
-
-def _causes(failure: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while id(failure) not in seen:
-        seen.add(id(failure))
-        yield failure
-        inner = getattr(failure, "inner_exception", None) or failure.__cause__ or failure.__context__
-        if isinstance(inner, BaseException):
-            failure = inner
-
-
 def _chainable(failure: Exception) -> Exception | None:
     """*failure* without the request, which contains a DEK; ``None`` if its answer may contain a DEK."""
     from azure.core.exceptions import HttpResponseError
 
     if isinstance(failure, HttpResponseError):
         return None
-    for cause in _causes(failure):
+    for cause in causes(failure):
         for name in ("request", "response"):
             if getattr(cause, name, None) is not None:
                 with contextlib.suppress(AttributeError):
