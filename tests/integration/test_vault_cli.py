@@ -87,6 +87,8 @@ def test_a_vault_that_cannot_be_served_is_refused_with_the_reason(
     virt_sse("vault", "init", "--port", str(port))
     with socket.create_server(("127.0.0.1", port)):
         assert "Address already in use" in virt_sse.refuses("vault", "serve")
+        said = virt_sse.warns("vault", "init", "--directory", tmp_path / "other", "--port", str(port))
+        assert f"another program listens on port {port} of this machine" in said
     assert "cannot listen on no such host" in virt_sse.refuses("vault", "serve", "--host", "no such host")
     root_key = root / "var/lib/virt-sse/vault/root.key"
     root_key.chmod(0o640)

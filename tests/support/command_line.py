@@ -37,6 +37,12 @@ class CommandLine:
         assert all(line.startswith("virt-sse: hint: ") for line in lines[1:]), message
         return message
 
+    def warns(self, *arguments: str | bytes | Path) -> str:
+        """The warning of a command that succeeds."""
+        message = self._run(arguments, 0).stderr
+        assert message.startswith("virt-sse: warning: "), message
+        return message
+
     def warns_and_refuses(self, *arguments: str | bytes | Path) -> str:
         """The standard error of a command that must fail after a warning."""
         return self._run(arguments, 1).stderr
