@@ -98,7 +98,7 @@ def test_a_foreign_or_damaged_wrapped_key_is_refused(ask: Raw, key: str) -> None
 )
 def test_a_long_body_is_refused_before_it_is_read(vault: LabVault, token: str, key: str, size: int) -> None:
     with Raw(vault, token) as raw:
-        raw.connection.putrequest("POST", f"{key}/wrapkey")
+        raw.connection.putrequest("POST", f"{key}/wrapkey?api-version=7.6")
         raw.connection.putheader("Authorization", f"Bearer {token}")
         raw.connection.putheader("Content-Length", str(size))
         raw.connection.endheaders()
@@ -109,7 +109,7 @@ def test_a_long_body_is_refused_before_it_is_read(vault: LabVault, token: str, k
 
 def test_a_body_of_unknown_length_is_cut_off(vault: LabVault, token: str, key: str) -> None:
     with Raw(vault, token) as raw:
-        raw.connection.putrequest("POST", f"{key}/wrapkey")
+        raw.connection.putrequest("POST", f"{key}/wrapkey?api-version=7.6")
         raw.connection.putheader("Authorization", f"Bearer {token}")
         raw.connection.putheader("Transfer-Encoding", "chunked")
         raw.connection.endheaders()
@@ -235,7 +235,7 @@ def test_another_vault_s_token_is_refused(vault: LabVault, key: str) -> None:
 
 def test_the_challenge_comes_before_the_body_is_read(vault: LabVault, key: str) -> None:
     with Raw(vault, None) as raw:
-        raw.connection.putrequest("POST", f"{key}/wrapkey")
+        raw.connection.putrequest("POST", f"{key}/wrapkey?api-version=7.6")
         raw.connection.putheader("Content-Length", "1000")
         raw.connection.endheaders()
         assert raw.connection.getresponse().status == 401
@@ -318,3 +318,28 @@ def test_requests_are_answered_while_keys_are_generated(vault: LabVault, token: 
             slowest = max(slowest, time.monotonic() - asked)
         assert [each.result() for each in making] == [200] * 4
     assert slowest < 1.5
+
+
+@pytest.mark.parametrize("version", [None, "", "1.0", "7.99", "latest"])
+def test_azures_operations_need_a_known_api_version(ask: Raw, version: str | None) -> None:
+    path = "/keys" if version is None else f"/keys?api-version={version}"
+    answer = ask("GET", path, api_version=None)
+    assert (answer.status, answer.code) == (400, "BadParameter")
+    assert "api-version" in answer.body["error"]["message"]
+    assert ask("GET", "/status", api_version=None).status == 200
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("release_policy", {"contentType": "application/json", "data": "e30"}),
+        ("public_exponent", 3),
+        ("crv", "P-256"),
+        ("attributes", {"exportable": True}),
+    ],
+)
+def test_choices_that_the_vault_does_not_offer_are_refused(ask: Raw, field: str, value: object) -> None:
+    name = new_name()
+    answer = ask("POST", f"/keys/{name}/create", {"kty": "RSA", field: value})
+    assert (answer.status, answer.code) == (400, "BadParameter")
+    assert ask("GET", f"/keys/{name}").status == 404

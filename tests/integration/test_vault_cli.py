@@ -116,12 +116,18 @@ def test_principals_and_their_access_are_managed_from_the_command_line(
     assert (made["name"], made["role"], made["enabled"], made["file"]) == ("cli-web", "none", True, str(file))
     assert file.stat().st_mode & 0o777 == 0o600
     listed = json.loads(virt_sse("vault", "access", "list", "-o", "json"))
-    assert {"principal": "cli-web", "permissions": []} in listed
+    assert {"principal": "cli-web", "key": None, "permissions": []} in listed
     virt_sse("vault", "access", "set", "cli-web", "get", "wrapkey", "unwrapKey")
     rows = [line.split() for line in virt_sse("vault", "access", "list").splitlines()]
-    assert ["cli-web", "get,wrapKey,unwrapKey"] in rows
+    assert ["cli-web", "-", "get,wrapKey,unwrapKey"] in rows
     left = json.loads(virt_sse("vault", "access", "remove", "cli-web", "get", "decrypt", "-o", "json"))
-    assert left == {"principal": "cli-web", "permissions": ["wrapKey", "unwrapKey"]}
+    assert left == {"principal": "cli-web", "key": None, "permissions": ["wrapKey", "unwrapKey"]}
+    virt_sse("key", "create", "cli-only")
+    virt_sse("vault", "access", "set", "cli-web", "encrypt", "--key", "CLI-only")
+    rows = [line.split() for line in virt_sse("vault", "access", "list").splitlines()]
+    assert ["cli-web", "cli-only", "encrypt"] in rows
+    virt_sse("vault", "access", "remove", "cli-web", "--key", "cli-only")
+    assert "cli-only" not in virt_sse("vault", "access", "list")
     virt_sse("vault", "access", "set", made["object-id"], "administer")
     assert "403 OperatorRequired" in virt_sse.refuses("vault", "principal", "list", "-c", file)
     virt_sse("vault", "principal", "disable", "cli-web")

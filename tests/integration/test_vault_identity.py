@@ -18,6 +18,7 @@ from virt_sse.errors import (
     CredentialError,
     InvalidValueError,
     KeyDeniedError,
+    KeyNotFoundError,
     PrincipalExistsError,
     PrincipalNotFoundError,
 )
@@ -242,9 +243,10 @@ def test_principals_are_created_changed_and_deleted(administrator: VaultClient, 
     assert administrator.grant(name, [Permission.GET]) == {Permission.GET}
     assert administrator.grant(name, USE) == USE | {Permission.GET}
     assert administrator.revoke(name, [Permission.GET]) == USE
-    assert administrator.access()[name] == USE == administrator.permissions(made.object_id)
+    assert administrator.permissions(made.object_id) == USE
+    assert [policy.permissions for policy in administrator.access() if policy.name == name] == [USE]
     administrator.delete_principal(name)
-    assert name not in administrator.access()
+    assert name not in {policy.name for policy in administrator.access()}
     for gone in (administrator.get_principal, administrator.delete_principal, administrator.permissions):
         with pytest.raises(PrincipalNotFoundError):
             gone(name)
@@ -334,3 +336,34 @@ def test_strangers_cannot_fill_the_log(lab_vault: LabVault, key: str) -> None:
         for _ in range(200):
             assert stranger("GET", key).status == 401
     assert path.stat().st_size - before < 100 * 800
+
+
+def test_permissions_on_a_single_key(lab_vault: LabVault, administrator: VaultClient, tmp_path: Path) -> None:
+    name = new_name("web")
+    administrator.new_credential_file(tmp_path / "web.json", name)
+    with (
+        VaultCredential(tmp_path / "web.json") as credential,
+        VaultCredential(lab_vault.administrator_path) as all_rights,
+        key_client(all_rights) as client,
+        Raw(lab_vault, credential.token()) as raw,
+    ):
+        ours, other = (client.create_rsa_key(new_name("Key"), size=2048) for _ in range(2))
+
+        def status(kid: str | None, operation: str = "wrapkey") -> int:
+            path = str(kid).removeprefix(lab_vault.url)
+            return raw("POST", f"{path}/{operation}", {"alg": OAEP, "value": "AAAA"}).status
+
+        with pytest.raises(KeyNotFoundError):
+            administrator.set_permissions(name, USE, key=new_name())
+        assert administrator.set_permissions(name, USE, key=str(ours.name).upper()) == USE
+        assert administrator.permissions(name) == frozenset()
+        assert (status(ours.id), status(other.id)) == (200, 403)
+        assert administrator.revoke(name, [Permission.WRAP_KEY], key=ours.name) == USE - {Permission.WRAP_KEY}
+        assert (status(ours.id), status(ours.id, "encrypt")) == (403, 200)
+        administrator.revoke_all(name)
+        assert status(ours.id, "encrypt") == 403
+        # The permissions end with the key: a later key of that name is another key.
+        administrator.set_permissions(name, USE, key=ours.name)
+        client.begin_delete_key(str(ours.name)).wait()
+        client.purge_deleted_key(str(ours.name))
+        assert status(client.create_rsa_key(str(ours.name), size=2048).id) == 403

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import socket
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -408,3 +409,23 @@ def test_credentials_of_azure_identity_get_tokens(lab_vault: LabVault, credentia
     ):
         with own, KeyClient(lab_vault.url, own, **sdk_options(credential)) as client:
             assert isinstance([each.name for each in client.list_properties_of_keys()], list)
+
+
+def test_a_stock_client_checks_the_challenge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The SDK accepts a challenge only for a parent domain of the vault's name."""
+    resolve = socket.getaddrinfo
+
+    def resolved(host: str, *arguments: object, **options: object) -> object:
+        return resolve("127.0.0.1" if host == "lab.vault.test" else host, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    with (
+        LabVault(audience="vault.test") as vault,
+        VaultCredential(vault.administrator_path) as credential,
+        KeyClient(
+            credential.file.vault_url, credential, connection_verify=credential.ca_file(), retry_total=0
+        ) as client,
+    ):
+        assert credential.file.vault_url.startswith("https://lab.vault.test:")
+        assert client.create_rsa_key("stock", size=2048).name == "stock"
+        assert [key.name for key in client.list_properties_of_keys()] == ["stock"]

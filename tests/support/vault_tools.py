@@ -17,6 +17,8 @@ from virt_sse.lab.vaults import LabVault
 from virt_sse.vault_client.credential import VaultCredential
 
 OAEP = "RSA-OAEP-256"
+_AZURES = ("/keys", "/deletedkeys", "/rng")
+"""Paths of Azure Key Vault's operations, which need an ``api-version``."""
 
 
 def new_name(prefix: str = "key") -> str:
@@ -75,8 +77,16 @@ class Raw:
         self.connection.close()
 
     def __call__(
-        self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        headers: Mapping[str, str] | None = None,
+        *,
+        api_version: str | None = "7.6",
     ) -> Answer:
+        if api_version and path.startswith(_AZURES):
+            path += f"{'&' if '?' in path else '?'}api-version={api_version}"
         content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         self.connection.request(method, path, content, self._headers | dict(headers or {}))
         answer = self.connection.getresponse()

@@ -38,6 +38,14 @@ def init(
     port: Annotated[
         int, typer.Option("--port", help="The port in the vault's URL.", min=1, max=65535)
     ] = _PORT,
+    audience: Annotated[
+        str | None,
+        typer.Option(
+            "--audience",
+            help="A parent domain of the host, for Azure's stock clients with their challenge check on.",
+            show_default="the vault's URL",
+        ),
+    ] = None,
     tier: Annotated[
         str, typer.Option("--tier", help="standard or premium; premium has an HSM.")
     ] = "standard",
@@ -68,6 +76,7 @@ def init(
         name=name,
         hosts=host or _HOSTS,
         port=port,
+        audience=audience,
         tier=chosen,
         tenant=tenant,
         retention_days=retention_days,

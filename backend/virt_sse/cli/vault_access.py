@@ -16,15 +16,23 @@ app = typer.Typer(
 )
 
 
+Key = Annotated[
+    str | None,
+    typer.Option("--key", metavar="NAME", help="Permissions on this key alone.", show_default="all keys"),
+]
+
+
 @app.command(name="list")
 def list_access(credential: Credential = None, output: Output = OutputFormat.TABLE) -> None:
-    """List the permissions of all principals."""
+    """List the permissions of all principals: on all keys, then on single keys."""
     with open_client(credential) as client:
-        rows = [
-            {"principal": name, "permissions": _names(granted, output)}
-            for name, granted in client.access().items()
-        ]
-    print_rows(rows, ("principal", "permissions"), output)
+        policies = client.access()
+    rows = [
+        {"principal": policy.name, "key": key, "permissions": _names(policy.on(key), output)}
+        for policy in policies
+        for key in (None, *policy.keys)
+    ]
+    print_rows(rows, ("principal", "key", "permissions"), output)
 
 
 @app.command(name="set")
@@ -38,14 +46,15 @@ def set_access(
             show_default=False,
         ),
     ],
+    key: Key = None,
     credential: Credential = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Set the permissions of a principal, replacing earlier permissions."""
+    """Set the permissions of a principal on all keys, or on one key, replacing earlier permissions there."""
     granted = _permissions(permissions)
     with open_client(credential) as client:
-        granted = client.set_permissions(name, granted)
-    print_fields({"principal": name, "permissions": _names(granted, output)}, output)
+        granted = client.set_permissions(name, granted, key=key)
+    print_fields({"principal": name, "key": key, "permissions": _names(granted, output)}, output)
 
 
 @app.command(name="remove")
@@ -55,13 +64,21 @@ def remove_access(
         list[str] | None,
         typer.Argument(help="The permissions to remove.", show_default="all"),
     ] = None,
+    key: Key = None,
     credential: Credential = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Remove permissions of a principal, with immediate effect."""
+    """Remove permissions of a principal, with immediate effect.
+
+    Without --key, the given permissions on all keys; without permissions, too, those on single keys as well.
+    """
     with open_client(credential) as client:
-        left = client.revoke(name, _permissions(permissions) if permissions else None)
-    print_fields({"principal": name, "permissions": _names(left, output)}, output)
+        if permissions or key is not None:
+            left = client.revoke(name, _permissions(permissions) if permissions else None, key=key)
+        else:
+            client.revoke_all(name)
+            left = frozenset()
+    print_fields({"principal": name, "key": key, "permissions": _names(left, output)}, output)
 
 
 def _permissions(names: list[str]) -> frozenset[Permission]:

@@ -32,6 +32,8 @@ class LabVault:
     :param premium: whether the vault also has RSA-HSM keys.
     :param token: token for RSA-HSM keys; by default, a SoftHSM token private to this vault.
     :param retention_days: number of days a deleted key can be recovered.
+    :param audience: parent domain, for Azure's stock clients. Then the vault's URL has the name
+        ``lab.AUDIENCE``, which the caller has to resolve to the loopback address.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class LabVault:
         token: LabToken | None = None,
         retention_days: int = 90,
         purge_protection: bool = False,
+        audience: str | None = None,
         base: Path = Path("/tmp"),  # noqa: S108 -- uses a private folder below
     ) -> None:
         self._arguments = list(arguments)
@@ -49,6 +52,7 @@ class LabVault:
         self._token = token
         self._retention_days = retention_days
         self._purge_protection = purge_protection
+        self._audience = audience
         self._base = base
         self._folder: directories.LabDirectory | None = None
         self._process: subprocess.Popen[str] | None = None
@@ -127,8 +131,9 @@ class LabVault:
                 tier=Tier.PREMIUM if self._premium else Tier.STANDARD,
                 hsm={} if self._token is None else {k: str(v) for k, v in self._token.options.items()},
                 name="lab-vault",
-                hosts=(_HOST, "localhost"),
+                hosts=(*([f"lab.{self._audience}"] if self._audience else []), _HOST, "localhost"),
                 port=self._port,
+                audience=self._audience,
                 retention_days=self._retention_days,
                 purge_protection=self._purge_protection,
             )

@@ -34,6 +34,7 @@ def initialise(
     name: str = "vault",
     hosts: Sequence[str] = DEFAULT_HOSTS,
     port: int = DEFAULT_PORT,
+    audience: str | None = None,
     tier: Tier = Tier.STANDARD,
     tenant: str | None = None,
     retention_days: int = RETENTION_DAYS[-1],
@@ -45,6 +46,8 @@ def initialise(
     The administrator has all permissions except the use of keys, which needs a grant.
 
     :param hosts: names and addresses of the server; the first is part of the vault's URL.
+    :param audience: parent domain of the first host, for Azure's stock clients: they accept a challenge only
+        for a parent domain of the vault's name. By default the vault's URL, which they refuse.
     :param tenant: a UUID; by default a new UUID.
     :param hsm: the HSM token of a premium vault, as in :class:`~virt_sse.pkcs11.options.TokenOptions`; by
         default a new SoftHSM token in the vault's folder.
@@ -60,7 +63,7 @@ def initialise(
         tenant=tenant or str(uuid.uuid4()),
         tier=tier,
         url=url_of(hosts[0], port) if hosts else "",
-        audience=url_of(hosts[0], port) if hosts else "",
+        audience=url_of(_parent_domain(audience, hosts[0]) if audience else hosts[0], port) if hosts else "",
         hosts=tuple(hosts),
         retention_days=retention_days,
         purge_protection=purge_protection,
@@ -80,6 +83,19 @@ def initialise(
     except OSError as exc:
         raise VaultError(f"cannot create a vault in {path}: {exc.strerror}") from exc
     return directory
+
+
+def _parent_domain(domain: str, host: str) -> str:
+    """Check that *host* is a name below *domain*.
+
+    :raise InvalidValueError: When it is not.
+    """
+    if not host.lower().endswith(f".{domain.lower()}"):
+        raise InvalidValueError(
+            f"the audience {domain[:80]!r} is no parent domain of the host {host[:80]!r}",
+            hint="e.g. --host keys.vault.example --audience vault.example",
+        )
+    return domain
 
 
 def _clear(directory: VaultDirectory) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 from virt_sse.vault.refusals import bad_parameter
 
-_TIMES = range(253402300800)  # until the year 9999
+LAST_MOMENT = 253402300799
+"""The end of the year 9999, in seconds since 1970: the last time that clients can show."""
 
 
 def string(document: Mapping[str, object], field: str) -> str:
@@ -44,7 +45,7 @@ def moment(document: Mapping[str, object], field: str) -> int | None:
     value = document.get(field)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value not in _TIMES:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LAST_MOMENT:
         raise bad_parameter(f"Property {field} must be a time in seconds since 1970.")
     return value
 

@@ -22,6 +22,7 @@ def upkeep(vault: Vault, trail: Trail) -> None:
         _attempt(vault, trail, "rotate", name, vault.rotation.rotate_due)
     for name in vault.keys.due_for_purge():
         _attempt(vault, trail, "purge", name, vault.keys.purge_due)
+        vault.principals.reload()
     vault.keys.sweep()
 
 

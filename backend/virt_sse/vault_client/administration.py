@@ -40,13 +40,24 @@ class _PrincipalList(msgspec.Struct):
     value: list[PrincipalInfo]
 
 
-class _AccessPolicy(msgspec.Struct):
+class AccessPolicy(msgspec.Struct, frozen=True):
+    """Permissions of a principal.
+
+    :ivar permissions: on all keys.
+    :ivar keys: further permissions, by the name of a key in lower case.
+    """
+
     name: str
     permissions: frozenset[Permission]
+    keys: dict[str, frozenset[Permission]] = {}
+
+    def on(self, key: str | None) -> frozenset[Permission]:
+        """The permissions granted on a key; on all keys if ``None``."""
+        return self.permissions if key is None else self.keys.get(key.lower(), frozenset())
 
 
 class _PolicyList(msgspec.Struct):
-    value: list[_AccessPolicy]
+    value: list[AccessPolicy]
 
 
 class VaultClient:
@@ -133,26 +144,29 @@ class VaultClient:
         """
         self._ask("DELETE", _path("identity/principals", principal))
 
-    def access(self) -> dict[str, frozenset[Permission]]:
-        """Return each principal's permissions on keys, by the principals' names."""
-        policies = _decoded(self._ask("GET", "/access/policies"), _PolicyList).value
-        return {policy.name: policy.permissions for policy in policies}
+    def access(self) -> list[AccessPolicy]:
+        """Return the permissions of all principals."""
+        return _decoded(self._ask("GET", "/access/policies"), _PolicyList).value
 
     def permissions(self, principal: str) -> frozenset[Permission]:
         """Return a principal's permissions on keys.
 
         :raise PrincipalNotFoundError: When there is no such principal.
         """
-        return _decoded(self._ask("GET", _path("access/policies", principal)), _AccessPolicy).permissions
+        return _decoded(self._ask("GET", _path("access/policies", principal)), AccessPolicy).permissions
 
-    def set_permissions(self, principal: str, permissions: Iterable[Permission]) -> frozenset[Permission]:
-        """Set a principal's permissions on keys.
+    def set_permissions(
+        self, principal: str, permissions: Iterable[Permission], *, key: str | None = None
+    ) -> frozenset[Permission]:
+        """Set a principal's permissions on a key, or on all keys.
 
-        :raise PrincipalNotFoundError: When there is no such principal.
+        :return: these permissions.
+        :raise PrincipalNotFoundError: When there is no such principal, or no such key.
         """
         names = sorted(permission.value for permission in permissions)
-        answer = self._ask("PUT", _path("access/policies", principal), {"permissions": names})
-        return _decoded(answer, _AccessPolicy).permissions
+        document = {"permissions": names, "key": key}
+        answer = self._ask("PUT", _path("access/policies", principal), document)
+        return _decoded(answer, AccessPolicy).on(key)
 
     def grant(self, principal: str, permissions: Iterable[Permission]) -> frozenset[Permission]:
         """Add permissions on keys to a principal.
@@ -163,26 +177,33 @@ class VaultClient:
         return self._adjust(principal, "grant", permissions)
 
     def revoke(
-        self, principal: str, permissions: Iterable[Permission] | None = None
+        self, principal: str, permissions: Iterable[Permission] | None = None, *, key: str | None = None
     ) -> frozenset[Permission]:
-        """Remove permissions on keys from a principal, by default all.
+        """Remove a principal's permissions on a key, or on all keys; by default all permissions.
 
-        :return: the remaining permissions of the principal.
-        :raise PrincipalNotFoundError: When there is no such principal.
+        :return: the remaining permissions there.
+        :raise PrincipalNotFoundError: When there is no such principal, or no such key.
         """
         taken = frozenset(Permission) if permissions is None else frozenset(permissions)
-        return self._adjust(principal, "revoke", taken)
+        return self._adjust(principal, "revoke", taken, key=key)
+
+    def revoke_all(self, principal: str) -> None:
+        """Remove all permissions of a principal, those on single keys included.
+
+        :raise PrincipalNotFoundError: When there is no such principal.
+        """
+        self._ask("DELETE", _path("access/policies", principal))
 
     def _change(self, principal: str, document: Mapping[str, object]) -> PrincipalInfo:
         answer = self._ask("PATCH", _path("identity/principals", principal), document)
         return _decoded(answer, PrincipalInfo)
 
     def _adjust(
-        self, principal: str, change: str, permissions: Iterable[Permission]
+        self, principal: str, change: str, permissions: Iterable[Permission], *, key: str | None = None
     ) -> frozenset[Permission]:
-        document = {change: sorted(permission.value for permission in permissions)}
+        document = {change: sorted(permission.value for permission in permissions), "key": key}
         answer = self._ask("PATCH", _path("access/policies", principal), document)
-        return _decoded(answer, _AccessPolicy).permissions
+        return _decoded(answer, AccessPolicy).on(key)
 
     def new_credential_file(
         self, path: Path, name: str, *, role: Role = Role.NONE, expires: int | None = None

@@ -12,6 +12,7 @@ from urllib.parse import urlencode
 from virt_sse.errors import (
     InvalidValueError,
     KeyDeniedError,
+    KeyNotFoundError,
     KeyProviderUnavailableError,
     PrincipalExistsError,
     PrincipalNotFoundError,
@@ -133,7 +134,17 @@ def checked(response: Response) -> Mapping[str, object]:
         404: PrincipalNotFoundError,
         409: PrincipalExistsError,
     }
-    raise kinds.get(response.status, VaultError)(f"the key vault refused ({describe(response)})")
+    kind = KeyNotFoundError if _code(response) == "KeyNotFound" else kinds.get(response.status, VaultError)
+    raise kind(f"the key vault refused ({describe(response)})")
+
+
+def _code(response: Response) -> object:
+    """The most exact code of an error in Azure's form."""
+    error = response.body.get("error")
+    if not isinstance(error, dict):
+        return None
+    inner = error.get("innererror")
+    return inner.get("code") if isinstance(inner, dict) else error.get("code")
 
 
 def describe(response: Response) -> str:
@@ -141,8 +152,6 @@ def describe(response: Response) -> str:
     error = response.body.get("error")
     said = response.body.get("error_description") if isinstance(error, str) else None
     if isinstance(error, dict):
-        inner = error.get("innererror")
-        code = inner.get("code") if isinstance(inner, dict) else error.get("code")
-        said = f"{code}: {error.get('message')}"
+        said = f"{_code(response)}: {error.get('message')}"
     text = printable(" ".join(str(said).split())[:300].rstrip(".")) if said else ""
     return f"{response.status} {text}".rstrip()

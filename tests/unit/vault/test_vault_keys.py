@@ -239,3 +239,30 @@ def test_material_and_keys_do_not_print(vault: Vault) -> None:
     stored = record.stored
     assert repr(stored)[2:20] not in repr(record) + repr(opened)
     assert "RSAPrivateKey" not in repr(opened)
+
+
+def test_names_differ_by_more_than_case(vault: Vault) -> None:
+    first = vault.keys.create("Web", "RSA", 2048, NewKey())
+    second = vault.keys.create("web", "RSA", 2048, NewKey())
+    assert second.name == "Web"
+    assert vault.keys.versions("WEB") == [first, second]
+    assert vault.keys.count() == (1, 0)
+    used, wrapped = vault.keys.encrypt("wrapKey", "wEB", first.version, "RSA-OAEP-256", b"dek")
+    assert used == first
+    assert vault.keys.decrypt("unwrapKey", "web", first.version, "RSA-OAEP-256", wrapped)[1] == b"dek"
+    vault.keys.update("WEB", first.version, attributes={"enabled": False}, operations=None, tags=None)
+    with pytest.raises(Refusal, match="disabled"):
+        vault.keys.encrypt("wrapKey", "wEB", first.version, "RSA-OAEP-256", b"dek")
+    vault.rotation.set_policy("web", {"attributes": {"expiryTime": "P90D"}})
+    assert vault.rotation.policy("wEb") == vault.rotation.policy("Web")
+    blob = vault.backups.backup("web")
+    vault.keys.delete("WEB")
+    for name in ("web", "Web"):
+        with pytest.raises(Refusal, match="deleted but recoverable"):
+            vault.keys.create(name, "RSA", 2048, NewKey())
+    assert vault.keys.recover("web").name == "Web"
+    with pytest.raises(Refusal, match="exists already"):
+        vault.backups.restore(blob)
+    vault.keys.delete("web")
+    vault.keys.purge("wEB")
+    assert vault.keys.create("web", "RSA", 2048, NewKey()).name == "web"

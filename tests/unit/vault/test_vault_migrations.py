@@ -23,6 +23,8 @@ from virt_sse.vault.home.tables import metadata
 from virt_sse.vault.keys.records import NewKey
 from virt_sse.vault.vault import open_vault
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*expression-based index")
+
 BEFORE_ALEMBIC = """
 CREATE TABLE keys (name VARCHAR(127) NOT NULL, deleted INTEGER, purge INTEGER, policy TEXT,
     PRIMARY KEY (name));

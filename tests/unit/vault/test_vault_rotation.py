@@ -7,6 +7,7 @@ from virt_sse.errors import InvalidValueError
 from virt_sse.vault.http.limits import Limits
 from virt_sse.vault.keys.durations import seconds_of
 from virt_sse.vault.keys.records import Attributes, NewKey
+from virt_sse.vault.properties import LAST_MOMENT
 from virt_sse.vault.rate_limit import RateLimit
 from virt_sse.vault.refusals import Refusal
 from virt_sse.vault.trail import Trail
@@ -54,6 +55,34 @@ def test_a_disabled_key_is_not_given_a_usable_version(vault: Vault, clock: Clock
     vault.rotation.set_policy("kek", AFTER_30_DAYS)
     clock.now += 365 * DAY
     assert vault.rotation.due() == []
+
+
+def test_a_disabled_key_is_not_rotated_on_request(vault: Vault) -> None:
+    vault.keys.create("kek", "RSA", 2048, NewKey(attributes=Attributes(enabled=False)))
+    with pytest.raises(Refusal, match="not allowed on a disabled key"):
+        vault.rotation.rotate("kek")
+    assert len(vault.keys.versions("kek")) == 1
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"attributes": {"expiryTime": "P9999Y"}},
+        {
+            "lifetimeActions": [{"trigger": {"timeAfterCreate": "P101Y"}, "action": {"type": "Rotate"}}],
+        },
+    ],
+)
+def test_a_time_that_clients_cannot_show_is_refused(vault: Vault, document: dict[str, object]) -> None:
+    vault.keys.create("kek", "RSA", 2048, NewKey())
+    with pytest.raises(Refusal, match="at most 100 years"):
+        vault.rotation.set_policy("kek", document)
+
+
+def test_an_absurd_policy_of_an_older_version_makes_no_absurd_expiry(vault: Vault) -> None:
+    vault.keys.create("kek", "RSA", 2048, NewKey())
+    vault.keys._store.set_policy("kek", lambda _: '{"attributes": {"expiryTime": "P9999Y"}}')
+    assert vault.rotation.rotate("kek").attributes.expires == LAST_MOMENT
 
 
 def test_a_deleted_key_is_not_rotated(vault: Vault, clock: Clock) -> None:

@@ -16,7 +16,7 @@ from virt_sse.system.migrations import UnknownRevisionError, revision_of, upgrad
 from virt_sse.system.sqlite import READ_ONLY, reason, sqlite_engine
 from virt_sse.vault.refusals import FailureRefusal
 
-SCHEMA = "0001"
+SCHEMA = "0002"
 """The newest migration. A constant, so that up-to-date databases are recognised without importing Alembic."""
 
 _DEVELOPMENT_SCHEMAS = range(3)

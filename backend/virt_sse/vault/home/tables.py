@@ -14,6 +14,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 
 metadata = MetaData()
@@ -25,7 +26,9 @@ keys = Table(
     Column("deleted", Integer),
     Column("purge", Integer),
     Column("policy", Text),
+    Index("keys_by_lower_name", text("lower(name)"), unique=True),
 )
+"""Two keys never differ in the case of their names alone."""
 
 versions = Table(
     "versions",
@@ -78,6 +81,16 @@ permissions = Table(
     Column("client_id", String(36), ForeignKey("principals.client_id", ondelete="CASCADE"), primary_key=True),
     Column("permission", String(32), primary_key=True),
 )
+
+key_permissions = Table(
+    "key_permissions",
+    metadata,
+    Column("client_id", String(36), ForeignKey("principals.client_id", ondelete="CASCADE"), primary_key=True),
+    Column("key", String(127), primary_key=True),
+    Column("permission", String(32), primary_key=True),
+    Index("key_permissions_by_key", "key"),
+)
+"""Permissions on a single key, by its name in lower case; they end with the key."""
 
 assertions = Table(
     "assertions",

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
@@ -53,6 +54,9 @@ from virt_sse.vault.vault import Vault
 
 _log = logging.getLogger(__name__)
 
+_API_VERSION = re.compile(
+    r"(?:2016-10-01|7\.[0-6](?:-preview(?:\.\d)?)?|2025-0\d-01(?:-preview)?)\Z", re.ASCII
+)
 _LONGEST_PATH = 1024
 _TOKEN_REQUEST_LIMIT = 16 << 10
 T = TypeVar("T")
@@ -149,7 +153,10 @@ class _Endpoint:
         try:
             principal = self._principal(token)
             request = request.by(principal)
-            self._permit(principal)
+            self._permit(principal, scope["path_params"].get("name", ""))
+            query = dict(parse_qsl(scope["query_string"].decode("latin-1")))
+            if self._operation.is_azures:
+                _check_api_version(query)
             body = await read_body(receive, headers, self._operation.body_limit)
         except Refusal as refusal:
             await _run(self._application.quick, partial(self._application.trail.refused, request, refusal))
@@ -158,7 +165,7 @@ class _Endpoint:
             vault=self._vault,
             principal=principal,
             path=dict(scope["path_params"]) | {"path": scope["path"]},
-            query=dict(parse_qsl(scope["query_string"].decode("latin-1"))),
+            query=query,
             body=body,
         )
         pool = self._application.slow if self._operation.slow else self._application.quick
@@ -170,9 +177,9 @@ class _Endpoint:
             raise unauthorized("The token must be a bearer token.")
         return self._vault.tokens.principal_of(token)
 
-    def _permit(self, principal: Principal) -> None:
+    def _permit(self, principal: Principal, key: str) -> None:
         permission = self._operation.permission
-        if permission is not None and permission not in principal.permissions:
+        if permission is not None and not principal.may(permission, key):
             raise forbidden(
                 f"The application 'appid={principal.client_id};oid={principal.object_id}' does not have keys "
                 f"{permission.value} permission on key vault '{self._vault.settings.name}'.",
@@ -250,6 +257,18 @@ class _TokenEndpoint:
             raise internal() from exc
         trail.allowed(request.by(principal), None)
         return answer
+
+
+def _check_api_version(query: Mapping[str, str]) -> None:
+    """Refuse a request for a version of Azure's interface that this vault does not know.
+
+    :raise Refusal: When the version is missing or unknown.
+    """
+    given = query.get("api-version")
+    if given is None:
+        raise bad_parameter("The query parameter api-version must be specified.")
+    if not _API_VERSION.match(given):
+        raise bad_parameter(f"The api-version {given[:32]!r} is not supported.")
 
 
 def _guarded(app: ASGIApp) -> ASGIApp:

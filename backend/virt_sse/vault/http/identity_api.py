@@ -80,8 +80,9 @@ def get_policy(call: Call) -> Reply:
 
 def set_policy(call: Call) -> Reply:
     _require_administrator(call)
-    permissions = _permissions(call.document(), "permissions")
-    return Reply(_policy(call.vault.principals.grant(_managed(call), permissions)))
+    document = call.document()
+    permissions = _permissions(document, "permissions")
+    return Reply(_policy(call.vault.principals.grant(_managed(call), permissions, key=_key(call, document))))
 
 
 def adjust_policy(call: Call) -> Reply:
@@ -89,14 +90,17 @@ def adjust_policy(call: Call) -> Reply:
     _require_administrator(call)
     document = {"grant": [], "revoke": []} | call.document()
     changed = call.vault.principals.adjust(
-        _managed(call), granted=_permissions(document, "grant"), revoked=_permissions(document, "revoke")
+        _managed(call),
+        granted=_permissions(document, "grant"),
+        revoked=_permissions(document, "revoke"),
+        key=_key(call, document),
     )
     return Reply(_policy(changed))
 
 
 def remove_policy(call: Call) -> Reply:
     _require_administrator(call)
-    call.vault.principals.grant(_managed(call), ())
+    call.vault.principals.revoke_all(_managed(call))
     return Reply(None, 204)
 
 
@@ -150,8 +154,22 @@ def _policy(principal: Principal) -> dict[str, object]:
     return {
         "client_id": principal.client_id,
         "name": principal.name,
-        "permissions": [p.value for p in Permission if p in principal.permissions],
+        "permissions": _values(principal.permissions),
+        "keys": {
+            key: _values(granted) for key, granted in sorted(principal.key_permissions.items()) if granted
+        },
     }
+
+
+def _values(permissions: frozenset[Permission]) -> list[str]:
+    return [permission.value for permission in Permission if permission in permissions]
+
+
+def _key(call: Call, document: Mapping[str, object]) -> str | None:
+    """The key whose permissions are meant, an existing one; ``None`` for all keys."""
+    if document.get("key") is None:
+        return None
+    return call.vault.keys.existing(properties.string(document, "key"))
 
 
 def _permissions(document: Mapping[str, object], field: str) -> list[Permission]:

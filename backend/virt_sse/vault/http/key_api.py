@@ -24,6 +24,7 @@ _MOST_RANDOM_BYTES = 128
 
 def create(call: Call) -> Reply:
     document = call.document()
+    wire.refuse_unsupported(document)
     record = call.vault.keys.create(
         call.name,
         wire.key_type(document),
@@ -36,6 +37,7 @@ def create(call: Call) -> Reply:
 def import_key(call: Call) -> Reply:
     """Import."""
     document = call.document()
+    wire.refuse_unsupported(document)
     key = properties.table(document, "key")
     key_type = wire.key_type(key)
     if (document.get("Hsm") or document.get("hsm")) and not key_type.endswith("-HSM"):
@@ -56,6 +58,7 @@ def get(call: Call) -> Reply:
 
 def update(call: Call) -> Reply:
     document = call.document()
+    wire.refuse_unsupported(document)
     record = call.vault.keys.update(
         call.name,
         call.version,
@@ -69,7 +72,7 @@ def update(call: Call) -> Reply:
 def delete(call: Call) -> Reply:
     record, deletion = call.vault.keys.delete(call.name)
     bundles = call.bundles
-    return Reply(bundles.key(record) | bundles.deleted(deletion, call.name))
+    return Reply(bundles.key(record) | bundles.deleted(deletion, record.name))
 
 
 def list_keys(call: Call) -> Reply:
@@ -102,11 +105,12 @@ def list_deleted(call: Call) -> Reply:
 def get_deleted(call: Call) -> Reply:
     record, deletion = call.vault.keys.get_deleted(call.name)
     bundles = call.bundles
-    return Reply(bundles.key(record) | bundles.deleted(deletion, call.name))
+    return Reply(bundles.key(record) | bundles.deleted(deletion, record.name))
 
 
 def purge(call: Call) -> Reply:
     call.vault.keys.purge(call.name)
+    call.vault.principals.reload()
     return Reply(None, 204)
 
 

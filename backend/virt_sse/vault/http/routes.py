@@ -34,6 +34,11 @@ class Operation:
     recorded: bool = True
     body_limit: int = _BODY_LIMIT
 
+    @property
+    def is_azures(self) -> bool:
+        """Whether Azure Key Vault has the operation, which then needs an ``api-version``."""
+        return self.permission is not None
+
 
 def _read(path: str, action: str, handler: Handler, permission: Permission | None, subject: str) -> Operation:
     return Operation("GET", path, action, handler, permission, subject, recorded=False)

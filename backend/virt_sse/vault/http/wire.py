@@ -15,10 +15,11 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from virt_sse.vault.home.settings import VaultSettings
 from virt_sse.vault.keys.records import KEY_OPERATIONS, Attributes, Deletion, KeyVersion, NewKey
-from virt_sse.vault.properties import moment, string, table
+from virt_sse.vault.properties import integer, moment, string, table
 from virt_sse.vault.refusals import bad_parameter
 
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]*={0,2}\Z")
+_EXPONENT = 65537
 _MOST_TAGS = 15
 _LONGEST_TAG = 256
 _RSA_NUMBERS = ("n", "e", "d", "p", "q", "dp", "dq", "qi")
@@ -119,6 +120,19 @@ def attributes(document: Mapping[str, object]) -> dict[str, bool | int | None]:
     if source.get("exportable"):
         raise bad_parameter("Keys of this vault cannot be exported.")
     return given
+
+
+def refuse_unsupported(document: Mapping[str, object]) -> None:
+    """Refuse choices of a new key that this vault does not offer, instead of making another key.
+
+    :raise Refusal: For a release policy, an exportable key, a curve, and an exponent other than 65537.
+    """
+    if document.get("release_policy") is not None:
+        raise bad_parameter("Property release_policy: keys of this vault cannot be released.")
+    if document.get("crv") is not None:
+        raise bad_parameter("Property crv: keys of this vault are RSA keys.")
+    if integer(document, "public_exponent", _EXPONENT) != _EXPONENT:
+        raise bad_parameter(f"Property public_exponent must be {_EXPONENT}.")
 
 
 def new_key(document: Mapping[str, object], key: Mapping[str, object]) -> NewKey:

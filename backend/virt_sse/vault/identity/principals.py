@@ -46,6 +46,8 @@ class Principal:
     :ivar public_key: verifies the principal's client assertions; PEM.
     :ivar expires: when the principal expires; seconds since 1970.
     :ivar created_by: the creating principal; ``None`` for principals made by ``vault init``.
+    :ivar permissions: on all keys.
+    :ivar key_permissions: further permissions on single keys, by their names in lower case.
     """
 
     client_id: str
@@ -58,6 +60,11 @@ class Principal:
     created: int
     created_by: str | None
     permissions: frozenset[Permission]
+    key_permissions: Mapping[str, frozenset[Permission]] = field(default_factory=dict)
+
+    def may(self, permission: Permission, key: str) -> bool:
+        """Check for a permission on a key, by its name; the empty name stands for all keys."""
+        return permission in self.permissions or permission in self.key_permissions.get(key.lower(), ())
 
     def active(self, now: float) -> bool:
         """Check that the principal is enabled and not expired."""
@@ -163,17 +170,38 @@ class Principals:
             )
         return changed
 
-    def grant(self, principal: Principal, permissions: Iterable[Permission]) -> Principal:
-        """Set a principal's permissions on keys, replacing earlier permissions."""
+    def grant(
+        self, principal: Principal, permissions: Iterable[Permission], *, key: str | None = None
+    ) -> Principal:
+        """Set a principal's permissions, replacing earlier permissions.
+
+        :param key: name of the key; ``None`` for the permissions on all keys.
+        """
         granted = frozenset(permissions)
-        return self._set(principal, lambda _present: granted)
+        return self._set(principal, key, lambda _present: granted)
 
     def adjust(
-        self, principal: Principal, *, granted: Iterable[Permission], revoked: Iterable[Permission]
+        self,
+        principal: Principal,
+        *,
+        granted: Iterable[Permission],
+        revoked: Iterable[Permission],
+        key: str | None = None,
     ) -> Principal:
-        """Add permissions on keys to a principal, and remove others; permissions not named are kept."""
+        """Add permissions to a principal, and remove others; permissions not named are kept.
+
+        :param key: as for :meth:`grant`.
+        """
         added, removed = frozenset(granted), frozenset(revoked)
-        return self._set(principal, lambda present: (present | added) - removed)
+        return self._set(principal, key, lambda present: (present | added) - removed)
+
+    def revoke_all(self, principal: Principal) -> Principal:
+        """Remove all permissions of a principal, those on single keys included."""
+        with self._changing() as connection:
+            found = _of(_read(connection), principal)
+            changed = dataclasses.replace(found, permissions=frozenset(), key_permissions={})
+            _set_permissions(connection, changed)
+        return changed
 
     def delete(self, principal: Principal) -> None:
         """Delete a principal with its permissions; its access tokens are invalid from now on."""
@@ -185,12 +213,26 @@ class Principals:
                 tables.principals.delete().where(tables.principals.c.client_id == found.client_id)
             )
 
+    def reload(self) -> None:
+        """Read all principals again: the purge of a key has ended the permissions on the key."""
+        with self._lock:
+            self._load()
+
     def _set(
-        self, principal: Principal, permissions: Callable[[frozenset[Permission]], frozenset[Permission]]
+        self,
+        principal: Principal,
+        key: str | None,
+        permissions: Callable[[frozenset[Permission]], frozenset[Permission]],
     ) -> Principal:
         with self._changing() as connection:
             found = _of(_read(connection), principal)
-            changed = dataclasses.replace(found, permissions=permissions(found.permissions))
+            if key is None:
+                changed = dataclasses.replace(found, permissions=permissions(found.permissions))
+            else:
+                name = key.lower()
+                present = found.key_permissions.get(name, frozenset())
+                on_keys = {**found.key_permissions, name: permissions(present)}
+                changed = dataclasses.replace(found, key_permissions=on_keys)
             _set_permissions(connection, changed)
         return changed
 
@@ -244,7 +286,11 @@ def _read(connection: Connection) -> dict[str, Principal]:
     rows: dict[str, list[Row[Any]]] = {}
     for row in connection.execute(query):
         rows.setdefault(row.client_id, []).append(row)
-    return {client_id: _principal(group) for client_id, group in rows.items()}
+    on_keys: dict[str, dict[str, frozenset[Permission]]] = {}
+    for row in connection.execute(sa.select(tables.key_permissions)):
+        of_principal = on_keys.setdefault(row.client_id, {})
+        of_principal[row.key] = of_principal.get(row.key, frozenset()) | {Permission(row.permission)}
+    return {client_id: _principal(group, on_keys.get(client_id, {})) for client_id, group in rows.items()}
 
 
 def _of(present: Mapping[str, Principal], principal: Principal) -> Principal:
@@ -273,9 +319,15 @@ def _set_permissions(connection: Connection, principal: Principal) -> None:
     connection.execute(table.delete().where(table.c.client_id == principal.client_id))
     for permission in principal.permissions:
         connection.execute(table.insert().values(client_id=principal.client_id, permission=permission.value))
+    table = tables.key_permissions
+    connection.execute(table.delete().where(table.c.client_id == principal.client_id))
+    for key, permissions in principal.key_permissions.items():
+        for permission in permissions:
+            values = {"client_id": principal.client_id, "key": key, "permission": permission.value}
+            connection.execute(table.insert().values(values))
 
 
-def _principal(rows: list[Row[Any]]) -> Principal:
+def _principal(rows: list[Row[Any]], on_keys: Mapping[str, frozenset[Permission]]) -> Principal:
     first = rows[0]
     return Principal(
         client_id=first.client_id,
@@ -288,4 +340,5 @@ def _principal(rows: list[Row[Any]]) -> Principal:
         created=first.created,
         created_by=first.created_by,
         permissions=frozenset(Permission(row.permission) for row in rows if row.permission is not None),
+        key_permissions=on_keys,
     )

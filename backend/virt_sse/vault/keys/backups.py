@@ -9,7 +9,7 @@ from typing import Any
 from virt_sse.errors import VaultError
 from virt_sse.vault.home.sealing import Sealer
 from virt_sse.vault.keys.material import PublicKey
-from virt_sse.vault.keys.records import Attributes, KeyVersion, check_name
+from virt_sse.vault.keys.records import Attributes, KeyVersion
 from virt_sse.vault.keys.service import KeyService
 from virt_sse.vault.keys.store import KeyStore
 from virt_sse.vault.refusals import bad_parameter
@@ -34,7 +34,7 @@ class Backups:
 
         :raise Refusal: When there is no such key.
         """
-        versions, policy = self._store.versions_and_policy(check_name(name))
+        versions, policy = self._store.versions_and_policy(self._keys.named(name))
         document = {
             "format": _FORMAT,
             "policy": policy,

@@ -37,6 +37,7 @@ class OpenedKeys:
     def get(self, name: str, version: str, opened: Callable[[], OpenedKey]) -> OpenedKey:
         """Return a version, opened by *opened* if necessary; failures of *opened* are not cached.
 
+        :param name: in lower case.
         :param version: empty for the newest version.
         """
         slot = (name, version)
@@ -55,7 +56,7 @@ class OpenedKeys:
         return entry
 
     def forget(self, name: str) -> None:
-        """Drop all versions of a key, after a change."""
+        """Drop all versions of a key, given in lower case, after a change."""
         with self._lock:
             self._changes += 1
             for slot in [slot for slot in self._entries if slot[0] == name]:

@@ -13,15 +13,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from virt_sse.vault.keys.durations import seconds_of
-from virt_sse.vault.keys.records import KeyVersion, check_name
+from virt_sse.vault.keys.records import KeyVersion
 from virt_sse.vault.keys.service import KeyService
 from virt_sse.vault.keys.store import KeyStore
-from virt_sse.vault.properties import integer, string, table
-from virt_sse.vault.refusals import Refusal, bad_parameter, conflict
+from virt_sse.vault.properties import LAST_MOMENT, integer, string, table
+from virt_sse.vault.refusals import Refusal, bad_parameter, conflict, forbidden
 
 _DAY = 86400
 SHORTEST_ROTATION = 7 * _DAY
 _SHORTEST_LIFE = 4 * SHORTEST_ROTATION
+_LONGEST = 100 * 365 * _DAY
 _NOTIFY = {"trigger": {"timeBeforeExpiry": "P30D"}, "action": {"type": "Notify"}}
 
 
@@ -72,9 +73,15 @@ class RotationPolicies:
     def rotate(self, name: str) -> KeyVersion:
         """Make a new version now.
 
-        :raise Refusal: When there is no such key.
+        :raise Refusal: When there is no such key, or the key is disabled: its new version would be usable.
         """
-        return self._keys.rotate(name, lambda _newest, policy: self._expiry(policy))
+
+        def expiry(newest: KeyVersion, policy: str | None) -> int | None:
+            if not newest.attributes.enabled:
+                raise forbidden("Operation rotate is not allowed on a disabled key.", "KeyDisabled")
+            return self._expiry(policy)
+
+        return self._keys.rotate(name, expiry)
 
     def rotate_due(self, name: str) -> KeyVersion:
         """Make a new version if a rotation is due.
@@ -94,7 +101,7 @@ class RotationPolicies:
 
         :raise Refusal: When there is no such key.
         """
-        stored = self._store.policy(check_name(name))
+        stored = self._store.policy(self._keys.named(name))
         return json.loads(stored) if stored else {"lifetimeActions": [_NOTIFY], "attributes": {}}
 
     def set_policy(self, name: str, document: Mapping[str, object]) -> dict[str, object]:
@@ -103,7 +110,7 @@ class RotationPolicies:
         :raise Refusal: When the policy is invalid, or there is no such key.
         """
         policy = self._parse(document)
-        self._refuse_short(policy)
+        self._check_durations(policy)
         now = int(self._clock())
         attributes: dict[str, object] = {"created": now, "updated": now}
         expiry = table(document, "attributes").get("expiryTime")
@@ -116,7 +123,7 @@ class RotationPolicies:
                 attributes["created"] = integer(table(json.loads(before), "attributes"), "created", now)
             return json.dumps(kept)
 
-        self._store.set_policy(check_name(name), changed)
+        self._store.set_policy(self._keys.named(name), changed)
         return kept
 
     def due(self) -> list[str]:
@@ -133,7 +140,7 @@ class RotationPolicies:
     def _expiry(self, policy: str | None) -> int | None:
         """Compute the expiry of a version made now, in seconds since 1970."""
         lifetime = self._parse(json.loads(policy)).expiry if policy else None
-        return None if lifetime is None else int(self._clock()) + lifetime
+        return None if lifetime is None else min(int(self._clock()) + lifetime, LAST_MOMENT)
 
     def _parse(self, document: Mapping[str, object]) -> RotationPolicy:
         expiry = _seconds(table(document, "attributes"), "expiryTime")
@@ -158,11 +165,13 @@ class RotationPolicies:
             raise bad_parameter("Rotating before expiry needs an expiryTime.")
         return RotationPolicy(expiry, after, before, {"lifetimeActions": kept or [_NOTIFY]})
 
-    def _refuse_short(self, policy: RotationPolicy) -> None:
-        """Refuse intervals too short for the key's users to follow."""
+    def _check_durations(self, policy: RotationPolicy) -> None:
+        """Refuse intervals too short for the key's users to follow, and times that clients cannot show."""
         life = min(_SHORTEST_LIFE, 4 * self._shortest)
         if policy.expiry is not None and policy.expiry < life:
             raise bad_parameter(f"Property expiryTime must be at least {life} seconds.")
+        if any(each is not None and each > _LONGEST for each in (policy.expiry, policy.after_create)):
+            raise bad_parameter("A duration in a rotation policy is at most 100 years.")
         for interval in (policy.after_create, policy.before_expiry):
             if interval is not None and interval < self._shortest:
                 raise bad_parameter(f"Keys are rotated at intervals of at least {self._shortest} seconds.")

@@ -57,6 +57,17 @@ class KeyService:
         self._clock = clock
         self._opened = OpenedKeys(_OPENED_KEYS)
 
+    def named(self, name: str) -> str:
+        """The name of a key, live or deleted, in the case of its creation; *name* itself without such a key.
+
+        Names differ by more than case, as in Azure.
+        """
+        return self._store.present_name(check_name(name)) or name
+
+    def existing(self, name: str) -> str:
+        """The name of a live key, in the case of its creation."""
+        return self._store.get(self.named(name)).name
+
     def create(self, name: str, key_type: str, bits: int, new: NewKey) -> KeyVersion:
         """Make a key, or a new version of an existing key."""
         protection = self._backend_for_new(key_type)
@@ -77,7 +88,8 @@ class KeyService:
         :param expiry: called with the newest version and the rotation policy in the transaction of the
             rotation, for the new version's expiry; a refusal prevents the rotation.
         """
-        like = self._store.get(check_name(name))
+        name = self.named(name)
+        like = self._store.get(name)
         protection, bits = self._backend_for_new(like.key_type), like.public.bits
 
         def add(made: KeyVersion) -> KeyVersion:
@@ -97,11 +109,11 @@ class KeyService:
 
     def get(self, name: str, version: str = "") -> KeyVersion:
         """Return a version, by default the newest; disabled and expired versions included."""
-        return self._store.get(check_name(name), check_version(version))
+        return self._store.get(self.named(name), check_version(version))
 
     def versions(self, name: str) -> list[KeyVersion]:
         """List all versions, oldest first."""
-        return self._store.versions(check_name(name))
+        return self._store.versions(self.named(name))
 
     def newest(self, *, after: str, limit: int) -> list[KeyVersion]:
         """List the newest versions of the keys with names after *after*, by name."""
@@ -133,18 +145,18 @@ class KeyService:
             return record
 
         try:
-            return self._store.change(check_name(name), check_version(version), changed)
+            return self._store.change(self.named(name), check_version(version), changed)
         finally:  # a commit may succeed although its answer is lost
-            self._opened.forget(name)
+            self._opened.forget(name.lower())
 
     def delete(self, name: str) -> tuple[KeyVersion, Deletion]:
         """Delete a key with all its versions, recoverably."""
         now = int(self._clock())
         deletion = Deletion(now, now + self._settings.retention_days * _DAY)
         try:
-            return self._store.delete(check_name(name), deletion), deletion
+            return self._store.delete(self.named(name), deletion), deletion
         finally:
-            self._opened.forget(name)
+            self._opened.forget(name.lower())
 
     def deleted(self, *, after: str, limit: int) -> list[tuple[KeyVersion, Deletion]]:
         """List the deleted keys with names after *after*, by name."""
@@ -152,11 +164,11 @@ class KeyService:
 
     def get_deleted(self, name: str) -> tuple[KeyVersion, Deletion]:
         """Return a deleted key."""
-        return self._store.get_deleted(check_name(name))
+        return self._store.get_deleted(self.named(name))
 
     def recover(self, name: str) -> KeyVersion:
         """Recover a deleted key."""
-        return self._store.recover(check_name(name))
+        return self._store.recover(self.named(name))
 
     def purge(self, name: str) -> None:
         """Purge a deleted key irrecoverably; data wrapped with the key is lost."""
@@ -165,7 +177,8 @@ class KeyService:
                 'Operation "purge" is not allowed because purge protection is enabled for this vault.',
                 "PurgeProtectionEnabled",
             )
-        self._store.get_deleted(check_name(name))
+        name = self.named(name)
+        self._store.get_deleted(name)
         for key_type in self._store.key_types(name):
             self._backend_of(key_type).require()
         self._purge(name, due=None)
@@ -230,7 +243,9 @@ class KeyService:
             )
         check_name(name)
         check_version(version)
-        key = self._opened.get(name, version, lambda: self._open(self._store.get(name, version)))
+        key = self._opened.get(
+            name.lower(), version, lambda: self._open(self._store.get(self.named(name), version))
+        )
         refusal = self._refusal_of(operation, key.record)
         if refusal is not None:
             raise refusal
@@ -312,8 +327,8 @@ class KeyService:
         :param make: makes the material of a given version.
         :param add: stores the version, in one transaction, and returns the stored version.
         """
-        version = new_version()
-        leftover = Leftover(check_name(name), version, protection.key_type)
+        name, version = self.named(name), new_version()
+        leftover = Leftover(name, version, protection.key_type)
         with self._disposal.making(leftover) if protection.outside else contextlib.nullcontext():
             public, stored = make(version)
             now = int(self._clock())
@@ -332,7 +347,7 @@ class KeyService:
             try:
                 return (add or self._store.add)(record)
             finally:
-                self._opened.forget(name)
+                self._opened.forget(name.lower())
 
 
 def _check_window(attributes: Attributes) -> None:

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
 from virt_sse.vault.home.database import Database
-from virt_sse.vault.home.tables import keys, leftovers, versions
+from virt_sse.vault.home.tables import key_permissions, keys, leftovers, versions
 from virt_sse.vault.keys.material import PublicKey
 from virt_sse.vault.keys.records import Attributes, Deletion, KeyVersion, Leftover
 from virt_sse.vault.refusals import conflict, key_not_found
@@ -38,7 +38,10 @@ class KeyStore:
         """
         with self._database.writing() as connection:
             _refuse_deleted(connection, record.name)
-            if not _exists(connection, record.name):
+            present = _present_name(connection, record.name)
+            if present not in (None, record.name):
+                raise conflict(f"A key named {present} was made meanwhile.", "KeyAlreadyExists")
+            if present is None:
                 connection.execute(keys.insert().values(name=record.name))
             _take_up(connection, [record])
         return record
@@ -64,10 +67,15 @@ class KeyStore:
         name = records[0].name
         with self._database.writing() as connection:
             _refuse_deleted(connection, name)
-            if _exists(connection, name):
-                raise conflict(f"A key named {name} exists already.", "KeyAlreadyExists")
+            if present := _present_name(connection, name):
+                raise conflict(f"A key named {present} exists already.", "KeyAlreadyExists")
             connection.execute(keys.insert().values(name=name, policy=policy))
             _take_up(connection, records)
+
+    def present_name(self, name: str) -> str | None:
+        """The name of the key, live or deleted, that differs from *name* in case at most."""
+        with self._database.reading() as connection:
+            return _present_name(connection, name)
 
     def get(self, name: str, version: str = "") -> KeyVersion:
         """Return a version, by default the newest.
@@ -181,6 +189,7 @@ class KeyStore:
                 raise conflict(f"The retention period of the deleted key {name} has not ended.")
             connection.execute(leftovers.insert().from_select(columns, found))
             connection.execute(keys.delete().where(keys.c.name == name))
+            connection.execute(key_permissions.delete().where(key_permissions.c.key == name.lower()))
 
     def announce(self, leftover: Leftover) -> None:
         """List material as leftover before it is made outside the database, until its version is added."""
@@ -293,12 +302,14 @@ def _newest_of_each(condition: sa.ColumnElement[bool], after: str) -> sa.Select[
     )
 
 
-def _exists(connection: Connection, name: str) -> bool:
-    return connection.scalar(sa.select(keys.c.name).where(keys.c.name == name)) is not None
+def _present_name(connection: Connection, name: str) -> str | None:
+    found = sa.select(keys.c.name).where(sa.func.lower(keys.c.name) == name.lower())
+    return connection.scalar(found)
 
 
 def _refuse_deleted(connection: Connection, name: str) -> None:
-    if connection.scalar(sa.select(keys.c.deleted).where(keys.c.name == name)) is not None:
+    same = sa.func.lower(keys.c.name) == name.lower()
+    if connection.scalar(sa.select(keys.c.deleted).where(same)) is not None:
         raise conflict(
             f"Key {name} is currently in a deleted but recoverable state, and its name cannot be reused; "
             "in this state, the key can only be recovered or purged.",
