@@ -12,9 +12,9 @@ from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, 
 from virt_sse.cli.session import backend
 from virt_sse.errors import VirtSseError
 from virt_sse.model.disk_kind import DiskKind
-from virt_sse.model.disks import parse_size
 from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.model.layers import EncryptionType, Placement
+from virt_sse.model.sizes import parse_size
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 

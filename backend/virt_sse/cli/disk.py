@@ -18,7 +18,7 @@ from virt_sse.cli.vm_inspect import disk_inspect
 from virt_sse.errors import CertificateError, InvalidValueError, LibvirtUnavailableError, PolicyError
 from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import Disk, DiskSku, NewDisk, parse_size
+from virt_sse.model.disks import Disk, DiskSku, NewDisk, parse_disk_size
 from virt_sse.model.layers import EncryptionType
 from virt_sse.system.files import write_new
 
@@ -88,7 +88,7 @@ def create(
         raise InvalidValueError(f"no size for disk {name!r}", hint="pass --size, or --image")
     new = NewDisk(
         name=name,
-        size=parse_size(size) if size is not None else None,
+        size=parse_disk_size(size) if size is not None else None,
         format=image_format,
         sku=sku,
         encryption_set=des,
@@ -334,7 +334,7 @@ def resize(
 ) -> None:
     """Resize a disk, also while a domain uses the disk."""
     with backend() as b:
-        disk = b.disks.resize(name, parse_size(size), shrink=shrink)
+        disk = b.disks.resize(name, parse_disk_size(size), shrink=shrink)
     print_disk(disk, output)
 
 

@@ -15,7 +15,7 @@ from virt_sse.cli.vm_encrypt import vm_encrypt
 from virt_sse.cli.vm_inspect import vm_inspect
 from virt_sse.cli.vm_verify import vm_verify
 from virt_sse.errors import InvalidValueError
-from virt_sse.model.disks import parse_size
+from virt_sse.model.disks import parse_disk_size
 from virt_sse.model.layers import HostCaching
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def update(
         if temp_disk_size is None
         else None
         if temp_disk_size == _NONE
-        else parse_size(temp_disk_size),
+        else parse_disk_size(temp_disk_size),
         caching=dict(_caching(each) for each in disk_caching or ()),
         refresh_disks=refresh_disks,
         accelerate=KEEP if accelerate is None else accelerate is Switch.ON,

@@ -16,7 +16,7 @@ from virt_sse.cli.session import backend
 from virt_sse.errors import InvalidValueError
 from virt_sse.model.ciphers import AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import parse_size
+from virt_sse.model.sizes import parse_size
 
 
 def vm_encrypt(
