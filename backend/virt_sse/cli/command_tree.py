@@ -18,8 +18,10 @@ from virt_sse.cli.examples import example
 from virt_sse.errors import InvalidValueError, VirtSseError, report
 
 _USAGE = 2
-_USAGE_ERROR, _ANY_ERROR = typer.BadParameter.__mro__[1:3]
-"""click's ``UsageError`` and ``ClickException``, of which typer has a copy."""
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+"""click's ``UsageError``, of which typer has a copy."""
+_ANY_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
+"""click's ``ClickException``, likewise."""
 _OF_NAMES = {"des": "SET"}
 """Placeholders of options whose name is no word for their value."""
 
@@ -30,7 +32,7 @@ def placeholder(option: str) -> str:
     return _OF_NAMES.get(name) or name.rpartition("-")[2].upper()
 
 
-class Command(TyperCommand):
+class HelpfulCommand(TyperCommand):
     """A command, with the global options, with an example in its help."""
 
     def __init__(self, *arguments: Any, params: list[Any] | None = None, **options: Any) -> None:
@@ -53,7 +55,7 @@ class Command(TyperCommand):
         _write_global_options(formatter)
 
 
-class Group(TyperGroup):
+class HelpfulGroup(TyperGroup):
     """A group of commands; without a command, its help is printed as a usage error."""
 
     def __init__(self, *arguments: Any, params: list[Any] | None = None, **options: Any) -> None:
@@ -136,14 +138,14 @@ def _shared() -> list[TyperOption]:
 
 def use_classes(app: typer.Typer) -> None:
     """Let typer make the commands of *app* with the classes of this module."""
-    app.info.cls = Group
+    app.info.cls = HelpfulGroup
     for command in app.registered_commands:
         if command.cls in (None, TyperCommand):
-            command.cls = Command
+            command.cls = HelpfulCommand
     for group in app.registered_groups:
         if group.typer_instance:
             if isinstance(group.name, str):
-                group.cls = Group
+                group.cls = HelpfulGroup
             use_classes(group.typer_instance)
 
 

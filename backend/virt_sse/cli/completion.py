@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 _INSTRUCTION = "_VIRT_SSE_COMPLETE"
 _WORDS = ("COMP_WORDS", "_TYPER_COMPLETE_ARGS")
+_ZSH_AUTOLOADED = """
+if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
+  _virt_sse_completion "$@"
+else
+  compdef _virt_sse_completion virt-sse
+fi"""
+"""zsh runs a file of ``$fpath`` at the first completion, and takes its result for the completions."""
 _HARMLESS = re.compile(r"[A-Za-z0-9@+=%_][A-Za-z0-9@+=%_.:-]*", re.ASCII)
 """Names that mean nothing to a shell: zsh evaluates the answer as code."""
 
@@ -44,9 +51,10 @@ def completion(
 
 def script(shell: Shell) -> str:
     """The script for *shell*."""
-    from typer.completion import get_completion_script
+    from typer.completion import get_completion_script  # type: ignore[attr-defined]
 
-    return get_completion_script(prog_name="virt-sse", complete_var=_INSTRUCTION, shell=shell.value)
+    text = str(get_completion_script(prog_name="virt-sse", complete_var=_INSTRUCTION, shell=shell.value))
+    return text.replace("\ncompdef _virt_sse_completion virt-sse", _ZSH_AUTOLOADED)
 
 
 def is_wanted() -> bool:
@@ -61,7 +69,7 @@ def words() -> list[str]:
 
 def answer(app: typer.Typer) -> Never:
     """Print the completions that the shell asks for, and exit."""
-    from typer.completion import completion_init
+    from typer.completion import completion_init  # type: ignore[attr-defined]
 
     completion_init()
     with contextlib.suppress(Exception):

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from virt_sse.cli import host_hsm, session
-from virt_sse.cli.output import Output, OutputFormat, print_rows
+from virt_sse.cli import host_hsm, session, shell_files
+from virt_sse.cli.output import Output, OutputFormat, note, print_rows
 from virt_sse.cli.session import backend
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def init(
 ) -> None:
     """Create the platform keyring, the libvirt hook and this host's other files, unless they exist.
 
+    Among them are man pages and the completion of bash, zsh and fish, in /usr/local/share.
+
     With --accelerate, measure whether QEMU encrypts faster with virt-sse's library. If so, copy the library
     into QEMU's own folder, where AppArmor lets QEMU load libraries; 'vm update DOMAIN --accelerate on' makes
     a domain's QEMU load the copy. A library sees the keys in QEMU's memory: root alone may change the copy,
@@ -55,15 +57,15 @@ def init(
         changed = None
         if accelerate is not None:
             changed = (accelerate_guests if accelerate else stop_acceleration)(b.host.config)
-        made = initialise(b.host)
+        made = initialise(b.host) + shell_files.install(b.host.config.root)
     for thing in made:
-        typer.echo(f"made {thing}")
+        note(f"made {thing}")
     if any("hook" in thing for thing in made):
-        typer.echo("restart libvirtd (or virtqemud): the daemon looks for hooks only when it starts")
+        note("restart libvirtd (or virtqemud): the daemon looks for hooks only when it starts")
     if changed:
-        typer.echo(changed)
+        note(changed)
     elif not made:
-        typer.echo("nothing to do")
+        note("nothing to do")
 
 
 @app.command("list")
@@ -95,7 +97,7 @@ def fence(
     off, two guests may write to one disk. The fenced host is a member again once its machine was restarted.
     """
     with session.host() as host:
-        typer.echo(_fenced(host, host.store.hosts.get(name), yes=yes))
+        note(_fenced(host, host.store.hosts.get(name), yes=yes))
 
 
 def _fenced(host: Host, other: HostRecord, *, yes: bool) -> str:
@@ -157,7 +159,7 @@ def doctor(output: Output = OutputFormat.TABLE) -> None:
         rows = [{"part": each.part, "problem": each.problem, "remedy": each.remedy} for each in faults]
         print_rows(rows, ["part", "problem", "remedy"], output)
     else:
-        typer.echo("no faults found")
+        note("no faults found")
     if faults:
         raise typer.Exit(1)
 

@@ -1,15 +1,25 @@
 """The man pages, for groff and mandoc: ``virt-sse.1``, and a page for each noun.
 
 :mod:`virt_sse.cli.man_pages` puts the man pages into the wheel, and ``virt-sse host init`` onto a host.
+``python -m virt_sse.cli.roff DIRECTORY`` writes them.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import virt_sse
-from virt_sse.cli.reference import EXIT_STATUSES, PROGRAM, CommandReference, Parameter, sentence, usage
+from virt_sse.cli.reference import (
+    EXIT_STATUSES,
+    PROGRAM,
+    CommandReference,
+    Parameter,
+    command_line,
+    sentence,
+    usage,
+)
 from virt_sse.system.files import shared_folder, write_shared
 
 
@@ -101,3 +111,7 @@ def write_man_pages(directory: Path, root: CommandReference) -> list[Path]:
         write_shared(directory / name, page.encode("ascii"))
         paths.append(directory / name)
     return paths
+
+
+if __name__ == "__main__":
+    write_man_pages(Path(sys.argv[1]), command_line())

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from virt_sse.cli import session
-from virt_sse.cli.output import Output, OutputFormat, human_size, print_fields, print_rows
+from virt_sse.cli.disk_options import DomainName
+from virt_sse.cli.output import Output, OutputFormat, human_size, print_fields, print_rows, warn
 from virt_sse.cli.session import backend
 from virt_sse.cli.vm_encrypt import vm_encrypt
 from virt_sse.cli.vm_inspect import vm_inspect
@@ -26,7 +27,6 @@ app.command(name="encrypt")(vm_encrypt)
 app.command(name="inspect")(vm_inspect)
 app.command(name="verify")(vm_verify)
 
-DomainName = Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name.", show_default=False)]
 
 _NONE = "none"
 
@@ -200,9 +200,9 @@ def _print(view: VmView, output: OutputFormat) -> None:
         is_told = view.properties.encryption_at_host or each.is_of_encrypted_disk
         if is_told and each.state is State.PLAINTEXT:
             where = f" at {each.place}" if each.place else ""
-            typer.echo(f"virt-sse: warning: {each.name}{where} is not encrypted: {each.reason}", err=True)
+            warn(f"{each.name}{where} is not encrypted: {each.reason}")
     if view.library and (problem := library_problem(view.library, is_asked=view.is_accelerated)):
-        typer.echo(f"virt-sse: warning: {problem}", err=True)
+        warn(f"{problem}")
 
 
 def _lines(items: object) -> list[str]:
