@@ -47,6 +47,7 @@ disk verify-backup /mnt/backup/web-20260131T120000Z.qcow2
 disk xml web --target vdb
 host capabilities
 host doctor
+host evacuate host-2 --dry-run
 host fence host-2
 host hsm create payroll --type rsa --size 3072
 host hsm destroy payroll --version 01 --dry-run
@@ -104,8 +105,10 @@ vault status
 vm encrypt web --des payroll
 vm inspect web
 vm list
+vm protect web
 vm show web
 vm sizes
+vm unprotect web
 vm update web --encryption-at-host on --temp-disk-size 10G
 vm verify web --strict
 vmss create farm farm.xml --image debian-disk --instances 3

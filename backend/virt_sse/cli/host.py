@@ -137,7 +137,7 @@ def evacuate(
             rows = [_evacuated(each, _WOULD_BE[each.evacuation.value]) for each in evacuator.due(other)]
         else:
             if not other.is_fenced:
-                typer.echo(_fenced(host, other, yes=yes), err=True)
+                note(_fenced(host, other, yes=yes), err=True)
             evacuator.evacuate(host.store.hosts.get(str(other.id)), report)
     print_rows(rows, ["domain", "id", "result", "reason"], output)
     if any(row["result"] == TakeoverResult.FAILED.value for row in rows):

@@ -58,7 +58,11 @@ def rotate(
     DEKs under a vault's key are rewrapped by 'virt-sse des rotate', or by automatic rotation.
     """
     if provider is None:
-        note(f"made {vault_keys.rotate(name, credential)}")
+        url = vault_keys.rotate(name, credential)
+        if output is OutputFormat.JSON:
+            print_fields({"key": url}, output)
+        else:
+            note(f"made {url}")
         return
     with backend() as b, progress_bar("rewrapping") as progress:
         version, report = b.keys.rotate(KeyRef(provider, name), progress=progress)

@@ -84,10 +84,13 @@ def print_json(document: object) -> None:
     typer.echo(json.dumps(document, indent=2))
 
 
-def note(text: str) -> None:
-    """Print what a command has done, unless ``--quiet`` is given."""
+def note(text: str, *, err: bool = False) -> None:
+    """Print what a command has done, unless ``--quiet`` is given.
+
+    :param err: print to standard error, beside a table or JSON.
+    """
     if not chosen.quiet:
-        typer.echo(text)
+        typer.echo(text, err=err)
 
 
 def warn(text: str) -> None:

@@ -65,4 +65,4 @@ def migrate(
     rows = [{"table": name, "rows": each.rows, "sha-256": each.digest} for name, each in found.items()]
     print_rows(rows, ["table", "rows", "sha-256"], output)
     path = session.config().root / "etc/virt-sse/config.toml"
-    note(f"moved the store; set url in [store] of {path} on every host, then start the agents")
+    note(f"moved the store; set url in [store] of {path} on every host, then start the agents", err=True)

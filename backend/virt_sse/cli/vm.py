@@ -10,7 +10,7 @@ import typer
 
 from virt_sse.cli import session
 from virt_sse.cli.disk_options import DomainName
-from virt_sse.cli.output import Output, OutputFormat, human_size, print_fields, print_rows, warn
+from virt_sse.cli.output import Output, OutputFormat, human_size, note, print_fields, print_rows, warn
 from virt_sse.cli.session import backend
 from virt_sse.cli.vm_encrypt import vm_encrypt
 from virt_sse.cli.vm_inspect import vm_inspect
@@ -126,7 +126,7 @@ def protect(domain: DomainName) -> None:
 
     with session.host() as host:
         DomainProtection(host).protect(domain)
-    typer.echo(f"protected domain {domain}")
+    note(f"protected domain {domain}")
 
 
 @app.command()
@@ -140,7 +140,7 @@ def unprotect(
 
     with session.host() as host:
         DomainProtection(host).unprotect(domain)
-    typer.echo(f"no longer protected: domain {domain}")
+    note(f"no longer protected: domain {domain}")
 
 
 def _caching(text: str) -> tuple[str, HostCaching]:
