@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from virt_sse.cli import host_hsm, session, shell_files
-from virt_sse.cli.output import Output, OutputFormat, note, print_rows
+from virt_sse.cli.output import Output, OutputFormat, note, print_rows, warn
 from virt_sse.cli.session import backend
+from virt_sse.errors import ConfigError
 
 if TYPE_CHECKING:
     from virt_sse.keys.host import Host
@@ -57,7 +58,11 @@ def init(
         changed = None
         if accelerate is not None:
             changed = (accelerate_guests if accelerate else stop_acceleration)(b.host.config)
-        made = initialise(b.host) + shell_files.install(b.host.config.root)
+        made = initialise(b.host)
+        try:
+            made += shell_files.install(b.host.config.root)
+        except ConfigError as exc:  # e.g. a read-only /usr: the host works without these files
+            warn(str(exc))
     for thing in made:
         note(f"made {thing}")
     if any("hook" in thing for thing in made):

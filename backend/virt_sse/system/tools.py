@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
-from virt_sse.errors import ImageError, ToolError
+from virt_sse.errors import ImageError, ToolError, printable
 from virt_sse.system.confinement import Confinement, command, has_mounts, tool_environment
 from virt_sse.system.leash import leashed
 
@@ -164,7 +164,7 @@ def _started(
     else:
         wrapped, environment = command(arguments, confinement), tool_environment()
         pass_fds = [*pass_fds, *confinement.descriptors]
-    _log.debug("run: %s", shlex.join(arguments))
+    _log.debug("run: %s", printable(shlex.join(arguments)))
     started = time.monotonic()
     with leashed(
         wrapped,
