@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from virt_sse.cli import vault_access, vault_hsm, vault_principals
-from virt_sse.cli.output import Output, OutputFormat, note, print_fields
+from virt_sse.cli.output import Output, OutputFormat, note, print_fields, warn
 from virt_sse.cli.vault_hsm import HsmModule, HsmPinFile, HsmUri, HsmUser, hsm_options, print_hsm
 from virt_sse.cli.vault_options import Credential, Directory, open_client, vault_folder
 from virt_sse.errors import InvalidValueError
@@ -82,10 +82,9 @@ def init(
     )
     print_hsm(made)
     if _is_taken(port):
-        typer.echo(
-            f"virt-sse: warning: another program listens on port {port} of this machine; "
-            "'virt-sse vault serve --port PORT' listens on another port",
-            err=True,
+        warn(
+            f"another program listens on port {port} of this machine; "
+            "'virt-sse vault serve --port PORT' listens on another port"
         )
 
 
