@@ -52,7 +52,7 @@ BAD_INPUT = {
     "parent too long": ((*NEW, f"{LONG}/x"), "not a folder", 1),
     "path that is not UTF-8": ((*NEW, b"\xff"), "invalid image path", 2),
     "path of two lines": ((*NEW, "a\nb"), "invalid image path", 2),
-    "size 0": (("disk", "create", "new", "-s", "0"), "cannot have 0 bytes", 2),
+    "size 0": (("disk", "create", "new", "-s", "0"), "invalid size '0'", 2),
     "size negative": (("disk", "create", "new", "-s", "-1G"), "invalid size '-1G'", 2),
     "size 10X": (("disk", "create", "new", "-s", "10X"), "invalid size '10X'", 2),
     "size 513": (("disk", "create", "new", "-s", "513"), "cannot have 513 bytes", 2),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from virt_sse.cli.global_options import DECLARATIONS
 from virt_sse.cli.reference import CommandReference
 
 CHECKOUT = Path(__file__).parents[2]
@@ -17,7 +18,7 @@ _FENCE = re.compile(r"(\s*)(`{3,}|~{3,})\s*(\w*).*")
 _SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
 _LINK = re.compile(r"\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)")
 _DEFINITION = re.compile(r"^\s{0,3}\[[^\]]+\]:\s*<?(\S+?)>?\s*$", re.MULTILINE)
-_ANYWHERE = {"--help", "--version", "--install-completion", "--show-completion"}
+_ANYWHERE = {"-h", "--help", "--version", *(name for names in DECLARATIONS.values() for name in names)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,10 @@ def run_command(
         out.seek(0)
         err.seek(0)
         said = [stream.read().decode("utf-8", "surrogateescape") for stream in (out, err)]
+    if not together:
+        from support import json_schemas  # not in the process of the commands
+
+        json_schemas.validate(typed, said[0])
     return subprocess.CompletedProcess(typed, status, *said)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from virt_sse.cli import session
-from virt_sse.cli.output import Output, OutputFormat, print_fields, print_json
+from virt_sse.cli.output import Output, OutputFormat, note, print_fields, print_json
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -73,5 +73,5 @@ def units(
     from virt_sse.agent.systemd import write_units
 
     for path in write_units(directory, session.config()):
-        typer.echo(f"made {path}")
-    typer.echo("next: systemctl daemon-reload; systemctl enable --now virt-sse-agent.socket virt-sse-agent")
+        note(f"made {path}")
+    note("next: systemctl daemon-reload; systemctl enable --now virt-sse-agent.socket virt-sse-agent")

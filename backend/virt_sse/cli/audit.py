@@ -13,8 +13,8 @@ from uuid import UUID
 
 import typer
 
-from virt_sse.cli import session
-from virt_sse.cli.output import Output, OutputFormat, print_fields, print_json, print_rows
+from virt_sse.cli import completion, session
+from virt_sse.cli.output import Output, OutputFormat, is_narrow, print_fields, print_json, print_rows
 from virt_sse.errors import AuditError, InvalidValueError, printable
 
 if TYPE_CHECKING:
@@ -42,7 +42,14 @@ def list_(
     key: Annotated[
         str | None, typer.Option("--key", help="PROVIDER:NAME or a key's URL, with or without a version.")
     ] = None,
-    disk: Annotated[str | None, typer.Option("--disk", help="The disk's name or id.")] = None,
+    disk: Annotated[
+        str | None,
+        typer.Option(
+            "--disk",
+            help="The disk's name or id.",
+            autocompletion=completion.disks,
+        ),
+    ] = None,
     refused: Annotated[bool, typer.Option("--refused", help="Only refused uses.")] = False,
     correlation: Annotated[
         str | None, typer.Option("--correlation", help="A correlation id; joins records of host and vault.")
@@ -67,7 +74,10 @@ def list_(
     if output is OutputFormat.JSON:
         print_json([entry.as_json() for entry in newest])
     else:
-        print_rows([_row(entry) for entry in newest], _COLUMNS, output)
+        rows = [_row(entry) for entry in newest]
+        if is_narrow():
+            rows = [row | {"time": f"{row['time'][:19]}Z"} for row in rows]
+        print_rows(rows, _COLUMNS, output, wide=("actor", "correlation"))
 
 
 @app.command()

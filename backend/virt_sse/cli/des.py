@@ -6,20 +6,29 @@ from typing import Annotated
 
 import typer
 
+from virt_sse.cli import completion
 from virt_sse.cli.disk_options import MaxRate
 from virt_sse.cli.key import print_report
-from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
+from virt_sse.cli.output import Output, OutputFormat, note, print_fields, print_rows, warn
+from virt_sse.cli.progress import progress_bar
 from virt_sse.cli.session import backend
 from virt_sse.errors import VirtSseError
 from virt_sse.model.disk_kind import DiskKind
-from virt_sse.model.disks import parse_size
 from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.model.layers import EncryptionType, Placement
+from virt_sse.model.sizes import parse_size
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
-Name = Annotated[str, typer.Argument(help="The set's name or id.", show_default=False)]
+Name = Annotated[
+    str,
+    typer.Argument(
+        help="The set's name or id.",
+        show_default=False,
+        autocompletion=completion.encryption_sets,
+    ),
+]
 RevocationOption = typer.Option(
     "--revocation", help="Action on running domains when the key is disabled, deleted or denied."
 )
@@ -110,7 +119,7 @@ def update(
         if tenant is not None:
             b.sets.move_to_tenant(name, tenant)
             for disk in b.sets.disks(name):
-                typer.echo(f"disk {disk.name} cannot be opened until the set has an identity again", err=True)
+                warn(f"disk {disk.name} cannot be opened until the set has an identity again")
         if assign_identity:
             b.sets.assign_identity(name)
         changed, report = b.sets.update(
@@ -167,10 +176,11 @@ def rotate(
 
 
 def _reencrypt(name: str, jobs: int, max_rate: int | None) -> None:
-    with backend() as b, progress_bar("re-encrypting") as progress:
+    with backend() as b:
         disks = [disk for disk in b.sets.disks(name) if disk.kind is DiskKind.DISK]
-        failed = b.reencryption.reencrypt_all(disks, jobs=jobs, max_rate=max_rate, progress=progress)
-    typer.echo(f"re-encrypted {len(disks) - len(failed)} of {len(disks)} disks")
+        with progress_bar("re-encrypting", size=sum(disk.size for disk in disks)) as progress:
+            failed = b.reencryption.reencrypt_all(disks, jobs=jobs, max_rate=max_rate, progress=progress)
+    note(f"re-encrypted {len(disks) - len(failed)} of {len(disks)} disks")
     for disk, error in failed.items():
         typer.echo(f"virt-sse: disk {disk}: {error}", err=True)
     if failed:
@@ -182,7 +192,7 @@ def delete(name: Name) -> None:
     """Delete a set without disks, and its identity."""
     with backend() as b:
         b.sets.delete(name)
-    typer.echo(f"deleted disk encryption set {name}")
+    note(f"deleted disk encryption set {name}")
 
 
 def _fields(encryption_set: EncryptionSet) -> dict[str, object]:

@@ -8,17 +8,18 @@ from typing import Annotated
 
 import typer
 
-from virt_sse.cli import disk_attachment, disk_backup
+from virt_sse.cli import completion, disk_attachment, disk_backup
 from virt_sse.cli.disk_fields import dek_fields, image_place, print_disk, shown_fields
-from virt_sse.cli.disk_options import DryRun, ImagePath, Name, Pool, cipher_option
+from virt_sse.cli.disk_options import DryRun, ImagePath, Name, Pool, cipher_option, des_option
 from virt_sse.cli.disk_reencrypt import disk_reencrypt
-from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
+from virt_sse.cli.output import Output, OutputFormat, note, print_fields, print_rows
+from virt_sse.cli.progress import progress_bar
 from virt_sse.cli.session import backend, config, host, listed_disks
 from virt_sse.cli.vm_inspect import disk_inspect
 from virt_sse.errors import CertificateError, InvalidValueError, LibvirtUnavailableError, PolicyError
 from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import Disk, DiskSku, NewDisk, parse_size
+from virt_sse.model.disks import Disk, DiskSku, NewDisk, parse_disk_size
 from virt_sse.model.layers import EncryptionType
 from virt_sse.system.files import write_new
 
@@ -29,9 +30,7 @@ NewName = Annotated[str, typer.Argument(help="The new disk's name.", show_defaul
 ImageFormat = Annotated[DiskFormat, typer.Option("--format", help="The image format.")]
 SetName = Annotated[
     str | None,
-    typer.Option(
-        "--des", help="The disk encryption set; default: none, the disk is under the platform's key."
-    ),
+    des_option("The disk encryption set; default: none, the disk is under the platform's key."),
 ]
 InfrastructureCipher = Annotated[
     Cipher | None,
@@ -88,7 +87,7 @@ def create(
         raise InvalidValueError(f"no size for disk {name!r}", hint="pass --size, or --image")
     new = NewDisk(
         name=name,
-        size=parse_size(size) if size is not None else None,
+        size=parse_disk_size(size) if size is not None else None,
         format=image_format,
         sku=sku,
         encryption_set=des,
@@ -101,7 +100,7 @@ def create(
         elif linked:
             disk = b.images.new_clone(image, new)
         else:
-            with progress_bar("copying") as progress:
+            with progress_bar("copying", size=lambda: b.host.store.get(name).size) as progress:
                 disk = b.images.new_disk(image, new, progress=progress)
     print_disk(disk, output)
 
@@ -126,7 +125,7 @@ def import_(
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Create a disk with the content of an image, encrypted in transit."""
-    with backend() as b, progress_bar("encrypting") as progress:
+    with backend() as b, progress_bar("encrypting", size=lambda: b.host.store.get(name).size) as progress:
         disk = b.transfer.import_image(
             NewDisk(
                 name=name,
@@ -146,10 +145,18 @@ def import_(
 
 @app.command()
 def copy(
-    name: Annotated[str, typer.Argument(metavar="SOURCE", help="The disk to copy.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="The disk to copy.",
+            autocompletion=completion.disks,
+        ),
+    ],
     new_name: Annotated[str, typer.Argument(metavar="NEW", help="The new disk's name.")],
     des: Annotated[
-        str | None, typer.Option("--des", help="The new disk's encryption set; default: the source's.")
+        str | None,
+        des_option("The new disk's encryption set; default: the source's."),
     ] = None,
     encryption_type: Annotated[
         EncryptionType | None,
@@ -169,7 +176,7 @@ def copy(
 ) -> None:
     """Copy a disk, also of a running domain, to a new disk with keys of its own, in any set or in none."""
     is_free = _is_for_platform_key(des, encryption_type)
-    with backend() as b, progress_bar("copying") as progress:
+    with backend() as b, progress_bar("copying", size=lambda: b.host.store.get(name).size) as progress:
         source = b.disks.get(name)
         if des is None and not is_free and source.set_id:
             des = str(source.set_id)
@@ -202,7 +209,7 @@ def export(
     """Decrypt a disk into a new image; requires --plaintext."""
     if not plaintext:
         raise PolicyError("an export is not encrypted", hint="pass --plaintext to confirm")
-    with backend() as b, progress_bar("decrypting") as progress:
+    with backend() as b, progress_bar("decrypting", size=lambda: b.host.store.get(name).size) as progress:
         b.transfer.export(name, destination, destination_format=destination_format, progress=progress)
 
 
@@ -217,9 +224,7 @@ def adopt(
     ] = None,
     des: Annotated[
         str | None,
-        typer.Option(
-            "--des", help="A set with access to the disk's key; default: the set in the image's envelope."
-        ),
+        des_option("A set with access to the disk's key; default: the set in the image's envelope."),
     ] = None,
     trust: Annotated[
         bool,
@@ -283,7 +288,7 @@ def check(name: Name) -> None:
     """Check that a disk's image is intact, opens with its DEK and carries the wrapped DEK."""
     with backend() as b:
         b.disks.check(name)
-    typer.echo(f"disk {name}: ok")
+    note(f"disk {name}: ok")
 
 
 app.command(name="inspect")(disk_inspect)
@@ -302,7 +307,8 @@ app.command()(disk_attachment.detach)
 def update(
     name: Name,
     des: Annotated[
-        str | None, typer.Option("--des", help="The disk encryption set to move the disk into.")
+        str | None,
+        des_option("The disk encryption set to move the disk into."),
     ] = None,
     encryption_type: Annotated[
         EncryptionType | None,
@@ -334,7 +340,7 @@ def resize(
 ) -> None:
     """Resize a disk, also while a domain uses the disk."""
     with backend() as b:
-        disk = b.disks.resize(name, parse_size(size), shrink=shrink)
+        disk = b.disks.resize(name, parse_disk_size(size), shrink=shrink)
     print_disk(disk, output)
 
 

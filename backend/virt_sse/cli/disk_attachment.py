@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from virt_sse.cli.disk_options import Name
+from virt_sse.cli.disk_options import DomainName, Name
+from virt_sse.cli.output import note
 from virt_sse.cli.session import backend
 from virt_sse.model.disk_bus import DiskBus
 from virt_sse.model.layers import HostCaching
 
-DomainName = Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name.", show_default=False)]
 Target = Annotated[
     str | None,
     typer.Option("--target", help="The disk's name in the guest; default: the first free name on the bus."),
@@ -75,13 +75,13 @@ def attach(
             name, domain, target=target, bus=bus, read_only=read_only, caching=caching, iothread=chosen
         )
         gains = b.hotplug.gains_by_acceleration(domain)
-    typer.echo(f"attached disk {name} to domain {domain} as {target}")
+    note(f"attached disk {name} to domain {domain} as {target}")
     if gains:
-        typer.echo(f"faster from the next start after 'virt-sse vm update {domain} --accelerate on'")
+        note(f"faster from the next start after 'virt-sse vm update {domain} --accelerate on'")
 
 
 def detach(name: Name, domain: DomainName) -> None:
     """Detach a disk from a domain: from its persistent definition, and at once if the domain runs."""
     with backend() as b:
         b.hotplug.detach(name, domain)
-    typer.echo(f"detached disk {name} from domain {domain}")
+    note(f"detached disk {name} from domain {domain}")

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from virt_sse.cli import completion
 from virt_sse.cli.disk_fields import image_place, print_backup, print_copies, print_disk
-from virt_sse.cli.disk_options import DryRun, ImagePath, Incremental, Pool, Quiesce
-from virt_sse.cli.output import Output, OutputFormat, progress_bar
+from virt_sse.cli.disk_options import DryRun, ImagePath, Incremental, Name, Pool, Quiesce, des_option
+from virt_sse.cli.output import Output, OutputFormat, note
+from virt_sse.cli.progress import progress_bar
 from virt_sse.cli.session import backend
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disk_kind import DiskKind
@@ -17,25 +19,34 @@ from virt_sse.model.disk_kind import DiskKind
 _Point = Annotated[
     str,
     typer.Argument(
-        metavar="POINT", help="The restore point: its name, its id, or its image.", show_default=False
+        metavar="POINT",
+        help="The restore point: its name, its id, or its image.",
+        show_default=False,
+        autocompletion=completion.restore_points,
     ),
 ]
 
 
 def backup(
-    name: Annotated[str, typer.Argument(help="The disk's name or id.", show_default=False)],
+    name: Name,
     folder: Annotated[
         Path, typer.Argument(help="The folder for the image and its manifest.", show_default=False)
     ],
     des: Annotated[
-        str | None, typer.Option("--des", help="Any disk encryption set; default: the disk's.")
+        str | None,
+        des_option("Any disk encryption set; default: the disk's."),
     ] = None,
     incremental: Incremental = False,
     quiesce: Quiesce = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Make a restore point of a disk, running or not: an encrypted copy elsewhere."""
-    with backend() as b, progress_bar("copying") as progress:
+    with (
+        backend() as b,
+        progress_bar(
+            "copying", size=None if incremental else lambda: b.host.store.get(name).size
+        ) as progress,
+    ):
         made = b.restore_points.create(
             name,
             folder,
@@ -49,7 +60,12 @@ def backup(
 
 def backups(
     disk: Annotated[
-        str | None, typer.Option("--disk", help="Only restore points of this disk, by name or id.")
+        str | None,
+        typer.Option(
+            "--disk",
+            help="Only restore points of this disk, by name or id.",
+            autocompletion=completion.disks,
+        ),
     ] = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -62,10 +78,9 @@ def restore(
     name: Annotated[str, typer.Argument(help="The new disk's name.", show_default=False)],
     des: Annotated[
         str | None,
-        typer.Option(
-            "--des",
-            help="The new disk's encryption set, with access to the key of a restore point of another host; "
-            "default: the restore point's.",
+        des_option(
+            "The new disk's encryption set, with access to the key of a restore point of another host; "
+            "default: the restore point's."
         ),
     ] = None,
     trust: Annotated[
@@ -81,7 +96,7 @@ def restore(
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Verify a restore point, and make a new disk with its content."""
-    with backend() as b, progress_bar("copying") as progress:
+    with backend() as b, progress_bar("copying", size=lambda: b.host.store.get(name).size) as progress:
         disk = b.restore_points.restore(
             point,
             name,
@@ -98,7 +113,7 @@ def verify_backup(point: _Point) -> None:
     """Check a restore point against its manifest: checksum and authentication."""
     with backend() as b:
         found = b.restore_points.verify(point)
-    typer.echo(f"restore point {found.name}: ok")
+    note(f"restore point {found.name}: ok")
 
 
 def erase_backup(

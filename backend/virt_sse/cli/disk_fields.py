@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
-from virt_sse.cli.output import OutputFormat, human_size, print_fields, print_json, print_rows
+from virt_sse.cli.output import OutputFormat, human_size, note, print_fields, print_json, print_rows
 from virt_sse.cli.session import all_disks
 from virt_sse.errors import InvalidValueError
 from virt_sse.model.disk_kind import DiskKind
@@ -64,15 +62,15 @@ def print_snapshots(taken: Copied, output: OutputFormat) -> None:
         )
         return
     for each in taken.disks:
-        typer.echo(f"snapshot {each.name} ({shown_size(each, output)}, {each.path})")
+        note(f"snapshot {each.name} ({shown_size(each, output)}, {each.path})")
         if increment := taken.increments.get(each.id):
             how = "a dirty bitmap" if increment.by_bitmap else "a comparison: no dirty bitmap is valid"
             changed = human_size(increment.changed_bytes)
-            typer.echo(f"  {changed} changed since {increment.base.name}, found by {how}")
+            note(f"  {changed} changed since {increment.base.name}, found by {how}")
         elif reason := taken.full.get(each.name):
-            typer.echo(f"  a full copy: {reason}")
+            note(f"  a full copy: {reason}")
     if taken.domain is not None:
-        typer.echo(f"domain {taken.domain} was paused for {1000 * taken.pause_seconds:.0f} ms")
+        note(f"domain {taken.domain} was paused for {1000 * taken.pause_seconds:.0f} ms")
 
 
 def print_backup(made: Copied, output: OutputFormat) -> None:

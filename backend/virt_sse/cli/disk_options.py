@@ -7,12 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
+from virt_sse.cli import completion
 from virt_sse.model.ciphers import Cipher
 
 
 def cipher_option(name: str, text: str) -> Any:
     """The option *name* for a cipher."""
     return typer.Option(name, parser=Cipher.parse, metavar="CIPHER", help=text)
+
+
+def des_option(text: str) -> Any:
+    """The option ``--des`` for a disk encryption set."""
+    return typer.Option(
+        "--des",
+        help=text,
+        autocompletion=completion.encryption_sets,
+    )
 
 
 ImagePath = Annotated[
@@ -43,5 +53,21 @@ MaxRate = Annotated[
     str | None,
     typer.Option("--max-rate", metavar="SIZE", help="Copy at most this many bytes a second, e.g. 100M."),
 ]
-Name = Annotated[str, typer.Argument(help="The disk's name or id.", show_default=False)]
+Name = Annotated[
+    str,
+    typer.Argument(
+        help="The disk's name or id.",
+        show_default=False,
+        autocompletion=completion.disks,
+    ),
+]
+DomainName = Annotated[
+    str,
+    typer.Argument(
+        metavar="DOMAIN",
+        help="The domain's name.",
+        show_default=False,
+        autocompletion=completion.domains,
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and report only; change nothing.")]

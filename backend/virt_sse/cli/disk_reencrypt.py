@@ -8,17 +8,18 @@ from typing import Annotated
 
 import typer
 
-from virt_sse.cli.disk_options import MaxRate, cipher_option
-from virt_sse.cli.output import progress_bar
+from virt_sse.cli.disk_options import MaxRate, Name, cipher_option, des_option
+from virt_sse.cli.output import note
+from virt_sse.cli.progress import progress_bar
 from virt_sse.cli.session import backend, config
 from virt_sse.errors import InvalidValueError
 from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import parse_size
+from virt_sse.model.sizes import parse_size
 
 
 def disk_reencrypt(
-    name: Annotated[str, typer.Argument(help="The disk's name or id.", show_default=False)],
+    name: Name,
     cipher: Annotated[
         Cipher | None,
         cipher_option(
@@ -35,7 +36,7 @@ def disk_reencrypt(
     ] = None,
     des: Annotated[
         str | None,
-        typer.Option("--des", help="The disk encryption set of the re-encrypted disk; default: unchanged."),
+        des_option("The disk encryption set of the re-encrypted disk; default: unchanged."),
     ] = None,
     image_format: Annotated[
         DiskFormat | None, typer.Option("--format", help="The image format; default: unchanged.")
@@ -70,17 +71,17 @@ def disk_reencrypt(
             raise InvalidValueError("--cancel excludes all other options")
         with backend() as b:
             disk = b.reencryption.cancel(name)
-        typer.echo(f"disk {disk.name} is as before")
+        note(f"disk {disk.name} is as before")
     elif detach:
         ask(config().agent_socket, "GET", "/status", timeout=config().agent.timeout)
         with backend() as b:
             disk = b.reencryption.start_detached(name, change)
-        typer.echo(f"the agent re-encrypts disk {disk.name}")
+        note(f"the agent re-encrypts disk {disk.name}")
     else:
         with backend() as b:
             size = b.disks.get(name).size
             done = b.reencryption.reencrypt(name, change, functools.partial(progress_bar, size=size))
-        typer.echo(f"re-encrypted disk {done.disk.name} ({done.disk.path}){pause_of(done.paused_seconds)}")
+        note(f"re-encrypted disk {done.disk.name} ({done.disk.path}){pause_of(done.paused_seconds)}")
 
 
 def pause_of(seconds: float | None) -> str:

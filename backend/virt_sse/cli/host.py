@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from virt_sse.cli import host_hsm, session
-from virt_sse.cli.output import Output, OutputFormat, print_rows
+from virt_sse.cli import host_hsm, session, shell_files
+from virt_sse.cli.output import Output, OutputFormat, note, print_rows, warn
 from virt_sse.cli.session import backend
+from virt_sse.errors import ConfigError
 
 if TYPE_CHECKING:
     from virt_sse.keys.host import Host
@@ -43,6 +44,8 @@ def init(
 ) -> None:
     """Create the platform keyring, the libvirt hook and this host's other files, unless they exist.
 
+    Among them are man pages and the completion of bash, zsh and fish, in /usr/local/share.
+
     With --accelerate, measure whether QEMU encrypts faster with virt-sse's library. If so, copy the library
     into QEMU's own folder, where AppArmor lets QEMU load libraries; 'vm update DOMAIN --accelerate on' makes
     a domain's QEMU load the copy. A library sees the keys in QEMU's memory: root alone may change the copy,
@@ -56,14 +59,18 @@ def init(
         if accelerate is not None:
             changed = (accelerate_guests if accelerate else stop_acceleration)(b.host.config)
         made = initialise(b.host)
+        try:
+            made += shell_files.install(b.host.config.root)
+        except ConfigError as exc:  # e.g. a read-only /usr: the host works without these files
+            warn(str(exc))
     for thing in made:
-        typer.echo(f"made {thing}")
+        note(f"made {thing}")
     if any("hook" in thing for thing in made):
-        typer.echo("restart libvirtd (or virtqemud): the daemon looks for hooks only when it starts")
+        note("restart libvirtd (or virtqemud): the daemon looks for hooks only when it starts")
     if changed:
-        typer.echo(changed)
+        note(changed)
     elif not made:
-        typer.echo("nothing to do")
+        note("nothing to do")
 
 
 @app.command("list")
@@ -95,7 +102,7 @@ def fence(
     off, two guests may write to one disk. The fenced host is a member again once its machine was restarted.
     """
     with session.host() as host:
-        typer.echo(_fenced(host, host.store.hosts.get(name), yes=yes))
+        note(_fenced(host, host.store.hosts.get(name), yes=yes))
 
 
 def _fenced(host: Host, other: HostRecord, *, yes: bool) -> str:
@@ -135,7 +142,7 @@ def evacuate(
             rows = [_evacuated(each, _WOULD_BE[each.evacuation.value]) for each in evacuator.due(other)]
         else:
             if not other.is_fenced:
-                typer.echo(_fenced(host, other, yes=yes), err=True)
+                note(_fenced(host, other, yes=yes), err=True)
             evacuator.evacuate(host.store.hosts.get(str(other.id)), report)
     print_rows(rows, ["domain", "id", "result", "reason"], output)
     if any(row["result"] == TakeoverResult.FAILED.value for row in rows):
@@ -157,7 +164,7 @@ def doctor(output: Output = OutputFormat.TABLE) -> None:
         rows = [{"part": each.part, "problem": each.problem, "remedy": each.remedy} for each in faults]
         print_rows(rows, ["part", "problem", "remedy"], output)
     else:
-        typer.echo("no faults found")
+        note("no faults found")
     if faults:
         raise typer.Exit(1)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from virt_sse import pkcs11
-from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows
+from virt_sse.cli.output import Output, OutputFormat, note, print_fields, print_rows
 from virt_sse.cli.private_key import read_private_key
 from virt_sse.cli.session import backend, config
 from virt_sse.errors import ConfigError, InvalidValueError, PolicyError, VirtSseError
@@ -63,7 +63,7 @@ def init(
             hint=f"use its vendor's tools, or remove 'uri' from [key-providers.{PROVIDER}]",
         )
     made = options.folder.initialise(label)
-    typer.echo(f"made token {options.folder.read_uri()}" if made else "nothing to do")
+    note(f"made token {options.folder.read_uri()}" if made else "nothing to do")
 
 
 @app.command()
@@ -98,7 +98,7 @@ def unlock(ask_pin: AskPin = False, pin_descriptor: PinDescriptor = None) -> Non
     options = _options()
     options.guard.reset()
     options.open(_pin(ask_pin, pin_descriptor)).close()
-    typer.echo("the token takes the PIN")
+    note("the token takes the PIN")
 
 
 @app.command()
@@ -188,7 +188,7 @@ def _set_enabled(
     with _administration(ask_pin, pin_descriptor) as administration:
         for key in administration.versions(name, version):
             administration.set_enabled(key, enabled=enabled)
-            typer.echo(f"{'enabled' if enabled else 'disabled'} key {_key_id(key)}")
+            note(f"{'enabled' if enabled else 'disabled'} key {_key_id(key)}")
 
 
 def _require_unused(keys: list[TokenKey]) -> None:

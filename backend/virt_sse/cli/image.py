@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from virt_sse.cli import completion
 from virt_sse.cli.disk_fields import dek_fields, disk_fields, image_place, print_disk, shown_size
-from virt_sse.cli.disk_options import DryRun, ImagePath, Pool, Quiesce
-from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
+from virt_sse.cli.disk_options import DryRun, ImagePath, Pool, Quiesce, des_option
+from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows
+from virt_sse.cli.progress import progress_bar
 from virt_sse.cli.session import backend, listed_disks
 from virt_sse.errors import InvalidValueError
 from virt_sse.model.disk_format import DiskFormat
@@ -20,7 +22,10 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 Name = Annotated[
     str,
     typer.Argument(
-        metavar="NAME[:VERSION]", help="The image; default: its newest version.", show_default=False
+        metavar="NAME[:VERSION]",
+        help="The image; default: its newest version.",
+        show_default=False,
+        autocompletion=completion.images,
     ),
 ]
 
@@ -30,10 +35,21 @@ def create(
     name: Annotated[str, typer.Argument(help="The image's name.", show_default=False)],
     disk: Annotated[
         str | None,
-        typer.Option("--disk", help="Make the image of this disk, running or not.", show_default=False),
+        typer.Option(
+            "--disk",
+            help="Make the image of this disk, running or not.",
+            show_default=False,
+            autocompletion=completion.disks,
+        ),
     ] = None,
     snapshot: Annotated[
-        str | None, typer.Option("--snapshot", help="Make the image of this snapshot.", show_default=False)
+        str | None,
+        typer.Option(
+            "--snapshot",
+            help="Make the image of this snapshot.",
+            show_default=False,
+            autocompletion=completion.snapshots,
+        ),
     ] = None,
     file: Annotated[
         Path | None,
@@ -45,7 +61,7 @@ def create(
     ] = None,
     des: Annotated[
         str | None,
-        typer.Option("--des", help="The disk encryption set; default: the source's, if any."),
+        des_option("The disk encryption set; default: the source's, if any."),
     ] = None,
     image_format: Annotated[
         DiskFormat | None,
@@ -124,7 +140,13 @@ def show(name: Name, output: Output = OutputFormat.TABLE) -> None:
 @app.command()
 def delete(
     name: Annotated[
-        str, typer.Argument(metavar="NAME:VERSION", help="The version of the image.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="NAME:VERSION",
+            help="The version of the image.",
+            show_default=False,
+            autocompletion=completion.images,
+        ),
     ],
     force: Annotated[
         bool, typer.Option("--force", help="Delete all linked clones of the image, too.")

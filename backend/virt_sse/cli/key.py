@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from virt_sse.cli import vault_keys
-from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
+from virt_sse.cli.output import Output, OutputFormat, note, print_fields, print_rows
+from virt_sse.cli.progress import progress_bar
 from virt_sse.cli.session import backend
 from virt_sse.cli.vault_options import Credential
 from virt_sse.errors import VirtSseError
@@ -57,7 +58,11 @@ def rotate(
     DEKs under a vault's key are rewrapped by 'virt-sse des rotate', or by automatic rotation.
     """
     if provider is None:
-        typer.echo(f"made {vault_keys.rotate(name, credential)}")
+        url = vault_keys.rotate(name, credential)
+        if output is OutputFormat.JSON:
+            print_fields({"key": url}, output)
+        else:
+            note(f"made {url}")
         return
     with backend() as b, progress_bar("rewrapping") as progress:
         version, report = b.keys.rotate(KeyRef(provider, name), progress=progress)

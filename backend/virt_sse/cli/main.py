@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import sys
 from collections.abc import Collection
 from typing import Annotated
@@ -12,7 +11,8 @@ from typing import Annotated
 import typer
 
 import virt_sse
-from virt_sse.cli import session, streams
+from virt_sse.cli import command_tree, completion, global_options, session, streams
+from virt_sse.cli.tracebacks import print_traceback
 from virt_sse.config import Config
 from virt_sse.errors import InvalidValueError, VirtSseError, report
 from virt_sse.plugins import PluginHost
@@ -48,6 +48,8 @@ def build(plugins: PluginHost, nouns: Collection[str] = tuple(_NOUNS)) -> typer.
         name="virt-sse",
         help="Server-side encryption for the disks of libvirt guests.",
         no_args_is_help=True,
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
@@ -60,23 +62,28 @@ def build(plugins: PluginHost, nouns: Collection[str] = tuple(_NOUNS)) -> typer.
                 "--version", help="Show the version and exit.", callback=_print_version, is_eager=True
             ),
         ] = False,
+        quiet: global_options.Quiet = False,
+        verbose: global_options.Verbose = False,
+        debug: global_options.Debug = False,
+        wide: global_options.Wide = False,
     ) -> None:
-        pass
+        global_options.apply(quiet=quiet, verbose=verbose, debug=debug, wide=wide)
 
+    app.command(name="completion")(completion.completion)
     for noun, text in _NOUNS.items():
         group = typer.Typer(rich_markup_mode=None)
         if noun in nouns:
             group = importlib.import_module(f"virt_sse.cli.{noun}").app
         app.add_typer(group, name=noun, help=text)
     plugins.add_commands(app)
+    command_tree.use_classes(app)
     return app
 
 
 def _wanted_nouns() -> Collection[str]:
-    """The nouns among the words of the command line; all nouns if the shell asks for completions."""
-    if "_VIRT_SSE_COMPLETE" in os.environ:
-        return _NOUNS
-    return {word for word in sys.argv[1:] if word in _NOUNS}
+    """The nouns among the words of the command line, also of a command line to be completed."""
+    words = completion.words() if completion.is_wanted() else sys.argv[1:]
+    return {word for word in words if word in _NOUNS}
 
 
 def _print_version(wanted: bool) -> None:
@@ -95,19 +102,25 @@ def main() -> None:
         protect_memory()
         plugins = PluginHost(config := Config.load())
         app = build(plugins, _wanted_nouns())
-        for error in plugins.broken:
-            report(error)
         with session.use(config, plugins):
-            app()
-    except InvalidValueError as exc:
-        report(exc)
-        sys.exit(_USAGE)
+            if completion.is_wanted():
+                completion.answer(app)
+            for error in plugins.broken:
+                report(error)
+            sys.exit(command_tree.run(app))
     except VirtSseError as exc:
-        report(exc)
-        sys.exit(1)
+        sys.exit(_failed(exc, exc))
     except ModuleNotFoundError as exc:
-        missing = extra_error(exc)
-        if missing is None:
+        if (missing := extra_error(exc)) is None:
             raise
-        report(missing)
-        sys.exit(1)
+        sys.exit(_failed(missing, exc))
+
+
+def _failed(error: VirtSseError, cause: Exception) -> int:
+    """Print *error*: the exit status. A shell that asks for completions gets none."""
+    if completion.is_wanted():
+        return 0
+    if global_options.chosen.debug:
+        print_traceback(cause)
+    report(error)
+    return _USAGE if isinstance(error, InvalidValueError) else 1

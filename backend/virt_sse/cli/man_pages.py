@@ -21,7 +21,7 @@ class InstallManPages(install_data):
     def run(self) -> None:
         """Run the command (distutils)."""
         sys.path[:0] = [str(_ROOT / "backend"), str(_ROOT / "plugins")]
-        from virt_sse.cli import reference
+        from virt_sse.cli import reference, roff
         from virt_sse.plugins import ENTRY_POINT_GROUP
 
         declared: Mapping[str, Sequence[str]] = getattr(self.distribution, "entry_points", {})
@@ -29,6 +29,6 @@ class InstallManPages(install_data):
         for entry in declared[ENTRY_POINT_GROUP]:
             name, _, value = entry.partition("=")
             plugins.append(EntryPoint(name.strip(), value.strip(), ENTRY_POINT_GROUP))
-        pages = reference.write_man_pages(_ROOT / "build/man", reference.command_line(plugins))
+        pages = roff.write_man_pages(_ROOT / "build/man", reference.command_line(plugins))
         self.data_files = [(_FOLDER, [str(page.relative_to(_ROOT)) for page in pages])]
         super().run()

@@ -1,20 +1,19 @@
-"""How commands print: plain aligned columns or JSON on standard output, progress on standard error."""
+"""How commands print: plain aligned columns or JSON on standard output, warnings on standard error."""
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import json
+import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated
 
 import typer
 
+from virt_sse.cli.global_options import chosen
+from virt_sse.cli.tables import format_table
 from virt_sse.errors import printable
-
-if TYPE_CHECKING:
-    from virt_sse.system.progress import Progress
 
 
 class OutputFormat(enum.Enum):
@@ -27,19 +26,34 @@ class OutputFormat(enum.Enum):
 Output = Annotated[OutputFormat, typer.Option("--output", "-o", help="Output format.")]
 
 
-def print_rows(rows: Sequence[Mapping[str, object]], columns: Sequence[str], output: OutputFormat) -> None:
+def print_rows(
+    rows: Sequence[Mapping[str, object]],
+    columns: Sequence[str],
+    output: OutputFormat,
+    *,
+    wide: Collection[str] = (),
+) -> None:
     """Print *rows*: a table has the *columns* only, JSON has all fields.
 
-    An empty cell of a table is ``-``: every line of a listing has the same number of words.
+    An empty cell of a table is ``-``: every line of a listing has the same number of words. On a terminal,
+    long cells are shortened until the table fits, unless ``--wide`` is given.
+
+    :param wide: columns that a table has with ``--wide`` only, or in a pipe.
     """
     if output is OutputFormat.JSON:
         print_json(rows)
         return
+    if is_narrow():
+        columns = [column for column in columns if column not in wide]
     table = [[column.upper() for column in columns]]
     table += [[_cell(row[column]) for column in columns] for row in rows]
-    widths = [max(len(line[index]) for line in table) for index in range(len(columns))]
-    for line in table:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    for line in format_table(table, shutil.get_terminal_size().columns if is_narrow() else None):
+        typer.echo(line)
+
+
+def is_narrow() -> bool:
+    """Whether tables have to fit a terminal: what a program or a file gets is never shortened."""
+    return sys.stdout.isatty() and not chosen.wide
 
 
 def _cell(value: object) -> str:
@@ -70,25 +84,19 @@ def print_json(document: object) -> None:
     typer.echo(json.dumps(document, indent=2))
 
 
-@contextlib.contextmanager
-def progress_bar(what: str, *, size: int | None = None) -> Iterator[Progress]:
-    """A progress bar on standard error; without a terminal, nothing is shown.
+def note(text: str, *, err: bool = False) -> None:
+    """Print what a command has done, unless ``--quiet`` is given.
 
-    :param size: bytes of the whole operation, to show the throughput.
+    :param err: print to standard error, beside a table or JSON.
     """
-    if not sys.stderr.isatty():
-        yield lambda _fraction: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress as Bars
-    from rich.progress import TransferSpeedColumn
+    if not chosen.quiet:
+        typer.echo(text, err=err)
 
-    columns = Bars.get_default_columns()
-    with Bars(
-        *columns, *([TransferSpeedColumn()] if size else []), console=Console(stderr=True), transient=True
-    ) as bars:
-        task = bars.add_task(what, total=size or 1.0)
-        yield lambda fraction: bars.update(task, completed=fraction * (size or 1.0))
+
+def warn(text: str) -> None:
+    """Print a warning to standard error, unless ``--quiet`` is given."""
+    if not chosen.quiet:
+        typer.echo(f"virt-sse: warning: {printable(text)}", err=True)
 
 
 def human_size(size: int) -> str:
@@ -97,3 +105,18 @@ def human_size(size: int) -> str:
         if size >= 1 << shift and size % (1 << shift) == 0:
             return f"{size >> shift}{unit}"
     return str(size)
+
+
+def human_rate(bytes_per_second: float) -> str:
+    """A rate, in binary units."""
+    for shift, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if bytes_per_second >= 1 << shift:
+            return f"{bytes_per_second / (1 << shift):.1f} {unit}/s"
+    return f"{bytes_per_second:.0f} B/s"
+
+
+def human_time(seconds: float) -> str:
+    """A duration as ``M:SS`` or ``H:MM:SS``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,10 +1,7 @@
-"""The reference of the command line, as Markdown and as man pages.
+"""The reference of the command line, made from the commands themselves.
 
-Both are written from the commands themselves: ``python -m virt_sse.cli.reference markdown`` prints
-``backend/docs/reference/cli.md``, ``python -m virt_sse.cli.reference man DIRECTORY`` writes the man pages.
-:mod:`virt_sse.cli.man_pages` puts the man pages into the wheel. Commands of other distributions' plugins are
-    left out, so
-the result is the same on every machine.
+``python -m virt_sse.cli.reference`` prints ``backend/docs/reference/cli.md``; :mod:`virt_sse.cli.roff` has
+the man pages. Commands of other distributions' plugins are left out: the result is the same on every machine.
 """
 
 from __future__ import annotations
@@ -18,19 +15,26 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import typer
 from typer.models import ArgumentInfo, OptionInfo
 
-import virt_sse
+from virt_sse.cli.command_tree import placeholder
+from virt_sse.cli.examples import example
 from virt_sse.cli.main import build
 from virt_sse.config import Config
 from virt_sse.plugins import ENTRY_POINT_GROUP, PluginHost
-from virt_sse.system.files import shared_folder, write_shared
 
-_PROGRAM = "virt-sse"
-_TYPES = {str: "TEXT", int: "INTEGER", float: "NUMBER", Path: "PATH"}
+PROGRAM = "virt-sse"
+EXIT_STATUSES = {
+    "0": "Success.",
+    "1": "An error; also a fault found by a command that looks for faults, as 'host doctor' and 'vm verify'.",
+    "2": "Wrong usage: an unknown option, an invalid name or size, a missing argument.",
+    "130": "Interrupted by Ctrl-C.",
+}
+"""Exit statuses and their meanings, of all commands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,7 @@ class CommandReference:
 
     :ivar path: the words that call the command, e.g. ``("disk", "create")``; empty for ``virt-sse`` itself.
     :ivar help: paragraphs of its help text; the first is the summary.
+    :ivar example: a command line; ``None`` for a group.
     :ivar commands: the commands of a group; empty for a command that does something.
     """
 
@@ -82,11 +87,12 @@ class CommandReference:
     help: tuple[str, ...]
     parameters: tuple[Parameter, ...] = ()
     commands: tuple[CommandReference, ...] = ()
+    example: str | None = None
 
     @property
     def name(self) -> str:
         """The whole command, e.g. ``virt-sse disk create``."""
-        return " ".join((_PROGRAM, *self.path))
+        return " ".join((PROGRAM, *self.path))
 
     @property
     def arguments(self) -> list[Parameter]:
@@ -113,7 +119,7 @@ def entry_points() -> list[importlib.metadata.EntryPoint]:
     """The plugins that come with virt-sse."""
     return [
         each
-        for each in importlib.metadata.distribution(_PROGRAM).entry_points
+        for each in importlib.metadata.distribution(PROGRAM).entry_points
         if each.group == ENTRY_POINT_GROUP
     ]
 
@@ -136,7 +142,15 @@ def _commands(app: typer.Typer, path: tuple[str, ...]) -> tuple[CommandReference
         if command.callback and not command.hidden:
             name = command.name or command.callback.__name__.lower().replace("_", "-")
             text = command.help or inspect.getdoc(command.callback)
-            found.append(CommandReference((*path, name), _paragraphs(text), _parameters(command.callback)))
+            inner = (*path, name)
+            found.append(
+                CommandReference(
+                    inner,
+                    _paragraphs(text),
+                    _parameters(command.callback),
+                    example=command.epilog or example(inner),
+                )
+            )
     for group in app.registered_groups:
         if group.typer_instance and not group.hidden:
             if not isinstance(group.name, str):  # its commands are commands of this group
@@ -187,7 +201,7 @@ def _parameter(name: str, kind: object, info: OptionInfo | ArgumentInfo, default
         names = declarations or [f"--{spelling}", *([f"--no-{spelling}"] if is_flag else [])]
     return Parameter(
         names=tuple(names),
-        value="" if is_flag else _placeholder(name, single, info),
+        value="" if is_flag else _placeholder(name, names[0] if names else "", single, info),
         help=" ".join((info.help or "").split()),
         required=required,
         repeated=repeated,
@@ -197,14 +211,18 @@ def _parameter(name: str, kind: object, info: OptionInfo | ArgumentInfo, default
     )
 
 
-def _placeholder(name: str, kind: object, info: OptionInfo | ArgumentInfo) -> str:
+def _placeholder(name: str, option: str, kind: object, info: OptionInfo | ArgumentInfo) -> str:
     if info.metavar:
         return info.metavar
     if isinstance(info, ArgumentInfo):
         return name.upper().replace("_", "-")
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return "|".join(str(each.value) for each in kind)
-    return _TYPES.get(typing.cast("type", kind), "VALUE")
+    if kind in (int, float):
+        return "N"
+    if kind is datetime:
+        return "TIME"
+    return "PATH" if kind is Path else placeholder(option)
 
 
 def _default(default: object, info: OptionInfo | ArgumentInfo) -> str | None:
@@ -223,7 +241,7 @@ def _limits(info: OptionInfo | ArgumentInfo) -> str | None:
     return f"{info.min} to {info.max}" if info.min is not None else f"{info.max} or less"
 
 
-def _usage(command: CommandReference) -> str:
+def usage(command: CommandReference) -> str:
     parts = [command.name]
     parts += [f"{each.names[0]} {each.value}" for each in command.options if each.required]
     if not all(each.required for each in command.options):
@@ -234,7 +252,7 @@ def _usage(command: CommandReference) -> str:
     return " ".join(parts)
 
 
-def _sentence(parameter: Parameter) -> str:
+def sentence(parameter: Parameter) -> str:
     details = f" ({parameter.details})" if parameter.details else ""
     return parameter.help + details
 
@@ -247,11 +265,19 @@ def markdown(root: CommandReference) -> str:
     lines = [
         "# Command line",
         "",
-        "<!-- Generated by `python -m virt_sse.cli.reference markdown`. Do not edit. -->",
+        "<!-- Generated by `python -m virt_sse.cli.reference`. Do not edit. -->",
         "",
         *_markdown_help(root),
-        "`virt-sse NOUN VERB --help` prints the same texts. Each noun has a man page: `man virt-sse-disk`.",
-        "Plugins of a site can add commands. The exit status is 0, or 1 for an error, or 2 for wrong usage.",
+        "`virt-sse NOUN VERB -h` prints the same texts. Each noun has a man page: `man virt-sse-disk`.",
+        "Plugins of a site can add commands.",
+        "",
+        "The exit status is one of:",
+        "",
+        "| status | meaning |",
+        "|---|---|",
+        *(f"| {status} | {_cell(meaning)} |" for status, meaning in EXIT_STATUSES.items()),
+        "",
+        "The options of `virt-sse` itself can be given before or behind the words of any command:",
         "",
         *_markdown_parameters("option", root.options),
         "| noun | purpose |",
@@ -260,18 +286,25 @@ def markdown(root: CommandReference) -> str:
     for noun in root.commands:
         lines.append(f"| [`{noun.name}`](#{_slug(noun.name)}) | {_cell(noun.help[0])} |")
     for noun in root.commands:
-        lines += ["", f"## {noun.name}", "", *_markdown_help(noun)]
-        lines += ["| command | purpose |", "|---|---|"]
+        lines += ["", f"## {noun.name}", ""]
+        if not noun.commands:
+            lines += _markdown_command(noun)
+            continue
+        lines += [*_markdown_help(noun), "| command | purpose |", "|---|---|"]
         leaves = list(noun.leaves())
         for each in leaves:
             lines.append(f"| [`{each.name}`](#{_slug(each.name)}) | {_cell(each.help[0])} |")
         for each in leaves:
-            lines += ["", f"### {each.name}", "", *_markdown_help(each)]
-            lines += ["```", _usage(each), "```", ""]
-            lines += _markdown_parameters("argument", each.arguments)
-            lines += _markdown_parameters("option", each.options)
-            lines.pop()  # each of these ends with an empty line
+            lines += ["", f"### {each.name}", "", *_markdown_command(each)]
     return "\n".join(lines) + "\n"
+
+
+def _markdown_command(command: CommandReference) -> list[str]:
+    lines = [*_markdown_help(command), "```", usage(command), "```", ""]
+    lines += ["For example:", "", "```", command.example, "```", ""] if command.example else []
+    lines += _markdown_parameters("argument", command.arguments)
+    lines += _markdown_parameters("option", command.options)
+    return lines[:-1]  # each of these ends with an empty line
 
 
 def _markdown_help(command: CommandReference) -> list[str]:
@@ -286,7 +319,7 @@ def _markdown_parameters(title: str, parameters: Sequence[Parameter]) -> list[st
         value = each.value + ("..." if each.repeated and not each.names else "")
         label = ", ".join(f"`{name}`" for name in each.names) + (" " if each.names else "")
         label += f"`{value}`" if value else ""
-        lines.append(f"| {_escape_bars(label.strip())} | {_cell(_sentence(each))} |")
+        lines.append(f"| {_escape_bars(label.strip())} | {_cell(sentence(each))} |")
     return [*lines, ""]
 
 
@@ -307,106 +340,5 @@ def _escape_bars(text: str) -> str:
     return text.replace("|", r"\|")
 
 
-# Man pages
-
-
-def man_pages(root: CommandReference) -> dict[str, str]:
-    """The man pages by file name: ``virt-sse.1``, and a page for each noun."""
-    pages = {f"{_PROGRAM}.1": _root_page(root)}
-    for noun in root.commands:
-        pages[f"{'-'.join((_PROGRAM, *noun.path))}.1"] = _noun_page(noun)
-    return pages
-
-
-def _root_page(root: CommandReference) -> str:
-    lines = [*_head(root), ".SH SYNOPSIS", f".B {_roff(_PROGRAM)}", r"\fINOUN VERB\fR [\fIOPTIONS\fR]"]
-    lines += [".SH DESCRIPTION", *_roff_help(root)]
-    lines += [".SH NOUNS"]
-    for noun in root.commands:
-        lines += [".TP", rf"\fB{_roff(noun.path[-1])}\fR", _roff(noun.help[0])]
-    lines += [".SH OPTIONS", *_roff_parameters(root.options)]
-    lines += [".SH EXIT STATUS", *_tagged([("0", "Success."), ("1", "An error."), ("2", "Wrong usage.")])]
-    lines += [".SH ENVIRONMENT"]
-    lines += _tagged(
-        [
-            ("VIRT_SSE_ROOT", "A folder for everything that otherwise lies in /etc, /var and /run."),
-            ("LIBVIRT_DEFAULT_URI", "The libvirt connection; overrides the configuration."),
-        ]
-    )
-    lines += [".SH FILES"]
-    lines += _tagged([("/etc/virt-sse/config.toml", "The configuration. All options are optional.")])
-    lines += [".SH SEE ALSO"]
-    names = ["-".join((_PROGRAM, *noun.path)) for noun in root.commands] + ["virsh"]
-    lines.append(",\n".join(rf"\fB{_roff(name)}\fR(1)" for name in names))
-    return "\n".join(lines) + "\n"
-
-
-def _noun_page(noun: CommandReference) -> str:
-    lines = [*_head(noun), ".SH SYNOPSIS"]
-    for each in noun.leaves():
-        words = _usage(each).removeprefix(each.name).strip()
-        lines += [rf"\fB{_roff(each.name)}\fR {_roff(words)}", ".br"]
-    lines[-1:] = [".SH DESCRIPTION", *_roff_help(noun), ".SH COMMANDS"]
-    for each in noun.leaves():
-        lines += [f".SS {_roff(' '.join(each.path))}", *_roff_help(each)]
-        lines += _roff_parameters([*each.arguments, *each.options])
-    lines += [".SH SEE ALSO", rf"\fB{_roff(_PROGRAM)}\fR(1)"]
-    return "\n".join(lines) + "\n"
-
-
-def _head(command: CommandReference) -> list[str]:
-    name = "-".join((_PROGRAM, *command.path))
-    title = f'.TH {_roff(name.upper())} 1 "" "virt\\-sse {virt_sse.__version__}" "virt\\-sse"'
-    return [title, ".SH NAME", rf"{_roff(name)} \- {_roff(command.help[0].rstrip('.'))}"]
-
-
-def _roff_help(command: CommandReference) -> list[str]:
-    return [
-        line for number, text in enumerate(command.help) for line in ([".PP"] * bool(number) + [_roff(text)])
-    ]
-
-
-def _roff_parameters(parameters: Sequence[Parameter]) -> list[str]:
-    lines = []
-    for each in parameters:
-        label = ", ".join(rf"\fB{_roff(name)}\fR" for name in each.names) + (" " if each.names else "")
-        dots = "..." if each.repeated and not each.names else ""
-        label += rf"\fI{_roff(each.value)}\fR{dots}" if each.value else ""
-        lines += [".TP", label.strip(), _roff(_sentence(each)) or r"\&"]
-    return lines
-
-
-def _tagged(entries: Iterable[tuple[str, str]]) -> list[str]:
-    return [line for tag, text in entries for line in (".TP", rf"\fB{_roff(tag)}\fR", _roff(text))]
-
-
-def _roff(text: str) -> str:
-    """*text* for groff and mandoc, in ASCII; no line of the result is a request."""
-    text = text.replace("\\", r"\e").replace("-", r"\-").replace("'", r"\(aq").replace('"', r"\(dq")
-    text = "".join(c if c.isascii() else f"\\[u{ord(c):04X}]" for c in text)
-    return rf"\&{text}" if text.startswith(".") else text
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Print the Markdown page, or write the man pages into a directory."""
-    match arguments:
-        case ["markdown"]:
-            sys.stdout.write(markdown(command_line()))
-        case ["man", directory]:
-            write_man_pages(Path(directory), command_line())
-        case _:
-            sys.exit("usage: python -m virt_sse.cli.reference markdown | man DIRECTORY")
-
-
-def write_man_pages(directory: Path, root: CommandReference) -> list[Path]:
-    """Write the man pages into *directory*, and create the directory if necessary; the files' paths."""
-    shared_folder(directory)
-    paths = []
-    for name, page in man_pages(root).items():
-        write_shared(directory / name, page.encode("ascii"))
-        paths.append(directory / name)
-    return paths
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.stdout.write(markdown(command_line()))

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from virt_sse.cli import completion
 from virt_sse.cli.disk_fields import (
     dek_fields,
     disk_fields,
@@ -15,8 +16,9 @@ from virt_sse.cli.disk_fields import (
     print_snapshots,
     shown_size,
 )
-from virt_sse.cli.disk_options import DryRun, ImagePath, Incremental, Pool, Quiesce
-from virt_sse.cli.output import Output, OutputFormat, print_fields, progress_bar
+from virt_sse.cli.disk_options import DryRun, ImagePath, Incremental, Pool, Quiesce, des_option
+from virt_sse.cli.output import Output, OutputFormat, print_fields
+from virt_sse.cli.progress import progress_bar
 from virt_sse.cli.session import backend, host
 from virt_sse.errors import InvalidValueError
 from virt_sse.model.disk_format import DiskFormat
@@ -25,7 +27,14 @@ from virt_sse.model.disks import check_kind
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
-Name = Annotated[str, typer.Argument(help="The snapshot's name or id.", show_default=False)]
+Name = Annotated[
+    str,
+    typer.Argument(
+        help="The snapshot's name or id.",
+        show_default=False,
+        autocompletion=completion.snapshots,
+    ),
+]
 Format = Annotated[
     DiskFormat | None, typer.Option("--format", help="The image format; default: the source's.")
 ]
@@ -41,12 +50,21 @@ def create(
         ),
     ],
     disk: Annotated[
-        str | None, typer.Option("--disk", help="The disk, by name or id.", show_default=False)
+        str | None,
+        typer.Option(
+            "--disk",
+            help="The disk, by name or id.",
+            show_default=False,
+            autocompletion=completion.disks,
+        ),
     ] = None,
     domain: Annotated[
         str | None,
         typer.Option(
-            "--domain", help="Take all disks of this domain, at one point in time.", show_default=False
+            "--domain",
+            help="Take all disks of this domain, at one point in time.",
+            show_default=False,
+            autocompletion=completion.domains,
         ),
     ] = None,
     incremental: Incremental = False,
@@ -64,7 +82,12 @@ def create(
         raise InvalidValueError("--path, --pool and --format go with --disk alone")
     if incremental and image_format is DiskFormat.RAW:
         raise InvalidValueError("incremental snapshots are qcow2 images")
-    with backend() as b, progress_bar("copying") as progress:
+    with (
+        backend() as b,
+        progress_bar(
+            "copying", size=(lambda: b.host.store.get(disk).size) if disk and not incremental else None
+        ) as progress,
+    ):
         if disk is not None:
             taken = b.snapshots.of_disk(
                 name,
@@ -85,7 +108,12 @@ def create(
 @app.command(name="list")
 def list_(
     disk: Annotated[
-        str | None, typer.Option("--disk", help="Only snapshots of this disk, by name or id.")
+        str | None,
+        typer.Option(
+            "--disk",
+            help="Only snapshots of this disk, by name or id.",
+            autocompletion=completion.disks,
+        ),
     ] = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -125,7 +153,7 @@ def restore(
     dry_run: DryRun = False,
     des: Annotated[
         str | None,
-        typer.Option("--des", help="The new disk's encryption set; default: the snapshot's."),
+        des_option("The new disk's encryption set; default: the snapshot's."),
     ] = None,
     image_format: Format = None,
     path: ImagePath = None,
@@ -145,7 +173,7 @@ def restore(
         return
     if dry_run:
         raise InvalidValueError("--dry-run goes with --in-place alone")
-    with backend() as b, progress_bar("copying") as progress:
+    with backend() as b, progress_bar("copying", size=lambda: b.host.store.get(name).size) as progress:
         made = b.snapshots.restore(
             name,
             disk,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from virt_sse.cli import session
-from virt_sse.cli.output import Output, OutputFormat, print_rows
+from virt_sse.cli.output import Output, OutputFormat, note, print_rows
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -29,7 +29,7 @@ def backup(
     from virt_sse.host.backup import back_up_store
 
     back_up_store(session.config(), file)
-    typer.echo(f"made {file}")
+    note(f"made {file}")
 
 
 @app.command()
@@ -43,7 +43,7 @@ def restore(
     from virt_sse.host.backup import restore_store
 
     restore_store(session.config(), file)
-    typer.echo("restored the store; 'virt-sse disk check' finds disks that changed since the backup")
+    note("restored the store; 'virt-sse disk check' finds disks that changed since the backup")
 
 
 @app.command()
@@ -65,6 +65,4 @@ def migrate(
     rows = [{"table": name, "rows": each.rows, "sha-256": each.digest} for name, each in found.items()]
     print_rows(rows, ["table", "rows", "sha-256"], output)
     path = session.config().root / "etc/virt-sse/config.toml"
-    typer.echo(
-        f"moved the store; set url in [store] of {path} on every host, then start the agents", err=True
-    )
+    note(f"moved the store; set url in [store] of {path} on every host, then start the agents", err=True)

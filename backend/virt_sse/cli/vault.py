@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from virt_sse.cli import vault_access, vault_hsm, vault_principals
-from virt_sse.cli.output import Output, OutputFormat, print_fields
+from virt_sse.cli.output import Output, OutputFormat, note, print_fields, warn
 from virt_sse.cli.vault_hsm import HsmModule, HsmPinFile, HsmUri, HsmUser, hsm_options, print_hsm
 from virt_sse.cli.vault_options import Credential, Directory, open_client, vault_folder
 from virt_sse.errors import InvalidValueError
@@ -83,18 +83,17 @@ def init(
         purge_protection=purge_protection,
         hsm=hsm_options(hsm_uri, hsm_module, hsm_pin_file, hsm_user),
     )
-    typer.echo(f"made vault {made.settings().url} in {made.path}")
-    typer.echo(f"made {made.administrator_path}: keep it secret, it administers the vault")
-    typer.echo(
+    note(f"made vault {made.settings().url} in {made.path}")
+    note(f"made {made.administrator_path}: keep it secret, it administers the vault")
+    note(
         f"back up {made.root_key_path} and, with 'virt-sse vault backup', {made.database_path} separately: "
         "the vault's keys are lost without either file"
     )
     print_hsm(made)
     if _is_taken(port):
-        typer.echo(
-            f"virt-sse: warning: another program listens on port {port} of this machine; "
-            "'virt-sse vault serve --port PORT' listens on another port",
-            err=True,
+        warn(
+            f"another program listens on port {port} of this machine; "
+            "'virt-sse vault serve --port PORT' listens on another port"
         )
 
 
@@ -207,7 +206,7 @@ def rescue(
     from virt_sse.vault.initialise import add_administrator
 
     add_administrator(VaultDirectory(vault_folder(directory)), name, file)
-    typer.echo(f"made {file}: keep it secret, it administers the vault")
+    note(f"made {file}: keep it secret, it administers the vault")
 
 
 @app.command()
@@ -221,7 +220,7 @@ def backup(
 
     vault = VaultDirectory(vault_folder(directory))
     back_up(vault, file)
-    typer.echo(f"made {file}: back up {vault.root_key_path} too, apart from it")
+    note(f"made {file}: back up {vault.root_key_path} too, apart from it")
 
 
 @app.command()
@@ -235,9 +234,7 @@ def restore(
 
     vault = VaultDirectory(vault_folder(directory))
     restore_vault(vault, file)
-    typer.echo(
-        f"made {vault.database_path}: review 'vault access list', which may have revoked permissions again"
-    )
+    note(f"made {vault.database_path}: review 'vault access list', which may have revoked permissions again")
 
 
 @app.command()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from virt_sse.cli.output import note
 from virt_sse.cli.vault_options import Directory, vault_folder
 from virt_sse.errors import InvalidValueError
 
@@ -65,7 +66,7 @@ def unlock_hsm(directory: Directory = None) -> None:
     from virt_sse.vault.hsm.access import unlock_hsm
 
     unlock_hsm(VaultDirectory(vault_folder(directory)))
-    typer.echo("the token takes the PIN")
+    note("the token takes the PIN")
 
 
 def hsm_options(
@@ -89,8 +90,6 @@ def print_hsm(vault: VaultDirectory) -> None:
     if hsm is None:
         return
     if hsm.options:
-        typer.echo(f"keeps RSA-HSM keys in {hsm.options['uri']}")
+        note(f"keeps RSA-HSM keys in {hsm.options['uri']}")
     else:
-        typer.echo(
-            f"back up {vault.hsm_path} too: the SoftHSM token with the vault's RSA-HSM keys, and its PIN"
-        )
+        note(f"back up {vault.hsm_path} too: the SoftHSM token with the vault's RSA-HSM keys, and its PIN")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows
+from virt_sse.cli.output import Output, OutputFormat, note, print_fields, print_rows
 from virt_sse.cli.private_key import read_private_key
 from virt_sse.cli.vault_options import Credential, credential_path
 from virt_sse.errors import InvalidValueError, VaultError
@@ -125,7 +125,7 @@ def delete(name: KeyName, credential: Credential = None) -> None:
     """Delete a key with all versions; recoverable until the key is purged."""
     with _client(credential) as client:
         deleted = client.begin_delete_key(name).result()
-    typer.echo(f"deleted key {name}; it will be purged on {deleted.scheduled_purge_date:%Y-%m-%d}")
+    note(f"deleted key {name}; it will be purged on {deleted.scheduled_purge_date:%Y-%m-%d}")
 
 
 @app.command()
@@ -133,7 +133,7 @@ def recover(name: KeyName, credential: Credential = None) -> None:
     """Recover a deleted key."""
     with _client(credential) as client:
         client.begin_recover_deleted_key(name).wait()
-    typer.echo(f"recovered key {name}")
+    note(f"recovered key {name}")
 
 
 @app.command()
@@ -194,7 +194,7 @@ def rotate(name: str, credential: Path | None) -> str:
 def _enable(name: str, version: str | None, credential: Path | None, *, enabled: bool) -> None:
     with _client(credential) as client:
         changed = client.update_key_properties(name, version, enabled=enabled)
-    typer.echo(f"{'enabled' if enabled else 'disabled'} key {changed.id}")
+    note(f"{'enabled' if enabled else 'disabled'} key {changed.id}")
 
 
 @contextlib.contextmanager

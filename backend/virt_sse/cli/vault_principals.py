@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows
+from virt_sse.cli.output import Output, OutputFormat, note, print_fields, print_rows
 from virt_sse.cli.vault_options import Credential, PrincipalName, open_client
 from virt_sse.errors import InvalidValueError
 from virt_sse.vault_client.permissions import Role
@@ -60,7 +60,7 @@ def disable_principal(name: PrincipalName, credential: Credential = None) -> Non
     """Disable a principal, with immediate effect, until it is enabled again."""
     with open_client(credential) as client:
         client.disable_principal(name)
-    typer.echo(f"disabled principal {name}")
+    note(f"disabled principal {name}")
 
 
 @app.command(name="enable")
@@ -68,7 +68,7 @@ def enable_principal(name: PrincipalName, credential: Credential = None) -> None
     """Enable a disabled principal."""
     with open_client(credential) as client:
         client.enable_principal(name)
-    typer.echo(f"enabled principal {name}")
+    note(f"enabled principal {name}")
 
 
 @app.command(name="delete")
@@ -76,7 +76,7 @@ def delete_principal(name: PrincipalName, credential: Credential = None) -> None
     """Delete a principal and its permissions, with immediate effect."""
     with open_client(credential) as client:
         client.delete_principal(name)
-    typer.echo(f"deleted principal {name}")
+    note(f"deleted principal {name}")
 
 
 def _fields(info: PrincipalInfo) -> dict[str, object]:

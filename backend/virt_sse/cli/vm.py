@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from virt_sse.cli import session
-from virt_sse.cli.output import Output, OutputFormat, human_size, print_fields, print_rows
+from virt_sse.cli.disk_options import DomainName
+from virt_sse.cli.output import Output, OutputFormat, human_size, note, print_fields, print_rows, warn
 from virt_sse.cli.session import backend
 from virt_sse.cli.vm_encrypt import vm_encrypt
 from virt_sse.cli.vm_inspect import vm_inspect
 from virt_sse.cli.vm_verify import vm_verify
 from virt_sse.errors import InvalidValueError
-from virt_sse.model.disks import parse_size
+from virt_sse.model.disks import parse_disk_size
 from virt_sse.model.layers import HostCaching
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ app.command(name="encrypt")(vm_encrypt)
 app.command(name="inspect")(vm_inspect)
 app.command(name="verify")(vm_verify)
 
-DomainName = Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name.", show_default=False)]
 
 _NONE = "none"
 
@@ -103,7 +103,7 @@ def update(
         if temp_disk_size is None
         else None
         if temp_disk_size == _NONE
-        else parse_size(temp_disk_size),
+        else parse_disk_size(temp_disk_size),
         caching=dict(_caching(each) for each in disk_caching or ()),
         refresh_disks=refresh_disks,
         accelerate=KEEP if accelerate is None else accelerate is Switch.ON,
@@ -126,7 +126,7 @@ def protect(domain: DomainName) -> None:
 
     with session.host() as host:
         DomainProtection(host).protect(domain)
-    typer.echo(f"protected domain {domain}")
+    note(f"protected domain {domain}")
 
 
 @app.command()
@@ -140,7 +140,7 @@ def unprotect(
 
     with session.host() as host:
         DomainProtection(host).unprotect(domain)
-    typer.echo(f"no longer protected: domain {domain}")
+    note(f"no longer protected: domain {domain}")
 
 
 def _caching(text: str) -> tuple[str, HostCaching]:
@@ -200,9 +200,9 @@ def _print(view: VmView, output: OutputFormat) -> None:
         is_told = view.properties.encryption_at_host or each.is_of_encrypted_disk
         if is_told and each.state is State.PLAINTEXT:
             where = f" at {each.place}" if each.place else ""
-            typer.echo(f"virt-sse: warning: {each.name}{where} is not encrypted: {each.reason}", err=True)
+            warn(f"{each.name}{where} is not encrypted: {each.reason}")
     if view.library and (problem := library_problem(view.library, is_asked=view.is_accelerated)):
-        typer.echo(f"virt-sse: warning: {problem}", err=True)
+        warn(f"{problem}")
 
 
 def _lines(items: object) -> list[str]:

@@ -9,23 +9,22 @@ from typing import Annotated
 
 import typer
 
-from virt_sse.cli.disk_options import MaxRate, cipher_option
+from virt_sse.cli.disk_options import DomainName, MaxRate, cipher_option, des_option
 from virt_sse.cli.disk_reencrypt import pause_of
-from virt_sse.cli.output import progress_bar
+from virt_sse.cli.output import note, warn
+from virt_sse.cli.progress import progress_bar
 from virt_sse.cli.session import backend
 from virt_sse.errors import InvalidValueError
 from virt_sse.model.ciphers import AES_256_XTS, Cipher
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import parse_size
+from virt_sse.model.sizes import parse_size
 
 
 def vm_encrypt(
-    domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name.", show_default=False)],
+    domain: DomainName,
     des: Annotated[
         str | None,
-        typer.Option(
-            "--des", help="The disk encryption set; default: none, the disks are under the platform's key."
-        ),
+        des_option("The disk encryption set; default: none, the disks are under the platform's key."),
     ] = None,
     cipher: Annotated[
         Cipher | None,
@@ -72,19 +71,13 @@ def vm_encrypt(
             bar = functools.partial(progress_bar, size=each.size or None)
             done = b.in_place.encrypt(domain, each, change, bar)
             paused = pause_of(done.paused_seconds)
-            typer.echo(f"encrypted {done.target} as disk {done.disk.name} ({done.disk.path}){paused}")
+            note(f"encrypted {done.target} as disk {done.disk.name} ({done.disk.path}){paused}")
         kept = b.in_place.kept_images(domain)
         for path in [] if wipe else kept:
-            typer.echo(f"virt-sse: warning: {path} still holds the plaintext", err=True)
+            warn(f"{path} still holds the plaintext")
         if wipe or (kept and sys.stdin.isatty() and typer.confirm("overwrite and remove these images?")):
             for wiped in b.in_place.wipe(domain):
-                typer.echo(f"overwrote and removed {wiped.path}")
+                note(f"overwrote and removed {wiped.path}")
                 if not wiped.in_place:
-                    typer.echo(
-                        f"virt-sse: warning: the file system of {wiped.path} may keep the old content",
-                        err=True,
-                    )
-            typer.echo(
-                "virt-sse: warning: flash memory, snapshots and copies of the storage may keep plaintext",
-                err=True,
-            )
+                    warn(f"the file system of {wiped.path} may keep the old content")
+            warn("flash memory, snapshots and copies of the storage may keep plaintext")

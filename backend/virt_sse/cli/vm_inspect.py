@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
+from virt_sse.cli.disk_options import DomainName, Name
 from virt_sse.cli.output import Output, OutputFormat, human_size, print_json, print_rows
 from virt_sse.cli.session import backend
 from virt_sse.errors import ImageError
@@ -18,7 +17,7 @@ _NONE = "none found"
 
 
 def vm_inspect(
-    domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name.", show_default=False)],
+    domain: DomainName,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Find encryption by the guest itself, e.g. LUKS and BitLocker, on a domain's disks; read-only."""
@@ -53,7 +52,7 @@ def vm_inspect(
 
 
 def disk_inspect(
-    name: Annotated[str, typer.Argument(help="The disk's name or id.", show_default=False)],
+    name: Name,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Find encryption by the guest itself, e.g. LUKS and BitLocker, on a disk; read-only."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from virt_sse.cli.disk_options import DomainName
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_json, print_rows
 from virt_sse.cli.session import backend
 from virt_sse.errors import VerificationError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def vm_verify(
-    domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name.", show_default=False)],
+    domain: DomainName,
     strict: Annotated[
         bool,
         typer.Option("--strict", help="Require encryption of other disks, too, as encryption at host does."),

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows, progress_bar
+from virt_sse.cli.output import Output, OutputFormat, note, print_fields, print_rows
+from virt_sse.cli.progress import progress_bar
 from virt_sse.cli.session import backend
 from virt_sse.cli.vm import Switch
 from virt_sse.errors import InvalidValueError
@@ -82,9 +83,9 @@ def update(
     with backend() as b:
         differing = b.scale_sets.update(name, encryption_at_host=at_host is Switch.ON)
     how = "without" if at_host is Switch.ON else "with"
-    typer.echo(f"new instances of {name}: encryption at host {at_host.value}")
+    note(f"new instances of {name}: encryption at host {at_host.value}")
     for each in differing:
-        typer.echo(f"existing instance {how} encryption at host: {each}")
+        note(f"existing instance {how} encryption at host: {each}")
 
 
 @app.command(name="list")
@@ -118,7 +119,7 @@ def delete(name: SetName, force: Force = False) -> None:
     """Delete a scale set with its domains and their disks, for good; the copied disk stays."""
     with backend() as b, progress_bar("deleting") as progress:
         b.scale_sets.delete(name, force=force, progress=progress)
-    typer.echo(f"deleted scale set {name}")
+    note(f"deleted scale set {name}")
 
 
 def _fields(scale_set: ScaleSet) -> dict[str, object]:

@@ -16,6 +16,7 @@ from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.envelope import DekEntry, Envelope
 from virt_sse.model.keys import DekContext, KeyRef
 from virt_sse.model.layers import EncryptionType, HostCaching, Placement
+from virt_sse.model.sizes import parse_size
 from virt_sse.system.files import canonical
 
 PLATFORM_KEY = KeyRef("platform-managed", "default")
@@ -33,14 +34,12 @@ _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,78}[A-Za-z0-9_])?")
 _IMAGE_NAME_LENGTH = 70
 """Leaves room for the version within the name of a disk."""
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
-_SIZE = re.compile(r"([0-9]{1,20})(?:([KMGT])(?:iB)?)?")
 _HINTS = {
     DiskKind.DISK: "see 'virt-sse disk --help'",
     DiskKind.SNAPSHOT: "'virt-sse snapshot restore' makes a disk of a snapshot",
     DiskKind.IMAGE: "'virt-sse disk create --image' makes a disk of an image",
     DiskKind.RESTORE_POINT: "'virt-sse disk restore' makes a disk of a restore point",
 }
-_UNITS = {None: 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 class DiskState(enum.Enum):
@@ -243,17 +242,12 @@ def check_path(path: Path) -> Path:
     return canonical(path)
 
 
-def parse_size(text: str) -> int:
-    """Convert a size like ``10G``, ``512MiB`` or ``1073741824`` to bytes; binary units, as in qemu-img.
+def parse_disk_size(text: str) -> int:
+    """Convert the size of a disk, as :func:`~virt_sse.model.sizes.parse_size`.
 
     :raise InvalidValueError: When *text* is malformed, or a disk cannot have this size.
     """
-    match = _SIZE.fullmatch(text)
-    if not match:
-        raise InvalidValueError(
-            f"invalid size {text[:40]!r}", hint="a number of bytes, or a number with K, M, G or T, e.g. 10G"
-        )
-    return check_size(int(match[1]) * _UNITS[match[2]])
+    return check_size(parse_size(text))
 
 
 def check_size(size: int) -> int:

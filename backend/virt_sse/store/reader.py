@@ -57,6 +57,9 @@ class StoreReads(Protocol):
     def unfinished(self) -> list[Disk]:
         """As :meth:`Store.unfinished`."""
 
+    def encryption_set_names(self) -> list[str]:
+        """As :meth:`Store.encryption_set_names`."""
+
 
 class StoreReader:
     """A store in SQLite, opened for each query. The queries are those of the store, with the same results.
@@ -117,6 +120,10 @@ class StoreReader:
     def unfinished(self) -> list[Disk]:
         """The disks whose creation or deletion is in progress or was interrupted."""
         return self._disks("disks.state != ?", DiskState.READY.value)
+
+    def encryption_set_names(self) -> list[str]:
+        """The names of all disk encryption sets, sorted."""
+        return [row.name for row in self._select("SELECT name FROM encryption_sets ORDER BY name")]
 
     def _disks(self, condition: str, *values: str) -> list[Disk]:
         # A single statement, so that a disk and its DEKs are consistent.

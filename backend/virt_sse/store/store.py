@@ -140,6 +140,10 @@ class Store:
         """The disks whose creation or deletion is in progress or was interrupted."""
         return self._select(disks.c.state != DiskState.READY.value)
 
+    def encryption_set_names(self) -> list[str]:
+        """The names of all disk encryption sets, sorted."""
+        return [each.name for each in self.encryption_sets.all()]
+
     def under_key(self, key: KeyRef) -> list[Disk]:
         """The disks with a DEK under any version of *key*."""
         return self._select(

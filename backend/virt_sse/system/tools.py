@@ -7,16 +7,24 @@ image but those made by this process.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
+import shlex
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
-from virt_sse.errors import ImageError, ToolError
+from virt_sse.errors import ImageError, ToolError, printable
 from virt_sse.system.confinement import Confinement, command, has_mounts, tool_environment
 from virt_sse.system.leash import leashed
+
+_log = logging.getLogger(__name__)
+
+STEP = 15
+"""Log level between ``DEBUG`` and ``INFO``: tools that were run, and their time."""
 
 _COMMAND_NOT_FOUND = 127
 """Exit status of sh and setpriv when the tool is not found."""
@@ -156,6 +164,8 @@ def _started(
     else:
         wrapped, environment = command(arguments, confinement), tool_environment()
         pass_fds = [*pass_fds, *confinement.descriptors]
+    _log.debug("run: %s", printable(shlex.join(arguments)))
+    started = time.monotonic()
     with leashed(
         wrapped,
         in_namespace=confinement is not None and has_mounts(),
@@ -166,6 +176,13 @@ def _started(
         environment=environment,
     ) as process:
         yield process
+    _log.log(
+        STEP,
+        "%s ran for %.2f s, exit status %s",
+        arguments[0],
+        time.monotonic() - started,
+        process.returncode,
+    )
 
 
 def failure(tool: str, status: int, stderr: str) -> ImageError | ToolError:

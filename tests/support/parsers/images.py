@@ -17,7 +17,7 @@ from support.header_seeds import ENVELOPE, LARGE_ENVELOPE, ROOM, luks_header, qc
 from virt_sse.errors import EnvelopeError, ImageError, ImageFormatError, MonitorError, ToolError
 from virt_sse.in_guest.inspection import inspect
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import check_name, parse_size
+from virt_sse.model.disks import check_name, parse_disk_size
 from virt_sse.model.envelope import SLOT_BYTES, Envelope
 from virt_sse.qemu import envelope_slots, image_file, image_header, img
 from virt_sse.qemu.luks import Luks1Header
@@ -225,5 +225,5 @@ PARSERS = [
         [b"/a", b"nbd+unix:///x?socket=/a", _GRAPH[0][0]["file"].encode()],
     ),
     Parser("disk-name", texts(check_name), [b"disk-1"]),
-    Parser("disk-size", texts(parse_size), [b"10G", b"512MiB", b"1024"]),
+    Parser("disk-size", texts(parse_disk_size), [b"10G", b"512MiB", b"1024"]),
 ]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from virt_sse.cli import reference
+from virt_sse.cli import reference, roff
 from virt_sse.cli.main import build
 from virt_sse.config import Config
 from virt_sse.plugins import PluginHost
@@ -31,7 +31,7 @@ def test_the_page_is_up_to_date(request: pytest.FixtureRequest) -> None:
 
 
 def test_nothing_in_the_page_is_of_this_machine() -> None:
-    text = reference.markdown(ROOT) + "".join(reference.man_pages(ROOT).values())
+    text = reference.markdown(ROOT) + "".join(roff.man_pages(ROOT).values())
     for path in (CHECKOUT, Path.home(), Path(sys.prefix)):
         assert str(path) not in text
 
@@ -45,12 +45,16 @@ def test_every_command_and_option_is_in_the_reference(tmp_path: Path) -> None:
             if isinstance(command, typer.core.TyperGroup):
                 compare(command, ours)
                 continue
-            options = [param for param in command.params if isinstance(param, typer.core.TyperOption)]
+            shown = [param for param in command.params if not param.hidden]
+            options = [param for param in shown if isinstance(param, typer.core.TyperOption)]
             assert sorted(opt for param in options for opt in (*param.opts, *param.secondary_opts)) == sorted(
                 opt for option in ours.options for opt in option.names
             )
-            assert len(ours.arguments) == len(command.params) - len(options)
+            assert len(ours.arguments) == len(shown) - len(options)
             assert [each.required for each in ours.options] == [each.required for each in options]
+            for param, parameter in zip(shown, ours.parameters, strict=True):
+                if param.metavar:
+                    assert param.metavar.removesuffix("...") == parameter.value
 
     app = build(PluginHost(Config.load(tmp_path), reference.entry_points()))
     group = typer.main.get_command(app)
@@ -68,9 +72,9 @@ def test_every_parameter_has_a_help_text() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("groff"), reason="needs groff")
-@pytest.mark.parametrize("name", reference.man_pages(ROOT))
+@pytest.mark.parametrize("name", roff.man_pages(ROOT))
 def test_man_pages_are_valid(name: str, tmp_path: Path) -> None:
-    reference.write_man_pages(tmp_path, ROOT)
+    roff.write_man_pages(tmp_path, ROOT)
     done = subprocess.run(
         ["groff", "-man", "-ww", "-Tutf8", "-P-cbou", name],
         cwd=tmp_path,
@@ -85,7 +89,7 @@ def test_man_pages_are_valid(name: str, tmp_path: Path) -> None:
 
 def test_text_cannot_become_a_request() -> None:
     described = reference.CommandReference(("x",), (".so /etc/passwd", "'a' \\fB \"b\" -c …"))
-    page = reference.man_pages(reference.CommandReference((), ("Root.",), (), (described,)))["virt-sse-x.1"]
+    page = roff.man_pages(reference.CommandReference((), ("Root.",), (), (described,)))["virt-sse-x.1"]
     assert "\n.so" not in page
     assert "\n'a'" not in page
     assert r"\(aqa\(aq \efB \(dqb\(dq \-c \[u2026]" in page

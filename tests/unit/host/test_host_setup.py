@@ -17,7 +17,8 @@ from support import images
 from support.command_line import CommandLine, no_libvirt
 from virt_sse.agent.systemd import write_units
 from virt_sse.backend import Backend
-from virt_sse.cli.reference import command_line, write_man_pages
+from virt_sse.cli.reference import command_line
+from virt_sse.cli.roff import write_man_pages
 from virt_sse.config import Config
 from virt_sse.host import capabilities, guest_acceleration
 from virt_sse.host.capabilities import Capability

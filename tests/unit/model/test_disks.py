@@ -9,7 +9,15 @@ import pytest
 
 from virt_sse.errors import InvalidValueError
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import MAX_SIZE, Disk, DiskState, check_name, check_path, check_size, parse_size
+from virt_sse.model.disks import (
+    MAX_SIZE,
+    Disk,
+    DiskState,
+    check_name,
+    check_path,
+    check_size,
+    parse_disk_size,
+)
 from virt_sse.model.keys import DekContext
 from virt_sse.model.layers import EncryptionType
 
@@ -27,49 +35,13 @@ DISK = Disk(
 )
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("512", 512),
-        ("1K", 1024),
-        ("1KiB", 1024),
-        ("3M", 3 << 20),
-        ("10G", 10 << 30),
-        ("64T", 64 << 40),
-        ("64TiB", MAX_SIZE),
-        ("1536", 1536),
-    ],
-)
-def test_a_size_is_read_with_any_unit(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "0",
-        "-1",
-        "+512",
-        "1",
-        "513",
-        "511",
-        "1.5G",
-        "10X",
-        "10 G",
-        "10GB",
-        "10g",
-        "G",
-        "1e9",
-        "0x200",
-        "65T",
-    ]
-    + ["70368744178176", "\uff19\uff19\uff19", "1G\n", " 1G", "1" * 21, "512\0", "1KiBiB", "1_024"],
-)
-def test_an_invalid_size_is_refused(text: str) -> None:
-    with pytest.raises(InvalidValueError) as caught:
-        parse_size(text)
-    assert caught.value.hint
+def test_a_disks_size_is_a_number_of_sectors() -> None:
+    assert parse_disk_size("64TiB") == MAX_SIZE
+    assert parse_disk_size("1GB") == 1000**3
+    for text in ("1", "511", "513", "1MB", "65T"):
+        with pytest.raises(InvalidValueError) as caught:
+            parse_disk_size(text)
+        assert caught.value.hint
 
 
 @pytest.mark.parametrize("size", [-512, 0, 1, 511, 513, MAX_SIZE + 512])
