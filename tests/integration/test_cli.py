@@ -56,7 +56,7 @@ BAD_INPUT = {
     "size negative": (("disk", "create", "new", "-s", "-1G"), "invalid size '-1G'", 2),
     "size 10X": (("disk", "create", "new", "-s", "10X"), "invalid size '10X'", 2),
     "size 513": (("disk", "create", "new", "-s", "513"), "cannot have 513 bytes", 2),
-    "size huge": (("disk", "create", "new", "-s", "9" * 20 + "T"), "cannot have", 2),
+    "size huge": (("disk", "create", "new", "-s", "9" * 20 + "T"), "below 8 EiB", 2),
     "size beyond the largest": (("disk", "create", "new", "-s", "65T"), "cannot have", 2),
     "new size": (("disk", "resize", "disk", "1"), "cannot have 1 bytes", 2),
     "smaller size": (("disk", "resize", "disk", "512K"), "more than 524288", 2),
