@@ -54,7 +54,7 @@ def create(
         typer.Option(
             "--size",
             "-s",
-            help="Size visible to the guest, e.g. 10G; default with --image: the image's.",
+            help="Size visible to the guest, e.g. 10G; default: the image's, or the room on a block device.",
             show_default=False,
         ),
     ] = None,
@@ -84,7 +84,7 @@ def create(
     """Create an empty disk, or a disk with the content of an image."""
     if linked and image is None:
         raise InvalidValueError("--linked makes a disk of an image", hint="pass --image")
-    if size is None and image is None:
+    if size is None and image is None and not (path and path.is_block_device()):
         raise InvalidValueError(f"no size for disk {name!r}", hint="pass --size, or --image")
     new = NewDisk(
         name=name,

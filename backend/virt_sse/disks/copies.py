@@ -291,12 +291,12 @@ def new_copy(
     :param encryption_set: name or id; default: the source's.
     :param image_format: default: the source's.
     :param place: as of :class:`NewDisk`; default: a disk in the configured folder, any other copy beside
-        the source.
+        the source, or of a block device in the configured folder.
     """
     image_format = image_format or source.format
     if encryption_set is None and source.set_id:
         encryption_set = str(source.set_id)
-    if place is None and kind is not DiskKind.DISK:
+    if place is None and kind is not DiskKind.DISK and not source.path.is_block_device():
         place = source.path.with_name(f"{name}.{image_format.value}")
     return NewDisk(
         name=name,

@@ -268,6 +268,7 @@ class DomainStart:
             path=disk.path,
             behind=behind,
             error_policy=policy if behind else None,
+            is_device=disk.path.is_block_device(),
         )
 
     def plan(self, disk: Disk, placement: Placement | None = None) -> LayerPlan:
@@ -356,6 +357,11 @@ class DomainStart:
             raise InvalidValueError(
                 f"{use.target} is disk {disk.name!r} but has the source {use.source}",
                 hint=f"the disk is served at {source.place}; see 'virt-sse disk xml {disk.name}'",
+            )
+        if use.source is None:
+            raise InvalidValueError(
+                f"{use.target} names disk {disk.name!r} by a volume of a storage pool, or on a server",
+                hint=f"'virt-sse disk xml {disk.name}' prints the <disk> element with the path of the image",
             )
         raise InvalidValueError(
             f"{use.target} has the key of disk {disk.name!r} but the image {use.source}",

@@ -180,8 +180,12 @@ class ReencryptionService:
         domain_id, target = self._running_user(disk)
         copy_id = uuid.uuid4()
         image_format = change.format or disk.format
-        beside = disk.path.with_name(f"{disk.name}-{copy_id.hex[:8]}.{image_format.value}")
-        keeps_path = change.path is None and domain_id is None and image_format is disk.format
+        is_device = disk.path.is_block_device()
+        folder = self._host.config.disk_directory if is_device else disk.path.parent
+        beside = folder / f"{disk.name}-{copy_id.hex[:8]}.{image_format.value}"
+        keeps_path = (
+            change.path is None and domain_id is None and image_format is disk.format and not is_device
+        )
         infrastructure = disk.deks[-1].cipher if len(disk.deks) > 1 else None
         new = NewDisk(
             name=f"{disk.name[:60]}.copy-{copy_id.hex[:8]}",

@@ -57,6 +57,11 @@ class Restoration:
                     f"{source.name!r} is no snapshot of disk {current.name!r}",
                     hint="without --in-place, a snapshot is restored into a new disk",
                 )
+            if current.path.is_block_device():
+                raise DiskStateError(
+                    f"disk {current.name!r} is on block device {current.path}, where no copy can be made",
+                    hint="without --in-place, a snapshot is restored into a new disk",
+                )
             self._refuse_running(current)
             self._plugins.validate(DeleteDisk(current))
             self._host.freshness.check(source)
