@@ -17,7 +17,7 @@ from support.loop_devices import block_disk, grow, loop_device
 from support.stage_site import StageSite, owner, show, stage_site_fixtures
 from virt_sse.backend import Backend
 from virt_sse.disks.copies import new_copy
-from virt_sse.errors import DiskInUseError, ImageError, InvalidValueError
+from virt_sse.errors import DiskExistsError, DiskInUseError, ImageError, InvalidValueError
 from virt_sse.lab.guests import Guest
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disk_kind import DiskKind
@@ -108,6 +108,10 @@ def test_what_cannot_be_on_a_block_device_is_refused(backend: Backend, device: P
         backend.disks.create(replace(new, format=DiskFormat.QCOW2))
     with pytest.raises(InvalidValueError, match="it takes the whole block device"):
         backend.disks.create(replace(new, size=8 * M))
+    link = tmp_path / "link"
+    link.symlink_to(device)
+    with pytest.raises(DiskExistsError, match="exists already"):
+        backend.disks.create(replace(new, size=M, place=link))
     plain = tmp_path / "plain"
     plain.write_bytes(bytes(M))
     with pytest.raises(InvalidValueError, match="only empty disks"):

@@ -29,6 +29,7 @@ from virt_sse.model.layers import EncryptionType
 from virt_sse.qemu import conversion, image_file, unlocking
 from virt_sse.qemu.conversion import CopySource
 from virt_sse.qemu.difference import write_difference
+from virt_sse.system.block_devices import is_device
 from virt_sse.system.progress import Progress, silent
 
 
@@ -296,7 +297,7 @@ def new_copy(
     image_format = image_format or source.format
     if encryption_set is None and source.set_id:
         encryption_set = str(source.set_id)
-    if place is None and kind is not DiskKind.DISK and not source.path.is_block_device():
+    if place is None and kind is not DiskKind.DISK and not is_device(source.path):
         place = source.path.with_name(f"{name}.{image_format.value}")
     return NewDisk(
         name=name,

@@ -43,6 +43,7 @@ from virt_sse.model.layers import EncryptionType, LayerChoice, LayerPlan
 from virt_sse.model.operations import CreateDisk
 from virt_sse.qemu import device_image, image_file
 from virt_sse.qemu.formatting import Volume, make
+from virt_sse.system.block_devices import is_device
 from virt_sse.system.files import publish
 
 
@@ -222,7 +223,7 @@ class Creation:
                 new.kind,
             )
         )
-        if os.path.lexists(path) and not path.is_block_device():
+        if os.path.lexists(path) and not is_device(path):
             raise DiskExistsError(f"{path} exists already")
         if not os.path.isdir(path.parent):  # noqa: PTH112 -- Path.is_dir raises for a name that is too long
             raise ImageError(
@@ -314,14 +315,14 @@ class Creation:
         return replace(disk, name=copy.name) if copy and copy.disk_id == disk.id else disk
 
     def _make_image(self, made: Unfinished) -> None:
-        if not made.disk.path.is_block_device():
+        if not is_device(made.disk.path):
             with image_errors(made.disk):
                 made.make(made.image)
 
     def _publish(self, made: Unfinished) -> None:
         """Give a complete image its name, or a block device its first bytes."""
         with image_errors(made.disk):
-            if made.disk.path.is_block_device():
+            if is_device(made.disk.path):
                 with device_image.new_beginning(made.volumes) as content:
                     self._freshness.seal_new(content, made.carried)
                     device_image.write_beginning(content, made.disk.path)
@@ -333,7 +334,7 @@ class Creation:
 
 def _checked_size(new: NewDisk, path: Path, plan: LayerPlan) -> int:
     """The size of a new disk in bytes; on a block device, the room on the device."""
-    if path.is_block_device():
+    if is_device(path):
         if new.format is not DiskFormat.RAW:
             raise InvalidValueError(
                 f"the image on block device {path} cannot be {new.format.value}", hint="pass --format raw"
@@ -350,7 +351,7 @@ def _checked_size(new: NewDisk, path: Path, plan: LayerPlan) -> int:
 
 def _refuse_device(place: Path | StoragePool | None) -> None:
     """Refuse a block device for a disk that begins with content."""
-    if isinstance(place, Path) and place.is_block_device():
+    if isinstance(place, Path) and is_device(place):
         raise InvalidValueError(
             f"{place} is a block device, and only empty disks can be made there",
             hint="make an empty disk with 'virt-sse disk create', and copy the content within a guest",

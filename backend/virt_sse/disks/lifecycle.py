@@ -44,6 +44,7 @@ from virt_sse.model.disks import (
 )
 from virt_sse.model.operations import DeleteDisk, ResizeDisk
 from virt_sse.qemu import device_image, envelope_slots, image_file, img, unlocking
+from virt_sse.system.block_devices import is_device
 from virt_sse.system.files import sync_folder
 from virt_sse.system.marks import Marks
 
@@ -203,7 +204,7 @@ class Disks:
                 )
             self._plugins.validate(ResizeDisk(current, size))
             with self._size_marked(current):
-                if current.path.is_block_device():
+                if is_device(current.path):
                     ciphers = [entry.cipher for entry in current.deks]
                     device_image.refuse_other_size(current.path, size, ciphers)
                     self._attachments.resize_live(current, size)
@@ -362,14 +363,14 @@ class Disks:
         """
         doomed = _doomed(disk)
         is_erased = not disk.deks  # by a killed command: DEKs are dropped after the erasure
-        is_device = disk.path.is_block_device()  # erased in place, the envelope last
+        in_place = is_device(disk.path)  # erased in place, the envelope last
         try:
             with contextlib.ExitStack() as stack:
                 image = _open_own(stack, disk, disk.path)
-                if image is not None and not is_device:
+                if image is not None and not in_place:
                     disk.path.rename(doomed)
                     sync_folder(doomed.parent)
-                elif image is None and not is_device:
+                elif image is None and not in_place:
                     image = _open_own(stack, disk, doomed)
                     if image is None:
                         image = _open_leftover(stack, doomed)
@@ -377,7 +378,7 @@ class Disks:
                     image_file.erase(Path(f"/proc/self/fd/{image}"), disk.format)
                     is_erased = True
             backup_manifest.remove(disk)
-            if is_device:
+            if in_place:
                 self._store.drop_deks(disk.id)
             elif os.path.lexists(doomed):
                 self._store.drop_deks(disk.id)

@@ -51,6 +51,7 @@ from virt_sse.model.operations import UnlockDisk
 from virt_sse.qemu import envelope_slots, image_file, qcow2, unlocking
 from virt_sse.qemu.volume_header import VolumeHeader
 from virt_sse.stages.record import StageRecord
+from virt_sse.system.block_devices import is_device
 from virt_sse.system.files import canonical
 from virt_sse.system.locks import DiskLocks
 
@@ -268,7 +269,7 @@ class DomainStart:
             path=disk.path,
             behind=behind,
             error_policy=policy if behind else None,
-            is_device=disk.path.is_block_device(),
+            is_device=is_device(disk.path),
         )
 
     def plan(self, disk: Disk, placement: Placement | None = None) -> LayerPlan:

@@ -11,7 +11,7 @@ from pathlib import Path
 from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.qemu import image_header, luks, qcow2
-from virt_sse.system.block_devices import qemu_users
+from virt_sse.system.block_devices import is_device, qemu_users
 from virt_sse.system.files import length as file_length
 from virt_sse.system.files import write_at
 from virt_sse.system.locks import is_locked
@@ -80,8 +80,8 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
     except OSError as exc:
         raise ImageError(f"cannot open {path}: {exc.strerror}") from exc
     try:
-        if not (stat.S_ISREG(os.fstat(descriptor).st_mode) or _is_device(descriptor)):
-            raise ImageError(f"{path} is not a regular file or a block device")
+        if not (stat.S_ISREG(os.fstat(descriptor).st_mode) or _is_named_device(path, descriptor)):
+            raise ImageError(f"{path} is not a regular file or a block device in /dev")
         yield descriptor
     except ImageFormatError as exc:
         if str(path) in str(exc):
@@ -109,7 +109,7 @@ def held(path: Path) -> Iterator[int]:
     try:
         mode = os.fstat(descriptor).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            raise ImageError(f"{path} is neither a file nor a block device")
+            raise ImageError(f"{path} is neither a file nor a block device in /dev")
         yield descriptor
     finally:
         os.close(descriptor)
@@ -187,8 +187,13 @@ def erase(path: Path, image_format: DiskFormat) -> None:
 
 def file_driver(place: int | Path) -> str:
     """QEMU's driver for a file or block device, given by path or open descriptor."""
-    is_device = _is_device(place) if isinstance(place, int) else place.is_block_device()
-    return "host_device" if is_device else "file"
+    is_block = _is_device(place) if isinstance(place, int) else place.is_block_device()
+    return "host_device" if is_block else "file"
+
+
+def _is_named_device(path: Path, descriptor: int) -> bool:
+    """Whether an image is a block device, by a name of :func:`is_device` or an open descriptor."""
+    return _is_device(descriptor) and (is_device(path) or path.is_relative_to("/proc"))
 
 
 def _is_device(descriptor: int) -> bool:

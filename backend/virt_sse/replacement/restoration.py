@@ -21,6 +21,7 @@ from virt_sse.model.replacements import Replacement
 from virt_sse.qemu import image_file
 from virt_sse.replacement.offline import Bars, copy_offline
 from virt_sse.replacement.settlement import Settlement
+from virt_sse.system.block_devices import is_device
 
 
 class Restoration:
@@ -57,7 +58,7 @@ class Restoration:
                     f"{source.name!r} is no snapshot of disk {current.name!r}",
                     hint="without --in-place, a snapshot is restored into a new disk",
                 )
-            if current.path.is_block_device():
+            if is_device(current.path):
                 raise DiskStateError(
                     f"disk {current.name!r} is on block device {current.path}, where no copy can be made",
                     hint="without --in-place, a snapshot is restored into a new disk",

@@ -13,6 +13,16 @@ from virt_sse.errors import DiskInUseError, ImageError
 _QEMU = ("qemu", "nbdkit")
 """Beginnings of the names of processes that serve images."""
 
+DEVICES = Path("/dev")
+
+
+def is_device(path: Path) -> bool:
+    """Whether an image at *path* is a block device: by a name in ``/dev``, where root alone makes names.
+
+    Elsewhere, a link to a device is no image: whoever may write to a folder of images could make one.
+    """
+    return path.is_relative_to(DEVICES) and path.is_block_device()
+
 
 def qemu_users(device: int) -> list[int]:
     """The ids of QEMU's processes, and of NBD servers, that have a block device open.
