@@ -59,7 +59,8 @@ class Backend:
     :ivar verification: ``vm verify``.
     :param plugins: default: the installed plugins.
     :param component: the component named in the audit records of key uses.
-    :param in_hook: whether libvirt waits: work that needs libvirt's answers is left to the next command.
+    :param in_hook: whether libvirt may wait for this process: work that needs libvirt's answers is left to
+        :meth:`recover`, or to the next command.
     :raise StoreError: When the store cannot be opened.
     :raise PluginError: When a required plugin is broken.
     """
@@ -88,7 +89,7 @@ class Backend:
         self.restore_points = RestorePoints(host, self.disks, self.copies)
         self.transfer = Transfer(host, self.disks)
         self.images = Images(host, self.disks, self.copies, self.transfer)
-        settlement = Settlement(host, self.disks, self.domains)
+        settlement = self._settlement = Settlement(host, self.disks, self.domains)
         self.reencryption = ReencryptionService(host, self.disks, self.domains, self.inspector, settlement)
         self.restoration = Restoration(host, self.disks, self.copies, settlement)
         self.in_place = InPlace(host, self.disks, self.domains, self.inspector, settlement)
@@ -112,6 +113,16 @@ class Backend:
     def open(cls, root: Path | None = None) -> Self:
         """Open the backend of the host whose files lie under *root*; see :meth:`Config.load`."""
         return cls(Config.load(root))
+
+    def recover(self) -> None:
+        """Finish or undo what a backend opened with *in_hook* has left, with libvirt's answers.
+
+        :raise VirtSseError: When the store cannot be queried, or libvirt refuses.
+        """
+        self.live_copies.in_hook = False
+        self.live_copies.recover()
+        self.disks.recover()
+        self._settlement.recover()
 
     def close(self) -> None:
         """Close the store and the key providers."""

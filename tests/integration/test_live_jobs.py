@@ -14,6 +14,7 @@ import pytest
 
 from support.disk_contents import decrypted
 from support.images import require
+from support.loop_devices import block_disk, loop_device
 from support.stage_site import StageSite, stage_site_fixtures
 from support.waiting import wait_until
 from virt_sse.domains.pause_locks import pause_locks
@@ -174,19 +175,6 @@ def plain_guest(site: StageSite, *elements: str) -> Guest:
 
 
 @contextlib.contextmanager
-def loop_device(path: Path) -> Iterator[Path]:
-    """A block device over a file."""
-    require("losetup")
-    made = subprocess.run(["losetup", "--find", "--show", path], capture_output=True, text=True, check=False)
-    if made.returncode != 0:
-        pytest.skip(f"no loop device: {made.stderr.strip()}")
-    try:
-        yield Path(made.stdout.strip())
-    finally:
-        subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True)
-
-
-@contextlib.contextmanager
 def linked_device(folder: Path) -> Iterator[Path]:
     """A block device of 4 MiB by the name of a symbolic link, as device managers make them."""
     below, link = folder / "linked-device", folder / "by-name"
@@ -214,11 +202,6 @@ def logical_volume(folder: Path) -> Iterator[Path]:
             yield Path("/dev", group, "lv")
         finally:
             subprocess.run(["lvm", "vgremove", "--yes", group], check=True, stdout=subprocess.DEVNULL)
-
-
-def block_disk(device: Path, target: str = "vda") -> str:
-    """The ``<disk>`` element of a block device."""
-    return disk_xml(device, target=target).replace("type='file'", "type='block'").replace("file=", "dev=")
 
 
 @pytest.mark.slow

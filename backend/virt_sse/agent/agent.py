@@ -232,6 +232,10 @@ class Agent:
         return OverviewCollector(self._backend.host, view)
 
     def _watch(self) -> None:
+        try:
+            self._backend.recover()
+        except Exception:  # noqa: BLE001 -- the watches and the next command try again
+            _log.exception("watch-failed")
         while not self._stopping:
             self._wake.clear()
             due = time.monotonic() + self._config.agent.poll_seconds
@@ -290,7 +294,8 @@ def run(config: Config, plugins: PluginHost) -> None:
     with (
         _stop_signal() as stopped,
         listening(config.agent_socket) as listener,
-        Backend(config, plugins, component=Component.AGENT) as backend,
+        # libvirt may wait for a hook that waits for this socket: nothing here may wait for libvirt.
+        Backend(config, plugins, component=Component.AGENT, in_hook=True) as backend,
     ):
         agent = Agent(backend, metrics)
         server = AgentServer(listener, AgentService(agent.serve_hook, agent.status, metrics.render))

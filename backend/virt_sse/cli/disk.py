@@ -21,6 +21,7 @@ from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, DiskSku, NewDisk, parse_disk_size
 from virt_sse.model.layers import EncryptionType
+from virt_sse.system.block_devices import is_device
 from virt_sse.system.files import write_new
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -53,7 +54,7 @@ def create(
         typer.Option(
             "--size",
             "-s",
-            help="Size visible to the guest, e.g. 10G; default with --image: the image's.",
+            help="Size visible to the guest, e.g. 10G; default: the image's, or the room on a block device.",
             show_default=False,
         ),
     ] = None,
@@ -83,7 +84,7 @@ def create(
     """Create an empty disk, or a disk with the content of an image."""
     if linked and image is None:
         raise InvalidValueError("--linked makes a disk of an image", hint="pass --image")
-    if size is None and image is None:
+    if size is None and image is None and not (path and is_device(path)):
         raise InvalidValueError(f"no size for disk {name!r}", hint="pass --size, or --image")
     new = NewDisk(
         name=name,

@@ -29,6 +29,7 @@ from virt_sse.model.layers import EncryptionType
 from virt_sse.qemu import conversion, image_file, unlocking
 from virt_sse.qemu.conversion import CopySource
 from virt_sse.qemu.difference import write_difference
+from virt_sse.system.block_devices import is_device
 from virt_sse.system.progress import Progress, silent
 
 
@@ -291,12 +292,12 @@ def new_copy(
     :param encryption_set: name or id; default: the source's.
     :param image_format: default: the source's.
     :param place: as of :class:`NewDisk`; default: a disk in the configured folder, any other copy beside
-        the source.
+        the source, or of a block device in the configured folder.
     """
     image_format = image_format or source.format
     if encryption_set is None and source.set_id:
         encryption_set = str(source.set_id)
-    if place is None and kind is not DiskKind.DISK:
+    if place is None and kind is not DiskKind.DISK and not is_device(source.path):
         place = source.path.with_name(f"{name}.{image_format.value}")
     return NewDisk(
         name=name,

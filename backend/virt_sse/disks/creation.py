@@ -1,7 +1,8 @@
 """The creation of disks.
 
 The order of writes protects the data. A DEK is wrapped and committed (``creating``) before anything is
-encrypted with this DEK. The image gets its name once complete; then the disk becomes ``ready``. Disks made
+encrypted with this DEK. The image gets its name once complete; then the disk becomes ``ready``. A block
+device, which has a name, gets its first bytes, without which nothing opens it, once complete. Disks made
 together, e.g. the snapshots of all disks of a domain, become ready together or not at all.
 """
 
@@ -23,6 +24,8 @@ from virt_sse.keys.encryption_sets import EncryptionSets
 from virt_sse.keys.host import Host
 from virt_sse.libvirt.pools import pool_folder, refresh_pool
 from virt_sse.model.content import Content
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import (
     PLATFORM_KEY,
     Disk,
@@ -38,8 +41,9 @@ from virt_sse.model.envelope import DekEntry
 from virt_sse.model.keys import Dek, DekContext
 from virt_sse.model.layers import EncryptionType, LayerChoice, LayerPlan
 from virt_sse.model.operations import CreateDisk
-from virt_sse.qemu import image_file
+from virt_sse.qemu import device_image, image_file
 from virt_sse.qemu.formatting import Volume, make
+from virt_sse.system.block_devices import is_device
 from virt_sse.system.files import publish
 
 
@@ -92,6 +96,11 @@ class Unfinished:
         """The incomplete image, to be filled."""
         return incomplete_image(self.disk)
 
+    @property
+    def volumes(self) -> list[Volume]:
+        """The LUKS volumes of the image, innermost first."""
+        return [Volume(spec.cipher, dek) for spec, dek in zip(self.plan.deks, self.deks, strict=True)]
+
     def make(self, path: Path) -> None:
         """Make the empty image at *path*.
 
@@ -99,8 +108,7 @@ class Unfinished:
         :raise ImageError: When there is no room.
         :raise ToolError: When a volume cannot be made.
         """
-        volumes = [Volume(spec.cipher, dek) for spec, dek in zip(self.plan.deks, self.deks, strict=True)]
-        make(path, self.disk.format, self.disk.size, volumes)
+        make(path, self.disk.format, self.disk.size, self.volumes)
 
 
 class LiveWrites(Protocol):
@@ -147,6 +155,8 @@ class Creation:
         :raise EnvelopeError: When the wrapped DEKs have no room in an image.
         :raise ImageError: When the image cannot be written.
         """
+        if fill or successor:
+            _refuse_device(new.place)
         with self.unfinished([new], content=content, successor=successor) as (made,):
             if fill:
                 with image_errors(made.disk):
@@ -188,14 +198,17 @@ class Creation:
 
     def _check(self, new: NewDisk, content: Content | None) -> _Checked:
         """Check everything about a new disk that can be checked before anything is written."""
+        if new.source or new.kind is not DiskKind.DISK:
+            _refuse_device(new.place)
         encryption_set = self._sets.usable(new.encryption_set) if new.encryption_set is not None else None
         check_name(new.name, new.kind)
-        if new.size is None:
-            raise InvalidValueError(f"no size for disk {new.name!r}")
-        size = check_size(new.size)
         path = check_path(self._image_path(new))
         key = encryption_set.key if encryption_set else PLATFORM_KEY
         encryption_type = encryption_set.encryption_type if encryption_set else EncryptionType.PLATFORM_KEY
+        layer = self._plugins.encryption_layer(encryption_type)
+        cipher = new.infrastructure_cipher or self._config.infrastructure_cipher
+        plan = layer.plan(LayerChoice(key, cipher, cipher=new.cipher))
+        size = _checked_size(new, path, plan)
         self._plugins.validate(
             CreateDisk(
                 new.name,
@@ -210,10 +223,7 @@ class Creation:
                 new.kind,
             )
         )
-        layer = self._plugins.encryption_layer(encryption_type)
-        cipher = new.infrastructure_cipher or self._config.infrastructure_cipher
-        plan = layer.plan(LayerChoice(key, cipher, cipher=new.cipher))
-        if os.path.lexists(path):
+        if os.path.lexists(path) and not is_device(path):
             raise DiskExistsError(f"{path} exists already")
         if not os.path.isdir(path.parent):  # noqa: PTH112 -- Path.is_dir raises for a name that is too long
             raise ImageError(
@@ -305,15 +315,47 @@ class Creation:
         return replace(disk, name=copy.name) if copy and copy.disk_id == disk.id else disk
 
     def _make_image(self, made: Unfinished) -> None:
-        with image_errors(made.disk):
-            made.make(made.image)
+        if not is_device(made.disk.path):
+            with image_errors(made.disk):
+                made.make(made.image)
 
     def _publish(self, made: Unfinished) -> None:
-        """Give a complete image its name."""
+        """Give a complete image its name, or a block device its first bytes."""
         with image_errors(made.disk):
+            if is_device(made.disk.path):
+                with device_image.new_beginning(made.volumes) as content:
+                    self._freshness.seal_new(content, made.carried)
+                    device_image.write_beginning(content, made.disk.path)
+                return
             with image_file.opened(made.image, os.O_RDWR) as descriptor:
                 self._freshness.seal_new(descriptor, made.carried)
             publish(made.image, made.disk.path)
+
+
+def _checked_size(new: NewDisk, path: Path, plan: LayerPlan) -> int:
+    """The size of a new disk in bytes; on a block device, the room on the device."""
+    if is_device(path):
+        if new.format is not DiskFormat.RAW:
+            raise InvalidValueError(
+                f"the image on block device {path} cannot be {new.format.value}", hint="pass --format raw"
+            )
+        ciphers = [spec.cipher for spec in plan.deks]
+        room = check_size(device_image.room_on(path, ciphers))
+        if new.size is not None:
+            device_image.refuse_other_size(path, new.size, ciphers)
+        return room
+    if new.size is None:
+        raise InvalidValueError(f"no size for disk {new.name!r}")
+    return check_size(new.size)
+
+
+def _refuse_device(place: Path | StoragePool | None) -> None:
+    """Refuse a block device for a disk that begins with content."""
+    if isinstance(place, Path) and is_device(place):
+        raise InvalidValueError(
+            f"{place} is a block device, and only empty disks can be made there",
+            hint="make an empty disk with 'virt-sse disk create', and copy the content within a guest",
+        )
 
 
 @contextlib.contextmanager

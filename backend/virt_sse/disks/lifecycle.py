@@ -43,7 +43,8 @@ from virt_sse.model.disks import (
     check_size,
 )
 from virt_sse.model.operations import DeleteDisk, ResizeDisk
-from virt_sse.qemu import envelope_slots, image_file, img, unlocking
+from virt_sse.qemu import device_image, envelope_slots, image_file, img, unlocking
+from virt_sse.system.block_devices import is_device
 from virt_sse.system.files import sync_folder
 from virt_sse.system.marks import Marks
 
@@ -203,7 +204,11 @@ class Disks:
                 )
             self._plugins.validate(ResizeDisk(current, size))
             with self._size_marked(current):
-                if not self._attachments.resize_live(current, size):
+                if is_device(current.path):
+                    ciphers = [entry.cipher for entry in current.deks]
+                    device_image.refuse_other_size(current.path, size, ciphers)
+                    self._attachments.resize_live(current, size)
+                elif not self._attachments.resize_live(current, size):
                     deks = self._keys.unwrap_all(current)
                     base = unlocked_base(self._host, current)
                     img.resize(current.path, current.format, size, deks, shrink=shrink, base=base)
@@ -352,17 +357,20 @@ class Disks:
     def _finish_deletion(self, disk: Disk) -> None:
         """Erase and remove the image under a name of its own: after a kill, its path may hold another file.
 
+        A block device stays, and has no trace of the disk's keys.
+
         :raise ImageError: When the image cannot be erased or removed.
         """
         doomed = _doomed(disk)
         is_erased = not disk.deks  # by a killed command: DEKs are dropped after the erasure
+        in_place = is_device(disk.path)  # erased in place, the envelope last
         try:
             with contextlib.ExitStack() as stack:
                 image = _open_own(stack, disk, disk.path)
-                if image is not None:
+                if image is not None and not in_place:
                     disk.path.rename(doomed)
                     sync_folder(doomed.parent)
-                else:
+                elif image is None and not in_place:
                     image = _open_own(stack, disk, doomed)
                     if image is None:
                         image = _open_leftover(stack, doomed)
@@ -370,7 +378,9 @@ class Disks:
                     image_file.erase(Path(f"/proc/self/fd/{image}"), disk.format)
                     is_erased = True
             backup_manifest.remove(disk)
-            if os.path.lexists(doomed):
+            if in_place:
+                self._store.drop_deks(disk.id)
+            elif os.path.lexists(doomed):
                 self._store.drop_deks(disk.id)
                 doomed.unlink()
                 sync_folder(doomed.parent)

@@ -59,13 +59,13 @@ _FLAGS = libvirt.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT | libvirt.VIR_DOMAIN_BLOCK_COPY
 class DomainCopies:
     """Copies disks of running domains, and ends copies left behind by killed commands.
 
-    :param in_hook: whether libvirt waits for this process: what is left behind is left to the next command.
+    :ivar in_hook: whether libvirt may wait for this process: what killed commands left behind stays.
     """
 
     def __init__(self, host: Host, start: DomainStart, *, in_hook: bool = False) -> None:
         self._uri = host.config.libvirt_uri
         self._store = host.store_reads
-        self._in_hook = in_hook
+        self.in_hook = in_hook
         self._stages = host.stages
         self._start = start
         self._paused = Marks(host.config.paused_domains)
@@ -153,7 +153,7 @@ class DomainCopies:
         """
         if not image.exists():
             return
-        if self._in_hook:
+        if self.in_hook:
             raise LibvirtUnavailableError(f"libvirt waits: the next command removes {image}")
         with contextlib.suppress(LibvirtError, MonitorError), connected(self._uri) as connection:
             self._end(connection, disk)
@@ -165,7 +165,7 @@ class DomainCopies:
 
         :raise LibvirtError: When libvirt refuses.
         """
-        for domain_id in [] if self._in_hook else self._paused.all():
+        for domain_id in [] if self.in_hook else self._paused.all():
             with contextlib.suppress(DiskInUseError, LibvirtUnavailableError), self._pauses.hold(domain_id):
                 with connected(self._uri) as connection:
                     found = domains.find(connection, domain_id)

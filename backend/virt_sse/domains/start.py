@@ -51,6 +51,7 @@ from virt_sse.model.operations import UnlockDisk
 from virt_sse.qemu import envelope_slots, image_file, qcow2, unlocking
 from virt_sse.qemu.volume_header import VolumeHeader
 from virt_sse.stages.record import StageRecord
+from virt_sse.system.block_devices import is_device
 from virt_sse.system.files import canonical
 from virt_sse.system.locks import DiskLocks
 
@@ -268,6 +269,7 @@ class DomainStart:
             path=disk.path,
             behind=behind,
             error_policy=policy if behind else None,
+            is_device=is_device(disk.path),
         )
 
     def plan(self, disk: Disk, placement: Placement | None = None) -> LayerPlan:
@@ -356,6 +358,11 @@ class DomainStart:
             raise InvalidValueError(
                 f"{use.target} is disk {disk.name!r} but has the source {use.source}",
                 hint=f"the disk is served at {source.place}; see 'virt-sse disk xml {disk.name}'",
+            )
+        if use.source is None:
+            raise InvalidValueError(
+                f"{use.target} names disk {disk.name!r} by a volume of a storage pool, or on a server",
+                hint=f"'virt-sse disk xml {disk.name}' prints the <disk> element with the path of the image",
             )
         raise InvalidValueError(
             f"{use.target} has the key of disk {disk.name!r} but the image {use.source}",

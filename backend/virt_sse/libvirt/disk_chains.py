@@ -22,8 +22,9 @@ class ChainLink:
     """One image of a disk.
 
     :ivar place: the location for messages; a path for a file.
-    :ivar path: the file, or the Unix socket of an NBD server; ``None`` for any other location.
+    :ivar path: the file, block device, or Unix socket of an NBD server; ``None`` for any other location.
     :ivar is_file: whether :attr:`path` is a file.
+    :ivar is_device: whether :attr:`path` is a block device.
     :ivar volume: name of the storage pool, and name of the volume in the pool, instead of a path.
     :ivar index: libvirt's number of the image in a running domain.
     :ivar disk_id: id of the disk of ours whose secret encrypts the image, or whose plaintext is exported.
@@ -33,6 +34,7 @@ class ChainLink:
     place: str
     path: Path | None = None
     is_file: bool = False
+    is_device: bool = False
     volume: tuple[str, str] | None = None
     index: str | None = None
     is_encrypted: bool = False
@@ -73,7 +75,7 @@ class DiskChain:
 
     @property
     def written_as_plain(self) -> tuple[ChainLink, ...]:
-        """Files and volumes to which QEMU may write without encryption.
+        """Files, block devices and volumes to which QEMU may write without encryption.
 
         Backing files too: a commit writes to a backing file.
         """
@@ -81,7 +83,9 @@ class DiskChain:
         return tuple(
             link
             for link in links
-            if not link.is_encrypted and link.disk_id is None and (link.is_file or link.volume)
+            if not link.is_encrypted
+            and link.disk_id is None
+            and (link.is_file or link.is_device or link.volume)
         )
 
     @property
@@ -177,11 +181,12 @@ def _link(place: ET.Element, source: ET.Element) -> ChainLink:
     if source.tag == "source" and not secrets:
         disk_id = plain_disk(source)
     encryption = place.find("./encryption") is not None or source.find("./encryption") is not None
-    path = source.get("file") or _socket(source)
+    path = source.get("file") or source.get("dev") or _socket(source)
     return ChainLink(
         place=_place(source),
         path=Path(path) if path else None,
         is_file=source.get("file") is not None,
+        is_device=source.get("dev") is not None,
         volume=(source.get("pool", ""), source.get("volume", "")) if source.get("volume") else None,
         index=place.get("index") or source.get("index"),
         is_encrypted=encryption,

@@ -76,6 +76,7 @@ class DiskSource:
     :ivar behind: NBD server in front of the image; ``None`` if QEMU opens the image itself.
     :ivar error_policy: libvirt's policy for failed reads and writes; ``None`` for libvirt's default.
     :ivar serial: serial number for guests; default: derived from the id.
+    :ivar is_device: whether the image is a block device.
     """
 
     disk_id: UUID
@@ -85,6 +86,7 @@ class DiskSource:
     behind: Behind | None = None
     error_policy: str | None = None
     serial: str | None = None
+    is_device: bool = False
 
     @property
     def place(self) -> Path:
@@ -191,8 +193,8 @@ def set_source(disk: ET.Element, source: DiskSource) -> None:
         ET.SubElement(place, "host", transport="unix", socket=str(source.behind.socket))
         ET.SubElement(place, "reconnect", delay=str(source.behind.reconnect_seconds))
     else:
-        disk.set("type", "file")
-        place.set("file", str(source.path))
+        disk.set("type", "block" if source.is_device else "file")
+        place.set("dev" if source.is_device else "file", str(source.path))
     for outside in disk.findall("encryption"):  # of the image before, as older versions of libvirt write it
         disk.remove(outside)
     if source.slot is not None:
@@ -321,5 +323,8 @@ def free_target(domain: ET.Element, bus: DiskBus = DiskBus.VIRTIO) -> str:
 def _source(place: ET.Element) -> Path | None:
     source = place.find("source")
     host = place.find("source[@protocol='nbd']/host[@transport='unix']")
-    name = host.get("socket") if host is not None else source.get("file") if source is not None else None
+    if host is not None:
+        name = host.get("socket")
+    else:
+        name = source.get("file") or source.get("dev") if source is not None else None
     return Path(name) if name else None

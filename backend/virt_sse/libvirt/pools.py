@@ -23,7 +23,10 @@ def pool_folder(uri: str, name: str) -> Path:
         pool = _lookup(connection, name)
         root = parse_xml(pool.XMLDesc(), kind="pool XML")
         if root.get("type") not in _FOLDER_POOLS:
-            raise InvalidValueError(f"storage pool {name!r} is of type {root.get('type')!r}, not a folder")
+            raise InvalidValueError(
+                f"storage pool {name!r} is of type {root.get('type')!r}, not a folder",
+                hint="the path of a volume that is a block device can be given instead",
+            )
         if not pool.isActive():
             raise InvalidValueError(f"storage pool {name!r} is not active", hint=f"virsh pool-start {name}")
         return Path(root.findtext("target/path", ""))

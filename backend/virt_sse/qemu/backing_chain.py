@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,8 +85,8 @@ def opened_chain(path: Path, image_format: str, *, shared: bool = False) -> Iter
                 reason = "is encrypted" if found.encrypted else f"has an external data file, {data[0]}"
                 raise ImageFormatError(f"{present} {reason}")
             size = size or found.virtual_size
-            driver = "host_device" if stat.S_ISBLK(os.fstat(descriptor).st_mode) else "file"
-            layers.append({"driver": stated, "file": {"driver": driver, "filename": str(present)}})
+            file = {"driver": image_file.file_driver(descriptor), "filename": str(present)}
+            layers.append({"driver": stated, "file": file})
             files.append(BoundFile(present, descriptor))
             pending = None
             if found.backing_file is not None:

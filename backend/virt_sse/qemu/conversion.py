@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Self
 
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
-from virt_sse.qemu.image_file import opened, usable_size
+from virt_sse.qemu.image_file import file_driver, opened, usable_size
 from virt_sse.qemu.img import locks_named, usable_size_within, working_limits
 from virt_sse.qemu.unlocking import (
     BaseImage,
@@ -195,8 +194,7 @@ def _stalled_after(size: int) -> float:
 
 def node_without_backing(path: Path, descriptor: int, image_format: str) -> dict[str, object]:
     """A block node for the foreign image *path*, open at *descriptor*, without the header's backing file."""
-    driver = "host_device" if stat.S_ISBLK(os.fstat(descriptor).st_mode) else "file"
-    file = {"driver": driver, "filename": str(path)}
+    file = {"driver": file_driver(descriptor), "filename": str(path)}
     node: dict[str, object] = {"driver": image_format, "file": file}
     if image_format in _WITH_BACKING:
         node["backing"] = None

@@ -55,23 +55,28 @@ def make(path: Path, image_format: DiskFormat, size: int, volumes: Sequence[Volu
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE_FILE)
     try:
-        *within, outer = volumes
-        if not within:
-            _make_volume(descriptor, image_format, size, outer)
-            return
-        (inner,) = within
-        content = os.memfd_create("volume")
-        try:
-            _make_volume(content, image_format, size, inner)
-            room = _room_for(content, image_format, size)
-            if image_format is DiskFormat.RAW:
-                os.ftruncate(content, luks_area(content, image_format)[1])
-            _make_volume(descriptor, image_format, room, outer)
-            _copy_into(descriptor, image_format, content, outer.dek)
-        finally:
-            os.close(content)
+        make_volumes(descriptor, image_format, size, volumes)
     finally:
         os.close(descriptor)
+
+
+def make_volumes(descriptor: int, image_format: DiskFormat, size: int, volumes: Sequence[Volume]) -> None:
+    """As :func:`make`, in the empty file open at *descriptor*."""
+    *within, outer = volumes
+    if not within:
+        _make_volume(descriptor, image_format, size, outer)
+        return
+    (inner,) = within
+    content = os.memfd_create("volume")
+    try:
+        _make_volume(content, image_format, size, inner)
+        room = _room_for(content, image_format, size)
+        if image_format is DiskFormat.RAW:
+            os.ftruncate(content, luks_area(content, image_format)[1])
+        _make_volume(descriptor, image_format, room, outer)
+        _copy_into(descriptor, image_format, content, outer.dek)
+    finally:
+        os.close(content)
 
 
 def _room_for(content: int, image_format: DiskFormat, size: int) -> int:

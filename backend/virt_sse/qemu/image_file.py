@@ -1,4 +1,4 @@
-"""Images as files: opened, locked by QEMU, measured by their headers, erased."""
+"""Images as files and block devices: opened, in use by QEMU, measured by their headers, erased."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.qemu import image_header, luks, qcow2
+from virt_sse.system.block_devices import is_device, qemu_users
+from virt_sse.system.files import length as file_length
 from virt_sse.system.files import write_at
 from virt_sse.system.locks import is_locked
 
@@ -44,23 +46,32 @@ def refuse_if_written(path: Path) -> None:
     :raise ImageError: When the image is missing or cannot be read.
     """
     with opened(path) as descriptor:
-        if is_locked(descriptor, _QEMU_WRITES, _QEMU_WRITES_LENGTH):
+        if _is_device(descriptor):
+            refuse_if_locked(path, descriptor)
+        elif is_locked(descriptor, _QEMU_WRITES, _QEMU_WRITES_LENGTH):
             raise DiskInUseError(f"{path} is being written by a QEMU process")
 
 
 def refuse_if_locked(path: Path, descriptor: int) -> None:
-    """As :func:`refuse_if_open`, for an open file or block device."""
-    if is_locked(descriptor, _QEMU_LOCKS, _QEMU_LOCKS_LENGTH):
+    """As :func:`refuse_if_open`, for an open file or block device.
+
+    A lock on a block device belongs to the device's node, and libvirt gives each guest nodes of its own.
+    """
+    if _is_device(descriptor):
+        is_used = bool(qemu_users(os.fstat(descriptor).st_rdev))
+    else:
+        is_used = is_locked(descriptor, _QEMU_LOCKS, _QEMU_LOCKS_LENGTH)
+    if is_used:
         raise DiskInUseError(f"{path} is in use by a running domain or another QEMU process")
 
 
 @contextlib.contextmanager
 def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-    """Open the image file *path*; an ``OSError`` of the block becomes an :class:`ImageError`.
+    """Open the image *path*; an ``OSError`` of the block becomes an :class:`ImageError`.
 
     An :class:`ImageFormatError` of the block gets the path.
 
-    :raise ImageError: When the file is missing, not regular, or cannot be opened.
+    :raise ImageError: When *path* is missing, neither file nor block device, or cannot be opened.
     """
     try:
         descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a FIFO must not block
@@ -69,8 +80,8 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
     except OSError as exc:
         raise ImageError(f"cannot open {path}: {exc.strerror}") from exc
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ImageError(f"{path} is not a regular file")
+        if not (stat.S_ISREG(os.fstat(descriptor).st_mode) or _is_named_device(path, descriptor)):
+            raise ImageError(f"{path} is not a regular file or a block device in /dev")
         yield descriptor
     except ImageFormatError as exc:
         if str(path) in str(exc):
@@ -98,7 +109,7 @@ def held(path: Path) -> Iterator[int]:
     try:
         mode = os.fstat(descriptor).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            raise ImageError(f"{path} is neither a file nor a block device")
+            raise ImageError(f"{path} is neither a file nor a block device in /dev")
         yield descriptor
     finally:
         os.close(descriptor)
@@ -146,14 +157,14 @@ def usable_size(descriptor: int, image_format: DiskFormat) -> int:
     _, header_length = luks_area(descriptor, image_format)
     if image_format is DiskFormat.QCOW2:
         return qcow2.Qcow2Header.read(descriptor).size
-    size = os.fstat(descriptor).st_size - header_length
+    size = file_length(descriptor) - header_length
     if size <= 0:
         raise ImageFormatError("a LUKS image without data after its header")
     return size
 
 
 def erase(path: Path, image_format: DiskFormat) -> None:
-    """Crypto-erase an image: overwrite the LUKS header and all keyslots durably.
+    """Crypto-erase an image: overwrite the keyslots, and then the LUKS header with the envelope, durably.
 
     At most 4 MiB within the file are overwritten, whatever length the image's header names. If the header is
     damaged, these are the first 4 MiB of the file.
@@ -165,7 +176,25 @@ def erase(path: Path, image_format: DiskFormat) -> None:
             offset, length = image_header.locate(descriptor, image_format)
         except ImageFormatError:
             offset, length = 0, _ERASED_AT_MOST
-        end = min(offset + min(length, _ERASED_AT_MOST), os.fstat(descriptor).st_size)
-        for begin in range(offset, end, _ERASED_AT_ONCE):
+        end = min(offset + min(length, _ERASED_AT_MOST), file_length(descriptor))
+        keyslots = min(offset + luks.FIRST_KEYSLOT, end)
+        for begin in range(keyslots, end, _ERASED_AT_ONCE):
             write_at(descriptor, os.urandom(min(_ERASED_AT_ONCE, end - begin)), begin)
         os.fsync(descriptor)
+        write_at(descriptor, os.urandom(keyslots - offset), offset)
+        os.fsync(descriptor)
+
+
+def file_driver(place: int | Path) -> str:
+    """QEMU's driver for a file or block device, given by path or open descriptor."""
+    is_block = _is_device(place) if isinstance(place, int) else place.is_block_device()
+    return "host_device" if is_block else "file"
+
+
+def _is_named_device(path: Path, descriptor: int) -> bool:
+    """Whether an image is a block device, by a name of :func:`is_device` or an open descriptor."""
+    return _is_device(descriptor) and (is_device(path) or path.is_relative_to("/proc"))
+
+
+def _is_device(descriptor: int) -> bool:
+    return stat.S_ISBLK(os.fstat(descriptor).st_mode)

@@ -17,6 +17,7 @@ from virt_sse.errors import ImageFormatError
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.qemu.luks import HEADER_END, Luks1Header
 from virt_sse.qemu.qcow2 import CRYPT_LUKS, RAW_EXTERNAL_DATA, Extension, Incompatible, Qcow2Header
+from virt_sse.system.files import length as file_length
 
 Read = Callable[[int, int], bytes]
 """Reads up to a number of bytes at an offset; the offset comes first."""
@@ -40,7 +41,7 @@ def validate(descriptor: int, image_format: DiskFormat) -> tuple[int, int]:
     :return: offset and length, in bytes, of the LUKS header and its keyslots within the file.
     :raise ImageFormatError: When the header is missing, damaged, or not as virt-sse writes headers.
     """
-    return validate_content(_reader(descriptor), os.fstat(descriptor).st_size, image_format)
+    return validate_content(_reader(descriptor), file_length(descriptor), image_format)
 
 
 def validate_content(read: Read, size: int, image_format: DiskFormat) -> tuple[int, int]:
@@ -66,7 +67,7 @@ def locate(descriptor: int, image_format: DiskFormat) -> tuple[int, int]:
 
     :raise ImageFormatError: When the LUKS header is missing or damaged.
     """
-    read, size = _reader(descriptor), os.fstat(descriptor).st_size
+    read, size = _reader(descriptor), file_length(descriptor)
     if image_format is DiskFormat.RAW:
         return _luks(read, size, 0, None)
     area = Qcow2Header.parse(read).luks

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from virt_sse.errors import MonitorError
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
+from virt_sse.qemu.image_file import file_driver
 
 if TYPE_CHECKING:
     from virt_sse.qemu.qmp import Monitor
@@ -85,7 +86,7 @@ class StorageDaemon:
 
         async def do(monitor: Monitor) -> None:
             if base:
-                file = {"driver": "file", "node-name": BASE_FILE_NODE, "filename": str(base.path)}
+                file = _stored(base.path) | {"node-name": BASE_FILE_NODE}
                 await monitor.execute("blockdev-add", file | {"read-only": True})
                 nodes = volume_nodes(len(base.deks), BASE_NODE)
                 await _open(monitor, nodes, BASE_FILE_NODE, base.format, base.deks, {"read-only": True})
@@ -194,7 +195,7 @@ async def _open(
 def _stored(image: Path | NbdExport) -> dict[str, object]:
     node: dict[str, object] = {"node-name": FILE_NODE, "discard": "unmap"}
     if isinstance(image, Path):
-        return node | {"driver": "file", "filename": str(image)}
+        return node | {"driver": file_driver(image), "filename": str(image)}
     server = {"type": "unix", "path": str(image.socket)}
     return node | {"driver": "nbd", "server": server, "export": image.name}
 

@@ -18,7 +18,7 @@ from uuid import UUID
 from virt_sse.errors import ImageFormatError, ToolError
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
-from virt_sse.qemu.image_file import opened
+from virt_sse.qemu.image_file import file_driver, opened
 from virt_sse.qemu.serving import served
 from virt_sse.qemu.volume_header import VolumeHeader
 from virt_sse.system.confinement import BoundFile
@@ -178,7 +178,7 @@ def block_node(
     if base:
         below = block_node(base.path, base.format, len(base.deks), first=first + volumes, base=base.base)
         below |= {"read-only": True}
-    node: dict[str, object] = {"driver": "file", "filename": str(path)}
+    node: dict[str, object] = {"driver": file_driver(path), "filename": str(path)}
     for number in reversed(range(first, first + volumes)):
         node = {"driver": image_format.qemu_driver, "file": node}
         if image_format is DiskFormat.QCOW2:
@@ -212,4 +212,4 @@ def image_options(path: Path, image_format: DiskFormat, volumes: int, *, first_s
         ]
     prefix = "file." * volumes
     filename = str(path).replace(",", ",,")
-    return ",".join([*options, f"{prefix}driver=file", f"{prefix}filename={filename}"])
+    return ",".join([*options, f"{prefix}driver={file_driver(path)}", f"{prefix}filename={filename}"])

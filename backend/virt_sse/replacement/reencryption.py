@@ -33,6 +33,7 @@ from virt_sse.qemu import conversion, image_file, unlocking
 from virt_sse.replacement.offline import Bars, copy_offline, no_bars
 from virt_sse.replacement.online import OnlineCopy
 from virt_sse.replacement.settlement import Settlement
+from virt_sse.system.block_devices import is_device
 from virt_sse.system.progress import Progress
 
 _CANCELLING_SECONDS = 120.0
@@ -180,8 +181,10 @@ class ReencryptionService:
         domain_id, target = self._running_user(disk)
         copy_id = uuid.uuid4()
         image_format = change.format or disk.format
-        beside = disk.path.with_name(f"{disk.name}-{copy_id.hex[:8]}.{image_format.value}")
-        keeps_path = change.path is None and domain_id is None and image_format is disk.format
+        moves = is_device(disk.path)
+        folder = self._host.config.disk_directory if moves else disk.path.parent
+        beside = folder / f"{disk.name}-{copy_id.hex[:8]}.{image_format.value}"
+        keeps_path = change.path is None and domain_id is None and image_format is disk.format and not moves
         infrastructure = disk.deks[-1].cipher if len(disk.deks) > 1 else None
         new = NewDisk(
             name=f"{disk.name[:60]}.copy-{copy_id.hex[:8]}",

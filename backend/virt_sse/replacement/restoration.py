@@ -21,6 +21,7 @@ from virt_sse.model.replacements import Replacement
 from virt_sse.qemu import image_file
 from virt_sse.replacement.offline import Bars, copy_offline
 from virt_sse.replacement.settlement import Settlement
+from virt_sse.system.block_devices import is_device
 
 
 class Restoration:
@@ -55,6 +56,11 @@ class Restoration:
             if owner is None or owner.id != current.id:
                 raise DiskStateError(
                     f"{source.name!r} is no snapshot of disk {current.name!r}",
+                    hint="without --in-place, a snapshot is restored into a new disk",
+                )
+            if is_device(current.path):
+                raise DiskStateError(
+                    f"disk {current.name!r} is on block device {current.path}, where no copy can be made",
                     hint="without --in-place, a snapshot is restored into a new disk",
                 )
             self._refuse_running(current)

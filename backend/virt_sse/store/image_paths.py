@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 _ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&apos;", '"': "&quot;"})
 """As in libvirt's ``virBufferEscapeString``."""
-_NAMED = re.compile(r"<(?:source|target)\b[^>]*?\b(?:file|volume)=('[^']*')")
+_NAMED = re.compile(r"<(?:source|target)\b[^>]*?\b(?:file|dev|volume)=('[^']*')")
 
 
 class ImagePaths:

@@ -257,6 +257,11 @@ def write_at(descriptor: int, content: bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
+def length(descriptor: int) -> int:
+    """Length in bytes of an open file or block device."""
+    return os.lseek(descriptor, 0, os.SEEK_END)
+
+
 def extents(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
     """Begin and end of each data extent, i.e. range without holes, in a file of *size* bytes."""
     end = 0

@@ -67,7 +67,7 @@ def plaintext_links(
     def is_plain(link: ChainLink) -> bool:
         if link.is_encrypted:
             return False
-        socket = None if link.is_file else link.path
+        socket = None if link.is_file or link.is_device else link.path
         return (
             link.disk_id is None
             or socket is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ class OpenFile:
 
     :ivar name: the name according to the kernel; the former name of a deleted file.
     :ivar is_unnamed: whether the file was deleted, or never had a name.
-    :ivar identity: device and inode; different for a file that has replaced the open file.
+    :ivar identity: as of :func:`identity`; different for a file that has replaced the open file.
     """
 
     descriptor: int
@@ -29,11 +30,19 @@ class OpenFile:
 
 
 def identity(path: Path) -> tuple[int, int] | None:
-    """Device and inode of the file presently at *path*, if any."""
+    """Device and inode of the file presently at *path*, if any; of a block device, the device's number.
+
+    Each guest has nodes of its own for a device.
+    """
     try:
-        status = path.stat()
+        return _identity(path.stat())
     except OSError:
         return None
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    if stat.S_ISBLK(status.st_mode):
+        return status.st_rdev, 0  # no inode has this number
     return status.st_dev, status.st_ino
 
 
@@ -51,7 +60,7 @@ def open_files(pid: int) -> list[OpenFile]:
                         descriptor=int(entry.name),
                         name=name.removesuffix(_DELETED),
                         is_unnamed=is_unnamed,
-                        identity=(status.st_dev, status.st_ino),
+                        identity=_identity(status),
                     )
                 )
     return found

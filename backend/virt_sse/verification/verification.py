@@ -76,7 +76,7 @@ class _Subject:
 
     def keyless(self, chain: DiskChain) -> Disk | None:
         """Find the disk of virt-sse whose image the domain has without the disk's key."""
-        paths = {canonical(link.path) for link in chain.written_as_plain if link.is_file and link.path}
+        paths = {canonical(link.path) for link in chain.written_as_plain if link.path}
         return next((disk for disk in self.disks if disk.path in paths), None)
 
     def disk_of(self, chain: DiskChain) -> Disk | None:
