@@ -78,20 +78,21 @@ def ask(path: StrPath, method: str, target: str, body: bytes = b"", *, timeout: 
     raise VirtSseError(message, hint=hint)
 
 
-def serve_event(root: StrPath, event: str, domain: str, xml: str) -> bool:
-    """Let the agent serve an event of the libvirt hook; return whether an agent did.
+def serve_event(root: StrPath, event: str, domain: str, xml: str) -> str | None:
+    """Let the agent serve an event of the libvirt hook.
 
+    :return: the definition for libvirt, empty for the present one; ``None`` if no agent serves the event.
     :raise VirtSseError: With the agent's message, when the agent refuses the event.
     """
     path = os.path.join(root, SOCKET)  # noqa: PTH118 -- pathlib loads slowly
     if not os.path.exists(path):  # noqa: PTH110 -- likewise
-        return False
+        return None
     body = json.dumps({"event": event, "domain": domain, "xml": xml}).encode()
     try:
-        ask(path, "POST", "/hook", body, timeout=configured_timeout(root))
+        answer = ask(path, "POST", "/hook", body, timeout=configured_timeout(root))
+        return str(json.loads(answer).get("xml") or "")
     except AgentUnavailableError:
-        return False
-    return True
+        return None
 
 
 def configured_timeout(root: StrPath) -> float:

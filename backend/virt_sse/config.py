@@ -304,6 +304,11 @@ class Config:
         return self.root / "run/virt-sse/deferred-starts"
 
     @property
+    def incoming_directory(self) -> Path:
+        """Folder of notes about domains that are about to migrate to this host; mode 0700."""
+        return self.root / "run/virt-sse/incoming-domains"
+
+    @property
     def paused_domains(self) -> Path:
         """Folder with marks of domains paused for a moment by a command that may be killed; mode 0700."""
         return self.root / "run/virt-sse/paused-domains"

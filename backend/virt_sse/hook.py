@@ -30,17 +30,20 @@ def main() -> int:
     from virt_sse.errors import VirtSseError, report
 
     try:
-        # The agent's client reads no key. libvirt leaves passwords out of the XML, too.
+        # The agent's client reads no key. libvirt leaves passwords out of the XML, too, except for "migrate".
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        if not agent_client.serve_event(os.environ.get("VIRT_SSE_ROOT") or "/", event, domain, xml):
-            _serve(event, xml)
+        changed = agent_client.serve_event(os.environ.get("VIRT_SSE_ROOT") or "/", event, domain, xml)
+        if changed is None:
+            changed = _serve(event, xml)
+        sys.stdout.buffer.write(changed.encode())
     except VirtSseError as exc:
         report(exc)
         return 1
     return 0
 
 
-def _serve(event: str, xml: str) -> None:
+def _serve(event: str, xml: str) -> str:
+    """Serve an event: the definition for libvirt, empty for the present one."""
     if sys.flags.no_site:
         import site
 
@@ -56,12 +59,20 @@ def _serve(event: str, xml: str) -> None:
         from virt_sse.domains.release import release
 
         release(Config.load(), DomainDefinition.salvage(xml))
-    elif event in ("prepare", "reconnect"):
+    elif event == "started":
+        from virt_sse.config import Config
+        from virt_sse.domains.incoming import IncomingDomains
+
+        IncomingDomains(Config.load()).check_started(DomainDefinition.parse(xml))
+    elif event in ("migrate", "prepare", "reconnect"):
         with _domain_start() as start:
+            if event == "migrate":
+                return start.announce(DomainDefinition.parse(xml))
             if event == "prepare":
                 start.prepare(DomainDefinition.parse(xml))
             else:
                 start.reconnect(DomainDefinition.salvage(xml))
+    return ""
 
 
 def _load_libvirt_ahead() -> None:

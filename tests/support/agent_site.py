@@ -62,9 +62,10 @@ def forget_domains(host: LabHost) -> None:
     """End and undefine all domains."""
     with contextlib.closing(host.connect()) as connection:
         for domain in connection.listAllDomains():
+            is_persistent = domain.isPersistent()
             if domain.isActive():
                 domain.destroy()
-            if domain.isPersistent():
+            if is_persistent:
                 domain.undefine()
 
 

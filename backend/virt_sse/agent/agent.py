@@ -41,6 +41,7 @@ from virt_sse.backend import Backend
 from virt_sse.config import Config
 from virt_sse.domains import temp_disks
 from virt_sse.domains.data_on_host import SAVED_MEMORY
+from virt_sse.domains.incoming import IncomingDomains
 from virt_sse.domains.release import release
 from virt_sse.errors import InvalidValueError, VirtSseError
 from virt_sse.libvirt.domain_definition import DomainDefinition
@@ -153,17 +154,23 @@ class Agent:
         self._protection.stop()
         self._keys.stop()
 
-    def serve_hook(self, event: str, domain: str, xml: str) -> None:
+    def serve_hook(self, event: str, domain: str, xml: str) -> str | None:
         """Serve an event of the libvirt hook, with the same effect as the hook without an agent.
 
         :param domain: name of the domain; the definition in *xml* has the same name.
+        :return: the definition for libvirt; ``None`` for the present one.
         :raise VirtSseError: By meaning. The domain must not start in this case.
         """
         with self._metrics.hook(event):
             # A malformed reference refuses a start only: an end must not leave processes behind.
-            definition = DomainDefinition.parse(xml) if event == "prepare" else DomainDefinition.salvage(xml)
+            is_strict = event in ("migrate", "prepare", "started")
+            definition = DomainDefinition.parse(xml) if is_strict else DomainDefinition.salvage(xml)
             if event == "release":
                 release(self._config, definition)
+            elif event == "migrate":
+                return self._backend.domains.announce(definition)
+            elif event == "started":
+                IncomingDomains(self._config).check_started(definition)
             else:
                 self._secrets.expect([name.usage for name in definition.secrets])
                 if event == "prepare":
@@ -171,6 +178,7 @@ class Agent:
                 else:
                     self._backend.domains.reconnect(definition)
         self._inventory.refresh()
+        return None
 
     def _on_job(self, domain_id: UUID, job: str, status: str) -> None:
         self._jobs.changed(domain_id, job, status)

@@ -1,7 +1,8 @@
 """HTTP on the agent's Unix socket, for root alone.
 
 ``POST /hook``
-    ``{"event", "domain", "xml"}``, an event of the libvirt hook; 200, or ``{"error", "hint"}``
+    ``{"event", "domain", "xml"}``, an event of the libvirt hook; ``{"xml"}``, the definition for libvirt or
+    null, or ``{"error", "hint"}``
 ``GET /status``
     the agent's view of domains and keys, in JSON
 ``GET /metrics``
@@ -38,12 +39,13 @@ _UNAVAILABLE = (KeyProviderUnavailableError, LibvirtUnavailableError, StoreError
 class AgentService:
     """The agent's functions for the server.
 
-    :ivar hook: serves an event: the event's name, the domain's name, the domain's XML.
+    :ivar hook: serves an event: the event's name, the domain's name, the domain's XML. Returns the definition
+        for libvirt; ``None`` for the present one.
     :ivar status: returns the agent's view, for JSON.
     :ivar metrics: returns the metrics in Prometheus' text format.
     """
 
-    hook: Callable[[str, str, str], None]
+    hook: Callable[[str, str, str], str | None]
     status: Callable[[], Mapping[str, object]]
     metrics: Callable[[], bytes]
 
@@ -95,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.BAD_REQUEST, f"not an event of the libvirt hook: {exc}")
             return
         try:
-            self.server.service.hook(event, domain, xml)
+            changed = self.server.service.hook(event, domain, xml)
         except VirtSseError as exc:
             status = HTTPStatus.SERVICE_UNAVAILABLE if isinstance(exc, _UNAVAILABLE) else HTTPStatus.CONFLICT
             self._refuse(status, str(exc), exc.hint)
@@ -104,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
             name = type(exc).__name__
             self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"the agent failed: {name}", "see the agent's log")
         else:
-            self._answer_json(HTTPStatus.OK, {})
+            self._answer_json(HTTPStatus.OK, {"xml": changed})
 
     def _body(self) -> bytes:
         """The request's body.

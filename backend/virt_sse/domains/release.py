@@ -7,10 +7,13 @@ neither keys nor a store in SQLite when the agent does not run.
 from __future__ import annotations
 
 import contextlib
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from virt_sse.config import Config
 from virt_sse.domains import temp_disks
+from virt_sse.domains.incoming import IncomingDomains
+from virt_sse.errors import StoreError
 from virt_sse.keys.freshness import ImageFreshness
 from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.secret_name import SecretName
@@ -19,6 +22,9 @@ from virt_sse.model.slots import TEMP_SLOT
 from virt_sse.model.vms import temp_disk_id
 from virt_sse.stages import Stages
 from virt_sse.system.database_url import is_postgresql
+
+if TYPE_CHECKING:
+    from virt_sse.keys.leases import Leases
 
 
 def release(config: Config, definition: DomainDefinition) -> None:
@@ -42,9 +48,12 @@ def release(config: Config, definition: DomainDefinition) -> None:
     }
     if temp_disks.exists(config, domain_id):
         given.add(SecretName(temp_disk_id(domain_id), TEMP_SLOT))
+    has_migrated = IncomingDomains(config).forget(domain_id)
     with contextlib.ExitStack() as all_parts:  # runs in the opposite order
         if is_postgresql(config.store_url):
-            all_parts.callback(_end_leases, config, domain_id)
+            leases = _end_leases_after(config, domain_id, all_parts)
+            if has_migrated and _still_elsewhere(leases, domain_id):
+                images.clear()  # the other host counts the use
         for disk_id, image in images:
             all_parts.callback(ImageFreshness(config).end_use, disk_id, image)
         all_parts.callback(_drop_secrets, config, definition, given)
@@ -55,13 +64,23 @@ def release(config: Config, definition: DomainDefinition) -> None:
         all_parts.callback(stages.stop_domain, domain_id)
 
 
-def _end_leases(config: Config, domain_id: UUID) -> None:
+def _end_leases_after(config: Config, domain_id: UUID, all_parts: contextlib.ExitStack) -> Leases:
     """Give the leases back last: nothing of the domain uses the disks any more."""
     from virt_sse.keys.leases import Leases
     from virt_sse.store import LazyStore
 
-    with contextlib.closing(LazyStore(config.store_url)) as store:
-        Leases(config, store).end(domain_id)
+    store = all_parts.enter_context(contextlib.closing(LazyStore(config.store_url)))
+    leases = Leases(config, store)
+    all_parts.callback(leases.end, domain_id)
+    return leases
+
+
+def _still_elsewhere(leases: Leases, domain_id: UUID) -> bool:
+    """Whether the domain still runs on the other host: its migration to this host has failed."""
+    try:
+        return leases.awaits(domain_id)
+    except StoreError:
+        return True
 
 
 def _drop_secrets(config: Config, definition: DomainDefinition, given: set[SecretName]) -> None:

@@ -15,6 +15,7 @@ from virt_sse.config import IoErrors
 from virt_sse.domains.deferred_starts import DeferredStarts
 from virt_sse.domains.guest_preload import refuse_unsafe
 from virt_sse.domains.host_encryption import HostEncryption
+from virt_sse.domains.incoming import IncomingDomains, refuse_data_on_host, refuse_disk
 from virt_sse.domains.keyless_images import refuse_keyless_images
 from virt_sse.domains.replacement_outcome import settle_ended
 from virt_sse.errors import (
@@ -87,9 +88,20 @@ class DomainStart:
         self._starting = DiskLocks(host.config.stage_directory.parent / "starts.lock")
         self._host_encryption = host_encryption
         self._deferred = DeferredStarts(host.config)
+        self._incoming = IncomingDomains(host.config)
+
+    def announce(self, definition: DomainDefinition) -> str:
+        """Begin the migration of a running domain to this host: the definition for libvirt.
+
+        :raise VirtSseError: When this host does not have a disk, or not its image.
+        """
+        self._look_up(definition.our_disks, definition.name)
+        return self._incoming.announce(definition)
 
     def prepare(self, definition: DomainDefinition) -> None:
         """Serve all disks, the temporary disk and the TPM's DEK to a domain about to be started, or nothing.
+
+        Likewise to a domain about to migrate here, unless something of the domain cannot migrate.
 
         A domain refused because libvirt does not answer is noted in :class:`DeferredStarts`.
 
@@ -97,19 +109,27 @@ class DomainStart:
         """
         refuse_unsafe(self._config.guest_library, definition)
         refuse_keyless_images(self._host, definition)
+        if is_incoming := self._incoming.claim(definition):
+            refuse_data_on_host(definition)
         try:
             with self._host_encryption.prepared(definition):
                 if uses := definition.our_disks:
-                    self._end_copies(definition)
+                    if not is_incoming:
+                        self._end_copies(definition)
                     served = self._look_up(uses, definition.name)
+                    if is_incoming:
+                        for each in served:
+                            refuse_disk(each.disk, self._source(each.disk, each.plan))
                     disk_ids = [each.disk.id for each in served]
+                    leased = self._leases.awaiting if is_incoming else self._leases.starting
                     with (
-                        self._leases.starting(definition.uuid, disk_ids, states=[DiskState.READY]),
+                        leased(definition.uuid, disk_ids, states=[DiskState.READY]),
                         connected(self._config.libvirt_uri) as connection,
                     ):
-                        self._serve(connection, definition, served)
+                        self._serve(connection, definition, served, is_incoming=is_incoming)
         except LibvirtSilentError:
-            self._deferred.add(definition.uuid)
+            if not is_incoming:
+                self._deferred.add(definition.uuid)
             raise
 
     def serve(
@@ -141,7 +161,12 @@ class DomainStart:
                     return
 
     def _serve(
-        self, connection: libvirt.virConnect, definition: DomainDefinition, served: Sequence[_Served]
+        self,
+        connection: libvirt.virConnect,
+        definition: DomainDefinition,
+        served: Sequence[_Served],
+        *,
+        is_incoming: bool = False,
     ) -> None:
         domain_id, name = definition.uuid, definition.name
         qemu = None
@@ -155,7 +180,9 @@ class DomainStart:
                 undo.callback(self._stages.stop, each.disk.id, domain_id=domain_id)
             with ThreadPoolExecutor(_AT_ONCE, "serve") as pool:  # every start ends before the undo
                 starting = [
-                    pool.submit(self._start, each, name, domain_id, qemu, before.get(each.disk.id))
+                    pool.submit(
+                        self._start, each, name, domain_id, qemu, before.get(each.disk.id), is_incoming
+                    )
                     for each in served
                 ]
             set_secrets(connection, {key: dek for each in starting for key, dek in each.result().items()})
@@ -388,7 +415,13 @@ class DomainStart:
         return record.domain_id
 
     def _start(
-        self, served: _Served, domain: str, domain_id: UUID, qemu: User | None, replacing: UUID | None
+        self,
+        served: _Served,
+        domain: str,
+        domain_id: UUID,
+        qemu: User | None,
+        replacing: UUID | None,
+        is_incoming: bool,
     ) -> dict[SecretName, Dek]:
         """Start the disk's stages.
 
@@ -398,12 +431,12 @@ class DomainStart:
         :return: the DEKs for libvirt, by secret name.
         """
         with self._starting.hold(served.disk.id, wait=True):
+            served = self._begin_use(served, is_elsewhere=is_incoming)
             return self._start_alone(served, domain, domain_id, qemu, replacing)
 
     def _start_alone(
         self, served: _Served, domain: str, domain_id: UUID, qemu: User | None, replacing: UUID | None
     ) -> dict[SecretName, Dek]:
-        served = self._begin_use(served)
         deks = self._unlock(served, domain)
         headers = self._validate_inner(served.disk, deks)
         _make_room(served.disk, deks, headers)
@@ -438,12 +471,13 @@ class DomainStart:
             return headers
         return ()
 
-    def _begin_use(self, served: _Served) -> _Served:
+    def _begin_use(self, served: _Served, *, is_elsewhere: bool) -> _Served:
         """Refuse a stale image, and take over an envelope that is newer than the store's.
 
+        :param is_elsewhere: whether the image is in use on another host, which counts the use.
         :raise StaleImageError: When the image is not the last known or a newer one, and policy refuses.
         """
-        carried = self._freshness.begin_use(served.disk)
+        carried = self._freshness.begin_use(served.disk, is_elsewhere=is_elsewhere)
         if carried is None:
             return served
         return replace(served, disk=with_newer_envelope(self._opened_store, served.disk, carried))

@@ -161,16 +161,17 @@ class ImageFreshness:
             raise _stale(disk, found.problem)
         return found.carried
 
-    def begin_use(self, disk: Disk) -> Envelope | None:
+    def begin_use(self, disk: Disk, *, is_elsewhere: bool = False) -> Envelope | None:
         """Compare the disk's image with its last known state, and count a use of the image.
 
         An image that this host cannot write is compared only: its guest cannot write either.
 
+        :param is_elsewhere: whether another host has the image in use and counts: its state is noted.
         :return: the image's envelope if authentic.
         :raise StaleImageError: When the image is not the last known or a newer one, and policy refuses.
         :raise ImageError: When the image cannot be read or written.
         """
-        is_writable = os.access(disk.path, os.W_OK)
+        is_writable = not is_elsewhere and os.access(disk.path, os.W_OK)
         flags = os.O_RDWR if is_writable else os.O_RDONLY
         with self._locks.hold(disk.id, wait=True), image_file.opened(disk.path, flags) as descriptor:
             found = self._examine(disk, descriptor)
@@ -181,6 +182,9 @@ class ImageFreshness:
                 return None
             if is_writable:
                 self._count_use(disk, descriptor, found, found.carried)
+            elif is_elsewhere and found.carried.uses is not None:
+                inner = found.state.inner if found.state else None
+                self._states.put(disk.id, ImageState(found.carried.uses, found.carried.header, inner))
             return found.carried.envelope
 
     def _count_use(self, disk: Disk, descriptor: int, found: _Examined, carried: CarriedEnvelope) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from virt_sse.store.hosts import HostStore
 
 _log = logging.getLogger(__name__)
+
+_BUSY_SECONDS, _BUSY_PAUSE = 5.0, 0.1
+"""How long the destination of a migration waits for the end of commands that work on a disk."""
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -79,11 +83,41 @@ class Leases:
             return
         store = self._entered()
         new = store.start(self.identity, domain_id, disk_ids, states)
+        with self._undone(domain_id, new):
+            yield
+
+    @contextlib.contextmanager
+    def awaiting(
+        self, domain_id: UUID, disk_ids: Collection[UUID], *, states: Collection[DiskState]
+    ) -> Iterator[None]:
+        """Await the leases of a domain that migrates to this host; no longer if the block fails.
+
+        :raise DiskInUseError: When no other host runs the domain, or a command works on a disk.
+        :raise DiskStateError: When a disk has none of *states*.
+        :raise HostFencedError: When this host was fenced.
+        """
+        if not self.are_shared:
+            yield
+            return
+        store, deadline = self._entered(), time.monotonic() + _BUSY_SECONDS
+        while not store.await_handover(self.identity, domain_id, disk_ids, states):
+            if time.monotonic() > deadline:
+                raise DiskInUseError("a command or another domain uses a disk of the domain as well")
+            time.sleep(_BUSY_PAUSE)
+        with self._undone(domain_id, None):
+            yield
+
+    def awaits(self, domain_id: UUID) -> bool:
+        """Whether the domain still runs on another host, from which the domain is about to migrate here."""
+        return any(use.is_awaited and use.user_id == domain_id for use in self.uses())
+
+    @contextlib.contextmanager
+    def _undone(self, domain_id: UUID, resource_ids: Collection[UUID] | None) -> Iterator[None]:
+        """Give leases of a domain back if the block fails."""
         try:
             yield
         except BaseException:
-            with _logged("the leases of domain %s are given back later", domain_id):
-                store.release(self.identity, domain_id, new)
+            self.end(domain_id, resource_ids)
             raise
 
     @contextlib.contextmanager
@@ -119,7 +153,7 @@ class Leases:
             self._hosts.enter(self.identity)
 
     def uses(self) -> list[LeaseUse]:
-        """The uses of this host's leases."""
+        """The uses of the leases that this host has or awaits."""
         return self._hosts.uses(self.identity) if self.are_shared else []
 
     def end_killed_work(self) -> None:

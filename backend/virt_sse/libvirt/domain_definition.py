@@ -17,6 +17,7 @@ from virt_sse.libvirt.disk_chains import BackupJob, DiskChain
 from virt_sse.libvirt.disk_element import DomainDisk, drop_malformed_names
 from virt_sse.libvirt.disk_places import DiskPlace, disk_place
 from virt_sse.libvirt.guest_data import GuestData
+from virt_sse.libvirt.migration_token import read_token
 from virt_sse.libvirt.qemu_environment import LoadedCode
 from virt_sse.libvirt.secret_name import PREFIX, SecretName
 from virt_sse.libvirt.users import User
@@ -228,6 +229,11 @@ class DomainDefinition:
         :raise InvalidValueError: When the metadata is invalid.
         """
         return self.stated is not None and self.stated.properties.encryption_at_host
+
+    @property
+    def migration_token(self) -> UUID | None:
+        """The token of the domain's last migration (:mod:`~virt_sse.libvirt.migration_token`), if any."""
+        return read_token(self._root)
 
     @property
     def has_emulated_tpm(self) -> bool:

@@ -20,6 +20,7 @@ from virt_sse.libvirt.disk_element import (
     uses_of,
 )
 from virt_sse.libvirt.domain_definition import DomainDefinition, emulated_tpm
+from virt_sse.libvirt.migration_token import MIGRATION_NAMESPACE, MIGRATION_PREFIX, write_token
 from virt_sse.libvirt.qemu_environment import QEMU_NAMESPACE, QEMU_PREFIX
 from virt_sse.libvirt.secret_name import PREFIX, SecretName
 from virt_sse.libvirt.vm_metadata import VM_NAMESPACE, VM_PREFIX, Stated, write_metadata
@@ -37,7 +38,7 @@ class DomainEdit:
         self._root, prefixes = definition.copy_tree()
         self._before = ET.tostring(self._root)
         # Last, because the last prefix of a URI wins, and the agent searches the text for this prefix.
-        self._prefixes = {QEMU_PREFIX: QEMU_NAMESPACE}
+        self._prefixes = {QEMU_PREFIX: QEMU_NAMESPACE, MIGRATION_PREFIX: MIGRATION_NAMESPACE}
         self._prefixes |= {prefix: uri for prefix, uri in prefixes.items() if prefix != VM_PREFIX}
         self._prefixes[VM_PREFIX] = VM_NAMESPACE
 
@@ -51,6 +52,10 @@ class DomainEdit:
     def state(self, stated: Stated) -> None:
         """Set the properties of the VM in the metadata."""
         write_metadata(self._root, stated)
+
+    def set_migration_token(self, token: UUID) -> None:
+        """Set the token of a migration in the metadata."""
+        write_token(self._root, token)
 
     def set_sources(self, sources: Mapping[UUID, DiskSource]) -> None:
         """Set the sources of the disks with these ids.

@@ -13,14 +13,16 @@ import sys
 from pathlib import Path
 
 import virt_sse
+from virt_sse.libvirt.migration_token import MIGRATION_NAMESPACE
 from virt_sse.libvirt.secret_name import PREFIX
 from virt_sse.libvirt.vm_metadata import VM_NAMESPACE
 from virt_sse.system.files import shared_folder, write_shared
 
 _MODE = 0o755
 
-EVENTS = ("prepare", "release", "reconnect")
-"""Events of interest: a domain is about to start, has ended, was found running by a restarted libvirtd."""
+EVENTS = ("migrate", "prepare", "started", "release", "reconnect")
+"""Events of interest: a domain is about to migrate here, is about to start, waits in QEMU for the state of a
+migrating guest, has ended, was found running by a restarted libvirtd."""
 
 _SCRIPT = """\
 #!/bin/sh
@@ -28,6 +30,7 @@ _SCRIPT = """\
 # Gives libvirt the keys of a domain's encrypted disks at start, and removes the keys at the end.
 xml=$(cat)
 case $2 in {events}) ;; *) exit 0 ;; esac
+case $2 in started) case $xml in *{migration}*) ;; *) exit 0 ;; esac ;; esac
 case $xml in
     *"usage='{prefix}"* | *'usage="{prefix}'* | *"name='{prefix}"* | *'name="{prefix}'* | *{namespace}*) ;;
     *)  # No disk of ours, but perhaps an image of ours without its key.
@@ -81,6 +84,7 @@ def script(environment: dict[str, str], stages: Path, images: Path) -> str:
         events=" | ".join(EVENTS),
         prefix=PREFIX,
         namespace=VM_NAMESPACE,
+        migration=MIGRATION_NAMESPACE,
         environment=exports,
         stages=shlex.quote(str(stages)),
         images=shlex.quote(str(images)),

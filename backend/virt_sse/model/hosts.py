@@ -60,8 +60,10 @@ class LeaseUse:
     :ivar resource_id: the disk or VM.
     :ivar user_id: the domain, or the host's id for the work of commands.
     :ivar seconds: since the use began.
+    :ivar is_awaited: whether another host has the lease, until the domain has migrated to this host.
     """
 
     resource_id: UUID
     user_id: UUID
     seconds: int
+    is_awaited: bool = False

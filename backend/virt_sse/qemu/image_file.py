@@ -39,6 +39,15 @@ def refuse_if_open(path: Path) -> None:
         refuse_if_locked(path, descriptor)
 
 
+def is_open(path: Path) -> bool:
+    """Whether a QEMU process has the image open, on this host or on one with which the file system has locks.
+
+    :raise ImageError: When the image is missing or cannot be read.
+    """
+    with opened(path) as descriptor:
+        return is_locked(descriptor, _QEMU_LOCKS, _QEMU_LOCKS_LENGTH)
+
+
 def refuse_if_written(path: Path) -> None:
     """Check that no QEMU process may write to the image; readers are accepted.
 

@@ -16,7 +16,7 @@ from virt_sse.model.disks import DiskState
 from virt_sse.model.hosts import SILENT_SECONDS, HostIdentity, HostRecord, LeaseUse
 from virt_sse.store.engine import reading, writing
 from virt_sse.store.protected_domains import note_fencing, note_return
-from virt_sse.store.tables import disks, hosts, lease_users, leases
+from virt_sse.store.tables import disks, hosts, lease_handovers, lease_users, leases
 
 _ATTEMPTS = 10
 
@@ -54,6 +54,7 @@ class HostStore:
             if row.boot_id == host.boot_id and row.fenced is not None:
                 raise _fenced(host)
             if row.boot_id != host.boot_id:
+                _end_handovers(connection, host.id)
                 of_host = sa.select(leases.c.resource_id).where(leases.c.host_id == host.id)
                 is_domain = sa.and_(lease_users.c.resource_id.in_(of_host), lease_users.c.user_id != host.id)
                 connection.execute(lease_users.delete().where(is_domain))
@@ -96,24 +97,56 @@ class HostStore:
 
         :return: the disks and VMs not leased for the domain before.
         :raise DiskStateError: When a disk is gone or has another state.
-        :raise DiskInUseError: When another host has a lease.
+        :raise DiskInUseError: When another host has a lease, or a disk is about to migrate to another host.
         :raise HostFencedError: When this host was fenced.
         """
         with writing(self._engine) as connection:
-            query = sa.select(disks.c.id, disks.c.name, disks.c.state).where(disks.c.id.in_(disk_ids))
-            locked = query.order_by(disks.c.id).with_for_update(read=True)
-            found = {row.id: row for row in connection.execute(locked)}
-            for disk_id in disk_ids:
-                if disk_id not in found:
-                    raise DiskStateError(f"disk {disk_id} was deleted")
-                if DiskState(found[disk_id].state) not in states:
-                    raise DiskStateError(f"disk {found[disk_id].name!r} is {found[disk_id].state}")
+            _check_states(connection, disk_ids, states)
             return _acquire(connection, host, {domain_id, *disk_ids}, domain_id)
+
+    def await_handover(
+        self, host: HostIdentity, domain_id: UUID, disk_ids: Collection[UUID], states: Collection[DiskState]
+    ) -> bool:
+        """Let this host get the leases of a domain from another host, once the other host gives them back.
+
+        :return: whether this host gets the leases; no, while a command or another domain uses a disk, too.
+        :raise DiskStateError: When a disk is gone or has another state.
+        :raise DiskInUseError: When the domain has no lease of another host, or its leases go to a third host.
+        :raise HostFencedError: When this host was fenced.
+        """
+        resource_ids = sorted({domain_id, *disk_ids})
+        with writing(self._engine) as connection:
+            _check_states(connection, disk_ids, states)
+            _check_member(connection, host)
+            held = sa.select(leases).where(leases.c.resource_id.in_(resource_ids))
+            locked = held.order_by(leases.c.resource_id).with_for_update()
+            holders = {row.resource_id: row.host_id for row in connection.execute(locked)}
+            query = sa.select(lease_users).where(lease_users.c.resource_id.in_(resource_ids))
+            users: dict[UUID, set[UUID]] = {}
+            for row in connection.execute(query):
+                users.setdefault(row.resource_id, set()).add(row.user_id)
+            source = holders.get(domain_id)
+            for resource_id in resource_ids:
+                is_of_domain = domain_id in users.get(resource_id, ())
+                if source in (None, host.id) or holders.get(resource_id) != source or not is_of_domain:
+                    raise DiskInUseError(
+                        f"no other host has the leases of domain {domain_id} and its disks",
+                        hint="the source of a migration must be a host of the same store, with its agent; "
+                        "after an offline migration, start the domain again",
+                    )
+            if any(len(found) > 1 for found in users.values()):
+                return False
+            now = _now(connection)
+            for resource_id in resource_ids:
+                values = {"resource_id": resource_id, "host_id": host.id, "since": now}
+                _insert_missing(connection, lease_handovers, values)
+                _refuse_handover(connection, resource_id, but_to=host.id)
+            return True
 
     def work(self, host: HostIdentity, resource_id: UUID) -> None:
         """Take the lease for the work of a command on a disk.
 
-        :raise DiskInUseError: When another host has the lease.
+        :raise DiskInUseError: When another host has the lease, or the disk is about to migrate.
         :raise HostFencedError: When this host was fenced.
         """
         with writing(self._engine) as connection:
@@ -129,7 +162,7 @@ class HostStore:
     def release(
         self, host: HostIdentity, user_id: UUID, resource_ids: Collection[UUID] | None = None
     ) -> None:
-        """Give leases of a domain back.
+        """Give leases of a domain back: to the host that awaits them, if any. Likewise, await them no longer.
 
         :param resource_ids: ``None`` for all of the domain.
         """
@@ -140,12 +173,19 @@ class HostStore:
             _release(connection, host, user_id, resource_ids)
 
     def uses(self, host: HostIdentity) -> list[LeaseUse]:
-        """The uses of all leases of this host."""
+        """The uses of all leases that this host has or awaits."""
         query = sa.select(lease_users).join(leases).where(leases.c.host_id == host.id)
+        columns = lease_users.c.resource_id, lease_users.c.user_id, lease_handovers.c.since
+        is_same = lease_handovers.c.resource_id == lease_users.c.resource_id
+        awaited = sa.select(*columns).where(is_same, lease_handovers.c.host_id == host.id)
         with reading(self._engine) as connection:
             now = _now(connection)
-            rows = connection.execute(query).all()
-        return [LeaseUse(row.resource_id, row.user_id, max(0, now - row.since)) for row in rows]
+            rows = [(row, False) for row in connection.execute(query)]
+            rows += [(row, True) for row in connection.execute(awaited)]
+        return [
+            LeaseUse(row.resource_id, row.user_id, max(0, now - row.since), is_awaited=is_awaited)
+            for row, is_awaited in rows
+        ]
 
     def fence(self, host: HostRecord) -> int:
         """Take all leases from a host whose machine is off, and refuse the host until the machine restarts.
@@ -163,25 +203,45 @@ class HostStore:
                 )
             connection.execute(hosts.update().where(hosts.c.id == host.id).values(fenced=now))
             note_fencing(connection, host.id)
-            return connection.execute(leases.delete().where(leases.c.host_id == host.id)).rowcount
+            handed_over = _end_handovers(connection, host.id)
+            deleted = connection.execute(leases.delete().where(leases.c.host_id == host.id)).rowcount
+            return handed_over + deleted
+
+
+def _check_states(connection: Connection, disk_ids: Collection[UUID], states: Collection[DiskState]) -> None:
+    """Check the states of disks, which then stay until the end of the transaction.
+
+    :raise DiskStateError: When a disk is gone or has none of *states*.
+    """
+    query = sa.select(disks.c.id, disks.c.name, disks.c.state).where(disks.c.id.in_(disk_ids))
+    locked = query.order_by(disks.c.id).with_for_update(read=True)
+    found = {row.id: row for row in connection.execute(locked)}
+    for disk_id in disk_ids:
+        if disk_id not in found:
+            raise DiskStateError(f"disk {disk_id} was deleted")
+        if DiskState(found[disk_id].state) not in states:
+            raise DiskStateError(f"disk {found[disk_id].name!r} is {found[disk_id].state}")
+
+
+def _check_member(connection: Connection, host: HostIdentity) -> None:
+    """Refuse a host that was fenced. A concurrent :meth:`HostStore.fence` waits, or is seen."""
+    member = sa.select(hosts.c.fenced).where(hosts.c.id == host.id).with_for_update(read=True)
+    row = connection.execute(member).one_or_none()
+    if row is None or row.fenced is not None:
+        raise _fenced(host)
 
 
 def _acquire(
     connection: Connection, host: HostIdentity, resource_ids: Collection[UUID], user_id: UUID
 ) -> list[UUID]:
-    """Take leases, in the order of their ids: two transactions never wait for each other.
-
-    The lock on the host's row makes a concurrent :meth:`HostStore.fence` wait, or be seen.
-    """
-    member = sa.select(hosts.c.fenced).where(hosts.c.id == host.id).with_for_update(read=True)
-    row = connection.execute(member).one_or_none()
-    if row is None or row.fenced is not None:
-        raise _fenced(host)
+    """Take leases, in the order of their ids: two transactions never wait for each other."""
+    _check_member(connection, host)
     now, new = _now(connection), []
     for resource_id in sorted(resource_ids):
         _own(connection, host, resource_id)
         values = {"resource_id": resource_id, "user_id": user_id, "since": now}
         if _insert_missing(connection, lease_users, values):
+            _refuse_handover(connection, resource_id)
             new.append(resource_id)
     return new
 
@@ -194,9 +254,7 @@ def _own(connection: Connection, host: HostIdentity, resource_id: UUID) -> None:
         if owner == host.id:
             return
         if owner is not None:
-            name = connection.scalar(sa.select(hosts.c.name).where(hosts.c.id == owner))
-            called = connection.scalar(sa.select(disks.c.name).where(disks.c.id == resource_id))
-            what = f"disk {called!r}" if called else f"VM or disk {resource_id}"
+            what, name = _called(connection, resource_id), _name(connection, owner)
             raise DiskInUseError(
                 f"{what} is in use on host {name!r}",
                 hint=f"if that machine is off for certain: 'virt-sse host fence {name}'",
@@ -204,15 +262,71 @@ def _own(connection: Connection, host: HostIdentity, resource_id: UUID) -> None:
     raise DiskInUseError(f"the lease on {resource_id} changes hands")
 
 
+def _refuse_handover(connection: Connection, resource_id: UUID, *, but_to: UUID | None = None) -> None:
+    """Refuse a use of a lease that another host awaits; that lease must have the domain as its only user.
+
+    :raise DiskInUseError: When another host than *but_to* awaits the lease.
+    """
+    query = sa.select(lease_handovers.c.host_id).where(lease_handovers.c.resource_id == resource_id)
+    target = connection.scalar(query)
+    if target not in (None, but_to):
+        what, name = _called(connection, resource_id), _name(connection, target)
+        raise DiskInUseError(
+            f"{what} is about to migrate to host {name!r}", hint="repeat the command after the migration"
+        )
+
+
+def _called(connection: Connection, resource_id: UUID) -> str:
+    name = connection.scalar(sa.select(disks.c.name).where(disks.c.id == resource_id))
+    return f"disk {name!r}" if name else f"VM or disk {resource_id}"
+
+
+def _name(connection: Connection, host_id: UUID) -> str:
+    return str(connection.scalar(sa.select(hosts.c.name).where(hosts.c.id == host_id)))
+
+
+def _end_handovers(connection: Connection, host_id: UUID) -> int:
+    """End the handovers from and to a host of which no process is left.
+
+    :return: number of leases that went from the host to others.
+    """
+    connection.execute(lease_handovers.delete().where(lease_handovers.c.host_id == host_id))
+    held = sa.select(leases.c.resource_id).where(leases.c.host_id == host_id)
+    return len(_hand_over(connection, connection.scalars(held).all()))
+
+
+def _hand_over(connection: Connection, resource_ids: Collection[UUID]) -> set[UUID]:
+    """Give leases to the hosts that await them.
+
+    :return: the leases with a new holder.
+    """
+    query = sa.select(lease_handovers).where(lease_handovers.c.resource_id.in_(resource_ids))
+    found = connection.execute(query).all()
+    for row in found:
+        lease = leases.c.resource_id == row.resource_id
+        connection.execute(leases.update().where(lease).values(host_id=row.host_id))
+        use = lease_users.c.resource_id == row.resource_id
+        connection.execute(lease_users.update().where(use).values(since=row.since))
+    new = {row.resource_id for row in found}
+    connection.execute(lease_handovers.delete().where(lease_handovers.c.resource_id.in_(new)))
+    return new
+
+
 def _release(
     connection: Connection, host: HostIdentity, user_id: UUID, resource_ids: Collection[UUID]
 ) -> None:
-    wanted = sa.and_(leases.c.host_id == host.id, leases.c.resource_id.in_(resource_ids))
-    locked = sa.select(leases.c.resource_id).where(wanted).order_by(leases.c.resource_id).with_for_update()
-    owned = connection.scalars(locked).all()
-    is_use = sa.and_(lease_users.c.resource_id.in_(owned), lease_users.c.user_id == user_id)
+    of_user = sa.select(lease_users.c.resource_id).where(
+        lease_users.c.user_id == user_id, lease_users.c.resource_id.in_(resource_ids)
+    )
+    query = sa.select(leases).where(leases.c.resource_id.in_(of_user))
+    rows = connection.execute(query.order_by(leases.c.resource_id).with_for_update()).all()
+    owned = {row.resource_id for row in rows if row.host_id == host.id}
+    is_awaited = lease_handovers.c.resource_id.in_([row.resource_id for row in rows])
+    connection.execute(lease_handovers.delete().where(is_awaited, lease_handovers.c.host_id == host.id))
+    ended = owned - _hand_over(connection, owned)
+    is_use = sa.and_(lease_users.c.resource_id.in_(ended), lease_users.c.user_id == user_id)
     connection.execute(lease_users.delete().where(is_use))
-    _drop_unused(connection, leases.c.resource_id.in_(owned))
+    _drop_unused(connection, leases.c.resource_id.in_(ended))
 
 
 def _drop_unused(connection: Connection, condition: sa.ColumnElement[bool]) -> None:

@@ -175,6 +175,17 @@ lease_users = Table(
 )
 """What a lease is for: a domain, or work of commands under the id of the host."""
 
+lease_handovers = Table(
+    "lease_handovers",
+    metadata,
+    Column("resource_id", Uuid, ForeignKey("leases.resource_id", ondelete="CASCADE"), primary_key=True),
+    Column("host_id", Uuid, ForeignKey("hosts.id"), nullable=False),
+    Column("since", BigInteger, nullable=False),
+)
+"""The host that gets a lease once its holder gives the lease back: the destination of a live migration.
+
+Meanwhile the lease has one user, the domain.
+"""
 protected_domains = Table(
     "protected_domains",
     metadata,

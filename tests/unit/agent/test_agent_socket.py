@@ -23,7 +23,7 @@ from virt_sse.errors import (
     VirtSseError,
 )
 
-Hook = Callable[[str, str, str], None]
+Hook = Callable[[str, str, str], str | None]
 
 
 @pytest.fixture
@@ -65,9 +65,14 @@ def raising(error: Exception) -> Hook:
 
 def test_an_event_arrives_unchanged(serve: Callable[[Hook], AgentServer], root: Path) -> None:
     seen: list[tuple[str, ...]] = []
-    serve(lambda *event: seen.append(event))
+
+    def hook(*event: str) -> str:
+        seen.append(event)
+        return "<domain>changed</domain>"
+
+    serve(hook)
     xml = "<domain>\udcff ü &amp;</domain>" * 10_000
-    assert serve_event(root, "prepare", "a 'domain'", xml)
+    assert serve_event(root, "prepare", "a 'domain'", xml) == "<domain>changed</domain>"
     assert seen == [("prepare", "a 'domain'", xml)]
     assert json.loads(ask(root / SOCKET, "GET", "/status", timeout=5)) == {"pid": 1}
     assert ask(root / SOCKET, "GET", "/metrics", timeout=5) == b"# metrics\n"
@@ -93,15 +98,15 @@ def test_a_failure_of_the_agent_is_a_refusal_without_details(
 
 
 def test_without_an_agent_the_hook_is_on_its_own(root: Path) -> None:
-    assert not serve_event(root, "prepare", "d", "")
+    assert serve_event(root, "prepare", "d", "") is None
     path = root / SOCKET
     path.parent.mkdir(parents=True)
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
-    assert not serve_event(root, "prepare", "d", "")
+    assert serve_event(root, "prepare", "d", "") is None
     path.unlink()
     path.write_text("no socket")
-    assert not serve_event(root, "prepare", "d", "")
+    assert serve_event(root, "prepare", "d", "") is None
 
 
 @pytest.mark.parametrize(
@@ -153,7 +158,7 @@ def test_requests_under_way_are_answered_at_the_end(serve: Callable[[Hook], Agen
     server.shutdown()
     server.server_close()
     client.join()
-    assert answered == [True]
+    assert answered == [""]
 
 
 def test_a_socket_belongs_to_one_agent_and_goes_with_it(root: Path) -> None:

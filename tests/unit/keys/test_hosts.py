@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import uuid
@@ -218,6 +219,47 @@ def test_a_dead_host_is_fenced_by_command(hosts: Hosts, a: Backend, b: Backend, 
         a.disks.check("disk")
     with pytest.raises(HostFencedError):
         a.host.leases.renew()
+
+
+def test_a_domain_migrates_with_its_leases(hosts: Hosts, a: Backend, b: Backend, disk: Disk) -> None:
+    states = [DiskState.READY]
+    with a.host.leases.starting(VM, [disk.id], states=states):
+        pass
+    with contextlib.suppress(LibvirtError), b.host.leases.awaiting(VM, [disk.id], states=states):
+        assert b.host.leases.awaits(VM)
+        raise LibvirtError("refused")
+    assert not b.host.leases.awaits(VM)
+    with b.host.leases.awaiting(VM, [disk.id], states=states):
+        pass
+    image = disk.path.read_bytes()
+    b.domains.announce(definition(b, disk))
+    with pytest.raises(LibvirtError):  # a migration that fails later: the image belongs to host a
+        release(hosts.config("b"), definition(b, disk))
+    assert disk.path.read_bytes() == image
+    assert leases(a) == [0, 2]
+    with b.host.leases.awaiting(VM, [disk.id], states=states):
+        pass
+    with pytest.raises(LibvirtError):
+        release(hosts.config("a"), definition(a, disk))
+    assert disk.path.read_bytes() != image
+    assert not b.host.leases.awaits(VM)
+    assert {use.resource_id for use in b.host.leases.uses()} == {VM, disk.id}
+
+
+def test_the_agent_ends_a_migration_of_which_nothing_is_left(
+    hosts: Hosts, a: Backend, b: Backend, disk: Disk
+) -> None:
+    with (
+        a.host.leases.starting(VM, [disk.id], states=[DiskState.READY]),
+        b.host.leases.awaiting(VM, [disk.id], states=[DiskState.READY]),
+    ):
+        pass
+    LeaseWatch(b.host.leases).keep(snapshot(running(b, disk)), is_current=True)
+    assert b.host.leases.awaits(VM)
+    execute(hosts.url, "UPDATE lease_handovers SET since = since - 1000")
+    LeaseWatch(b.host.leases).keep(snapshot(), is_current=True)
+    assert not b.host.leases.awaits(VM)
+    assert leases(a) == [0, 2]
 
 
 def test_a_store_in_sqlite_has_no_leases(backend: Backend, virt_sse: CommandLine) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from support.command_line import no_libvirt
 from virt_sse.libvirt import hook_script
+from virt_sse.libvirt.migration_token import MIGRATION_NAMESPACE
 from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.vm_metadata import VM_NAMESPACE
 from virt_sse.store.image_paths import ImagePaths
@@ -120,6 +121,15 @@ def test_a_domain_with_settings_of_ours_is_served_even_without_a_disk_of_ours(
     element = f'<virt-sse:vm xmlns:virt-sse="{VM_NAMESPACE}" encryption-at-host="perhaps"/>'
     asked = THEIRS.replace("<devices>", f"<uuid>{uuid.uuid4()}</uuid><metadata>{element}</metadata><devices>")
     assert "metadata is invalid" in installed(asked, *PREPARE, status=1)
+
+
+def test_a_migration_is_refused_before_it_starts(installed: Hook) -> None:
+    said = installed(OURS, "migrate", "begin", "-", status=1)
+    assert "which the store does not have" in said
+    assert installed(OURS, "started", "begin", "-") == ""
+    incoming = OURS.replace("<devices>", f"<!-- {MIGRATION_NAMESPACE} --><devices>")
+    installed.path.write_text(installed.path.read_text().replace(sys.executable, "/nowhere/python"))
+    assert "/nowhere/python is gone" in installed(incoming, "started", "begin", "-", status=1)
 
 
 def test_an_invalid_secret_is_refused(installed: Hook) -> None:

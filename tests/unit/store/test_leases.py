@@ -240,3 +240,84 @@ def test_a_start_and_a_fence_do_not_both_win(store: Store, store_url: str) -> No
             running.result(30)
         assert leases(store)["a"] == 0
         execute(store_url, "UPDATE hosts SET fenced = NULL")
+
+
+def moving(store: Store) -> uuid.UUID:
+    """A disk that a domain on host a uses, and whose lease host b awaits."""
+    store.add(one := disk("one"))
+    store.hosts.start(A, VM, [one.id], READY)
+    assert store.hosts.await_handover(B, VM, [one.id], READY)
+    return one.id
+
+
+def test_a_lease_goes_to_the_host_that_awaits_the_domain(store: Store) -> None:
+    disk_id = moving(store)
+    assert leases(store) == {"a": 2, "b": 0}
+    assert {(use.resource_id, use.is_awaited) for use in store.hosts.uses(B)} == {(VM, True), (disk_id, True)}
+    with pytest.raises(DiskInUseError, match="in use on host 'a'"):
+        store.hosts.start(B, VM, [disk_id], READY)
+    store.hosts.release(A, VM)
+    assert leases(store) == {"a": 0, "b": 2}
+    assert {(use.user_id, use.is_awaited) for use in store.hosts.uses(B)} == {(VM, False)}
+    with pytest.raises(DiskInUseError, match="in use on host 'b'"):
+        store.hosts.start(A, VM, [disk_id], READY)
+    store.hosts.release(A, VM)
+    assert leases(store) == {"a": 0, "b": 2}
+    store.hosts.release(B, VM)
+    assert leases(store) == {"a": 0, "b": 0}
+
+
+def test_a_failed_migration_leaves_the_lease_with_its_host(store: Store) -> None:
+    disk_id = moving(store)
+    store.hosts.release(B, VM)
+    assert store.hosts.uses(B) == []
+    assert leases(store) == {"a": 2, "b": 0}
+    store.hosts.release(A, VM)
+    store.hosts.start(B, VM, [disk_id], READY)
+
+
+def test_nothing_else_uses_a_disk_that_is_about_to_migrate(store: Store) -> None:
+    disk_id = moving(store)
+    third = host("c")
+    store.hosts.enter(third)
+    for use in (
+        lambda: store.hosts.work(A, disk_id),
+        lambda: store.hosts.start(A, uuid.uuid4(), [disk_id], READY),
+        lambda: store.hosts.await_handover(third, VM, [disk_id], READY),
+    ):
+        with pytest.raises(DiskInUseError, match="is about to migrate to host 'b'"):
+            use()
+    assert store.hosts.await_handover(B, VM, [disk_id], READY)  # a repeated migration
+    assert store.hosts.start(A, VM, [disk_id], READY) == []  # the agent, of the running domain
+
+
+def test_a_lease_is_awaited_of_the_domains_host_and_of_no_other_user(store: Store) -> None:
+    store.add(one := disk("one"))
+    store.add(two := disk("two"))
+    with pytest.raises(DiskInUseError, match="no other host has the leases"):
+        store.hosts.await_handover(B, VM, [one.id], READY)
+    store.hosts.start(A, VM, [one.id], READY)
+    for waiting, disk_ids in ((A, [one.id]), (B, [one.id, two.id])):
+        with pytest.raises(DiskInUseError, match="no other host has the leases"):
+            store.hosts.await_handover(waiting, VM, disk_ids, READY)
+    with pytest.raises(DiskStateError):
+        store.hosts.await_handover(B, VM, [one.id], [DiskState.COPYING])
+    store.hosts.work(A, one.id)
+    assert not store.hosts.await_handover(B, VM, [one.id], READY)
+    assert store.hosts.uses(B) == []
+    store.hosts.end_work(A, one.id)
+    assert store.hosts.await_handover(B, VM, [one.id], READY)
+
+
+def test_a_dead_source_hands_over_and_a_dead_destination_awaits_nothing(store: Store, store_url: str) -> None:
+    disk_id = moving(store)
+    make_silent(store_url, "a")
+    assert store.hosts.fence(store.hosts.get("a")) == 2
+    assert leases(store) == {"a": 0, "b": 2}
+    store.hosts.enter(restarted(A))
+    assert store.hosts.await_handover(restarted(A), VM, [disk_id], READY)
+    store.hosts.enter(restarted(A))
+    assert store.hosts.uses(A) == []
+    assert store.hosts.await_handover(A, VM, [disk_id], READY)
+    store.hosts.enter(restarted(B))
+    assert leases(store) == {"a": 2, "b": 0}

@@ -1,0 +1,72 @@
+"""A writing guest migrates back and forth, its key is rotated, and processes of both hosts are killed.
+
+``VIRT_SSE_MIGRATIONS=20`` migrates twenty times; ``VIRT_SSE_MIGRATION_KILLS=50`` kills fifty processes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from soak.migrations import MigrationKill, MigrationKills
+from support.migration_site import MigrationSite, MovingGuest, migration_site
+from support.postgresql import PostgresqlServer
+from support.writing_guest import newest_block
+from virt_sse.lab.acceleration import Acceleration
+from virt_sse.lab.host import LabHost
+from virt_sse.lab.recipes import LinuxMicro
+from virt_sse.lab.vaults import LabVault
+
+MIGRATIONS = int(os.environ.get("VIRT_SSE_MIGRATIONS", "0"))
+SEEDS = range(1, 1 + int(os.environ.get("VIRT_SSE_MIGRATION_KILLS", "0")))
+
+
+@pytest.fixture(scope="module")
+def site(
+    lab_host: LabHost, second_lab_host: LabHost, lab_vault: LabVault, postgresql: PostgresqlServer
+) -> Iterator[MigrationSite]:
+    with TemporaryDirectory(prefix="virt-sse-") as name:
+        Path(name).chmod(0o711)
+        hosts = (lab_host, second_lab_host)
+        with migration_site(hosts, lab_vault, Path(name), postgresql) as site:
+            yield site
+
+
+@pytest.fixture(scope="module", params=["qcow2", "raw"])
+def moving(
+    request: pytest.FixtureRequest,
+    site: MigrationSite,
+    acceleration: Callable[[str], Acceleration],
+    linux_micro: LinuxMicro,
+) -> Iterator[MigrationKills]:
+    disk = site.disk(request.param)
+    guest = MovingGuest(site, disk, acceleration("linux-micro"), linux_micro)
+    guest.define()
+    guest.run()
+    yield MigrationKills(site, guest, disk)
+    guest.check()
+    site.forget_domains()
+    assert newest_block(site.content(disk)) >= guest.acknowledged
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MIGRATIONS, reason="VIRT_SSE_MIGRATIONS is not set")
+def test_a_guest_migrates_back_and_forth_while_its_key_is_rotated(moving: MigrationKills) -> None:
+    options = ((), ("--p2p",), ("--p2p", "--persistent"))
+    for number in range(MIGRATIONS):
+        if number % 4 == 0:
+            moving.site.keys.rotate(moving.site.set.key.name)
+            moving.here.virt_sse("des", "rotate", moving.site.set.name)
+        moving.move(*options[number % len(options)])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SEEDS, reason="VIRT_SSE_MIGRATION_KILLS is not set")
+@pytest.mark.parametrize("seed", SEEDS or [1])
+def test_a_kill_leaves_the_guest_whole_and_its_key_on_its_host(moving: MigrationKills, seed: int) -> None:
+    kill = MigrationKill.choose(seed)
+    print(f"{kill}: {moving.attempt(kill)}")  # noqa: T201 -- the tally of a soak

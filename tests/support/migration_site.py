@@ -1,0 +1,257 @@
+"""Two lab hosts with a store and a folder of images in common, and guests that migrate between the hosts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import libvirt
+
+from support.agent_site import CONFIG, RIGHTS, forget_domains, secret_usages
+from support.customer_keys import CustomerKeys
+from support.loaded_commands import run_command
+from support.postgresql import PostgresqlServer
+from support.writing_guest import WritingGuest
+from virt_sse.backend import Backend
+from virt_sse.config import Config
+from virt_sse.host.setup import initialise
+from virt_sse.lab.acceleration import Acceleration
+from virt_sse.lab.agents import LabAgent
+from virt_sse.lab.guests import Guest
+from virt_sse.lab.host import QEMU_GROUP, QEMU_USER, LabHost
+from virt_sse.lab.recipes import LinuxMicro, boot_sector_image
+from virt_sse.lab.vaults import LabVault
+from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import Disk, NewDisk
+from virt_sse.model.encryption_sets import EncryptionSet
+from virt_sse.qemu.reading import plaintext
+from virt_sse.vault_client.permissions import Role
+
+_CONFIG = CONFIG + "poll-seconds = 0.4\n"
+
+
+class MigrationHost:
+    """A host of the site.
+
+    :ivar sockets: folder for the sockets of migrations to this host, which QEMU's user may write.
+    """
+
+    def __init__(self, host: LabHost, backend: Backend, sockets: Path) -> None:
+        self.host = host
+        self.backend = backend
+        self.agent = LabAgent(host)
+        self.sockets = sockets
+
+    @cached_property
+    def pid_namespace(self) -> str:
+        """The PID namespace of the host's processes, as in proc(5)."""
+        return self.host.run(["readlink", "/proc/self/ns/pid"], check=True).stdout.strip()
+
+    @property
+    def id(self) -> uuid.UUID:
+        """The host's id in the store."""
+        return self.backend.host.leases.identity.id
+
+    def virt_sse(self, *arguments: str | Path, status: int = 0) -> str:
+        """Standard output and errors of a command on this host, which must exit with *status*."""
+        done = run_command(arguments, self.host.environment, together=True)
+        assert done.returncode == status, done.stdout
+        assert "Traceback" not in done.stdout
+        return done.stdout
+
+    def secrets(self) -> list[str]:
+        return secret_usages(self.host)
+
+    def state(self, guest: Guest) -> int | None:
+        """libvirt's state of the running domain; ``None`` if the domain does not run here."""
+        with contextlib.closing(self.host.connect()) as connection:
+            for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+                if domain.name() == guest.name:
+                    return int(domain.state()[0])
+        return None
+
+    def leases(self) -> list[uuid.UUID]:
+        """The disks and VMs with a lease of this host, sorted."""
+        return sorted({use.resource_id for use in self.backend.host.leases.uses()})
+
+
+class MigrationSite:
+    """Two hosts, :attr:`a` and :attr:`b`, each with an identity of its own for the set :attr:`set`.
+
+    :ivar images: the folder of images in common.
+    :ivar url: of the store in common.
+    """
+
+    def __init__(
+        self, a: MigrationHost, b: MigrationHost, keys: CustomerKeys, set_: EncryptionSet, url: str
+    ) -> None:
+        self.a, self.b, self.keys, self.set, self.url = a, b, keys, set_, url
+        self.images = a.backend.host.config.disk_directory
+
+    @property
+    def identities(self) -> dict[uuid.UUID, str]:
+        """The client id of the set's identity on each host, by host id."""
+        return {
+            each.id: CustomerKeys.client_id(each.backend.host.config.identity(self.set.id))
+            for each in (self.a, self.b)
+        }
+
+    def disk(self, image_format: str = "qcow2", *, encryption_set: str | None = None) -> Disk:
+        """A disk of the set, made on host :attr:`a`, with a boot-sector guest that stays."""
+        new = NewDisk(
+            name=f"m{uuid.uuid4().hex[:8]}",
+            format=DiskFormat(image_format),
+            encryption_set=encryption_set or self.set.name,
+        )
+        return self.a.backend.transfer.import_image(new, boot_sector_image(stays=True), source_format="raw")
+
+    def content(self, disk: Disk) -> bytes:
+        """The plaintext of a disk that is not in use."""
+        backend = self.a.backend
+        stored = backend.host.store.get(disk.name)
+        with plaintext(stored.path, stored.format, backend.host.keys.unwrap_all(stored)) as reader:
+            return reader.read(0, reader.size)
+
+    def migrate(
+        self, guest: Guest, source: MigrationHost, target: MigrationHost, *options: str, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """Migrate a running guest by ``virsh migrate`` on the source."""
+        serial = self.serial(guest, target)
+        done = subprocess.run(
+            self.command(guest, source, target, *options, serial=serial),
+            env=source.host.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert not check or done.returncode == 0, done.stderr
+        if done.returncode == 0 and isinstance(guest, MovingGuest):
+            guest.move(target.host, serial)
+        return done
+
+    def command(
+        self, guest: Guest, source: MigrationHost, target: MigrationHost, *options: str, serial: Path
+    ) -> list[str]:
+        """The command line of a migration of a guest whose output then goes to *serial*."""
+        described = target.host.directory / f"{serial.stem}.xml"
+        xml = live_xml(source.host, guest).replace(str(guest.serial_log), str(serial))
+        for own in ("run", "var"):  # real hosts have the same paths
+            xml = xml.replace(f"{source.host.root}/{own}/", f"{target.host.root}/{own}/")
+        described.write_text(xml)
+        socket = target.sockets / serial.stem
+        return [
+            *("virsh", "migrate", guest.name, target.host.uri, "--live", "--unsafe", "--xml", str(described)),
+            *("--migrateuri", f"unix://{socket}", *options),
+        ]
+
+    def serial(self, guest: Guest, target: MigrationHost) -> Path:
+        """A new file for a guest's output on *target*: a start of QEMU truncates the file."""
+        path = target.host.directory / "serial" / f"{guest.name}-{uuid.uuid4().hex[:8]}"
+        path.parent.mkdir(exist_ok=True)
+        return path
+
+    def forget_domains(self) -> None:
+        for each in (self.a, self.b):
+            forget_domains(each.host)
+
+
+class MovingGuest(WritingGuest):
+    """A writing guest that migrates."""
+
+    def __init__(self, site: MigrationSite, disk: Disk, acceleration: Acceleration, boot: LinuxMicro) -> None:
+        element = site.a.backend.domains.disk_element(disk.name)
+        super().__init__(site.a.host, disk.name, disk=element, acceleration=acceleration, boot=boot)
+        self._said = ""
+
+    def move(self, host: LabHost, serial_log: Path) -> None:
+        """The guest runs on *host* now, and prints to *serial_log*."""
+        self._said = self.serial
+        self._host, self.serial_log = host, serial_log
+
+    def restart(self, host: LabHost, serial_log: Path) -> None:
+        """Start the guest, which runs nowhere, on *host*."""
+        self._said = ""
+        self._host, self.serial_log = host, serial_log
+        self.define()
+        self.run()
+
+    @property
+    def serial(self) -> str:
+        return self._said + super().serial
+
+
+def live_xml(host: LabHost, guest: Guest) -> str:
+    """The definition of a running domain, for a migration."""
+    with contextlib.closing(host.connect()) as connection:
+        flags = libvirt.VIR_DOMAIN_XML_MIGRATABLE | libvirt.VIR_DOMAIN_XML_SECURE
+        return str(connection.lookupByName(guest.name).XMLDesc(flags))
+
+
+@contextlib.contextmanager
+def migration_site(
+    hosts: tuple[LabHost, LabHost], vault: LabVault, folder: Path, postgresql: PostgresqlServer
+) -> Iterator[MigrationSite]:
+    """Two initialised hosts with agents.
+
+    :param folder: for images and sockets; other users may pass through.
+    """
+    for name in ("images", "sockets"):
+        (folder / name).mkdir()
+        shutil.chown(folder / name, QEMU_USER, QEMU_GROUP)
+    with contextlib.ExitStack() as stack:
+        url = postgresql.url(stack.enter_context(postgresql.database()))
+        keys = stack.enter_context(CustomerKeys(vault, folder / "identities"))
+        made: list[MigrationHost] = []
+        for host in hosts:
+            if made:
+                _copy_keys(made[0].host, host)
+            backend = stack.enter_context(_backend(host, url, folder / "images"))
+            each = MigrationHost(host, backend, folder / "sockets")
+            stack.enter_context(each.agent)
+            made.append(each)
+        a, b = made
+        path = a.backend.host.config.operator_credential
+        keys.administration.new_credential_file(
+            path, f"host-{uuid.uuid4().hex[:8]}", role=Role.IDENTITY_OPERATOR
+        )
+        stack.callback(path.unlink)
+        set_ = a.backend.sets.create("moving", provider="customer-managed", key=keys.new_key())
+        assert set_.identity
+        keys.administration.set_permissions(set_.identity, RIGHTS)
+        own = b.backend.host.config.identity(set_.id)
+        own.parent.mkdir(mode=0o700, exist_ok=True)
+        shutil.copy(keys.new_identity(*RIGHTS), own)
+        site = MigrationSite(a, b, keys, set_, url)
+        stack.callback(site.forget_domains)
+        yield site
+
+
+@contextlib.contextmanager
+def _backend(host: LabHost, url: str, images: Path) -> Iterator[Backend]:
+    path = host.root / "etc/virt-sse/config.toml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"[store]\nurl = '{url}'\n{_CONFIG}")
+    try:
+        loaded = dataclasses.replace(Config.load(host.root), libvirt_uri=host.uri, disk_directory=images)
+        with Backend(loaded) as backend:
+            if initialise(backend.host):
+                host.restart_libvirtd()
+            yield backend
+    finally:
+        path.unlink()
+
+
+def _copy_keys(source: LabHost, target: LabHost) -> None:
+    """Give *target* the platform keyring and the host key of *source*, as on hosts that share disks."""
+    ours, theirs = (each.root / "var/lib/virt-sse" for each in (source, target))
+    theirs.mkdir(mode=0o700, parents=True, exist_ok=True)
+    shutil.rmtree(theirs / "platform-managed", ignore_errors=True)
+    shutil.copytree(ours / "platform-managed", theirs / "platform-managed")
+    shutil.copy(ours / "host.key", theirs / "host.key")
