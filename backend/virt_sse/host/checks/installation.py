@@ -38,7 +38,9 @@ def hook(host: Host, _disks: Sequence[Disk]) -> Iterator[HostFault]:
     elif found := loose_permission(path, path.stat()) or loose_folder_permission(path.parent):
         yield HostFault("hook-permissions", "hook", found.problem, found.remedy)
     elif _is_unseen(config):
-        problem = "libvirtd was started before its first hook was installed, and runs no hooks"
+        problem = (
+            "the hook was installed after the start of libvirtd, which looks for hooks only at its start"
+        )
         yield HostFault("hook-unseen", "hook", problem, "systemctl restart libvirtd (or virtqemud)")
 
 
