@@ -8,10 +8,11 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from virt_sse.contract import KeyProviderBench
 from virt_sse.lab.tokens import LabToken
 from virt_sse.model.keys import KeyId, ProviderConfig
 from virt_sse.pkcs11.token import KeyKind
@@ -24,37 +25,15 @@ Fixture = Callable[[str], Any]
 """Gives pytest's fixture of that name."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """A place where a provider's keys live.
-
-    :ivar key: the name of a key that is there.
-    :ivar rotate: makes a new version current, as the key's administrator would, from outside the provider
-        under test.
-    :ivar disable: disables a version, likewise; ``None`` where versions cannot be disabled.
-    :ivar enable: enables it again.
-    :ivar options: the provider's table of the configuration.
-    :ivar identity: the credential file of whom the provider acts as, if it acts for a disk encryption set.
-    :ivar secrets: key material and credentials that must never show.
-    """
-
-    key: str
-    rotate: Callable[[], object]
-    disable: Callable[[KeyId], None] | None = None
-    enable: Callable[[KeyId], None] | None = None
-    options: Mapping[str, object] = field(default_factory=dict)
-    identity: Path | None = None
-    secrets: tuple[bytes, ...] = ()
-
-
 @contextmanager
-def _customer_managed(directory: Path, fixture: Fixture) -> Iterator[Bench]:
+def _customer_managed(directory: Path, fixture: Fixture) -> Iterator[KeyProviderBench]:
     from support.customer_keys import CustomerKeys
 
     with CustomerKeys(fixture("lab_vault"), directory) as keys:
         identity = keys.new_identity(*USE, Permission.GET, Permission.ROTATE)
         name = keys.new_key()
-        yield Bench(
+        yield KeyProviderBench(
+            provider="customer-managed",
             key=name,
             rotate=lambda: keys.rotate(name),
             disable=lambda key: keys.enable(key, enabled=False),
@@ -79,7 +58,7 @@ class AdministeredToken:
 
 
 @contextmanager
-def _hsm_simulated(administered: AdministeredToken, kind: KeyKind) -> Iterator[Bench]:
+def _hsm_simulated(administered: AdministeredToken, kind: KeyKind) -> Iterator[KeyProviderBench]:
     """Make a key with a name of its own in the token."""
     administrator = administered.keys
     name = f"contract-{secrets.token_hex(8)}"
@@ -88,7 +67,8 @@ def _hsm_simulated(administered: AdministeredToken, kind: KeyKind) -> Iterator[B
     def set_enabled(key: KeyId, enabled: bool) -> None:
         administrator.token.set_enabled(administrator.get(key.name, key.version), enabled)
 
-    yield Bench(
+    yield KeyProviderBench(
+        provider="hsm-simulated",
         key=name,
         rotate=lambda: administrator.rotate(name),
         disable=lambda key: set_enabled(key, False),
@@ -99,12 +79,13 @@ def _hsm_simulated(administered: AdministeredToken, kind: KeyKind) -> Iterator[B
 
 
 @contextmanager
-def _vault_transit(directory: Path, fixture: Fixture) -> Iterator[Bench]:
+def _vault_transit(directory: Path, fixture: Fixture) -> Iterator[KeyProviderBench]:
     from support.transit_keys import ROTATION, RULES, TransitKeys
 
     with TransitKeys(fixture("lab_openbao"), directory) as keys:
         key = keys.new_key(rules=RULES + ROTATION)
-        yield Bench(
+        yield KeyProviderBench(
+            provider="vault-transit",
             key=key,
             rotate=lambda: keys.rotate(key),
             disable=lambda used: keys.disable_before(key, int(used.version) + 1),
@@ -115,10 +96,11 @@ def _vault_transit(directory: Path, fixture: Fixture) -> Iterator[Bench]:
 
 
 @contextmanager
-def _platform_managed(directory: Path, _fixture: Fixture) -> Iterator[Bench]:
+def _platform_managed(directory: Path, _fixture: Fixture) -> Iterator[KeyProviderBench]:
     administrator = PlatformManagedKeyProvider.from_config(ProviderConfig(directory))
     assert administrator.provision()
-    yield Bench(
+    yield KeyProviderBench(
+        provider="platform-managed",
         key=DEFAULT_KEY,
         rotate=lambda: administrator.rotate(DEFAULT_KEY),
         disable=administrator.disable,
@@ -127,29 +109,11 @@ def _platform_managed(directory: Path, _fixture: Fixture) -> Iterator[Bench]:
     )
 
 
-@contextmanager
-def _kek_file(directory: Path, _fixture: Fixture) -> Iterator[Bench]:
-    directory.mkdir(parents=True)
-
-    def add_version() -> None:
-        version = len(list(directory.iterdir())) + 1
-        (directory / f"default.{version}").write_bytes(secrets.token_bytes(32))
-
-    add_version()
-    yield Bench(
-        key="default",
-        rotate=add_version,
-        options={"folder": str(directory)},
-        secrets=((directory / "default.1").read_bytes(),),
-    )
-
-
-BENCHES: Mapping[str, Callable[[Path, Fixture], AbstractContextManager[Bench]]] = {
+BENCHES: Mapping[str, Callable[[Path, Fixture], AbstractContextManager[KeyProviderBench]]] = {
     "customer-managed": _customer_managed,
     "hsm-simulated": lambda _folder, fixture: _hsm_simulated(fixture("softhsm"), KeyKind.RSA),
     "hsm-simulated, AES": lambda _folder, fixture: _hsm_simulated(fixture("softhsm"), KeyKind.AES),
     "hsm-simulated, NSS": lambda _folder, fixture: _hsm_simulated(fixture("nss"), KeyKind.RSA),
-    "kek-file": _kek_file,
     "platform-managed": _platform_managed,
     "vault-transit": _vault_transit,
 }

@@ -104,6 +104,22 @@ def test_boot_sector_reads_and_writes_its_disks(lab_host: LabHost, acceleration:
     assert "disk 0: start 2\n" in guest.wait_shutoff()
 
 
+def test_every_wait_on_a_host_ends_and_names_what_is_missing(lab_host: LabHost) -> None:
+    with pytest.raises(LabError, match=r"waited 0\.5 s in vain for the end of 'sleep 61\.5'"):
+        lab_host.run(["sleep", "61.5"], seconds=0.5)
+    wait_until(lambda: lab_host.run(["pgrep", "-f", "^sleep 61.5"]).returncode == 1, "sleep ends")
+
+    libvirtd = lab_host.run(["cat", "/run/libvirt/libvirtd.pid"], check=True).stdout.strip()
+    lab_host.run(["kill", "-STOP", libvirtd], check=True)
+    try:
+        with pytest.raises(LabError, match=r"waited 1 s in vain for the end of libvirtd$"):
+            lab_host.restart_libvirtd(seconds=1)
+    finally:
+        lab_host.run(["kill", "-CONT", libvirtd])
+    lab_host.restart_libvirtd()
+    assert lab_host.virsh("version").returncode == 0
+
+
 def test_linux_micro_keeps_a_file_system_over_a_reboot(
     lab_host: LabHost, acceleration: Probe, linux_micro: LinuxMicro
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from support.folders import REPOSITORY
 
 LINES = (
-    "lab",
+    "contract lab",
     "cli",
     "agent hook",
     "backend",

@@ -45,6 +45,14 @@ def write_units(directory: Path, config: Config) -> list[Path]:
     return written
 
 
+def installed_units(config: Config) -> list[Path]:
+    """The units in ``/etc/systemd/system``, and the links that enable them."""
+    folder = config.root / "etc/systemd/system"
+    folders = [*folder.glob("*.wants"), folder]
+    found = [each / name for each in folders for name in NAMES]
+    return [path for path in found if path.is_symlink() or path.exists()]
+
+
 def _escaped(value: str) -> str:
     """Escape *value* for a unit file: ``%`` begins a specifier."""
     if _UNFIT.search(value):

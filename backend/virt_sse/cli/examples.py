@@ -60,6 +60,7 @@ host hsm status
 host hsm unlock --ask-pin
 host init
 host list
+host uninstall --keep-disks --dry-run
 image create debian --file debian-12.qcow2
 image delete debian:1 --dry-run
 image list

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -155,18 +156,74 @@ def _evacuated(domain: ProtectedDomain, result: str) -> dict[str, object]:
 
 @app.command()
 def doctor(output: Output = OutputFormat.TABLE) -> None:
-    """Find faults of the set-up, e.g. image folders that other users may write; exit status 1 if any."""
-    from virt_sse.host.doctor import examine
+    """Find faults of this host, and say what to do about each. Changes nothing.
 
-    with backend() as b:
-        faults = examine(b.host)
-    if faults or output is OutputFormat.JSON:
-        rows = [{"part": each.part, "problem": each.problem, "remedy": each.remedy} for each in faults]
-        print_rows(rows, ["part", "problem", "remedy"], output)
+    The exit status is 0 without a fault, 1 with an error, and 3 with warnings alone.
+    """
+    from virt_sse.audit.record import Component
+    from virt_sse.host.doctor import examine
+    from virt_sse.host.fault import Severity
+    from virt_sse.keys.host import Host
+
+    # Without the backend, which finishes the work of killed commands.
+    opened = Host.open(session.config(), session.plugins(), component=Component.HOST)
+    with contextlib.closing(opened):
+        found = examine(opened)
+    fields = ["id", "severity", "part", "problem", "remedy"]
+    if found or output is OutputFormat.JSON:
+        rows = [
+            {
+                "id": each.id,
+                "severity": each.severity.value,
+                "part": each.part,
+                "problem": each.problem,
+                "remedy": each.remedy,
+            }
+            for each in found
+        ]
+        print_rows(rows, fields, output)
     else:
         note("no faults found")
-    if faults:
-        raise typer.Exit(1)
+    if found:
+        raise typer.Exit(1 if any(each.severity is Severity.ERROR for each in found) else 3)
+
+
+@app.command()
+def uninstall(
+    keep_disks: Annotated[
+        bool, typer.Option("--keep-disks", help="Uninstall although disks exist; images and keys stay.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what would be removed, and what would stay.")
+    ] = False,
+) -> None:
+    """Remove hook, units, AppArmor rule, guests' library, completion and man pages from this host.
+
+    Keys, images, the store, logs and the configuration stay, and so do the hooks of others. Refused while
+    domains with disks of virt-sse run, while the agent runs, and while disks exist, unless with --keep-disks.
+    After a kill, run the command again. To remove virt-sse itself: pip uninstall virt-sse.
+    """
+    from virt_sse.agent.systemd import installed_units
+    from virt_sse.cli import shell_files
+    from virt_sse.errors import ConfigError
+    from virt_sse.host.uninstall import InstalledPart, installed_parts, refuse_if_needed, remaining
+
+    with session.host() as host:
+        refuse_if_needed(host, keep_disks=keep_disks)
+        units = [InstalledPart(f"unit {each}", each.unlink) for each in installed_units(host.config)]
+        files = [InstalledPart(str(path), path.unlink) for path in shell_files.installed(host.config.root)]
+        parts = [*units, *files, *installed_parts(host.config)]
+        for part in parts:
+            if not dry_run:
+                try:
+                    part.remove()
+                except OSError as exc:
+                    raise ConfigError(f"cannot remove {part.what}: {exc.strerror}") from exc
+            typer.echo(f"{'would remove' if dry_run else 'removed'} {part.what}")
+        if not parts:
+            typer.echo("nothing to remove")
+        for what in remaining(host):
+            typer.echo(f"{'would keep' if dry_run else 'kept'} {what}")
 
 
 @app.command()

@@ -33,23 +33,11 @@ def install(root: Path) -> list[str]:
     return made + ([f"man pages in {share / _MAN_PAGES}"] if share / _MAN_PAGES in changed else [])
 
 
-def remove(root: Path) -> list[str]:
-    """Remove what :func:`install` has written, also by another version.
-
-    :return: the removed files, in words.
-    :raise ConfigError: When a file cannot be removed.
-    """
+def installed(root: Path) -> list[Path]:
+    """What :func:`install` has written below *root*, also that of another version."""
     share = root / _SHARE
-    removed = []
-    for path in [*(share / each for each in _SCRIPTS.values()), *(share / _MAN_PAGES).glob("virt-sse*.1")]:
-        try:
-            path.unlink()
-        except FileNotFoundError:
-            continue
-        except OSError as exc:
-            raise ConfigError(f"cannot remove {path}: {exc.strerror}") from exc
-        removed.append(str(path))
-    return removed
+    files = [*(share / each for each in _SCRIPTS.values()), *sorted((share / _MAN_PAGES).glob("virt-sse*.1"))]
+    return [path for path in files if path.exists()]
 
 
 def _files(share: Path) -> dict[Path, bytes]:

@@ -54,7 +54,7 @@ def probe(config: Config) -> list[Capability]:
         _tool("encrypted TPM state", "swtpm"),
     ]
     with ThreadPoolExecutor() as pool:
-        found += pool.map(_cipher, ciphers.KNOWN)
+        found += pool.map(cipher_capability, ciphers.KNOWN)
     return [
         *found,
         xts_capability(),
@@ -90,7 +90,7 @@ def _tool(name: str, tool: str, *arguments: str) -> Capability:
     return Capability(name, available=True, detail=said.splitlines()[0] if said else tool)
 
 
-def _cipher(cipher: Cipher) -> Capability:
+def cipher_capability(cipher: Cipher) -> Capability:
     """Whether QEMU supports *cipher*: a LUKS header then fails for its wrong key only."""
     name = f"cipher {cipher}"
     try:

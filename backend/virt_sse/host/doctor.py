@@ -1,97 +1,74 @@
-"""Faults of a host's set-up, with a remedy each: write permission of other users, the libvirt hook."""
+"""Finds the faults of a host, with a remedy each; changes nothing, and opens no image."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
-from virt_sse.config import Config
-from virt_sse.host.setup import hook_parameters
+from virt_sse.errors import VirtSseError
+from virt_sse.host.checks import files, installation, keys, programs, stages
+from virt_sse.host.fault import HostFault
 from virt_sse.keys.host import Host
-from virt_sse.libvirt import hook_script
 from virt_sse.model.disks import Disk
-from virt_sse.system.permissions import loose_folder_permission, loose_permission
+
+Check = Callable[[Host, Sequence[Disk]], Iterator[HostFault]]
+
+SET_UP: tuple[Check, ...] = (
+    files.permissions,
+    installation.hook,
+    installation.guest_library,
+    files.image_folders,
+)
+"""Checks of files alone, for the agent's page."""
+ALL: tuple[Check, ...] = (
+    *SET_UP,
+    files.file_systems,
+    files.clock,
+    installation.apparmor_rule,
+    installation.units,
+    keys.keyring,
+    keys.host_key,
+    keys.certificates,
+    keys.lease,
+    programs.tools,
+    programs.supported_ciphers,
+    programs.agent,
+    programs.denials,
+    stages.user_ids,
+    stages.leftovers,
+)
 
 
-@dataclass(frozen=True, slots=True)
-class SetupFault:
-    """A fault of the set-up.
+def examine(host: Host) -> list[HostFault]:
+    """Find all faults. A part of the host that cannot be examined is a finding, too."""
+    disks: list[Disk] = []
+    found: list[HostFault] = []
+    with _noting(found, "store-unreadable", "store", "restore or upgrade the store"):
+        disks = host.store.all()
+    return [*found, *_run(ALL, host, disks)]
 
-    :ivar part: the faulty part of the host: ``disk NAME``, ``state``, ``hook``, ``library``.
-    :ivar remedy: a command, or advice.
+
+def examine_set_up(host: Host, disks: Sequence[Disk]) -> list[HostFault]:
+    """Find the faults that files alone tell.
+
+    :param disks: all disks of the store.
     """
-
-    part: str
-    problem: str
-    remedy: str
+    return list(_run(SET_UP, host, disks))
 
 
-def examine(host: Host) -> list[SetupFault]:
-    """Find the faults of a host; changes nothing, and opens no image.
-
-    :raise StoreError: When the store cannot be read.
-    """
-    config = host.config
-    return [*_state(config), *_hook(config), *_guest_library(config), *_images(host.store.all())]
-
-
-def _state(config: Config) -> Iterator[SetupFault]:
-    """Folders with keys, records and logs; each command sets their modes, but not those of parents."""
-    for folder in (config.state_directory, config.log_directory, config.stage_directory.parent):
-        try:
-            found = loose_folder_permission(folder)
-        except FileNotFoundError:
-            continue  # made by the first command to need the folder
-        except OSError as exc:
-            yield SetupFault("state", f"cannot read {folder}: {exc.strerror}", "repair the file system")
-            continue
-        if found:
-            yield SetupFault("state", found.problem, found.remedy)
+def _run(checks: Sequence[Check], host: Host, disks: Sequence[Disk]) -> Iterator[HostFault]:
+    for check in checks:
+        found: list[HostFault] = []
+        part = check.__name__.replace("_", " ")
+        with _noting(found, "not-examined", part, "remove the cause, then run 'virt-sse host doctor' again"):
+            found += check(host, disks)
+        yield from found
 
 
-def _hook(config: Config) -> Iterator[SetupFault]:
-    """Without the hook, libvirt starts no domain with our disks."""
-    path, remedy = config.hook_path, "virt-sse host init, then restart libvirtd (or virtqemud)"
+@contextlib.contextmanager
+def _noting(found: list[HostFault], finding_id: str, part: str, remedy: str) -> Iterator[None]:
     try:
-        is_current = path.read_text() == hook_script.script(*hook_parameters(config))
-    except FileNotFoundError:
-        yield SetupFault("hook", f"the libvirt hook {path} is missing", remedy)
-        return
-    except (OSError, UnicodeDecodeError) as exc:
-        yield SetupFault("hook", f"cannot read the libvirt hook {path}: {exc}", remedy)
-        return
-    if not is_current:
-        yield SetupFault("hook", f"the libvirt hook {path} is not this version's", remedy)
-    elif not os.access(path, os.X_OK):
-        yield SetupFault("hook", f"the libvirt hook {path} is not executable", remedy)
-    elif found := loose_permission(path, path.stat()) or loose_folder_permission(path.parent):
-        yield SetupFault("hook", found.problem, found.remedy)
-
-
-def _guest_library(config: Config) -> Iterator[SetupFault]:
-    """Without the library, accelerated domains are slower; with a changed library, they do not start."""
-    library, remedy = config.guest_library, "virt-sse host init --accelerate"
-    if not library.is_wanted:
-        return
-    if reason := library.obstacle():
-        yield SetupFault("library", reason, remedy)
-    elif library.is_outdated:
-        yield SetupFault("library", f"{library.path} is not this version's library", remedy)
-
-
-def _images(disks: list[Disk]) -> Iterator[SetupFault]:
-    """In a folder that another user may write, a file or link can take an image's name."""
-    seen: dict[Path, list[str]] = {}
-    for disk in disks:
-        seen.setdefault(disk.path.parent, []).append(disk.name)
-    for folder, names in seen.items():
-        part = f"disk {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-        try:
-            found = loose_folder_permission(folder)
-        except OSError as exc:
-            yield SetupFault(part, f"cannot read {folder}: {exc.strerror}", "mount or restore the folder")
-            continue
-        if found:
-            yield SetupFault(part, found.problem, found.remedy)
+        yield
+    except (VirtSseError, OSError) as exc:
+        hint = exc.hint if isinstance(exc, VirtSseError) else None
+        found.append(HostFault(finding_id, part, str(exc), hint or remedy))

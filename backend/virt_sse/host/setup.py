@@ -12,7 +12,7 @@ from virt_sse.keys.host import Host
 from virt_sse.libvirt import hook_script
 from virt_sse.model.disks import PLATFORM_KEY
 from virt_sse.system import acceleration
-from virt_sse.system.files import shared_folder, write_shared
+from virt_sse.system.files import private_folder, shared_folder, write_private, write_shared
 
 APPARMOR_ABSTRACTION = "etc/apparmor.d/abstractions/libvirt-qemu"
 """The AppArmor profile of every QEMU process started by libvirt, on Debian and Ubuntu."""
@@ -42,6 +42,9 @@ def initialise(host: Host) -> list[str]:
     if host.freshness.host_key.provision():
         made.append(f"host key {host.freshness.host_key.path}")
     with _naming(config.hook_path):
+        if not config.hook_path.exists():
+            private_folder(config.state_directory)
+            write_private(hook_marker(config), b"")
         if hook_script.install(config.hook_path, *hook_parameters(config)):
             made.append(f"libvirt hook {config.hook_path}")
     with _naming(config.image_paths):
@@ -56,6 +59,11 @@ def initialise(host: Host) -> list[str]:
         if (config.root / APPARMOR_ABSTRACTION).exists() and _allow(local, config.socket_directory):
             made.append(f"AppArmor rule in {local}")
     return made
+
+
+def hook_marker(config: Config) -> Path:
+    """An empty file, written when the hook is installed where there was none; libvirtd sees it at a start."""
+    return config.state_directory / "hook-installed"
 
 
 def hook_parameters(config: Config) -> tuple[dict[str, str], Path, Path]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Literal, cast
 
 from virt_sse.lab import cache, recipes
+from virt_sse.lab.limits import run_limited
 from virt_sse.lab.requirements import require
 
 GuestName = Literal["boot-sector", "linux-micro"]
@@ -72,9 +73,9 @@ def probe(guest: GuestName) -> Acceleration:
 
 def _machine() -> str:
     """Key of the cached results: all facts which influence a probe."""
-    qemu = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True)
+    _, qemu = run_limited(["qemu-system-x86_64", "--version"], "qemu-system-x86_64 --version", _TIME_LIMIT)
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {platform.release()} {qemu.stdout.splitlines()[0]} kvm={Path('/dev/kvm').exists()}"
+    return f"{boot} {platform.release()} {qemu.splitlines()[0]} kvm={Path('/dev/kvm').exists()}"
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -11,6 +11,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+from virt_sse.lab.limits import wait_until
+
+_LOCK_SECONDS = 1000.0
 
 
 def cache_directory() -> Path:
@@ -24,10 +29,22 @@ def cache_directory() -> Path:
 
 @contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Lock the cache entry *name*: one process at a time may use it, further processes wait."""
-    with (cache_directory() / f"{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Lock the cache entry *name*: one process at a time may use it, further processes wait.
+
+    :raise LabError: When another process uses the entry for longer than a build takes.
+    """
+    path = cache_directory() / f"{name}.lock"
+    with path.open("w") as file:
+        wait_until(lambda: _try_lock(file), f"the process that holds {path}", _LOCK_SECONDS)
         yield
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def replace(path: Path, content: bytes) -> None:

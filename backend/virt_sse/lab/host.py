@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Self, cast
 
 from virt_sse.errors import LabError, LabUnavailableError
 from virt_sse.lab import cache, directories, supervisor
+from virt_sse.lab.limits import kill_with_children
 from virt_sse.lab.requirements import SYSTEM_PATH, require, require_root
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ _DRIVERS = ("qemu", "secret", "storage")
 """libvirt's drivers loaded by a lab host. The network drivers would use firewall, D-Bus and dnsmasq."""
 
 _CAPABILITIES = "var/cache/libvirt/qemu/capabilities"
+_RUN_SECONDS = 600.0
+_DAEMON_SECONDS = 120.0
 _START_TIMEOUT = 30.0
 _STOP_TIMEOUT = 30.0
 _LIBVIRTD_PID = "run/libvirt/libvirtd.pid"
@@ -168,21 +171,22 @@ class LabHost:
 
         return libvirt.open(self.uri)
 
-    def restart_libvirtd(self) -> None:
+    def restart_libvirtd(self, *, seconds: float = _DAEMON_SECONDS) -> None:
         """Restart libvirtd, and wait until libvirtd has reconnected to its guests. Open connections break.
 
-        :raise LabError: When libvirtd does not start.
+        :param seconds: time limit of each step.
+        :raise LabError: When libvirtd does not end, start or answer in time, or not reconnect to a guest.
         """
-        import libvirt
-
-        pid = (self.directory / _LIBVIRTD_PID).read_text().strip()
-        self.run(["sh", "-c", 'kill -TERM "$1"; while kill -0 "$1" 2>&-; do sleep 0.02; done', "sh", pid])
+        with contextlib.suppress(FileNotFoundError):  # libvirtd has ended
+            pid = (self.directory / _LIBVIRTD_PID).read_text().strip()
+            wait = 'kill -TERM "$1"; while kill -0 "$1" 2>&-; do sleep 0.02; done'
+            self._execute(["sh", "-c", wait, "sh", pid], "the end of libvirtd", seconds=seconds)
         self._start_libvirtd()
-        with contextlib.closing(self.connect()) as connection:
-            for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
-                # Queries QEMU, so waits for the reconnection and the hook; isActive() would answer at once.
-                with contextlib.suppress(libvirt.libvirtError):
-                    domain.memoryStats()
+        running = self.run(["virsh", "list", "--uuid"], check=True, seconds=seconds).stdout
+        for domain in running.split():
+            # Queries QEMU, so waits for the reconnection and the hook; 'domstate' would answer at once.
+            what = f"libvirtd's reconnection to domain {domain}"
+            self._execute(["virsh", "dommemstat", domain], what, seconds=seconds)
 
     def command(self, argv: Sequence[str | Path]) -> list[str]:
         """The argument vector to run *argv* inside the host's namespaces.
@@ -208,24 +212,19 @@ class LabHost:
         input: str | None = None,  # noqa: A002 -- subprocess.run's word
         env: Mapping[str, str] | None = None,
         check: bool = False,
+        seconds: float = _RUN_SECONDS,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command inside the host and wait for it.
 
         :param input: standard input; empty by default.
         :param env: variables in addition to :attr:`environment`.
         :param check: whether a status other than 0 is an error.
-        :raise LabError: When *check* is set and the command fails; contains the last line of output.
+        :param seconds: time limit; the command is killed then.
+        :raise LabError: When *check* is set and the command fails, with the last line of output; or when the
+            command does not end in time.
         """
-        result = subprocess.run(
-            self.command(argv),
-            input=input if input is not None else "",
-            capture_output=True,
-            text=True,
-            check=False,
-            env=self.environment
-            | {"PATH": f"{os.environ.get('PATH', os.defpath)}:{SYSTEM_PATH}"}
-            | dict(env or {}),
-        )
+        what = f"the end of '{' '.join(map(str, argv))}'"
+        result = self._execute(argv, what, seconds=seconds, input=input or "", env=env)
         if check and result.returncode != 0:
             said = (result.stderr or result.stdout).strip().splitlines() or ["nothing said"]
             raise LabError(f"{argv[0]} on lab host {self.name} exited {result.returncode}: {said[-1]}")
@@ -234,6 +233,37 @@ class LabHost:
     def virsh(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run ``virsh`` on the host, as :meth:`run` does; by default, a failure is an error."""
         return self.run(["virsh", *arguments], check=check)
+
+    def _execute(
+        self,
+        argv: Sequence[str | Path],
+        what: str,
+        *,
+        seconds: float,
+        input: str = "",  # noqa: A002 -- subprocess.run's word
+        env: Mapping[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command inside the host; the error after the time limit names *what* the lab waited for."""
+        process = subprocess.Popen(
+            self.command(argv),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self.environment
+            | {"PATH": f"{os.environ.get('PATH', os.defpath)}:{SYSTEM_PATH}"}
+            | dict(env or {}),
+        )
+        try:
+            output, errors = process.communicate(input, timeout=seconds)
+        except BaseException as exc:
+            kill_with_children(process)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a daemon may hold the pipes
+                process.communicate(timeout=_STOP_TIMEOUT)
+            if not isinstance(exc, subprocess.TimeoutExpired):
+                raise
+            raise LabError(f"lab host {self.name} waited {seconds:g} s in vain for {what}") from None
+        return subprocess.CompletedProcess(argv, process.returncode, output, errors)
 
     def _lay_out(self) -> None:
         for name in (*supervisor.BINDS, "dev", "drivers", "images", "run/lock", "etc/libvirt/hooks/qemu.d"):
@@ -295,8 +325,9 @@ class LabHost:
         """Start libvirtd and wait for an answer; then all its drivers are loaded."""
         drivers = self.directory / "drivers"
         env = {"LIBVIRT_DRIVER_DIR": str(drivers)} if any(drivers.iterdir()) else {}
-        self.run(["libvirtd", "--daemon", "--pid-file", f"/{_LIBVIRTD_PID}"], env=env, check=True)
-        self.virsh("version")
+        daemon = ["libvirtd", "--daemon", "--pid-file", f"/{_LIBVIRTD_PID}"]
+        self.run(daemon, env=env, check=True, seconds=_DAEMON_SECONDS)
+        self.run(["virsh", "version"], check=True, seconds=_DAEMON_SECONDS)
         for learnt in (self.directory / _CAPABILITIES).glob("*.xml"):
             known = cache.cache_directory() / "capabilities" / learnt.name
             content = learnt.read_bytes()

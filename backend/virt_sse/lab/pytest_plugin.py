@@ -16,6 +16,8 @@
     the boot-sector guest's image; copy or import it
 ``linux_micro``
     the linux-micro guest, a :class:`virt_sse.lab.recipes.LinuxMicro`
+``key_provider_bench``
+    the key provider tested by :mod:`virt_sse.contract`; overridden in the plugin's project
 
 The terminal summary lists the acceleration of each guest. Heavy imports happen inside the fixtures, because
 pytest loads this module in every environment with virt-sse installed.
@@ -31,12 +33,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from virt_sse.contract import KeyProviderBench
     from virt_sse.lab.acceleration import Acceleration, GuestName
     from virt_sse.lab.host import LabHost
     from virt_sse.lab.openbao import LabOpenBao
     from virt_sse.lab.recipes import LinuxMicro
     from virt_sse.lab.tokens import LabHsm, LabToken
     from virt_sse.lab.vaults import LabVault
+
+pytest.register_assert_rewrite("virt_sse.contract")
 
 _USED = pytest.StashKey[dict[str, str]]()
 _WORKER_OUTPUT = "virt-sse-lab"
@@ -45,11 +50,17 @@ _WORKER_OUTPUT = "virt-sse-lab"
 @contextmanager
 def _skip_if_unavailable() -> Iterator[None]:
     from virt_sse.errors import LabUnavailableError
+    from virt_sse.system.extras import extra_error
 
     try:
         yield
     except LabUnavailableError as exc:
         pytest.skip(f"{exc}; {exc.hint}" if exc.hint else str(exc))
+    except ModuleNotFoundError as exc:
+        missing = extra_error(exc)
+        if missing is None:
+            raise
+        pytest.skip(f"{missing}; {missing.hint}")
 
 
 def _running_host() -> Iterator[LabHost]:
@@ -79,9 +90,11 @@ def second_lab_host() -> Iterator[LabHost]:
 @pytest.fixture(scope="session")
 def lab_vault() -> Iterator[LabVault]:
     """A running key vault, shared by the session's tests."""
-    from virt_sse.lab.vaults import LabVault
+    with ExitStack() as stack:
+        with _skip_if_unavailable():
+            from virt_sse.lab.vaults import LabVault
 
-    with LabVault() as vault:
+            vault = stack.enter_context(LabVault())
         yield vault
 
 
@@ -157,6 +170,20 @@ def linux_micro() -> LinuxMicro:
 
     with _skip_if_unavailable():
         return built_linux_micro()
+
+
+@pytest.fixture
+def key_provider_bench() -> KeyProviderBench:
+    """The key provider that the contract suite tests."""
+    pytest.fail(
+        "no key provider to test: override the fixture 'key_provider_bench' in the conftest.py of the"
+        " project's top folder, and run pytest there"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker of the contract suite."""
+    config.addinivalue_line("markers", "slow: takes about a second or more")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -1,5 +1,7 @@
 """The guests of ``vm-images/``: built on first use, and kept in the lab's cache.
 
+The wheel has the recipes in ``virt_sse/lab/vm-images``, see :mod:`virt_sse.lab.build_recipes`.
+
 A recipe is a folder with an executable ``build``; its argument is the folder to build the guest in. The
 result is cached under a hash of the recipe, so a changed recipe is built again.
 """
@@ -9,17 +11,20 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from virt_sse.errors import LabError, LabUnavailableError
 from virt_sse.lab import cache
+from virt_sse.lab.limits import run_limited
 from virt_sse.lab.requirements import require
 
 BOOT_SECTOR_TEXT = b"virt-sse boot-sector marker: not to be found in the raw image. "
 """Text in the image of boot-sector; the guest also writes copies of this text from sector 1000 on."""
+
+_BUILD_SECONDS = 900.0
+"""A build may download packages."""
 
 _TOOLS = {
     "boot-sector": ("as", "ld"),
@@ -70,18 +75,20 @@ def linux_micro_with_agent(folder: Path) -> LinuxMicro:
 
 
 def vm_images() -> Path:
-    """The folder of the recipes: ``VIRT_SSE_VM_IMAGES``, or ``vm-images`` in this package's checkout.
+    """The folder of the recipes: ``VIRT_SSE_VM_IMAGES``, or that of the installed package or the checkout.
 
     :raise LabUnavailableError: When the folder does not exist.
     """
     chosen = os.environ.get("VIRT_SSE_VM_IMAGES")
-    folder = Path(chosen) if chosen else Path(__file__).resolve().parents[3] / "vm-images"
-    if not folder.is_dir():
-        raise LabUnavailableError(
-            f"the guests' recipes are not in {folder}",
-            hint="set VIRT_SSE_VM_IMAGES to the vm-images folder of a checkout",
-        )
-    return folder
+    here = Path(__file__).resolve()
+    folders = [Path(chosen)] if chosen else [here.with_name("vm-images"), here.parents[3] / "vm-images"]
+    for folder in folders:
+        if folder.is_dir():
+            return folder
+    raise LabUnavailableError(
+        f"the guests' recipes are not in {folders[0]}",
+        hint="install virt-sse from a wheel, or set VIRT_SSE_VM_IMAGES to the vm-images folder of a checkout",
+    )
 
 
 def built(name: str) -> Path:
@@ -114,18 +121,11 @@ def _build(recipe: Path, result: Path) -> None:
     """Build in a folder beside *result* and rename: *result* is complete or absent."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{recipe.name}-", dir=result.parent))
     try:
-        run = subprocess.run(
-            [recipe / "build", temporary],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        if run.returncode != 0:
-            said = run.stdout.strip().splitlines() or ["nothing said"]
-            error = LabError(f"{recipe}/build exited {run.returncode}: {said[-1]}")
-            error.add_note("\n".join(said[-20:]))
+        status, said = run_limited([recipe / "build", temporary], f"{recipe}/build", _BUILD_SECONDS)
+        if status != 0:
+            lines = said.strip().splitlines() or ["nothing said"]
+            error = LabError(f"{recipe}/build exited {status}: {lines[-1]}")
+            error.add_note("\n".join(lines[-20:]))
             raise error
         temporary.rename(result)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import select
 import signal
 import socket
 import subprocess
@@ -13,10 +14,12 @@ from typing import IO, TYPE_CHECKING, Self, cast
 
 from virt_sse.errors import ConfigError, LabError, LabUnavailableError
 from virt_sse.lab import directories, leashed
+from virt_sse.system.extras import require as require_extra
 
 if TYPE_CHECKING:
     from virt_sse.lab.tokens import LabToken
 
+_START_TIMEOUT = 120.0
 _STOP_TIMEOUT = 20.0
 _HOST = "127.0.0.1"
 _PORTS = (15000, 32000)
@@ -117,8 +120,12 @@ class LabVault:
     def initialise(self) -> None:
         """Remove remains of killed runs, then make the vault, without serving it yet.
 
-        :raise LabUnavailableError: When SoftHSM or PyKCS11 is not installed, but needed for a private token.
+        :raise LabUnavailableError: When an extra is not installed, or SoftHSM, if needed for a private token.
         """
+        try:
+            require_extra("vault", "the lab vault")
+        except ConfigError as exc:
+            raise LabUnavailableError(str(exc), hint=exc.hint) from exc
         from virt_sse.vault.home.settings import Tier
         from virt_sse.vault.initialise import initialise
 
@@ -154,9 +161,11 @@ class LabVault:
             output=subprocess.PIPE,
         )
         output = cast("IO[str]", self._process.stdout)
-        if not output.readline():
+        poll = select.poll()
+        poll.register(output, select.POLLIN)
+        if not (poll.poll(_START_TIMEOUT * 1000) and output.readline()):
             self.kill()
-            error = LabError("the lab vault does not start")
+            error = LabError(f"the lab vault does not start, or does not answer within {_START_TIMEOUT:g} s")
             error.add_note(self.log_path.read_text()[-2000:])
             raise error
 

@@ -17,7 +17,7 @@ from uuid import UUID
 from virt_sse.audit.log import AuditLog
 from virt_sse.audit.record import AuditEntry
 from virt_sse.errors import VirtSseError
-from virt_sse.host.doctor import examine
+from virt_sse.host.doctor import examine_set_up
 from virt_sse.keys.host import Host
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.encryption_sets import EncryptionSet
@@ -121,9 +121,8 @@ class OverviewCollector:
             copies = self._host.store.replacements.all()
         with _noting(faults, "audit log"):
             self._uses.update()
-        with _noting(faults, "set-up"):
-            found = examine(self._host)
-            faults += (FaultPart(part=e.part, problem=e.problem, remedy=e.remedy) for e in found)
+        found = examine_set_up(self._host, disks)
+        faults += (FaultPart(part=e.part, problem=e.problem, remedy=e.remedy) for e in found)
         status = self._view.status()
         by_id = {each.id: each for each in sets}
         return Overview(

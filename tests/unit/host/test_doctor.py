@@ -111,9 +111,9 @@ def test_a_hook_that_libvirt_would_not_run_as_installed(
 def test_state_in_a_folder_that_others_may_write(cli: CommandLine, tmp_path: Path) -> None:
     parent = tmp_path / "var/lib"
     parent.chmod(0o777)
-    assert f"other users may write {parent} (mode 0777)  chmod go-w {parent}\n" in cli(
-        "host", "doctor", status=1
-    )
+    (fault,) = faults(cli)
+    assert fault["problem"] == f"other users may write {parent} (mode 0777)"
+    assert fault["remedy"] == f"chmod go-w {parent}"
     parent.chmod(0o755)
     assert json.loads(cli("host", "doctor", "-o", "json")) == []
 
