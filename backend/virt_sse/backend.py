@@ -19,6 +19,7 @@ from virt_sse.domains import temp_disks
 from virt_sse.domains.host_encryption import HostEncryption
 from virt_sse.domains.hotplug import Hotplug
 from virt_sse.domains.live_copies import DomainCopies
+from virt_sse.domains.saved_states import SavedStates
 from virt_sse.domains.scale_sets import ScaleSets
 from virt_sse.domains.settings import VmSettings
 from virt_sse.domains.start import DomainStart
@@ -54,6 +55,7 @@ class Backend:
     :ivar domains: start of domains.
     :ivar host_encryption: temporary disks and TPM state of domains.
     :ivar hotplug: attach and detach disks.
+    :ivar saved_states: encrypted saved states of domains.
     :ivar vms: settings of domains.
     :ivar scale_sets: domains from one definition and one disk.
     :ivar verification: ``vm verify``.
@@ -93,13 +95,16 @@ class Backend:
         self.reencryption = ReencryptionService(host, self.disks, self.domains, self.inspector, settlement)
         self.restoration = Restoration(host, self.disks, self.copies, settlement)
         self.in_place = InPlace(host, self.disks, self.domains, self.inspector, settlement)
-        self.vms = VmSettings(host, self.domains, self.host_encryption, self.inspector)
+        self.saved_states = SavedStates(host)
+        self.vms = VmSettings(host, self.domains, self.host_encryption, self.inspector, self.saved_states)
         self.scale_sets = ScaleSets(host, self.disks, self.copies, self.domains, self.vms)
         self.verification = Verification(host, self.domains, self.vms)
         try:
             host.image_paths.provide(lambda: [disk.path for disk in host.store.all()])
             temp_disks.erase_of_other_boots(config)
             host.leases.end_killed_work()
+            if not in_hook:
+                self.saved_states.recover()
             self.live_copies.recover()
             self.disks.recover()
             self.keys.recover()

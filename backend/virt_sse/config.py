@@ -314,6 +314,16 @@ class Config:
         return self.root / "run/virt-sse/paused-domains"
 
     @property
+    def saved_states(self) -> Path:
+        """Folder of records about saved states of domains; mode 0700."""
+        return self.state_directory / "saved-states"
+
+    @property
+    def memory_directory(self) -> Path:
+        """Folder of FIFOs for the memory of domains that are being saved or restored; mode 0700."""
+        return self.root / "run/virt-sse/memory"
+
+    @property
     def socket_directory(self) -> Path:
         """Folder of stage sockets; open to all users, with a folder per socket private to its two sides."""
         return self.root / "run/virt-sse-disks"

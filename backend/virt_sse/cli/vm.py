@@ -14,6 +14,7 @@ from virt_sse.cli.output import Output, OutputFormat, human_size, note, print_fi
 from virt_sse.cli.session import backend
 from virt_sse.cli.vm_encrypt import vm_encrypt
 from virt_sse.cli.vm_inspect import vm_inspect
+from virt_sse.cli.vm_save import vm_restore, vm_save
 from virt_sse.cli.vm_verify import vm_verify
 from virt_sse.errors import InvalidValueError
 from virt_sse.model.disks import parse_disk_size
@@ -26,6 +27,8 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.command(name="encrypt")(vm_encrypt)
 app.command(name="inspect")(vm_inspect)
 app.command(name="verify")(vm_verify)
+app.command(name="save")(vm_save)
+app.command(name="restore")(vm_restore)
 
 
 _NONE = "none"

@@ -235,8 +235,19 @@ def _managed_save(name: str, files: LibvirtFiles) -> HostData:
         str(path),
         State.PLAINTEXT,
         SAVED_MEMORY,
-        hint=f"'virsh start {name}' resumes the guest and removes the file",
+        hint=f"'virsh start {name}' resumes the guest and removes the file; "
+        f"'virt-sse vm save {name} FILE' then saves the state encrypted",
         is_tolerated=True,
+    )
+
+
+def saved_state(path: Path) -> HostData:
+    """Describe the file of ``virt-sse vm save`` that continues a domain."""
+    return HostData(
+        "saved-state",
+        str(path),
+        State.ENCRYPTED,
+        f"'virt-sse vm restore {path}' resumes the guest; another start makes the file useless",
     )
 
 

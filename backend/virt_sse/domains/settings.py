@@ -22,7 +22,7 @@ import libvirt
 
 from virt_sse.disks.inspector import Inspector
 from virt_sse.domains import temp_disks
-from virt_sse.domains.data_on_host import HostData, has_tpm_state, memory_snapshot, survey
+from virt_sse.domains.data_on_host import HostData, has_tpm_state, memory_snapshot, saved_state, survey
 from virt_sse.domains.guest_preload import is_accelerated
 from virt_sse.domains.host_encryption import (
     HostEncryption,
@@ -32,6 +32,7 @@ from virt_sse.domains.host_encryption import (
     refuse_plaintext_data,
     refuse_unencrypted,
 )
+from virt_sse.domains.saved_states import SavedStates
 from virt_sse.domains.start import DomainStart
 from virt_sse.errors import InvalidValueError, PolicyError, VirtSseError, VmStateError
 from virt_sse.keys.host import Host
@@ -111,7 +112,12 @@ class VmSettings:
     """Shows and updates the settings of the domains of this host's libvirt."""
 
     def __init__(
-        self, host: Host, start: DomainStart, host_encryption: HostEncryption, inspector: Inspector
+        self,
+        host: Host,
+        start: DomainStart,
+        host_encryption: HostEncryption,
+        inspector: Inspector,
+        saved_states: SavedStates,
     ) -> None:
         self._config = host.config
         self._store = host.store
@@ -119,6 +125,7 @@ class VmSettings:
         self._start = start
         self._host_encryption = host_encryption
         self._inspector = inspector
+        self._saved_states = saved_states
 
     def all(self) -> list[VmView]:
         """List all domains by name, without data at rest.
@@ -156,6 +163,11 @@ class VmSettings:
             domain = domains.lookup(connection, name)
             _refuse_unless_updatable(domain)
             vm_id = UUID(bytes=domain.UUID())
+            if path := self._saved_states.of_domain(vm_id):
+                raise VmStateError(
+                    f"domain {name!r} has a saved state in {path}, which would resume with the old settings",
+                    hint=f"'virt-sse vm restore {path}' and shut the guest down, or remove the file",
+                )
             with self._host_encryption.locked(vm_id, name):
                 _refuse_unless_updatable(domain)
                 self._update(domain, vm_id, changes, HostCapabilities.of(connection).host_id)
@@ -297,6 +309,8 @@ class VmSettings:
     def _host_data(self, domain: libvirt.virDomain, definition: DomainDefinition) -> list[HostData]:
         snapshots = [SnapshotFiles.parse(each.getXMLDesc()) for each in domain.listAllSnapshots()]
         memory = [found for snapshot in snapshots if (found := memory_snapshot(snapshot))]
+        if path := self._saved_states.of_domain(definition.uuid):
+            memory.append(saved_state(path))
         return [*survey(definition, self._host_encryption.files), *memory]
 
     def _tidy(self, connection: libvirt.virConnect, listed: Collection[libvirt.virDomain]) -> None:

@@ -18,6 +18,7 @@ from virt_sse.domains.host_encryption import HostEncryption
 from virt_sse.domains.incoming import IncomingDomains, refuse_data_on_host, refuse_disk
 from virt_sse.domains.keyless_images import refuse_keyless_images
 from virt_sse.domains.replacement_outcome import settle_ended
+from virt_sse.domains.state_records import forget_used
 from virt_sse.errors import (
     DiskInUseError,
     DiskNotFoundError,
@@ -127,6 +128,7 @@ class DomainStart:
                         connected(self._config.libvirt_uri) as connection,
                     ):
                         self._serve(connection, definition, served, is_incoming=is_incoming)
+                forget_used(self._config, definition.uuid, [use.disk_id for use in uses])
         except LibvirtSilentError:
             if not is_incoming:
                 self._deferred.add(definition.uuid)
@@ -145,6 +147,7 @@ class DomainStart:
         disk_ids, states = [each.disk.id for each in served], (DiskState.READY, DiskState.COPYING)
         with self._leases.starting(definition.uuid, disk_ids, states=states):
             self._serve(connection, definition, served)
+        forget_used(self._config, definition.uuid, disk_ids)
 
     def _end_copies(self, definition: DomainDefinition) -> None:
         """Settle the copies of disks under a domain that has ended, before the domain starts again.

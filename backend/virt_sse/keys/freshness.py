@@ -148,6 +148,15 @@ class ImageFreshness:
         except VirtSseError as exc:
             _log.warning("the deletion of disk %s is not noted: %s", disk.id, exc)
 
+    def is_ahead(self, disk: Disk) -> bool:
+        """Whether the disk's image was used after the last use known here, i.e. on another host.
+
+        :raise StaleImageError: When the image is not the last known or a newer one.
+        :raise ImageError: When the image cannot be read.
+        """
+        carried, state = self.check(disk), self._states.get(disk.id)
+        return bool(carried and state and (carried.uses or 0) > state.uses)
+
     def check(self, disk: Disk) -> CarriedEnvelope | None:
         """Compare the disk's image with its last known state; changes nothing.
 

@@ -7,3 +7,6 @@ TEMP_SLOT = "temp"
 
 TPM_SLOT = "tpm"
 """Slot of the DEK for the state of a VM's emulated TPM; the context's id is the domain's UUID."""
+
+STATE_SLOT = "state"
+"""Slot of the DEKs of a domain's saved state; the context's id is the saved state's UUID."""
