@@ -107,6 +107,8 @@ vm encrypt web --des payroll
 vm inspect web
 vm list
 vm protect web
+vm restore /var/lib/virt-sse/web.state
+vm save web /var/lib/virt-sse/web.state
 vm show web
 vm sizes
 vm unprotect web

@@ -23,7 +23,6 @@ def vm_save(
 
     'virsh save' and 'virsh managedsave' write the memory in plaintext. This file is under the keys of the
     domain's disks. A saved state can be restored once, on this host, if the domain was not started meanwhile.
-    Example: virt-sse vm save web /var/lib/virt-sse/web.state
     """
     with backend() as b:
         _print(b.saved_states.save(domain, file), output)
