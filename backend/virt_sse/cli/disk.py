@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from virt_sse.cli import completion, disk_attachment, disk_backup
+from virt_sse.cli.confirmation import Yes, confirm
 from virt_sse.cli.disk_fields import dek_fields, image_place, print_disk, shown_fields
 from virt_sse.cli.disk_options import DryRun, ImagePath, Name, Pool, cipher_option, des_option
 from virt_sse.cli.disk_reencrypt import disk_reencrypt
@@ -337,10 +338,13 @@ def resize(
     shrink: Annotated[
         bool, typer.Option("--shrink", help="Allow a smaller size; data beyond is lost.")
     ] = False,
+    yes: Yes = False,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Resize a disk, also while a domain uses the disk."""
     with backend() as b:
+        if shrink:
+            confirm(lambda: f"cut disk {name} to {size}, and lose all data beyond?", yes=yes)
         disk = b.disks.resize(name, parse_disk_size(size), shrink=shrink)
     print_disk(disk, output)
 
@@ -348,6 +352,7 @@ def resize(
 @app.command()
 def delete(
     name: Name,
+    yes: Yes = False,
     dry_run: DryRun = False,
     certificate: Annotated[
         Path | None,
@@ -362,10 +367,15 @@ def delete(
     with backend() as b:
         if certificate is not None:
             _refuse_taken(certificate)
+        confirm(lambda: _erase(b.disks.delete(name, dry_run=True)), yes=yes, dry_run=dry_run)
         disk = b.disks.delete(name, dry_run=dry_run, certified=certificate is not None)
         if certificate is not None and not dry_run:
             _write_certificate(certificate, b.certificates.get(str(disk.id)).encode(), disk)
     typer.echo(f"{'would erase' if dry_run else 'erased'} disk {disk.name} ({disk.path})")
+
+
+def _erase(disk: Disk) -> str:
+    return f"erase disk {disk.name} ({disk.path}) for good?"
 
 
 def _refuse_taken(file: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from virt_sse.cli import completion
+from virt_sse.cli.confirmation import Yes, confirm
 from virt_sse.cli.disk_fields import image_place, print_backup, print_copies, print_disk
 from virt_sse.cli.disk_options import DryRun, ImagePath, Incremental, Name, Pool, Quiesce, des_option
 from virt_sse.cli.output import Output, OutputFormat, note
@@ -118,9 +119,11 @@ def verify_backup(point: _Point) -> None:
 
 def erase_backup(
     point: _Point,
+    yes: Yes = False,
     dry_run: DryRun = False,
 ) -> None:
     """Crypto-erase a restore point alone: wipe its keyslots, forget its DEK, remove image and manifest."""
     with backend() as b:
+        confirm(lambda: f"erase restore point {point} for good?", yes=yes, dry_run=dry_run)
         found = b.restore_points.erase(point, dry_run=dry_run)
     typer.echo(f"{'would erase' if dry_run else 'erased'} restore point {found.name} ({found.path})")

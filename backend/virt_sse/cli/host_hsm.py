@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from virt_sse import pkcs11
+from virt_sse.cli.confirmation import Yes, confirm
 from virt_sse.cli.output import Output, OutputFormat, note, print_fields, print_rows
 from virt_sse.cli.private_key import read_private_key
 from virt_sse.cli.session import backend, config
@@ -165,6 +166,7 @@ def destroy(
     version: Version = None,
     all_versions: Annotated[bool, typer.Option("--all-versions", help="Destroy the whole key.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Even if this host's disks need the key.")] = False,
+    yes: Yes = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the effect, and change nothing.")] = False,
     ask_pin: AskPin = False,
     pin_descriptor: PinDescriptor = None,
@@ -176,6 +178,8 @@ def destroy(
         doomed = administration.versions(name, version)
         if not force:
             _require_unused(doomed)
+        names = ", ".join(str(_key_id(key)) for key in doomed)
+        confirm(lambda: f"destroy {names}, and lose all data wrapped with it?", yes=yes, dry_run=dry_run)
         for key in doomed:
             if not dry_run:
                 administration.destroy(key)

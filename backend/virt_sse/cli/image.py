@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from virt_sse.cli import completion
+from virt_sse.cli.confirmation import Yes, confirm
 from virt_sse.cli.disk_fields import dek_fields, disk_fields, image_place, print_disk, shown_size
 from virt_sse.cli.disk_options import DryRun, ImagePath, Pool, Quiesce, des_option
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows
@@ -151,10 +152,13 @@ def delete(
     force: Annotated[
         bool, typer.Option("--force", help="Delete all linked clones of the image, too.")
     ] = False,
+    yes: Yes = False,
     dry_run: DryRun = False,
 ) -> None:
     """Delete a version of an image for good. Full copies of the image stay."""
     with backend() as b:
+        clones = " and all its linked clones" if force else ""
+        confirm(lambda: f"erase image {name}{clones} for good?", yes=yes, dry_run=dry_run)
         erased = b.images.delete(name, dry_run=dry_run, force=force)
     for each in erased:
         what = "linked clone" if each.is_linked_clone else "image"

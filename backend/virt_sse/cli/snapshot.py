@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from virt_sse.cli import completion
+from virt_sse.cli.confirmation import Yes, confirm
 from virt_sse.cli.disk_fields import (
     dek_fields,
     disk_fields,
@@ -150,6 +151,7 @@ def restore(
             "--in-place", help="Put the content into the snapshot's own disk; its present content is lost."
         ),
     ] = False,
+    yes: Yes = False,
     dry_run: DryRun = False,
     des: Annotated[
         str | None,
@@ -165,6 +167,7 @@ def restore(
         if des or image_format or path or pool:
             raise InvalidValueError("with --in-place, the disk keeps its set, format and path")
         with backend() as b:
+            confirm(lambda: f"replace the content of disk {disk}?", yes=yes, dry_run=dry_run)
             restored = b.restoration.restore(name, disk, progress_bar, dry_run=dry_run)
         if dry_run:
             typer.echo(f"would put the content of snapshot {name} into disk {restored.name}")
@@ -188,9 +191,11 @@ def restore(
 @app.command()
 def delete(
     name: Name,
+    yes: Yes = False,
     dry_run: DryRun = False,
 ) -> None:
     """Delete a snapshot for good: wipe its keyslots, forget its DEK, remove its image."""
     with backend() as b:
+        confirm(lambda: f"erase snapshot {name} for good?", yes=yes, dry_run=dry_run)
         snapshot = b.snapshots.delete(name, dry_run=dry_run)
     typer.echo(f"{'would erase' if dry_run else 'erased'} snapshot {snapshot.name} ({snapshot.path})")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from virt_sse.cli.confirmation import Yes, confirm
 from virt_sse.cli.output import Output, OutputFormat, note, print_fields, print_rows
 from virt_sse.cli.private_key import read_private_key
 from virt_sse.cli.vault_options import Credential, credential_path
@@ -140,6 +141,7 @@ def recover(name: KeyName, credential: Credential = None) -> None:
 def purge(
     name: KeyName,
     credential: Credential = None,
+    yes: Yes = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the key to be purged, and do nothing.")
     ] = False,
@@ -147,6 +149,8 @@ def purge(
     """Destroy a deleted key irrecoverably, and so all data wrapped with the key."""
     with _client(credential) as client:
         deleted = client.get_deleted_key(name)
+        question = f"purge key {name}, and lose all data wrapped with the key?"
+        confirm(lambda: question, yes=yes, dry_run=dry_run)
         if not dry_run:
             client.purge_deleted_key(name)
     typer.echo(f"{'would purge' if dry_run else 'purged'} key {name} ({deleted.recovery_id})")

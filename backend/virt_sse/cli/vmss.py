@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from virt_sse.cli.confirmation import Yes, confirm
 from virt_sse.cli.output import Output, OutputFormat, note, print_fields, print_rows
 from virt_sse.cli.progress import progress_bar
 from virt_sse.cli.session import backend
@@ -115,8 +116,9 @@ def show(name: SetName, output: Output = OutputFormat.TABLE) -> None:
 
 
 @app.command()
-def delete(name: SetName, force: Force = False) -> None:
+def delete(name: SetName, force: Force = False, yes: Yes = False) -> None:
     """Delete a scale set with its domains and their disks, for good; the copied disk stays."""
+    confirm(lambda: f"delete scale set {name} with the domains and disks of all instances?", yes=yes)
     with backend() as b, progress_bar("deleting") as progress:
         b.scale_sets.delete(name, force=force, progress=progress)
     note(f"deleted scale set {name}")
