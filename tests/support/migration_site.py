@@ -218,6 +218,7 @@ def migration_site(
             made.append(each)
         a, b = made
         path = a.backend.host.config.operator_credential
+        path.unlink(missing_ok=True)  # of another module of tests on this host
         keys.administration.new_credential_file(
             path, f"host-{uuid.uuid4().hex[:8]}", role=Role.IDENTITY_OPERATOR
         )
