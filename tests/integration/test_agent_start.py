@@ -71,7 +71,7 @@ def test_an_agent_with_a_copy_to_undo_starts_while_libvirt_waits_for_a_hook(site
         with LabAgent(site.host):
             (folder / "goes-on").touch()
             wait_until(lambda: not guest.is_active(), "libvirt knows of the end of QEMU")
-            wait_until(lambda: not site.backend.host.store.all(), "the agent has undone the copy")
+            wait_until(lambda: not site.backend.host.store.all(), "the agent has undone the copy", seconds=60)
     assert site.secrets() == []
     assert [path.name for path in site.host.images.iterdir() if "hung" in path.name] == []
     plain.unlink()
