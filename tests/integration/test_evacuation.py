@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
 
-from support.agent_site import CONFIG, Site, prepared
+from support.agent_site import CONFIG, Site, prepared, share_keys
 from support.loaded_commands import run_command
 from support.postgresql import PostgresqlServer
 from support.stores import execute
@@ -58,12 +57,8 @@ def hosts(
         dying = stack.enter_context(LabHost())
         sites = []
         for host in (second_lab_host, dying):
-            state = host.root / "var/lib/virt-sse"
             if sites:
-                shutil.copytree(
-                    second_lab_host.root / "var/lib/virt-sse/platform-managed", state / "platform-managed"
-                )
-                shutil.copy(second_lab_host.root / "var/lib/virt-sse/host.key", state)
+                share_keys(second_lab_host, host)
             backend = stack.enter_context(prepared(host, config))
             agent = stack.enter_context(LabAgent(host))
             sites.append(Site(host, backend, agent, acceleration("boot-sector")))

@@ -8,14 +8,12 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import libvirt
 import pytest
 
 from support.agent_site import RIGHTS
-from support.migration_site import MigrationHost, MigrationSite, MovingGuest, migration_site
-from support.postgresql import PostgresqlServer
+from support.migration_site import MigrationHost, MigrationSite, MovingGuest, migration_site_fixture
 from support.waiting import wait_until
 from support.writing_guest import newest_block
 from virt_sse.errors import DiskInUseError
@@ -23,22 +21,13 @@ from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import QEMU_USER, LabHost
 from virt_sse.lab.recipes import LinuxMicro
-from virt_sse.lab.vaults import LabVault
 from virt_sse.model.disks import Disk
 from virt_sse.model.layers import Placement
 
 Accelerate = Callable[[str], Acceleration]
 
 
-@pytest.fixture(scope="module")
-def running_site(
-    lab_host: LabHost, second_lab_host: LabHost, lab_vault: LabVault, postgresql: PostgresqlServer
-) -> Iterator[MigrationSite]:
-    with TemporaryDirectory(prefix="virt-sse-") as name:
-        Path(name).chmod(0o711)
-        hosts = (lab_host, second_lab_host)
-        with migration_site(hosts, lab_vault, Path(name), postgresql) as site:
-            yield site
+running_site = migration_site_fixture("running_site")
 
 
 @pytest.fixture

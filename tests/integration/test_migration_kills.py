@@ -7,33 +7,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
 from soak.migrations import MigrationKill, MigrationKills
-from support.migration_site import MigrationSite, MovingGuest, migration_site
-from support.postgresql import PostgresqlServer
+from support.migration_site import MigrationSite, MovingGuest, migration_site_fixture
 from support.writing_guest import newest_block
 from virt_sse.lab.acceleration import Acceleration
-from virt_sse.lab.host import LabHost
 from virt_sse.lab.recipes import LinuxMicro
-from virt_sse.lab.vaults import LabVault
 
 MIGRATIONS = int(os.environ.get("VIRT_SSE_MIGRATIONS", "0"))
 SEEDS = range(1, 1 + int(os.environ.get("VIRT_SSE_MIGRATION_KILLS", "0")))
 
 
-@pytest.fixture(scope="module")
-def site(
-    lab_host: LabHost, second_lab_host: LabHost, lab_vault: LabVault, postgresql: PostgresqlServer
-) -> Iterator[MigrationSite]:
-    with TemporaryDirectory(prefix="virt-sse-") as name:
-        Path(name).chmod(0o711)
-        hosts = (lab_host, second_lab_host)
-        with migration_site(hosts, lab_vault, Path(name), postgresql) as site:
-            yield site
+site = migration_site_fixture("site")
 
 
 @pytest.fixture(scope="module", params=["qcow2", "raw"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,19 +39,33 @@ rotation-seconds = 1
 
 
 @contextlib.contextmanager
-def prepared(host: LabHost, config: str = CONFIG) -> Iterator[Backend]:
-    """The backend of an initialised lab host whose libvirtd runs our hook; *config* is in force meanwhile."""
+def prepared(host: LabHost, config: str = CONFIG, *, images: Path | None = None) -> Iterator[Backend]:
+    """The backend of an initialised lab host whose libvirtd runs our hook; *config* is in force meanwhile.
+
+    :param images: folder of new images; default: the host's.
+    """
     path = host.root / "etc/virt-sse/config.toml"
     path.parent.mkdir(exist_ok=True)
     path.write_text(config)
     try:
-        loaded = dataclasses.replace(Config.load(host.root), libvirt_uri=host.uri, disk_directory=host.images)
+        loaded = dataclasses.replace(
+            Config.load(host.root), libvirt_uri=host.uri, disk_directory=images or host.images
+        )
         with Backend(loaded) as backend:
             if initialise(backend.host):
                 host.restart_libvirtd()
             yield backend
     finally:
         path.unlink()
+
+
+def share_keys(source: LabHost, target: LabHost) -> None:
+    """Give *target* the platform keyring and the host key of *source*, as on hosts that share disks."""
+    ours, theirs = (each.root / "var/lib/virt-sse" for each in (source, target))
+    theirs.mkdir(mode=0o700, parents=True, exist_ok=True)
+    shutil.rmtree(theirs / "platform-managed", ignore_errors=True)
+    shutil.copytree(ours / "platform-managed", theirs / "platform-managed")
+    shutil.copy(ours / "host.key", theirs / "host.key")
 
 
 def wait_for_event(agent: LabAgent, name: str, **values: object) -> float:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import libvirt
+import pytest
 
-from support.agent_site import CONFIG, RIGHTS, forget_domains, secret_usages
+from support.agent_site import CONFIG, RIGHTS, forget_domains, prepared, secret_usages, share_keys
 from support.customer_keys import CustomerKeys
 from support.loaded_commands import run_command
 from support.postgresql import PostgresqlServer
 from support.writing_guest import WritingGuest
 from virt_sse.backend import Backend
-from virt_sse.config import Config
-from virt_sse.host.setup import initialise
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.agents import LabAgent
 from virt_sse.lab.guests import Guest
@@ -211,8 +211,9 @@ def migration_site(
         made: list[MigrationHost] = []
         for host in hosts:
             if made:
-                _copy_keys(made[0].host, host)
-            backend = stack.enter_context(_backend(host, url, folder / "images"))
+                share_keys(made[0].host, host)
+            config = f"[store]\nurl = '{url}'\n{_CONFIG}"
+            backend = stack.enter_context(prepared(host, config, images=folder / "images"))
             each = MigrationHost(host, backend, folder / "sockets")
             stack.enter_context(each.agent)
             made.append(each)
@@ -234,25 +235,16 @@ def migration_site(
         yield site
 
 
-@contextlib.contextmanager
-def _backend(host: LabHost, url: str, images: Path) -> Iterator[Backend]:
-    path = host.root / "etc/virt-sse/config.toml"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"[store]\nurl = '{url}'\n{_CONFIG}")
-    try:
-        loaded = dataclasses.replace(Config.load(host.root), libvirt_uri=host.uri, disk_directory=images)
-        with Backend(loaded) as backend:
-            if initialise(backend.host):
-                host.restart_libvirtd()
-            yield backend
-    finally:
-        path.unlink()
+def migration_site_fixture(name: str) -> Any:
+    """A fixture with this name: a site for all tests of a module."""
 
+    @pytest.fixture(scope="module", name=name)
+    def site(
+        lab_host: LabHost, second_lab_host: LabHost, lab_vault: LabVault, postgresql: PostgresqlServer
+    ) -> Iterator[MigrationSite]:
+        with TemporaryDirectory(prefix="virt-sse-") as folder:
+            Path(folder).chmod(0o711)
+            with migration_site((lab_host, second_lab_host), lab_vault, Path(folder), postgresql) as site:
+                yield site
 
-def _copy_keys(source: LabHost, target: LabHost) -> None:
-    """Give *target* the platform keyring and the host key of *source*, as on hosts that share disks."""
-    ours, theirs = (each.root / "var/lib/virt-sse" for each in (source, target))
-    theirs.mkdir(mode=0o700, parents=True, exist_ok=True)
-    shutil.rmtree(theirs / "platform-managed", ignore_errors=True)
-    shutil.copytree(ours / "platform-managed", theirs / "platform-managed")
-    shutil.copy(ours / "host.key", theirs / "host.key")
+    return site

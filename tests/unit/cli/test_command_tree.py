@@ -6,38 +6,13 @@ import contextlib
 import io
 import re
 import shlex
-from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 
 import pytest
-import typer
-from typer.core import TyperCommand, TyperGroup
 
 from support.command_line import CommandLine
-from virt_sse.cli import global_options, reference
+from support.command_tree import commands, root
+from virt_sse.cli import global_options
 from virt_sse.cli.examples import example
-from virt_sse.cli.main import build
-from virt_sse.config import Config
-from virt_sse.plugins import PluginHost
-
-
-@cache
-def root() -> TyperGroup:
-    app = build(PluginHost(Config.load(Path("/nonexistent")), reference.entry_points()))
-    command = typer.main.get_command(app)
-    assert isinstance(command, TyperGroup)
-    return command
-
-
-def commands(group: TyperGroup, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], TyperCommand]]:
-    for name, command in group.commands.items():
-        if isinstance(command, TyperGroup):
-            yield from commands(command, (*path, name))
-        else:
-            assert isinstance(command, TyperCommand)
-            yield (*path, name), command
-
 
 ALL = dict(commands(root()))
 

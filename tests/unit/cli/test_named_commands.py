@@ -5,16 +5,11 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from functools import cache
-from typing import Any
 
-import typer.main
 from typer.core import TyperGroup
 
+from support.command_tree import root
 from support.folders import REPOSITORY
-from virt_sse.cli.main import build
-from virt_sse.config import Config
-from virt_sse.plugins import PluginHost
 
 _COMMAND = re.compile(r"virt-sse(?: +(?:--?)?[a-z][a-z-]*)+")
 _EXTRAS = re.compile(r"virt-sse\[")
@@ -38,14 +33,9 @@ def texts() -> Iterator[tuple[str, str]]:
                     yield path.name, node.value
 
 
-@cache
-def tree() -> Any:
-    return typer.main.get_command(build(PluginHost(Config.load())))
-
-
 def problem(words: list[str]) -> str | None:
     """What is wrong with the words of a command after ``virt-sse``."""
-    command, path = tree(), "virt-sse"
+    command, path = root(), "virt-sse"
     for word in words:
         if word.startswith("-"):
             names = {name for each in command.params for name in (*each.opts, *each.secondary_opts)}

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import pty
-import struct
-import termios
 from pathlib import Path
 
 import pytest
 
-from support.command_line import PROGRAM, CommandLine, no_libvirt
+from support.command_line import CommandLine
+from support.terminals import on_terminal
 from virt_sse.backend import Backend
 from virt_sse.cli.tables import display_width, format_table, shorten
 from virt_sse.errors import printable
@@ -64,28 +60,11 @@ def test_a_shortened_text_keeps_beginning_and_end(text: str) -> None:
             assert short[-1:] == text[-1:]
 
 
-def on_terminal(root: Path, columns: int, *arguments: str) -> list[str]:
+def lines_on_terminal(root: Path, columns: int, *arguments: str) -> list[str]:
     """The lines that ``virt-sse`` prints on a terminal with so many columns."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    environment = os.environ | {"VIRT_SSE_ROOT": str(root), "LIBVIRT_DEFAULT_URI": no_libvirt(root)}
-    environment.pop("COLUMNS", None)
-    files = [(os.POSIX_SPAWN_DUP2, theirs, 1), (os.POSIX_SPAWN_DUP2, theirs, 2)]
-    pid = os.posix_spawn(PROGRAM, [str(PROGRAM), *arguments], environment, file_actions=files)
-    os.close(theirs)
-    said = b""
-    while chunk := _read(ours):
-        said += chunk
-    os.close(ours)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, said
-    return said.decode().splitlines()
-
-
-def _read(terminal: int) -> bytes:
-    try:
-        return os.read(terminal, 4096)
-    except OSError:  # the other end is closed
-        return b""
+    status, said = on_terminal(root, *arguments, columns=columns)
+    assert status == 0, said
+    return said.splitlines()
 
 
 def test_a_terminal_gets_what_fits_and_a_pipe_gets_all(
@@ -95,8 +74,8 @@ def test_a_terminal_gets_what_fits_and_a_pipe_gets_all(
     whole = virt_sse("disk", "list").splitlines()
     assert whole[1].endswith(str(disk.path))
     assert max(map(len, whole)) > 80
-    assert max(map(len, on_terminal(root, 80, "disk", "list"))) <= 80
-    assert on_terminal(root, 80, "disk", "list", "--wide") == whole
-    lines = on_terminal(root, 80, "audit", "list")
+    assert max(map(len, lines_on_terminal(root, 80, "disk", "list"))) <= 80
+    assert lines_on_terminal(root, 80, "disk", "list", "--wide") == whole
+    lines = lines_on_terminal(root, 80, "audit", "list")
     assert max(map(len, lines)) <= 80
     assert lines[0].split() == ["TIME", "RESULT", "ACTION", "KEY", "DISK", "DOMAIN", "REASON"]
