@@ -10,7 +10,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from uuid import UUID
 
 import libvirt
 
@@ -64,11 +63,10 @@ class Evacuator:
             or (each.host_id == ours and each.evacuation is not Evacuation.NOTHING)
         ]
 
-    def evacuate(self, other: HostRecord, report: Callable[[Evacuated], None]) -> int:
+    def evacuate(self, other: HostRecord, report: Callable[[Evacuated], None]) -> None:
         """Take over the domains of a fenced host, and start those that ran there.
 
         :param report: called for each domain.
-        :return: number of domains that could not be taken over.
         :raise VmStateError: When *other* is not fenced.
         :raise HostFencedError: When this host was fenced.
         :raise LibvirtError: When libvirt does not answer.
@@ -78,17 +76,14 @@ class Evacuator:
                 f"host {other.name!r} is not fenced", hint=f"'virt-sse host fence {other.name}' comes first"
             )
         self._host.leases.renew()
-        failures = 0
         with connected(self._host.config.libvirt_uri) as connection:
             for domain in self.due(other):
                 try:
                     result = self._take(connection, domain)
                     report(Evacuated(domain, result))
                 except (VirtSseError, libvirt.libvirtError) as exc:
-                    failures += 1
                     reason = exc if isinstance(exc, VirtSseError) else VmStateError(str(exc))
                     report(Evacuated(domain, TakeoverResult.FAILED, reason))
-        return failures
 
     def _take(self, connection: libvirt.virConnect, domain: ProtectedDomain) -> TakeoverResult:
         ours = self._host.leases.identity.id
@@ -120,12 +115,7 @@ def _define_and_start(connection: libvirt.virConnect, domain: ProtectedDomain) -
         defined.setAutostart(domain.is_autostarted)
     except BaseException:
         if is_new and not domains.is_active(defined):
-            _undefine(connection, domain.id)
+            with domains.gone_is_fine():
+                defined.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM)
         raise
     return TakeoverResult.STARTED if domain.evacuation is Evacuation.START else TakeoverResult.DEFINED
-
-
-def _undefine(connection: libvirt.virConnect, domain_id: UUID) -> None:
-    defined = domains.find(connection, domain_id)
-    if defined is not None:
-        defined.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM)

@@ -68,10 +68,9 @@ class DomainProtection:
         :raise libvirt.libvirtError: When libvirt fails.
         """
         store, problems = self._host.store.protected_domains, []
-        for kept in store.all():
-            domain = domains.find(connection, kept.id)
-            if domain is None:
-                continue
+        defined = {UUID(bytes=domain.UUID()): domain for domain in connection.listAllDomains()}
+        for kept in store.with_ids(defined.keys()):
+            domain = defined[kept.id]
             with domains.gone_is_fine():
                 is_active = domains.is_active(domain)
                 if not is_active and kept.host_id != self._host.leases.identity.id:

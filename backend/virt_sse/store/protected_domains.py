@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from operator import attrgetter
 from typing import Any
 from uuid import UUID
@@ -28,6 +29,12 @@ class ProtectedDomainStore:
         with reading(self._engine) as connection:
             rows = connection.execute(sa.select(domains)).all()
         return sorted(map(_domain, rows), key=attrgetter("name", "id"))
+
+    def with_ids(self, ids: Collection[UUID]) -> list[ProtectedDomain]:
+        """The protected domains among *ids*."""
+        query = sa.select(domains).where(domains.c.id.in_(ids))
+        with reading(self._engine) as connection:
+            return [_domain(row) for row in connection.execute(query)]
 
     def protect(self, domain: ProtectedDomain) -> None:
         """Add a domain, or replace the domain with its id.
