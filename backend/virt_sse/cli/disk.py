@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from virt_sse.cli import completion, disk_attachment, disk_backup
+from virt_sse.cli.certificate_file import refuse_taken, write_certificate
 from virt_sse.cli.confirmation import Yes, confirm
 from virt_sse.cli.disk_fields import dek_fields, image_place, print_disk, shown_fields
 from virt_sse.cli.disk_options import DryRun, ImagePath, Name, Pool, cipher_option, des_option
@@ -17,13 +17,12 @@ from virt_sse.cli.output import Output, OutputFormat, note, print_fields, print_
 from virt_sse.cli.progress import progress_bar
 from virt_sse.cli.session import backend, config, host, listed_disks
 from virt_sse.cli.vm_inspect import disk_inspect
-from virt_sse.errors import CertificateError, InvalidValueError, LibvirtUnavailableError, PolicyError
+from virt_sse.errors import InvalidValueError, LibvirtUnavailableError, PolicyError
 from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, DiskSku, NewDisk, parse_disk_size
 from virt_sse.model.layers import EncryptionType
 from virt_sse.system.block_devices import is_device
-from virt_sse.system.files import write_new
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -366,34 +365,16 @@ def delete(
     """Delete a disk for good: wipe its keyslots, forget its DEK, remove its image."""
     with backend() as b:
         if certificate is not None:
-            _refuse_taken(certificate)
+            refuse_taken(certificate)
         confirm(lambda: _erase(b.disks.delete(name, dry_run=True)), yes=yes, dry_run=dry_run)
         disk = b.disks.delete(name, dry_run=dry_run, certified=certificate is not None)
         if certificate is not None and not dry_run:
-            _write_certificate(certificate, b.certificates.get(str(disk.id)).encode(), disk)
+            write_certificate(certificate, b.certificates.get(str(disk.id)).encode(), disk)
     typer.echo(f"{'would erase' if dry_run else 'erased'} disk {disk.name} ({disk.path})")
 
 
 def _erase(disk: Disk) -> str:
     return f"erase disk {disk.name} ({disk.path}) for good?"
-
-
-def _refuse_taken(file: Path) -> None:
-    """Refuse a file that exists or cannot be made, before the deletion begins."""
-    if os.path.lexists(file):
-        raise CertificateError(f"{file} exists already")
-    if not os.access(file.parent, os.W_OK | os.X_OK):
-        raise CertificateError(f"cannot make a file in {file.parent}")
-
-
-def _write_certificate(file: Path, content: bytes, disk: Disk) -> None:
-    try:
-        write_new(file, content)
-    except OSError as exc:
-        raise CertificateError(
-            f"erased disk {disk.name}, but cannot write {file}: {exc.strerror}",
-            hint=f"'virt-sse certificate show {disk.id}' prints the certificate",
-        ) from exc
 
 
 def _is_for_platform_key(des: str | None, encryption_type: EncryptionType | None) -> bool:

@@ -149,8 +149,9 @@ def purge(
     """Destroy a deleted key irrecoverably, and so all data wrapped with the key."""
     with _client(credential) as client:
         deleted = client.get_deleted_key(name)
-        question = f"purge key {name}, and lose all data wrapped with the key?"
-        confirm(lambda: question, yes=yes, dry_run=dry_run)
+        confirm(
+            lambda: f"purge key {name}, and lose all data wrapped with the key?", yes=yes, dry_run=dry_run
+        )
         if not dry_run:
             client.purge_deleted_key(name)
     typer.echo(f"{'would purge' if dry_run else 'purged'} key {name} ({deleted.recovery_id})")
