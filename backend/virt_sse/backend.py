@@ -104,8 +104,7 @@ class Backend:
             temp_disks.erase_of_other_boots(config)
             host.leases.end_killed_work()
             if not in_hook:
-                self.saved_states.recover()
-            self.live_copies.recover()
+                self.resume_guests()
             self.disks.recover()
             self.keys.recover()
             if not in_hook:
@@ -125,9 +124,14 @@ class Backend:
         :raise VirtSseError: When the store cannot be queried, or libvirt refuses.
         """
         self.live_copies.in_hook = False
-        self.live_copies.recover()
+        self.resume_guests()
         self.disks.recover()
         self._settlement.recover()
+
+    def resume_guests(self) -> None:
+        """Resume the guests paused by killed commands, and settle these commands' saved states."""
+        self.saved_states.recover()
+        self.live_copies.recover()
 
     def close(self) -> None:
         """Close the store and the key providers."""

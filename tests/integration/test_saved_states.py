@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from uuid import UUID
 
 import libvirt
 import pytest
@@ -18,6 +19,7 @@ from support.waiting import wait_until
 from virt_sse.backend import Backend
 from virt_sse.domains.saved_states import SavedStates
 from virt_sse.domains.settings import VmChanges
+from virt_sse.domains.state_records import Phase, StateRecords
 from virt_sse.errors import ImageError, KeyDisabledError, VmStateError
 from virt_sse.lab.guests import Guest
 from virt_sse.libvirt import memory_image
@@ -29,6 +31,11 @@ IN_MEMORY = b"SeaBIOS (version"
 def state_of(site: CustomerSite, guest: Guest) -> int:
     with contextlib.closing(site.host.connect()) as connection:
         return int(connection.lookupByName(guest.name).state()[0])
+
+
+def uuid_of(site: CustomerSite, guest: Guest) -> UUID:
+    with contextlib.closing(site.host.connect()) as connection:
+        return UUID(bytes=connection.lookupByName(guest.name).UUID())
 
 
 @pytest.fixture
@@ -128,8 +135,10 @@ def _killed(*_: object) -> None:
 
 
 def test_a_killed_command_loses_neither_guest_nor_state(site: CustomerSite, guest: Guest, file: Path) -> None:
-    def dies(place: object, name: str, act: Callable[[Backend], object], *, settled: bool = True) -> None:
-        """Run *act* in a process killed when it calls *name*; then, if *settled*, the next command."""
+    records, domain_id = StateRecords(site.backend.host.config.saved_states), uuid_of(site, guest)
+
+    def dies(place: object, name: str, act: Callable[[Backend], object]) -> None:
+        """Run *act* in a process that is killed when it calls *name*."""
 
         def work() -> None:
             setattr(place, name, _killed)
@@ -137,9 +146,17 @@ def test_a_killed_command_loses_neither_guest_nor_state(site: CustomerSite, gues
                 act(backend)
 
         assert run_forked(work) == -signal.SIGKILL
-        if settled:
-            with Backend(site.backend.host.config):
-                pass
+
+    def assert_settled(state: int, *, file_stays: bool) -> None:
+        """The agent, as the next command would, has settled what the killed command left."""
+
+        def settled() -> bool:
+            record = records.get(domain_id)
+            is_settled = record.phase is Phase.SAVED if record else not file_stays
+            return is_settled and state_of(site, guest) == state
+
+        wait_until(settled, f"the state is settled, the domain in state {state}")
+        assert file.exists() == file_stays
 
     def save(backend: Backend) -> None:
         backend.saved_states.save(guest.name, file)
@@ -147,23 +164,22 @@ def test_a_killed_command_loses_neither_guest_nor_state(site: CustomerSite, gues
     def restore(backend: Backend) -> None:
         backend.saved_states.restore(file)
 
-    for place, name in ((memory_image._Receiver, "_replace_fifo"), (SavedStates, "_end")):
+    for place, name in (
+        (memory_image._Receiver, "_replace_fifo"),
+        (SavedStates, "_end"),
+        (libvirt.virDomain, "destroyFlags"),
+    ):
         dies(place, name, save)
-        wait_until(lambda: state_of(site, guest) == libvirt.VIR_DOMAIN_RUNNING, "the guest runs on")
-        file.unlink(missing_ok=True)
-    dies(libvirt.virDomain, "destroyFlags", save)
-    assert state_of(site, guest) == libvirt.VIR_DOMAIN_RUNNING
-    assert not file.exists()
+        assert_settled(libvirt.VIR_DOMAIN_RUNNING, file_stays=False)
 
     dies(SavedStates, "_note", save)  # after the end of the domain
-    assert state_of(site, guest) == libvirt.VIR_DOMAIN_SHUTOFF
+    assert_settled(libvirt.VIR_DOMAIN_SHUTOFF, file_stays=True)
     dies(memory_image, "send", restore)
-    assert state_of(site, guest) == libvirt.VIR_DOMAIN_SHUTOFF
+    assert_settled(libvirt.VIR_DOMAIN_SHUTOFF, file_stays=True)
     dies(SavedStates, "_finish_restore", restore)
-    assert state_of(site, guest) == libvirt.VIR_DOMAIN_RUNNING
-    assert not file.exists()
+    assert_settled(libvirt.VIR_DOMAIN_RUNNING, file_stays=False)
 
-    dies(SavedStates, "_note", save, settled=False)
+    dies(SavedStates, "_note", save)
     guest.start()
     guest.destroy()
     with pytest.raises(VmStateError, match="not the last saved state"):

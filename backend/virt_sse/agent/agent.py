@@ -166,6 +166,7 @@ class Agent:
             is_strict = event in ("migrate", "prepare", "started")
             definition = DomainDefinition.parse(xml) if is_strict else DomainDefinition.salvage(xml)
             if event == "release":
+                self._leases.note_end(definition.uuid, self._inventory.snapshot.number)
                 release(self._config, definition)
             elif event == "migrate":
                 return self._backend.domains.announce(definition)
@@ -278,7 +279,7 @@ class Agent:
             self._protection.keep(snapshot)
             running = {domain.uuid for domain in snapshot.domains}
             temp_disks.erase_unused(self._config, running, before=snapshot.time - temp_disks.SETTLED_SECONDS)
-            self._backend.live_copies.recover()
+            self._backend.resume_guests()
         states = self._keys.states()
         self._metrics.libvirt_connected.set(bool(self._inventory.connected))
         self._metrics.domains.set(len(snapshot.domains))

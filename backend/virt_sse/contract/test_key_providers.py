@@ -164,6 +164,7 @@ def test_a_disabled_version_neither_wraps_nor_unwraps(
 ) -> None:
     if bench.disable is None or bench.enable is None:
         pytest.skip(f"the keys of {provider.name!r} cannot be disabled")
+    bench.rotate()
     bench.disable(wrapped.key)
     assert provider.key_state(wrapped.key) is KeyState.DISABLED
     with pytest.raises(KeyDisabledError):
@@ -171,7 +172,6 @@ def test_a_disabled_version_neither_wraps_nor_unwraps(
     with pytest.raises(KeyDisabledError):
         provider.unwrap(wrapped, context=context)
 
-    bench.rotate()
     current = provider.current_key(bench.key)
     assert provider.key_state(current) is KeyState.ENABLED
     assert provider.unwrap(provider.wrap(dek, current, context=context), context=context) == dek

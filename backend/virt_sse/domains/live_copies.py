@@ -161,17 +161,19 @@ class DomainCopies:
         image_file.refuse_if_open(image)  # decides, whatever libvirt says
 
     def recover(self) -> None:
-        """Resume the guests paused by killed commands.
-
-        :raise LibvirtError: When libvirt refuses.
-        """
-        for domain_id in [] if self.in_hook else self._paused.all():
-            with contextlib.suppress(DiskInUseError, LibvirtUnavailableError), self._pauses.hold(domain_id):
-                with connected(self._uri) as connection:
-                    found = domains.find(connection, domain_id)
-                    if found is not None and domains.is_active(found):
-                        end_pause(found)
-                self._paused.remove(domain_id)
+        """Resume the guests paused by killed commands; what libvirt refuses is logged, and tried again."""
+        for domain_id in self._paused.all():
+            try:
+                with self._pauses.hold(domain_id):
+                    with connected(self._uri) as connection:
+                        found = domains.find(connection, domain_id)
+                        if found is not None and domains.is_active(found):
+                            end_pause(found)
+                    self._paused.remove(domain_id)
+            except (DiskInUseError, LibvirtUnavailableError):
+                continue
+            except LibvirtError as exc:
+                _log.warning("domain %s, paused by a killed command, is resumed later: %s", domain_id, exc)
 
     def _node_for_bitmaps(self, domain: libvirt.virDomain, disk: Disk, made: Unfinished) -> DiskNode | None:
         """The node of a disk for the bitmap since a new copy; ``None`` if QEMU does not name it."""

@@ -27,6 +27,7 @@ from virt_sse.errors import (
     DiskExistsError,
     DiskInUseError,
     ImageError,
+    LibvirtError,
     LibvirtUnavailableError,
     PolicyError,
     VmStateError,
@@ -35,13 +36,12 @@ from virt_sse.keys.host import Host
 from virt_sse.libvirt import domains, memory_image
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.domain_definition import DomainDefinition
-from virt_sse.libvirt.guest_pause import paused
+from virt_sse.libvirt.guest_pause import end_pause, paused
 from virt_sse.model.disks import PLATFORM_KEY
 from virt_sse.model.events import audit_context
 from virt_sse.model.keys import Dek, DekContext, KeyRef
 from virt_sse.model.slots import STATE_SLOT
 from virt_sse.system.files import canonical, complete_file
-from virt_sse.system.marks import Marks
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +71,6 @@ class SavedStates:
         self._keys = host.keys
         self._records = StateRecords(host.config.saved_states)
         self._folder = host.config.memory_directory
-        self._paused = Marks(host.config.paused_domains)
         self._pauses = pause_locks(host.config)
 
     def save(self, name: str, path: Path) -> SavedState:
@@ -96,16 +95,19 @@ class SavedStates:
             with self._pauses.hold(domain_id, wait=True), audit_context(domain=name):
                 is_running = bool(domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING)
                 header, deks = self._new(definition, is_running=is_running)
-                if is_running:
-                    self._paused.add(domain_id)
-                with paused(domain, quiesce=False):
-                    with _written(path) as descriptor:
-                        writer = StateWriter(descriptor, header, deks)
-                        memory_image.receive(domain, self._fifo(domain_id), writer.write)
-                        writer.finish()
-                    self._end(domain, definition, header, path)
-                if is_running:
-                    self._paused.remove(domain_id)
+                record = _begun(definition, header, path)
+                self._records.put(domain_id, record)
+                try:
+                    with paused(domain, quiesce=False):
+                        with _written(path) as descriptor:
+                            writer = StateWriter(descriptor, header, deks)
+                            memory_image.receive(domain, self._fifo(domain_id), writer.write)
+                            writer.finish()
+                        self._end(domain, domain_id, record)
+                except BaseException:
+                    if domains.is_active(domain):
+                        self._records.remove(domain_id)
+                    raise
         return _described(header, path)
 
     def restore(self, path: Path) -> SavedState:
@@ -149,25 +151,27 @@ class SavedStates:
         return record.path if record and is_saved else None
 
     def recover(self) -> None:
-        """Finish or undo what killed commands left behind.
-
-        :raise LibvirtError: When libvirt refuses.
-        """
+        """Finish or undo what killed commands left behind; libvirt's refusals are logged, and tried again."""
         for domain_id, record in self._records.all():
             if record.phase is not Phase.SAVED:
-                with (
-                    contextlib.suppress(DiskInUseError, LibvirtUnavailableError),
-                    self._pauses.hold(domain_id),
-                    connected(self._uri) as connection,
-                ):
-                    self._settle(connection, domain_id, record)
+                try:
+                    with self._pauses.hold(domain_id), connected(self._uri) as connection:
+                        self._settle(connection, domain_id, record)
+                except (DiskInUseError, LibvirtUnavailableError):
+                    continue
+                except LibvirtError as exc:
+                    _log.warning("the saved state %s is settled later: %s", record.path, exc)
 
     def _settle(self, connection: libvirt.virConnect, domain_id: UUID, record: StateRecord) -> None:
-        is_active = domains.runs(connection, domain_id)
-        if record.phase is Phase.ENDING and is_active:
+        domain = domains.find(connection, domain_id)
+        is_active = domain is not None and domains.is_active(domain)
+        if record.phase in (Phase.SAVING, Phase.ENDING) and domain is not None and is_active:
             _log.warning("the saved state %s is void: its command was killed", record.path)
-            self._records.remove(domain_id)
-            record.path.unlink(missing_ok=True)
+            self._void(domain_id, record)
+            if record.is_running:
+                end_pause(domain)
+        elif record.phase is Phase.SAVING:
+            self._void(domain_id, record)
         elif record.phase is Phase.RESTORED or is_active:
             self._finish_restore(connection, domain_id, record)
         elif record.phase is Phase.ENDING and _ended_by_itself(connection, domain_id):
@@ -216,26 +220,23 @@ class SavedStates:
             for each in header.deks
         ]
 
-    def _end(
-        self, domain: libvirt.virDomain, definition: DomainDefinition, header: StateHeader, path: Path
-    ) -> None:
-        """End a domain whose state is in the file *path*; after an error, neither file nor record is left."""
-        record = StateRecord(
-            id=header.id,
-            path=path,
-            phase=Phase.ENDING,
-            is_running=header.is_running,
-            disks=tuple(sorted({str(use.disk_id) for use in definition.our_disks})),
-        )
+    def _end(self, domain: libvirt.virDomain, domain_id: UUID, record: StateRecord) -> None:
+        """End a domain whose state is in the record's file; after an error the file is removed."""
+        record = msgspec.structs.replace(record, phase=Phase.ENDING)
         try:
-            self._records.put(definition.uuid, record)
+            self._records.put(domain_id, record)
             domain.destroyFlags(libvirt.VIR_DOMAIN_DESTROY_GRACEFUL)
         except BaseException:
             if domains.is_active(domain):
-                self._records.remove(definition.uuid)
-                path.unlink(missing_ok=True)
+                self._void(domain_id, record)
             raise
-        self._note(definition.uuid, record, Phase.SAVED)
+        self._note(domain_id, record, Phase.SAVED)
+
+    def _void(self, domain_id: UUID, record: StateRecord) -> None:
+        """Forget a state, and remove the file: before the guest runs on."""
+        if _is_file_of(record):
+            record.path.unlink(missing_ok=True)
+        self._records.remove(domain_id)
 
     def _restorable(self, connection: libvirt.virConnect, header: StateHeader, path: Path) -> StateRecord:
         domain_id = UUID(header.domain)
@@ -269,6 +270,25 @@ class SavedStates:
 
     def _fifo(self, domain_id: UUID) -> Path:
         return self._folder / str(domain_id)
+
+
+def _begun(definition: DomainDefinition, header: StateHeader, path: Path) -> StateRecord:
+    return StateRecord(
+        id=header.id,
+        path=path,
+        phase=Phase.SAVING,
+        is_running=header.is_running,
+        disks=tuple(sorted({str(use.disk_id) for use in definition.our_disks})),
+    )
+
+
+def _is_file_of(record: StateRecord) -> bool:
+    """Whether the record's file is there, and not another file with the same name."""
+    try:
+        with record.path.open("rb") as file:
+            return read_header(file)[0].id == record.id
+    except (OSError, ImageError):
+        return False
 
 
 def _ended_by_itself(connection: libvirt.virConnect, domain_id: UUID) -> bool:

@@ -26,12 +26,14 @@ _SUFFIX = ".json"
 class Phase(enum.Enum):
     """What is known of a saved state. All but ``SAVED`` are left behind by killed commands only.
 
+    :cvar SAVING: the domain may be paused; the file may not be complete.
     :cvar ENDING: the file is complete; the domain may still run, paused.
     :cvar SAVED: the domain has ended, the file continues it.
     :cvar RESTORING: libvirt may have the domain again, paused: its guest has not run yet.
     :cvar RESTORED: the guest may run.
     """
 
+    SAVING = "saving"
     ENDING = "ending"
     SAVED = "saved"
     RESTORING = "restoring"

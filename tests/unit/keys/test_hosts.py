@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,6 +18,7 @@ from support import images
 from support.command_line import CommandLine, no_libvirt
 from support.postgresql import PostgresqlServer
 from support.stores import execute
+from virt_sse.agent import lease_watch
 from virt_sse.agent.inventory import InventorySnapshot, RunningDomain
 from virt_sse.agent.lease_watch import LeaseWatch
 from virt_sse.backend import Backend
@@ -171,8 +174,8 @@ def test_the_end_of_a_domain_gives_its_leases_back(hosts: Hosts, a: Backend, dis
     assert leases(a) == [0]
 
 
-def snapshot(*domains: RunningDomain) -> InventorySnapshot:
-    return InventorySnapshot(number=1, domains=domains)
+def snapshot(*domains: RunningDomain, number: int = 1) -> InventorySnapshot:
+    return InventorySnapshot(number=number, domains=domains, time=time.time())
 
 
 def running(backend: Backend, disk: Disk) -> RunningDomain:
@@ -198,6 +201,26 @@ def test_the_agent_takes_and_gives_back_leases(
     assert leases(a) == [0, 2]
     LeaseWatch(a.host.leases).keep(snapshot(), is_current=True)
     assert leases(a) == [0, 0]
+
+
+def test_an_old_snapshot_takes_and_gives_back_no_lease(
+    a: Backend, hosts: Hosts, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of a domain, and a start, may be newer than the snapshot that the agent looks at."""
+    monkeypatch.setattr(lease_watch, "_RENEW_SECONDS", 0)
+    domain, watch = running(a, disk), LeaseWatch(a.host.leases)
+    watch.note_end(VM, 1)
+    for number in (1, 2):  # the second had begun before the end
+        watch.keep(snapshot(domain, number=number), is_current=True)
+        assert leases(a) == [0]
+    watch.keep(snapshot(domain, number=3), is_current=True)
+    assert leases(a) == [2]
+    execute(hosts.url, "UPDATE lease_users SET since = since - 1000")
+    old = dataclasses.replace(snapshot(number=4), time=time.time() - 900)
+    watch.keep(old, is_current=True)
+    assert leases(a) == [2]
+    watch.keep(snapshot(number=5), is_current=True)
+    assert leases(a) == [0]
 
 
 def test_a_dead_host_is_fenced_by_command(hosts: Hosts, a: Backend, b: Backend, disk: Disk) -> None:
