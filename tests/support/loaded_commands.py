@@ -1,13 +1,14 @@
 """Runs ``virt-sse`` in processes forked from one that has loaded its modules: this halves their CPU time.
 
 Each command has a process of its own, with its own environment, working folder and standard streams. How a
-command loads what it needs is tested with the installed script (``unit/test_hook_imports.py``).
+command loads what it needs, and ends, is tested with the installed script (``unit/test_hook_imports.py``).
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import select
@@ -16,7 +17,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NoReturn
@@ -170,8 +172,28 @@ def _main() -> None:
 
     for noun in main._NOUNS:
         importlib.import_module(f"virt_sse.cli.{noun}")
+    gc.freeze()
     _serve(listener, life)
-    main.main()
+    _end(_status_of(main.main))
+
+
+def _status_of(command: Callable[[], None]) -> int:
+    try:
+        command()
+    except SystemExit as exc:
+        if isinstance(exc.code, int):
+            return exc.code
+        raise
+    return 0
+
+
+def _end(status: int) -> NoReturn:
+    """Exit without the interpreter's clean-up, which would copy all memory shared with the server."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

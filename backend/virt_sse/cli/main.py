@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import logging
 import sys
@@ -97,6 +99,7 @@ def main() -> None:
     """Entry point of ``virt-sse``, also of agent and vault; exits 1 on errors, 2 on wrong usage."""
     streams.prepare()
     streams.restrict_umask()
+    atexit.register(gc.freeze)  # the interpreter would look at every object once more before it ends
     logging.basicConfig(format="virt-sse: %(levelname)s: %(message)s", level=logging.WARNING)
     try:
         protect_memory()
