@@ -139,7 +139,7 @@ def _rotate(backend: Backend, encryption_set: EncryptionSet, count: int) -> None
 
 def _start(bench: Run, host: LabHost, backend: Backend, peer: LabHost, encryption_set: EncryptionSet) -> Row:
     """Start a domain as in the benchmark ``domain``, but with the agent and a key in the vault."""
-    how = acceleration.probe("boot-sector")
+    how = acceleration.probe("boot-sector", slow_kvm=True)
     source = recipes.boot_sector_image(stays=True)
     disk = backend.transfer.import_image(
         NewDisk(name="boot", encryption_set=encryption_set.name), source, source_format="raw"
@@ -172,7 +172,7 @@ def _revocation(
     guest = Guest(
         host,
         "bench",
-        acceleration=acceleration.probe("boot-sector"),
+        acceleration=acceleration.probe("boot-sector", slow_kvm=True),
         disks=[backend.domains.disk_element("boot")],
     )
     samples = []

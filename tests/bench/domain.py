@@ -28,7 +28,7 @@ _NAME = "bench"
 
 def measure(bench: Run) -> Iterator[Row]:
     """Start until libvirt reports ``running``, then destroy; boot-sector guest, two lab hosts in turns."""
-    how = acceleration.probe("boot-sector")
+    how = acceleration.probe("boot-sector", slow_kvm=True)
     with prepared_host() as (ours, backend), LabHost() as peer:
         source = recipes.boot_sector_image(stays=True)
         disk = backend.transfer.import_image(NewDisk(name="boot"), source, source_format="raw")

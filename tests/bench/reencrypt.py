@@ -40,7 +40,7 @@ def measure(bench: Run) -> Iterator[Row]:
 def _row(bench: Run, host: LabHost, backend: Backend, image_format: DiskFormat, mebibytes: int) -> Row:
     name = _full_disk(bench, backend, image_format, mebibytes)
     element = backend.domains.disk_element(name, target=_TARGET)
-    guest = Guest(host, _NAME, acceleration=acceleration.probe("boot-sector"), disks=[element])
+    guest = Guest(host, _NAME, acceleration=acceleration.probe("boot-sector", slow_kvm=True), disks=[element])
     guest.start()
     pauses, ours, peer = [], [], []
     for _ in range(3):

@@ -48,7 +48,7 @@ def _rows(
     backend.transfer.import_image(NewDisk(name=_DISK, format=image_format), source, source_format="raw")
     source.unlink()
     element = backend.domains.disk_element(_DISK)
-    guest = Guest(host, _NAME, acceleration=acceleration.probe("boot-sector"), disks=[element])
+    guest = Guest(host, _NAME, acceleration=acceleration.probe("boot-sector", slow_kvm=True), disks=[element])
     guest.start()
     qemu = _qemu()
     full = _Sample.of(host, qemu, "s0")

@@ -71,5 +71,5 @@ def _xml(host: LabHost, backend: Backend, name: str, encryption_set: str | None,
             NewDisk(name=disk, encryption_set=encryption_set), source, source_format="raw"
         )
         elements.append(backend.domains.disk_element(disk, target=f"vd{letter}"))
-    how = acceleration.probe("boot-sector")
+    how = acceleration.probe("boot-sector", slow_kvm=True)
     return Guest(host, f"{name}-{count}", acceleration=how, disks=elements).xml()

@@ -33,7 +33,7 @@ def play(stage: Stage) -> None:
     """
     host = stage.host
     heading("Acceleration of guests on this machine")
-    boot_sector = acceleration.probe("boot-sector")
+    boot_sector = acceleration.probe("boot-sector", slow_kvm=True)
     linux = acceleration.probe("linux-micro")
     quote(f"{boot_sector}\n{linux}")
 

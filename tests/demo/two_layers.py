@@ -23,7 +23,8 @@ def play(stage: Stage) -> None:
 
     heading("Encryption at host: a temporary disk, and a host cache holding ciphertext")
     disks = [stage.run("virt-sse", "disk", "xml", "books")]
-    guest = Guest(stage.host, "books", acceleration=acceleration.probe("boot-sector"), disks=disks)
+    kvm = acceleration.probe("boot-sector", slow_kvm=True)
+    guest = Guest(stage.host, "books", acceleration=kvm, disks=disks)
     guest.define()
     at_host = ("--encryption-at-host", "on", "--temp-disk-size", "64M", "--disk-caching", "vda=ReadOnly")
     stage.virt_sse("vm", "update", "books", *at_host)

@@ -148,14 +148,18 @@ def test_linux_micro_keeps_a_file_system_over_a_reboot(
 def test_an_acceleration_is_remembered_for_its_machine(
     acceleration: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = acceleration("boot-sector")
+    acceleration("boot-sector")
     name = "acceleration-boot-sector.json"
-    content = json.loads((cache_directory() / name).read_text())
+    content = json.loads((cache_directory() / name).read_text()) | {"broken": "", "slow": ""}
     monkeypatch.setenv("VIRT_SSE_LAB_CACHE", str(tmp_path))
-    (tmp_path / name).write_text(json.dumps(content | {"reason": "remembered"}))
-    assert probe("boot-sector") == Acceleration("boot-sector", "qemu", "remembered")
-    (tmp_path / name).write_text(json.dumps(content | {"machine": "another", "reason": "remembered"}))
-    assert probe("boot-sector") == found
+    (tmp_path / name).write_text(json.dumps(content | {"broken": "it hangs"}))
+    assert probe("boot-sector", slow_kvm=True) == Acceleration("boot-sector", "qemu", "it hangs")
+    (tmp_path / name).write_text(json.dumps(content | {"slow": "TCG is faster"}))
+    assert probe("boot-sector") == Acceleration("boot-sector", "qemu", "TCG is faster")
+    assert probe("boot-sector", slow_kvm=True) == Acceleration("boot-sector", "kvm")
+    (tmp_path / name).write_text(json.dumps(content | {"machine": "another", "broken": "it hangs"}))
+    assert probe("boot-sector").reason != "it hangs"
+    assert json.loads((tmp_path / name).read_text())["machine"] == content["machine"]
 
 
 def test_two_hosts_run_side_by_side(lab_host: LabHost, second_lab_host: LabHost) -> None:

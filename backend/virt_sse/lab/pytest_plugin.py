@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 pytest.register_assert_rewrite("virt_sse.contract")
 
-_USED = pytest.StashKey[dict[str, str]]()
+_USED = pytest.StashKey[set[str]]()
 _WORKER_OUTPUT = "virt-sse-lab"
 
 
@@ -139,16 +139,16 @@ def lab_nss_token() -> Iterator[LabToken]:
 
 
 @pytest.fixture(scope="session")
-def acceleration(pytestconfig: pytest.Config) -> Callable[[GuestName], Acceleration]:
-    """Function from a guest's name to its acceleration on this machine."""
+def acceleration(pytestconfig: pytest.Config) -> Callable[..., Acceleration]:
+    """Function from a guest's name to its acceleration on this machine; takes *slow_kvm* as :func:`probe`."""
     from virt_sse.lab.acceleration import probe
 
-    used = pytestconfig.stash.setdefault(_USED, {})
+    used = pytestconfig.stash.setdefault(_USED, set())
 
-    def probe_or_skip(guest: GuestName) -> Acceleration:
+    def probe_or_skip(guest: GuestName, *, slow_kvm: bool = False) -> Acceleration:
         with _skip_if_unavailable():
-            found = probe(guest)
-        used[guest] = str(found)
+            found = probe(guest, slow_kvm=slow_kvm)
+        used.add(str(found))
         return found
 
     return probe_or_skip
@@ -190,20 +190,20 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Pass a pytest-xdist worker's results to the controller, because workers have no terminal."""
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
-        output[_WORKER_OUTPUT] = session.config.stash.get(_USED, {})
+        output[_WORKER_OUTPUT] = sorted(session.config.stash.get(_USED, ()))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Collect the results of a pytest-xdist worker after its end."""
-    used = node.config.stash.setdefault(_USED, {})
-    used.update(getattr(node, "workeroutput", {}).get(_WORKER_OUTPUT, {}))
+    used = node.config.stash.setdefault(_USED, set())
+    used.update(getattr(node, "workeroutput", {}).get(_WORKER_OUTPUT, ()))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the acceleration of the lab's guests."""
-    used = terminalreporter.config.stash.get(_USED, {})
+    used = terminalreporter.config.stash.get(_USED, ())
     if used:
         terminalreporter.section("virt-sse lab")
-        for line in used.values():
+        for line in sorted(used):
             terminalreporter.line(line)
