@@ -149,7 +149,7 @@ def test_an_acceleration_is_remembered_for_its_machine(
     acceleration: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     acceleration("boot-sector")
-    name = "acceleration-boot-sector.json"
+    name = "accelerations-boot-sector.json"
     content = json.loads((cache_directory() / name).read_text()) | {"broken": "", "slow": ""}
     monkeypatch.setenv("VIRT_SSE_LAB_CACHE", str(tmp_path))
     (tmp_path / name).write_text(json.dumps(content | {"broken": "it hangs"}))

@@ -66,11 +66,11 @@ def probe(guest: GuestName, *, slow_kvm: bool = False) -> Acceleration:
     :raise LabError: When the guest cannot be built.
     """
     require("qemu-system-x86_64", "setpriv")
-    path = cache.cache_directory() / f"acceleration-{guest}.json"
+    path = cache.cache_directory() / f"accelerations-{guest}.json"
     machine = _machine()
     with cache.locked(f"acceleration-{guest}"):
         known = _read(path)
-        if known.get("machine") != machine or not {"broken", "slow"} <= known.keys():
+        if known.get("machine") != machine:
             known = {"machine": machine, "broken": "", "slow": "", **_tried(guest)}
             cache.replace(path, json.dumps(known).encode())
     reason = known["broken"] or ("" if slow_kvm else known["slow"])
