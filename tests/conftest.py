@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,12 @@ from virt_sse.system.database_url import sqlite_url
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regenerate-golden", action="store_true", help="write tests/golden anew")
     parser.addoption("--fuzz-seconds", type=float, default=0.5, help="duration of each fuzzer")
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector, in this process and in forked ones, all objects that stay to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
