@@ -9,16 +9,25 @@ from typing import Annotated
 
 import typer
 
-from virt_sse.cli import vault_access, vault_hsm, vault_principals
+from virt_sse.cli import vault_access, vault_hsm, vault_instances, vault_principals
 from virt_sse.cli.output import Output, OutputFormat, note, print_fields, warn
 from virt_sse.cli.vault_hsm import HsmModule, HsmPinFile, HsmUri, HsmUser, hsm_options, print_hsm
-from virt_sse.cli.vault_options import Credential, Directory, open_client, vault_folder
+from virt_sse.cli.vault_options import (
+    Credential,
+    Database,
+    Directory,
+    database_url,
+    open_client,
+    vault_folder,
+)
 from virt_sse.errors import InvalidValueError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(vault_access.app, name="access")
 app.add_typer(vault_principals.app, name="principal")
 app.add_typer(vault_hsm.app, name="hsm")
+app.command(name="export-root")(vault_instances.export_root)
+app.command(name="import-root")(vault_instances.import_root)
 
 _PORT, _HOSTS = 8443, ["localhost", "127.0.0.1"]
 
@@ -62,6 +71,7 @@ def init(
     purge_protection: Annotated[
         bool, typer.Option("--purge-protection", help="Forbid purging before that. Irrevocable.")
     ] = False,
+    database: Database = None,
 ) -> None:
     """Create a vault: root key, certificates, database, and an administrator's credential file."""
     from virt_sse.vault.home.settings import Tier
@@ -82,12 +92,16 @@ def init(
         retention_days=retention_days,
         purge_protection=purge_protection,
         hsm=hsm_options(hsm_uri, hsm_module, hsm_pin_file, hsm_user),
+        database=database_url(database),
     )
     note(f"made vault {made.settings().url} in {made.path}")
     note(f"made {made.administrator_path}: keep it secret, it administers the vault")
     note(
         f"back up {made.root_key_path} and, with 'virt-sse vault backup', {made.database_path} separately: "
         "the vault's keys are lost without either file"
+        if database is None
+        else "back up the database with pg_dump, and the rest with 'virt-sse vault export-root': the vault's "
+        "keys are lost without either"
     )
     print_hsm(made)
     if _is_taken(port):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from virt_sse.cli import session
+from virt_sse.errors import InvalidValueError
+from virt_sse.system.database_url import has_password
 
 if TYPE_CHECKING:
     from virt_sse.vault_client.administration import VaultClient
@@ -26,6 +28,15 @@ Credential = Annotated[
         show_default="administrator.json, in the vault's folder",
     ),
 ]
+Database = Annotated[
+    str | None,
+    typer.Option(
+        "--database",
+        metavar="URL",
+        help="The vault's database in PostgreSQL, for several instances: postgresql+psycopg://USER@HOST/NAME.",
+        show_default="SQLite, in the vault's folder",
+    ),
+]
 PrincipalName = Annotated[
     str,
     typer.Argument(
@@ -37,6 +48,19 @@ PrincipalName = Annotated[
 def vault_folder(given: Path | None) -> Path:
     """The vault's folder: *given*, or the default in this host's state."""
     return (given or session.config().state_directory / "vault").absolute()
+
+
+def database_url(given: str | None) -> str | None:
+    """The URL of a database from a command line.
+
+    :raise InvalidValueError: When *given* has a password, which other users could see.
+    """
+    if given is not None and has_password(given):
+        raise InvalidValueError(
+            "a password on the command line is visible to other users",
+            hint="keep the password in a file, and name the file: …?passfile=/etc/virt-sse/pgpass",
+        )
+    return given
 
 
 def open_client(credential: Path | None) -> VaultClient:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import secrets
 import select
 import signal
 import socket
@@ -37,6 +38,9 @@ class LabVault:
     :param retention_days: number of days a deleted key can be recovered.
     :param audience: parent domain, for Azure's stock clients. Then the vault's URL has the name
         ``lab.AUDIENCE``, which the caller has to resolve to the loopback address.
+    :param database: URL of an empty database in PostgreSQL; by default, SQLite in the folder.
+    :param instance_of: a vault in PostgreSQL: this is a further instance, with a folder and a port of its
+        own. The parameters of the vault itself are then those of *instance_of*.
     """
 
     def __init__(
@@ -48,6 +52,8 @@ class LabVault:
         retention_days: int = 90,
         purge_protection: bool = False,
         audience: str | None = None,
+        database: str | None = None,
+        instance_of: LabVault | None = None,
         base: Path = Path("/tmp"),  # noqa: S108 -- uses a private folder below
     ) -> None:
         self._arguments = list(arguments)
@@ -56,6 +62,8 @@ class LabVault:
         self._retention_days = retention_days
         self._purge_protection = purge_protection
         self._audience = audience
+        self._database = database
+        self._instance_of = instance_of
         self._base = base
         self._folder: directories.LabDirectory | None = None
         self._process: subprocess.Popen[str] | None = None
@@ -89,7 +97,7 @@ class LabVault:
 
     @property
     def url(self) -> str:
-        """URL of the vault."""
+        """URL of the vault, or of this further instance."""
         return f"https://{_HOST}:{self._port}"
 
     @property
@@ -100,7 +108,7 @@ class LabVault:
     @property
     def administrator_path(self) -> Path:
         """Credential file of an administrator; using keys requires a further grant."""
-        return self.directory / "administrator.json"
+        return (self._instance_of or self).directory / "administrator.json"
 
     @property
     def log_path(self) -> Path:
@@ -132,6 +140,9 @@ class LabVault:
         directories.sweep(self._base)
         self._folder = directories.create(self._base)
         self._port = free_port()
+        if self._instance_of is not None:
+            self._import_root(self._instance_of)
+            return
         try:
             initialise(
                 self.directory,
@@ -143,6 +154,7 @@ class LabVault:
                 audience=self._audience,
                 retention_days=self._retention_days,
                 purge_protection=self._purge_protection,
+                database=self._database,
             )
         except ConfigError as exc:
             self.remove()
@@ -156,7 +168,15 @@ class LabVault:
         if self._process is not None:
             raise LabError("the lab vault is already running")
         self._process = leashed.start(
-            ["vault", "serve", "--directory", str(self.directory), *self._arguments],
+            [
+                "vault",
+                "serve",
+                "--directory",
+                str(self.directory),
+                "--port",
+                str(self._port),
+                *self._arguments,
+            ],
             self.log_path,
             output=subprocess.PIPE,
         )
@@ -182,6 +202,15 @@ class LabVault:
         folder, self._folder = self._folder, None
         if folder is not None:
             folder.remove()
+
+    def _import_root(self, other: LabVault) -> None:
+        from virt_sse.vault.home.layout import VaultDirectory
+        from virt_sse.vault.root_export import Passphrase, export_root, import_root
+
+        file, passphrase = self.directory.parent / "root", Passphrase(secrets.token_hex(16))
+        export_root(VaultDirectory(other.directory), file, passphrase)
+        import_root(file, self.directory, passphrase)
+        file.unlink()
 
     def _end(self, number: signal.Signals) -> None:
         process, self._process = self._process, None

@@ -21,8 +21,9 @@ from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.model.keys import KeyRef
 from virt_sse.model.layers import EncryptionType, Placement
 from virt_sse.store.engine import reading, writing
-from virt_sse.store.statements import is_storable, refusing, serialise
+from virt_sse.store.statements import is_storable, refusing
 from virt_sse.store.tables import disks, encryption_sets
+from virt_sse.system.postgresql import serialise
 
 
 class EncryptionSetStore:

@@ -16,10 +16,9 @@ from virt_sse.errors import StoreError, StoreReadOnlyError
 from virt_sse.store.failures import failure
 from virt_sse.store.ownership import refuse_marked
 from virt_sse.store.schema import BUSY_TIMEOUT_SECONDS, SCHEMA
-from virt_sse.store.statements import serialise
 from virt_sse.system.files import PRIVATE_FILE, private_folder
 from virt_sse.system.migrations import UnknownRevisionError, revision_of, upgrade
-from virt_sse.system.postgresql import DRIVER, postgresql_engine
+from virt_sse.system.postgresql import DRIVER, postgresql_engine, serialise
 from virt_sse.system.sqlite import READ_ONLY, sqlite_engine
 
 _DEVELOPMENT_SCHEMAS = ("0001", "0002")
@@ -142,7 +141,7 @@ def _migrate(connection: Connection) -> None:
 def writing(engine: Engine) -> Iterator[Connection]:
     """A read-write transaction: on SQLite one at a time, on PostgreSQL with the isolation READ COMMITTED.
 
-    A constraint or :func:`virt_sse.store.statements.serialise` must decide where concurrent transactions
+    A constraint or :func:`virt_sse.system.postgresql.serialise` must decide where concurrent transactions
     could both pass a check.
 
     :raise StoreError: When the database fails.

@@ -7,9 +7,9 @@ import sqlite3
 import sqlalchemy as sa
 
 from virt_sse.errors import StoreError, StoreReadOnlyError, StoreUnavailableError
+from virt_sse.system.postgresql import is_read_only, sqlstate
 from virt_sse.system.sqlite import reason
 
-_READ_ONLY_TRANSACTION = "25006"
 _CONNECTION_EXCEPTION = "08"
 _UNAVAILABLE = {"57P01", "57P02", "57P03", "53300"}
 """SQLSTATE of shutdowns, of a crash of another session, of a start-up under way, of too many connections
@@ -36,20 +36,16 @@ def failure(exc: Exception, doing: str) -> StoreError:
 def _is_read_only(exc: Exception) -> bool:
     cause = getattr(exc, "orig", None)
     code = getattr(cause, "sqlite_errorcode", 0) & 0xFF  # the primary result code
-    return _sqlstate(exc) == _READ_ONLY_TRANSACTION or code == sqlite3.SQLITE_READONLY
+    return is_read_only(exc) or code == sqlite3.SQLITE_READONLY
 
 
 def _is_unavailable(exc: Exception) -> bool:
     if not isinstance(exc, sa.exc.DBAPIError) or isinstance(exc.orig, sqlite3.Error):
         return False
-    state = _sqlstate(exc)
+    state = sqlstate(exc)
     return (
         exc.connection_invalidated
         or state in _UNAVAILABLE
         or state.startswith(_CONNECTION_EXCEPTION)
         or (isinstance(exc, sa.exc.OperationalError) and not state)  # libpq: no connection
     )
-
-
-def _sqlstate(exc: Exception) -> str:
-    return getattr(getattr(exc, "orig", None), "sqlstate", None) or ""

@@ -14,8 +14,8 @@ from virt_sse.errors import DiskStateError
 from virt_sse.model.disks import DiskState
 from virt_sse.model.replacements import Replacement, ReplacementState
 from virt_sse.store.engine import reading, writing
-from virt_sse.store.statements import serialise
 from virt_sse.store.tables import copies, disks
+from virt_sse.system.postgresql import serialise
 
 
 class ReplacementStore:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Mapping
 
 import sqlalchemy as sa
@@ -12,17 +11,6 @@ from sqlalchemy.engine import Connection
 
 from virt_sse.errors import VirtSseError
 from virt_sse.store.tables import metadata
-
-
-def serialise(connection: Connection, *scope: str) -> None:
-    """Run transactions with the same *scope* one after the other; this call waits for the others.
-
-    SQLite's writing transactions run one after the other without a lock.
-    """
-    if connection.dialect.name == "postgresql":
-        digest = hashlib.sha256("\0".join(scope).encode()).digest()
-        key = sa.literal(int.from_bytes(digest[:8], "big", signed=True), sa.BigInteger)
-        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
 
 
 def lock_tables(connection: Connection) -> None:

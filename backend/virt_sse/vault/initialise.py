@@ -11,15 +11,15 @@ from pathlib import Path
 import msgspec
 
 from virt_sse.errors import InvalidValueError, VaultError
-from virt_sse.system.files import private_folder, write_private
+from virt_sse.system.files import private_folder, sync_folder, write_private
 from virt_sse.vault.home.certificates import new_authority, new_server_certificate
-from virt_sse.vault.home.database import Database
+from virt_sse.vault.home.database import Database, failures_named
 from virt_sse.vault.home.layout import VaultDirectory
 from virt_sse.vault.home.sealing import ROOT_KEY_BYTES, TOKENS
 from virt_sse.vault.home.settings import DEFAULT_PORT, RETENTION_DAYS, Tier, VaultSettings, url_of
-from virt_sse.vault.hsm.access import prepare_hsm
+from virt_sse.vault.hsm.access import prepare_hsm, require_shared
 from virt_sse.vault.identity.principals import Principals
-from virt_sse.vault.identity.tokens import signing_key
+from virt_sse.vault.identity.tokens import new_signing_key, remove_vault
 from virt_sse.vault.refusals import Refusal
 from virt_sse.vault_client.credential_file import CredentialFile, new_assertion_key
 from virt_sse.vault_client.permissions import ADMINISTRATION, Role
@@ -40,6 +40,7 @@ def initialise(
     retention_days: int = RETENTION_DAYS[-1],
     purge_protection: bool = False,
     hsm: Mapping[str, str] | None = None,
+    database: str | None = None,
 ) -> VaultDirectory:
     """Create a vault in the folder *path*, with the credential file of its first administrator.
 
@@ -51,7 +52,8 @@ def initialise(
     :param tenant: a UUID; by default a new UUID.
     :param hsm: the HSM token of a premium vault, as in :class:`~virt_sse.pkcs11.options.TokenOptions`; by
         default a new SoftHSM token in the vault's folder.
-    :raise VaultError: When the folder has a vault already, or cannot be written.
+    :param database: SQLAlchemy URL of an empty database in PostgreSQL; by default SQLite in the folder.
+    :raise VaultError: When the folder or the database has a vault already, or cannot be written.
     :raise InvalidValueError: When a value is invalid.
     :raise ConfigError: When software for the HSM token is not installed, or the PIN cannot be read.
     :raise KeyProviderUnavailableError: When the HSM token does not answer or rejects the PIN.
@@ -67,7 +69,10 @@ def initialise(
         hosts=tuple(hosts),
         retention_days=retention_days,
         purge_protection=purge_protection,
+        database=database,
     )
+    if tier is Tier.PREMIUM:
+        require_shared(settings, hsm or {})
     directory = VaultDirectory(path)
     try:
         private_folder(path)
@@ -78,8 +83,11 @@ def initialise(
             if tier is Tier.PREMIUM:
                 prepared = prepare_hsm(directory, hsm or {})
                 settings = msgspec.structs.replace(settings, hsm=prepared)
-            _fill(directory, settings)
-            write_private(directory.settings_path, settings.to_json())
+            url = directory.database_url(settings)
+            with failures_named(), contextlib.closing(Database(url, create=True)) as opened:
+                _fill(directory, settings, opened)
+            directory.unfinished_settings_path.replace(directory.settings_path)
+            sync_folder(path)
     except OSError as exc:
         raise VaultError(f"cannot create a vault in {path}: {exc.strerror}") from exc
     return directory
@@ -103,22 +111,24 @@ def _clear(directory: VaultDirectory) -> None:
 
     A SoftHSM token is kept: its initialisation is completed instead.
     """
+    unfinished = directory.unfinished_settings()
+    if unfinished is not None and unfinished.database is not None and directory.root_key_path.exists():
+        with failures_named(), contextlib.closing(Database(unfinished.database)) as database:
+            remove_vault(database, directory.root_key(unfinished).sealer(TOKENS))
     for suffix in ("", "-wal", "-shm"):
         path = directory.database_path
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
-def _fill(directory: VaultDirectory, settings: VaultSettings) -> None:
+def _fill(directory: VaultDirectory, settings: VaultSettings, database: Database) -> None:
     ca, ca_key = new_authority(settings.name)
     write_private(directory.root_key_path, secrets.token_bytes(ROOT_KEY_BYTES))
+    write_private(directory.unfinished_settings_path, settings.to_json())
     write_private(directory.ca_key_path, ca_key)
     write_private(directory.ca_path, ca)
     write_private(directory.server_path, new_server_certificate(ca, ca_key, settings.hosts))
-    with contextlib.closing(Database(directory.database_path)) as database:
-        signing_key(
-            database, directory.root_key(settings).sealer(TOKENS)
-        )  # binds the database to this root key
-    _add_administrator(directory, settings, FIRST_ADMINISTRATOR, directory.administrator_path)
+    new_signing_key(database, directory.root_key(settings).sealer(TOKENS))
+    _add_administrator(directory, settings, database, FIRST_ADMINISTRATOR, directory.administrator_path)
 
 
 def add_administrator(directory: VaultDirectory, name: str, file: Path) -> None:
@@ -132,17 +142,19 @@ def add_administrator(directory: VaultDirectory, name: str, file: Path) -> None:
         raise VaultError(f"{file} exists already")
     with directory.lock():
         try:
-            _add_administrator(directory, settings, name, file)
+            with contextlib.closing(Database(directory.database_url(settings))) as database:
+                _add_administrator(directory, settings, database, name, file)
         except Refusal as refusal:
             raise VaultError(f"cannot create an administrator: {refusal.message.rstrip('.')}") from refusal
 
 
-def _add_administrator(directory: VaultDirectory, settings: VaultSettings, name: str, file: Path) -> None:
+def _add_administrator(
+    directory: VaultDirectory, settings: VaultSettings, database: Database, name: str, file: Path
+) -> None:
     private, public = new_assertion_key()
-    with contextlib.closing(Database(directory.database_path)) as database:
-        administrator = Principals(database).create(
-            name, public, role=Role.ADMINISTRATOR, permissions=ADMINISTRATION
-        )
+    administrator = Principals(database).create(
+        name, public, role=Role.ADMINISTRATOR, permissions=ADMINISTRATION
+    )
     CredentialFile(
         vault_url=settings.url,
         ca_certificate=directory.ca_path.read_text("ascii"),

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable
 
 from virt_sse.vault.keys.records import KeyVersion
-from virt_sse.vault.refusals import Refusal
+from virt_sse.vault.refusals import FailureRefusal, Refusal
 from virt_sse.vault.trail import AuditedRequest, Trail
 from virt_sse.vault.vault import Vault
 
@@ -17,12 +17,17 @@ _ACTOR = "vault"
 
 
 def upkeep(vault: Vault, trail: Trail) -> None:
-    """Rotate and purge due keys, and destroy leftover key material. Failures are logged and retried later."""
-    for name in vault.rotation.due():
-        _attempt(vault, trail, "rotate", name, vault.rotation.rotate_due)
-    for name in vault.keys.due_for_purge():
-        _attempt(vault, trail, "purge", name, vault.keys.purge_due)
-        vault.principals.reload()
+    """Rotate and purge due keys, and destroy leftover key material. Failures are logged and retried later.
+
+    Of several instances, one rotates or purges a key; the others find the work done.
+    """
+    try:
+        for name in vault.rotation.due():
+            _attempt(vault, trail, "rotate", name, vault.rotation.rotate_due)
+        for name in vault.keys.due_for_purge():
+            _attempt(vault, trail, "purge", name, vault.keys.purge_due)
+    except FailureRefusal as refusal:
+        _log.warning("cannot list keys to rotate or purge: %s", refusal.detail)
     vault.keys.sweep()
 
 

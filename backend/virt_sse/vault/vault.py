@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from virt_sse.audit.record import AuditRecord
-from virt_sse.vault.home.database import Database
+from virt_sse.vault.freshness import Freshness
+from virt_sse.vault.home.database import Database, failures_named
 from virt_sse.vault.home.layout import VaultDirectory
 from virt_sse.vault.home.sealing import BACKUPS, KEYS, TOKENS, Sealer
 from virt_sse.vault.home.settings import HsmSettings, VaultSettings
@@ -43,6 +44,7 @@ class Vault:
 
     :ivar audit: the audit log; requests that cannot be recorded are refused.
     :ivar hsm: the protection backend of RSA-HSM keys, if the vault has an HSM.
+    :ivar freshness: to be checked before each request.
     """
 
     settings: VaultSettings
@@ -53,6 +55,7 @@ class Vault:
     tokens: TokenIssuer
     audit: AuditSink
     hsm: HsmProtection | None
+    freshness: Freshness
 
 
 @contextlib.contextmanager
@@ -64,43 +67,47 @@ def open_vault(
     shortest_rotation: int | None = None,
     clock: Callable[[], float] = time.time,
 ) -> Iterator[Vault]:
-    """Open the vault in *directory*, exclusively.
+    """Open the vault in *directory*; several instances, each with a folder, open a vault in PostgreSQL.
 
     :param token_seconds: lifetime of access tokens.
     :param shortest_rotation: the shortest interval in a rotation policy, in seconds; default Azure's 7 days.
     :param clock: seconds since 1970.
-    :raise VaultError: When there is no vault, the vault is damaged, or another process holds its lock.
+    :raise VaultError: When there is no vault, the vault is damaged, its database cannot be opened, or another
+        process holds the folder's lock.
     """
     settings = directory.settings()
     with contextlib.ExitStack() as stack:
         stack.enter_context(directory.lock())
-        database = stack.enter_context(contextlib.closing(Database(directory.database_path)))
-        root = directory.root_key(settings)
-        store = KeyStore(database)
-        sealer = root.sealer(KEYS)
-        protections: list[Protection] = [SoftwareProtection(sealer)]
-        hsm = _hsm(directory, settings.hsm, sealer)
-        if hsm is not None:
-            stack.callback(hsm.close)
-            protections.append(hsm)
-        keys = KeyService(store, settings, protections, clock=clock)
-        keys.sweep()
-        failure = hsm.failure() if hsm is not None else None
-        if failure is not None:
-            _log.warning("%s", failure)
-        principals = Principals(database, clock=clock)
-        yield Vault(
-            settings=settings,
-            keys=keys,
-            rotation=RotationPolicies(store, keys, shortest=shortest_rotation, clock=clock),
-            backups=Backups(store, keys, root.sealer(BACKUPS)),
-            principals=principals,
-            tokens=TokenIssuer(
-                settings, database, principals, root.sealer(TOKENS), seconds=token_seconds, clock=clock
-            ),
-            audit=audit,
-            hsm=hsm,
-        )
+        database = stack.enter_context(contextlib.closing(Database(directory.database_url(settings))))
+        with failures_named():
+            root = directory.root_key(settings)
+            store = KeyStore(database)
+            sealer = root.sealer(KEYS)
+            protections: list[Protection] = [SoftwareProtection(sealer)]
+            hsm = _hsm(directory, settings.hsm, sealer)
+            if hsm is not None:
+                stack.callback(hsm.close)
+                protections.append(hsm)
+            principals = Principals(database, clock=clock)
+            keys = KeyService(store, settings, protections, purged=principals.reload, clock=clock)
+            keys.sweep(alone=not database.shared)
+            failure = hsm.failure() if hsm is not None else None
+            if failure is not None:
+                _log.warning("%s", failure)
+            opened = Vault(
+                settings=settings,
+                keys=keys,
+                rotation=RotationPolicies(store, keys, shortest=shortest_rotation, clock=clock),
+                backups=Backups(store, keys, root.sealer(BACKUPS)),
+                principals=principals,
+                tokens=TokenIssuer(
+                    settings, database, principals, root.sealer(TOKENS), seconds=token_seconds, clock=clock
+                ),
+                audit=audit,
+                hsm=hsm,
+                freshness=Freshness(database, (keys.forget_opened, principals.reload)),
+            )
+        yield opened
 
 
 def _hsm(directory: VaultDirectory, settings: HsmSettings | None, sealer: Sealer) -> HsmProtection | None:

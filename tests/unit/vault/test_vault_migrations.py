@@ -15,6 +15,7 @@ import pytest
 import sqlalchemy as sa
 
 from support.vault_doubles import Records
+from virt_sse.system.database_url import sqlite_url
 from virt_sse.system.migrations import alembic_config
 from virt_sse.vault.home import database as vault_database
 from virt_sse.vault.home.database import SCHEMA
@@ -58,7 +59,8 @@ def make_older(directory: VaultDirectory, user_version: int) -> None:
         database.executescript(BEFORE_ALEMBIC)
         database.execute("ATTACH ? AS new", (str(directory.database_path),))
         for table in TABLES:
-            database.execute(f"INSERT INTO main.{table} SELECT * FROM new.{table}")  # noqa: S608 -- constants
+            columns = ", ".join(row[1] for row in database.execute(f"PRAGMA main.table_info({table})"))
+            database.execute(f"INSERT INTO main.{table} SELECT {columns} FROM new.{table}")  # noqa: S608 -- constants
         database.execute(f"PRAGMA user_version = {user_version}")
         if user_version == 1:
             database.execute("DROP TABLE leftovers")
@@ -115,8 +117,8 @@ def test_the_constant_is_the_newest_migration() -> None:
 
 def test_an_up_to_date_database_is_opened_without_alembic(directory: VaultDirectory) -> None:
     program = (
-        "import sys; from pathlib import Path; from virt_sse.vault.home.database import Database\n"
-        f"Database(Path({str(directory.database_path)!r})).close()\n"
+        "import sys; from virt_sse.vault.home.database import Database\n"
+        f"Database({sqlite_url(directory.database_path)!r}).close()\n"
         "sys.exit('alembic' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

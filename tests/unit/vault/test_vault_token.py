@@ -402,7 +402,8 @@ def test_an_older_premium_vault_is_given_a_token(
     directory.settings_path.write_text(json.dumps(fields | {"tier": "premium"}))
     with closing(sqlite3.connect(directory.database_path)) as database:
         database.executescript(
-            "DROP TABLE leftovers; DROP TABLE key_permissions; DROP INDEX keys_by_lower_name;"
+            "DROP TABLE leftovers; DROP TABLE changes; DROP TABLE key_permissions;"
+            "DROP INDEX keys_by_lower_name;"
             "DROP TABLE alembic_version; PRAGMA user_version = 1;"
         )
     with open_vault(directory, records) as vault:

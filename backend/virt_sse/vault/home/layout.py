@@ -1,4 +1,4 @@
-"""The folder of a vault, and the lock that limits a vault to one serving process."""
+"""The folder of a vault, and the lock that limits the folder to one serving process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from virt_sse.errors import VaultError
+from virt_sse.system.database_url import sqlite_url
 from virt_sse.system.files import PRIVATE_FILE
 from virt_sse.vault.home.sealing import VaultRootKey
 from virt_sse.vault.home.settings import VaultSettings
@@ -25,6 +26,11 @@ class VaultDirectory:
     def settings_path(self) -> Path:
         """The vault's settings, written last by ``vault init``: the file marks a complete vault."""
         return self.path / "vault.json"
+
+    @property
+    def unfinished_settings_path(self) -> Path:
+        """The settings of a vault that ``vault init`` is making."""
+        return self.path / "vault.json.unfinished"
 
     @property
     def root_key_path(self) -> Path:
@@ -48,7 +54,7 @@ class VaultDirectory:
 
     @property
     def database_path(self) -> Path:
-        """The database of keys, principals and access."""
+        """The database of keys, principals and access, unless in PostgreSQL."""
         return self.path / "vault.sqlite"
 
     @property
@@ -74,6 +80,15 @@ class VaultDirectory:
         self._check_private()
         return VaultSettings.from_json(self._read(self.settings_path))
 
+    def unfinished_settings(self) -> VaultSettings | None:
+        """Read the settings of an interrupted ``vault init``, if there was one."""
+        path = self.unfinished_settings_path
+        return VaultSettings.from_json(self._read(path)) if path.exists() else None
+
+    def database_url(self, settings: VaultSettings) -> str:
+        """The URL of the vault's database."""
+        return settings.database or sqlite_url(self.database_path)
+
     def root_key(self, settings: VaultSettings) -> VaultRootKey:
         """Read the root key.
 
@@ -83,7 +98,7 @@ class VaultDirectory:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the lock of the serving process, which may therefore cache the database's content.
+        """Hold the lock of the folder's serving process, which has an SQLite database for itself.
 
         :raise VaultError: When another process holds the lock.
         """

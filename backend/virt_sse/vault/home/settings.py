@@ -13,6 +13,7 @@ from uuid import UUID
 import msgspec
 
 from virt_sse.errors import InvalidValueError, VaultError
+from virt_sse.system.database_url import is_postgresql
 from virt_sse.system.documents import DocumentError, from_json
 
 _FORMAT = 1
@@ -20,6 +21,7 @@ _NAME = re.compile(r"[a-zA-Z](?:-?[0-9a-zA-Z]){2,23}\Z")
 _HOST = re.compile(r"[0-9a-zA-Z](?:[0-9a-zA-Z.-]{0,252}[0-9a-zA-Z])?\Z")
 RETENTION_DAYS = range(7, 91)
 DEFAULT_PORT = 8443
+NEEDS_A_SHARED_HSM = "a vault in PostgreSQL needs an HSM token that all of its instances reach"
 
 
 class Tier(enum.Enum):
@@ -63,6 +65,8 @@ class VaultSettings(
     :ivar purge_protection: refuse to purge a deleted key earlier. Cannot be switched off again.
     :ivar hsm: ``None`` for a vault without RSA-HSM keys: standard vaults and premium vaults of older
         versions.
+    :ivar database: SQLAlchemy URL of a database in PostgreSQL, for several instances; ``None`` for SQLite in
+        the vault's folder.
     """
 
     name: str
@@ -74,6 +78,7 @@ class VaultSettings(
     retention_days: int = RETENTION_DAYS[-1]
     purge_protection: bool = False
     hsm: HsmSettings | None = msgspec.field(default=None, name="token")
+    database: str | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
@@ -93,6 +98,13 @@ class VaultSettings(
         for host in self.hosts:
             if not _HOST.match(host) and not _is_address(host):
                 raise InvalidValueError(f"invalid host name or address {host[:80]!r}")
+        if self.database is not None and not is_postgresql(self.database):
+            raise InvalidValueError(
+                "a vault's database is in SQLite in its folder, or in PostgreSQL",
+                hint="e.g. postgresql+psycopg://virt_sse_vault@db.example/virt_sse_vault",
+            )
+        if self.database is not None and self.hsm is not None and not self.hsm.options:
+            raise InvalidValueError(NEEDS_A_SHARED_HSM)
         if self.retention_days not in RETENTION_DAYS:
             raise InvalidValueError(f"retention must be 7 to 90 days, not {self.retention_days}")
 
@@ -120,8 +132,9 @@ class VaultSettings(
     def to_json(self) -> bytes:
         """Encode the settings as ``vault.json``."""
         fields = msgspec.to_builtins(self)
-        if self.hsm is None:  # versions without HSM support refuse the field
-            del fields["token"]
+        for name in ("token", "database"):  # older versions refuse the fields
+            if fields[name] is None:
+                del fields[name]
         return msgspec.json.format(msgspec.json.encode(fields), indent=2) + b"\n"
 
     @classmethod

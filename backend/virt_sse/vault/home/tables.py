@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     Column,
     ForeignKey,
@@ -19,12 +20,18 @@ from sqlalchemy import (
 
 metadata = MetaData()
 
+number = Integer().with_variant(BigInteger(), "postgresql")
+"""Of 64 bits, also on PostgreSQL: seconds since 1970, and exponents of RSA keys."""
+
+key_name = String(127).with_variant(String(127, collation="C"), "postgresql")
+"""Names sort as in SQLite."""
+
 keys = Table(
     "keys",
     metadata,
-    Column("name", String(127), primary_key=True),
-    Column("deleted", Integer),
-    Column("purge", Integer),
+    Column("name", key_name, primary_key=True),
+    Column("deleted", number),
+    Column("purge", number),
     Column("policy", Text),
     Index("keys_by_lower_name", text("lower(name)"), unique=True),
 )
@@ -34,17 +41,17 @@ versions = Table(
     "versions",
     metadata,
     Column("sequence", Integer, primary_key=True, autoincrement=True),
-    Column("name", String(127), ForeignKey("keys.name", ondelete="CASCADE"), nullable=False),
+    Column("name", key_name, ForeignKey("keys.name", ondelete="CASCADE"), nullable=False),
     Column("version", String(32), nullable=False),
     Column("key_type", String(16), nullable=False),
     Column("n", LargeBinary, nullable=False),
-    Column("e", Integer, nullable=False),
+    Column("e", number, nullable=False),
     Column("operations", Text, nullable=False),
     Column("enabled", Boolean, nullable=False),
-    Column("not_before", Integer),
-    Column("expires", Integer),
-    Column("created", Integer, nullable=False),
-    Column("updated", Integer, nullable=False),
+    Column("not_before", number),
+    Column("expires", number),
+    Column("created", number, nullable=False),
+    Column("updated", number, nullable=False),
     Column("tags", Text, nullable=False),
     Column("stored", LargeBinary, nullable=False),
     UniqueConstraint("name", "version"),
@@ -54,12 +61,17 @@ versions = Table(
 leftovers = Table(
     "leftovers",
     metadata,
-    Column("name", String(127), primary_key=True),
+    Column("name", key_name, primary_key=True),
     Column("version", String(32), primary_key=True),
     Column("key_type", String(16), nullable=False),
+    Column("announced", number),
 )
 """Versions without a row in ``versions`` whose material may exist outside the database, in an HSM token. A
-row is written before the material is made, and in the transaction that deletes a version."""
+row is written before the material is made, with the time; and in the transaction that deletes a version,
+without a time."""
+
+changes = Table("changes", metadata, Column("number", number))
+"""One row: how many changes the instances of a vault have made. Each change locks the row."""
 
 principals = Table(
     "principals",
@@ -70,8 +82,8 @@ principals = Table(
     Column("public_key", Text, nullable=False),
     Column("role", String(32), nullable=False),
     Column("enabled", Boolean, nullable=False),
-    Column("expires", Integer),
-    Column("created", Integer, nullable=False),
+    Column("expires", number),
+    Column("created", number, nullable=False),
     Column("created_by", String(36)),
 )
 
@@ -86,7 +98,7 @@ key_permissions = Table(
     "key_permissions",
     metadata,
     Column("client_id", String(36), ForeignKey("principals.client_id", ondelete="CASCADE"), primary_key=True),
-    Column("key", String(127), primary_key=True),
+    Column("key", key_name, primary_key=True),
     Column("permission", String(32), primary_key=True),
     Index("key_permissions_by_key", "key"),
 )
@@ -96,7 +108,7 @@ assertions = Table(
     "assertions",
     metadata,
     Column("digest", LargeBinary, primary_key=True),
-    Column("expires", Integer, nullable=False),
+    Column("expires", number, nullable=False),
     Index("assertions_by_expiry", "expires"),
 )
 

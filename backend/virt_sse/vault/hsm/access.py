@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from virt_sse import pkcs11
-from virt_sse.errors import ConfigError, VaultError
+from virt_sse.errors import ConfigError, InvalidValueError, VaultError
 from virt_sse.system.files import write_private
 from virt_sse.vault.home.layout import VaultDirectory
-from virt_sse.vault.home.settings import HsmSettings, Tier
+from virt_sse.vault.home.settings import NEEDS_A_SHARED_HSM, HsmSettings, Tier, VaultSettings
 from virt_sse.vault.hsm.protection import ANCHOR
 
 if TYPE_CHECKING:
@@ -44,6 +44,15 @@ def prepare_hsm(directory: VaultDirectory, options: Mapping[str, str]) -> HsmSet
         token.generate_aes(tag, ANCHOR)
         uri = dataclasses.replace(parsed.token_uri(), serial=token.serial)
     return HsmSettings(tag, {**options, "uri": str(uri)} if options else {})
+
+
+def require_shared(settings: VaultSettings, options: Mapping[str, str]) -> None:
+    """Check that all instances of a vault in PostgreSQL reach the HSM token of *options*.
+
+    :raise InvalidValueError: When it would be a SoftHSM token in the folder of one instance.
+    """
+    if settings.database is not None and not options:
+        raise InvalidValueError(NEEDS_A_SHARED_HSM, hint="pass --hsm-uri")
 
 
 def open_hsm(directory: VaultDirectory, settings: HsmSettings) -> Token:
@@ -76,6 +85,7 @@ def add_hsm(directory: VaultDirectory, options: Mapping[str, str]) -> None:
         settings = directory.settings()
         if settings.hsm is not None:
             raise VaultError("the vault has an HSM already")
+        require_shared(settings, options)
         prepared = prepare_hsm(directory, options)
         changed = msgspec.structs.replace(settings, tier=Tier.PREMIUM, hsm=prepared)
         write_private(directory.settings_path, changed.to_json())

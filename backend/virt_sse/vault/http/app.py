@@ -105,13 +105,29 @@ class VaultApplication:
             Route(f"/{tenant}/oauth2/v2.0/token", _TokenEndpoint(self), methods=["POST"]),
             Route(f"/{tenant}/v2.0/.well-known/openid-configuration", _constant(tokens.metadata())),
             Route(f"/{tenant}/discovery/v2.0/keys", _constant(tokens.jwks())),
-            Route("/healthz", _constant({"status": "ok"})),
+            Route("/healthz", self._health),
         ]
         app = Starlette(
             routes=routes, exception_handlers={HTTPException: _unroutable, TooManyRequestsError: _throttled}
         )
         app.router.redirect_slashes = False
         return app
+
+    async def refresh(self) -> None:
+        """Take note of changes by other instances, before a request.
+
+        :raise Refusal: When the database cannot be read.
+        """
+        if self.vault.freshness.due:
+            await _run(self.quick, self.vault.freshness.check)
+
+    async def _health(self, _request: Request) -> Response:
+        """Tell a balancer whether this instance can serve: 503 without its database."""
+        try:
+            await self.refresh()
+        except Refusal as refusal:
+            return JSONResponse(refusal.body(), refusal.status)
+        return JSONResponse({"status": "ok"})
 
 
 class _Endpoint:
@@ -151,6 +167,7 @@ class _Endpoint:
         if token is None:
             raise unauthorized("An access token is required.")
         try:
+            await self._application.refresh()
             principal = self._principal(token)
             request = request.by(principal)
             self._permit(principal, scope["path_params"].get("name", ""))
@@ -159,6 +176,8 @@ class _Endpoint:
                 _check_api_version(query)
             body = await read_body(receive, headers, self._operation.body_limit)
         except Refusal as refusal:
+            if isinstance(refusal, FailureRefusal):
+                _log.error("%s", refusal.detail)
             await _run(self._application.quick, partial(self._application.trail.refused, request, refusal))
             raise
         call = Call(
@@ -245,6 +264,7 @@ class _TokenEndpoint:
             raise OAuthError(400, "invalid_request", "the request is not a form") from None
         form = {name: values[0] for name, values in fields.items() if len(values) == 1}
         try:
+            self._application.vault.freshness.check()
             principal, answer = self._application.vault.tokens.issue(form)
         except OAuthError as error:
             trail.refused(request, Refusal(error.status, error.error, error.description))

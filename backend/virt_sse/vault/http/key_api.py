@@ -110,7 +110,6 @@ def get_deleted(call: Call) -> Reply:
 
 def purge(call: Call) -> Reply:
     call.vault.keys.purge(call.name)
-    call.vault.principals.reload()
     return Reply(None, 204)
 
 

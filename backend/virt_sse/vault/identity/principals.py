@@ -83,7 +83,7 @@ class Principals:
         self._clock = clock
         self._lock = threading.Lock()
         self._by_id: dict[str, Principal] = {}
-        self._load()
+        self.reload()
 
     def all(self) -> list[Principal]:
         """List the principals, by name."""
@@ -214,9 +214,11 @@ class Principals:
             )
 
     def reload(self) -> None:
-        """Read all principals again: the purge of a key has ended the permissions on the key."""
-        with self._lock:
-            self._load()
+        """Read all principals again, after a change of other parts of the vault or by another instance."""
+        with self._lock:  # the newest content stays
+            with self._database.reading() as connection:
+                found = _read(connection)
+            self._by_id = found | {p.object_id: p for p in found.values()}
 
     def _set(
         self,
@@ -239,17 +241,11 @@ class Principals:
     @contextlib.contextmanager
     def _changing(self) -> Iterator[Connection]:
         """Open a transaction for a change, and reload the cache afterwards."""
-        with self._lock:
-            try:
-                with self._database.writing() as connection:
-                    yield connection
-            finally:  # a commit may succeed although its answer is lost
-                self._load()
-
-    def _load(self) -> None:
-        with self._database.reading() as connection:
-            found = _read(connection)
-        self._by_id = found | {p.object_id: p for p in found.values()}
+        try:
+            with self._database.writing() as connection:
+                yield connection
+        finally:  # a commit may succeed although its answer is lost
+            self.reload()
 
 
 def load_assertion_key(pem: str) -> AssertionKey:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import secrets
@@ -20,10 +21,10 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from virt_sse.errors import VaultError
-from virt_sse.vault.home.database import Database
+from virt_sse.vault.home.database import Database, insert_new
 from virt_sse.vault.home.sealing import Sealer
 from virt_sse.vault.home.settings import VaultSettings
-from virt_sse.vault.home.tables import assertions, sealed_secrets
+from virt_sse.vault.home.tables import assertions, principals, sealed_secrets
 from virt_sse.vault.identity.principals import Principal, Principals, load_assertion_key
 from virt_sse.vault.refusals import unauthorized
 
@@ -205,16 +206,10 @@ class TokenIssuer:
     def _first_time(self, client_id: str, jti: str, expires: int) -> bool:
         """Record the use of an assertion for as long as it is valid; return whether this is its first use."""
         digest = hashlib.sha256(f"{client_id}\0{jti}".encode(errors="surrogatepass")).digest()
-        with self._database.writing() as connection:
+        with self._database.recording() as connection:
             old = int(self._clock()) - 2 * _SKEW_SECONDS
             connection.execute(assertions.delete().where(assertions.c.expires < old))
-            if (
-                connection.scalar(sa.select(assertions.c.expires).where(assertions.c.digest == digest))
-                is not None
-            ):
-                return False
-            connection.execute(assertions.insert().values(digest=digest, expires=int(expires)))
-            return True
+            return insert_new(connection, assertions, digest=digest, expires=int(expires))
 
 
 def _other_clock() -> OAuthError:
@@ -231,29 +226,52 @@ def bearer(header: str) -> str | None:
     return match[1] if match else None
 
 
-def signing_key(database: Database, sealer: Sealer, *, create: bool = True) -> ec.EllipticCurvePrivateKey:
+def new_signing_key(database: Database, sealer: Sealer) -> None:
+    """Make the signing key of access tokens, which marks the database as a vault's of this root key.
+
+    :raise VaultError: When the database has a vault already.
+    :raise Refusal: When the database fails.
+    """
+    der = ec.generate_private_key(ec.SECP256R1()).private_bytes(
+        Encoding.DER, PrivateFormat.PKCS8, NoEncryption()
+    )
+    with database.writing() as connection:
+        sealed = sealer.seal(der, _SIGNING_KEY.encode())
+        if not insert_new(connection, sealed_secrets, name=_SIGNING_KEY, sealed=sealed):
+            raise VaultError(
+                "the database has a vault already",
+                hint="'virt-sse vault import-root' makes a further instance of a vault; "
+                "'virt-sse vault init' needs an empty database",
+            )
+
+
+def remove_vault(database: Database, sealer: Sealer) -> None:
+    """Remove what an interrupted ``vault init`` left in a database; nothing of another vault.
+
+    :raise Refusal: When the database fails.
+    """
+    with contextlib.suppress(VaultError):
+        signing_key(database, sealer)  # made by the interrupted command
+        with database.writing() as connection:
+            connection.execute(principals.delete())
+            connection.execute(sealed_secrets.delete())
+
+
+def signing_key(database: Database, sealer: Sealer) -> ec.EllipticCurvePrivateKey:
     """Load the signing key of access tokens from the database.
 
-    :param create: create the key at first use.
-    :raise VaultError: When the root key is not the original root key of this database, or the signing key is
-        missing although *create* is false: the database is not a vault's.
+    :raise VaultError: When the root key is not the original root key of this database, or the database is not
+        a vault's.
+    :raise Refusal: When the database fails.
     """
-    context = _SIGNING_KEY.encode()
-    with database.writing() as connection:
+    with database.reading() as connection:
         sealed = connection.scalar(
             sa.select(sealed_secrets.c.sealed).where(sealed_secrets.c.name == _SIGNING_KEY)
         )
-        if sealed is None:
-            if not create:
-                raise VaultError("the file is not the database of a vault")
-            key = ec.generate_private_key(ec.SECP256R1())
-            der = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
-            connection.execute(
-                sealed_secrets.insert().values(name=_SIGNING_KEY, sealed=sealer.seal(der, context))
-            )
-            return key
+    if sealed is None:
+        raise VaultError("the database is not the database of a vault")
     try:
-        loaded = load_der_private_key(sealer.open(sealed, context), None)
+        loaded = load_der_private_key(sealer.open(sealed, _SIGNING_KEY.encode()), None)
     except VaultError as exc:
         raise VaultError("the vault's root key is not the original root key of this vault") from exc
     if not isinstance(loaded, ec.EllipticCurvePrivateKey):

@@ -22,7 +22,7 @@ class OpenedKey:
 class OpenedKeys:
     """At most *bound* opened versions; the least recently used version is dropped first.
 
-    Entries read before a change are not kept after the change: disabling takes effect at once.
+    Entries read before a change are not kept after :meth:`forget`: disabling takes effect at once.
     """
 
     def __init__(self, bound: int) -> None:
@@ -61,3 +61,9 @@ class OpenedKeys:
             self._changes += 1
             for slot in [slot for slot in self._entries if slot[0] == name]:
                 del self._entries[slot]
+
+    def forget_all(self) -> None:
+        """Drop all versions of all keys, after a change by another instance."""
+        with self._lock:
+            self._changes += 1
+            self._entries.clear()

@@ -39,6 +39,7 @@ class KeyService:
     Every method may raise :class:`~virt_sse.vault.refusals.Refusal`.
 
     :param protections: the protection backends, each for its key type.
+    :param purged: called after a purge, which has ended the permissions on the key.
     :param clock: seconds since 1970.
     """
 
@@ -48,12 +49,14 @@ class KeyService:
         settings: VaultSettings,
         protections: Iterable[Protection],
         *,
+        purged: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._settings = settings
         self._protections = {protection.key_type: protection for protection in protections}
-        self._disposal = Disposal(store, self._protections)
+        self._disposal = Disposal(store, self._protections, clock)
+        self._purged = purged
         self._clock = clock
         self._opened = OpenedKeys(_OPENED_KEYS)
 
@@ -101,7 +104,7 @@ class KeyService:
                     made, operations=newest.operations, tags=newest.tags, attributes=attributes
                 )
 
-            return self._store.add_rotated(name, rotated)
+            return self._store.add_rotated(name, rotated, announced=protection.outside)
 
         return self._add(
             *(name, protection, lambda version: protection.generate(bits, name, version), NewKey()), add=add
@@ -194,20 +197,31 @@ class KeyService:
         """
         self._purge(name, due=int(self._clock()))
 
-    def sweep(self) -> None:
-        """Destroy material outside the database that no key refers to."""
-        self._disposal.sweep()
+    def sweep(self, *, alone: bool = False) -> None:
+        """Destroy material outside the database that no key refers to.
+
+        :param alone: whether no key is being made now, by any instance.
+        """
+        self._disposal.sweep(alone=alone)
+
+    def forget_opened(self) -> None:
+        """Read keys from the database again, after a change by another instance."""
+        self._opened.forget_all()
 
     def restore(self, records: Sequence[KeyVersion], policy: str | None) -> None:
         """Restore a key from the records of its backup, oldest version first.
 
         Material outside the database must still exist.
         """
-        with self._disposal.suspended():
-            for record in records:
-                if self._backend_of(record.key_type).outside:
-                    self._require(record)
-            self._store.restore(records, policy)
+        backends = {key_type: self._backend_of(key_type) for key_type in {each.key_type for each in records}}
+        for backend in backends.values():
+            backend.require()  # an HSM that does not answer must not block the vault's changes
+
+        def check(record: KeyVersion) -> None:
+            if backends[record.key_type].outside:
+                self._require(record)
+
+        self._store.restore(records, policy, check)
 
     def count(self) -> tuple[int, int]:
         """Count the live keys and the deleted keys."""
@@ -269,7 +283,10 @@ class KeyService:
 
     def _purge(self, name: str, *, due: int | None) -> None:
         outside = [each.key_type for each in self._protections.values() if each.outside]
-        self._store.purge(name, kept_outside=outside, due=due)
+        try:
+            self._store.purge(name, kept_outside=outside, due=due)
+        finally:  # a commit may succeed although its answer is lost
+            self._purged()
         self.sweep()
 
     def _open(self, record: KeyVersion) -> OpenedKey:
@@ -345,7 +362,7 @@ class KeyService:
                 stored=stored,
             )
             try:
-                return (add or self._store.add)(record)
+                return add(record) if add else self._store.add(record, announced=protection.outside)
             finally:
                 self._opened.forget(name.lower())
 

@@ -14,7 +14,7 @@ from virt_sse.vault.home.database import Database
 from virt_sse.vault.home.tables import key_permissions, keys, leftovers, versions
 from virt_sse.vault.keys.material import PublicKey
 from virt_sse.vault.keys.records import Attributes, Deletion, KeyVersion, Leftover
-from virt_sse.vault.refusals import conflict, key_not_found
+from virt_sse.vault.refusals import conflict, key_not_found, unavailable
 
 _LIVE = keys.c.deleted.is_(None)
 _NEWEST = versions.c.sequence.desc()
@@ -24,17 +24,18 @@ class KeyStore:
     """Queries and changes of keys, each in one transaction.
 
     A change that depends on the present state takes a function, called inside the transaction with the state
-    just read: a concurrent change comes before or after, never in between.
+    just read: a concurrent change, also by another instance, comes before or after, never in between.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def add(self, record: KeyVersion) -> KeyVersion:
+    def add(self, record: KeyVersion, *, announced: bool = False) -> KeyVersion:
         """Add a version, and the key with its first version.
 
+        :param announced: whether the version's material was announced by :meth:`announce`.
         :return: the version.
-        :raise Refusal: When a deleted key has the name.
+        :raise Refusal: When a deleted key has the name, or the announced material was destroyed.
         """
         with self._database.writing() as connection:
             _refuse_deleted(connection, record.name)
@@ -43,25 +44,35 @@ class KeyStore:
                 raise conflict(f"A key named {present} was made meanwhile.", "KeyAlreadyExists")
             if present is None:
                 connection.execute(keys.insert().values(name=record.name))
-            _take_up(connection, [record])
+            _take_up(connection, record, announced=announced)
         return record
 
-    def add_rotated(self, name: str, rotated: Callable[[KeyVersion, str | None], KeyVersion]) -> KeyVersion:
+    def add_rotated(
+        self,
+        name: str,
+        rotated: Callable[[KeyVersion, str | None], KeyVersion],
+        *,
+        announced: bool = False,
+    ) -> KeyVersion:
         """Add a version to a live key.
 
         :param rotated: makes the new version from the newest version and the rotation policy.
+        :param announced: as for :meth:`add`.
         :return: the new version.
-        :raise Refusal: When there is no live key of that name.
+        :raise Refusal: When there is no live key of that name, or the announced material was destroyed.
         """
         with self._database.writing() as connection:
             newest = _live(connection, name, "")
             record = rotated(newest, _policy(connection, name))
-            _take_up(connection, [record])
+            _take_up(connection, record, announced=announced)
         return record
 
-    def restore(self, records: Sequence[KeyVersion], policy: str | None) -> None:
+    def restore(
+        self, records: Sequence[KeyVersion], policy: str | None, check: Callable[[KeyVersion], None]
+    ) -> None:
         """Add a key with all versions, oldest first.
 
+        :param check: checks that a version's material exists; a refusal restores nothing.
         :raise Refusal: When the name is taken.
         """
         name = records[0].name
@@ -70,7 +81,9 @@ class KeyStore:
             if present := _present_name(connection, name):
                 raise conflict(f"A key named {present} exists already.", "KeyAlreadyExists")
             connection.execute(keys.insert().values(name=name, policy=policy))
-            _take_up(connection, records)
+            for record in records:
+                check(record)
+                _take_up(connection, record)
 
     def present_name(self, name: str) -> str | None:
         """The name of the key, live or deleted, that differs from *name* in case at most."""
@@ -191,30 +204,35 @@ class KeyStore:
             connection.execute(keys.delete().where(keys.c.name == name))
             connection.execute(key_permissions.delete().where(key_permissions.c.key == name.lower()))
 
-    def announce(self, leftover: Leftover) -> None:
-        """List material as leftover before it is made outside the database, until its version is added."""
-        with self._database.writing() as connection:
-            connection.execute(leftovers.insert().values(_named(leftover)))
+    def announce(self, leftover: Leftover, now: int) -> None:
+        """List material as leftover before it is made outside the database, until its version is added.
 
-    def leftovers(self) -> list[Leftover]:
-        """List material outside the database without a version, or whose version is being made."""
+        :param now: in seconds since 1970.
+        """
+        with self._database.recording() as connection:
+            connection.execute(leftovers.insert().values(**dataclasses.asdict(leftover), announced=now))
+
+    def leftovers(self, before: int | None) -> list[Leftover]:
+        """List material outside the database without a version.
+
+        :param before: leaves out material announced later, in seconds since 1970: it may be being made.
+        """
         columns = (leftovers.c.name, leftovers.c.version, leftovers.c.key_type)
         with self._database.reading() as connection:
-            return [Leftover(*row) for row in connection.execute(sa.select(*columns))]
+            rows = connection.execute(sa.select(*columns).where(_left_over(before)))
+            return [Leftover(*row) for row in rows]
 
-    def is_left_over(self, leftover: Leftover) -> bool:
-        """Check that *leftover* is still listed, and neither a live nor a deleted key has the version."""
-        found = sa.select(leftovers.c.version).where(
-            *(leftovers.c[column] == value for column, value in _named(leftover).items()),
-            ~sa.exists().where(versions.c.name == leftover.name, versions.c.version == leftover.version),
-        )
-        with self._database.reading() as connection:
-            return connection.scalar(found) is not None
+    def dispose(self, leftover: Leftover, before: int | None, destroy: Callable[[], None]) -> None:
+        """Destroy leftover material, and remove it from the list; no version can take it up meanwhile.
 
-    def forget(self, leftover: Leftover) -> None:
-        """Remove destroyed material from the list."""
+        :param before: as for :meth:`leftovers`.
+        :param destroy: destroys the material, if it exists; called only while the material is left over.
+        """
+        found = sa.select(leftovers.c.version).where(_is(leftover), _left_over(before))
         with self._database.writing() as connection:
-            connection.execute(_leftover_of(leftover))
+            if connection.scalar(found) is not None:
+                destroy()
+                connection.execute(leftovers.delete().where(_is(leftover)))
 
     def key_types(self, name: str) -> frozenset[str]:
         """Return the types of a key's versions, live or deleted; empty if there is no such key."""
@@ -317,19 +335,28 @@ def _refuse_deleted(connection: Connection, name: str) -> None:
         )
 
 
-def _take_up(connection: Connection, records: Sequence[KeyVersion]) -> None:
-    """Add versions, and remove their material from the leftovers."""
-    for record in records:
-        connection.execute(_leftover_of(record))
-    connection.execute(versions.insert(), [_values(record) for record in records])
+def _take_up(connection: Connection, record: KeyVersion, *, announced: bool = False) -> None:
+    """Add a version, and remove its material from the leftovers.
+
+    :raise Refusal: When *announced* material is no longer listed, and therefore destroyed.
+    """
+    listed = connection.execute(leftovers.delete().where(_is(record))).rowcount
+    if announced and not listed:
+        raise unavailable("Making the key has taken too long; ask again.")
+    connection.execute(versions.insert().values(_values(record)))
 
 
-def _leftover_of(named: KeyVersion | Leftover) -> sa.Delete:
-    return leftovers.delete().where(leftovers.c.name == named.name, leftovers.c.version == named.version)
+def _is(named: KeyVersion | Leftover) -> sa.ColumnElement[bool]:
+    return sa.and_(leftovers.c.name == named.name, leftovers.c.version == named.version)
 
 
-def _named(leftover: Leftover) -> dict[str, str]:
-    return dataclasses.asdict(leftover)
+def _left_over(before: int | None) -> sa.ColumnElement[bool]:
+    """Whether neither a live nor a deleted key has the version, and no instance may be making it."""
+    same = sa.and_(versions.c.name == leftovers.c.name, versions.c.version == leftovers.c.version)
+    unused = ~sa.exists().where(same).correlate(leftovers)
+    if before is None:
+        return unused
+    return sa.and_(unused, sa.or_(leftovers.c.announced.is_(None), leftovers.c.announced <= before))
 
 
 def _values(record: KeyVersion) -> dict[str, object]:

@@ -12,29 +12,32 @@ from alembic import op
 revision = "0001"
 down_revision = None
 
+_NUMBER = sa.Integer().with_variant(sa.BigInteger(), "postgresql")
+_KEY_NAME = sa.String(127).with_variant(sa.String(127, collation="C"), "postgresql")
+
 
 def upgrade() -> None:
     _create(
         "keys",
-        sa.Column("name", sa.String(127), primary_key=True),
-        sa.Column("deleted", sa.Integer),
-        sa.Column("purge", sa.Integer),
+        sa.Column("name", _KEY_NAME, primary_key=True),
+        sa.Column("deleted", _NUMBER),
+        sa.Column("purge", _NUMBER),
         sa.Column("policy", sa.Text),
     )
     _create(
         "versions",
         sa.Column("sequence", sa.Integer, primary_key=True, autoincrement=True),
-        sa.Column("name", sa.String(127), sa.ForeignKey("keys.name", ondelete="CASCADE"), nullable=False),
+        sa.Column("name", _KEY_NAME, sa.ForeignKey("keys.name", ondelete="CASCADE"), nullable=False),
         sa.Column("version", sa.String(32), nullable=False),
         sa.Column("key_type", sa.String(16), nullable=False),
         sa.Column("n", sa.LargeBinary, nullable=False),
-        sa.Column("e", sa.Integer, nullable=False),
+        sa.Column("e", _NUMBER, nullable=False),
         sa.Column("operations", sa.Text, nullable=False),
         sa.Column("enabled", sa.Boolean, nullable=False),
-        sa.Column("not_before", sa.Integer),
-        sa.Column("expires", sa.Integer),
-        sa.Column("created", sa.Integer, nullable=False),
-        sa.Column("updated", sa.Integer, nullable=False),
+        sa.Column("not_before", _NUMBER),
+        sa.Column("expires", _NUMBER),
+        sa.Column("created", _NUMBER, nullable=False),
+        sa.Column("updated", _NUMBER, nullable=False),
         sa.Column("tags", sa.Text, nullable=False),
         sa.Column("stored", sa.LargeBinary, nullable=False),
         sa.UniqueConstraint("name", "version"),
@@ -42,7 +45,7 @@ def upgrade() -> None:
     )
     _create(
         "leftovers",
-        sa.Column("name", sa.String(127), primary_key=True),
+        sa.Column("name", _KEY_NAME, primary_key=True),
         sa.Column("version", sa.String(32), primary_key=True),
         sa.Column("key_type", sa.String(16), nullable=False),
     )
@@ -54,8 +57,8 @@ def upgrade() -> None:
         sa.Column("public_key", sa.Text, nullable=False),
         sa.Column("role", sa.String(32), nullable=False),
         sa.Column("enabled", sa.Boolean, nullable=False),
-        sa.Column("expires", sa.Integer),
-        sa.Column("created", sa.Integer, nullable=False),
+        sa.Column("expires", _NUMBER),
+        sa.Column("created", _NUMBER, nullable=False),
         sa.Column("created_by", sa.String(36)),
     )
     _create(
@@ -71,7 +74,7 @@ def upgrade() -> None:
     _create(
         "assertions",
         sa.Column("digest", sa.LargeBinary, primary_key=True),
-        sa.Column("expires", sa.Integer, nullable=False),
+        sa.Column("expires", _NUMBER, nullable=False),
     )
     op.create_index("assertions_by_expiry", "assertions", ["expires"], if_not_exists=True)
     _create(

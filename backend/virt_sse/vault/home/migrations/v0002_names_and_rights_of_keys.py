@@ -31,7 +31,11 @@ def upgrade() -> None:
             sa.ForeignKey("principals.client_id", ondelete="CASCADE"),
             primary_key=True,
         ),
-        sa.Column("key", sa.String(127), primary_key=True),
+        sa.Column(
+            "key",
+            sa.String(127).with_variant(sa.String(127, collation="C"), "postgresql"),
+            primary_key=True,
+        ),
         sa.Column("permission", sa.String(32), primary_key=True),
     )
     op.create_index("key_permissions_by_key", "key_permissions", ["key"])

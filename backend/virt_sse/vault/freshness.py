@@ -1,0 +1,58 @@
+"""How far the caches of an instance may be behind the changes of other instances."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from virt_sse.vault.home.database import Database
+
+FRESH_SECONDS = 0.25
+
+
+class Freshness:
+    """Drops an instance's caches after changes by other instances. Thread-safe.
+
+    A request answered after :meth:`check` knows every change committed :data:`FRESH_SECONDS` before. If the
+    database does not answer, the check fails, and so does the request: an instance that is cut off from the
+    database does not go on with a key that may be disabled.
+
+    :param forget: drop one cache each; the caches may have been filled before this call.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        forget: Sequence[Callable[[], None]],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._database = database
+        self._forget = forget
+        self._clock = clock
+        self._known: int | None = None
+        self._asked = float("-inf")
+        self._lock = threading.Lock()
+
+    @property
+    def due(self) -> bool:
+        """Whether :meth:`check` has to ask the database."""
+        return self._database.shared and self._clock() - self._asked >= FRESH_SECONDS
+
+    def check(self) -> None:
+        """Drop the caches if the database has changed; asks at most once in :data:`FRESH_SECONDS`.
+
+        :raise Refusal: When the database cannot be read.
+        """
+        if not self.due:
+            return
+        with self._lock:
+            if not self.due:  # another thread has just asked
+                return
+            asked = self._clock()
+            number = self._database.changes()
+            if number != self._known:
+                for forget in self._forget:
+                    forget()
+            self._known, self._asked = number, asked
