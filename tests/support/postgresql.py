@@ -15,14 +15,20 @@ from typing import Any
 import pytest
 
 from support.waiting import wait_until
+from virt_sse.lab.vaults import free_port
 from virt_sse.store.store import Store
+from virt_sse.system.files import write_private
 
 OWNER = "virt_sse"
 WITH_PASSWORD = "with_password"  # noqa: S105 -- the name of a role
 PASSWORD = "p%40ss-never-shown"  # noqa: S105 -- of a server in a temporary folder
 
-_HBA = f"local all {WITH_PASSWORD} scram-sha-256\nlocal all all trust\n"
+_HBA = (
+    f"local all {WITH_PASSWORD} scram-sha-256\nlocal all all trust\n"
+    f"hostssl all {WITH_PASSWORD} 127.0.0.1/32 scram-sha-256\n"
+)
 _SETTINGS = {
+    "port": "5432",
     "listen_addresses": "",
     "fsync": "off",
     "full_page_writes": "off",
@@ -51,6 +57,7 @@ class PostgresqlServer:
         self._programs = _programs()
         self._data = folder / "data"
         self._process: subprocess.Popen[bytes] | None = None
+        self._port = ""
         self._number = 0
         self._user: list[str] = []
         if os.geteuid() == 0:
@@ -71,9 +78,13 @@ class PostgresqlServer:
         """The server's log."""
         return (self.folder / "log").read_text()
 
-    def start(self) -> None:
-        """Start the server, and wait until the server answers."""
-        settings = _SETTINGS | {"unix_socket_directories": str(self.folder)}
+    def start(self, **settings: str) -> None:
+        """Start the server, and wait until the server answers.
+
+        :param settings: as in ``postgresql.conf``.
+        """
+        settings = _SETTINGS | {"unix_socket_directories": str(self.folder)} | settings
+        self._port = settings["port"]
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -107,6 +118,32 @@ class PostgresqlServer:
             return cursor.fetchall() if cursor.description else []
 
     @contextlib.contextmanager
+    def over_tls(self, certificate: bytes) -> Iterator[int]:
+        """Restart the server, with a free port of the loopback address and TLS, for the time of the block.
+
+        :param certificate: of the server, with its private key; PEM.
+        """
+        file = self._data / "server.pem"
+        write_private(file, certificate)
+        if os.geteuid() == 0:
+            user = pwd.getpwnam("postgres")
+            os.chown(file, user.pw_uid, user.pw_gid)
+        port = free_port()
+        self.stop()
+        self.start(
+            listen_addresses="127.0.0.1",
+            port=str(port),
+            ssl="on",
+            ssl_cert_file=file.name,
+            ssl_key_file=file.name,
+        )
+        try:
+            yield port
+        finally:
+            self.stop()
+            self.start()
+
+    @contextlib.contextmanager
     def database(self, *, template: str = "store_template") -> Iterator[str]:
         """The name of a new database, a copy of *template*: ``template0`` is empty."""
         self._number += 1
@@ -121,7 +158,9 @@ class PostgresqlServer:
     def _answers(self) -> bool:
         assert self._process is not None
         assert self._process.poll() is None, self.log
-        return not self._run("pg_isready", "--quiet", f"--host={self.folder}", check=False).returncode
+        return not self._run(
+            "pg_isready", "--quiet", f"--host={self.folder}", f"--port={self._port}", check=False
+        ).returncode
 
     def _run(self, program: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:
         done = subprocess.run(self._command(program, *arguments), capture_output=True, cwd="/")

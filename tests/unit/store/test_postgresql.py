@@ -8,14 +8,17 @@ import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from test_store import disk
 
 from support.postgresql import PASSWORD, WITH_PASSWORD, PostgresqlServer
 from virt_sse.errors import StoreError, StoreReadOnlyError, StoreUnavailableError
 from virt_sse.store import LazyStore
 from virt_sse.store.store import Store
+from virt_sse.vault.home.certificates import new_authority, new_server_certificate
 
 SSL_REQUEST = bytes.fromhex("00000008 04d2162f")
 """SSLRequest (PostgreSQL, "Message Formats")."""
@@ -148,3 +151,30 @@ def test_a_store_has_few_idle_sessions(postgresql: PostgresqlServer, database: s
         assert postgresql.execute(query) == [(1,)]
         idle = f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{database}' AND state = 'idle'"  # noqa: S608
         assert postgresql.execute(idle) == [(1,)]
+
+
+def test_a_server_has_to_prove_its_name_by_the_right_authority(
+    postgresql: PostgresqlServer, database: str, tmp_path: Path
+) -> None:
+    authority, key = new_authority("db")
+    good, wrong, missing = (tmp_path / name for name in ("good.pem", "wrong.pem", "missing.pem"))
+    good.write_bytes(authority)
+    wrong.write_bytes(new_authority("db")[0])
+    with postgresql.over_tls(new_server_certificate(authority, key, ("localhost",))) as port:
+        place = f"{WITH_PASSWORD}:{PASSWORD}@localhost:{port}/{database}"
+        for option in ("", "&sslmode=verify-full"):
+            with closing(Store(f"postgresql://{place}?sslrootcert={good}{option}")) as store:
+                with store._engine.connect() as connection:
+                    tls = connection.scalar(
+                        sa.text("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
+                    )
+                assert tls is True
+        refusals = {
+            f"{place}?sslrootcert={wrong}": "certificate verify failed",
+            f"{place}?sslrootcert={missing}": "missing.pem",
+            f"{place.replace('localhost', '127.0.0.1')}?sslrootcert={good}": "does not match host name",
+        }
+        for url, reason in refusals.items():
+            with pytest.raises(StoreUnavailableError, match=reason) as caught:
+                Store(f"postgresql://{url}")
+            assert "never-shown" not in str(caught.value)

@@ -1,0 +1,192 @@
+"""Two served instances of one vault in PostgreSQL, as clients and hosts see them."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import itertools
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from azure.keyvault.keys import KeyClient
+
+from support.customer_keys import RIGHTS, CustomerKeys
+from support.postgresql import PostgresqlServer
+from support.vault_tools import OAEP, Answer, Raw, new_name, sdk_options
+from support.waiting import wait_until
+from virt_sse.audit.log import AuditLog
+from virt_sse.lab.vaults import LabVault
+from virt_sse.model.keys import Dek, DekContext, KeyState
+from virt_sse.vault_client.administration import VaultClient
+from virt_sse.vault_client.credential import VaultCredential
+from virt_sse.vault_client.permissions import USE
+
+CONTEXT = DekContext(uuid.uuid4(), "service")
+DEK = base64.urlsafe_b64encode(bytes(64)).decode().rstrip("=")
+OFTEN = ("--upkeep-seconds", "0.2", "--shortest-rotation", "1")
+
+
+@pytest.fixture(scope="module")
+def pair(postgresql: PostgresqlServer) -> Iterator[tuple[LabVault, LabVault]]:
+    """Two instances, whose administrator may use keys."""
+    with (
+        postgresql.database(template="template0") as name,
+        LabVault(database=postgresql.url(name), arguments=OFTEN) as a,
+        LabVault(instance_of=a, arguments=OFTEN) as b,
+    ):
+        with VaultClient(a.administrator_path) as client:
+            client.grant("administrator", USE)
+        yield a, b
+
+
+@pytest.fixture(scope="module")
+def token(pair: tuple[LabVault, LabVault]) -> str:
+    """A token of the first instance."""
+    return VaultCredential(pair[0].administrator_path).token()
+
+
+def wrap(raw: Raw, key: str) -> Answer:
+    return raw("POST", f"{key}/wrapkey", {"alg": OAEP, "value": DEK})
+
+
+def seconds_until(raw: Raw, key: str, status: int) -> float:
+    """How long an instance takes to answer wraps with another status."""
+    return wait_until(lambda: wrap(raw, key).status == status, f"a wrap is answered {status}")
+
+
+def test_a_stock_client_disables_a_key_at_both_instances(
+    pair: tuple[LabVault, LabVault], token: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = pair
+    credential = VaultCredential(a.administrator_path)
+    with KeyClient(a.url, credential, **sdk_options(credential)) as client, Raw(b, token) as at_b:
+        name = new_name()
+        made = client.create_rsa_key(name, size=2048)
+        key = f"/keys/{name}/{made.properties.version}"
+        assert wrap(at_b, key).status == 200
+        slowest = 0.0
+        for _ in range(5):
+            client.update_key_properties(name, enabled=False)
+            slowest = max(slowest, seconds_until(at_b, key, 403))
+            client.update_key_properties(name, enabled=True)
+            seconds_until(at_b, key, 200)
+        with capsys.disabled():
+            print(f"\na disabled key is refused by the other instance after {slowest:.3f} s at most")  # noqa: T201
+        assert slowest < 1
+    logs = [AuditLog(vault.directory / "audit.jsonl") for vault in pair]
+    assert all(log.verify().broken is None for log in logs)
+    wraps = [sum(record.key.endswith(name) for record in log.records()) for log in logs]
+    assert all(wraps)
+
+
+def test_a_policy_rotates_once_for_all_instances(pair: tuple[LabVault, LabVault], token: str) -> None:
+    name = new_name()
+    with Raw(pair[1], token) as raw:
+        assert raw("POST", f"/keys/{name}/create", {"kty": "RSA"}).status == 200
+        action = {"trigger": {"timeAfterCreate": "PT3S"}, "action": {"type": "Rotate"}}
+        assert raw("PUT", f"/keys/{name}/rotationpolicy", {"lifetimeActions": [action]}).status == 200
+
+        def versions() -> list[int]:
+            found = raw("GET", f"/keys/{name}/versions").body["value"]
+            return sorted(each["attributes"]["created"] for each in found)
+
+        wait_until(lambda: len(versions()) >= 3, "the key has been rotated twice")
+        assert raw("DELETE", f"/keys/{name}").status == 200
+        assert raw("POST", f"/deletedkeys/{name}/recover").status == 200
+        created = versions()
+        assert all(later - earlier >= 3 for earlier, later in itertools.pairwise(created))
+        assert raw("DELETE", f"/keys/{name}").status == 200
+
+
+class Promises:
+    """Changes at an instance, each in turn, and what the instance said it had stored.
+
+    :ivar tags: the last tag of each key, by the key's path.
+    """
+
+    def __init__(self, vault: LabVault, token: str) -> None:
+        self.tags: dict[str, int] = {}
+        self.enough = threading.Event()
+        self._vault, self._token = vault, token
+        self._threads = [threading.Thread(target=self._change) for _ in range(4)]
+        for thread in self._threads:
+            thread.start()
+
+    def _change(self) -> None:
+        try:
+            with Raw(self._vault, self._token) as raw:
+                path = f"/keys/{new_name()}"
+                for number in range(1000):
+                    if number % 3 == 0:
+                        done = raw("POST", f"{path}/create", {"kty": "RSA", "tags": {"n": str(number)}})
+                    elif number % 3 == 1:
+                        done = raw("POST", f"{path}/rotate", {})
+                        number -= 1  # a rotation keeps the tags
+                    else:
+                        done = raw("PATCH", path, {"tags": {"n": str(number)}})
+                    if done.status == 200:
+                        self.tags[path] = number
+                    if number == 6:
+                        self.enough.set()
+        except (OSError, http.client.HTTPException, ValueError):
+            return  # the instance was killed in the midst of an answer
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(30)
+
+
+def test_a_killed_instance_has_kept_its_promises_and_the_other_goes_on(
+    pair: tuple[LabVault, LabVault], token: str
+) -> None:
+    a, b = pair
+    promises = Promises(a, token)
+    assert promises.enough.wait(30)
+    a.kill()
+    promises.join()
+    try:
+        with Raw(b, token) as raw:
+            began = time.monotonic()
+            assert raw("POST", f"/keys/{new_name()}/create", {"kty": "RSA"}).status == 200  # no lock is left
+            assert time.monotonic() - began < 8
+            for path, tag in promises.tags.items():
+                # The change after the last one promised may have been stored, too.
+                assert int(raw("GET", path).body["tags"]["n"]) - tag in (0, 1, 2)
+    finally:
+        a.start()
+    with Raw(a, token) as raw:
+        assert raw("GET", next(iter(promises.tags))).status == 200
+    assert AuditLog(a.directory / "audit.jsonl").verify().broken is None
+
+
+def test_a_host_uses_the_instance_that_answers_and_a_lost_database_is_no_revocation(
+    pair: tuple[LabVault, LabVault], postgresql: PostgresqlServer, tmp_path: Path
+) -> None:
+    a, b = pair
+    with CustomerKeys(a, tmp_path / "identities") as keys:
+        addresses = {a.url: [a.url, b.url]}
+        provider = keys.open_provider(keys.new_identity(*RIGHTS), addresses=addresses)
+        key = provider.current_key(keys.new_key())
+        dek = Dek.generate()
+        wrapped = provider.wrap(dek, key, context=CONTEXT)
+        a.kill()
+        try:
+            assert provider.unwrap(wrapped, context=CONTEXT) == dek
+            assert provider.key_state(key) is KeyState.ENABLED
+        finally:
+            a.start()
+        postgresql.stop()
+        try:
+            wait_until(
+                lambda: provider.key_state(key) is KeyState.UNREACHABLE, "the loss of the database is noticed"
+            )
+        finally:
+            postgresql.start()
+        assert provider.unwrap(wrapped, context=CONTEXT) == dek
+        keys.enable(key, enabled=False)
+        wait_until(lambda: provider.key_state(key) is KeyState.DISABLED, "the key is disabled")
+    assert "Traceback" not in a.log_path.read_text() + b.log_path.read_text()
