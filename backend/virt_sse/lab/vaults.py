@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import secrets
 import select
 import signal
 import socket
@@ -205,11 +204,11 @@ class LabVault:
 
     def _import_root(self, other: LabVault) -> None:
         from virt_sse.vault.home.layout import VaultDirectory
-        from virt_sse.vault.root_export import Passphrase, export_root, import_root
+        from virt_sse.vault.root_export import Recipient, export_root, import_root
 
-        file, passphrase = self.directory.parent / "root", Passphrase(secrets.token_hex(16))
-        export_root(VaultDirectory(other.directory), file, passphrase)
-        import_root(file, self.directory, passphrase)
+        file, recipient = self.directory.parent / "root", Recipient.new_key_pair()
+        export_root(VaultDirectory(other.directory), file, recipient)
+        import_root(file, self.directory, recipient)
         file.unlink()
 
     def _end(self, number: signal.Signals) -> None:

@@ -18,39 +18,37 @@ class Freshness:
     database does not answer, the check fails, and so does the request: an instance that is cut off from the
     database does not go on with a key that may be disabled.
 
+    :ivar shared: whether there may be other instances.
     :param forget: drop one cache each; the caches may have been filled before this call.
     """
 
-    def __init__(
-        self,
-        database: Database,
-        forget: Sequence[Callable[[], None]],
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, database: Database, forget: Sequence[Callable[[], None]]) -> None:
+        self.shared = database.shared
         self._database = database
         self._forget = forget
-        self._clock = clock
         self._known: int | None = None
         self._asked = float("-inf")
         self._lock = threading.Lock()
 
-    @property
-    def due(self) -> bool:
+    def due(self, since: float | None = None) -> bool:
         """Whether :meth:`check` has to ask the database."""
-        return self._database.shared and self._clock() - self._asked >= FRESH_SECONDS
+        if since is None:
+            since = time.monotonic() - FRESH_SECONDS
+        return self.shared and self._asked < since
 
-    def check(self) -> None:
-        """Drop the caches if the database has changed; asks at most once in :data:`FRESH_SECONDS`.
+    def check(self, since: float | None = None) -> None:
+        """Drop the caches if the database has changed.
 
+        :param since: asks the database unless it was asked after this time, on the monotonic clock; by
+            default :data:`FRESH_SECONDS` ago.
         :raise Refusal: When the database cannot be read.
         """
-        if not self.due:
+        if not self.due(since):
             return
         with self._lock:
-            if not self.due:  # another thread has just asked
+            if not self.due(since):  # another thread has just asked
                 return
-            asked = self._clock()
+            asked = time.monotonic()
             number = self._database.changes()
             if number != self._known:
                 for forget in self._forget:

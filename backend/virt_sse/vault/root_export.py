@@ -132,6 +132,12 @@ class Recipient:
     lock = "recipient"
 
     @classmethod
+    def new_key_pair(cls) -> Recipient:
+        """Make a key pair."""
+        key = X25519PrivateKey.generate()
+        return cls(key.public_key(), key)
+
+    @classmethod
     def read_public(cls, path: Path) -> Recipient:
         """Read a public key in PEM.
 
@@ -247,10 +253,10 @@ def _opened(file: Path, secret: Secret) -> _Content:
     except DocumentError as exc:
         raise VaultError(f"{file} is no export of a vault's root key: {exc}") from exc
     if document.lock != secret.lock:
-        raise VaultError(
-            f"{file} is encrypted for a {document.lock}, not for a {secret.lock}",
-            hint="--identity names the recipient's private key" if document.lock == "recipient" else None,
-        )
+        expected = "for a recipient, not under a passphrase"
+        if secret.lock == "recipient":
+            expected = "under a passphrase, not for a recipient"
+        raise VaultError(f"{file} is encrypted {expected}")
     try:
         plaintext = Sealer(AESGCM(secret.derived(document.salt))).open(document.sealed, document.context())
         return from_json(plaintext, _Content)

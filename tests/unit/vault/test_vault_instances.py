@@ -27,7 +27,7 @@ from virt_sse.vault.identity.tokens import ASSERTION_TYPE, GRANT, OAuthError
 from virt_sse.vault.initialise import initialise
 from virt_sse.vault.keys.records import NewKey
 from virt_sse.vault.refusals import Refusal
-from virt_sse.vault.root_export import Passphrase, export_root, import_root
+from virt_sse.vault.root_export import Recipient, export_root, import_root
 from virt_sse.vault.trail import Trail
 from virt_sse.vault.upkeep import upkeep
 from virt_sse.vault.vault import Vault, open_vault
@@ -35,7 +35,9 @@ from virt_sse.vault_client.credential_file import CredentialFile, new_assertion_
 from virt_sse.vault_client.permissions import Permission, Role
 
 RACES = 5
-SECRET = Passphrase("a passphrase of a test")
+MOMENT = 5
+"""In seconds: 0.25 are promised, and a busy machine may take its time."""
+SECRET = Recipient.new_key_pair()
 FOUR_DAYS = {
     "lifetimeActions": [{"trigger": {"timeAfterCreate": "P4D"}, "action": {"type": "Rotate"}}],
 }
@@ -45,6 +47,11 @@ def instance_of(directory: VaultDirectory, path: Path) -> VaultDirectory:
     """A further instance of a vault."""
     export_root(directory, path.with_suffix(".root"), SECRET)
     return import_root(path.with_suffix(".root"), path, SECRET)
+
+
+def database_of(directory: VaultDirectory) -> str:
+    """The name of a vault's database."""
+    return (directory.settings().database or "").split("/")[3].split("?")[0]
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +124,11 @@ def test_a_change_at_one_instance_holds_at_the_other_within_a_second(pair: tuple
     sealed = one.keys.encrypt("wrapKey", name, version, OAEP, b"dek")[1]
     assert other.keys.decrypt("unwrapKey", name, version, OAEP, sealed)[1] == b"dek"
     one.keys.update(name, version, attributes={"enabled": False}, operations=None, tags=None)
-    assert seconds_until_refused(other, wrap) < 1
+    assert seconds_until_refused(other, wrap) < MOMENT
     one.keys.update(name, version, attributes={"enabled": True}, operations=None, tags=None)
-    time.sleep(0.3)
-    other.freshness.check()
-    wrap()
+    wrap()  # at once: a refusal never rests on a cache
     one.keys.delete(name)
-    assert seconds_until_refused(other, wrap) < 1
+    assert seconds_until_refused(other, wrap) < MOMENT
     one.keys.purge(name)
     with pytest.raises(Refusal, match="was not found"):
         other.keys.get_deleted(name)
@@ -158,11 +163,10 @@ def test_tokens_and_permissions_hold_at_both_instances(
             raise Refusal(403, "Forbidden", "no permission")
 
     one.principals.grant(made, [Permission.WRAP_KEY])
-    time.sleep(0.3)
-    other.freshness.check()
+    other.freshness.check(time.monotonic())
     require()
     one.principals.revoke_all(made)
-    assert seconds_until_refused(other, require) < 1
+    assert seconds_until_refused(other, require) < MOMENT
 
 
 def test_a_race_for_a_name_has_one_winner(pair: tuple[Vault, Vault]) -> None:
@@ -279,9 +283,8 @@ def test_a_lost_database_refuses_requests_until_it_returns(
     one.keys.create(name, "RSA", 2048, NewKey())
     postgresql.stop()
     try:
-        time.sleep(0.3)
         with pytest.raises(Refusal, match="cannot read or write its database now") as refused:
-            one.freshness.check()
+            one.freshness.check(time.monotonic())
         assert refused.value.status == 503
         upkeep(one, Trail(Records()))  # goes on, and says so in the log
     finally:
@@ -307,8 +310,7 @@ def test_an_instance_that_stops_in_a_transaction_delays_changes_and_no_use(
     stopped.start()
     try:
         assert entered.wait(20)
-        time.sleep(0.3)
-        other.freshness.check()
+        other.freshness.check(time.monotonic())
         assert other.keys.encrypt("wrapKey", name, "", OAEP, b"dek")
         leave.set()
         other.keys.update(name, "", attributes={"enabled": False}, operations=None, tags=None)
@@ -338,7 +340,7 @@ def test_a_standby_is_refused(
     postgresql: PostgresqlServer, folders: tuple[VaultDirectory, VaultDirectory]
 ) -> None:
     """There, a disabled key might still be enabled."""
-    name = (folders[0].settings().database or "").split("/")[3].split("?")[0]
+    name = database_of(folders[0])
     postgresql.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
     try:
         with pytest.raises(VaultError, match="read-only"), open_vault(folders[0], Records()):
@@ -354,6 +356,20 @@ def test_backups_are_refused_and_name_the_other_way(
         with pytest.raises(VaultError, match=instead) as refused:
             command(folders[0], tmp_path / "backup")
         assert "export-root" in (refused.value.hint or "")
+
+
+def test_a_public_key_exchanged_in_the_database_wraps_nothing(
+    postgresql: PostgresqlServer, pair: tuple[Vault, Vault], folders: tuple[VaultDirectory, VaultDirectory]
+) -> None:
+    one, other = new_name(), new_name()
+    for name in (one, other):
+        pair[0].keys.create(name, "RSA", 2048, NewKey())
+    postgresql.execute(
+        f"UPDATE versions SET n = (SELECT n FROM versions WHERE name = '{other}') WHERE name = '{one}'",  # noqa: S608
+        database_of(folders[0]),
+    )
+    with pytest.raises(VaultError, match="another key's public key"):
+        pair[1].keys.encrypt("wrapKey", one, "", OAEP, b"dek")
 
 
 # --- A new vault in PostgreSQL

@@ -80,6 +80,9 @@ class VaultSettings(
     hsm: HsmSettings | None = msgspec.field(default=None, name="token")
     database: str | None = None
 
+    def __repr__(self) -> str:
+        return f"VaultSettings({self.name!r} at {self.url!r})"  # the database's URL may have a password
+
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
             raise InvalidValueError(

@@ -181,6 +181,10 @@ class _HsmKey(KeyMaterial):
     name: str
     version: str
 
+    @property
+    def public(self) -> PublicKey:
+        return _public(self.key)
+
     def decrypt(self, ciphertext: bytes, algorithm: str) -> bytes:
         return self._ask(lambda token: token.oaep_decrypt(self.key, ciphertext, _HASHES[algorithm]))
 

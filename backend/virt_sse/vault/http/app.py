@@ -7,10 +7,12 @@ request is not read.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
@@ -113,13 +115,14 @@ class VaultApplication:
         app.router.redirect_slashes = False
         return app
 
-    async def refresh(self) -> None:
+    async def refresh(self, since: float | None = None) -> None:
         """Take note of changes by other instances, before a request.
 
+        :param since: as for :meth:`~virt_sse.vault.freshness.Freshness.check`.
         :raise Refusal: When the database cannot be read.
         """
-        if self.vault.freshness.due:
-            await _run(self.quick, self.vault.freshness.check)
+        if self.vault.freshness.due(since):
+            await _run(self.quick, partial(self.vault.freshness.check, since))
 
     async def _health(self, _request: Request) -> Response:
         """Tell a balancer whether this instance can serve: 503 without its database."""
@@ -167,8 +170,7 @@ class _Endpoint:
         if token is None:
             raise unauthorized("An access token is required.")
         try:
-            await self._application.refresh()
-            principal = self._principal(token)
+            principal = await self._caller(token, scope["path_params"].get("name", ""))
             request = request.by(principal)
             self._permit(principal, scope["path_params"].get("name", ""))
             query = dict(parse_qsl(scope["query_string"].decode("latin-1")))
@@ -189,6 +191,21 @@ class _Endpoint:
         )
         pool = self._application.slow if self._operation.slow else self._application.quick
         return await _run(pool, partial(self._perform, request, call))
+
+    async def _caller(self, authorization: str, key: str) -> Principal:
+        """The principal of an access token.
+
+        An instance that has not heard of the principal, or of its permission, asks the database before it
+        refuses: another instance may just have created or granted it. Management knows all earlier changes.
+        """
+        began = time.monotonic()
+        await self._application.refresh(None if self._operation.is_azures else began)
+        with contextlib.suppress(Refusal):
+            principal = self._principal(authorization)
+            if self._operation.permission is None or principal.may(self._operation.permission, key):
+                return principal
+        await self._application.refresh(began)
+        return self._principal(authorization)
 
     def _principal(self, authorization: str) -> Principal:
         token = bearer(authorization)
@@ -264,7 +281,7 @@ class _TokenEndpoint:
             raise OAuthError(400, "invalid_request", "the request is not a form") from None
         form = {name: values[0] for name, values in fields.items() if len(values) == 1}
         try:
-            self._application.vault.freshness.check()
+            self._application.vault.freshness.check(time.monotonic())
             principal, answer = self._application.vault.tokens.issue(form)
         except OAuthError as error:
             trail.refused(request, Refusal(error.status, error.error, error.description))

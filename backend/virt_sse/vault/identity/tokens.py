@@ -161,8 +161,8 @@ class TokenIssuer:
         claims = {
             "aud": self._settings.audience,
             "iss": self._settings.issuer,
-            "iat": now,
-            "nbf": now,
+            "iat": now - _SKEW_SECONDS,  # as in Azure: another instance's clock may be behind
+            "nbf": now - _SKEW_SECONDS,
             "exp": now + self._seconds,
             "jti": secrets.token_hex(16),
             "tid": self._settings.tenant,

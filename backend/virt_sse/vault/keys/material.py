@@ -66,6 +66,11 @@ class PublicKey:
 class KeyMaterial(ABC):
     """One version of a key, open for use. Thread-safe."""
 
+    @property
+    @abstractmethod
+    def public(self) -> PublicKey:
+        """The public key that belongs to the material."""
+
     @abstractmethod
     def decrypt(self, ciphertext: bytes, algorithm: str) -> bytes:
         """Decrypt *ciphertext*.
@@ -141,6 +146,11 @@ def private_key(numbers: rsa.RSAPrivateNumbers) -> rsa.RSAPrivateKey:
 @dataclass(frozen=True, slots=True, eq=False)
 class _SoftwareKey(KeyMaterial):
     private: rsa.RSAPrivateKey = field(repr=False)
+
+    @property
+    def public(self) -> PublicKey:
+        numbers = self.private.public_key().public_numbers()
+        return PublicKey(numbers.n, numbers.e)
 
     def decrypt(self, ciphertext: bytes, algorithm: str) -> bytes:
         try:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+from virt_sse.errors import VaultError
 from virt_sse.vault.home.settings import Tier, VaultSettings
 from virt_sse.vault.keys.disposal import Disposal
 from virt_sse.vault.keys.material import ALGORITHMS, KEY_SIZES, Protection, PublicKey, private_key
@@ -257,13 +258,19 @@ class KeyService:
             )
         check_name(name)
         check_version(version)
-        key = self._opened.get(
-            name.lower(), version, lambda: self._open(self._store.get(self.named(name), version))
-        )
+        key = self._opened_key(name, version)
+        if self._refusal_of(operation, key.record) is not None:
+            self._opened.forget(name.lower())  # another instance may just have enabled the key
+            key = self._opened_key(name, version)
         refusal = self._refusal_of(operation, key.record)
         if refusal is not None:
             raise refusal
         return key
+
+    def _opened_key(self, name: str, version: str) -> OpenedKey:
+        return self._opened.get(
+            name.lower(), version, lambda: self._open(self._store.get(self.named(name), version))
+        )
 
     def _refusal_of(self, operation: str, record: KeyVersion) -> Refusal | None:
         attributes = record.attributes
@@ -291,7 +298,12 @@ class KeyService:
 
     def _open(self, record: KeyVersion) -> OpenedKey:
         backend = self._backend_of(record.key_type)
-        return OpenedKey(record, backend.open(record.stored, record.name, record.version))
+        material = backend.open(record.stored, record.name, record.version)
+        if material.public != record.public:  # who writes to the database would read what the key wraps
+            raise VaultError(
+                f"key {record.name}/{record.version} has another key's public key in the database"
+            )
+        return OpenedKey(record, material)
 
     def _require(self, record: KeyVersion) -> None:
         """Check that a version from a backup can be used."""
