@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from virt_sse.cli import session
-from virt_sse.errors import InvalidValueError
-from virt_sse.system.database_url import has_password
+from virt_sse.system.database_url import refuse_password
 
 if TYPE_CHECKING:
     from virt_sse.vault_client.administration import VaultClient
@@ -55,11 +54,8 @@ def database_url(given: str | None) -> str | None:
 
     :raise InvalidValueError: When *given* has a password, which other users could see.
     """
-    if given is not None and has_password(given):
-        raise InvalidValueError(
-            "a password on the command line is visible to other users",
-            hint="keep the password in a file, and name the file: …?passfile=/etc/virt-sse/pgpass",
-        )
+    if given is not None:
+        refuse_password(given)
     return given
 
 

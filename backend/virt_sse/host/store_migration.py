@@ -21,7 +21,7 @@ from virt_sse.model.hosts import HostState
 from virt_sse.store import LazyStore, ownership
 from virt_sse.store.copying import TableContent, move, moved_contents, settle_copy
 from virt_sse.store.engine import parsed_url
-from virt_sse.system.database_url import has_password
+from virt_sse.system.database_url import refuse_password
 
 
 def _refuse_agents(config: Config) -> None:
@@ -50,11 +50,7 @@ def migrate_store(config: Config, target_url: str) -> Mapping[str, TableContent]
     :raise InvalidValueError: When *target_url* has a password, which other users could see, or is the store.
     :raise StoreError: When a database fails, or the new database has rows of another store.
     """
-    if has_password(target_url):
-        raise InvalidValueError(
-            "a password on the command line is visible to other users",
-            hint="keep the password in a file, and name the file: …?passfile=/etc/virt-sse/pgpass",
-        )
+    refuse_password(target_url)
     place = ownership.described(parsed_url(target_url))
     if ownership.described(parsed_url(config.store_url)) == place:
         raise InvalidValueError(f"the store is the {place} already")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from virt_sse.errors import InvalidValueError
+
 _SQLITE = "sqlite:///"
 _POSTGRESQL = re.compile(r"postgresql(\+\w+)?://")
 _PASSWORD = re.compile(r"[\w+]+://[^:/]*:[^@]+@|.*[?&](ssl)?password=", re.IGNORECASE)
@@ -22,3 +24,15 @@ def is_postgresql(url: str) -> bool:
 def has_password(url: str) -> bool:
     """Whether *url* contains a password, before the host or among the options; errs towards true."""
     return not url.startswith("sqlite:") and _PASSWORD.match(url) is not None
+
+
+def refuse_password(url: str) -> None:
+    """Refuse a URL from a command line with a password.
+
+    :raise InvalidValueError: When *url* has a password.
+    """
+    if has_password(url):
+        raise InvalidValueError(
+            "a password on the command line is visible to other users",
+            hint="keep the password in a file, and name the file: …?passfile=/etc/virt-sse/pgpass",
+        )

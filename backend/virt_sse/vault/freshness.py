@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 from virt_sse.vault.home.database import Database
+from virt_sse.vault.refusals import FailureRefusal
+
+_log = logging.getLogger(__name__)
+
+LOGGER = _log.name
 
 FRESH_SECONDS = 0.25
 
@@ -49,7 +55,11 @@ class Freshness:
             if not self.due(since):  # another thread has just asked
                 return
             asked = time.monotonic()
-            number = self._database.changes()
+            try:
+                number = self._database.changes()
+            except FailureRefusal as refusal:
+                _log.error("no request is served: %s", refusal.detail)
+                raise
             if number != self._known:
                 for forget in self._forget:
                     forget()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import uuid
 from collections.abc import Callable
@@ -49,3 +50,5 @@ def _attempt(
         trail.allowed(request, made.version if made else None)
     except Refusal as refusal:
         _log.warning("cannot %s key %s: %s", action, name, refusal.message)
+        with contextlib.suppress(Refusal):  # the log has been written to just before
+            trail.refused(request, refusal)

@@ -46,7 +46,10 @@ class Database:
     """
 
     def __init__(self, url: str, *, create: bool = False) -> None:
-        parsed = make_url(url)
+        try:
+            parsed = make_url(url)
+        except (sa.exc.ArgumentError, ValueError):
+            raise VaultError("invalid URL of the vault's database") from None  # it may have a password
         self.shared = parsed.drivername != "sqlite"
         named = "the vault's database" if self.shared else parsed.database
         try:

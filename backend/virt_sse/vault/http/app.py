@@ -178,8 +178,6 @@ class _Endpoint:
                 _check_api_version(query)
             body = await read_body(receive, headers, self._operation.body_limit)
         except Refusal as refusal:
-            if isinstance(refusal, FailureRefusal):
-                _log.error("%s", refusal.detail)
             await _run(self._application.quick, partial(self._application.trail.refused, request, refusal))
             raise
         call = Call(

@@ -16,7 +16,7 @@ import uvicorn
 from virt_sse.audit.log import AuditLog
 from virt_sse.errors import VaultError
 from virt_sse.system.files import write_private
-from virt_sse.vault import trail
+from virt_sse.vault import freshness, trail
 from virt_sse.vault.home.certificates import needs_renewal, new_server_certificate
 from virt_sse.vault.home.layout import VaultDirectory
 from virt_sse.vault.home.settings import VaultSettings, url_of
@@ -35,7 +35,7 @@ _BACKLOG = 2048
 _GRACE_SECONDS = 10
 _FLUSH_SECONDS = 0.05
 _UPKEEP_SECONDS = 30.0
-_LIMITED_LOGGERS = ("uvicorn.error", trail.LOGGER, connections.LOGGER, __name__)
+_LIMITED_LOGGERS = ("uvicorn.error", trail.LOGGER, connections.LOGGER, freshness.LOGGER, __name__)
 """Strangers can cause lines of these loggers."""
 DEFAULT_HOST = "127.0.0.1"
 
