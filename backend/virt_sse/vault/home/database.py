@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ _DEVELOPMENT_SCHEMAS = range(3)
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_TIMEOUT_SECONDS = 10
-_IDLE_SECONDS = 15
+_IDLE_SECONDS = 5
 _SQLITE_CONNECTIONS, _POSTGRESQL_CONNECTIONS = 16, 4
 
 
@@ -51,6 +52,7 @@ class Database:
         except (sa.exc.ArgumentError, ValueError):
             raise VaultError("invalid URL of the vault's database") from None  # it may have a password
         self.shared = parsed.drivername != "sqlite"
+        self._turns = threading.Lock()
         named = "the vault's database" if self.shared else parsed.database
         try:
             self._engine = _postgresql(parsed) if self.shared else _sqlite(parsed, create=create)
@@ -76,7 +78,7 @@ class Database:
 
         :raise Refusal: When the database cannot be written, for example because the disk is full.
         """
-        with self._refusing(), self._engine.begin() as connection:
+        with self._turn(), self._refusing(), self._engine.begin() as connection:
             if self.shared:
                 connection.execute(changes.update().values(number=changes.c.number + 1))
             yield connection
@@ -111,6 +113,18 @@ class Database:
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Let one change of this instance wait for the lock: if the instance stops, its other changes have no
+        sessions whose time limits would follow each other.
+        """
+        if not self._turns.acquire(timeout=_BUSY_TIMEOUT_SECONDS):
+            raise DatabaseRefusal("another change takes too long")
+        try:
+            yield
+        finally:
+            self._turns.release()
 
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:
