@@ -91,8 +91,10 @@ vault access list
 vault access remove host-1
 vault access set host-1 use
 vault backup /mnt/backup/vault.sqlite
+vault export-root root.export --recipient vault-2.pem
 vault hsm add --hsm-uri pkcs11:token=vault --hsm-pin-file /etc/virt-sse/pin
 vault hsm unlock
+vault import-root root.export --identity vault-2.key --host vault-2.example.org
 vault init --name payroll --host vault.example.org
 vault principal create auditor --file auditor.json --role auditor
 vault principal delete auditor

@@ -44,7 +44,7 @@ class KeyStore:
                 raise conflict(f"A key named {present} was made meanwhile.", "KeyAlreadyExists")
             if present is None:
                 connection.execute(keys.insert().values(name=record.name))
-            _take_up(connection, record, announced=announced)
+            _take_up(connection, [record], announced=announced)
         return record
 
     def add_rotated(
@@ -64,7 +64,7 @@ class KeyStore:
         with self._database.writing() as connection:
             newest = _live(connection, name, "")
             record = rotated(newest, _policy(connection, name))
-            _take_up(connection, record, announced=announced)
+            _take_up(connection, [record], announced=announced)
         return record
 
     def restore(
@@ -83,7 +83,7 @@ class KeyStore:
             connection.execute(keys.insert().values(name=name, policy=policy))
             for record in records:
                 check(record)
-                _take_up(connection, record)
+            _take_up(connection, records)
 
     def present_name(self, name: str) -> str | None:
         """The name of the key, live or deleted, that differs from *name* in case at most."""
@@ -335,15 +335,16 @@ def _refuse_deleted(connection: Connection, name: str) -> None:
         )
 
 
-def _take_up(connection: Connection, record: KeyVersion, *, announced: bool = False) -> None:
-    """Add a version, and remove its material from the leftovers.
+def _take_up(connection: Connection, records: Sequence[KeyVersion], *, announced: bool = False) -> None:
+    """Add versions, and remove their material from the leftovers.
 
     :raise Refusal: When *announced* material is no longer listed, and therefore destroyed.
     """
-    listed = connection.execute(leftovers.delete().where(_is(record))).rowcount
-    if announced and not listed:
-        raise unavailable("Making the key has taken too long; ask again.")
-    connection.execute(versions.insert().values(_values(record)))
+    for record in records:
+        listed = connection.execute(leftovers.delete().where(_is(record))).rowcount
+        if announced and not listed:
+            raise unavailable("Making the key has taken too long; ask again.")
+    connection.execute(versions.insert(), [_values(record) for record in records])
 
 
 def _is(named: KeyVersion | Leftover) -> sa.ColumnElement[bool]:
