@@ -33,6 +33,11 @@ def initialise(host: Host) -> list[str]:
     """
     made = []
     config, store = host.config, host.store
+    folder = configuration_folder(config)
+    with _naming(folder):
+        if not folder.exists():
+            private_folder(folder)
+            made.append(f"folder {folder} for configuration and credentials")
     provider = host.plugins.key_provider(PLATFORM_KEY.provider)
     in_use = [*(key for key, _ in store.keys_in_use()), *store.vms.keys_in_use()]
     if any(key.provider == PLATFORM_KEY.provider for key in in_use):
@@ -59,6 +64,11 @@ def initialise(host: Host) -> list[str]:
         if (config.root / APPARMOR_ABSTRACTION).exists() and _allow(local, config.socket_directory):
             made.append(f"AppArmor rule in {local}")
     return made
+
+
+def configuration_folder(config: Config) -> Path:
+    """The folder of ``config.toml`` and of the credentials that a key administrator hands out."""
+    return config.root / "etc/virt-sse"
 
 
 def hook_marker(config: Config) -> Path:

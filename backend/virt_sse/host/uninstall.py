@@ -12,7 +12,7 @@ from pathlib import Path
 from virt_sse.agent_client import ask
 from virt_sse.config import Config
 from virt_sse.errors import AgentUnavailableError, ConfigError, DiskInUseError
-from virt_sse.host.setup import APPARMOR_LOCAL, apparmor_rule, hook_marker
+from virt_sse.host.setup import APPARMOR_LOCAL, apparmor_rule, configuration_folder, hook_marker
 from virt_sse.keys.host import Host
 from virt_sse.libvirt import domains
 from virt_sse.libvirt.connection import connected
@@ -67,7 +67,7 @@ def refuse_if_needed(host: Host, *, keep_disks: bool) -> None:
 
 
 def installed_parts(config: Config) -> Iterator[InstalledPart]:
-    """What is installed: libvirt hook, AppArmor rule, library for guests. The hooks of others stay."""
+    """What is installed: hook, AppArmor rule, library for guests, empty folder. The hooks of others stay."""
     hook, local, library = config.hook_path, config.root / APPARMOR_LOCAL, config.guest_library
     if hook.exists():
         yield InstalledPart(f"libvirt hook {hook}", lambda: _unlink(hook))
@@ -78,6 +78,9 @@ def installed_parts(config: Config) -> Iterator[InstalledPart]:
         yield InstalledPart(f"AppArmor rule in {local}", lambda: _remove_rule(config, local))
     if library.path.exists() or library.is_wanted:
         yield InstalledPart(f"library {library.path}", library.remove)
+    folder = configuration_folder(config)
+    if folder.is_dir() and not any(folder.iterdir()):
+        yield InstalledPart(f"empty folder {folder}", folder.rmdir)
 
 
 def remaining(host: Host) -> Iterator[str]:
@@ -89,7 +92,7 @@ def remaining(host: Host) -> Iterator[str]:
     for path, what in (
         (config.state_directory, "keys, store and records"),
         (config.log_directory, "audit log"),
-        (config.root / "etc/virt-sse", "configuration"),
+        (configuration_folder(config), "configuration"),
         (config.cache_directory, "caches"),
     ):
         if path.exists():

@@ -49,6 +49,12 @@ def open_root() -> Iterator[Path]:
         yield Path(folder)
 
 
+def test_credentials_have_a_private_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "etc/virt-sse"
+    assert f"made folder {folder}" in CommandLine(tmp_path)("host", "init")
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
 @pytest.mark.slow
 def test_apparmor_is_told_where_guests_find_their_disks(tmp_path: Path) -> None:
     cli = CommandLine(tmp_path)

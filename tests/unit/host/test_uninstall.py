@@ -58,6 +58,7 @@ def test_all_that_was_installed_is_removed_and_keys_stay(cli: CommandLine, tmp_p
     }
     assert after["etc/apparmor.d/local/abstractions/libvirt-qemu"] == b"/srv/** r,\n"
     assert not list((tmp_path / "etc/systemd").rglob("*virt-sse*"))
+    assert not (tmp_path / "etc/virt-sse").exists()
     assert {name for name in before if name.endswith(".key")} <= set(after)
     assert cli("host", "uninstall").startswith("nothing to remove\n")
 

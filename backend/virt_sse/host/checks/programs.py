@@ -72,7 +72,9 @@ def agent(host: Host, _disks: Sequence[Disk]) -> Iterator[HostFault]:
     try:
         ask(config.agent_socket, "GET", "/status", timeout=config.agent.timeout)
     except AgentUnavailableError as exc:
-        remedy = "systemctl restart virt-sse-agent.socket virt-sse-agent"
+        has_systemd = (config.root / "run/systemd/system").is_dir()  # sd_booted(3)
+        restart = "systemctl restart virt-sse-agent.socket virt-sse-agent"
+        remedy = restart if has_systemd else "run 'virt-sse agent run' under a supervisor"
         if config.agent_socket.exists():
             problem = f"no agent answers at {config.agent_socket}: {exc}"
             yield HostFault("agent-socket-stale", "agent", problem, remedy, Severity.WARNING)
