@@ -30,6 +30,7 @@ from virt_sse.agent.metrics import Metrics
 from virt_sse.agent.page_service import PageService
 from virt_sse.agent.plaintext_watch import PlaintextWatch
 from virt_sse.agent.protection_watch import ProtectionWatch
+from virt_sse.agent.purge_watch import PurgeWatch
 from virt_sse.agent.replacement_watch import ReplacementWatch
 from virt_sse.agent.revocation import Enforcement, Revocation, RevokedDisk, spared_skus, strictest_enforcement
 from virt_sse.agent.secret_watch import SecretWatch
@@ -59,7 +60,7 @@ _UNUSED_POLLS = 5
 """Number of polls during which a secret or a stage must be unused before removal."""
 
 _IMAGE_POLLS = 15
-"""Number of polls between two looks at the folders of images."""
+"""Number of polls between two looks at the folders of images, and at the deleted disks."""
 
 _PROTECTION_POLLS = 5
 """Number of polls between two looks at the protected domains."""
@@ -111,6 +112,7 @@ class Agent:
         self._sizes = SizeWatch(backend)
         self._jobs = JobWatch(backend, metrics, self._poll_jobs)
         self._images = ImageWatch(backend, metrics, _IMAGE_POLLS * seconds)
+        self._purges = PurgeWatch(backend.soft_deletion, metrics, _IMAGE_POLLS * seconds)
         self._copies = ReplacementWatch(backend, metrics)
         self._deferred = DeferredStart(config, metrics)
         self._leases = LeaseWatch(backend.host.leases)
@@ -140,6 +142,7 @@ class Agent:
         self._plaintext.stop()
         self._sizes.stop()
         self._images.stop()
+        self._purges.stop()
         self._copies.stop()
         self._deferred.stop()
         self._protection.stop()
@@ -265,6 +268,7 @@ class Agent:
             self._jobs.keep(snapshot)
             self._sizes.keep(snapshot)
             self._images.keep(snapshot)
+            self._purges.keep(snapshot)
             self._copies.keep()
             self._deferred.keep(snapshot)
             self._protection.keep(snapshot)

@@ -249,6 +249,13 @@ def state_error(disk: Disk) -> DiskStateError:
     return DiskStateError(problem, hint=hint)
 
 
+def taken_hint(name: str, state: DiskState) -> str | None:
+    """What to do about a disk whose name or path is wanted by another; ``None`` unless it is deleted."""
+    if state is not DiskState.DELETED:
+        return None
+    return f"disk {name!r} is deleted: 'virt-sse disk recover' recovers it, 'virt-sse disk purge' destroys it"
+
+
 def check_path(path: Path) -> Path:
     """Return *path* in the canonical form of the store and of domains, if an image may have this path.
 

@@ -21,7 +21,7 @@ from virt_sse.errors import (
     StoreReadOnlyError,
     StoreUnavailableError,
 )
-from virt_sse.model.disks import Disk, DiskState
+from virt_sse.model.disks import Disk, DiskState, taken_hint
 from virt_sse.model.envelope import DekEntry
 from virt_sse.model.keys import KeyId, KeyRef
 from virt_sse.store.certificates import CertificateStore
@@ -338,15 +338,9 @@ def _refuse_taken(connection: Connection, disk: Disk) -> None:
         taken = sa.select(disks.c.name, disks.c.state).where(disks.c[column] == value)
         if row := connection.execute(taken).first():
             raise DiskExistsError(
-                f"a disk with {column} {str(value)!r} exists already", hint=_recoverable(row.name, row.state)
+                f"a disk with {column} {str(value)!r} exists already",
+                hint=taken_hint(row.name, DiskState(row.state)),
             )
-
-
-def _recoverable(name: str, state: str) -> str | None:
-    """What to do about a deleted disk in the way; ``None`` for another disk."""
-    if state != DiskState.DELETED.value:
-        return None
-    return f"it is deleted: 'virt-sse disk recover {name}' recovers it, 'virt-sse disk purge {name}' frees it"
 
 
 def _check_base(connection: Connection, disk: Disk) -> None:
