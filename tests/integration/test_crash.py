@@ -20,7 +20,7 @@ from support.faults import crash_points, dies_at
 from support.forking import run_forked
 from support.images import KeyedImage
 from virt_sse.backend import Backend
-from virt_sse.disks import certificates, creation, lifecycle, transfer
+from virt_sse.disks import certificates, creation, erasure, lifecycle, soft_deletion, transfer
 from virt_sse.host.setup import initialise
 from virt_sse.keys import rewrap
 from virt_sse.model import envelope
@@ -35,6 +35,8 @@ M = 1 << 20
 MODULES = (
     creation,
     lifecycle,
+    erasure,
+    soft_deletion,
     certificates,
     rewrap,
     transfer,
@@ -187,6 +189,45 @@ def test_a_killed_deletion_leaves_a_whole_disk_or_nothing(root: Path, image_form
 
     scene.kills(lambda b: b.disks.erase(b.disks.get("disk")), check)
     assert outcomes == {True, False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", ["deleted", "recovered", "purged"])
+def test_a_deleted_disk_is_recovered_whatever_was_killed(
+    root: Path, ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", "test:///default")
+
+    def prepare(backend: Backend) -> None:
+        filled(backend)
+        if ends != "deleted":
+            backend.soft_deletion.delete("disk")
+
+    actions = {
+        "deleted": lambda b: b.soft_deletion.delete("disk"),
+        "recovered": lambda b: b.soft_deletion.recover("disk"),
+        "purged": lambda b: b.soft_deletion.purge("disk"),
+    }
+    scene = Scene(root, prepare)
+    outcomes = set()
+
+    def check(backend: Backend) -> None:
+        found = [disk.state for disk in backend.disks.all()]
+        if ends == "purged":
+            assert found in ([], [DiskState.DELETED])
+        else:
+            assert found in ([DiskState.READY], [DiskState.DELETED])
+        if found == [DiskState.DELETED]:
+            backend.soft_deletion.recover("disk")
+        if found:
+            whole(backend, "disk", 0x66)
+        else:
+            assert backend.keys.in_use() == []
+        assert scene.names() == ["disk.qcow2"] * len(found)
+        outcomes.update(found or [None])
+
+    scene.kills(actions[ends], check, tried=6)
+    assert len(outcomes) == 2
 
 
 @pytest.mark.slow
