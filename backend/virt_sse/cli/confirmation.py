@@ -26,7 +26,7 @@ class _Chosen:
 
 
 _chosen = _Chosen()
-_DECLARATIONS = {
+DECLARATIONS = {
     "yes": (("--yes", "-y"), "Do not ask on a terminal."),
     "dry_run": (("--dry-run",), "Check, say what would be done, and change nothing."),
 }
@@ -46,7 +46,7 @@ class DestructiveCommand(HelpfulCommand):
                 help=text,
                 callback=_choose,
             )
-            for spellings, text in _DECLARATIONS.values()
+            for spellings, text in DECLARATIONS.values()
         ]
         super().__init__(*arguments, params=[*(params or ()), *own], **options)
 
