@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,11 +164,18 @@ def _recover(kind: Kind) -> FileOperation:
 
 
 def _purge(kind: Kind) -> FileOperation:
+    def check(site: FileSite) -> bool:
+        with Backend.open(site.root) as backend:
+            if backend.soft_deletion.all():
+                backend.disks.check(kind.name)
+                return False
+        return not check_host(site, _contents(kind), optional=[kind.name])
+
     return FileOperation(
         f"disk-purge-{kind.name}",
         lambda site: _bring_deleted(site, kind),
         lambda _: ["disk", "purge", kind.name],
-        lambda site: not _recovered(site, kind, optional=[kind.name]),
+        check,
         ("no disk",),
     )
 
@@ -178,13 +185,14 @@ def _bring_deleted(site: FileSite, kind: Kind) -> None:
     site.cli("disk", "delete", kind.name)
 
 
-def _recovered(site: FileSite, kind: Kind, optional: Collection[str] = ()) -> bool:
+def _recovered(site: FileSite, kind: Kind) -> bool:
     """Recover the disk if deleted, and check the host; whether the disk was deleted."""
     with Backend.open(site.root) as backend:
         is_deleted = bool(backend.soft_deletion.all())
         if is_deleted:
             backend.soft_deletion.recover(kind.name)
-    return bool(check_host(site, _contents(kind), optional=optional)) and is_deleted
+    check_host(site, _contents(kind))
+    return is_deleted
 
 
 def _disk_id(site: FileSite, name: str) -> str:

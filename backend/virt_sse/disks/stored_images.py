@@ -39,7 +39,7 @@ def with_real_size(host: Host, disk: Disk) -> Disk:
     Another size is stored. Missing or damaged images change nothing, nor do images with several layers: their
     size is encrypted. The images of copies never change their size.
     """
-    if disk.state is not DiskState.READY or disk.kind is not DiskKind.DISK or len(disk.deks) > 1:
+    if not disk.state.is_at_rest or disk.kind is not DiskKind.DISK or len(disk.deks) > 1:
         return disk
     with contextlib.suppress(ImageError), image_file.opened(disk.path) as descriptor:
         size = image_file.usable_size(descriptor, disk.format)

@@ -155,6 +155,24 @@ def test_name_path_and_id_are_taken_once(store: Store) -> None:
     assert store.all() == [one, other]
 
 
+def test_a_deleted_disk_is_finished_and_its_name_taken(store: Store) -> None:
+    moments = [datetime(2026, 1, day, 12, tzinfo=UTC) for day in (1, 8)]
+    store.add(one := disk("one"))
+    with pytest.raises(DiskStateError, match="is not deleted any more"):
+        store.set_recovered(one.id)
+    store.set_deleted(one.id, *moments)
+    deleted = store.get("one")
+    assert (deleted.state, [deleted.deleted, deleted.scheduled_purge]) == (DiskState.DELETED, moments)
+    assert store.unfinished() == []
+    with pytest.raises(DiskStateError, match="is not ready any more"):
+        store.set_deleted(one.id, *moments)
+    with pytest.raises(DiskExistsError) as caught:
+        store.add(dataclasses.replace(disk("two"), name="one"))
+    assert "virt-sse disk purge" in str(caught.value.hint)
+    store.set_recovered(one.id)
+    assert store.all() == [one]
+
+
 def test_changes_of_a_disk_are_stored(store: Store) -> None:
     store.add(one := disk("one", state=DiskState.CREATING))
     assert store.unfinished() == [one]
