@@ -20,7 +20,7 @@ import sqlalchemy as sa
 import virt_sse.store.store
 from support.folders import TESTS
 from support.stores import connected, execute
-from virt_sse.errors import DiskExistsError, DiskNotFoundError, StoreError
+from virt_sse.errors import DiskExistsError, DiskNotFoundError, DiskStateError, StoreError
 from virt_sse.model.ciphers import AES_256_XTS
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, DiskSku, DiskState
