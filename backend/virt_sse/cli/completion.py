@@ -11,15 +11,12 @@ import enum
 import os
 import re
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Annotated, Never
+from typing import Annotated, Never
 
 import typer
 
 from virt_sse.cli import session
 from virt_sse.errors import VirtSseError
-
-if TYPE_CHECKING:
-    pass
 
 _INSTRUCTION = "_VIRT_SSE_COMPLETE"
 _WORDS = ("COMP_WORDS", "_TYPER_COMPLETE_ARGS")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +18,9 @@ from virt_sse.cli.output import Output, OutputFormat, note
 from virt_sse.cli.session import backend
 from virt_sse.errors import InvalidValueError, VirtSseError
 from virt_sse.model.disks import Disk
+
+if TYPE_CHECKING:
+    from virt_sse.backend import Backend
 
 _Certificate = Annotated[
     Path | None,
@@ -50,18 +55,14 @@ def delete(
                 hint="pass --purge, or pass --certificate to 'virt-sse disk purge' later",
             )
         if is_for_good:
-            _refuse_taken(certificate)
-            confirm(lambda: [_erasure(b.disks.delete(name, dry_run=True))])
-            disk = b.disks.delete(name, certified=certificate is not None)
-            if certificate is not None:
-                write_certificate(certificate, b.certificates.get(str(disk.id)).encode(), disk)
-        else:
-            confirm(lambda: [_deletion(b.soft_deletion.delete(name, dry_run=True))])
-            disk = b.soft_deletion.delete(name)
+            _erase(b, functools.partial(b.disks.delete, name), certificate)
+            return
+        confirm(lambda: [_deletion(b.soft_deletion.delete(name, dry_run=True))])
+        disk = b.soft_deletion.delete(name)
     if disk.scheduled_purge:
         note(f"deleted disk {disk.name}; it will be purged on {disk.scheduled_purge:%Y-%m-%d}")
     else:
-        typer.echo(f"erased disk {disk.name} ({disk.path})")
+        typer.echo(_erased(disk))
 
 
 def recover(name: _DeletedName, output: Output = OutputFormat.TABLE) -> None:
@@ -95,12 +96,7 @@ def purge(
         _purge_due()
         return
     with backend() as b:
-        _refuse_taken(certificate)
-        confirm(lambda: [_erasure(b.soft_deletion.purge(name, dry_run=True))])
-        disk = b.soft_deletion.purge(name, certified=certificate is not None)
-        if certificate is not None:
-            write_certificate(certificate, b.certificates.get(str(disk.id)).encode(), disk)
-    typer.echo(f"erased disk {disk.name} ({disk.path})")
+        _erase(b, functools.partial(b.soft_deletion.purge, name), certificate)
 
 
 def _purge_due() -> None:
@@ -108,16 +104,29 @@ def _purge_due() -> None:
         confirm(lambda: [_erasure(disk) for disk in b.soft_deletion.due()])
         done, failed = b.soft_deletion.purge_due()
     for disk in done:
-        typer.echo(f"erased disk {disk.name} ({disk.path})")
+        typer.echo(_erased(disk))
     for each, reason in failed.items():
         typer.echo(f"virt-sse: disk {each}: {reason}", err=True)
     if failed:
         raise VirtSseError(f"{len(failed)} deleted disks cannot be purged")
 
 
-def _refuse_taken(certificate: Path | None) -> None:
+def _erase(opened: Backend, erase: Callable[..., Disk], certificate: Path | None) -> None:
+    """Erase a disk for good, with a certificate if there is a path for one.
+
+    :param erase: takes *dry_run* and *certified*.
+    """
     if certificate is not None:
         refuse_taken(certificate)
+    confirm(lambda: [_erasure(erase(dry_run=True))])
+    disk = erase(certified=certificate is not None)
+    if certificate is not None:
+        write_certificate(certificate, opened.certificates.get(str(disk.id)).encode(), disk)
+    typer.echo(_erased(disk))
+
+
+def _erased(disk: Disk) -> str:
+    return f"erased disk {disk.name} ({disk.path})"
 
 
 def _erasure(disk: Disk) -> str:

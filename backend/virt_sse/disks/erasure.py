@@ -13,7 +13,7 @@ from virt_sse.disks.stored_images import usable
 from virt_sse.errors import DiskInUseError, ImageError
 from virt_sse.keys.access import PURGE
 from virt_sse.keys.host import Host
-from virt_sse.model.disks import Disk, DiskState
+from virt_sse.model.disks import Disk, DiskState, state_error
 from virt_sse.model.operations import DeleteDisk
 from virt_sse.qemu import envelope_slots, image_file
 from virt_sse.system.block_devices import is_device
@@ -41,12 +41,16 @@ class Erasure:
         :param dry_run: check only.
         :param certified: issue a certificate, kept in the store.
         :param after: what is erased before, and may need the disk until then.
+        :raise DiskStateError: When the stored state differs from that of *disk*, or is not at rest.
         :raise DiskInUseError: When a QEMU process has the image open, or incremental copies or linked clones
             need it.
         :raise ImageError: When the file at the disk's path is not its image.
         :raise AuditError: When the erasure cannot be recorded; nothing has been done then.
         """
-        with usable(self._host, disk, DiskState.READY, DiskState.DELETED) as current:
+        state = disk.state if disk.state.is_at_rest else DiskState.READY
+        with usable(self._host, disk, state) as current:
+            if current.deleted != disk.deleted:  # recovered, and deleted again
+                raise state_error(current)
             self.check(current, after)
             if dry_run:
                 return

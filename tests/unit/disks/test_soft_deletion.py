@@ -156,6 +156,20 @@ def test_a_purged_disk_is_gone_for_good(backend: Backend, disk: Disk, root: Path
     assert decisions(backend, disk) == ["delete", "purge"]
 
 
+def test_a_disk_recovered_meanwhile_is_not_purged(backend: Backend, disk: Disk) -> None:
+    deleted = backend.soft_deletion.delete("web")
+    backend.soft_deletion.recover("web")
+    with pytest.raises(DiskStateError, match="disk 'web' is ready"):
+        backend.erasure.erase(deleted)
+    backend.soft_deletion.delete("web")
+    let_pass(backend, disk, 8)
+    execute(backend.host.config.store_url, "UPDATE disks SET deleted = scheduled_purge")
+    with pytest.raises(DiskStateError, match="disk 'web' is deleted"):
+        backend.erasure.erase(deleted)
+    assert backend.soft_deletion.recover("web") == disk
+    backend.disks.check("web")
+
+
 def test_disks_are_purged_once_their_retention_is_over(
     backend: Backend, caplog: pytest.LogCaptureFixture
 ) -> None:
