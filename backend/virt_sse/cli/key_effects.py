@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from uuid import UUID
 
 from virt_sse.cli import session
+from virt_sse.cli.output import warn
 from virt_sse.model.disks import Disk
 from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.model.keys import KeyId
@@ -37,7 +38,7 @@ def _domains(disks: Mapping[UUID, Disk]) -> Iterator[str]:
 
     survey = DomainSurvey(session.config().libvirt_uri).current(_SURVEY_SECONDS)
     for fault in survey.faults:
-        yield f"do what cannot be told now: {fault.part}: {fault.problem}"
+        warn(f"not all domains that would stop are known: {fault.part}: {fault.problem}")
     with session.host() as host:
         sets: dict[UUID, EncryptionSet] = {each.id: each for each in host.store.encryption_sets.all()}
         spared = spared_skus(host.plugins)
