@@ -106,6 +106,14 @@ class Site:
         with contextlib.closing(PluginHost(config)) as plugins, session.use(config, plugins):
             assert command_tree.run(build(plugins, {arguments[0]})) == 0
 
+    def before(self, case: str) -> dict[str, object]:
+        """The state before the first test, without the vault's objects unless *case* needs these."""
+        return self._with_vault if _is_of_vault(case) else self._files
+
+    def note_state(self) -> None:
+        """Note the state that no dry run may change."""
+        self._files, self._with_vault = self.state("disk"), self.state("vault")
+
     def state(self, case: str) -> dict[str, object]:
         """Digests of the files; for a command on the vault, also the vault's objects.
 
@@ -116,7 +124,7 @@ class Site:
             for path in sorted(self.root.rglob("*"))
             if path.is_file() and not _UNCOUNTED.search(path.name)
         }
-        if case.startswith(("key", "vault")):
+        if _is_of_vault(case):
             administration, client = self.keys.administration, self.keys.client
             found["principals"] = [each.name for each in administration.principals() if each.enabled]
             found["access"] = administration.access()
@@ -157,6 +165,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, lab_vault: LabVault, lab_hsm:
             backend.host.store.hosts.enter(HostIdentity(uuid.uuid4(), name, uuid.uuid4()))
         execute(url, "UPDATE hosts SET seen = seen - :age WHERE name = 'dead'", age=SILENT_SECONDS)
         execute(url, "UPDATE hosts SET seen = seen + 86400 WHERE name = 'living'")
+        made.note_state()
         yield made
 
 
@@ -194,6 +203,10 @@ def _fill(backend: Backend) -> None:
     store.update(store.get("set").id, size=1)
 
 
+def _is_of_vault(case: str) -> bool:
+    return case.startswith(("key", "vault"))
+
+
 def _command(case: str) -> str:
     return case.partition(" --")[0]
 
@@ -215,10 +228,9 @@ def test_a_dry_run_says_what_would_be_done_and_changes_nothing(
     if case.startswith("key "):
         monkeypatch.setenv("LIBVIRT_DEFAULT_URI", f"test://{site.root / 'node.xml'}")
     arguments, expected = WOULD[case]
-    before = site.state(case)
     site.run(monkeypatch, *case.split(), *arguments, "--dry-run")
     assert expected in capsys.readouterr().out
-    assert site.state(case) == before
+    assert site.state(case) == site.before(case)
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -226,11 +238,10 @@ def test_a_dry_run_refuses_as_the_command_does(
     site: Site, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LIBVIRT_DEFAULT_URI", f"test://{site.root / 'node.xml'}")
-    before = site.state(case)
     said = []
     for options in (["--dry-run"], ["--yes"]):
         with pytest.raises(VirtSseError) as caught:
             site.run(monkeypatch, *case.split(), *REFUSED[case], *options)
         said.append((type(caught.value), str(caught.value), caught.value.hint))
     assert said[0] == said[1]
-    assert site.state(case) == before
+    assert site.state(case) == site.before(case)
