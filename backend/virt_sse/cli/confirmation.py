@@ -27,7 +27,7 @@ class _Chosen:
 
 _chosen = _Chosen()
 DECLARATIONS = {
-    "yes": (("--yes", "-y"), "Do not ask on a terminal."),
+    "yes": (("--yes", "-y"), "Do not ask whether to go on."),
     "dry_run": (("--dry-run",), "Check, say what would be done, and change nothing."),
 }
 """Spellings and help of the options, by the attributes of :class:`_Chosen`."""
