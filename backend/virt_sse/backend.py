@@ -9,11 +9,13 @@ from virt_sse.audit.record import Component
 from virt_sse.config import Config
 from virt_sse.disks.certificates import DeletionCertificates
 from virt_sse.disks.copies import Copies
+from virt_sse.disks.erasure import Erasure
 from virt_sse.disks.images import Images
 from virt_sse.disks.inspector import Inspector
 from virt_sse.disks.lifecycle import Disks
 from virt_sse.disks.restore_points import RestorePoints
 from virt_sse.disks.snapshots import Snapshots
+from virt_sse.disks.soft_deletion import SoftDeletion
 from virt_sse.disks.transfer import Transfer
 from virt_sse.domains import temp_disks
 from virt_sse.domains.host_encryption import HostEncryption
@@ -39,6 +41,8 @@ class Backend:
 
     :ivar host: configuration, store, plugins, key access, locks, stages.
     :ivar disks: create, list, adopt, resize, check and delete disks.
+    :ivar erasure: the end of disks and copies.
+    :ivar soft_deletion: delete disks for a time, recover and purge deleted disks.
     :ivar copies: copy disks.
     :ivar live_copies: copies of disks of running domains.
     :ivar snapshots: take, restore and delete snapshots.
@@ -85,7 +89,9 @@ class Backend:
         self.hotplug = Hotplug(host, self.domains, self.inspector)
         self.certificates = DeletionCertificates(host)
         self.live_copies = DomainCopies(host, self.domains, in_hook=in_hook)
-        self.disks = Disks(host, self.sets, self.hotplug, self.certificates, self.live_copies)
+        self.erasure = Erasure(host, self.certificates)
+        self.disks = Disks(host, self.sets, self.hotplug, self.erasure, self.live_copies)
+        self.soft_deletion = SoftDeletion(host, self.disks, self.erasure)
         self.copies = Copies(host, self.disks, self.live_copies)
         self.snapshots = Snapshots(host, self.disks, self.copies, self.live_copies)
         self.restore_points = RestorePoints(host, self.disks, self.copies)

@@ -60,6 +60,7 @@ def _one_of(kind: type[enum.Enum]) -> str:
 
 
 _LONGEST_RECONNECT = 3600
+_LONGEST_RETENTION = 3650
 _PAGE_ADDRESS = r"^(127\.0\.0\.1|\[::1\]):[1-9][0-9]{0,4}\Z"
 _UIDS = re.compile(r"(\d{1,10})-(\d{1,10})", re.ASCII)
 _STORAGE_UIDS = range(2_100_000_000, 2_100_065_536)
@@ -133,6 +134,7 @@ class Config:
     :ivar placement: placement of disks whose encryption set has none, and of disks without a set.
     :ivar io_errors: reaction to failed reads and writes of a guest.
     :ivar reconnect_seconds: how long requests of a guest wait for the restart of a failed storage process.
+    :ivar retention_days: how long a deleted disk can be recovered; 0: disks are deleted for good.
     :ivar storage_uids: user ids for storage processes, a different id for each process.
     :ivar storage_user: user name or id of all storage processes; for ``None`` see *storage_uids*.
     :ivar stale_images: reaction to an image that is not the last known image of its disk.
@@ -153,6 +155,7 @@ class Config:
     placement: Placement = Placement.GUEST
     io_errors: IoErrors = IoErrors.PAUSE
     reconnect_seconds: int = 30
+    retention_days: int = 7
     storage_uids: range = _STORAGE_UIDS
     storage_user: str | None = None
     stale_images: StaleImages = StaleImages.REFUSE
@@ -199,6 +202,7 @@ class Config:
             placement=Placement(disks.placement),
             io_errors=IoErrors(disks.io_errors or "pause"),
             reconnect_seconds=disks.reconnect_seconds,
+            retention_days=disks.retention_days,
             storage_uids=_uids(path, host.storage_uids),
             storage_user=host.storage_user,
             stale_images=StaleImages(host.stale_images),
@@ -398,6 +402,9 @@ class _Disks(_Table, frozen=True):
         int,
         msgspec.Meta(ge=1, le=_LONGEST_RECONNECT, description=f"seconds, from 1 to {_LONGEST_RECONNECT}"),
     ] = 30
+    retention_days: Annotated[
+        int, msgspec.Meta(ge=0, le=_LONGEST_RETENTION, description=f"days, from 0 to {_LONGEST_RETENTION}")
+    ] = 7
 
 
 class _Plugins(_Table, frozen=True):

@@ -47,7 +47,7 @@ def play(stage: Stage) -> None:
     heading("The disk and its snapshot are lost; the backup has all files")
     stage.virsh("destroy", "old")
     stage.virsh("undefine", "old")
-    stage.virt_sse("disk", "delete", "old-vda")
+    stage.virt_sse("disk", "delete", "old-vda", "--purge")
     stage.virt_sse("snapshot", "delete", "before")
     stage.virt_sse("disk", "restore", json.loads(made)["name"], "again", *stage.at("again"))
     element = stage.run("virt-sse", "disk", "xml", "again")

@@ -205,4 +205,4 @@ def test_guests_use_disks_on_block_devices(
         assert device.read_bytes()[:6] != MAGIC
     guest.undefine()
     thief.undefine()
-    site.virt_sse("disk", "delete", disk.name)
+    site.virt_sse("disk", "delete", disk.name, "--purge")

@@ -12,7 +12,7 @@ from support import images
 from support.command_line import CommandLine
 from support.lab_operator import Operator
 from virt_sse.backend import Backend
-from virt_sse.disks import lifecycle
+from virt_sse.disks import erasure
 from virt_sse.errors import CertificateError, HostKeyError, ImageError
 from virt_sse.model.certificate import DeletionCertificate
 from virt_sse.model.disks import PLATFORM_KEY, Disk, NewDisk
@@ -92,7 +92,7 @@ def test_the_command_writes_a_certificate_and_another_host_verifies_it(
     create(backend)
     file = tmp_path / "certificate.json"
     file.write_text("precious")
-    assert "exists already" in virt_sse.refuses("disk", "delete", "disk", "--certificate", file)
+    assert "exists already" in virt_sse.refuses("disk", "delete", "disk", "--purge", "--certificate", file)
     file.unlink()
     # Without libvirt, the command refuses to delete: the rest is done in this process.
     monkeypatch.setattr(backend.hotplug, "users", lambda _disk: [])
@@ -115,7 +115,7 @@ def test_an_error_after_the_erasure_leaves_the_certificate_to_the_next_command(
 ) -> None:
     disk = create(backend)
     with monkeypatch.context() as patch:
-        patch.setattr(lifecycle, "sync_folder", lambda _folder: os.close(-1))
+        patch.setattr(erasure, "sync_folder", lambda _folder: os.close(-1))
         with pytest.raises(ImageError, match="Bad file descriptor"):
             backend.disks.erase(disk, certified=True)
     with pytest.raises(CertificateError):
@@ -130,12 +130,13 @@ def test_the_command_deletes_and_writes_the_certificate(
 ) -> None:
     operator.create(name, "--size", "1M")
     file = tmp_path / "certificate.json"
-    operator.virt_sse("disk", "delete", name, "--certificate", file, "--dry-run")
+    operator.virt_sse("disk", "delete", name, "--purge", "--certificate", file, "--dry-run")
     assert not file.exists()
     assert "cannot make a file" in operator.virt_sse(
-        "disk", "delete", name, "--certificate", tmp_path / "none/x", status=1
+        "disk", "delete", name, "--purge", "--certificate", tmp_path / "none/x", status=1
     )
-    operator.virt_sse("disk", "delete", name, "--certificate", file)
+    operator.virt_sse("disk", "delete", name)
+    operator.virt_sse("disk", "purge", name, "--certificate", file)
     assert images.mode(file) == 0o600
     found = json.loads(operator.virt_sse("certificate", "verify", file, "-o", "json"))
     assert (found["disk-name"], found["image"], found["remaining"]) == (name, "erased", [])

@@ -20,7 +20,7 @@ from support.faults import crash_points, dies_at
 from support.forking import run_forked
 from support.images import KeyedImage
 from virt_sse.backend import Backend
-from virt_sse.disks import certificates, creation, lifecycle, transfer
+from virt_sse.disks import certificates, creation, erasure, lifecycle, soft_deletion, transfer
 from virt_sse.host.setup import initialise
 from virt_sse.keys import rewrap
 from virt_sse.model import envelope
@@ -35,6 +35,8 @@ M = 1 << 20
 MODULES = (
     creation,
     lifecycle,
+    erasure,
+    soft_deletion,
     certificates,
     rewrap,
     transfer,
@@ -76,7 +78,7 @@ class Scene:
     ) -> None:
         """Kill *action* before one line after the other, and see *check* hold for the next command.
 
-        :param tried: number of lines.
+        :param tried: number of lines; the last line is always among them.
         """
 
         def act() -> None:
@@ -85,7 +87,7 @@ class Scene:
 
         points = crash_points(MODULES, act)
         self.reset()
-        for point in points[:: max(1, len(points) // tried)]:
+        for point in sorted({*points[:: max(1, len(points) // tried)], points[-1]}):
             assert dies_at(point, MODULES, act), f"line event {point} did not come"
             with Backend.open(self.root) as backend:
                 try:
@@ -187,6 +189,36 @@ def test_a_killed_deletion_leaves_a_whole_disk_or_nothing(root: Path, image_form
 
     scene.kills(lambda b: b.disks.erase(b.disks.get("disk")), check)
     assert outcomes == {True, False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", ["deleted", "recovered"])
+def test_a_deleted_disk_is_recovered_whatever_was_killed(
+    root: Path, ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", "test:///default")
+
+    def prepare(backend: Backend) -> None:
+        filled(backend)
+        if ends == "recovered":
+            backend.soft_deletion.delete("disk")
+
+    actions = {
+        "deleted": lambda b: b.soft_deletion.delete("disk"),
+        "recovered": lambda b: b.soft_deletion.recover("disk"),
+    }
+    scene = Scene(root, prepare)
+    outcomes: set[DiskState] = set()
+
+    def check(backend: Backend) -> None:
+        outcomes.add(state := backend.disks.get("disk").state)
+        if state is DiskState.DELETED:
+            backend.soft_deletion.recover("disk")
+        whole(backend, "disk", 0x66)
+        assert scene.names() == ["disk.qcow2"]
+
+    scene.kills(actions[ends], check, tried=3)
+    assert outcomes == {DiskState.READY, DiskState.DELETED}
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from support import images
 from support.command_line import CommandLine
 from support.images import FORMATS, KeyedImage
 from virt_sse.backend import Backend
-from virt_sse.disks import lifecycle
+from virt_sse.disks import erasure
 from virt_sse.disks.stored_images import image_state
 from virt_sse.errors import DiskExistsError, DiskInUseError, DiskNotFoundError, ImageError, InvalidValueError
 from virt_sse.host.setup import initialise
@@ -407,7 +407,7 @@ def test_a_link_put_in_place_of_the_image_during_its_deletion_is_not_followed(
             doomed.rename(stolen)
             doomed.symlink_to(victim)
 
-    monkeypatch.setattr(lifecycle, "sync_folder", swap)
+    monkeypatch.setattr(erasure, "sync_folder", swap)
     backend.disks.erase(disk)
     assert victim.read_bytes() == b"precious"
     assert not image.opens(), "the image is erased, wherever it is"

@@ -239,6 +239,9 @@ def test_a_disk_is_attached_to_and_detached_from_a_guest_that_is_shut_off(
     operator.virt_sse("disk", "detach", name, name)
     assert "vdb" not in operator.virsh("dumpxml", name)
     operator.virt_sse("disk", "delete", name)
+    assert f"disk '{name}' is deleted" in operator.virt_sse("disk", "attach", name, name, status=1)
+    operator.virt_sse("disk", "recover", name)
+    operator.virt_sse("disk", "delete", name, "--purge")
     assert not (operator.host.images / f"{name}.qcow2").exists()
 
 

@@ -23,7 +23,7 @@ from virt_sse.errors import (
     PrincipalNotFoundError,
 )
 from virt_sse.lab.vaults import LabVault
-from virt_sse.model.disks import Disk, NewDisk
+from virt_sse.model.disks import Disk, DiskState, NewDisk
 from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.model.keys import KeyState
 from virt_sse.model.layers import EncryptionType
@@ -189,6 +189,30 @@ def test_another_tenant_has_no_identity(
     with pytest.raises(InvalidValueError, match="has identity"):
         host.sets.assign_identity("web")
     keys.administration.grant(str(assigned.identity), USE)
+    host.disks.check("one")
+
+
+def test_a_deleted_disk_stays_under_its_set(
+    host: Backend, keys: CustomerKeys, disk: Disk, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", "test:///default")
+    with Backend.open(root) as backend:
+        backend.soft_deletion.delete("one")
+    assert host.sets.sizes() == {disk.set_id: 1}
+    with pytest.raises(EncryptionSetInUseError, match="deleted disk 'one' is in") as caught:
+        host.sets.delete("web", dry_run=True)
+    assert "virt-sse disk purge" in str(caught.value.hint)
+    keys.rotate(host.sets.get("web").key.name)
+    assert host.sets.rotate("web").rewrapped == 1
+    (version,) = {each.key for each in host.sets.prove("web")}
+    assert version
+    assert version != disk.deks[0].wrapped.key
+    keys.enable(version, enabled=False)
+    with pytest.raises(KeyDisabledError):
+        host.soft_deletion.recover("one")
+    assert host.disks.get("one").state is DiskState.DELETED
+    keys.enable(version, enabled=True)
+    host.soft_deletion.recover("one")
     host.disks.check("one")
 
 

@@ -126,6 +126,7 @@ def _delete_with_clones(backend: Backend, root: Path) -> None:
     with pytest.raises(DiskInUseError, match="needed by what is based on it: clone, second"):
         backend.disks.erase(image)  # whoever asks
     assert backend.images.get("debian").state is DiskState.READY
+    backend.soft_deletion.delete("second")  # can be recovered as long as the image stays
     named = [each.name for each in backend.images.delete("debian:1", dry_run=True, force=True)]
     assert named == ["clone", "second", "debian:1"]
     assert decrypted(backend, clone) == CONTENT

@@ -134,12 +134,65 @@ def _delete(kind: Kind) -> FileOperation:
     def check(site: FileSite) -> bool:
         return not check_host(site, _contents(kind), optional=[kind.name])
 
-    def prepare(site: FileSite) -> None:
-        site.bring_host(kind)
+    return FileOperation(
+        f"disk-delete-{kind.name}",
+        lambda site: site.bring_host(kind),
+        lambda _: ["disk", "delete", kind.name, "--purge"],
+        check,
+        ("no disk",),
+    )
+
+
+def _delete_for_a_time(kind: Kind) -> FileOperation:
+    return FileOperation(
+        f"disk-soft-delete-{kind.name}",
+        lambda site: site.bring_host(kind),
+        lambda _: ["disk", "delete", kind.name],
+        lambda site: _recovered(site, kind),
+        ("is deleted",),
+    )
+
+
+def _recover(kind: Kind) -> FileOperation:
+    return FileOperation(
+        f"disk-recover-{kind.name}",
+        lambda site: _bring_deleted(site, kind),
+        lambda _: ["disk", "recover", kind.name],
+        lambda site: not _recovered(site, kind),
+        ("is not deleted",),
+    )
+
+
+def _purge(kind: Kind) -> FileOperation:
+    def check(site: FileSite) -> bool:
+        with Backend.open(site.root) as backend:
+            if backend.soft_deletion.all():
+                backend.disks.check(kind.name)
+                return False
+        return not check_host(site, _contents(kind), optional=[kind.name])
 
     return FileOperation(
-        f"disk-delete-{kind.name}", prepare, lambda _: ["disk", "delete", kind.name], check, ("no disk",)
+        f"disk-purge-{kind.name}",
+        lambda site: _bring_deleted(site, kind),
+        lambda _: ["disk", "purge", kind.name],
+        check,
+        ("no disk",),
     )
+
+
+def _bring_deleted(site: FileSite, kind: Kind) -> None:
+    site.bring_host(kind)
+    site.cli("disk", "delete", kind.name)
+
+
+def _recovered(site: FileSite, kind: Kind) -> bool:
+    """Recover the disk if deleted, and check the host; whether the disk was deleted."""
+    with Backend.open(site.root) as backend:
+        is_deleted = bool(backend.soft_deletion.all())
+        if is_deleted:
+            backend.soft_deletion.recover(kind.name)
+    check_host(site, _contents(kind))
+    return is_deleted
 
 
 def _disk_id(site: FileSite, name: str) -> str:
@@ -507,7 +560,7 @@ def _host_init() -> FileOperation:
         site.cli("host", "init")
         site.cli("disk", "create", "new", "-s", "1M")
         check_host(site, {"new": b""})
-        site.cli("disk", "delete", "new")
+        site.cli("disk", "delete", "new", "--purge")
         return True
 
     return FileOperation(
@@ -531,6 +584,9 @@ OPERATIONS: tuple[FileOperation, ...] = (
     *map(_export, KINDS),
     *(_resize(kind, size) for kind in KINDS[:4] for size in (2 * M, M // 2)),
     *map(_check, KINDS[2:4]),
+    *map(_delete_for_a_time, KINDS[1:3]),
+    *map(_recover, KINDS[1:3]),
+    *map(_purge, KINDS[1:3]),
     *map(_delete, KINDS),
     *map(_reencrypt, KINDS[:6]),
     _reencrypt(KINDS[0], "--des", "double"),

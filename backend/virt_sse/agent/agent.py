@@ -30,8 +30,9 @@ from virt_sse.agent.metrics import Metrics
 from virt_sse.agent.page_service import PageService
 from virt_sse.agent.plaintext_watch import PlaintextWatch
 from virt_sse.agent.protection_watch import ProtectionWatch
+from virt_sse.agent.purge_watch import PurgeWatch
 from virt_sse.agent.replacement_watch import ReplacementWatch
-from virt_sse.agent.revocation import Enforcement, Revocation, RevokedDisk, strictest_enforcement
+from virt_sse.agent.revocation import Enforcement, Revocation, RevokedDisk, spared_skus, strictest_enforcement
 from virt_sse.agent.secret_watch import SecretWatch
 from virt_sse.agent.server import AgentServer, AgentService
 from virt_sse.agent.size_watch import SizeWatch
@@ -45,7 +46,7 @@ from virt_sse.domains.incoming import IncomingDomains
 from virt_sse.domains.release import release
 from virt_sse.errors import InvalidValueError, VirtSseError
 from virt_sse.libvirt.domain_definition import DomainDefinition
-from virt_sse.model.disks import Disk, DiskSku
+from virt_sse.model.disks import Disk
 from virt_sse.model.encryption_sets import EncryptionSet
 from virt_sse.model.keys import KeyState
 from virt_sse.plugins import PluginHost
@@ -59,22 +60,13 @@ _UNUSED_POLLS = 5
 """Number of polls during which a secret or a stage must be unused before removal."""
 
 _IMAGE_POLLS = 15
-"""Number of polls between two looks at the folders of images."""
+"""Number of polls between two looks at the folders of images, and at the deleted disks."""
 
 _PROTECTION_POLLS = 5
 """Number of polls between two looks at the protected domains."""
 
 _START_SECONDS = 10.0
 """Time for a domain to start after its stages."""
-
-
-def _spared_skus(plugins: PluginHost) -> frozenset[DiskSku]:
-    """The SKUs of disks whose domains keep running after a revocation; none if the rules are unreadable."""
-    try:
-        return plugins.cloud_profile().spared_skus
-    except VirtSseError as exc:
-        _log.warning("a revocation spares no disk: %s", exc)
-        return frozenset()
 
 
 class Agent:
@@ -102,7 +94,7 @@ class Agent:
             backend, poll_seconds=seconds, probe_seconds=config.agent.probe_seconds, changed=self._wake.set
         )
         self._key_status = KeyStatusLookup(backend, self._keys)
-        self._spared = _spared_skus(backend.host.plugins)
+        self._spared = spared_skus(backend.host.plugins)
         self._revocation = Revocation(
             config.libvirt_uri, backend.host.stages, metrics, self._inventory.refresh, self._spared
         )
@@ -124,6 +116,7 @@ class Agent:
         self._deferred = DeferredStart(config, metrics)
         self._leases = LeaseWatch(backend.host.leases)
         self._protection = ProtectionWatch(backend.host, _PROTECTION_POLLS * seconds)
+        self._purges = PurgeWatch(backend.soft_deletion, metrics, _IMAGE_POLLS * seconds)
         self._rotation = AutomaticRotation(backend, metrics, config.agent.rotation_seconds)
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._page = PageService(config, self._page_collector)
@@ -133,6 +126,7 @@ class Agent:
         self._inventory.start()
         self._thread.start()
         self._rotation.start()
+        self._purges.start()
         self._page.start()
 
     def stop(self) -> None:
@@ -141,6 +135,7 @@ class Agent:
         self._wake.set()
         self._page.stop()
         self._rotation.stop()
+        self._purges.stop()
         self._inventory.stop()
         self._thread.join()
         self._revocation.stop()

@@ -90,6 +90,12 @@ class Metrics:
             registry=registry,
         )
         self.missing_images = Gauge(f"{_PREFIX}_missing_images", "Disks without an image.", registry=registry)
+        self.deleted_disks = Gauge(
+            f"{_PREFIX}_deleted_disks", "Deleted disks that can be recovered.", registry=registry
+        )
+        self.overdue_purges = Gauge(
+            f"{_PREFIX}_overdue_purges", "Deleted disks that could not be purged when due.", registry=registry
+        )
         self.rewrapped = Counter(
             f"{_PREFIX}_rewrapped_disks", "Disks rewrapped to a new key version.", registry=registry
         )

@@ -16,6 +16,7 @@ from virt_sse.agent.metrics import Metrics
 from virt_sse.errors import LibvirtError, VirtSseError
 from virt_sse.model.disks import Disk, DiskSku
 from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
+from virt_sse.plugins import PluginHost
 from virt_sse.stages import Stages
 
 _log = logging.getLogger(__name__)
@@ -63,6 +64,15 @@ class DomainKeyStatus:
     revoked: tuple[RevokedDisk, ...] = ()
     is_clear: bool = False
     has_secrets: bool = False
+
+
+def spared_skus(plugins: PluginHost) -> frozenset[DiskSku]:
+    """The SKUs of disks whose domains keep running after a revocation; none if the rules are unreadable."""
+    try:
+        return plugins.cloud_profile().spared_skus
+    except VirtSseError as exc:
+        _log.warning("a revocation spares no disk: %s", exc)
+        return frozenset()
 
 
 def strictest_enforcement(

@@ -10,16 +10,13 @@ import contextlib
 import enum
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated, Never
+from collections.abc import Callable, Iterable
+from typing import Annotated, Never
 
 import typer
 
 from virt_sse.cli import session
 from virt_sse.errors import VirtSseError
-
-if TYPE_CHECKING:
-    from virt_sse.store import StoreReads
 
 _INSTRUCTION = "_VIRT_SSE_COMPLETE"
 _WORDS = ("COMP_WORDS", "_TYPER_COMPLETE_ARGS")
@@ -82,6 +79,11 @@ def disks(incomplete: str) -> list[str]:
     return _stored("disk", incomplete)
 
 
+def deleted_disks(incomplete: str) -> list[str]:
+    """Names of deleted disks."""
+    return _stored("disk", incomplete, is_deleted=True)
+
+
 def snapshots(incomplete: str) -> list[str]:
     """Names of snapshots."""
     return _stored("snapshot", incomplete)
@@ -107,8 +109,8 @@ def domains(incomplete: str) -> list[str]:
     return _fitting(_domain_names, incomplete)
 
 
-def _stored(kind: str, incomplete: str) -> list[str]:
-    return _fitting(lambda: _disk_names(kind), incomplete)
+def _stored(kind: str, incomplete: str, *, is_deleted: bool = False) -> list[str]:
+    return _fitting(lambda: _disk_names(kind, is_deleted), incomplete)
 
 
 def _fitting(names: Callable[[], Iterable[str]], incomplete: str) -> list[str]:
@@ -119,13 +121,17 @@ def _fitting(names: Callable[[], Iterable[str]], incomplete: str) -> list[str]:
         return []
 
 
-def _disk_names(kind: str) -> list[str]:
-    with _store() as store:
-        return [disk.name for disk in store.all() if disk.kind.value == kind] if store else []
+def _disk_names(kind: str, is_deleted: bool) -> list[str]:
+    with session.existing_store() as store:
+        return [
+            disk.name
+            for disk in (store.all() if store else ())
+            if disk.kind.value == kind and (disk.state.value == "deleted") is is_deleted
+        ]
 
 
 def _set_names() -> list[str]:
-    with _store() as store:
+    with session.existing_store() as store:
         return store.encryption_set_names() if store else []
 
 
@@ -134,17 +140,3 @@ def _domain_names() -> list[str]:
 
     with connected(session.config().libvirt_uri) as connection:
         return sorted(domain.name() for domain in connection.listAllDomains())
-
-
-@contextlib.contextmanager
-def _store() -> Iterator[StoreReads | None]:
-    """The store for queries. A missing or outdated database in SQLite is neither created nor migrated."""
-    from virt_sse.store import LazyStore
-    from virt_sse.store.reader import StoreReader
-
-    url = session.config().store_url
-    if url.startswith("sqlite"):
-        yield StoreReader.of(url)
-        return
-    with contextlib.closing(LazyStore(url)) as store:
-        yield store.reads()

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from virt_sse.cli import completion
+from virt_sse.cli.confirmation import DestructiveCommand, confirm
 from virt_sse.cli.disk_options import MaxRate
 from virt_sse.cli.key import print_report
 from virt_sse.cli.output import Output, OutputFormat, note, print_fields, print_rows, warn
@@ -187,10 +188,11 @@ def _reencrypt(name: str, jobs: int, max_rate: int | None) -> None:
         raise VirtSseError(f"{len(failed)} of {len(disks)} disks are not re-encrypted")
 
 
-@app.command()
+@app.command(cls=DestructiveCommand)
 def delete(name: Name) -> None:
     """Delete a set without disks, and its identity."""
     with backend() as b:
+        confirm(lambda: [f"delete disk encryption set {b.sets.delete(name, dry_run=True).name}"])
         b.sets.delete(name)
     note(f"deleted disk encryption set {name}")
 

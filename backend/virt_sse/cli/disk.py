@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from virt_sse.cli import completion, disk_attachment, disk_backup
-from virt_sse.cli.certificate_file import refuse_taken, write_certificate
-from virt_sse.cli.confirmation import Yes, confirm
+from virt_sse.cli import completion, disk_attachment, disk_backup, disk_deletion
+from virt_sse.cli.confirmation import DestructiveCommand, confirm
 from virt_sse.cli.disk_fields import dek_fields, image_place, print_disk, shown_fields
-from virt_sse.cli.disk_options import DryRun, ImagePath, Name, Pool, cipher_option, des_option
+from virt_sse.cli.disk_options import ImagePath, Name, Pool, cipher_option, des_option
 from virt_sse.cli.disk_reencrypt import disk_reencrypt
 from virt_sse.cli.output import Output, OutputFormat, note, print_fields, print_rows
 from virt_sse.cli.progress import progress_bar
@@ -20,7 +19,7 @@ from virt_sse.cli.vm_inspect import disk_inspect
 from virt_sse.errors import InvalidValueError, LibvirtUnavailableError, PolicyError
 from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.model.disks import Disk, DiskSku, NewDisk, parse_disk_size
+from virt_sse.model.disks import DiskSku, DiskState, NewDisk, parse_disk_size
 from virt_sse.model.layers import EncryptionType
 from virt_sse.system.block_devices import is_device
 
@@ -251,15 +250,21 @@ def trust(name: Name, output: Output = OutputFormat.TABLE) -> None:
 
 
 @app.command(name="list")
-def list_(output: Output = OutputFormat.TABLE) -> None:
+def list_(
+    deleted: Annotated[
+        bool, typer.Option("--deleted", help="List the deleted disks that can be recovered.")
+    ] = False,
+    output: Output = OutputFormat.TABLE,
+) -> None:
     """List all disks as stored; state 'missing' without an image. No image is opened."""
     from virt_sse.disks.missing_images import missing_images
 
-    disks = listed_disks()
+    disks = [disk for disk in listed_disks() if (disk.state is DiskState.DELETED) is deleted]
     missing = missing_images(disks, config().image_states)
+    fields = ("deleted", "scheduled-purge", "key", "path") if deleted else ("format", "state", "key", "path")
     print_rows(
         [shown_fields(disk, output, is_missing=disk.id in missing) for disk in disks],
-        ("name", "size", "format", "state", "key", "path"),
+        ("name", "size", *fields),
         output,
     )
 
@@ -297,8 +302,11 @@ app.command(name="backup")(disk_backup.backup)
 app.command(name="backups")(disk_backup.backups)
 app.command(name="restore")(disk_backup.restore)
 app.command(name="verify-backup")(disk_backup.verify_backup)
-app.command(name="erase-backup")(disk_backup.erase_backup)
+app.command(name="erase-backup", cls=DestructiveCommand)(disk_backup.erase_backup)
 app.command(name="reencrypt")(disk_reencrypt)
+app.command(cls=DestructiveCommand)(disk_deletion.delete)
+app.command()(disk_deletion.recover)
+app.command(cls=DestructiveCommand)(disk_deletion.purge)
 app.command()(disk_attachment.xml)
 app.command()(disk_attachment.attach)
 app.command()(disk_attachment.detach)
@@ -330,51 +338,27 @@ def update(
     print_disk(disk, output)
 
 
-@app.command()
+@app.command(cls=DestructiveCommand)
 def resize(
     name: Name,
     size: Annotated[str, typer.Argument(help="The new size, e.g. 20G.", show_default=False)],
     shrink: Annotated[
         bool, typer.Option("--shrink", help="Allow a smaller size; data beyond is lost.")
     ] = False,
-    yes: Yes = False,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Resize a disk, also while a domain uses the disk."""
     with backend() as b:
-        if shrink:
-            confirm(lambda: f"cut disk {name} to {size}, and lose all data beyond?", yes=yes)
-        disk = b.disks.resize(name, parse_disk_size(size), shrink=shrink)
+        wanted = parse_disk_size(size)
+
+        def plan() -> list[str]:
+            before = b.disks.resize(name, wanted, shrink=shrink, dry_run=True).size
+            loss = ", and lose all data beyond" if wanted < before else ""
+            return [f"resize disk {name} from {before} to {wanted} bytes{loss}"]
+
+        confirm(plan, asks=shrink)
+        disk = b.disks.resize(name, wanted, shrink=shrink)
     print_disk(disk, output)
-
-
-@app.command()
-def delete(
-    name: Name,
-    yes: Yes = False,
-    dry_run: DryRun = False,
-    certificate: Annotated[
-        Path | None,
-        typer.Option(
-            "--certificate",
-            help="Write a signed certificate of the deletion to this new file.",
-            show_default=False,
-        ),
-    ] = None,
-) -> None:
-    """Delete a disk for good: wipe its keyslots, forget its DEK, remove its image."""
-    with backend() as b:
-        if certificate is not None:
-            refuse_taken(certificate)
-        confirm(lambda: _erase(b.disks.delete(name, dry_run=True)), yes=yes, dry_run=dry_run)
-        disk = b.disks.delete(name, dry_run=dry_run, certified=certificate is not None)
-        if certificate is not None and not dry_run:
-            write_certificate(certificate, b.certificates.get(str(disk.id)).encode(), disk)
-    typer.echo(f"{'would erase' if dry_run else 'erased'} disk {disk.name} ({disk.path})")
-
-
-def _erase(disk: Disk) -> str:
-    return f"erase disk {disk.name} ({disk.path}) for good?"
 
 
 def _is_for_platform_key(des: str | None, encryption_type: EncryptionType | None) -> bool:

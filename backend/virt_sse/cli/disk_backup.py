@@ -8,14 +8,15 @@ from typing import Annotated
 import typer
 
 from virt_sse.cli import completion
-from virt_sse.cli.confirmation import Yes, confirm
+from virt_sse.cli.confirmation import confirm
 from virt_sse.cli.disk_fields import image_place, print_backup, print_copies, print_disk
-from virt_sse.cli.disk_options import DryRun, ImagePath, Incremental, Name, Pool, Quiesce, des_option
+from virt_sse.cli.disk_options import ImagePath, Incremental, Name, Pool, Quiesce, des_option
 from virt_sse.cli.output import Output, OutputFormat, note
 from virt_sse.cli.progress import progress_bar
 from virt_sse.cli.session import backend
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disk_kind import DiskKind
+from virt_sse.model.disks import Disk
 
 _Point = Annotated[
     str,
@@ -117,13 +118,13 @@ def verify_backup(point: _Point) -> None:
     note(f"restore point {found.name}: ok")
 
 
-def erase_backup(
-    point: _Point,
-    yes: Yes = False,
-    dry_run: DryRun = False,
-) -> None:
+def erase_backup(point: _Point) -> None:
     """Crypto-erase a restore point alone: wipe its keyslots, forget its DEK, remove image and manifest."""
     with backend() as b:
-        confirm(lambda: f"erase restore point {point} for good?", yes=yes, dry_run=dry_run)
-        found = b.restore_points.erase(point, dry_run=dry_run)
-    typer.echo(f"{'would erase' if dry_run else 'erased'} restore point {found.name} ({found.path})")
+        confirm(lambda: [f"erase {_named(b.restore_points.erase(point, dry_run=True))}"])
+        found = b.restore_points.erase(point)
+    typer.echo(f"erased {_named(found)}")
+
+
+def _named(point: Disk) -> str:
+    return f"restore point {point.name} ({point.path})"

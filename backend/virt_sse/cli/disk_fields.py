@@ -116,6 +116,10 @@ def disk_fields(disk: Disk) -> dict[str, object]:
         fields["source"] = str(disk.source_id)
     if disk.base_id:
         fields["base"] = str(disk.base_id)
+    if disk.deleted:
+        fields["deleted"] = disk.deleted.isoformat()
+    if disk.scheduled_purge:
+        fields["scheduled-purge"] = disk.scheduled_purge.isoformat()
     if disk.point:
         fields["point"] = str(disk.point)
     return fields

@@ -70,4 +70,3 @@ DomainName = Annotated[
         autocompletion=completion.domains,
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and report only; change nothing.")]

@@ -37,6 +37,8 @@ disk export web web.qcow2 --plaintext
 disk import web debian-12.qcow2 --des payroll
 disk inspect web
 disk list
+disk purge web --dry-run
+disk recover web
 disk reencrypt web --cipher aes-256-xts --max-rate 100M
 disk resize web 20G
 disk restore /mnt/backup/web-20260131T120000Z.qcow2 web-restored

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from virt_sse.cli import host_hsm, session, shell_files
+from virt_sse.cli.confirmation import DestructiveCommand, confirm, is_dry_run
 from virt_sse.cli.output import Output, OutputFormat, note, print_rows, warn
 from virt_sse.cli.session import backend
 from virt_sse.errors import ConfigError
@@ -92,10 +93,9 @@ def list_(output: Output = OutputFormat.TABLE) -> None:
     print_rows(rows, ["name", "id", "state", "seen", "leases", "this"], output)
 
 
-@app.command()
+@app.command(cls=DestructiveCommand)
 def fence(
     name: Annotated[str, typer.Argument(help="Name or id of the host.", show_default=False)],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask: the machine is off for certain.")] = False,
 ) -> None:
     """State that another host is off for certain: other hosts may use its disks from then on.
 
@@ -103,25 +103,26 @@ def fence(
     off, two guests may write to one disk. The fenced host is a member again once its machine was restarted.
     """
     with session.host() as host:
-        note(_fenced(host, host.store.hosts.get(name), yes=yes))
+        note(_fenced(host, host.store.hosts.get(name)))
 
 
-def _fenced(host: Host, other: HostRecord, *, yes: bool) -> str:
+def _fenced(host: Host, other: HostRecord) -> str:
     """Fence a host, once the user has agreed: what was done."""
     from virt_sse.host.fencing import fence as take_leases
+    from virt_sse.host.fencing import refuse_fencing
 
-    if not yes:
-        question = f"is the machine of host {other.name} ({other.id}) off for certain?"
-        typer.confirm(question, abort=True, err=True)
+    def plan() -> list[str]:
+        refuse_fencing(host, other)
+        return [f"fence host {other.name} ({other.id}), whose machine is off for certain"]
+
+    confirm(plan, always=True)
     count = take_leases(host, other)
     return f"fenced host {other.name}: {count} leases taken back"
 
 
-@app.command()
+@app.command(cls=DestructiveCommand)
 def evacuate(
     name: Annotated[str, typer.Argument(help="Name or id of the host.", show_default=False)],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask: the machine is off for certain.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the domains, and change nothing.")] = False,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Take over the protected domains of another host that is off for certain, and start those that ran.
@@ -130,6 +131,7 @@ def evacuate(
     left to other hosts; the exit status is 1 then. After an interruption, run the command again.
     """
     from virt_sse.domains.evacuation import Evacuated, Evacuator, TakeoverResult
+    from virt_sse.host.fencing import refuse_fencing
 
     rows: list[dict[str, object]] = []
 
@@ -139,11 +141,13 @@ def evacuate(
 
     with session.host() as host:
         other, evacuator = host.store.hosts.get(name), Evacuator(host)
-        if dry_run:
+        if is_dry_run():
+            if not other.is_fenced:
+                refuse_fencing(host, other)
             rows = [_evacuated(each, _WOULD_BE[each.evacuation.value]) for each in evacuator.due(other)]
         else:
             if not other.is_fenced:
-                note(_fenced(host, other, yes=yes), err=True)
+                note(_fenced(host, other), err=True)
             evacuator.evacuate(host.store.hosts.get(str(other.id)), report)
     print_rows(rows, ["domain", "id", "result", "reason"], output)
     if any(row["result"] == TakeoverResult.FAILED.value for row in rows):
@@ -188,13 +192,10 @@ def doctor(output: Output = OutputFormat.TABLE) -> None:
         raise typer.Exit(1 if any(each.severity is Severity.ERROR for each in found) else 3)
 
 
-@app.command()
+@app.command(cls=DestructiveCommand)
 def uninstall(
     keep_disks: Annotated[
         bool, typer.Option("--keep-disks", help="Uninstall although disks exist; images and keys stay.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show what would be removed, and what would stay.")
     ] = False,
 ) -> None:
     """Remove hook, units, AppArmor rule, guests' library, completion and man pages from this host.
@@ -213,17 +214,18 @@ def uninstall(
         units = [InstalledPart(f"unit {each}", each.unlink) for each in installed_units(host.config)]
         files = [InstalledPart(str(path), path.unlink) for path in shell_files.installed(host.config.root)]
         parts = [*units, *files, *installed_parts(host.config)]
+        removals = [f"remove {part.what}" for part in parts]
+        confirm(lambda: [*removals, *(f"keep {what}" for what in remaining(host))], asks=bool(parts))
         for part in parts:
-            if not dry_run:
-                try:
-                    part.remove()
-                except OSError as exc:
-                    raise ConfigError(f"cannot remove {part.what}: {exc.strerror}") from exc
-            typer.echo(f"{'would remove' if dry_run else 'removed'} {part.what}")
+            try:
+                part.remove()
+            except OSError as exc:
+                raise ConfigError(f"cannot remove {part.what}: {exc.strerror}") from exc
+            typer.echo(f"removed {part.what}")
         if not parts:
             typer.echo("nothing to remove")
         for what in remaining(host):
-            typer.echo(f"{'would keep' if dry_run else 'kept'} {what}")
+            typer.echo(f"kept {what}")
 
 
 @app.command()

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from virt_sse import pkcs11
-from virt_sse.cli.confirmation import Yes, confirm
+from virt_sse.cli.confirmation import DestructiveCommand, confirm
+from virt_sse.cli.key_effects import what_stops
 from virt_sse.cli.output import Output, OutputFormat, note, print_fields, print_rows
 from virt_sse.cli.private_key import read_private_key
 from virt_sse.cli.session import backend, config
@@ -144,7 +145,7 @@ def list_(
     print_rows(rows, ("name", "version", "type", "bits", "enabled", "never-extractable"), output)
 
 
-@app.command()
+@app.command(cls=DestructiveCommand)
 def disable(
     name: KeyName, version: Version = None, ask_pin: AskPin = False, pin_descriptor: PinDescriptor = None
 ) -> None:
@@ -160,14 +161,12 @@ def enable(
     _set_enabled(name, version, ask_pin, pin_descriptor, enabled=True)
 
 
-@app.command()
+@app.command(cls=DestructiveCommand)
 def destroy(
     name: KeyName,
     version: Version = None,
     all_versions: Annotated[bool, typer.Option("--all-versions", help="Destroy the whole key.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Even if this host's disks need the key.")] = False,
-    yes: Yes = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the effect, and change nothing.")] = False,
     ask_pin: AskPin = False,
     pin_descriptor: PinDescriptor = None,
 ) -> None:
@@ -178,21 +177,32 @@ def destroy(
         doomed = administration.versions(name, version)
         if not force:
             _require_unused(doomed)
-        names = ", ".join(str(_key_id(key)) for key in doomed)
-        confirm(lambda: f"destroy {names}, and lose all data wrapped with it?", yes=yes, dry_run=dry_run)
+        confirm(
+            lambda: [
+                *(f"destroy key {_key_id(key)}, and lose all data wrapped with the key" for key in doomed),
+                *_what_stops(doomed),
+            ]
+        )
         for key in doomed:
-            if not dry_run:
-                administration.destroy(key)
-            typer.echo(f"{'would destroy' if dry_run else 'destroyed'} key {_key_id(key)}")
+            administration.destroy(key)
+            typer.echo(f"destroyed key {_key_id(key)}")
 
 
 def _set_enabled(
     name: str, version: str | None, ask_pin: bool, pin_descriptor: int | None, *, enabled: bool
 ) -> None:
     with _administration(ask_pin, pin_descriptor) as administration:
-        for key in administration.versions(name, version):
+        keys = administration.versions(name, version)
+        if not enabled:
+            confirm(lambda: [*(f"disable key {_key_id(key)}" for key in keys), *_what_stops(keys)])
+        for key in keys:
             administration.set_enabled(key, enabled=enabled)
             note(f"{'enabled' if enabled else 'disabled'} key {_key_id(key)}")
+
+
+def _what_stops(keys: list[TokenKey]) -> list[str]:
+    lost = {_key_id(key) for key in keys}
+    return what_stops(lambda used: used in lost)
 
 
 def _require_unused(keys: list[TokenKey]) -> None:
@@ -201,7 +211,7 @@ def _require_unused(keys: list[TokenKey]) -> None:
         used = [use for use in b.keys.in_use() if use.key in doomed]
         disks = b.host.store.all() if used else []
         lost = [disk for disk in disks if any(entry.wrapped.key in doomed for entry in disk.deks)]
-        above = {copy.name: copy for disk in lost for copy in b.disks.based_on(disk)}
+        above = {copy.name: copy for disk in lost for copy in b.erasure.based_on(disk)}
     if used:
         others = sorted(above.keys() - {disk.name for disk in lost})
         raise PolicyError(

@@ -8,15 +8,16 @@ from typing import Annotated
 import typer
 
 from virt_sse.cli import completion
-from virt_sse.cli.confirmation import Yes, confirm
+from virt_sse.cli.confirmation import DestructiveCommand, confirm
 from virt_sse.cli.disk_fields import dek_fields, disk_fields, image_place, print_disk, shown_size
-from virt_sse.cli.disk_options import DryRun, ImagePath, Pool, Quiesce, des_option
+from virt_sse.cli.disk_options import ImagePath, Pool, Quiesce, des_option
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows
 from virt_sse.cli.progress import progress_bar
 from virt_sse.cli.session import backend, listed_disks
 from virt_sse.errors import InvalidValueError
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disk_kind import DiskKind
+from virt_sse.model.disks import Disk
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -138,7 +139,7 @@ def show(name: Name, output: Output = OutputFormat.TABLE) -> None:
     print_fields(fields, output)
 
 
-@app.command()
+@app.command(cls=DestructiveCommand)
 def delete(
     name: Annotated[
         str,
@@ -152,14 +153,17 @@ def delete(
     force: Annotated[
         bool, typer.Option("--force", help="Delete all linked clones of the image, too.")
     ] = False,
-    yes: Yes = False,
-    dry_run: DryRun = False,
 ) -> None:
     """Delete a version of an image for good. Full copies of the image stay."""
     with backend() as b:
-        clones = " and all its linked clones" if force else ""
-        confirm(lambda: f"erase image {name}{clones} for good?", yes=yes, dry_run=dry_run)
-        erased = b.images.delete(name, dry_run=dry_run, force=force)
+        confirm(
+            lambda: [f"erase {_named(each)}" for each in b.images.delete(name, dry_run=True, force=force)]
+        )
+        erased = b.images.delete(name, force=force)
     for each in erased:
-        what = "linked clone" if each.is_linked_clone else "image"
-        typer.echo(f"{'would erase' if dry_run else 'erased'} {what} {each.name} ({each.path})")
+        typer.echo(f"erased {_named(each)}")
+
+
+def _named(erased: Disk) -> str:
+    what = "linked clone" if erased.is_linked_clone else "image"
+    return f"{what} {erased.name} ({erased.path})"

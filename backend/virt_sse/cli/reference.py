@@ -21,6 +21,7 @@ from pathlib import Path
 import typer
 from typer.models import ArgumentInfo, OptionInfo
 
+from virt_sse.cli import confirmation
 from virt_sse.cli.command_tree import placeholder
 from virt_sse.cli.examples import example
 from virt_sse.cli.main import build
@@ -71,6 +72,13 @@ class Parameter:
             f"environment variable: {self.environment}" if self.environment else None,
         ]
         return "; ".join(part for part in parts if part)
+
+
+_CONFIRMATION = tuple(
+    Parameter(spellings, "", text, False, False, None, None, None)
+    for spellings, text in confirmation.DECLARATIONS.values()
+)
+"""The options of all commands that destroy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +151,12 @@ def _commands(app: typer.Typer, path: tuple[str, ...]) -> tuple[CommandReference
             name = command.name or command.callback.__name__.lower().replace("_", "-")
             text = command.help or inspect.getdoc(command.callback)
             inner = (*path, name)
+            is_destructive = command.cls is confirmation.DestructiveCommand
             found.append(
                 CommandReference(
                     inner,
                     _paragraphs(text),
-                    _parameters(command.callback),
+                    _parameters(command.callback) + (_CONFIRMATION if is_destructive else ()),
                     example=command.epilog or example(inner),
                 )
             )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from virt_sse.keys.host import Host
     from virt_sse.model.disk_kind import DiskKind
     from virt_sse.model.disks import Disk
+    from virt_sse.store import StoreReads
 
 _host: ContextVar[tuple[Config, PluginHost]] = ContextVar("host")
 
@@ -63,6 +64,20 @@ def all_disks() -> list[Disk]:
             return store.reads().all()
     with backend() as b:
         return b.host.store.all()
+
+
+@contextlib.contextmanager
+def existing_store() -> Iterator[StoreReads | None]:
+    """The store for queries. A missing or outdated database in SQLite is neither created nor migrated."""
+    from virt_sse.store import LazyStore
+    from virt_sse.store.reader import StoreReader
+
+    url = config().store_url
+    if url.startswith("sqlite"):
+        yield StoreReader.of(url)
+        return
+    with contextlib.closing(LazyStore(url)) as store:
+        yield store.reads()
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from virt_sse.cli import completion
-from virt_sse.cli.confirmation import Yes, confirm
+from virt_sse.cli.confirmation import DestructiveCommand, confirm, is_dry_run
 from virt_sse.cli.disk_fields import (
     dek_fields,
     disk_fields,
@@ -17,14 +17,14 @@ from virt_sse.cli.disk_fields import (
     print_snapshots,
     shown_size,
 )
-from virt_sse.cli.disk_options import DryRun, ImagePath, Incremental, Pool, Quiesce, des_option
+from virt_sse.cli.disk_options import ImagePath, Incremental, Pool, Quiesce, des_option
 from virt_sse.cli.output import Output, OutputFormat, print_fields
 from virt_sse.cli.progress import progress_bar
 from virt_sse.cli.session import backend, host
 from virt_sse.errors import InvalidValueError
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disk_kind import DiskKind
-from virt_sse.model.disks import check_kind
+from virt_sse.model.disks import Disk, check_kind
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -138,7 +138,7 @@ def show(name: Name, output: Output = OutputFormat.TABLE) -> None:
     print_fields(fields, output)
 
 
-@app.command()
+@app.command(cls=DestructiveCommand)
 def restore(
     name: Name,
     disk: Annotated[
@@ -151,8 +151,6 @@ def restore(
             "--in-place", help="Put the content into the snapshot's own disk; its present content is lost."
         ),
     ] = False,
-    yes: Yes = False,
-    dry_run: DryRun = False,
     des: Annotated[
         str | None,
         des_option("The new disk's encryption set; default: the snapshot's."),
@@ -167,14 +165,16 @@ def restore(
         if des or image_format or path or pool:
             raise InvalidValueError("with --in-place, the disk keeps its set, format and path")
         with backend() as b:
-            confirm(lambda: f"replace the content of disk {disk}?", yes=yes, dry_run=dry_run)
-            restored = b.restoration.restore(name, disk, progress_bar, dry_run=dry_run)
-        if dry_run:
-            typer.echo(f"would put the content of snapshot {name} into disk {restored.name}")
-            return
+
+            def plan() -> list[str]:
+                into = b.restoration.restore(name, disk, progress_bar, dry_run=True)
+                return [f"replace the content of disk {into.name} with the content of snapshot {name}"]
+
+            confirm(plan)
+            restored = b.restoration.restore(name, disk, progress_bar)
         print_disk(restored, output)
         return
-    if dry_run:
+    if is_dry_run():
         raise InvalidValueError("--dry-run goes with --in-place alone")
     with backend() as b, progress_bar("copying", size=lambda: b.host.store.get(name).size) as progress:
         made = b.snapshots.restore(
@@ -188,14 +188,14 @@ def restore(
     print_disk(made, output)
 
 
-@app.command()
-def delete(
-    name: Name,
-    yes: Yes = False,
-    dry_run: DryRun = False,
-) -> None:
+@app.command(cls=DestructiveCommand)
+def delete(name: Name) -> None:
     """Delete a snapshot for good: wipe its keyslots, forget its DEK, remove its image."""
     with backend() as b:
-        confirm(lambda: f"erase snapshot {name} for good?", yes=yes, dry_run=dry_run)
-        snapshot = b.snapshots.delete(name, dry_run=dry_run)
-    typer.echo(f"{'would erase' if dry_run else 'erased'} snapshot {snapshot.name} ({snapshot.path})")
+        confirm(lambda: [f"erase {_named(b.snapshots.delete(name, dry_run=True))}"])
+        snapshot = b.snapshots.delete(name)
+    typer.echo(f"erased {_named(snapshot)}")
+
+
+def _named(snapshot: Disk) -> str:
+    return f"snapshot {snapshot.name} ({snapshot.path})"

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from virt_sse.cli.confirmation import DestructiveCommand, confirm
 from virt_sse.cli.output import Output, OutputFormat, print_fields, print_rows
 from virt_sse.cli.vault_options import Credential, PrincipalName, open_client
 from virt_sse.errors import InvalidValueError
@@ -57,7 +58,7 @@ def set_access(
     print_fields({"principal": name, "key": key, "permissions": _names(granted, output)}, output)
 
 
-@app.command(name="remove")
+@app.command(name="remove", cls=DestructiveCommand)
 def remove_access(
     name: PrincipalName,
     permissions: Annotated[
@@ -72,9 +73,17 @@ def remove_access(
 
     Without --key, the given permissions on all keys; without permissions, too, those on single keys as well.
     """
+    taken = _permissions(permissions) if permissions else None
     with open_client(credential) as client:
+
+        def plan() -> list[str]:
+            found = client.get_principal(name)
+            what = ", ".join(each.value for each in taken) if taken else "all permissions"
+            return [f"take from principal {found.name} ({found.client_id}): {what} on {key or 'all keys'}"]
+
+        confirm(plan)
         if permissions or key is not None:
-            left = client.revoke(name, _permissions(permissions) if permissions else None, key=key)
+            left = client.revoke(name, taken, key=key)
         else:
             client.revoke_all(name)
             left = frozenset()

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from virt_sse.cli.confirmation import Yes, confirm
+from virt_sse.cli.confirmation import DestructiveCommand, confirm
+from virt_sse.cli.key_effects import what_stops
 from virt_sse.cli.output import Output, OutputFormat, note, print_fields, print_rows
 from virt_sse.cli.private_key import read_private_key
+from virt_sse.cli.session import plugins
 from virt_sse.cli.vault_options import Credential, credential_path
 from virt_sse.errors import InvalidValueError, VaultError
 
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from azure.keyvault.keys import KeyClient, KeyProperties, KeyVaultKey
 
 app = typer.Typer(rich_markup_mode=None)
+
+_PROVIDER = "customer-managed"
+"""The key provider of disks under a vault's key."""
 
 KeyName = Annotated[
     str, typer.Argument(metavar="NAME", help="The key's name in the vault.", show_default=False)
@@ -109,22 +114,31 @@ def versions(name: KeyName, credential: Credential = None, output: Output = Outp
     print_rows(rows, ("version", "enabled", "created", "expires"), output)
 
 
-@app.command()
+@app.command(cls=DestructiveCommand)
 def disable(name: KeyName, version: Version = None, credential: Credential = None) -> None:
     """Disable a key's version: every use is refused, unwrapping included."""
-    _enable(name, version, credential, enabled=False)
+    with _client(credential) as client:
+
+        def plan() -> list[str]:
+            found = client.get_key(name, version)
+            return [f"disable key {found.id}", *_what_stops(found.id, found.properties.version)]
+
+        confirm(plan)
+        _enable(client, name, version, enabled=False)
 
 
 @app.command()
 def enable(name: KeyName, version: Version = None, credential: Credential = None) -> None:
     """Enable a disabled version of a key."""
-    _enable(name, version, credential, enabled=True)
+    with _client(credential) as client:
+        _enable(client, name, version, enabled=True)
 
 
-@app.command()
+@app.command(cls=DestructiveCommand)
 def delete(name: KeyName, credential: Credential = None) -> None:
     """Delete a key with all versions; recoverable until the key is purged."""
     with _client(credential) as client:
+        confirm(lambda: [f"delete key {name}", *_what_stops(client.get_key(name).id, None)])
         deleted = client.begin_delete_key(name).result()
     note(f"deleted key {name}; it will be purged on {deleted.scheduled_purge_date:%Y-%m-%d}")
 
@@ -137,24 +151,19 @@ def recover(name: KeyName, credential: Credential = None) -> None:
     note(f"recovered key {name}")
 
 
-@app.command()
-def purge(
-    name: KeyName,
-    credential: Credential = None,
-    yes: Yes = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the key to be purged, and do nothing.")
-    ] = False,
-) -> None:
+@app.command(cls=DestructiveCommand)
+def purge(name: KeyName, credential: Credential = None) -> None:
     """Destroy a deleted key irrecoverably, and so all data wrapped with the key."""
     with _client(credential) as client:
         deleted = client.get_deleted_key(name)
         confirm(
-            lambda: f"purge key {name}, and lose all data wrapped with the key?", yes=yes, dry_run=dry_run
+            lambda: [
+                f"purge key {name} ({deleted.recovery_id}), and lose all data wrapped with the key",
+                *_what_stops(deleted.id, None),
+            ]
         )
-        if not dry_run:
-            client.purge_deleted_key(name)
-    typer.echo(f"{'would purge' if dry_run else 'purged'} key {name} ({deleted.recovery_id})")
+        client.purge_deleted_key(name)
+    typer.echo(f"purged key {name} ({deleted.recovery_id})")
 
 
 @app.command(name="rotation-policy")
@@ -196,9 +205,20 @@ def rotate(name: str, credential: Path | None) -> str:
         return str(client.rotate_key(name).id)
 
 
-def _enable(name: str, version: str | None, credential: Path | None, *, enabled: bool) -> None:
-    with _client(credential) as client:
-        changed = client.update_key_properties(name, version, enabled=enabled)
+def _what_stops(key: str | None, version: str | None) -> list[str]:
+    """What would stop on this host without a key of the vault.
+
+    :param key: the key's URL.
+    :param version: ``None``: all versions.
+    """
+    url, _ = plugins().parse_key(_PROVIDER, str(key))
+    return what_stops(
+        lambda used: (used.provider, used.name) == (_PROVIDER, url) and version in (None, used.version)
+    )
+
+
+def _enable(client: KeyClient, name: str, version: str | None, *, enabled: bool) -> None:
+    changed = client.update_key_properties(name, version, enabled=enabled)
     note(f"{'enabled' if enabled else 'disabled'} key {changed.id}")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from virt_sse.cli.confirmation import DestructiveCommand, confirm
 from virt_sse.cli.output import Output, OutputFormat, note, print_fields, print_rows
 from virt_sse.cli.vault_options import Credential, PrincipalName, open_client
 from virt_sse.errors import InvalidValueError
@@ -55,10 +56,11 @@ def create_principal(
     print_fields(fields | {"file": str(file)}, output)
 
 
-@app.command(name="disable")
+@app.command(name="disable", cls=DestructiveCommand)
 def disable_principal(name: PrincipalName, credential: Credential = None) -> None:
     """Disable a principal, with immediate effect, until it is enabled again."""
     with open_client(credential) as client:
+        confirm(lambda: [f"disable {_named(client.get_principal(name))}"])
         client.disable_principal(name)
     note(f"disabled principal {name}")
 
@@ -71,12 +73,17 @@ def enable_principal(name: PrincipalName, credential: Credential = None) -> None
     note(f"enabled principal {name}")
 
 
-@app.command(name="delete")
+@app.command(name="delete", cls=DestructiveCommand)
 def delete_principal(name: PrincipalName, credential: Credential = None) -> None:
     """Delete a principal and its permissions, with immediate effect."""
     with open_client(credential) as client:
+        confirm(lambda: [f"delete {_named(client.get_principal(name))} and its permissions"])
         client.delete_principal(name)
     note(f"deleted principal {name}")
+
+
+def _named(info: PrincipalInfo) -> str:
+    return f"principal {info.name} ({info.client_id})"
 
 
 def _fields(info: PrincipalInfo) -> dict[str, object]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from virt_sse.cli.confirmation import Yes, confirm
+from virt_sse.cli.confirmation import DestructiveCommand, confirm
 from virt_sse.cli.output import Output, OutputFormat, note, print_fields, print_rows
 from virt_sse.cli.progress import progress_bar
 from virt_sse.cli.session import backend
@@ -56,7 +56,7 @@ def create(
     print_fields(_fields(made), output)
 
 
-@app.command()
+@app.command(cls=DestructiveCommand)
 def scale(
     name: SetName,
     instances: Annotated[
@@ -67,8 +67,12 @@ def scale(
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Add or remove instances, the highest numbers first; finishes an interrupted command."""
-    with backend() as b, progress_bar("scaling") as progress:
-        scaled = b.scale_sets.scale(name, instances, force=force, progress=progress)
+    with backend() as b:
+        new, surplus = b.scale_sets.changes(name, instances, force=force)
+        plan = [*(f"make domain {each} and its disk" for each in new), *map(_removal, surplus)]
+        confirm(lambda: plan, asks=bool(surplus))
+        with progress_bar("scaling") as progress:
+            scaled = b.scale_sets.scale(name, instances, force=force, progress=progress)
     print_fields(_fields(scaled), output)
 
 
@@ -115,13 +119,20 @@ def show(name: SetName, output: Output = OutputFormat.TABLE) -> None:
     print_rows(rows, ("name", "state", "encryption-at-host", "domain", "disk"), output)
 
 
-@app.command()
-def delete(name: SetName, force: Force = False, yes: Yes = False) -> None:
+@app.command(cls=DestructiveCommand)
+def delete(name: SetName, force: Force = False) -> None:
     """Delete a scale set with its domains and their disks, for good; the copied disk stays."""
-    confirm(lambda: f"delete scale set {name} with the domains and disks of all instances?", yes=yes)
-    with backend() as b, progress_bar("deleting") as progress:
-        b.scale_sets.delete(name, force=force, progress=progress)
+    with backend() as b:
+        confirm(
+            lambda: [*map(_removal, b.scale_sets.removals(name, force=force)), f"delete scale set {name}"]
+        )
+        with progress_bar("deleting") as progress:
+            b.scale_sets.delete(name, force=force, progress=progress)
     note(f"deleted scale set {name}")
+
+
+def _removal(instance: str) -> str:
+    return f"remove domain {instance} and erase its disk"
 
 
 def _fields(scale_set: ScaleSet) -> dict[str, object]:

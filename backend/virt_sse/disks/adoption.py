@@ -17,7 +17,6 @@ from virt_sse.disks.stored_images import usable
 from virt_sse.errors import (
     DiskExistsError,
     DiskNotFoundError,
-    DiskStateError,
     EncryptionSetNotFoundError,
     EnvelopeError,
     ImageError,
@@ -26,12 +25,13 @@ from virt_sse.errors import (
     StaleImageError,
 )
 from virt_sse.in_guest.images import in_image
+from virt_sse.keys.access import TRUST
 from virt_sse.keys.copy_chains import unlocked_base
 from virt_sse.keys.encryption_sets import EncryptionSets, refuse_moved
 from virt_sse.keys.freshness import with_newer_envelope
 from virt_sse.keys.host import Host
 from virt_sse.model.content import Content
-from virt_sse.model.disks import PLATFORM_KEY, Disk, DiskState, check_name, check_path
+from virt_sse.model.disks import PLATFORM_KEY, Disk, DiskState, check_name, check_path, state_error
 from virt_sse.model.encryption_sets import EncryptionSet
 from virt_sse.model.envelope import Envelope
 from virt_sse.model.keys import Dek, KeyRef
@@ -143,8 +143,8 @@ class Adoption:
     ) -> Disk:
         if known.path == path or os.path.lexists(known.path):
             raise DiskExistsError(f"the store has this disk as {known.name!r}, at {known.path}")
-        if known.state is not DiskState.READY:
-            raise DiskStateError(f"disk {known.name!r} is {known.state.value}")
+        if not known.state.is_at_rest:
+            raise state_error(known)
         if name not in (None, known.name):
             raise InvalidValueError(
                 f"the store has this disk as {known.name!r}", hint="leave out --name: the disk keeps its name"
@@ -209,7 +209,7 @@ class Adoption:
     ) -> None:
         """Give the image the disk's envelope and a seal of this host, if either is missing."""
         if trust:
-            self._keys.note_trust(disk, f"adopted from {disk.path}, {found.authenticity}")
+            self._keys.note(TRUST, disk, f"adopted from {disk.path}, {found.authenticity}")
             self._freshness.trust(disk, headers)
         elif disk.envelope != found.envelope:
             with image_file.opened(disk.path, os.O_RDWR) as descriptor:
@@ -231,7 +231,7 @@ class Adoption:
                 reason = "the last known image"
             except StaleImageError as exc:
                 reason = str(exc)
-            self._keys.note_trust(current, reason)
+            self._keys.note(TRUST, current, reason)
             self._freshness.trust(current, unlocking.validate(current.path, current.format, deks[1:]))
             return current
 

@@ -35,6 +35,7 @@ from virt_sse.model.disks import (
     check_name,
     check_path,
     check_size,
+    taken_hint,
 )
 from virt_sse.model.encryption_sets import EncryptionSet
 from virt_sse.model.envelope import DekEntry
@@ -224,7 +225,9 @@ class Creation:
             )
         )
         if os.path.lexists(path) and not is_device(path):
-            raise DiskExistsError(f"{path} exists already")
+            known = self._store.find_by_path(path)
+            hint = taken_hint(known.name, known.state) if known else None
+            raise DiskExistsError(f"{path} exists already", hint=hint)
         if not os.path.isdir(path.parent):  # noqa: PTH112 -- Path.is_dir raises for a name that is too long
             raise ImageError(
                 f"{path.parent} is not a folder",

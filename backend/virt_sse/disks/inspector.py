@@ -8,7 +8,7 @@ from pathlib import Path
 
 import libvirt
 
-from virt_sse.errors import DiskStateError, ImageError, PolicyError, VirtSseError
+from virt_sse.errors import ImageError, PolicyError, VirtSseError
 from virt_sse.in_guest.images import in_image, in_unencrypted_chain, in_unencrypted_image
 from virt_sse.keys.copy_chains import unlocked_base
 from virt_sse.keys.host import Host
@@ -17,7 +17,7 @@ from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.disk_places import DiskPlace
 from virt_sse.libvirt.pools import volume_path
 from virt_sse.model.content import Content, Finding
-from virt_sse.model.disks import Disk, DiskState
+from virt_sse.model.disks import Disk, DiskState, state_error
 from virt_sse.model.events import audit_context
 from virt_sse.qemu import image_file, img
 
@@ -60,7 +60,7 @@ class Inspector:
         :raise ToolError: When the DEK does not open the image.
         """
         if disk.state is not DiskState.READY:
-            raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
+            raise state_error(disk)
         base = unlocked_base(self._host, disk)
         return in_image(disk.path, disk.format, self._keys.unwrap_all(disk), base=base)
 

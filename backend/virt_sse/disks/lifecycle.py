@@ -1,4 +1,6 @@
-"""The life of a disk: create, resize, check, delete; adoption is in :mod:`virt_sse.disks.adoption`.
+"""The life of a disk: create, resize, check, delete for good.
+
+Adoption is in :mod:`virt_sse.disks.adoption`, deletion for a time in :mod:`virt_sse.disks.soft_deletion`.
 
 :meth:`Disks.recover` finishes or undoes the work of killed commands; every command calls it first. The order
 of writes on creation is in :mod:`virt_sse.disks.creation`.
@@ -9,22 +11,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import uuid
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from virt_sse.disks import backup_manifest
 from virt_sse.disks.adoption import Adoption
-from virt_sse.disks.certificates import DeletionCertificates
 from virt_sse.disks.creation import Creation, Fill, LiveWrites, Successor, Unfinished
+from virt_sse.disks.erasure import Erasure
 from virt_sse.disks.stored_images import usable, with_real_size
 from virt_sse.errors import (
     DiskInUseError,
     DiskNotFoundError,
     EnvelopeError,
-    ImageError,
     InvalidValueError,
     KeyProviderError,
     StoreError,
@@ -42,10 +41,9 @@ from virt_sse.model.disks import (
     check_kind,
     check_size,
 )
-from virt_sse.model.operations import DeleteDisk, ResizeDisk
+from virt_sse.model.operations import ResizeDisk
 from virt_sse.qemu import device_image, envelope_slots, image_file, img, unlocking
 from virt_sse.system.block_devices import is_device
-from virt_sse.system.files import sync_folder
 from virt_sse.system.marks import Marks
 
 _log = logging.getLogger(__name__)
@@ -75,7 +73,7 @@ class Disks:
         host: Host,
         sets: EncryptionSets,
         attachments: Attachments,
-        certificates: DeletionCertificates,
+        erasure: Erasure,
         live_writes: LiveWrites,
     ) -> None:
         self._host = host
@@ -85,7 +83,7 @@ class Disks:
         self._locks = host.locks
         self._freshness = host.freshness
         self._attachments = attachments
-        self._certificates = certificates
+        self._erasure = erasure
         self._creation = Creation(host, sets, live_writes)
         self._adoption = Adoption(host, sets, self._creation)
         self._resizing = Marks(host.config.pending_resizes)
@@ -167,7 +165,7 @@ class Disks:
                 found = self._store.with_ids(group or [disk_id])
                 self._creation.settle([each for each in found if each.state is DiskState.CREATING])
             elif current.state is DiskState.DELETING:
-                self._finish_deletion(current)
+                self._erasure.finish(current)
 
     def adopt(
         self, path: Path, *, name: str | None = None, encryption_set: str | None = None, trust: bool = False
@@ -185,10 +183,12 @@ class Disks:
         """
         return self._adoption.trust(name)
 
-    def resize(self, name: str, size: int, *, shrink: bool = False) -> Disk:
+    def resize(self, name: str, size: int, *, shrink: bool = False, dry_run: bool = False) -> Disk:
         """Resize a disk to *size* bytes, also while a domain uses the disk.
 
         :param shrink: allow a smaller size; the data beyond is lost.
+        :param dry_run: check only.
+        :return: the disk; with *dry_run*, as before.
         :raise InvalidValueError: When the size is invalid, or smaller without *shrink*.
         :raise DiskInUseError: When a QEMU process outside libvirt has the disk open.
         """
@@ -203,6 +203,8 @@ class Disks:
                     hint="data beyond the new size is lost; pass --shrink to confirm",
                 )
             self._plugins.validate(ResizeDisk(current, size))
+            if dry_run:
+                return current
             with self._size_marked(current):
                 if is_device(current.path):
                     ciphers = [entry.cipher for entry in current.deks]
@@ -255,7 +257,7 @@ class Disks:
             try:
                 with self._locks.hold(disk_id):
                     disk = self._store.get(str(disk_id))
-                    if disk.state is DiskState.READY:
+                    if disk.state.is_at_rest:
                         self.with_size_within(disk)
                     self._resizing.remove(disk_id)
             except DiskInUseError:
@@ -276,7 +278,7 @@ class Disks:
         :raise ImageError: When the image fails the check.
         :raise DiskInUseError: When a QEMU process has the image open.
         """
-        with usable(self._host, self._store.get(name)) as current:
+        with usable(self._host, self._store.get(name), DiskState.READY, DiskState.DELETED) as current:
             deks = self._keys.unwrap_all(current)
             img.check(current.path, current.format, deks)
             self._freshness.check(current)
@@ -289,9 +291,17 @@ class Disks:
                 raise EnvelopeError(f"the envelope in {current.path} differs from the store")
 
     def delete(self, name: str, *, dry_run: bool = False, certified: bool = False) -> Disk:
-        """Delete a disk for good; see :meth:`erase`.
+        """Delete a disk, also a deleted disk, for good; see :meth:`erase`.
 
-        :param certified: issue a certificate, kept in the store.
+        :raise DiskInUseError: When a domain, running or defined, has the disk.
+        :raise LibvirtUnavailableError: When libvirt does not answer.
+        """
+        disk = self.unattached(name)
+        self.erase(disk, dry_run=dry_run, certified=certified)
+        return disk
+
+    def unattached(self, name: str) -> Disk:
+        """The disk of that name or id, which no domain has.
 
         :raise DiskInUseError: When a domain, running or defined, has the disk.
         :raise LibvirtUnavailableError: When libvirt does not answer.
@@ -303,122 +313,13 @@ class Disks:
                 f"disk {disk.name!r} is attached to domain {users[0]!r}",
                 hint=f"first run 'virt-sse disk detach {disk.name} {users[0]}'",
             )
-        self.erase(disk, dry_run=dry_run, certified=certified)
         return disk
 
     def erase(
         self, disk: Disk, *, dry_run: bool = False, certified: bool = False, after: Collection[Disk] = ()
     ) -> None:
-        """Crypto-erase a disk without asking libvirt: wipe keyslots, forget wrapped DEKs, remove the image.
+        """Erase a disk or a copy without asking libvirt; see :meth:`Erasure.erase`.
 
-        A disk without an image is removed from the store.
-
-        :param dry_run: check only.
-        :param certified: as for :meth:`delete`.
-        :param after: what is erased before, and may need the disk until then.
-        :raise DiskInUseError: When a QEMU process has the image open, or incremental copies or linked clones
-            need it.
-        :raise ImageError: When the file at the disk's path is not its image.
+        :raise VirtSseError: By meaning.
         """
-        with usable(self._host, disk) as current:
-            self._refuse_below(current, after)
-            self._plugins.validate(DeleteDisk(current))
-            if os.path.lexists(current.path):
-                if envelope_slots.carried_id(current.path, current.format) != current.id:
-                    raise ImageError(
-                        f"{current.path} is not the image of disk {disk.name!r} any more, or is damaged",
-                        hint="move the file away; a disk without an image is removed from the store",
-                    )
-                image_file.refuse_if_open(current.path)
-            if dry_run:
-                return
-            if certified:
-                self._certificates.request(current)
-            self._store.begin_deletion(current.id)
-            self._finish_deletion(current)
-
-    def _refuse_below(self, disk: Disk, after: Collection[Disk]) -> None:
-        """Refuse the erasure of a copy that others than *after* are based on."""
-        gone = {each.id for each in after}
-        if above := [each for each in self.based_on(disk) if each.id not in gone]:
-            names = ", ".join(copy.name for copy in above)
-            raise DiskInUseError(
-                f"{disk.kind.title} {disk.name!r} is needed by what is based on it: {names}",
-                hint="delete these first, the last in the list before the others",
-            )
-
-    def based_on(self, disk: Disk) -> list[Disk]:
-        """All copies and linked clones that cannot be read without *disk*, each after the copy below."""
-        found = self._store.based_on(disk.id)
-        for copy in found:  # grows: the copies of the next level follow
-            found += [each for each in self._store.based_on(copy.id) if each not in found]
-        return found
-
-    def _finish_deletion(self, disk: Disk) -> None:
-        """Erase and remove the image under a name of its own: after a kill, its path may hold another file.
-
-        A block device stays, and has no trace of the disk's keys.
-
-        :raise ImageError: When the image cannot be erased or removed.
-        """
-        doomed = _doomed(disk)
-        is_erased = not disk.deks  # by a killed command: DEKs are dropped after the erasure
-        in_place = is_device(disk.path)  # erased in place, the envelope last
-        try:
-            with contextlib.ExitStack() as stack:
-                image = _open_own(stack, disk, disk.path)
-                if image is not None and not in_place:
-                    disk.path.rename(doomed)
-                    sync_folder(doomed.parent)
-                elif image is None and not in_place:
-                    image = _open_own(stack, disk, doomed)
-                    if image is None:
-                        image = _open_leftover(stack, doomed)
-                if image is not None:  # by descriptor: the name may meanwhile be a link made by another user
-                    image_file.erase(Path(f"/proc/self/fd/{image}"), disk.format)
-                    is_erased = True
-            backup_manifest.remove(disk)
-            if in_place:
-                self._store.drop_deks(disk.id)
-            elif os.path.lexists(doomed):
-                self._store.drop_deks(disk.id)
-                doomed.unlink()
-                sync_folder(doomed.parent)
-        except OSError as exc:
-            raise ImageError(f"cannot remove {disk.path}: {exc.strerror}") from exc
-        self._freshness.note_deleted(disk)
-        self._certificates.issue(disk, "erased" if is_erased else "missing")
-        self._store.remove(disk.id)
-
-
-def _doomed(disk: Disk) -> Path:
-    """The path of an image during its erasure."""
-    return disk.path.with_name(f".{disk.id}.erased")
-
-
-def _open_own(stack: contextlib.ExitStack, disk: Disk, path: Path) -> int | None:
-    """Open the file at *path*; ``None`` unless the file carries the disk's envelope."""
-    try:
-        descriptor = stack.enter_context(image_file.opened(path))
-    except ImageError:
-        return None
-    return descriptor if envelope_slots.id_in(descriptor, disk.format) == disk.id else None
-
-
-def _open_leftover(stack: contextlib.ExitStack, doomed: Path) -> int | None:
-    """Open an image whose erasure was interrupted and may have removed the envelope.
-
-    ``None`` for a missing file, and for a symbolic link: any user who may write the folder can point a link
-    to any file of the host.
-
-    :raise ImageError: When the file cannot be opened, or has hard links, for the same reason.
-    """
-    if doomed.is_symlink() or not os.path.lexists(doomed):
-        return None
-    descriptor = stack.enter_context(image_file.opened(doomed, os.O_RDONLY | os.O_NOFOLLOW))
-    if os.fstat(descriptor).st_nlink != 1:
-        raise ImageError(
-            f"{doomed} has further names and may be another file",
-            hint="remove the file, or its other names, to finish the deletion",
-        )
-    return descriptor
+        self._erasure.erase(disk, dry_run=dry_run, certified=certified, after=after)

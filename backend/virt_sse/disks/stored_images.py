@@ -6,29 +6,30 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 
-from virt_sse.errors import DiskStateError, ImageError
+from virt_sse.errors import ImageError
 from virt_sse.keys.freshness import with_images_envelope
 from virt_sse.keys.host import Host
 from virt_sse.model.disk_kind import DiskKind
-from virt_sse.model.disks import Disk, DiskState
+from virt_sse.model.disks import Disk, DiskState, state_error
 from virt_sse.qemu import envelope_slots, image_file
 
 
 @contextlib.contextmanager
-def usable(host: Host, disk: Disk) -> Iterator[Disk]:
+def usable(host: Host, disk: Disk, *states: DiskState) -> Iterator[Disk]:
     """Lock a disk: the disk as stored once the lock is held.
 
     An authentic envelope in the image that is newer than the store's, written by another host, comes first.
 
+    :param states: the allowed states; default: ready.
     :raise DiskInUseError: When another command holds the lock.
-    :raise DiskStateError: When the disk is not ready.
+    :raise DiskStateError: When the disk has another state.
     """
     if disk.state is DiskState.COPYING:  # its lock may be held for long
-        raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
+        raise state_error(disk)
     with host.locks.hold(disk.id):
         current = host.store.get(str(disk.id))
-        if current.state is not DiskState.READY:
-            raise DiskStateError(f"disk {disk.name!r} is {current.state.value}")
+        if current.state not in (states or (DiskState.READY,)):
+            raise state_error(current)
         yield with_images_envelope(host.freshness, host.opened_store, current)
 
 
@@ -38,7 +39,7 @@ def with_real_size(host: Host, disk: Disk) -> Disk:
     Another size is stored. Missing or damaged images change nothing, nor do images with several layers: their
     size is encrypted. The images of copies never change their size.
     """
-    if disk.state is not DiskState.READY or disk.kind is not DiskKind.DISK or len(disk.deks) > 1:
+    if not disk.state.is_at_rest or disk.kind is not DiskKind.DISK or len(disk.deks) > 1:
         return disk
     with contextlib.suppress(ImageError), image_file.opened(disk.path) as descriptor:
         size = image_file.usable_size(descriptor, disk.format)

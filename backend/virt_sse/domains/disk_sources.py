@@ -10,7 +10,7 @@ from virt_sse.libvirt.disk_element import Behind, DiskSource
 from virt_sse.model.cloud import DriverOptions
 from virt_sse.model.disk_bus import DiskBus
 from virt_sse.model.disk_kind import DiskKind
-from virt_sse.model.disks import Disk, check_kind
+from virt_sse.model.disks import Disk, DiskState, check_kind, state_error
 from virt_sse.model.layers import GuestNode, LayerChoice, LayerPlan, Placement
 from virt_sse.system.block_devices import is_device
 from virt_sse.system.files import canonical
@@ -55,11 +55,14 @@ class DiskSources:
         :param target: the name in the guest; default: the first name on *bus*.
         :param bus: default: by *target*; virtio without a target.
         :raise DiskNotFoundError: When the store has no such disk.
+        :raise DiskStateError: When the disk is deleted.
         :raise InvalidValueError: When *target* is not a valid name of a disk in a guest, or the bus has no
             iothreads for disks.
         """
         disk = self._store.get(name)
         check_kind(disk, DiskKind.DISK)
+        if disk.state is DiskState.DELETED:
+            raise state_error(disk)
         return disk_element.disk_element(
             self.source(disk),
             target=target or f"{(bus or DiskBus.VIRTIO).prefix}a",

@@ -17,7 +17,6 @@ from virt_sse.domains.start import DomainStart
 from virt_sse.errors import (
     DiskInUseError,
     DiskNotFoundError,
-    DiskStateError,
     LibvirtError,
     LibvirtUnavailableError,
 )
@@ -31,7 +30,7 @@ from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.secrets import drop_secret
 from virt_sse.model.disk_bus import DiskBus
 from virt_sse.model.disk_kind import DiskKind
-from virt_sse.model.disks import Disk, DiskState, check_kind
+from virt_sse.model.disks import Disk, DiskState, check_kind, state_error
 from virt_sse.model.encryption_sets import EncryptionSet
 from virt_sse.model.layers import HostCaching
 from virt_sse.model.operations import AttachDisk
@@ -102,7 +101,7 @@ class Hotplug:
         disk = dataclasses.replace(self._store.get(name), caching=caching)
         check_kind(disk, DiskKind.DISK)
         if disk.state is not DiskState.READY:
-            raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
+            raise state_error(disk)
         with connected(self._uri) as connection:
             users = {user.name() for user in disk_users.using(connection, disk.id)}
             if users - {domain_name}:
@@ -186,7 +185,7 @@ class Hotplug:
         """
         disk = self._store.get(name)
         if disk.state is DiskState.COPYING:
-            raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
+            raise state_error(disk)
         with connected(self._uri) as connection:
             domain = domains.lookup(connection, domain_name)
             found = [

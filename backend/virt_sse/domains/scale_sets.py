@@ -113,6 +113,35 @@ class ScaleSets:
         :raise DiskExistsError: When a new instance's name belongs to another disk.
         :raise VirtSseError: When an instance cannot be made or removed; the next command tries again.
         """
+        with self._scaling(name, size, force=force) as (connection, scale_set, wanted):
+            self._plan(connection, scale_set, wanted)
+            self._reconcile(connection, self._store.scale_sets.get(name), progress)
+            return self._store.scale_sets.get(name)
+
+    def changes(self, name: str, size: int | None, *, force: bool = False) -> tuple[list[str], list[str]]:
+        """The instances that :meth:`scale` would plan anew, and the instances that it would remove.
+
+        :raise VirtSseError: As :meth:`scale`.
+        """
+        with self._scaling(name, size, force=force) as (connection, scale_set, wanted):
+            new = self._new_numbers(connection, scale_set, wanted)
+            return [scale_set.instance_name(number) for number in new], _beyond(scale_set, wanted)
+
+    def removals(self, name: str, *, force: bool = False) -> list[str]:
+        """The instances that :meth:`delete` would remove.
+
+        :raise VirtSseError: As :meth:`delete`.
+        """
+        with self._locked(name) as scale_set, connected(self._config.libvirt_uri) as connection:
+            if not force:
+                self._refuse_running(connection, scale_set, 0)
+            return _beyond(scale_set, 0)
+
+    @contextlib.contextmanager
+    def _scaling(
+        self, name: str, size: int | None, *, force: bool
+    ) -> Iterator[tuple[libvirt.virConnect, ScaleSet, int]]:
+        """Lock and check a set that is to have *size* instances: connection, set and wanted number."""
         if size is not None and not 0 <= size <= MAX_INSTANCES:
             raise InvalidValueError(f"a scale set cannot have {size} instances", hint=f"0 to {MAX_INSTANCES}")
         with self._locked(name) as scale_set:
@@ -120,13 +149,11 @@ class ScaleSets:
                 raise VmStateError(
                     f"scale set {name!r} is being deleted", hint=f"'virt-sse vmss delete {name}' finishes"
                 )
-            size = scale_set.size if size is None else size
+            wanted = scale_set.size if size is None else size
             with connected(self._config.libvirt_uri) as connection:
                 if not force:
-                    self._refuse_running(connection, scale_set, size)
-                self._plan(connection, scale_set, size)
-                self._reconcile(connection, self._store.scale_sets.get(name), progress)
-            return self._store.scale_sets.get(name)
+                    self._refuse_running(connection, scale_set, wanted)
+                yield connection, scale_set, wanted
 
     def update(self, name: str, *, encryption_at_host: bool) -> list[str]:
         """Change what new instances get. Existing instances stay as they are.
@@ -202,6 +229,18 @@ class ScaleSets:
 
         :raise DiskExistsError: When the name of a new instance belongs to another disk or domain.
         """
+        new = self._new_numbers(connection, scale_set, size)
+        self._store.scale_sets.plan(
+            scale_set.id,
+            [Instance(n, uuid.uuid4(), uuid.uuid4(), scale_set.encryption_at_host) for n in new],
+        )
+        self._store.scale_sets.update(scale_set.id, size=size)
+
+    def _new_numbers(self, connection: libvirt.virConnect, scale_set: ScaleSet, size: int) -> list[int]:
+        """The numbers of the instances to be planned.
+
+        :raise DiskExistsError: When the name of a new instance belongs to another disk or domain.
+        """
         planned = {instance.number for instance in scale_set.instances}
         taken = {domain.name() for domain in connection.listAllDomains()}
         taken |= {disk.name for disk in self._store.all()}
@@ -209,11 +248,7 @@ class ScaleSets:
         for number in new:
             if (name := scale_set.instance_name(number)) in taken:
                 raise DiskExistsError(f"a disk or domain {name!r} exists already")
-        self._store.scale_sets.plan(
-            scale_set.id,
-            [Instance(n, uuid.uuid4(), uuid.uuid4(), scale_set.encryption_at_host) for n in new],
-        )
-        self._store.scale_sets.update(scale_set.id, size=size)
+        return new
 
     def _reconcile(self, connection: libvirt.virConnect, scale_set: ScaleSet, progress: Progress) -> None:
         """Make missing instances, and remove those that are too many, the highest number first."""
@@ -298,3 +333,10 @@ class ScaleSets:
             return self._store.get(str(instance.disk_id))
         except DiskNotFoundError:
             return None
+
+
+def _beyond(scale_set: ScaleSet, size: int) -> list[str]:
+    """The names of the planned instances with numbers above *size*, in the order of their removal."""
+    return [
+        scale_set.instance_name(each.number) for each in reversed(scale_set.instances) if each.number > size
+    ]

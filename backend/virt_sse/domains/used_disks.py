@@ -9,7 +9,6 @@ from uuid import UUID
 from virt_sse.domains.disk_sources import DiskSources
 from virt_sse.errors import (
     DiskNotFoundError,
-    DiskStateError,
     EnvelopeError,
     ImageError,
     InvalidValueError,
@@ -19,7 +18,7 @@ from virt_sse.keys.host import Host
 from virt_sse.libvirt.disk_element import DomainDisk
 from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.model.disk_kind import DiskKind
-from virt_sse.model.disks import Disk, DiskState, check_kind
+from virt_sse.model.disks import Disk, DiskState, check_kind, state_error
 from virt_sse.model.keys import Dek
 from virt_sse.model.layers import LayerPlan, Placement
 from virt_sse.model.operations import UnlockDisk
@@ -91,7 +90,7 @@ class UsedDisks:
             ) from exc
         check_kind(disk, DiskKind.DISK)
         if disk.state is not DiskState.READY and not (is_running and disk.state is DiskState.COPYING):
-            raise DiskStateError(f"disk {disk.name!r} is {disk.state.value}")
+            raise state_error(disk)
         with image_file.opened(disk.path) as descriptor:
             try:
                 carried = envelope_slots.read(descriptor, disk.format).disk_id

@@ -14,6 +14,19 @@ from virt_sse.model.hosts import HostRecord
 _FENCE = "fence"
 
 
+def refuse_fencing(host: Host, other: HostRecord) -> None:
+    """Check that a host may be fenced.
+
+    :raise InvalidValueError: When *other* is this host.
+    :raise DiskInUseError: When the other host is alive.
+    """
+    from virt_sse.store.hosts import refuse_alive
+
+    if other.id == host.leases.identity.id:
+        raise InvalidValueError("a host cannot fence itself")
+    refuse_alive(other)
+
+
 def fence(host: Host, other: HostRecord) -> int:
     """Take all leases from a host whose machine is off, as the operator states; recorded in the audit log.
 
@@ -22,8 +35,7 @@ def fence(host: Host, other: HostRecord) -> int:
     :raise DiskInUseError: When the other host is alive.
     :raise AuditError: When the statement cannot be recorded.
     """
-    if other.id == host.leases.identity.id:
-        raise InvalidValueError("a host cannot fence itself")
+    refuse_fencing(host, other)
     host.leases.renew()
     record = AuditRecord(
         component=Component.HOST,

@@ -54,7 +54,7 @@ def refuse_if_needed(host: Host, *, keep_disks: bool) -> None:
     if disks and not keep_disks:
         raise ConfigError(
             f"{len(disks)} disks and copies exist, which no domain can use without virt-sse",
-            hint="export or delete the disks, or pass --keep-disks: images and keys stay as they are",
+            hint="export or purge the disks, or pass --keep-disks: images and keys stay as they are",
         )
     try:
         ask(host.config.agent_socket, "GET", "/status", timeout=host.config.agent.timeout)

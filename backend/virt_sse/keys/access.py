@@ -22,8 +22,8 @@ from virt_sse.plugins import PluginHost
 
 _log = logging.getLogger(__name__)
 
-TRUST = "trust"
-"""The action of records about images taken as they are."""
+TRUST, DELETE, RECOVER, PURGE = "trust", "delete", "recover", "purge"
+"""The actions of records about decisions on disks: an image taken as it is, and the end of a disk."""
 
 T = TypeVar("T", Dek, WrappedDek, KeyId)
 
@@ -133,10 +133,11 @@ class KeyAccess:
             KeyAction.ROTATE, key, None, lambda: self._plugins.key_provider(key.provider).rotate(key.name)
         )
 
-    def note_trust(self, disk: Disk, reason: str) -> None:
-        """Record that an administrator takes an image as it is.
+    def note(self, action: str, disk: Disk, reason: str) -> None:
+        """Record a decision on a disk that uses no key.
 
-        :param reason: what about the image could not be checked.
+        :param action: e.g. :data:`TRUST`.
+        :param reason: details, e.g. what about a trusted image could not be checked.
         :raise AuditError: When the decision cannot be recorded; it is refused then.
         """
         with correlated() as correlation:
@@ -144,7 +145,7 @@ class KeyAccess:
                 AuditRecord(
                     component=self._component,
                     actor=process_actor(),
-                    action=TRUST,
+                    action=action,
                     key=f"{disk.key.provider}:{disk.key.name}",
                     disk=disk.id,
                     source=os.uname().nodename,

@@ -22,7 +22,7 @@ from virt_sse.errors import (
 )
 from virt_sse.keys.host import Host
 from virt_sse.keys.rewrap import DekProof, KeyRotation, RewrapReport
-from virt_sse.model.disks import Disk, check_name
+from virt_sse.model.disks import Disk, DiskState, check_name
 from virt_sse.model.encryption_sets import EncryptionSet, RevocationAction
 from virt_sse.model.keys import KeyId, KeyRef
 from virt_sse.model.layers import EncryptionType, HostCaching, Placement
@@ -250,20 +250,25 @@ class EncryptionSets:
         self._plugins.forget(encryption_set.id)
         return identified
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, *, dry_run: bool = False) -> EncryptionSet:
         """Delete an empty set and its identity.
 
+        :param dry_run: check only.
+        :return: the set.
         :raise EncryptionSetInUseError: When a disk is in the set.
         :raise KeyProviderUnavailableError: When the key vault does not answer.
         """
         encryption_set = self.get(name)
         if disks := self._store.in_set(encryption_set.id):
-            raise EncryptionSetInUseError(
-                f"disk {disks[0].name!r} is in disk encryption set {encryption_set.name!r}",
-                hint="first move its disks to another set, or delete them",
-            )
+            raise _in_use(encryption_set, disks)
+        if dry_run:
+            if encryption_set.identity:
+                with self._operator() as operator, contextlib.suppress(PrincipalNotFoundError):
+                    operator.get_principal(encryption_set.identity)
+            return encryption_set
         self._drop_identity(encryption_set)
         self._store.encryption_sets.remove(encryption_set)
+        return encryption_set
 
     def _with_key(self, encryption_set: EncryptionSet, key: str) -> EncryptionSet:
         name, version = self._plugins.parse_key(encryption_set.key.provider, key)
@@ -315,6 +320,15 @@ class EncryptionSets:
 
         with VaultClient(path) as client:
             yield client
+
+
+def _in_use(encryption_set: EncryptionSet, disks: Sequence[Disk]) -> EncryptionSetInUseError:
+    problem = f"disk {disks[0].name!r} is in disk encryption set {encryption_set.name!r}"
+    hint = "first move its disks to another set, or delete them"
+    if all(disk.state is DiskState.DELETED for disk in disks):
+        problem = f"deleted {problem}"
+        hint = "'virt-sse disk recover' recovers its deleted disks, 'virt-sse disk purge' destroys them"
+    return EncryptionSetInUseError(problem, hint=hint)
 
 
 def refuse_moved(disk: Disk, encryption_set: EncryptionSet | None, config: Config) -> None:

@@ -32,7 +32,7 @@ from virt_sse.keys.access import KeyAccess
 from virt_sse.keys.freshness import with_images_envelope
 from virt_sse.keys.host import Host
 from virt_sse.model.content import Content
-from virt_sse.model.disks import Disk, DiskState
+from virt_sse.model.disks import Disk, DiskState, state_error
 from virt_sse.model.encryption_sets import EncryptionSet
 from virt_sse.model.envelope import DekEntry
 from virt_sse.model.keys import Dek, KeyId, KeyRef, KeyState
@@ -171,9 +171,9 @@ class _Targets:
         return self._known[key, encryption_set]
 
     def are_met(self, disk: Disk, encryption_set: EncryptionSet | None) -> bool:
-        """Whether a disk is ready and all its DEKs are under the wanted versions; ``False`` if unknown."""
+        """Whether a disk is at rest and all its DEKs are under the wanted versions; ``False`` if unknown."""
         try:
-            return disk.state is DiskState.READY and all(
+            return disk.state.is_at_rest and all(
                 entry.wrapped.key == self.of(disk, position, None if position else encryption_set)
                 for position, entry in enumerate(disk.deks)
             )
@@ -206,7 +206,7 @@ class KeyRotation:
             try:
                 with self._locks.hold(disk_id):
                     disk = self._store.get(str(disk_id))
-                    if disk.state is DiskState.READY:
+                    if disk.state.is_at_rest:
                         self._update_envelope(disk)
                     self._pending.remove(disk_id)
             except DiskInUseError:
@@ -352,8 +352,8 @@ class KeyRotation:
         """Rewrap each DEK that is not under the wanted version: whether anything changed."""
         with self._locks.hold(disk.id):
             before = with_images_envelope(self._freshness, self._opened_store, self._store.get(str(disk.id)))
-            if before.state is not DiskState.READY:
-                raise DiskStateError(f"disk {disk.name!r} is {before.state.value}")
+            if not (before.state.is_at_rest if move_to is None else before.state is DiskState.READY):
+                raise state_error(before)
             encryption_set = move_to or self._set_of(before)
             deks = tuple(
                 self._rewrap_entry(before, position, targets, encryption_set)

@@ -45,14 +45,21 @@ _HINTS = {
 class DiskState(enum.Enum):
     """Stage of a disk's life. Only ``READY`` disks can be used.
 
-    A ``COPYING`` disk is replaced by another or replaces one (:mod:`virt_sse.model.replacements`): a running
+    A ``DELETED`` disk has its image and its wrapped DEKs until it is purged, and can be recovered. A
+    ``COPYING`` disk is replaced by another or replaces one (:mod:`virt_sse.model.replacements`): a running
     domain goes on using the source, and no operation but the copy changes either disk.
     """
 
     CREATING = "creating"
     READY = "ready"
     COPYING = "copying"
+    DELETED = "deleted"
     DELETING = "deleting"
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether no operation on the disk is under way, or was interrupted."""
+        return self in (DiskState.READY, DiskState.DELETED)
 
 
 class DiskSku(enum.Enum):
@@ -85,6 +92,8 @@ class Disk:
         number of the disk before.
     :ivar base_id: of an incremental copy or a linked clone: id of the copy below, with the content of all
         clusters that this image does not have.
+    :ivar deleted: time of the deletion of a ``DELETED`` disk.
+    :ivar scheduled_purge: time from which the agent purges a ``DELETED`` disk.
     """
 
     id: UUID
@@ -107,6 +116,8 @@ class Disk:
     placement: Placement | None = None
     serial: str | None = None
     base_id: UUID | None = None
+    deleted: datetime | None = None
+    scheduled_purge: datetime | None = None
 
     @property
     def is_linked_clone(self) -> bool:
@@ -228,6 +239,21 @@ def check_kind(disk: Disk, *kinds: DiskKind) -> None:
         raise DiskStateError(
             f"{disk.name!r} is no {kinds[0].title}: its kind is {disk.kind.title}", hint=_HINTS.get(disk.kind)
         )
+
+
+def state_error(disk: Disk) -> DiskStateError:
+    """The error that refuses the use of a disk because of its state."""
+    problem, hint = f"{disk.kind.title} {disk.name!r} is {disk.state.value}", None
+    if disk.state is DiskState.DELETED:
+        hint = f"'virt-sse disk recover {disk.name}' makes the disk usable again"
+    return DiskStateError(problem, hint=hint)
+
+
+def taken_hint(name: str, state: DiskState) -> str | None:
+    """What to do about a disk whose name or path is wanted by another; ``None`` unless it is deleted."""
+    if state is not DiskState.DELETED:
+        return None
+    return f"disk {name!r} is deleted: 'virt-sse disk recover' recovers it, 'virt-sse disk purge' destroys it"
 
 
 def check_path(path: Path) -> Path:

@@ -75,7 +75,7 @@ class ExportDisk:
 
 @dataclass(frozen=True, slots=True)
 class DeleteDisk:
-    """Erase a disk permanently."""
+    """Delete a disk for a time or for good, or destroy a deleted disk, whose state is ``deleted``."""
 
     disk: Disk
 

@@ -224,7 +224,7 @@ class _Pages:
     async def _disks(self, request: Request) -> Response:
         index = await self._current(request)
         show = request.query_params.get("show")
-        show = show if show in ("copies", "unfinished") else None
+        show = show if show in ("copies", "unfinished", "deleted") else None
         page = Page.of(index.disks_shown(show), request.query_params.get("page"))
         return self._page("disks.html", index, "Disks", section="/disks", page=page, show=show)
 

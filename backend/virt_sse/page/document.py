@@ -34,6 +34,7 @@ class LayerPart(_Part, frozen=True, kw_only=True):
 class DiskPart(_Part, frozen=True, kw_only=True):
     """A disk or a copy.
 
+    :ivar deleted: time of the deletion of a deleted disk; *scheduled_purge*: of its purge.
     :ivar layers: guest first.
     :ivar problem: why the layers are unknown.
     """
@@ -51,6 +52,8 @@ class DiskPart(_Part, frozen=True, kw_only=True):
     caching: str
     created: datetime
     generation: int
+    deleted: datetime | None = None
+    scheduled_purge: datetime | None = None
     layers: tuple[LayerPart, ...] = ()
     problem: str | None = None
 

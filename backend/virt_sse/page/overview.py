@@ -19,7 +19,7 @@ from virt_sse.audit.record import AuditEntry
 from virt_sse.errors import VirtSseError
 from virt_sse.host.doctor import examine_set_up
 from virt_sse.keys.host import Host
-from virt_sse.model.disks import Disk, DiskState
+from virt_sse.model.disks import Disk
 from virt_sse.model.encryption_sets import EncryptionSet
 from virt_sse.model.keys import KeyRef
 from virt_sse.model.layers import GuestNode, HostCache, LayerPlan, StorageNode
@@ -162,6 +162,8 @@ class OverviewCollector:
             encryption_set=encryption_set.name if encryption_set else None,
             caching=disk.caching.value,
             created=disk.created,
+            deleted=disk.deleted,
+            scheduled_purge=disk.scheduled_purge,
             generation=disk.generation,
             layers=layers,
             problem=problem,
@@ -225,7 +227,7 @@ def _jobs(disks: Iterable[Disk], copies: Iterable[Replacement], survey: Survey) 
         fraction = job.fraction if job else None
         yield JobPart(kind=what, subject=copy.name, detail=f"{state}, {where}", fraction=fraction)
     for disk in disks:
-        if disk.state is not DiskState.READY and disk.id not in new:
+        if not disk.state.is_at_rest and disk.id not in new:
             kind = f"{disk.kind.title}: {disk.state.value}"
             yield JobPart(kind=kind, subject=disk.name, detail=str(disk.path))
     yield from block_jobs.values()

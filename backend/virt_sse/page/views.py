@@ -153,13 +153,15 @@ class Index:
         return sorted(found, key=lambda stop: (stop.action is None, stop.domain.name))
 
     def disks_shown(self, show: str | None) -> list[DiskPart]:
-        """The disks of a list: ``copies``, ``unfinished``, or all disks."""
+        """The disks of a list: ``copies``, ``unfinished``, ``deleted``, or all other disks."""
         disks = self.overview.disks
         if show == "copies":
             return [disk for disk in disks if disk.kind != "disk"]
         if show == "unfinished":
-            return [disk for disk in disks if disk.state != "ready"]
-        return [disk for disk in disks if disk.kind == "disk"]
+            return [disk for disk in disks if disk.state not in ("ready", "deleted")]
+        return [
+            disk for disk in disks if disk.kind == "disk" and (disk.state == "deleted") == (show == "deleted")
+        ]
 
     def uses_of(self, disk: DiskPart) -> list[UsePart]:
         """The newest uses of keys for a disk, newest first."""
@@ -171,7 +173,7 @@ class Index:
         return {
             "running": sum(domain.state in _RUNNING for domain in domains),
             "domains": len(domains),
-            "disks": sum(disk.kind == "disk" for disk in self.overview.disks),
+            "disks": len(self.disks_shown(None)),
             "copies": sum(disk.kind != "disk" for disk in self.overview.disks),
             "keys": len(self.keys),
             "alerts": len(self.alerts),

@@ -156,7 +156,7 @@ class HostStore:
         """Give the lease of a command back, unless the disk is unfinished: this host finishes the work."""
         with writing(self._engine) as connection:
             state = connection.scalar(sa.select(disks.c.state).where(disks.c.id == resource_id))
-            if state in (None, DiskState.READY.value):
+            if state is None or DiskState(state).is_at_rest:
                 _release(connection, host, host.id, [resource_id])
 
     def release(
@@ -196,16 +196,26 @@ class HostStore:
         with writing(self._engine) as connection:
             now = _now(connection)
             row = connection.execute(sa.select(hosts).where(hosts.c.id == host.id).with_for_update()).one()
-            if now - row.seen < SILENT_SECONDS and row.fenced is None:
-                raise DiskInUseError(
-                    f"host {host.name!r} is alive: seen {max(0, now - row.seen)} s ago",
-                    hint=f"switch the machine off; after {SILENT_SECONDS} s the host can be fenced",
-                )
+            refuse_alive(
+                HostRecord(host.id, host.name, max(0, now - row.seen), row.fenced is not None, host.leases)
+            )
             connection.execute(hosts.update().where(hosts.c.id == host.id).values(fenced=now))
             note_fencing(connection, host.id)
             handed_over = _end_handovers(connection, host.id)
             deleted = connection.execute(leases.delete().where(leases.c.host_id == host.id)).rowcount
             return handed_over + deleted
+
+
+def refuse_alive(host: HostRecord) -> None:
+    """Refuse to fence a host that was seen lately.
+
+    :raise DiskInUseError: When the host is alive.
+    """
+    if host.silent_seconds < SILENT_SECONDS and not host.is_fenced:
+        raise DiskInUseError(
+            f"host {host.name!r} is alive: seen {host.silent_seconds} s ago",
+            hint=f"switch the machine off; after {SILENT_SECONDS} s the host can be fenced",
+        )
 
 
 def _check_states(connection: Connection, disk_ids: Collection[UUID], states: Collection[DiskState]) -> None:

@@ -119,7 +119,8 @@ class StoreReader:
 
     def unfinished(self) -> list[Disk]:
         """The disks whose creation or deletion is in progress or was interrupted."""
-        return self._disks("disks.state != ?", DiskState.READY.value)
+        at_rest = [state.value for state in DiskState if state.is_at_rest]
+        return self._disks("disks.state NOT IN (?, ?)", *at_rest)
 
     def encryption_set_names(self) -> list[str]:
         """The names of all disk encryption sets, sorted."""

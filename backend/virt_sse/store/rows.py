@@ -66,6 +66,8 @@ def _disk(rows: Sequence[Any]) -> Disk:
         placement=_placement(first),
         serial=first.serial,
         base_id=first.base_id,
+        deleted=_moment(first.deleted),
+        scheduled_purge=_moment(first.scheduled_purge),
         deks=tuple(
             DekEntry(
                 row.slot,
@@ -78,6 +80,10 @@ def _disk(rows: Sequence[Any]) -> Disk:
             if row.slot is not None
         ),
     )
+
+
+def _moment(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
 
 
 def _placement(row: Any) -> Placement | None:

@@ -10,7 +10,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from virt_sse.errors import VirtSseError
-from virt_sse.store.tables import metadata
+from virt_sse.model.disks import DiskState
+from virt_sse.store.tables import disks, metadata
 
 
 def lock_tables(connection: Connection) -> None:
@@ -30,6 +31,11 @@ def upsert(
     insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
     statement = insert(table).values(**key, **values)
     connection.execute(statement.on_conflict_do_update(index_elements=list(key), set_=dict(values)))
+
+
+def is_unfinished() -> sa.ColumnElement[bool]:
+    """The condition that an operation on a disk is in progress or was interrupted."""
+    return disks.c.state.not_in([state.value for state in DiskState if state.is_at_rest])
 
 
 @contextlib.contextmanager

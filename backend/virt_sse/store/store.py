@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator
+from datetime import datetime
 from pathlib import Path
 from uuid import UUID
 
@@ -20,7 +21,7 @@ from virt_sse.errors import (
     StoreReadOnlyError,
     StoreUnavailableError,
 )
-from virt_sse.model.disks import Disk, DiskState
+from virt_sse.model.disks import Disk, DiskState, taken_hint
 from virt_sse.model.envelope import DekEntry
 from virt_sse.model.keys import KeyId, KeyRef
 from virt_sse.store.certificates import CertificateStore
@@ -32,7 +33,7 @@ from virt_sse.store.protected_domains import ProtectedDomainStore
 from virt_sse.store.replacements import ReplacementStore
 from virt_sse.store.rows import disks_of
 from virt_sse.store.scale_sets import ScaleSetStore
-from virt_sse.store.statements import is_storable, refusing
+from virt_sse.store.statements import is_storable, is_unfinished, refusing
 from virt_sse.store.tables import disks, encryption_sets, wrapped_deks
 from virt_sse.store.vms import VmStore
 
@@ -91,6 +92,8 @@ class Store:
                     origin_id=disk.origin_id,
                     serial=disk.serial,
                     base_id=disk.base_id,
+                    deleted=None,
+                    scheduled_purge=None,
                 )
             )
             _insert_deks(connection, disk.id, disk.deks)
@@ -137,8 +140,8 @@ class Store:
         return self._select(sa.true())
 
     def unfinished(self) -> list[Disk]:
-        """The disks whose creation or deletion is in progress or was interrupted."""
-        return self._select(disks.c.state != DiskState.READY.value)
+        """The disks with an operation that is in progress or was interrupted; without deleted disks."""
+        return self._select(is_unfinished())
 
     def encryption_set_names(self) -> list[str]:
         """The names of all disk encryption sets, sorted."""
@@ -200,6 +203,34 @@ class Store:
         :raise DiskNotFoundError: When the disk was deleted.
         """
         self._update(disk_id, state=state.value)
+
+    def set_deleted(self, disk_id: UUID, deleted: datetime, scheduled_purge: datetime) -> None:
+        """Set the state of a ready disk to ``deleted``.
+
+        :raise DiskStateError: When the disk is not ready any more.
+        """
+        with writing(self._engine) as connection:
+            is_ready = sa.and_(disks.c.id == disk_id, disks.c.state == DiskState.READY.value)
+            deleting = disks.update().where(is_ready)
+            values = {
+                "state": DiskState.DELETED.value,
+                "deleted": deleted.isoformat(),
+                "scheduled_purge": scheduled_purge.isoformat(),
+            }
+            if connection.execute(deleting.values(**values)).rowcount != 1:
+                raise DiskStateError(f"disk {disk_id} is not ready any more")
+
+    def set_recovered(self, disk_id: UUID) -> None:
+        """Set the state of a deleted disk to ``ready``.
+
+        :raise DiskStateError: When the disk was recovered or purged meanwhile.
+        """
+        with writing(self._engine) as connection:
+            is_deleted = sa.and_(disks.c.id == disk_id, disks.c.state == DiskState.DELETED.value)
+            recovering = disks.update().where(is_deleted)
+            values = {"state": DiskState.READY.value, "deleted": None, "scheduled_purge": None}
+            if connection.execute(recovering.values(**values)).rowcount != 1:
+                raise DiskStateError(f"disk {disk_id} is not deleted any more")
 
     def begin_deletion(self, disk_id: UUID) -> None:
         """Set the state of a disk that no copy is based on to ``deleting``.
@@ -304,8 +335,12 @@ def _refuse_taken(connection: Connection, disk: Disk) -> None:
     :raise DiskExistsError: When one is taken.
     """
     for column, value in (("name", disk.name), ("path", str(disk.path)), ("id", disk.id)):
-        if connection.scalar(sa.select(disks.c.state).where(disks.c[column] == value)):
-            raise DiskExistsError(f"a disk with {column} {str(value)!r} exists already")
+        taken = sa.select(disks.c.name, disks.c.state).where(disks.c[column] == value)
+        if row := connection.execute(taken).first():
+            raise DiskExistsError(
+                f"a disk with {column} {str(value)!r} exists already",
+                hint=taken_hint(row.name, DiskState(row.state)),
+            )
 
 
 def _check_base(connection: Connection, disk: Disk) -> None:

@@ -60,6 +60,8 @@ disks = Table(
     Column("origin_id", Uuid),
     Column("serial", String(80)),
     Column("base_id", Uuid),
+    Column("deleted", Text),
+    Column("scheduled_purge", Text),
     Index("disks_by_encryption_set", "encryption_set_id"),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from dataclasses import dataclass, field
+from datetime import timedelta
 from html.parser import HTMLParser
 from uuid import UUID
 
@@ -12,7 +13,17 @@ import pytest
 
 from support.documents import CHECKOUT
 from support.page_client import ask, page_of
-from support.page_overview import HOSTILE, PLATFORM, VAULT, busy_host, disk, hostile_host, layer, overview
+from support.page_overview import (
+    HOSTILE,
+    NOW,
+    PLATFORM,
+    VAULT,
+    busy_host,
+    disk,
+    hostile_host,
+    layer,
+    overview,
+)
 from virt_sse.page.access import LINK_SECONDS, Sessions, is_loopback_name, new_code
 from virt_sse.page.alerts import Level, alerts
 from virt_sse.page.application import HEADERS
@@ -20,7 +31,8 @@ from virt_sse.page.document import FaultPart, Overview, Settings, decode, encode
 from virt_sse.page.views import PAGE_SIZE, Index, Page, middle, size
 
 TOKEN = "ab" * 32
-LISTS = ("/", "/domains", "/disks", "/disks?show=copies", "/disks?show=unfinished", "/keys", "/audit")
+SHOWN = ("copies", "unfinished", "deleted")
+LISTS = ("/", "/domains", "/disks", *(f"/disks?show={each}" for each in SHOWN), "/keys", "/audit")
 
 
 def key_page(key: str) -> str:
@@ -97,6 +109,17 @@ def test_no_page_has_inline_scripts_styles_or_forms() -> None:
         assert not any(name.startswith("on") for name in seen.attributes)
         for link in seen.links - {"#content"}:
             assert ask(app, link).status == 200, link
+
+
+def test_deleted_disks_are_on_a_list_of_their_own() -> None:
+    purge = NOW + timedelta(days=7)
+    gone = disk(7, "gone", layer(), state="deleted", deleted=NOW, scheduled_purge=purge)
+    app = page_of(overview(disks=(disk(1, "kept", layer()), gone)))
+    for show, names in (("", ["kept"]), ("?show=unfinished", []), ("?show=deleted", ["gone"])):
+        said = "".join(Browser(ask(app, f"/disks{show}").body).seen.text)
+        assert [name for name in ("gone", "kept") if name in said] == names, show
+    for target in ("/disks?show=deleted", f"/disks/{gone.id}"):
+        assert "purge 2026-12-04 12:30:05 UTC" in " ".join(Browser(ask(app, target).body).seen.text), target
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,9 @@ def test_unfinished_work_stays_with_its_host(store: Store) -> None:
     store.set_state(one.id, DiskState.READY)
     store.hosts.end_work(A, one.id)
     store.hosts.work(B, one.id)
+    store.set_state(one.id, DiskState.DELETED)
+    store.hosts.end_work(B, one.id)
+    store.hosts.work(A, one.id)
 
 
 def test_a_silent_host_keeps_its_leases_until_fenced(store: Store, store_url: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from virt_sse.store.store import Store
 
 ONE = disk("one", entry("1", "service"), entry("2", "infrastructure"))
 HALF = disk("half", state=DiskState.CREATING)
+DELETED = disk("deleted")
+MOMENT = datetime(2026, 1, 31, 12, 30, 15, tzinfo=UTC)
 NAMED_LIKE_ONE = disk(str(ONE.id))
 VM = Vm(
     id=uuid.uuid4(),
@@ -70,8 +73,9 @@ def reader_of(path: Path) -> StoreReader:
 def test_the_answers_are_those_of_the_store(
     path: Path, store: Store, query: Callable[[StoreReads], object]
 ) -> None:
-    for each in (ONE, HALF, NAMED_LIKE_ONE):
+    for each in (ONE, HALF, NAMED_LIKE_ONE, DELETED):
         store.add(each)
+    store.set_deleted(DELETED.id, MOMENT, MOMENT)
     for vm in (VM, PLAIN_VM):
         store.vms.put(vm)
     assert query(reader_of(path)) == query(store)

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 import virt_sse.store.store
 from support.folders import TESTS
 from support.stores import connected, execute
-from virt_sse.errors import DiskExistsError, DiskNotFoundError, StoreError
+from virt_sse.errors import DiskExistsError, DiskNotFoundError, DiskStateError, StoreError
 from virt_sse.model.ciphers import AES_256_XTS
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, DiskSku, DiskState
@@ -153,6 +153,24 @@ def test_name_path_and_id_are_taken_once(store: Store) -> None:
     with pytest.raises(DiskExistsError):
         store.set_path(other.id, one.path)
     assert store.all() == [one, other]
+
+
+def test_a_deleted_disk_is_finished_and_its_name_taken(store: Store) -> None:
+    moments = [datetime(2026, 1, day, 12, tzinfo=UTC) for day in (1, 8)]
+    store.add(one := disk("one"))
+    with pytest.raises(DiskStateError, match="is not deleted any more"):
+        store.set_recovered(one.id)
+    store.set_deleted(one.id, *moments)
+    deleted = store.get("one")
+    assert (deleted.state, [deleted.deleted, deleted.scheduled_purge]) == (DiskState.DELETED, moments)
+    assert store.unfinished() == []
+    with pytest.raises(DiskStateError, match="is not ready any more"):
+        store.set_deleted(one.id, *moments)
+    with pytest.raises(DiskExistsError) as caught:
+        store.add(dataclasses.replace(disk("two"), name="one"))
+    assert "virt-sse disk purge" in str(caught.value.hint)
+    store.set_recovered(one.id)
+    assert store.all() == [one]
 
 
 def test_changes_of_a_disk_are_stored(store: Store) -> None:
