@@ -120,8 +120,10 @@ def _fitting(names: Callable[[], Iterable[str]], incomplete: str) -> list[str]:
 
 
 def _disk_names(kind: str) -> list[str]:
+    from virt_sse.model.disk_kind import DiskKind
+
     with _store() as store:
-        return [disk.name for disk in store.all() if disk.kind.value == kind] if store else []
+        return store.names(DiskKind(kind)) if store else []
 
 
 def _set_names() -> list[str]:

@@ -11,7 +11,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from virt_sse.errors import VirtSseError
-from virt_sse.store.tables import metadata
+from virt_sse.store.tables import counters, metadata
 
 
 def serialise(connection: Connection, *scope: str) -> None:
@@ -42,6 +42,19 @@ def upsert(
     insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
     statement = insert(table).values(**key, **values)
     connection.execute(statement.on_conflict_do_update(index_elements=list(key), set_=dict(values)))
+
+
+def next_number(connection: Connection, series: str) -> int:
+    """The next number of a series: one more than the last, also if rows with a number were deleted.
+
+    Transactions with numbers of one series are committed in the order of the numbers.
+    """
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    statement = insert(counters).values(name=series, value=1)
+    counted = statement.on_conflict_do_update(
+        index_elements=[counters.c.name], set_={"value": counters.c.value + 1}
+    )
+    return connection.execute(counted.returning(counters.c.value)).scalar_one()
 
 
 @contextlib.contextmanager

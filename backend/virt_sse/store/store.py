@@ -20,6 +20,7 @@ from virt_sse.errors import (
     StoreReadOnlyError,
     StoreUnavailableError,
 )
+from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.envelope import DekEntry
 from virt_sse.model.keys import KeyId, KeyRef
@@ -30,9 +31,9 @@ from virt_sse.store.hosts import HostStore
 from virt_sse.store.image_paths import ImagePaths
 from virt_sse.store.protected_domains import ProtectedDomainStore
 from virt_sse.store.replacements import ReplacementStore
-from virt_sse.store.rows import disks_of
+from virt_sse.store.rows import UNFINISHED_STATES, disks_of
 from virt_sse.store.scale_sets import ScaleSetStore
-from virt_sse.store.statements import is_storable, refusing
+from virt_sse.store.statements import is_storable, next_number, refusing
 from virt_sse.store.tables import disks, encryption_sets, wrapped_deks
 from virt_sse.store.vms import VmStore
 
@@ -94,6 +95,7 @@ class Store:
                 )
             )
             _insert_deks(connection, disk.id, disk.deks)
+            _number_path(connection, disk.id)
         if self._image_paths:
             self._image_paths.add(disk.path)
 
@@ -132,13 +134,22 @@ class Store:
         """The disks with their images at *paths*, sorted by name."""
         return self._select(disks.c.path.in_(list(map(str, paths)))) if paths else []
 
-    def all(self) -> list[Disk]:
-        """All disks, sorted by name."""
-        return self._select(sa.true())
+    def all(self, kind: DiskKind | None = None) -> list[Disk]:
+        """All disks, sorted by name.
+
+        :param kind: those of this kind only.
+        """
+        return self._select(disks.c.kind == kind.value if kind else sa.true())
+
+    def names(self, kind: DiskKind | None = None) -> list[str]:
+        """The names of the disks that :meth:`all` has."""
+        condition = disks.c.kind == kind.value if kind else sa.true()
+        with reading(self._engine) as connection:
+            return sorted(connection.scalars(sa.select(disks.c.name).where(condition)))
 
     def unfinished(self) -> list[Disk]:
         """The disks whose creation or deletion is in progress or was interrupted."""
-        return self._select(disks.c.state != DiskState.READY.value)
+        return self._select(disks.c.state.in_(UNFINISHED_STATES))
 
     def encryption_set_names(self) -> list[str]:
         """The names of all disk encryption sets, sorted."""
@@ -158,6 +169,10 @@ class Store:
         """The disks in an encryption set, sorted by name."""
         return self._select(disks.c.encryption_set_id == set_id)
 
+    def made_of(self, disk_id: UUID) -> list[Disk]:
+        """The disks and copies with *disk_id* as their source, sorted by name."""
+        return self._select(disks.c.source_id == disk_id)
+
     def copies_of(self, disk: Disk) -> list[Disk]:
         """All other disks with content of the same origin as *disk*: its copies, and what it is a copy of."""
         origin = disk.origin_id or disk.id
@@ -168,6 +183,21 @@ class Store:
     def based_on(self, disk_id: UUID) -> list[Disk]:
         """The incremental copies and linked clones whose images lack what *disk_id* has, sorted by name."""
         return self._select(disks.c.base_id == disk_id)
+
+    def paths_since(self, number: int) -> tuple[int, dict[UUID, Path]]:
+        """The paths of images that were added or moved after the change with this *number*.
+
+        Removed disks are not told.
+
+        :param number: -1 for the paths of all images.
+        :return: the number of the last of these changes, and the paths by disk.
+        """
+        columns = (disks.c.id, disks.c.path, disks.c.path_number)
+        query = sa.select(*columns).where(disks.c.path_number > number)
+        with reading(self._engine) as connection:
+            rows = connection.execute(query).all()
+        last = max((row.path_number for row in rows), default=number)
+        return last, {row.id: Path(row.path) for row in rows}
 
     def sizes_of_sets(self) -> dict[UUID, int]:
         """Number of disks by encryption set; sets without disks are left out."""
@@ -232,7 +262,9 @@ class Store:
         if self.find_by_path(path):
             raise DiskExistsError(f"a disk with path {str(path)!r} exists already")
         try:
-            self._update(disk_id, path=str(path))
+            with writing(self._engine) as connection:
+                _update(connection, disk_id, path=str(path))
+                _number_path(connection, disk_id)
         except StoreError as exc:
             if self.find_by_path(path):  # since
                 raise DiskExistsError(f"a disk with path {str(path)!r} exists already") from exc
@@ -277,8 +309,7 @@ class Store:
 
     def _update(self, disk_id: UUID, **values: object) -> None:
         with writing(self._engine) as connection:
-            if connection.execute(disks.update().where(disks.c.id == disk_id).values(**values)).rowcount != 1:
-                raise DiskNotFoundError(f"disk {disk_id} was deleted")
+            _update(connection, disk_id, **values)
 
     def _select(self, condition: sa.ColumnElement[bool]) -> list[Disk]:
         # A single statement, so that a disk and its DEKs are consistent.
@@ -296,6 +327,23 @@ class Store:
         )
         with reading(self._engine) as connection:
             return disks_of(connection.execute(query))
+
+
+def _update(connection: Connection, disk_id: UUID, **values: object) -> None:
+    """Change a disk.
+
+    :raise DiskNotFoundError: When the disk was deleted.
+    """
+    if connection.execute(disks.update().where(disks.c.id == disk_id).values(**values)).rowcount != 1:
+        raise DiskNotFoundError(f"disk {disk_id} was deleted")
+
+
+def _number_path(connection: Connection, disk_id: UUID) -> None:
+    """Number the addition or move of an image, as the last lock of a transaction.
+
+    The next transaction with a number waits for the end of this one: whoever sees a number sees all before.
+    """
+    _update(connection, disk_id, path_number=next_number(connection, "image-paths"))
 
 
 def _refuse_taken(connection: Connection, disk: Disk) -> None:
