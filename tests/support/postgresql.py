@@ -24,12 +24,11 @@ PASSWORD = "p%40ss-never-shown"  # noqa: S105 -- of a server in a temporary fold
 _HBA = f"local all {WITH_PASSWORD} scram-sha-256\nlocal all all trust\n"
 _SETTINGS = {
     "listen_addresses": "",
-    "fsync": "off",
-    "full_page_writes": "off",
     "autovacuum": "off",
     "max_connections": "200",
     "log_statement": "none",
 }
+_FORGETFUL = {"fsync": "off", "full_page_writes": "off"}
 
 
 def _programs() -> Path:
@@ -43,15 +42,19 @@ def _programs() -> Path:
 
 
 class PostgresqlServer:
-    """A server in *folder*, started; ends with this process. Its databases sort texts as in English."""
+    """A server in *folder*, started; ends with this process. Its databases sort texts as in English.
 
-    def __init__(self, folder: Path) -> None:
+    :param is_durable: whether commits survive a crash of the machine, as in production.
+    """
+
+    def __init__(self, folder: Path, *, is_durable: bool = False) -> None:
         pytest.importorskip("psycopg", reason="psycopg is not installed")
         self.folder = folder
         self._programs = _programs()
         self._data = folder / "data"
         self._process: subprocess.Popen[bytes] | None = None
         self._number = 0
+        self._settings = _SETTINGS if is_durable else _SETTINGS | _FORGETFUL
         self._user: list[str] = []
         if os.geteuid() == 0:
             user = pwd.getpwnam("postgres")
@@ -73,7 +76,7 @@ class PostgresqlServer:
 
     def start(self) -> None:
         """Start the server, and wait until the server answers."""
-        settings = _SETTINGS | {"unix_socket_directories": str(self.folder)}
+        settings = self._settings | {"unix_socket_directories": str(self.folder)}
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -84,6 +87,12 @@ class PostgresqlServer:
                 cwd="/",
             )
         wait_until(self._answers, "PostgreSQL answers")
+
+    @property
+    def pid(self) -> int:
+        """The process id of the running server."""
+        assert self._process is not None
+        return self._process.pid
 
     def stop(self) -> None:
         """End the server and all sessions at once, durably (a "fast shutdown")."""
