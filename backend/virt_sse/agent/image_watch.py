@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import stat
@@ -62,7 +61,7 @@ class ImageWatch(SingleWorker):
         self._report_plain()
 
     def _report_missing(self) -> None:
-        suspects = {disk_id for disk_id in self._used_here() if self._is_missing(disk_id)}
+        suspects = {disk_id for disk_id in self._host.freshness.used_here() if self._is_missing(disk_id)}
         stored = {disk.id: disk for disk in self._host.store.with_ids(suspects | self._missing.keys())}
         self._images.forget(suspects - stored.keys())
         missing = missing_images(stored.values(), self._host.config.image_states, None)
@@ -74,12 +73,6 @@ class ImageWatch(SingleWorker):
                 _log.info("image-back", extra=fields(details))
         self._missing = {disk_id: stored[disk_id] for disk_id in missing}
         self._metrics.missing_images.set(len(missing))
-
-    def _used_here(self) -> Iterator[UUID]:
-        """The disks whose images were in use on this host."""
-        for name in _names(self._host.config.image_states):
-            with contextlib.suppress(ValueError):  # the folder of deleted disks, a file being written
-                yield UUID(name)
 
     def _is_missing(self, disk_id: UUID) -> bool:
         path = self._images.path(disk_id)

@@ -224,6 +224,14 @@ class Store:
                 )
             }
 
+    def key_versions_in(self, set_id: UUID) -> set[KeyId]:
+        """The KEK versions of the first DEKs of an encryption set's disks; empty for a set without disks."""
+        columns = (wrapped_deks.c.key_provider, wrapped_deks.c.key_name, wrapped_deks.c.key_version)
+        of_set = sa.and_(wrapped_deks.c.position == 0, disks.c.encryption_set_id == set_id)
+        query = sa.select(*columns).select_from(wrapped_deks.join(disks)).where(of_set).distinct()
+        with reading(self._engine) as connection:
+            return {KeyId(*row) for row in connection.execute(query)}
+
     def set_state(self, disk_id: UUID, state: DiskState) -> None:
         """Set the state of a disk.
 

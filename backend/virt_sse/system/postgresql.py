@@ -37,7 +37,7 @@ def postgresql_engine(url: URL, *, busy_seconds: float) -> Engine:
         "lock_timeout": round(busy_seconds * 1000),
         "idle_in_transaction_session_timeout": _IDLE_MILLISECONDS,  # a stopped host keeps no locks
         "synchronous_commit": "on",  # a DEK is durable before an image is formatted with the DEK
-        "random_page_cost": "1.1",  # the tables are small: their indices are in memory, and cheaper than scans
+        "random_page_cost": "1.1",  # small tables: their indices are in memory, and cheaper than scans
     }
     defaults = {**_DEFAULTS, "options": " ".join(f"-c {name}={value}" for name, value in settings.items())}
     return sa.create_engine(

@@ -19,16 +19,19 @@ from support.command_line import CommandLine, no_libvirt
 from support.postgresql import PostgresqlServer
 from support.stores import execute
 from virt_sse.agent import lease_watch
+from virt_sse.agent.automatic_rotation import AutomaticRotation
 from virt_sse.agent.inventory import InventorySnapshot, RunningDomain
 from virt_sse.agent.lease_watch import LeaseWatch
+from virt_sse.agent.metrics import Metrics
 from virt_sse.backend import Backend
 from virt_sse.config import Config
 from virt_sse.domains.release import release
 from virt_sse.errors import DiskInUseError, HostFencedError, LibvirtError, VirtSseError
 from virt_sse.host.setup import initialise
 from virt_sse.libvirt.domain_definition import DomainDefinition
-from virt_sse.model.disks import Disk, DiskState, NewDisk
+from virt_sse.model.disks import PLATFORM_KEY, Disk, DiskState, NewDisk
 from virt_sse.model.hosts import SILENT_SECONDS
+from virt_sse.model.layers import EncryptionType
 
 VM = uuid.UUID("0b2d2d1c-9d3c-4a83-9d0c-7a1d5a3f8f10")
 
@@ -283,6 +286,31 @@ def test_the_agent_ends_a_migration_of_which_nothing_is_left(
     LeaseWatch(b.host.leases).keep(snapshot(), is_current=True)
     assert not b.host.leases.awaits(VM)
     assert leases(a) == [0, 2]
+
+
+def test_each_agent_follows_a_new_key_version_for_its_own_disks(
+    a: Backend, b: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Disks of other hosts, and disks in use there, are left to the agents of those hosts."""
+    a.sets.create(
+        "web",
+        provider=PLATFORM_KEY.provider,
+        key=PLATFORM_KEY.name,
+        encryption_type=EncryptionType.CUSTOMER_KEY,
+        automatic_rotation=True,
+    )
+    ours = a.disks.create(NewDisk(name="ours", size=1 << 20, encryption_set="web"))
+    theirs = b.disks.create(NewDisk(name="theirs", size=1 << 20, encryption_set="web"))
+    moved = a.disks.create(NewDisk(name="moved", size=1 << 20, encryption_set="web"))
+    with b.host.leases.starting(VM, [moved.id], states=[DiskState.READY]):
+        pass
+    provider = a.host.plugins.key_provider(PLATFORM_KEY.provider)
+    wanted = provider.rotate(PLATFORM_KEY.name)
+    AutomaticRotation(a, Metrics(), 60)._follow(a.sets.get("web"))
+    versions = {disk.id: disk.deks[0].wrapped.key for disk in a.host.store.all()}
+    assert versions[ours.id] == wanted
+    assert {versions[theirs.id], versions[moved.id]} == {theirs.deks[0].wrapped.key}
+    assert [record.message for record in caplog.records if record.levelname != "INFO"] == []
 
 
 def test_a_store_in_sqlite_has_no_leases(backend: Backend, virt_sse: CommandLine) -> None:
