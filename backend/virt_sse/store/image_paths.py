@@ -24,10 +24,7 @@ _NAMED = re.compile(r"<(?:source|target)\b[^>]*?\b(?:file|dev|volume)=('[^']*')"
 
 
 class ImagePaths:
-    """The file, mode 0600: two lines for each image, as libvirt's XML names a file and a volume of a pool.
-
-    The lines are patterns for ``grep -F -f``.
-    """
+    """The file, mode 0600: two lines for each image, as libvirt's XML names a file and a volume of a pool."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
