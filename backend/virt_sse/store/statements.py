@@ -54,7 +54,7 @@ def next_number(connection: Connection, series: str) -> int:
     counted = statement.on_conflict_do_update(
         index_elements=[counters.c.name], set_={"value": counters.c.value + 1}
     )
-    return connection.execute(counted.returning(counters.c.value)).scalar_one()
+    return int(connection.execute(counted.returning(counters.c.value)).scalar_one())
 
 
 @contextlib.contextmanager
