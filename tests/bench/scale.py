@@ -147,14 +147,16 @@ def _killed_rotation(root: Path, count: int) -> int:
     program = f"from virt_sse.model.keys import KeyRef\n{code}"
     environment = os.environ | {"VIRT_SSE_ROOT": str(root)}
     with Backend.open(root) as backend:
+        before = set(backend.host.store.keys_in_use())
 
         def rewrapped() -> int:
-            return sum(disk.generation > 1 for disk in backend.disks.all())
+            found = backend.host.store.keys_in_use()
+            return sum(deks for key, deks in found.items() if key not in before)
 
         with subprocess.Popen([sys.executable, "-c", program], env=environment) as process:
             try:
                 while rewrapped() < count // 4 and process.poll() is None:
-                    time.sleep(0.2)
+                    time.sleep(0.1)
             finally:
                 process.kill()
         return rewrapped()
