@@ -18,6 +18,8 @@ from virt_sse.system.database_url import sqlite_url
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regenerate-golden", action="store_true", help="write tests/golden anew")
+    parser.addoption("--moved-disks", type=int, default=10, help="disks of the store that moves; e.g. 200")
+    parser.addoption("--races", type=int, default=10, help="starts that two hosts race for; e.g. 100")
     parser.addoption("--fuzz-seconds", type=float, default=0.5, help="duration of each fuzzer")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +18,14 @@ from virt_sse.model.layers import EncryptionType
 
 
 @contextlib.contextmanager
-def private_backend(root: Path) -> Iterator[Backend]:
-    """A backend under *root*, a new folder, with a keyring and without any libvirt."""
+def private_backend(root: Path, *, store_url: str | None = None) -> Iterator[Backend]:
+    """A backend under *root*, a new folder, with a keyring and without any libvirt.
+
+    :param store_url: default: an SQLite file under *root*.
+    """
     root.mkdir()
+    if store_url:
+        _use_store(root, store_url)
     config = dataclasses.replace(
         Config.load(root),
         libvirt_uri=f"qemu+unix:///system?socket={root}/none",
@@ -43,12 +49,33 @@ def double_set(backend: Backend) -> str:
 
 
 @contextlib.contextmanager
-def prepared_host() -> Iterator[tuple[LabHost, Backend]]:
+def joined_backend(root: Path, other: Config) -> Iterator[Backend]:
+    """A backend under *root*, a new folder, of a host with the store and the keys of *other*."""
+    _use_store(root, other.store_url)
+    config = dataclasses.replace(Config.load(root), libvirt_uri=f"qemu+unix:///system?socket={root}/none")
+    config.state_directory.mkdir(mode=0o700, parents=True)
+    shutil.copytree(other.state_directory / "platform-managed", config.state_directory / "platform-managed")
+    shutil.copy(other.state_directory / "host.key", config.state_directory)
+    with Backend(config) as backend:
+        yield backend
+
+
+def _use_store(root: Path, url: str) -> None:
+    path = root / "etc/virt-sse/config.toml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"[store]\nurl = '{url}'\n")
+
+
+@contextlib.contextmanager
+def prepared_host(*, store_url: str | None = None) -> Iterator[tuple[LabHost, Backend]]:
     """A lab host after ``virt-sse host init``, with virt-sse's hook active in libvirtd, and its backend.
 
+    :param store_url: default: an SQLite file of the host.
     :raise LabUnavailableError: When the machine lacks what a lab host needs.
     """
     with LabHost() as host:
+        if store_url:
+            _use_store(host.root, store_url)
         config = dataclasses.replace(Config.load(host.root), libvirt_uri=host.uri, disk_directory=host.images)
         with Backend(config) as backend:
             initialise(backend.host)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from support.migration_site import MigrationHost, MigrationSite, MovingGuest, mi
 from support.waiting import wait_until
 from support.writing_guest import newest_block
 from virt_sse.errors import DiskInUseError
+from virt_sse.lab import guests
 from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import QEMU_USER, LabHost
@@ -239,3 +241,65 @@ def test_a_domain_that_is_off_migrates_as_a_definition(
     site.b.host.virsh("start", guest.name)
     assert_runs_on(site.b, site.a, guest, disk)
     assert "is in use on host" in site.a.host.virsh("start", guest.name, check=False).stderr
+
+
+RACER = """
+import sys; from pathlib import Path
+from virt_sse.backend import Backend; from virt_sse.domains.release import release
+from virt_sse.errors import DiskInUseError; from virt_sse.libvirt.domain_definition import DomainDefinition
+definition = DomainDefinition.parse(Path(sys.argv[1]).read_text())
+with Backend.open() as backend:
+    for line in sys.stdin:
+        if line == "release\\n":
+            release(backend.host.config, definition); print("released", flush=True); continue
+        try: backend.domains.prepare(definition); print("won", flush=True)
+        except DiskInUseError: print("lost", flush=True)
+"""
+"""Serves the hook's events, as the hook without an agent, over and over."""
+
+
+def test_of_two_hosts_exactly_one_starts_a_disk_every_time(
+    request: pytest.FixtureRequest, site: MigrationSite, tmp_path: Path
+) -> None:
+    disk = site.disk()
+    element = site.a.backend.domains.disk_element(disk.name)
+    path = tmp_path / "domain.xml"
+    log = tmp_path / "log"
+    path.write_text(guests.domain_xml(disk.name, domain_type="qemu", disks=[element], serial_log=log))
+    with contextlib.ExitStack() as stack:
+        racers = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", RACER, str(path)],
+                    env=host.host.environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for host in (site.a, site.b)
+        ]
+        for _ in range(int(request.config.getoption("--races"))):
+            for racer in racers:
+                tell(racer, "prepare")
+            outcomes = [heard(racer) for racer in racers]
+            assert sorted(outcomes) == ["lost", "won"]
+            winner = outcomes.index("won")
+            for racer in (
+                racers[1 - winner],
+                racers[winner],
+            ):  # libvirt calls the hook after a refusal as well
+                tell(racer, "release")
+                assert heard(racer) == "released"
+    site.a.backend.disks.check(disk.name)
+
+
+def tell(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(f"{line}\n")
+    process.stdin.flush()
+
+
+def heard(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()

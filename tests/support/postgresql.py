@@ -30,12 +30,11 @@ _HBA = (
 _SETTINGS = {
     "port": "5432",
     "listen_addresses": "",
-    "fsync": "off",
-    "full_page_writes": "off",
     "autovacuum": "off",
     "max_connections": "200",
     "log_statement": "none",
 }
+_FORGETFUL = {"fsync": "off", "full_page_writes": "off"}
 
 
 def _programs() -> Path:
@@ -49,9 +48,12 @@ def _programs() -> Path:
 
 
 class PostgresqlServer:
-    """A server in *folder*, started; ends with this process. Its databases sort texts as in English."""
+    """A server in *folder*, started; ends with this process. Its databases sort texts as in English.
 
-    def __init__(self, folder: Path) -> None:
+    :param is_durable: whether commits survive a crash of the machine, as in production.
+    """
+
+    def __init__(self, folder: Path, *, is_durable: bool = False) -> None:
         pytest.importorskip("psycopg", reason="psycopg is not installed")
         self.folder = folder
         self._programs = _programs()
@@ -59,6 +61,7 @@ class PostgresqlServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._port = ""
         self._number = 0
+        self._settings = _SETTINGS if is_durable else _SETTINGS | _FORGETFUL
         self._user: list[str] = []
         if os.geteuid() == 0:
             user = pwd.getpwnam("postgres")
@@ -83,7 +86,7 @@ class PostgresqlServer:
 
         :param settings: as in ``postgresql.conf``.
         """
-        settings = _SETTINGS | {"unix_socket_directories": str(self.folder)} | settings
+        settings = self._settings | {"unix_socket_directories": str(self.folder)} | settings
         self._port = settings["port"]
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         with (self.folder / "log").open("ab") as log:
@@ -95,6 +98,12 @@ class PostgresqlServer:
                 cwd="/",
             )
         wait_until(self._answers, "PostgreSQL answers")
+
+    @property
+    def pid(self) -> int:
+        """The process id of the running server."""
+        assert self._process is not None
+        return self._process.pid
 
     def stop(self) -> None:
         """End the server and all sessions at once, durably (a "fast shutdown")."""

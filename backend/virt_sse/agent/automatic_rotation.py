@@ -10,7 +10,9 @@ from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
 from virt_sse.backend import Backend
 from virt_sse.errors import VirtSseError
+from virt_sse.model.disks import Disk
 from virt_sse.model.encryption_sets import EncryptionSet
+from virt_sse.system.progress import silent
 
 _log = logging.getLogger(__name__)
 
@@ -54,20 +56,18 @@ class AutomaticRotation:
         """Rewrap a set's disks if the key has a new version, or an earlier rewrap may be incomplete."""
         details: dict[str, object] = {"encryption-set": encryption_set.name}
         try:
-            disks = self._backend.sets.disks(encryption_set.name)
-            if not disks:
+            versions = self._backend.host.store.key_versions_in(encryption_set.id)
+            if not versions:
                 return
             wanted = self._backend.sets.wanted_key(encryption_set)
         except VirtSseError as exc:
             _log.warning("rotation-failed", extra=fields(details | {"reason": str(exc)}))
             return
-        current = all(disk.deks and disk.deks[0].wrapped.key == wanted for disk in disks)
-        if current and encryption_set.id in self._complete:
+        is_first = encryption_set.id not in self._complete
+        if versions == {wanted} and not is_first:
             return
         # An image may also be older than the store without a mark: replaced by a copy from before a rotation.
-        report = self._backend.sets.rotate(
-            str(encryption_set.id), every_image=encryption_set.id not in self._complete
-        )
+        report = self._backend.keys.rewrap_disks(self._ours(encryption_set), silent, every_image=is_first)
         if report.failed:
             self._complete.discard(encryption_set.id)
             _log.warning("rotation-failed", extra=fields(details | {"failed": report.failed}))
@@ -76,3 +76,14 @@ class AutomaticRotation:
         if report.rewrapped:
             self._metrics.rewrapped.inc(report.rewrapped)
             _log.info("rotated", extra=fields(details | {"key": str(wanted), "disks": report.rewrapped}))
+
+    def _ours(self, encryption_set: EncryptionSet) -> list[Disk]:
+        """The disks that this host rewraps: in a shared store, those used here and in use on no other host.
+
+        Each host has its own agent: a hundred hosts that all try all disks would refuse each other.
+        """
+        host = self._backend.host
+        if not host.leases.are_shared:
+            return host.store.in_set(encryption_set.id)
+        ids = set(host.freshness.used_here()) - host.leases.held_elsewhere()
+        return [disk for disk in host.store.with_ids(ids) if disk.set_id == encryption_set.id]

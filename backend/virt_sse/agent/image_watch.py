@@ -6,12 +6,12 @@ import logging
 import os
 import stat
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from uuid import UUID
 
 from virt_sse.agent.inventory import InventorySnapshot
+from virt_sse.agent.known_images import KnownImages
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
 from virt_sse.agent.snapshot_worker import SingleWorker
@@ -40,9 +40,10 @@ class ImageWatch(SingleWorker):
         self._metrics = metrics
         self._seconds = seconds
         self._not_before = 0.0
-        self._missing: set[UUID] = set()
+        self._missing: dict[UUID, Disk] = {}
         self._plain: dict[_File, Disk] = {}
         self._encrypted: set[_File] = set()
+        self._images = KnownImages(backend.host.store, backend.host.image_paths)
 
     def keep(self, snapshot: InventorySnapshot) -> None:
         """Look, once in each interval."""
@@ -55,34 +56,42 @@ class ImageWatch(SingleWorker):
         self._not_before = 0.0
 
     def _look(self) -> None:
-        disks = self._host.store.all()
-        self._host.image_paths.replace(lambda: [disk.path for disk in self._host.store.all()])
-        self._report_missing(disks)
-        self._report_plain(disks)
+        self._images.update()
+        self._report_missing()
+        self._report_plain()
 
-    def _report_missing(self, disks: Sequence[Disk]) -> None:
-        missing = missing_images(disks, self._host.config.image_states, None)
-        for disk in disks:
+    def _report_missing(self) -> None:
+        suspects = {disk_id for disk_id in self._host.freshness.used_here() if self._is_missing(disk_id)}
+        stored = {disk.id: disk for disk in self._host.store.with_ids(suspects | self._missing.keys())}
+        self._images.forget(suspects - stored.keys())
+        missing = missing_images(stored.values(), self._host.config.image_states, None)
+        for disk in stored.values():
             details = {"disk": disk.name, "path": str(disk.path)}
-            if disk.id in missing - self._missing:
+            if disk.id in missing - self._missing.keys():
                 _log.warning("image-missing", extra=fields(details))
-            elif disk.id in self._missing - missing:
+            elif disk.id in self._missing.keys() - missing:
                 _log.info("image-back", extra=fields(details))
-        self._missing = missing
+        self._missing = {disk_id: stored[disk_id] for disk_id in missing}
         self._metrics.missing_images.set(len(missing))
 
-    def _report_plain(self, disks: Sequence[Disk]) -> None:
+    def _is_missing(self, disk_id: UUID) -> bool:
+        path = self._images.path(disk_id)
+        return path is not None and not os.path.lexists(path)
+
+    def _report_plain(self) -> None:
+        seen = dict(_beside(self._images.by_folder()))
+        suspects = {file: path for file, path in seen.items() if file not in self._encrypted}
+        disks = {disk.path: disk for disk in self._host.store.at_paths(set(suspects.values()))}
         found = {}
-        seen = set()
-        for disk, file in _beside(disks):
-            seen.add(file)
-            if file in self._encrypted:
-                continue
+        for file, path in suspects.items():
+            disk = disks.get(path)
+            if disk is None or disk.kind is not DiskKind.DISK:
+                continue  # no domain writes beside a copy
             if file in self._plain or _is_plain(file[0], disk.size):
                 found[file] = disk
             else:
                 self._encrypted.add(file)
-        self._encrypted &= seen
+        self._encrypted &= seen.keys()
         for file, disk in found.items():
             if file not in self._plain:
                 details = {"disk": disk.name, "place": str(file[0])}
@@ -91,29 +100,31 @@ class ImageWatch(SingleWorker):
         self._metrics.plaintext_beside.set(len(found))
 
 
-def _beside(disks: Sequence[Disk]) -> Iterator[tuple[Disk, _File]]:
-    """Files named as an image with a suffix, e.g. by libvirt's backups; without the images of disks."""
-    own = {disk.path.name for disk in disks}
-    by_folder: dict[Path, dict[str, Disk]] = defaultdict(dict)
-    for disk in disks:
-        if disk.kind is not DiskKind.DISK:
-            continue  # no domain writes beside a copy
-        by_folder[disk.path.parent][disk.path.name] = disk
+def _beside(by_folder: Mapping[Path, Mapping[str, Path]]) -> Iterator[tuple[_File, Path]]:
+    """Files named as an image with a suffix, e.g. by libvirt's backups, each with the path of the image.
+
+    :param by_folder: the paths of images by folder and name.
+    """
     for folder, images in by_folder.items():
-        try:
-            names = [path.name for path in folder.iterdir()]
-        except OSError:
-            continue
-        for name in names:
-            stem = name.rpartition(".")[0]
-            if name in own or stem not in images:
+        for name in _names(folder):
+            image = images.get(name.rpartition(".")[0])
+            if image is None or name in images:
                 continue
             try:
                 status = os.lstat(folder / name)
             except OSError:
                 continue
             if stat.S_ISREG(status.st_mode):
-                yield images[stem], (folder / name, status.st_ino, status.st_mtime_ns)
+                yield (folder / name, status.st_ino, status.st_mtime_ns), image
+
+
+def _names(folder: Path) -> list[str]:
+    """The names in a folder; none if the folder cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries]
+    except OSError:
+        return []
 
 
 def _is_plain(path: Path, size: int) -> bool:

@@ -116,10 +116,8 @@ class JobWatch:
 
     def _is_own(self, disk_id: UUID, began: datetime) -> bool:
         """Whether a copy of the disk by virt-sse began together with the job."""
-        return any(
-            disk.source_id == disk_id and abs(disk.created - began) < _OWN
-            for disk in self._backend.host.store.all()
-        )
+        made = self._backend.host.store.made_of(disk_id)
+        return any(abs(disk.created - began) < _OWN for disk in made)
 
 
 def _shows(domain: RunningDomain, job: _Job) -> bool:

@@ -122,12 +122,10 @@ def _fitting(names: Callable[[], Iterable[str]], incomplete: str) -> list[str]:
 
 
 def _disk_names(kind: str, is_deleted: bool) -> list[str]:
+    from virt_sse.model.disk_kind import DiskKind
+
     with session.existing_store() as store:
-        return [
-            disk.name
-            for disk in (store.all() if store else ())
-            if disk.kind.value == kind and (disk.state.value == "deleted") is is_deleted
-        ]
+        return store.names(DiskKind(kind), is_deleted=is_deleted) if store else []
 
 
 def _set_names() -> list[str]:

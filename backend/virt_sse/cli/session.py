@@ -48,11 +48,11 @@ def listed_disks(kind: DiskKind | None = None) -> list[Disk]:
     """
     from virt_sse.model.disk_kind import DiskKind
 
-    return [disk for disk in all_disks() if disk.kind is (kind or DiskKind.DISK)]
+    return all_disks(kind or DiskKind.DISK)
 
 
-def all_disks() -> list[Disk]:
-    """All disks and copies of every kind, as :func:`listed_disks`.
+def all_disks(kind: DiskKind | None = None) -> list[Disk]:
+    """All disks and copies, of every kind or of one, as :func:`listed_disks`.
 
     :raise StoreError: When the store cannot be opened.
     """
@@ -61,9 +61,9 @@ def all_disks() -> list[Disk]:
 
     with contextlib.closing(LazyStore(config().store_url)) as store:
         if not has_unfinished_work(config(), store.reads()):
-            return store.reads().all()
+            return store.reads().all(kind)
     with backend() as b:
-        return b.host.store.all()
+        return b.host.store.all(kind)
 
 
 @contextlib.contextmanager

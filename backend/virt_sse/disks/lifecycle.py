@@ -93,7 +93,7 @@ class Disks:
 
         :param kind: list the copies of this kind instead.
         """
-        return [disk for disk in self._store.all() if disk.kind is kind]
+        return self._store.all(kind)
 
     def get(self, name: str) -> Disk:
         """The disk of that name or id, with the real size of its image."""

@@ -243,7 +243,7 @@ class ScaleSets:
         """
         planned = {instance.number for instance in scale_set.instances}
         taken = {domain.name() for domain in connection.listAllDomains()}
-        taken |= {disk.name for disk in self._store.all()}
+        taken |= set(self._store.names())
         new = [number for number in range(1, size + 1) if number not in planned]
         for number in new:
             if (name := scale_set.instance_name(number)) in taken:

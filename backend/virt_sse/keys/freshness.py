@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -130,6 +130,10 @@ class ImageFreshness:
         except ImageError:
             return False
         return found is not None and found.uses is not None and found.envelope == disk.envelope
+
+    def used_here(self) -> Iterator[UUID]:
+        """The disks whose images were in use on this host."""
+        return self._states.disk_ids()
 
     def note_new(self, disk: Disk) -> None:
         """Record the state of a complete new image, unless known.

@@ -6,8 +6,10 @@ a backup, and the end of a domain does not load the store.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
@@ -108,6 +110,17 @@ class ImageStateFiles:
             deleted = datetime.fromtimestamp(changed, UTC) if path.parent == self._deleted else None
             return ImageState(found.uses, found.header, found.inner, deleted)
         return None
+
+    def disk_ids(self) -> Iterator[UUID]:
+        """The disks with a known state; none if the folder cannot be read."""
+        try:
+            with os.scandir(self._folder) as entries:
+                names = [entry.name for entry in entries]
+        except OSError:
+            return
+        for name in names:
+            with contextlib.suppress(ValueError):  # the folder of deleted disks, a file being written
+                yield UUID(name)
 
     def put(self, disk_id: UUID, state: ImageState) -> None:
         """Replace the state of a disk's image. After a power loss the state before may be back.

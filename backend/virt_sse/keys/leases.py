@@ -1,7 +1,8 @@
 """Leases of this host on disks and VMs, where several hosts share a store in PostgreSQL.
 
 A lease is a row of the store: one host alone works on the disk or runs the VM. Among the processes of a host,
-locks released by the kernel decide (:mod:`virt_sse.system.locks`); a store in SQLite needs no leases.
+locks released by the kernel decide (:mod:`virt_sse.system.locks`); a store in SQLite needs no leases, because
+it serves one machine.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from uuid import UUID, uuid4
 
 from virt_sse.config import Config
 from virt_sse.errors import DiskInUseError, StoreError
+from virt_sse.keys.sole_machine import refuse_other_machine
 from virt_sse.model.disks import DiskState
 from virt_sse.model.hosts import HostIdentity, HostRecord, LeaseUse
 from virt_sse.store import LazyStore
@@ -37,12 +39,13 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Leases:
-    """The leases of this host. Without a shared store, every method does nothing.
+    """The leases of this host. Without a shared store, every method does nothing, unless said otherwise.
 
     Every method raises StoreError when the store fails, unless said otherwise.
     """
 
     def __init__(self, config: Config, opened_store: LazyStore) -> None:
+        self._config = config
         self._opened_store = opened_store
         self._path = config.state_directory / "host-id"
         self._locks = DiskLocks(config.state_directory / "disks.lock")
@@ -74,11 +77,12 @@ class Leases:
     ) -> Iterator[None]:
         """Take the leases for a domain; leases taken here are given back if the block fails.
 
-        :raise DiskInUseError: When another host has a lease.
+        :raise DiskInUseError: When another host has a lease, or another machine the store in SQLite.
         :raise DiskStateError: When a disk has none of *states* any more.
         :raise HostFencedError: When this host was fenced.
         """
         if not self.are_shared:
+            refuse_other_machine(self._config)
             yield
             return
         store = self._entered()
@@ -155,6 +159,10 @@ class Leases:
     def uses(self) -> list[LeaseUse]:
         """The uses of the leases that this host has or awaits."""
         return self._hosts.uses(self.identity) if self.are_shared else []
+
+    def held_elsewhere(self) -> set[UUID]:
+        """The disks and VMs in use on other hosts."""
+        return self._hosts.held_elsewhere(self.identity) if self.are_shared else set()
 
     def end_killed_work(self) -> None:
         """Give the leases of killed commands back, except on disks with unfinished work."""

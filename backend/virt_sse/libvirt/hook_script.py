@@ -35,7 +35,9 @@ case $xml in
     *"usage='{prefix}"* | *'usage="{prefix}'* | *"name='{prefix}"* | *'name="{prefix}'* | *{namespace}*) ;;
     *)  # No disk of ours, but perhaps an image of ours without its key.
         if [ "$2" = prepare ]; then
-            printf '%s\\n' "$xml" | LC_ALL=C grep -qFf {images} 2>/dev/null || exit 0
+            # The domain's few names are the patterns: patterns of all images would take long to load.
+            printf '%s\\n' "$xml" | LC_ALL=C grep -oE "[a-z]+='[^']*'" | sed '/^volume=/!s/^[a-z]*=//' |
+                LC_ALL=C grep -qxFf - {images} 2>/dev/null || exit 0
         # An unplugged disk may have left processes, which end with the domain.
         elif [ "$2" = release ]; then
             case $xml in *"<uuid>"*"</uuid>"*) ;; *) exit 0 ;; esac
@@ -77,7 +79,7 @@ def script(environment: dict[str, str], stages: Path, images: Path) -> str:
 
     :param environment: variables for the hook, because libvirtd does not pass on its own environment.
     :param stages: folder with the records of stages.
-    :param images: file with patterns of the images' paths.
+    :param images: file with the paths of the images.
     """
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(environment.items()))
     return _SCRIPT.format(

@@ -15,7 +15,8 @@ from sqlalchemy.engine import Connection, Engine
 from virt_sse.errors import StoreError
 from virt_sse.store import ownership
 from virt_sse.store.engine import memory_engine, named_errors, open_engine, opening, parsed_url
-from virt_sse.store.statements import is_unfinished, lock_tables
+from virt_sse.store.rows import UNFINISHED_STATES
+from virt_sse.store.statements import lock_tables
 from virt_sse.store.tables import disks, metadata
 from virt_sse.system.database_url import sqlite_url
 from virt_sse.system.migrations import revision_of
@@ -98,7 +99,7 @@ def move(url: str, target_url: str, place: str) -> Mapping[str, TableContent]:
 
 def _refuse_unfinished(source: Connection) -> None:
     """Refuse unfinished work in SQLite, without a lease: in the new store, any host could undo the work."""
-    query = sa.select(disks.c.name).where(is_unfinished()).limit(1)
+    query = sa.select(disks.c.name).where(disks.c.state.in_(UNFINISHED_STATES)).limit(1)
     if source.dialect.name == "sqlite" and (name := source.scalar(query)) is not None:
         raise StoreError(
             f"work on disk {name!r} is not finished",

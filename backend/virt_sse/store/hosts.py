@@ -187,6 +187,11 @@ class HostStore:
             for row, is_awaited in rows
         ]
 
+    def held_elsewhere(self, host: HostIdentity) -> set[UUID]:
+        """The disks and VMs with a lease of another host."""
+        with reading(self._engine) as connection:
+            return set(connection.scalars(sa.select(leases.c.resource_id).where(leases.c.host_id != host.id)))
+
     def fence(self, host: HostRecord) -> int:
         """Take all leases from a host whose machine is off, and refuse the host until the machine restarts.
 

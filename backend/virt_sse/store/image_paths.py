@@ -24,28 +24,34 @@ _NAMED = re.compile(r"<(?:source|target)\b[^>]*?\b(?:file|dev|volume)=('[^']*')"
 
 
 class ImagePaths:
-    """The file, mode 0600: two lines for each image, as libvirt's XML names a file and a volume of a pool.
-
-    The lines are patterns for ``grep -F -f``.
-    """
+    """The file, mode 0600: two lines for each image, as libvirt's XML names a file and a volume of a pool."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self._read: tuple[tuple[int, int, int], frozenset[str]] = ((0, 0, 0), frozenset())
+        self._replaced: tuple[int, int] | None = None
 
     def add(self, path: Path) -> None:
         """Add the path of an image. A failure is logged: the agent adds the path later."""
         try:
-            with self._locked():
-                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-                descriptor = os.open(self.file, flags, PRIVATE_FILE)
-                with os.fdopen(descriptor, "a", encoding="utf-8") as file:
-                    file.write(_lines([path]))
-                    file.flush()
-                    os.fsync(file.fileno())
-                sync_folder(self.file.parent)
+            self.append([path])
         except OSError as exc:
             _log.warning("cannot add %s to %s: %s", path, self.file, exc.strerror)
+
+    def append(self, paths: Iterable[Path]) -> None:
+        """Add the paths of images.
+
+        :raise OSError: When the file cannot be written.
+        """
+        with self._locked():
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            with os.fdopen(os.open(self.file, flags, PRIVATE_FILE), "ab") as file:
+                size = os.fstat(file.fileno()).st_size
+                is_torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"  # by a full disk
+                file.write(b"\n" * is_torn + _lines(paths).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            sync_folder(self.file.parent)
 
     def provide(self, read: Callable[[], Iterable[Path]]) -> None:
         """Make the file, if missing, as :meth:`replace` does. A failure is logged."""
@@ -63,12 +69,25 @@ class ImagePaths:
         """
         with self._locked():
             content = _lines(sorted(read()))
-            try:
-                if self.file.read_text("utf-8") == content:
-                    return
-            except (OSError, ValueError):
-                pass
-            write_private(self.file, content.encode())
+            if not self._has(content):
+                write_private(self.file, content.encode())
+            status = self.file.stat()
+            self._replaced = status.st_ino, status.st_size
+
+    def is_kept(self) -> bool:
+        """Whether the file is the one of the last :meth:`replace`, with at most further paths since."""
+        try:
+            status = self.file.stat()
+        except OSError:
+            return False
+        inode, size = self._replaced or (0, 0)
+        return status.st_ino == inode and status.st_size >= size
+
+    def _has(self, content: str) -> bool:
+        try:
+            return self.file.read_text("utf-8") == content
+        except (OSError, ValueError):
+            return False
 
     def mentioned(self, xml: str) -> bool:
         """Whether a domain's XML names a path of the file, or a volume with the name of an image."""

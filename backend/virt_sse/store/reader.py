@@ -17,9 +17,10 @@ from urllib.parse import quote
 from uuid import UUID
 
 from virt_sse.errors import DiskNotFoundError, StoreError
+from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.vms import Vm
-from virt_sse.store.rows import disks_of, vm_of
+from virt_sse.store.rows import UNFINISHED_STATES, disks_of, vm_of
 from virt_sse.store.schema import BUSY_TIMEOUT_SECONDS, SCHEMA
 
 _URL = "sqlite:///"
@@ -51,8 +52,11 @@ class StoreReads(Protocol):
     def at_paths(self, paths: Collection[Path]) -> list[Disk]:
         """As :meth:`Store.at_paths`."""
 
-    def all(self) -> list[Disk]:
+    def all(self, kind: DiskKind | None = None) -> list[Disk]:
         """As :meth:`Store.all`."""
+
+    def names(self, kind: DiskKind | None = None, *, is_deleted: bool | None = None) -> list[str]:
+        """As :meth:`Store.names`."""
 
     def unfinished(self) -> list[Disk]:
         """As :meth:`Store.unfinished`."""
@@ -113,14 +117,26 @@ class StoreReader:
         places = ", ".join("?" * len(paths))
         return self._disks(f"disks.path IN ({places})", *map(str, paths)) if paths else []
 
-    def all(self) -> list[Disk]:
-        """All disks, sorted by name."""
-        return self._disks("TRUE")
+    def all(self, kind: DiskKind | None = None) -> list[Disk]:
+        """All disks, sorted by name, or those of one kind."""
+        return self._disks("disks.kind = ?", kind.value) if kind else self._disks("TRUE")
+
+    def names(self, kind: DiskKind | None = None, *, is_deleted: bool | None = None) -> list[str]:
+        """The names of the disks that :meth:`all` has; deleted or other ones only, if asked for."""
+        conditions, values = ["TRUE"], []
+        if kind:
+            conditions, values = ["kind = ?"], [kind.value]
+        if is_deleted is not None:
+            conditions.append("state = ?" if is_deleted else "state != ?")
+            values.append(DiskState.DELETED.value)
+        query = "SELECT name FROM disks WHERE "
+        rows = self._select(query + " AND ".join(conditions), *values)
+        return sorted(row.name for row in rows)
 
     def unfinished(self) -> list[Disk]:
         """The disks whose creation or deletion is in progress or was interrupted."""
-        at_rest = [state.value for state in DiskState if state.is_at_rest]
-        return self._disks("disks.state NOT IN (?, ?)", *at_rest)
+        marks = ", ".join("?" * len(UNFINISHED_STATES))
+        return self._disks(f"disks.state IN ({marks})", *UNFINISHED_STATES)
 
     def encryption_set_names(self) -> list[str]:
         """The names of all disk encryption sets, sorted."""

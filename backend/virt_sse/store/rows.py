@@ -26,6 +26,9 @@ from virt_sse.model.layers import EncryptionType, HostCaching, Placement
 from virt_sse.model.vms import PendingUpdate, Vm, VmProperties
 from virt_sse.system.documents import DocumentError, from_json
 
+UNFINISHED_STATES = tuple(state.value for state in DiskState if not state.is_at_rest)
+"""For an ``IN``, which uses the index; "not at rest" would read all disks."""
+
 _log = logging.getLogger(__name__)
 
 

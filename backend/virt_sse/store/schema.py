@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-SCHEMA = "0016"
+SCHEMA = "0017"
 """The newest migration. A constant, so that up-to-date stores are recognised without importing Alembic."""
 
 BUSY_TIMEOUT_SECONDS = 30

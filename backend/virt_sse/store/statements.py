@@ -10,8 +10,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from virt_sse.errors import VirtSseError
-from virt_sse.model.disks import DiskState
-from virt_sse.store.tables import disks, metadata
+from virt_sse.store.tables import counters, metadata
 
 
 def lock_tables(connection: Connection) -> None:
@@ -33,9 +32,17 @@ def upsert(
     connection.execute(statement.on_conflict_do_update(index_elements=list(key), set_=dict(values)))
 
 
-def is_unfinished() -> sa.ColumnElement[bool]:
-    """The condition that an operation on a disk is in progress or was interrupted."""
-    return disks.c.state.not_in([state.value for state in DiskState if state.is_at_rest])
+def next_number(connection: Connection, series: str) -> int:
+    """The next number of a series: one more than the last, also if rows with a number were deleted.
+
+    Transactions with numbers of one series are committed in the order of the numbers.
+    """
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    statement = insert(counters).values(name=series, value=1)
+    counted = statement.on_conflict_do_update(
+        index_elements=[counters.c.name], set_={"value": counters.c.value + 1}
+    )
+    return int(connection.execute(counted.returning(counters.c.value)).scalar_one())
 
 
 @contextlib.contextmanager

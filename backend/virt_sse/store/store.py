@@ -21,6 +21,7 @@ from virt_sse.errors import (
     StoreReadOnlyError,
     StoreUnavailableError,
 )
+from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk, DiskState, taken_hint
 from virt_sse.model.envelope import DekEntry
 from virt_sse.model.keys import KeyId, KeyRef
@@ -31,9 +32,9 @@ from virt_sse.store.hosts import HostStore
 from virt_sse.store.image_paths import ImagePaths
 from virt_sse.store.protected_domains import ProtectedDomainStore
 from virt_sse.store.replacements import ReplacementStore
-from virt_sse.store.rows import disks_of
+from virt_sse.store.rows import UNFINISHED_STATES, disks_of
 from virt_sse.store.scale_sets import ScaleSetStore
-from virt_sse.store.statements import is_storable, is_unfinished, refusing
+from virt_sse.store.statements import is_storable, next_number, refusing
 from virt_sse.store.tables import disks, encryption_sets, wrapped_deks
 from virt_sse.store.vms import VmStore
 
@@ -97,6 +98,7 @@ class Store:
                 )
             )
             _insert_deks(connection, disk.id, disk.deks)
+            _number_path(connection, disk.id)
         if self._image_paths:
             self._image_paths.add(disk.path)
 
@@ -135,13 +137,27 @@ class Store:
         """The disks with their images at *paths*, sorted by name."""
         return self._select(disks.c.path.in_(list(map(str, paths)))) if paths else []
 
-    def all(self) -> list[Disk]:
-        """All disks, sorted by name."""
-        return self._select(sa.true())
+    def all(self, kind: DiskKind | None = None) -> list[Disk]:
+        """All disks, sorted by name.
+
+        :param kind: those of this kind only.
+        """
+        return self._select(disks.c.kind == kind.value if kind else sa.true())
+
+    def names(self, kind: DiskKind | None = None, *, is_deleted: bool | None = None) -> list[str]:
+        """The names of the disks that :meth:`all` has.
+
+        :param is_deleted: those that are deleted, or are not, only.
+        """
+        condition = disks.c.kind == kind.value if kind else sa.true()
+        if is_deleted is not None:
+            condition &= (disks.c.state == DiskState.DELETED.value).is_(is_deleted)
+        with reading(self._engine) as connection:
+            return sorted(connection.scalars(sa.select(disks.c.name).where(condition)))
 
     def unfinished(self) -> list[Disk]:
         """The disks with an operation that is in progress or was interrupted; without deleted disks."""
-        return self._select(is_unfinished())
+        return self._select(disks.c.state.in_(UNFINISHED_STATES))
 
     def encryption_set_names(self) -> list[str]:
         """The names of all disk encryption sets, sorted."""
@@ -161,6 +177,10 @@ class Store:
         """The disks in an encryption set, sorted by name."""
         return self._select(disks.c.encryption_set_id == set_id)
 
+    def made_of(self, disk_id: UUID) -> list[Disk]:
+        """The disks and copies with *disk_id* as their source, sorted by name."""
+        return self._select(disks.c.source_id == disk_id)
+
     def copies_of(self, disk: Disk) -> list[Disk]:
         """All other disks with content of the same origin as *disk*: its copies, and what it is a copy of."""
         origin = disk.origin_id or disk.id
@@ -171,6 +191,21 @@ class Store:
     def based_on(self, disk_id: UUID) -> list[Disk]:
         """The incremental copies and linked clones whose images lack what *disk_id* has, sorted by name."""
         return self._select(disks.c.base_id == disk_id)
+
+    def paths_since(self, number: int) -> tuple[int, dict[UUID, Path]]:
+        """The paths of images that were added or moved after the change with this *number*.
+
+        Removed disks are not told.
+
+        :param number: -1 for the paths of all images.
+        :return: the number of the last of these changes, and the paths by disk.
+        """
+        columns = (disks.c.id, disks.c.path, disks.c.path_number)
+        query = sa.select(*columns).where(disks.c.path_number > number)
+        with reading(self._engine) as connection:
+            rows = connection.execute(query).all()
+        last = max((row.path_number for row in rows), default=number)
+        return last, {row.id: Path(row.path) for row in rows}
 
     def sizes_of_sets(self) -> dict[UUID, int]:
         """Number of disks by encryption set; sets without disks are left out."""
@@ -196,6 +231,14 @@ class Store:
                     query.group_by(*columns).order_by(*columns)
                 )
             }
+
+    def key_versions_in(self, set_id: UUID) -> set[KeyId]:
+        """The KEK versions of the first DEKs of an encryption set's disks; empty for a set without disks."""
+        columns = (wrapped_deks.c.key_provider, wrapped_deks.c.key_name, wrapped_deks.c.key_version)
+        of_set = sa.and_(wrapped_deks.c.position == 0, disks.c.encryption_set_id == set_id)
+        query = sa.select(*columns).select_from(wrapped_deks.join(disks)).where(of_set).distinct()
+        with reading(self._engine) as connection:
+            return {KeyId(*row) for row in connection.execute(query)}
 
     def set_state(self, disk_id: UUID, state: DiskState) -> None:
         """Set the state of a disk.
@@ -263,7 +306,9 @@ class Store:
         if self.find_by_path(path):
             raise DiskExistsError(f"a disk with path {str(path)!r} exists already")
         try:
-            self._update(disk_id, path=str(path))
+            with writing(self._engine) as connection:
+                _update(connection, disk_id, path=str(path))
+                _number_path(connection, disk_id)
         except StoreError as exc:
             if self.find_by_path(path):  # since
                 raise DiskExistsError(f"a disk with path {str(path)!r} exists already") from exc
@@ -308,8 +353,7 @@ class Store:
 
     def _update(self, disk_id: UUID, **values: object) -> None:
         with writing(self._engine) as connection:
-            if connection.execute(disks.update().where(disks.c.id == disk_id).values(**values)).rowcount != 1:
-                raise DiskNotFoundError(f"disk {disk_id} was deleted")
+            _update(connection, disk_id, **values)
 
     def _select(self, condition: sa.ColumnElement[bool]) -> list[Disk]:
         # A single statement, so that a disk and its DEKs are consistent.
@@ -327,6 +371,23 @@ class Store:
         )
         with reading(self._engine) as connection:
             return disks_of(connection.execute(query))
+
+
+def _update(connection: Connection, disk_id: UUID, **values: object) -> None:
+    """Change a disk.
+
+    :raise DiskNotFoundError: When the disk was deleted.
+    """
+    if connection.execute(disks.update().where(disks.c.id == disk_id).values(**values)).rowcount != 1:
+        raise DiskNotFoundError(f"disk {disk_id} was deleted")
+
+
+def _number_path(connection: Connection, disk_id: UUID) -> None:
+    """Number the addition or move of an image, as the last lock of a transaction.
+
+    The next transaction with a number waits for the end of this one: whoever sees a number sees all before.
+    """
+    _update(connection, disk_id, path_number=next_number(connection, "image-paths"))
 
 
 def _refuse_taken(connection: Connection, disk: Disk) -> None:

@@ -62,8 +62,23 @@ disks = Table(
     Column("base_id", Uuid),
     Column("deleted", Text),
     Column("scheduled_purge", Text),
+    Column("path_number", BigInteger, nullable=False, server_default="0"),
     Index("disks_by_encryption_set", "encryption_set_id"),
+    Index("disks_by_state", "state"),
+    Index("disks_by_source", "source_id"),
+    Index("disks_by_origin", "origin_id"),
+    Index("disks_by_base", "base_id"),
+    Index("disks_by_path_number", "path_number"),
 )
+"""``path_number`` counts the additions and moves of images in the store, in the order of their commits."""
+
+counters = Table(
+    "counters",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("value", BigInteger, nullable=False),
+)
+"""The last number given out of each series."""
 
 certificates = Table(
     "certificates",
@@ -174,6 +189,7 @@ lease_users = Table(
     Column("resource_id", Uuid, ForeignKey("leases.resource_id", ondelete="CASCADE"), primary_key=True),
     Column("user_id", Uuid, primary_key=True),
     Column("since", BigInteger, nullable=False),
+    Index("lease_users_by_user", "user_id"),
 )
 """What a lease is for: a domain, or work of commands under the id of the host."""
 

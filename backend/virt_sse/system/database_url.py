@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from virt_sse.errors import InvalidValueError
 
@@ -14,6 +15,13 @@ _PASSWORD = re.compile(r"[\w+]+://[^:/]*:[^@]+@|.*[?&](ssl)?password=", re.IGNOR
 def sqlite_url(path: object) -> str:
     """SQLAlchemy's URL of an SQLite file, with ``?`` and ``%`` escaped."""
     return _SQLITE + str(path).replace("%", "%25").replace("?", "%3F")
+
+
+def sqlite_path(url: str) -> Path | None:
+    """The file that :func:`sqlite_url` has named; ``None`` for other URLs, and for options or escapes."""
+    path = url.removeprefix(_SQLITE)
+    is_plain = path != url and path.startswith("/") and not set(path) & {"?", "%"}
+    return Path(path) if is_plain else None
 
 
 def is_postgresql(url: str) -> bool:

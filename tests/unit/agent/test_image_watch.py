@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import os
 import shutil
 import subprocess
+import uuid
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from virt_sse.disks.missing_images import missing_images
 from virt_sse.host.setup import initialise
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import NewDisk
+from virt_sse.store.store import Store
 
 M = 1 << 20
 
@@ -95,3 +99,51 @@ def test_the_paths_of_all_images_are_kept(root: Path) -> None:
         assert paths.among({first.path, moved}) == {first.path, moved}
         ImageWatch(backend, Metrics(), 60)._look()
         assert paths.among({first.path, moved}) == {moved}
+
+
+def test_a_look_reads_the_changes_since_the_look_before(
+    root: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Disks of other hosts are found, and a lost or torn file of paths is mended."""
+    images.require("qemu-img", "cryptsetup")
+    caplog.set_level(logging.INFO, "virt_sse.agent")
+    with Backend.open(root) as backend, contextlib.closing(Store(backend.host.config.store_url)) as other:
+        initialise(backend.host)
+        first = backend.disks.create(NewDisk(name="first", size=M, format=DiskFormat.RAW))
+        paths, watch = backend.host.image_paths, ImageWatch(backend, Metrics(), 60)
+        watch._look()
+        asked: list[int] = []
+        paths_since = backend.host.store.paths_since
+        monkeypatch.setattr(
+            backend.host.store, "paths_since", lambda number: (asked.append(number), paths_since(number))[1]
+        )
+        monkeypatch.delattr(Store, "all")
+        theirs = dataclasses.replace(
+            first, id=uuid.uuid4(), name="theirs", path=first.path.with_name("t.raw")
+        )
+        with paths.file.open("a") as file:
+            file.write("'/torn by a full di")
+        other.add(theirs)
+        theirs.path.with_name("t.raw.1").write_bytes(b"plain" + bytes(M - 5))
+        watch._look()
+        watch._look()
+        assert caplog.messages == ["plaintext-beside"]
+        assert paths.among({first.path, theirs.path}) == {first.path, theirs.path}
+        other.set_path(theirs.id, moved := first.path.with_name("moved.raw"))
+        moved.with_name("moved.raw.1").write_bytes(b"plain" + bytes(M - 5))
+        watch._look()
+        assert caplog.messages == ["plaintext-beside"] * 2
+        assert paths.among({moved}) == {moved}
+        assert asked == [1, 2, 2]
+        first.path.unlink()
+        watch._look()
+        assert caplog.messages[2:] == ["image-missing"]
+        other.remove(first.id)
+        watch._look()
+        watch._look()
+        assert len(caplog.messages) == 3
+        assert asked == [1, 2, 2, 3, 3, 3]
+        paths.file.unlink()
+        watch._look()
+        assert paths.among({first.path, moved}) == {moved}
+        assert asked[6:] == [-1]

@@ -9,10 +9,15 @@ from typing import ClassVar, Self
 
 import pytest
 
+from support.waiting import wait_until
+from virt_sse.agent.inventory import InventorySnapshot, RunningDomain
+from virt_sse.agent.key_status import KeyStatusLookup
 from virt_sse.agent.key_watch import KeyStatus, KeyWatch, ProbeDek, WatchedKey
 from virt_sse.backend import Backend
 from virt_sse.errors import KeyDeniedError, KeyDisabledError, KeyProviderUnavailableError, UnwrapError
 from virt_sse.hookspecs import RegisterKeyProvider, hookimpl
+from virt_sse.libvirt.disk_element import DomainDisk
+from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.model.disks import NewDisk
 from virt_sse.model.keys import Dek, DekContext, KeyId, KeyProvider, KeyState, ProviderConfig, WrappedDek
 
@@ -27,6 +32,7 @@ class ScriptedProvider(KeyProvider):
     refusal: ClassVar[Exception | None] = None
     delay: ClassVar[float] = 0
     unwraps: ClassVar[int] = 0
+    polls: ClassVar[int] = 0
 
     @classmethod
     def from_config(cls, config: ProviderConfig) -> Self:
@@ -45,6 +51,7 @@ class ScriptedProvider(KeyProvider):
         return context.release(wrapped.ciphertext)
 
     def key_state(self, key: KeyId) -> KeyState:
+        ScriptedProvider.polls += 1
         time.sleep(self.delay)
         return self.state
 
@@ -87,6 +94,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(ScriptedProvider, "refusal", refusal)
         monkeypatch.setattr(ScriptedProvider, "delay", delay)
         monkeypatch.setattr(ScriptedProvider, "unwraps", 0)
+        monkeypatch.setattr(ScriptedProvider, "polls", 0)
 
     say(KeyState.ENABLED)
     return say
@@ -104,6 +112,29 @@ def test_polls_suffice_while_the_key_is_usable(watched: Watched) -> None:
     assert watched.after() == KeyStatus(KeyState.ENABLED)
     assert ScriptedProvider.unwraps == 0
     assert watched.changes == 1
+
+
+def test_a_key_is_asked_for_once_for_all_its_disks(watched: Watched, backend: Backend) -> None:
+    for number in range(3):
+        backend.disks.create(NewDisk(name=f"other-{number}", size=1 << 20, encryption_set="set"))
+    domains = tuple(
+        RunningDomain(
+            uuid=disk.id,
+            run=1,
+            name=disk.name,
+            uses=(DomainDisk(disk.id, disk.deks[0].slot, disk.path, "vda"),),
+            runs=True,
+            paused_for_key=False,
+            usages=frozenset(),
+            definition=DomainDefinition.parse("<domain/>"),
+        )
+        for disk in backend.disks.all()
+    )
+    report = KeyStatusLookup(backend, watched.watch).of(InventorySnapshot(number=1, domains=domains))
+    assert len(report.domains) == 4
+    watched.watch.watch(report.probe_deks)
+    wait_until(lambda: watched.watch.status(watched.key), "the key's status is known")
+    assert ScriptedProvider.polls == 1
 
 
 def test_a_polled_change_is_probed_once_before_it_counts(

@@ -9,8 +9,10 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -19,16 +21,22 @@ from support.command_line import CommandLine, no_libvirt
 from support.postgresql import PostgresqlServer
 from support.stores import execute
 from virt_sse.agent import lease_watch
+from virt_sse.agent.automatic_rotation import AutomaticRotation
 from virt_sse.agent.inventory import InventorySnapshot, RunningDomain
 from virt_sse.agent.lease_watch import LeaseWatch
+from virt_sse.agent.metrics import Metrics
 from virt_sse.backend import Backend
 from virt_sse.config import Config
 from virt_sse.domains.release import release
 from virt_sse.errors import DiskInUseError, HostFencedError, LibvirtError, VirtSseError
 from virt_sse.host.setup import initialise
+from virt_sse.keys.leases import Leases
 from virt_sse.libvirt.domain_definition import DomainDefinition
-from virt_sse.model.disks import Disk, DiskState, NewDisk
+from virt_sse.model.disks import PLATFORM_KEY, Disk, DiskState, NewDisk
 from virt_sse.model.hosts import SILENT_SECONDS
+from virt_sse.model.layers import EncryptionType
+from virt_sse.store import LazyStore
+from virt_sse.system.database_url import sqlite_url
 
 VM = uuid.UUID("0b2d2d1c-9d3c-4a83-9d0c-7a1d5a3f8f10")
 
@@ -285,6 +293,31 @@ def test_the_agent_ends_a_migration_of_which_nothing_is_left(
     assert leases(a) == [0, 2]
 
 
+def test_each_agent_follows_a_new_key_version_for_its_own_disks(
+    a: Backend, b: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Disks of other hosts, and disks in use there, are left to the agents of those hosts."""
+    a.sets.create(
+        "web",
+        provider=PLATFORM_KEY.provider,
+        key=PLATFORM_KEY.name,
+        encryption_type=EncryptionType.CUSTOMER_KEY,
+        automatic_rotation=True,
+    )
+    ours = a.disks.create(NewDisk(name="ours", size=1 << 20, encryption_set="web"))
+    theirs = b.disks.create(NewDisk(name="theirs", size=1 << 20, encryption_set="web"))
+    moved = a.disks.create(NewDisk(name="moved", size=1 << 20, encryption_set="web"))
+    with b.host.leases.starting(VM, [moved.id], states=[DiskState.READY]):
+        pass
+    provider = a.host.plugins.key_provider(PLATFORM_KEY.provider)
+    wanted = provider.rotate(PLATFORM_KEY.name)
+    AutomaticRotation(a, Metrics(), 60)._follow(a.sets.get("web"))
+    versions = {disk.id: disk.deks[0].wrapped.key for disk in a.host.store.all()}
+    assert versions[ours.id] == wanted
+    assert {versions[theirs.id], versions[moved.id]} == {theirs.deks[0].wrapped.key}
+    assert [record.message for record in caplog.records if record.levelname != "INFO"] == []
+
+
 def test_a_store_in_sqlite_has_no_leases(backend: Backend, virt_sse: CommandLine) -> None:
     disk = backend.disks.create(NewDisk(name="disk", size=1 << 20))
     with backend.host.leases.starting(VM, [disk.id], states=[]):
@@ -292,3 +325,45 @@ def test_a_store_in_sqlite_has_no_leases(backend: Backend, virt_sse: CommandLine
     (row,) = json.loads(virt_sse("host", "list", "-o", "json"))
     assert row["this"] == "yes"
     assert backend.host.store.hosts.all() == []
+
+
+def test_of_two_machines_exactly_one_starts_domains_with_a_store_in_sqlite(tmp_path: Path) -> None:
+    """A hundred times: the first to start a domain is noted beside the database."""
+    (tmp_path / "shared").mkdir()
+    url = sqlite_url(tmp_path / "shared/store.sqlite")
+    configs = []
+    for name in ("a", "b"):
+        identity = tmp_path / name / "etc/machine-id"
+        identity.parent.mkdir(parents=True)
+        identity.write_text(f"{uuid.uuid4().hex}\n")
+        configs.append(dataclasses.replace(Config.load(tmp_path / name), store_url=url))
+    rounds, barrier = 100, Barrier(2)
+    refusals = []
+
+    def race(config: Config) -> list[bool]:
+        won = []
+        for _ in range(rounds):
+            barrier.wait(30)
+            try:
+                with Leases(config, LazyStore(url)).starting(VM, [], states=[]):
+                    won.append(True)
+            except DiskInUseError as exc:
+                won.append(False)
+                refusals.append(exc)
+            if barrier.wait(30) == 0:
+                (tmp_path / "shared/store.sqlite.machine").unlink()
+        return won
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(race, configs)
+    assert [a + b for a, b in zip(first, second, strict=True)] == [1] * rounds
+    assert "belongs to the machine" in str(refusals[0])
+    assert "store migrate" in str(refusals[0].hint)
+    assert list((tmp_path / "shared").iterdir()) == []
+    unnamed = dataclasses.replace(Config.load(tmp_path / "c"), store_url=url)
+    for config in (configs[0], unnamed):
+        with Leases(config, LazyStore(url)).starting(VM, [], states=[]):
+            pass
+    note = tmp_path / "shared/store.sqlite.machine"
+    assert note.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "a/etc/machine-id").read_text().strip() not in note.read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import traceback
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -16,6 +17,7 @@ from test_store import disk
 
 from support.postgresql import PASSWORD, WITH_PASSWORD, PostgresqlServer
 from virt_sse.errors import StoreError, StoreReadOnlyError, StoreUnavailableError
+from virt_sse.model.hosts import HostIdentity
 from virt_sse.store import LazyStore
 from virt_sse.store.store import Store
 from virt_sse.vault.home.certificates import new_authority, new_server_certificate
@@ -178,3 +180,43 @@ def test_a_server_has_to_prove_its_name_by_the_right_authority(
             with pytest.raises(StoreUnavailableError, match=reason) as caught:
                 Store(f"postgresql://{url}")
             assert "never-shown" not in str(caught.value)
+
+
+MANY = """
+INSERT INTO hosts SELECT md5('host' || n)::uuid, 'host-' || n, md5('boot' || n)::uuid, 0
+    FROM generate_series(0, 99) n;
+INSERT INTO disks (id, name, path, format, size, state, encryption_type, created, generation, path_number)
+    SELECT md5(n::text)::uuid, 'disk-' || n, '/images/' || n, 'raw', 512, 'ready',
+           'EncryptionAtRestWithPlatformKey', '2026-01-31T12:00:00+00:00', 1, n
+    FROM generate_series(1, 10000) n;
+INSERT INTO wrapped_deks SELECT id, 0, 'service', 'aes-256-xts', 'A256KW', '\\x00', 'p', 'n', '1' FROM disks;
+INSERT INTO leases SELECT id, md5('host' || path_number % 100)::uuid FROM disks;
+INSERT INTO lease_users SELECT id, md5('vm' || path_number / 4)::uuid, 0 FROM disks;
+ANALYZE;
+"""
+
+
+def test_starts_and_polls_read_no_whole_table(postgresql: PostgresqlServer, database: str) -> None:
+    """With 10,000 disks on 100 hosts."""
+    for statement in MANY.split(";")[:-1]:
+        postgresql.execute(statement, database)
+    row = postgresql.execute("SELECT id, boot_id, name FROM hosts LIMIT 1", database)[0]
+    host = HostIdentity(row[0], row[2], row[1])
+    ids = [found[0] for found in postgresql.execute("SELECT id FROM disks LIMIT 100", database)]
+    statements: list[tuple[str, object]] = []
+    with closing(Store(postgresql.url(database))) as store:
+        sa.event.listen(store._engine, "before_cursor_execute", lambda *of: statements.append(of[2:4]))
+        assert len(store.with_ids(ids)) == 100
+        assert store.unfinished() == store.based_on(ids[0]) == store.made_of(ids[0]) == []
+        assert store.paths_since(10_000) == (10_000, {})
+        assert len(store.hosts.uses(host)) == 100
+        store.hosts.release(host, uuid.uuid4())
+        seen = list(statements)
+        with store._engine.connect() as connection:
+            for statement, parameters in seen:
+                if statement.startswith("SELECT"):
+                    plan = connection.exec_driver_sql(f"EXPLAIN {statement}", parameters).scalars().all()
+                    whole = [line for line in plan if "Seq Scan on" in line]
+                    tables = ("disks", "wrapped_deks", "leases", "lease_users")
+                    assert not any(f"on {table}" in line for line in whole for table in tables), plan
+    assert len(seen) > 6

@@ -76,6 +76,33 @@ def test_one_disk_moves_to_a_path(store_url: str) -> None:
     assert_one_wins(outcomes, DiskExistsError)
 
 
+def test_a_reader_of_changed_paths_misses_none(store_url: str) -> None:
+    """Whoever sees the number of a change sees all changes before; a number is never given out again."""
+    known: dict[uuid.UUID, Path] = {}
+    with closing(Store(store_url)) as reader, ThreadPoolExecutor(1) as pool:
+
+        def change(store: Store, number: int) -> None:
+            for step in range(5):
+                store.add(one := disk(f"disk-{number}-{step}"))
+                store.set_path(one.id, Path(f"/images/moved-{number}-{step}"))
+                if step % 2:
+                    store.remove(one.id)
+
+        racing = pool.submit(race, store_url, change)
+        last = -1
+        while not racing.done():
+            last, changed = reader.paths_since(last)
+            known |= changed
+        assert racing.result() == [None] * RACERS
+        last, changed = reader.paths_since(last)
+        known |= changed
+        assert {each.id: each.path for each in reader.all()}.items() <= known.items()
+        assert reader.paths_since(last) == (last, {})
+        assert last <= RACERS * 5 * 2  # the last change may be of a removed disk
+        reader.add(disk("next"))
+        assert reader.paths_since(last)[0] == RACERS * 5 * 2 + 1
+
+
 def test_one_set_has_a_name(store_url: str) -> None:
     def add(store: Store, number: int) -> None:
         store.encryption_sets.add(

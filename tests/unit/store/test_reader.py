@@ -12,6 +12,7 @@ import pytest
 from test_store import disk, entry
 
 from virt_sse.errors import DiskNotFoundError, StoreError
+from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import DiskState
 from virt_sse.model.keys import KeyId, WrappedDek
 from virt_sse.model.layers import HostCaching
@@ -59,6 +60,11 @@ def reader_of(path: Path) -> StoreReader:
     "query",
     [
         lambda reads: reads.all(),
+        lambda reads: reads.all(DiskKind.DISK),
+        lambda reads: reads.all(DiskKind.IMAGE),
+        lambda reads: reads.names(),
+        lambda reads: reads.names(DiskKind.DISK),
+        lambda reads: reads.names(DiskKind.IMAGE),
         lambda reads: reads.unfinished(),
         lambda reads: reads.get("one"),
         lambda reads: reads.get(str(HALF.id)),
