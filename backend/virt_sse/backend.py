@@ -21,6 +21,7 @@ from virt_sse.domains import temp_disks
 from virt_sse.domains.host_encryption import HostEncryption
 from virt_sse.domains.hotplug import Hotplug
 from virt_sse.domains.live_copies import DomainCopies
+from virt_sse.domains.new_domains import NewDomains
 from virt_sse.domains.saved_states import SavedStates
 from virt_sse.domains.scale_sets import ScaleSets
 from virt_sse.domains.settings import VmSettings
@@ -61,6 +62,7 @@ class Backend:
     :ivar hotplug: attach and detach disks.
     :ivar saved_states: encrypted saved states of domains.
     :ivar vms: settings of domains.
+    :ivar new_domains: domains with new and existing disks.
     :ivar scale_sets: domains from one definition and one disk.
     :ivar verification: ``vm verify``.
     :param plugins: default: the installed plugins.
@@ -103,6 +105,7 @@ class Backend:
         self.in_place = InPlace(host, self.disks, self.domains, self.inspector, settlement)
         self.saved_states = SavedStates(host)
         self.vms = VmSettings(host, self.domains, self.host_encryption, self.inspector, self.saved_states)
+        self.new_domains = NewDomains(host, self.disks, self.domains, self.hotplug, self.vms)
         self.scale_sets = ScaleSets(host, self.disks, self.copies, self.domains, self.vms)
         self.verification = Verification(host, self.domains, self.vms)
         try:
@@ -115,6 +118,7 @@ class Backend:
             self.keys.recover()
             if not in_hook:
                 settlement.recover()
+                self.new_domains.recover()
         except BaseException:
             self.close()
             raise
@@ -133,6 +137,7 @@ class Backend:
         self.resume_guests()
         self.disks.recover()
         self._settlement.recover()
+        self.new_domains.recover()
 
     def resume_guests(self) -> None:
         """Resume the guests paused by killed commands, and settle these commands' saved states."""

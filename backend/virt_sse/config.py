@@ -323,6 +323,11 @@ class Config:
         return self.state_directory / "saved-states"
 
     @property
+    def new_domains(self) -> Path:
+        """Folder of records about domains that are being made; mode 0700."""
+        return self.state_directory / "new-domains"
+
+    @property
     def memory_directory(self) -> Path:
         """Folder of FIFOs for the memory of domains that are being saved or restored; mode 0700."""
         return self.root / "run/virt-sse/memory"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import uuid
 from pathlib import Path
 
 import libvirt
 import pytest
 
+from support.images import require
+from support.loop_devices import loop_device
 from support.stage_site import StageSite, stage_site_fixtures
 from virt_sse.lab.guests import Guest
 
@@ -61,3 +65,27 @@ def test_volumes_of_a_pool_are_refused_or_encrypted(site: StageSite) -> None:
     for copy in site.backend.host.store.replacements.all():
         site.backend.host.store.replacements.remove(copy)
     site.virsh("pool-destroy", pool)
+
+
+@pytest.mark.slow
+def test_a_pool_that_libvirt_mounts_has_disks(site: StageSite) -> None:
+    require("mke2fs")
+    pool = f"p{uuid.uuid4().hex[:8]}"
+    folder, below = site.host.images / pool, site.host.directory / pool
+    folder.mkdir()
+    below.touch()
+    os.truncate(below, 32 * M)
+    with loop_device(below) as device:
+        subprocess.run(["mke2fs", "-q", "-t", "ext4", device], check=True)
+        site.virsh("pool-create-as", pool, "fs", "--source-dev", device, "--target", folder)
+        assert str(folder) in site.run("cat", "/proc/mounts")
+        site.virt_sse("disk", "create", pool, "--size", "1M", "--pool", pool)
+        assert f"{pool}.qcow2" in site.virsh("vol-list", pool)
+        domain = guest(site, site.virt_sse("disk", "xml", pool))
+        domain.define()
+        site.start_paused(domain)
+        domain.destroy()
+        domain.undefine()
+        site.virt_sse("disk", "delete", pool, "--yes")
+        site.virsh("pool-destroy", pool)
+        assert str(folder) not in site.run("cat", "/proc/mounts")

@@ -88,7 +88,7 @@ class Agent:
             seconds,
             self._wake.set,
             backend.host.image_paths,
-            LibvirtEvents(self._on_job, self._on_saved),
+            LibvirtEvents(self._on_job, self._on_saved, self._on_dumped, self._on_connected),
         )
         self._keys = KeyWatch(
             backend, poll_seconds=seconds, probe_seconds=config.agent.probe_seconds, changed=self._wake.set
@@ -109,8 +109,8 @@ class Agent:
             unused_seconds=max(_START_SECONDS, _UNUSED_POLLS * seconds),
         )
         self._plaintext = PlaintextWatch(backend, metrics)
-        self._sizes = SizeWatch(backend)
         self._jobs = JobWatch(backend, metrics, self._poll_jobs)
+        self._sizes = SizeWatch(backend, self._jobs.has_jobs)
         self._images = ImageWatch(backend, metrics, _IMAGE_POLLS * seconds)
         self._copies = ReplacementWatch(backend, metrics)
         self._deferred = DeferredStart(config, metrics)
@@ -179,11 +179,20 @@ class Agent:
     def _on_job(self, domain_id: UUID, job: str, status: str) -> None:
         self._jobs.changed(domain_id, job, status)
 
+    def _on_connected(self) -> None:
+        self._jobs.forget()
+
     def _on_saved(self, domain_id: UUID) -> None:
-        """Report a saved state in plaintext, of a domain with encryption at host."""
+        self._report_memory("memory-saved", domain_id)
+
+    def _on_dumped(self, domain_id: UUID) -> None:
+        self._report_memory("memory-dumped", domain_id)
+
+    def _report_memory(self, event: str, domain_id: UUID) -> None:
+        """Report a file with the memory, in plaintext, of a domain with encryption at host."""
         domain = self._inventory.known(domain_id)
         if domain and _has_encryption_at_host(domain.definition):
-            _log.warning("memory-saved", extra=fields({"domain": domain.name, "reason": SAVED_MEMORY}))
+            _log.warning(event, extra=fields({"domain": domain.name, "reason": SAVED_MEMORY}))
 
     def _poll_jobs(self) -> None:
         self._inventory.refresh()

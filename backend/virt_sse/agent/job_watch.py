@@ -27,6 +27,8 @@ _JOB = re.compile(r"(copy|backup)-([a-z0-9]{1,20})-libvirt\b")
 """libvirt's ids of jobs with a target (``qemuBlockJobDiskNew``, ``qemuBackupDiskPrepareDataOne``)."""
 _KINDS = {"copy": LinkKind.MIRROR, "backup": LinkKind.BACKUP}
 _ENDED = frozenset({"aborting", "concluded", "null"})
+_LAST = "null"
+"""The status in the last event of a job."""
 _OWN = timedelta(minutes=1)
 """virt-sse's own copies begin with a new disk in the store, and the job follows within this time."""
 
@@ -36,6 +38,8 @@ class _Job:
     """A job.
 
     :ivar is_seen: whether a poll has seen the target.
+    :ivar is_settled: whether the job has ended and, if unseen, was reported.
+    :ivar is_gone: whether the job's last event was received.
     :ivar polls: snapshots since the first event.
     """
 
@@ -45,6 +49,8 @@ class _Job:
     began: datetime
     is_seen: bool = False
     is_ended: bool = False
+    is_settled: bool = False
+    is_gone: bool = False
     polls: int = 0
 
 
@@ -60,11 +66,15 @@ class JobWatch:
         self._refresh = refresh
         self._lock = threading.Lock()
         self._jobs: dict[tuple[UUID, str], _Job] = {}
+        self._live: dict[UUID, set[str]] = {}
         self._seen = 0
         self._last: dict[UUID, RunningDomain] = {}
 
     def changed(self, domain_id: UUID, job: str, status: str) -> None:
         """Note the new status of a job; in any thread."""
+        with self._lock:
+            live = self._live.setdefault(domain_id, set())
+            (live.discard if status == _LAST else live.add)(job)
         match = _JOB.match(job)
         if not match:
             return
@@ -73,7 +83,18 @@ class JobWatch:
                 (domain_id, job), _Job(domain_id, match[2], _KINDS[match[1]], datetime.now(UTC))
             )
             found.is_ended = found.is_ended or status in _ENDED
+            found.is_gone = status == _LAST
         self._refresh()
+
+    def forget(self) -> None:
+        """Take no job for live: libvirt was away, and the ends of jobs are not known."""
+        with self._lock:
+            self._live.clear()
+
+    def has_jobs(self, domain_id: UUID) -> bool:
+        """Whether QEMU has reported a job of any kind, and not yet its end."""
+        with self._lock:
+            return bool(self._live.get(domain_id))
 
     def keep(self, snapshot: InventorySnapshot) -> None:
         """Report the jobs that have ended unseen, once for each snapshot.
@@ -88,14 +109,18 @@ class JobWatch:
         self._last = running
         ended = []
         with self._lock:
+            self._live = {domain_id: live for domain_id, live in self._live.items() if domain_id in running}
             for key, job in list(self._jobs.items()):
                 domain = domains.get(job.domain_id)
                 job.is_seen = job.is_seen or (domain is not None and _shows(domain, job))
                 job.polls += 1
                 has_ended = job.is_ended or (job.domain_id not in running and job.polls > 1)
                 if has_ended and (domain is not None or job.polls > 1):
-                    del self._jobs[key]
-                    ended.append((job, domain))
+                    if not job.is_settled:
+                        ended.append((job, domain))
+                    job.is_settled = True
+                    if job.is_gone or job.domain_id not in running:
+                        del self._jobs[key]
         for job, domain in ended:
             if domain is not None and not job.is_seen:
                 self._report(job, domain)

@@ -1,11 +1,11 @@
-"""Events of libvirt and of QEMU: block jobs and saved states, known at once instead of at the next poll."""
+"""Events of libvirt and of QEMU: block jobs, saved states and dumps, known at once, not at the next poll."""
 
 from __future__ import annotations
 
 import json
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from uuid import UUID
 
@@ -18,7 +18,7 @@ _LOOP_MILLISECONDS = 1000
 
 JobEvent = Callable[[UUID, str, str], None]
 """Takes a domain's UUID, the id of a QEMU job, and the job's new status (QEMU ``JobStatus``)."""
-SaveEvent = Callable[[UUID], None]
+MemoryEvent = Callable[[UUID], None]
 
 
 def start_loop() -> None:
@@ -40,18 +40,25 @@ class LibvirtEvents:
     """Registers for events; the callbacks run in the thread of the loop, and must not call libvirt.
 
     :param job: called when a job of QEMU changes its status.
+    :param dumped: called when ``dump`` has written a domain's memory.
+    :param connected: called before the events of a new connection: earlier events may be lost.
     :param saved: called when a domain has ended because its state was saved, by ``save`` or ``managedsave``.
     """
 
-    def __init__(self, job: JobEvent, saved: SaveEvent) -> None:
+    def __init__(
+        self, job: JobEvent, saved: MemoryEvent, dumped: MemoryEvent, connected: Callable[[], None]
+    ) -> None:
         self._job = job
+        self._connected = connected
         self._saved = saved
+        self._dumped = dumped
 
     def register(self, connection: libvirt.virConnect) -> None:
         """Register for the events of all domains, until the connection is closed.
 
         A libvirt without such events, e.g. its test driver, is polled only.
         """
+        self._connected()
         try:
             libvirt_qemu.qemuMonitorEventRegister(
                 connection,
@@ -60,9 +67,15 @@ class LibvirtEvents:
                 self._on_job,
                 None,
             )
-            connection.domainEventRegisterAny(
-                None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._on_lifecycle, None
+            # 'dump --memory-only' is a command of QEMU; 'dump' is a migration to a file, a job of libvirt.
+            libvirt_qemu.qemuMonitorEventRegister(
+                connection, None, "DUMP_COMPLETED", self._on_memory_only_dump, None
             )
+            for event, callback in (
+                (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._on_lifecycle),
+                (libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED, self._on_libvirt_job),
+            ):
+                connection.domainEventRegisterAny(None, event, callback, None)
         except libvirt.libvirtError as exc:
             _log.warning("libvirt reports no events: %s", exc)
 
@@ -81,6 +94,21 @@ class LibvirtEvents:
             self._job(UUID(bytes=domain.UUID()), str(change["id"]), str(change["status"]))
         except (ValueError, KeyError, TypeError, RecursionError):
             _log.warning("QEMU reports a job in an unknown format")
+
+    def _on_memory_only_dump(
+        self, _connection: libvirt.virConnect, domain: libvirt.virDomain, *_details: object
+    ) -> None:
+        self._dumped(UUID(bytes=domain.UUID()))
+
+    def _on_libvirt_job(
+        self,
+        _connection: libvirt.virConnect,
+        domain: libvirt.virDomain,
+        values: Mapping[str, object],
+        _opaque: Any,
+    ) -> None:
+        if values.get(libvirt.VIR_DOMAIN_JOB_OPERATION) == libvirt.VIR_DOMAIN_JOB_OPERATION_DUMP:
+            self._dumped(UUID(bytes=domain.UUID()))
 
     def _on_lifecycle(
         self,

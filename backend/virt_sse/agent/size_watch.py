@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from uuid import UUID
 
 import libvirt
@@ -26,10 +26,15 @@ _FLAGS = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT
 
 
 class SizeWatch(SingleWorker):
-    """Asks libvirt for the sizes of the running domains' disks, in a thread of its own."""
+    """Asks libvirt for the sizes of the running domains' disks, in a thread of its own.
 
-    def __init__(self, backend: Backend) -> None:
+    :param has_jobs: whether QEMU has a block job in a domain. Such a domain is asked later: QEMU 7.2 crashes
+        if the end of a job changes the block graph while QEMU answers ``query-named-block-nodes``.
+    """
+
+    def __init__(self, backend: Backend, has_jobs: Callable[[UUID], bool]) -> None:
         super().__init__("size")
+        self._has_jobs = has_jobs
         self._backend = backend
         self._uri = backend.host.config.libvirt_uri
 
@@ -44,6 +49,8 @@ class SizeWatch(SingleWorker):
         known = {disk.id: disk for disk in self._backend.disks.with_ids(ids) if disk.state is DiskState.READY}
         with connected(self._uri) as connection:
             for domain in running:
+                if self._has_jobs(domain.uuid):
+                    continue
                 with domains.gone_is_fine(or_ended=True):
                     found = connection.lookupByUUID(domain.uuid.bytes)
                     self._compare_domain(domain, found, known)

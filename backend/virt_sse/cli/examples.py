@@ -107,6 +107,7 @@ vault rescue admin-2 --file admin-2.json
 vault restore /mnt/backup/vault.sqlite
 vault serve --host 0.0.0.0
 vault status
+vm create web.xml --disk new:web,size=10G,des=payroll --start
 vm encrypt web --des payroll
 vm inspect web
 vm list

@@ -12,6 +12,7 @@ from virt_sse.cli import session
 from virt_sse.cli.disk_options import DomainName
 from virt_sse.cli.output import Output, OutputFormat, human_size, note, print_fields, print_rows, warn
 from virt_sse.cli.session import backend
+from virt_sse.cli.vm_create import vm_create
 from virt_sse.cli.vm_encrypt import vm_encrypt
 from virt_sse.cli.vm_inspect import vm_inspect
 from virt_sse.cli.vm_save import vm_restore, vm_save
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from virt_sse.domains.settings import VmView
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.command(name="create")(vm_create)
 app.command(name="encrypt")(vm_encrypt)
 app.command(name="inspect")(vm_inspect)
 app.command(name="verify")(vm_verify)

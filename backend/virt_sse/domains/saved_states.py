@@ -22,7 +22,7 @@ import msgspec
 
 from virt_sse.domains.pause_locks import pause_locks
 from virt_sse.domains.state_file import StateDek, StateHeader, StateWriter, read_chunks, read_header
-from virt_sse.domains.state_records import Phase, StateRecord, StateRecords
+from virt_sse.domains.state_records import Phase, StateRecord, state_records
 from virt_sse.errors import (
     DiskExistsError,
     DiskInUseError,
@@ -69,7 +69,7 @@ class SavedStates:
         self._host = host
         self._uri = host.config.libvirt_uri
         self._keys = host.keys
-        self._records = StateRecords(host.config.saved_states)
+        self._records = state_records(host.config)
         self._folder = host.config.memory_directory
         self._pauses = pause_locks(host.config)
 

@@ -13,6 +13,7 @@ import libvirt
 
 from virt_sse.domains.deferred_starts import DeferredStarts
 from virt_sse.domains.disk_sources import DiskSources
+from virt_sse.domains.domain_records import new_domain_records
 from virt_sse.domains.guest_preload import refuse_unsafe
 from virt_sse.domains.host_encryption import HostEncryption
 from virt_sse.domains.incoming import IncomingDomains, refuse_data_on_host, refuse_disk
@@ -108,6 +109,7 @@ class DomainStart(DiskSources):
                     ):
                         self._serve(connection, definition, served, is_incoming=is_incoming)
                 forget_used(self._config, definition.uuid, [use.disk_id for use in uses])
+                new_domain_records(self._config).remove(definition.uuid)  # in use: nothing to be undone
         except LibvirtSilentError:
             if not is_incoming:
                 self._deferred.add(definition.uuid)

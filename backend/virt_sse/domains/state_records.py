@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import enum
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from uuid import UUID
 
 import msgspec
 
 from virt_sse.config import Config
+from virt_sse.domains.domain_records import DomainRecords
 from virt_sse.domains.pause_locks import pause_locks
-from virt_sse.errors import DiskInUseError, VmStateError
-from virt_sse.system.documents import DocumentError, from_json
-from virt_sse.system.files import private_folder, sync_folder, write_private
-
-_SUFFIX = ".json"
+from virt_sse.errors import DiskInUseError
 
 
 class Phase(enum.Enum):
@@ -56,6 +53,11 @@ class StateRecord(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", for
     disks: tuple[str, ...]
 
 
+def state_records(config: Config) -> DomainRecords[StateRecord]:
+    """The records of this host's saved states."""
+    return DomainRecords(config.saved_states, StateRecord)
+
+
 def forget_used(config: Config, domain_id: UUID, disk_ids: Collection[UUID]) -> None:
     """Forget the saved states whose domain or disks are about to be used: their memory becomes old.
 
@@ -63,7 +65,7 @@ def forget_used(config: Config, domain_id: UUID, disk_ids: Collection[UUID]) -> 
 
     :raise VmStateError: When a record cannot be removed.
     """
-    records = StateRecords(config.saved_states)
+    records = state_records(config)
     used = {str(disk_id) for disk_id in disk_ids}
     for saved_domain, record in list(records.all()):
         if saved_domain == domain_id or used & set(record.disks):
@@ -72,63 +74,3 @@ def forget_used(config: Config, domain_id: UUID, disk_ids: Collection[UUID]) -> 
             else:
                 with contextlib.suppress(DiskInUseError), pause_locks(config).hold(saved_domain):
                     records.remove(saved_domain)
-
-
-class StateRecords:
-    """The records of this host's domains; a file per domain, named by its UUID."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def all(self) -> Iterator[tuple[UUID, StateRecord]]:
-        """The records by the UUIDs of their domains; unreadable records are left out."""
-        for path in sorted(self._folder.glob(f"*{_SUFFIX}")):
-            try:
-                domain_id = UUID(path.stem)
-                found = self.get(domain_id)
-            except (ValueError, VmStateError):
-                continue
-            if found:
-                yield domain_id, found
-
-    def get(self, domain_id: UUID) -> StateRecord | None:
-        """The record of a domain's saved state, if any.
-
-        :raise VmStateError: When the record cannot be read.
-        """
-        path = self._path(domain_id)
-        try:
-            return from_json(path.read_bytes(), StateRecord)
-        except FileNotFoundError:
-            return None
-        except (OSError, DocumentError) as exc:
-            raise VmStateError(f"cannot read {path}: {exc}") from exc
-
-    def put(self, domain_id: UUID, record: StateRecord) -> None:
-        """Replace the record of a domain, durably.
-
-        :raise VmStateError: When the record cannot be written.
-        """
-        path = self._path(domain_id)
-        try:
-            private_folder(self._folder)
-            write_private(path, msgspec.json.encode(record, enc_hook=str))
-        except OSError as exc:
-            raise VmStateError(f"cannot write {path}: {exc.strerror}") from exc
-
-    def remove(self, domain_id: UUID) -> None:
-        """Remove the record of a domain, if any, durably.
-
-        :raise VmStateError: When the record cannot be removed.
-        """
-        path = self._path(domain_id)
-        try:
-            path.unlink()
-            sync_folder(self._folder)
-        except FileNotFoundError:
-            return
-        except OSError as exc:
-            raise VmStateError(f"cannot remove {path}: {exc.strerror}") from exc
-
-    def _path(self, domain_id: UUID) -> Path:
-        return self._folder / f"{domain_id}{_SUFFIX}"

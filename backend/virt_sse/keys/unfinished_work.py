@@ -13,4 +13,5 @@ def has_unfinished_work(config: Config, store: StoreReads) -> bool:
     :raise StoreError: When the store cannot be read.
     """
     marks = (config.pending_envelopes, config.pending_resizes, config.paused_domains)
-    return any(Marks(folder).all() for folder in marks) or bool(store.unfinished())
+    is_marked = any(Marks(folder).all() for folder in marks) or any(config.new_domains.glob("*.json"))
+    return is_marked or bool(store.unfinished())

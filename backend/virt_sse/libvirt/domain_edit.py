@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import uuid
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from virt_sse.libvirt.qemu_environment import QEMU_NAMESPACE, QEMU_PREFIX
 from virt_sse.libvirt.secret_name import PREFIX, SecretName
 from virt_sse.libvirt.vm_metadata import VM_NAMESPACE, VM_PREFIX, Stated, write_metadata
 from virt_sse.libvirt.xml import parse_xml, to_text
+from virt_sse.model.disk_bus import DiskBus
 from virt_sse.model.slots import TEMP_SLOT, TPM_SLOT
 from virt_sse.model.vms import temp_disk_id
 
@@ -67,6 +69,23 @@ class DomainEdit:
                 if use.disk_id in sources:
                     set_source(disk, sources[use.disk_id])
                     break
+
+    def free_target(self, bus: DiskBus) -> str:
+        """The first name on a bus without a disk; see :func:`~virt_sse.libvirt.disk_element.free_target`."""
+        return free_target(self._root, bus)
+
+    def add_disk(self, element: str) -> None:
+        """Add a ``<disk>`` element after the domain's other disks.
+
+        :raise InvalidValueError: When the domain has no devices, or another disk with this target.
+        """
+        devices, disk = self._root.find("devices"), parse_xml(element, kind="disk element")
+        if devices is None:
+            raise InvalidValueError("the domain has no devices")
+        present = devices.findall("disk")
+        if any(target_of(other) == target_of(disk) for other in present):
+            raise InvalidValueError(f"the domain has a disk {target_of(disk)!r} already")
+        devices.insert(list(devices).index(present[-1]) + 1 if present else 0, disk)
 
     def encrypt_disk(self, target: str, source: DiskSource) -> None:
         """Put an encrypted disk in the place of a plaintext disk; the guest's device stays the same.
@@ -139,6 +158,20 @@ class DomainEdit:
         """
         change = qemu_environment.preload if preloaded else qemu_environment.drop_preload
         change(self._root, library, settings)
+
+
+def with_uuid(definition: DomainDefinition) -> DomainDefinition:
+    """The definition with a new UUID; the definition itself if it has one.
+
+    :raise InvalidValueError: When the definition has an invalid UUID.
+    """
+    root, prefixes = definition.copy_tree()
+    if root.find("uuid") is not None:
+        return DomainEdit(definition).result()
+    element = ET.Element("uuid")
+    element.text = str(uuid.uuid4())
+    root.insert(0, element)
+    return DomainDefinition(to_text(root, prefixes), root, prefixes)
 
 
 def _is_temporary(disk: ET.Element) -> bool:

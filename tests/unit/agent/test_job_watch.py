@@ -75,10 +75,12 @@ def test_a_job_that_ended_unseen_is_reported_once(
 def test_a_job_whose_target_was_seen_is_no_news(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
     watched.job("created", "running")
     watched.keep(mirror="<mirror type='file' job='copy'><source file='/copy'/></mirror>")
-    watched.job("concluded", "null")
+    watched.job("concluded")
+    watched.keep()
+    watched.job("null")
     watched.keep()
     watched.keep()
-    assert caplog.messages == []
+    assert caplog.messages == [], "the last event is of the same job"
 
 
 def test_a_job_of_a_domain_that_ended_is_reported(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
@@ -114,3 +116,18 @@ def test_a_copy_by_virt_sse_itself_is_no_news(watched: Watched, caplog: pytest.L
     watched.keep()
     watched.keep()
     assert caplog.messages == []
+
+
+def test_a_job_is_live_from_its_first_event_to_its_last(watched: Watched) -> None:
+    watched.keep()
+    watched.job("created", "running", "concluded", job="pull-vda-libvirt-1-format")
+    watched.keep()
+    assert watched.watch.has_jobs(watched.domain_id)
+    watched.job("null", job="pull-vda-libvirt-1-format")
+    assert not watched.watch.has_jobs(watched.domain_id)
+    for end in (watched.watch.forget, lambda: watched.keep(runs=False)):
+        watched.keep()
+        watched.job("created")
+        assert watched.watch.has_jobs(watched.domain_id)
+        end()
+        assert not watched.watch.has_jobs(watched.domain_id)

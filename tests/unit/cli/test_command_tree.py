@@ -48,7 +48,7 @@ def test_every_value_has_a_placeholder_in_capitals() -> None:
     for path, command in ALL.items():
         for parameter in command.params:
             if parameter.metavar is not None and "|" not in parameter.metavar:
-                assert re.fullmatch(r"[A-Z][A-Z:=\[\].-]*", parameter.metavar), (path, parameter.metavar)
+                assert re.fullmatch(r"[A-Z][A-Z:=,\[\].-]*", parameter.metavar), (path, parameter.metavar)
 
 
 def test_no_command_has_an_option_of_its_own_with_a_global_spelling() -> None:
