@@ -104,8 +104,10 @@ def test_a_revoked_key_refuses_save_and_restore(site: CustomerSite, guest: Guest
         site.backend.saved_states.restore(file)
     site.enable(disk)
     site.keys.rotate(disk.key.name)
-    site.backend.sets.rotate(str(disk.set_id))
+    proven = site.virt_sse("des", "rotate", str(disk.set_id), "--prove", status=1)
+    assert f"saved state {file}" in proven
     site.backend.saved_states.restore(file)
+    site.virt_sse("des", "rotate", str(disk.set_id), "--prove")
     assert state_of(site, guest) == libvirt.VIR_DOMAIN_RUNNING
 
 

@@ -165,7 +165,7 @@ def rotate(
             print_report({"set": name}, report, output, again=f"des rotate {name}")
             return
         with progress_bar("proving") as progress:
-            findings = b.sets.prove(name, progress=progress)
+            findings = b.sets.prove(name, progress=progress) + b.saved_states.prove(b.sets.get(name))
     rows = [
         {"disk": each.disk, "place": each.place, "key": str(each.key or ""), "problem": each.problem}
         for each in findings

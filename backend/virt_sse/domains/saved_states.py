@@ -33,11 +33,13 @@ from virt_sse.errors import (
     VmStateError,
 )
 from virt_sse.keys.host import Host
+from virt_sse.keys.rewrap import DekProof
 from virt_sse.libvirt import domains, memory_image
 from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.guest_pause import end_pause, paused
 from virt_sse.model.disks import PLATFORM_KEY
+from virt_sse.model.encryption_sets import EncryptionSet
 from virt_sse.model.events import audit_context
 from virt_sse.model.keys import Dek, DekContext, KeyRef
 from virt_sse.model.slots import STATE_SLOT
@@ -150,6 +152,21 @@ class SavedStates:
         is_saved = record is not None and record.phase is Phase.SAVED and record.path.exists()
         return record.path if record and is_saved else None
 
+    def prove(self, encryption_set: EncryptionSet) -> list[DekProof]:
+        """Compare the KEK versions that this host's saved states need with the set's current key."""
+        target = self._keys.wrapping_key(encryption_set.key, encryption_set)
+        proofs = []
+        for _, record in self._records.all():
+            header = _header_of(record)
+            if header is None:
+                continue
+            keys = [dek.wrapped.key for dek in header.deks if dek.set == str(encryption_set.id)]
+            for key in keys:
+                problem = None if key == target else f"needs this key, not {target}, until restored"
+                place = f"saved state {record.path}"
+                proofs.append(DekProof(f"domain {header.name}", place, key, problem))
+        return proofs
+
     def recover(self) -> None:
         """Finish or undo what killed commands left behind; libvirt's refusals are logged, and tried again."""
         for domain_id, record in self._records.all():
@@ -234,7 +251,7 @@ class SavedStates:
 
     def _void(self, domain_id: UUID, record: StateRecord) -> None:
         """Forget a state, and remove the file: before the guest runs on."""
-        if _is_file_of(record):
+        if _header_of(record):
             record.path.unlink(missing_ok=True)
         self._records.remove(domain_id)
 
@@ -282,13 +299,14 @@ def _begun(definition: DomainDefinition, header: StateHeader, path: Path) -> Sta
     )
 
 
-def _is_file_of(record: StateRecord) -> bool:
-    """Whether the record's file is there, and not another file with the same name."""
+def _header_of(record: StateRecord) -> StateHeader | None:
+    """The header of the record's file; ``None`` if the file is gone, or another file has the name."""
     try:
         with record.path.open("rb") as file:
-            return read_header(file)[0].id == record.id
+            header, _ = read_header(file)
     except (OSError, ImageError):
-        return False
+        return None
+    return header if header.id == record.id else None
 
 
 def _ended_by_itself(connection: libvirt.virConnect, domain_id: UUID) -> bool:

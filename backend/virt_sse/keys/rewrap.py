@@ -83,9 +83,10 @@ class KeyUse:
 
 @dataclass(frozen=True, slots=True)
 class DekProof:
-    """The result of unwrapping one stored copy of a wrapped DEK.
+    """The result of looking at one stored copy of a wrapped DEK.
 
-    :ivar place: ``store``, ``image slot A`` or ``image slot B``.
+    :ivar disk: name of the disk; ``domain NAME`` for a saved state.
+    :ivar place: ``store``, ``image slot A``, ``image slot B`` or ``saved state FILE``.
     :ivar problem: ``None`` if the current key of the set, and no other key, unwraps the copy.
     """
 
