@@ -76,9 +76,12 @@ def test_the_domains_of_a_dead_host_start_on_another(hosts: TwoHosts) -> None:
     running.wait_for("verified 8 sectors, ok")
     dying.host.virsh("desc", running.name, "--config", "changed since")
     dying.host.virsh("autostart", running.name)
-    wait_until(
-        lambda: "changed since" in hosts.kept()[running.name].definition, "the store follows", seconds=40
-    )
+
+    def followed() -> bool:
+        kept = hosts.kept()[running.name]
+        return "changed since" in kept.definition and kept.is_autostarted
+
+    wait_until(followed, "the store follows", seconds=40)
     alive = str(dying.backend.host.leases.identity.id)
     refused = run_command(["host", "evacuate", alive, "--yes"], other.host.environment)
     assert (refused.returncode, "is alive" in refused.stderr) == (1, True)
