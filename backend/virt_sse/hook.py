@@ -9,6 +9,7 @@ client.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import os
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 def main() -> int:
     """Serve an event: arguments as libvirt gives them to a hook, the domain's XML on standard input."""
     gc.disable()  # this process ends soon: collections would only delay the domain
+    atexit.register(gc.freeze)  # also the one at the end
     _, domain, event, *_ = sys.argv
     xml = sys.stdin.buffer.read().decode(errors="surrogateescape")  # the parser refuses surrogates
     from virt_sse import agent_client
