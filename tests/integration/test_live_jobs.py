@@ -213,7 +213,7 @@ def logical_volume(folder: Path) -> Iterator[Path]:
             lvm("vgcreate", group, device)
             lvm("lvcreate", "--size", "4m", "--name", "lv", group)
         except subprocess.CalledProcessError as exc:
-            pytest.skip(f"LVM makes no volume here: {exc.stderr.strip()}")
+            pytest.skip(f"LVM makes no volume here: {exc.stderr.strip().splitlines()[0]}")
         try:
             yield Path("/dev", group, "lv")
         finally:

@@ -19,7 +19,7 @@ from support.waiting import wait_until
 from virt_sse.backend import Backend
 from virt_sse.domains.saved_states import SavedStates
 from virt_sse.domains.settings import VmChanges
-from virt_sse.domains.state_records import Phase, StateRecords
+from virt_sse.domains.state_records import Phase, state_records
 from virt_sse.errors import ImageError, KeyDisabledError, VmStateError
 from virt_sse.lab.guests import Guest
 from virt_sse.libvirt import memory_image
@@ -137,7 +137,7 @@ def _killed(*_: object) -> None:
 
 
 def test_a_killed_command_loses_neither_guest_nor_state(site: CustomerSite, guest: Guest, file: Path) -> None:
-    records, domain_id = StateRecords(site.backend.host.config.saved_states), uuid_of(site, guest)
+    records, domain_id = state_records(site.backend.host.config), uuid_of(site, guest)
 
     def dies(place: object, name: str, act: Callable[[Backend], object]) -> None:
         """Run *act* in a process that is killed when it calls *name*."""

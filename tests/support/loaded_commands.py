@@ -28,6 +28,7 @@ _LOADED = ("virt_sse.backend", "virt_sse.cli.main", "virt_sse.store.engine", "al
 _AT_START = ("PYTHON", "LC_", "LANG", "LD_", "MALLOC_")
 """Variables that a process reads at its start, by their first letters."""
 _LONGEST = 1 << 20
+_IN_NAMESPACES: list[subprocess.Popen[bytes]] = []
 
 
 def run_command(
@@ -36,15 +37,17 @@ def run_command(
     *,
     together: bool = False,
     seconds: float = 60,
+    inside: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[str]:
     """Run ``virt-sse`` with *arguments*, without standard input.
 
     :param together: whether standard error goes to standard output.
+    :param inside: the beginning of a command that runs in other namespaces, e.g. a lab host's.
     :raise subprocess.TimeoutExpired: After *seconds*; the process is killed.
     """
     if _at_start(environment) != _at_start(os.environ):
         return subprocess.run(
-            [PROGRAM, *arguments],
+            [*inside, PROGRAM, *arguments],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -61,18 +64,15 @@ def run_command(
         Path(os.devnull).open() as nothing,
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection,
     ):
-        connection.connect(start())
+        connection.connect(start(inside))
         connection.settimeout(seconds)
         content = json.dumps(request).encode()
         socket.send_fds(
             connection, [content], [nothing.fileno(), out.fileno(), (out if together else err).fileno()]
         )
-        pid = int(connection.recv(64))
         try:
             status = int(connection.recv(64))
-        except TimeoutError as exc:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        except TimeoutError as exc:  # the server kills the command
             raise subprocess.TimeoutExpired(typed, seconds) from exc
         out.seek(0)
         err.seek(0)
@@ -88,20 +88,30 @@ def _at_start(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(_AT_START)}
 
 
-def start() -> str:
+def start(inside: Sequence[str] = ()) -> str:
     """Start the server unless it runs: its address, an abstract socket. It ends with this process."""
-    return _started()
+    return _started(tuple(inside))
+
+
+def servers() -> set[int]:
+    """The process IDs of the servers in other namespaces."""
+    found = set()
+    for process in _IN_NAMESPACES:
+        with contextlib.suppress(OSError):
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text("ascii")
+            found |= {process.pid, *map(int, children.split())}
+    return found
 
 
 @cache
-def _started() -> str:
-    address = f"\0virt-sse-tests-{os.getpid()}"
+def _started(inside: tuple[str, ...]) -> str:
+    address = f"\0virt-sse-tests-{os.getpid()}-{len(_IN_NAMESPACES) if inside else ''}"
     ends, _ = os.pipe()  # the other end stays open as long as this process runs
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(address)
         listener.listen(64)
         process = subprocess.Popen(
-            [sys.executable, __file__, str(listener.fileno()), str(ends)],
+            [*inside, sys.executable, __file__, str(listener.fileno()), str(ends)],
             pass_fds=[listener.fileno(), ends],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -109,6 +119,8 @@ def _started() -> str:
             start_new_session=True,
         )
     os.close(ends)
+    if inside:
+        _IN_NAMESPACES.append(process)
     atexit.register(process.wait)
     atexit.register(process.kill)  # called first
     return address
@@ -142,8 +154,11 @@ def _serve(listener: socket.socket, life: int) -> None:
 
 
 def _report(connection: socket.socket, pid: int) -> NoReturn:
-    """Tell the test the command's process ID, and then its exit status."""
-    connection.send(str(pid).encode())
+    """Tell the test the command's exit status; kill the command if the test no longer waits."""
+    ended = os.pidfd_open(pid)
+    readable, _, _ = select.select([ended, connection], [], [])
+    if ended not in readable:
+        os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     with contextlib.suppress(OSError):  # the test no longer waits
         connection.send(str(os.waitstatus_to_exitcode(status)).encode())

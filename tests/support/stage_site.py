@@ -17,6 +17,7 @@ import libvirt_qemu
 import pytest
 
 from support.agent_site import forget_domains, prepared, secret_usages
+from support.loaded_commands import run_command
 from support.waiting import wait_until
 from virt_sse.backend import Backend
 from virt_sse.lab.acceleration import Acceleration
@@ -74,6 +75,11 @@ class StageSite:
             encryption_type=EncryptionType.PLATFORM_AND_CUSTOMER_KEYS,
         )
 
+    @property
+    def _environment(self) -> dict[str, str]:
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        return self.host.environment | {"PATH": path}
+
     def run(self, *command: str | Path, status: int = 0) -> str:
         """Run a command inside the host, which must exit with *status*: its output and errors together."""
         done = self.popen(*command)
@@ -83,10 +89,9 @@ class StageSite:
         return said
 
     def popen(self, *command: str | Path) -> subprocess.Popen[str]:
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         return subprocess.Popen(
             self.host.command(command),
-            env=self.host.environment | {"PATH": path},
+            env=self._environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -94,7 +99,11 @@ class StageSite:
         )
 
     def virt_sse(self, *arguments: str | Path, status: int = 0) -> str:
-        return self.run("virt-sse", *arguments, status=status)
+        """As :meth:`run`, of ``virt-sse`` with *arguments*."""
+        done = run_command(arguments, self._environment, together=True, inside=self.host.command([]))
+        assert done.returncode == status, f"{arguments}: {done.stdout}"
+        assert "Traceback" not in done.stdout
+        return done.stdout
 
     def virsh(self, *arguments: str | Path, status: int = 0) -> str:
         return self.run("virsh", *arguments, status=status)

@@ -200,7 +200,6 @@ def test_disks_are_purged_once_their_retention_is_over(
 
 def test_without_retention_a_disk_is_deleted_for_good(backend: Backend, disk: Disk, root: Path) -> None:
     path = root / "etc/virt-sse/config.toml"
-    path.parent.mkdir(parents=True)
     path.write_text("[disks]\nretention-days = 0\n")
     with Backend.open(root) as without:
         assert without.soft_deletion.delete("web").scheduled_purge is None

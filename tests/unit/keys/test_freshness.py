@@ -192,7 +192,6 @@ def test_a_warning_is_a_choice(
     older = raw.path.read_bytes()
     start(backend)
     raw.path.write_bytes(older)
-    (root / "etc/virt-sse").mkdir(parents=True)
     (root / "etc/virt-sse/config.toml").write_text("[host]\nstale-images = 'warn'\n")
     with Backend.open(root) as lenient:
         for _ in range(2):
