@@ -16,7 +16,7 @@ import pytest
 
 from support import images
 from support.command_line import PROGRAM, CommandLine
-from support.faults import crash_points, dies_at
+from support.faults import crash_points, dies_at, some
 from support.forking import run_forked
 from support.images import KeyedImage
 from virt_sse.backend import Backend
@@ -47,8 +47,8 @@ MODULES = (
     qcow2,
     store,
 )
-POINTS = 25
-"""So many of the lines are tried, evenly spread; which ones differs with every change of the code."""
+POINTS = 10
+"""About so many of the lines are tried; which ones differs with every change of the code."""
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ class Scene:
 
         points = crash_points(MODULES, act)
         self.reset()
-        for point in sorted({*points[:: max(1, len(points) // tried)], points[-1]}):
+        for point in some(points, tried):
             assert dies_at(point, MODULES, act), f"line event {point} did not come"
             with Backend.open(self.root) as backend:
                 try:

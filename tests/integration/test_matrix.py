@@ -96,10 +96,10 @@ class MatrixSite(StageSite):
 
 @pytest.fixture(scope="module")
 def site(
-    lab_host: LabHost, lab_vault: LabVault, lab_hsm: LabHsm, acceleration: Callable[..., Acceleration]
+    lab_host: LabHost, lab_vault: LabVault, lab_hsm: LabHsm, acceleration: Callable[[str], Acceleration]
 ) -> Iterator[MatrixSite]:
     require("qemu-storage-daemon", "nbdkit")
-    how = acceleration("boot-sector", slow_kvm=True)
+    how = acceleration("boot-sector")
     with contextlib.ExitStack() as stack:
         token = stack.enter_context(lab_hsm.token())
         administrator = VersionedKeys(token.open())

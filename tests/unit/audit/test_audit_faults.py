@@ -17,7 +17,7 @@ import virt_sse.audit.log
 import virt_sse.audit.record
 import virt_sse.system.files
 from support.audit_logs import fill, is_whole, make, open_log, read
-from support.faults import dies_at, no_file_beyond
+from support.faults import STEP, dies_at, no_file_beyond
 from virt_sse.audit.log import AuditLog
 from virt_sse.audit.record import GENESIS, TORN_RECORD, seal
 from virt_sse.errors import AuditError
@@ -46,10 +46,10 @@ def test_a_kill_anywhere_in_an_append_leaves_the_log_whole(
     (tmp_path / "state").mkdir(exist_ok=True)
     shutil.copytree(tmp_path / "log", tmp_path / "before/log")
     shutil.copytree(tmp_path / "state", tmp_path / "before/state")
-    line, outcomes = 0, set()
+    line, outcomes = before % STEP - STEP + 1, set()
     killed = True
     while killed:
-        line += 1
+        line += STEP
         for name in ("log", "state"):
             shutil.rmtree(tmp_path / name)
             shutil.copytree(tmp_path / "before" / name, tmp_path / name)
@@ -105,9 +105,9 @@ def test_a_kill_anywhere_in_a_recovery_loses_no_evidence(log: AuditLog, tmp_path
     fill(log)
     fragment = torn(log, 300)
     shutil.copytree(tmp_path / "log", tmp_path / "before")
-    line, killed = 0, True
+    line, killed = 1 - STEP, True
     while killed:
-        line += 1
+        line += STEP
         shutil.rmtree(tmp_path / "log")
         shutil.copytree(tmp_path / "before", tmp_path / "log")
         killed = dies_at(line, WRITERS, lambda: open_log(tmp_path).append(make(100)))

@@ -14,7 +14,7 @@ import pytest
 
 import virt_sse.system.files
 from support import folders
-from support.faults import dies_at, no_file_beyond
+from support.faults import STEP, dies_at, no_file_beyond
 from support.keyrings import CONTEXT, files, open_provider, wrap
 from virt_sse import errors
 from virt_sse.errors import KeyNotFoundError, KeyringError, VirtSseError
@@ -91,10 +91,10 @@ def test_a_kill_anywhere_in_a_rotation_leaves_the_keyring_whole(
     dek = Dek.generate()
     first = wrap(provider, dek)
     shutil.copytree(directory, tmp_path / "before")
-    line, outcomes = 0, set()
+    line, outcomes = 1 - STEP, set()
     killed = True
     while killed:
-        line += 1
+        line += STEP
         shutil.rmtree(directory)
         shutil.copytree(tmp_path / "before", directory)
         killed = dies_at(line, WRITERS, lambda: open_provider(directory).rotate("default"))
