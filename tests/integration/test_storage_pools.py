@@ -62,6 +62,8 @@ def test_volumes_of_a_pool_are_refused_or_encrypted(site: StageSite) -> None:
     )
     site.virsh("vol-delete", image, "--pool", pool)
     assert "missing" in site.virt_sse("disk", "list")
+    site.forget_domains()
+    site.backend.disks.delete(pool)
     for copy in site.backend.host.store.replacements.all():
         site.backend.host.store.replacements.remove(copy)
     site.virsh("pool-destroy", pool)
@@ -86,6 +88,6 @@ def test_a_pool_that_libvirt_mounts_has_disks(site: StageSite) -> None:
         site.start_paused(domain)
         domain.destroy()
         domain.undefine()
-        site.virt_sse("disk", "delete", pool, "--yes")
+        site.virt_sse("disk", "delete", pool, "--purge", "--yes")
         site.virsh("pool-destroy", pool)
         assert str(folder) not in site.run("cat", "/proc/mounts")

@@ -30,6 +30,8 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import NewDisk
 
 M = 1 << 20
+_AT_ONCE = 2
+"""Kinds at a time: a domain that starts has ten seconds to take its storage processes over."""
 _STATES = {
     libvirt.VIR_DOMAIN_RUNNING: "running",
     libvirt.VIR_DOMAIN_PAUSED: "paused",
@@ -163,6 +165,7 @@ class Bench:
                     for event in self.agent.log()[seen:]
                 ),
                 f"the agent logs {name} {values}",
+                seconds=60,
             )
         if cell.tells:
             command, text = cell.tells
@@ -210,10 +213,10 @@ class Bench:
 
 @pytest.mark.slow
 def test_each_command_does_what_the_page_says(site: StageSite) -> None:
-    """All kinds in one test, because they run at the same time."""
+    """All kinds in one test, because some run at the same time."""
     with LabAgent(site.host) as agent:
         benches = [Bench(site, agent, kind) for kind in Kind]
-        with ThreadPoolExecutor(len(benches)) as pool:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
             wrong = [found for found in pool.map(Bench.run, benches) if found]
     assert not wrong, "\n".join(wrong)
     for bench in benches:
