@@ -20,8 +20,6 @@ from support import images
 
 FEW = (
     "disk-create-single-qcow2",
-    "disk-create-linked-single-raw",
-    "disk-delete-single-raw",
     "disk-reencrypt-single-qcow2",
     "key-rewrap",
 )
