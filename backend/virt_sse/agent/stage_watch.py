@@ -127,12 +127,12 @@ class StageWatch(SnapshotWorker[UUID]):
             _log.info("gate-restarted", extra=fields(_details(record, [GATE])))
 
     def _end(self, record: StageRecord) -> None:
+        """End unused processes. The domain may have started again since the snapshot: young ones stay."""
         try:
-            self._stages.stop(record.disk_id, domain_id=record.domain_id)
+            if self._stages.stop_older(record, self._unused_seconds):
+                _log.info("stage-ended", extra=fields({"disk": record.disk_id}))
         except VirtSseError as exc:
             _log.warning("stage-not-ended", extra=fields({"disk": record.disk_id, "reason": str(exc)}))
-        else:
-            _log.info("stage-ended", extra=fields({"disk": record.disk_id}))
 
 
 def _details(record: StageRecord, dead: list[str]) -> dict[str, object]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,6 +179,17 @@ class StageRecord:
             stages = [each for each in self.stages if isinstance(each, kind.stage_type)]
             fields[kind.record_field.name.replace("_", "-")] = kind.to_record(stages)
         write_private(folder / RECORD_NAME, json.dumps(fields).encode())
+
+
+def age(folder: Path) -> float:
+    """Seconds since the record in *folder* was written, at the start of the stages or a restart.
+
+    :raise StageError: When the record cannot be seen.
+    """
+    try:
+        return time.time() - (folder / RECORD_NAME).stat().st_mtime
+    except OSError as exc:
+        raise StageError(f"cannot see the record in {folder}: {exc.strerror}") from exc
 
 
 @functools.cache

@@ -28,7 +28,7 @@ from virt_sse.stages.gate_process import GATE, GateProcess, admitted_by
 from virt_sse.stages.kinds import STAGE_KINDS, StageKinds, by_process, guest_and_below, kind_of
 from virt_sse.stages.lent_images import give_back, lent_base, return_images_of, take_back_base
 from virt_sse.stages.locked_process import LockedProcess
-from virt_sse.stages.record import RecordedBase, StageRecord
+from virt_sse.stages.record import RecordedBase, StageRecord, age
 from virt_sse.stages.sockets import ListeningSocket
 from virt_sse.stages.stage_process import ExportSource, ImageSource, StagePlace, StageProcess
 from virt_sse.stages.storage_user import own_users, storage_user
@@ -250,6 +250,19 @@ class Stages:
             record = self.record(disk_id)
             if record is None or domain_id in (None, record.domain_id):
                 self._stop(disk_id, record)
+
+    def stop_older(self, record: StageRecord, seconds: float) -> bool:
+        """End a domain's stage processes of a disk unless they were started in the last *seconds*.
+
+        :return: whether they were ended.
+        :raise StageError: As :meth:`stop`.
+        """
+        with self._locks.hold(record.disk_id, wait=True):
+            found, folder = self.record(record.disk_id), self._folder(record.disk_id)
+            if found is None or found.domain_id != record.domain_id or age(folder) < seconds:
+                return False
+            self._stop(record.disk_id, found)
+            return True
 
     def stop_domain(self, domain_id: UUID) -> None:
         """End the stage processes of all disks of a domain.
