@@ -43,7 +43,7 @@ class SoftDeletion:
 
     def all(self) -> list[Disk]:
         """All deleted disks, by name."""
-        return [disk for disk in self._store.all() if disk.state is DiskState.DELETED]
+        return self._store.deleted()
 
     def delete(self, name: str, *, dry_run: bool = False) -> Disk:
         """Delete a disk for the retention time; for good, if there is none or the disk has no image.

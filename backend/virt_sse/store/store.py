@@ -159,6 +159,10 @@ class Store:
         """The disks with an operation that is in progress or was interrupted; without deleted disks."""
         return self._select(disks.c.state.in_(UNFINISHED_STATES))
 
+    def deleted(self) -> list[Disk]:
+        """The deleted disks, which can be recovered, sorted by name."""
+        return self._select(disks.c.state == DiskState.DELETED.value)
+
     def encryption_set_names(self) -> list[str]:
         """The names of all disk encryption sets, sorted."""
         return [each.name for each in self.encryption_sets.all()]

@@ -207,7 +207,7 @@ def test_starts_and_polls_read_no_whole_table(postgresql: PostgresqlServer, data
     with closing(Store(postgresql.url(database))) as store:
         sa.event.listen(store._engine, "before_cursor_execute", lambda *of: statements.append(of[2:4]))
         assert len(store.with_ids(ids)) == 100
-        assert store.unfinished() == store.based_on(ids[0]) == store.made_of(ids[0]) == []
+        assert store.unfinished() == store.deleted() == store.based_on(ids[0]) == store.made_of(ids[0]) == []
         assert store.paths_since(10_000) == (10_000, {})
         assert len(store.hosts.uses(host)) == 100
         store.hosts.release(host, uuid.uuid4())
