@@ -129,7 +129,8 @@ class StageWatch(SnapshotWorker[UUID]):
     def _end(self, record: StageRecord) -> None:
         """End unused processes. The domain may have started again since the snapshot: young ones stay."""
         try:
-            if self._stages.stop_older(record, self._unused_seconds):
+            spared = self._unused_seconds
+            if self._stages.stop(record.disk_id, domain_id=record.domain_id, spared_seconds=spared):
                 _log.info("stage-ended", extra=fields({"disk": record.disk_id}))
         except VirtSseError as exc:
             _log.warning("stage-not-ended", extra=fields({"disk": record.disk_id, "reason": str(exc)}))

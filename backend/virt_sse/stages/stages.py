@@ -240,28 +240,21 @@ class Stages:
             except OSError as exc:
                 raise StageError(f"cannot serve disk {disk_id}: {exc}") from exc
 
-    def stop(self, disk_id: UUID, *, domain_id: UUID | None = None) -> None:
+    def stop(self, disk_id: UUID, *, domain_id: UUID | None = None, spared_seconds: float = 0) -> bool:
         """End a disk's stage processes and remove their files. Does nothing for a disk without any.
 
         :param domain_id: do nothing if a different domain has the disk by now.
+        :param spared_seconds: do nothing if the processes were started within this time.
+        :return: whether no process is left.
         :raise StageError: When a process cannot be ended from here, or the disk's record is damaged.
         """
         with self._locks.hold(disk_id, wait=True):
             record = self.record(disk_id)
-            if record is None or domain_id in (None, record.domain_id):
-                self._stop(disk_id, record)
-
-    def stop_older(self, record: StageRecord, seconds: float) -> bool:
-        """End a domain's stage processes of a disk unless they were started in the last *seconds*.
-
-        :return: whether they were ended.
-        :raise StageError: As :meth:`stop`.
-        """
-        with self._locks.hold(record.disk_id, wait=True):
-            found, folder = self.record(record.disk_id), self._folder(record.disk_id)
-            if found is None or found.domain_id != record.domain_id or age(folder) < seconds:
-                return False
-            self._stop(record.disk_id, found)
+            if record is not None:
+                is_young = spared_seconds > 0 and age(self._folder(disk_id)) < spared_seconds
+                if is_young or domain_id not in (None, record.domain_id):
+                    return False
+            self._stop(disk_id, record)
             return True
 
     def stop_domain(self, domain_id: UUID) -> None:

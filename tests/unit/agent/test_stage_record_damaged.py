@@ -65,6 +65,6 @@ def test_stages_of_a_domain_that_starts_again_stay(tmp_path: Path) -> None:
     watch.keep(InventorySnapshot(2))
     watch._pool.shutdown()
     assert record.exists()
-    assert not stages.stop_older(UNUSED, 60)
-    assert stages.stop_older(UNUSED, 0)
+    assert not stages.stop(UNUSED.disk_id, spared_seconds=60)
+    assert stages.stop(UNUSED.disk_id)
     assert not record.exists()

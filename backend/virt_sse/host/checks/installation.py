@@ -89,10 +89,15 @@ def apparmor_rule(host: Host, _disks: Sequence[Disk]) -> Iterator[HostFault]:
         yield HostFault("apparmor-rule-missing", "AppArmor", problem, "virt-sse host init")
 
 
+def has_systemd(config: Config) -> bool:
+    """Whether systemd runs the host (sd_booted(3))."""
+    return (config.root / "run/systemd/system").is_dir()
+
+
 def units(host: Host, _disks: Sequence[Disk]) -> Iterator[HostFault]:
     """Without enabled units, no agent watches keys after a restart of the machine."""
     root = host.config.root
-    if not (root / "run/systemd/system").is_dir():  # sd_booted(3)
+    if not has_systemd(host.config):
         return
     for name in _AGENT_UNITS:
         folders = [root / folder for folder in _UNIT_FOLDERS]

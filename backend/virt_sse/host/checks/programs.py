@@ -11,7 +11,7 @@ from virt_sse.agent_client import ask
 from virt_sse.config import Config
 from virt_sse.errors import AgentUnavailableError, VirtSseError
 from virt_sse.host.capabilities import cipher_capability
-from virt_sse.host.checks.installation import libvirtd_pid_file
+from virt_sse.host.checks.installation import has_systemd, libvirtd_pid_file
 from virt_sse.host.fault import HostFault, Severity
 from virt_sse.keys.host import Host
 from virt_sse.model.disks import Disk
@@ -72,9 +72,8 @@ def agent(host: Host, _disks: Sequence[Disk]) -> Iterator[HostFault]:
     try:
         ask(config.agent_socket, "GET", "/status", timeout=config.agent.timeout)
     except AgentUnavailableError as exc:
-        has_systemd = (config.root / "run/systemd/system").is_dir()  # sd_booted(3)
         restart = "systemctl restart virt-sse-agent.socket virt-sse-agent"
-        remedy = restart if has_systemd else "run 'virt-sse agent run' under a supervisor"
+        remedy = restart if has_systemd(config) else "run 'virt-sse agent run' under a supervisor"
         if config.agent_socket.exists():
             problem = f"no agent answers at {config.agent_socket}: {exc}"
             yield HostFault("agent-socket-stale", "agent", problem, remedy, Severity.WARNING)
