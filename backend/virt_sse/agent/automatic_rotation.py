@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
 from uuid import UUID
 
 from virt_sse.agent.logs import fields
 from virt_sse.agent.metrics import Metrics
+from virt_sse.agent.periodic_work import PeriodicWork
 from virt_sse.backend import Backend
 from virt_sse.errors import VirtSseError
 from virt_sse.model.disks import Disk
@@ -17,40 +17,22 @@ from virt_sse.system.progress import silent
 _log = logging.getLogger(__name__)
 
 
-class AutomaticRotation:
-    """Checks for new key versions periodically, in a separate thread.
+class AutomaticRotation(PeriodicWork):
+    """Checks for new key versions periodically.
 
     :param seconds: interval between checks.
     """
 
     def __init__(self, backend: Backend, metrics: Metrics, seconds: float) -> None:
+        super().__init__("rotation", seconds, "rotation-failed")
         self._backend = backend
         self._metrics = metrics
-        self._seconds = seconds
-        self._stop = threading.Event()
         self._complete: set[UUID] = set()
-        self._thread = threading.Thread(target=self._run, name="rotation", daemon=True)
 
-    def start(self) -> None:
-        """Start the checks."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Stop the checks. A rotation under way may be interrupted: the next check continues the rotation."""
-        self._stop.set()
-        self._thread.join(timeout=2)
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            try:
-                for encryption_set in self._backend.sets.all():
-                    if encryption_set.automatic_rotation and not self._stop.is_set():
-                        self._follow(encryption_set)
-            except VirtSseError as exc:
-                _log.warning("rotation-failed", extra=fields({"reason": str(exc)}))
-            except Exception:  # noqa: BLE001 -- the next check tries again
-                _log.exception("rotation-failed")
-            self._stop.wait(self._seconds)
+    def _work(self) -> None:
+        for encryption_set in self._backend.sets.all():
+            if encryption_set.automatic_rotation and not self._stop.is_set():
+                self._follow(encryption_set)
 
     def _follow(self, encryption_set: EncryptionSet) -> None:
         """Rewrap a set's disks if the key has a new version, or an earlier rewrap may be incomplete."""

@@ -188,7 +188,7 @@ def test_disks_are_purged_once_their_retention_is_over(
     metrics = Metrics()
     watch = PurgeWatch(backend.soft_deletion, metrics, 60)
     for _ in range(2):
-        watch._purge()
+        watch._work()
     assert [record.getMessage() for record in caplog.records] == ["disk-purged", "purge-failed"]
     assert [each.name for each in backend.host.store.all()] == ["bad", "kept", "lost", "x"]
     assert made["bad"].path.read_bytes() == b"another file"
