@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from virt_sse.errors import InvalidValueError, VaultError
-from virt_sse.system.files import private_folder, sync_folder, write_private
+from virt_sse.system.files import sync_folder, write_private
 from virt_sse.vault.home.certificates import new_authority, new_server_certificate
 from virt_sse.vault.home.database import Database, failures_named
 from virt_sse.vault.home.layout import VaultDirectory
@@ -75,10 +75,7 @@ def initialise(
         require_shared(settings, hsm or {})
     directory = VaultDirectory(path)
     try:
-        private_folder(path)
-        with directory.lock():
-            if directory.settings_path.exists():
-                raise VaultError(f"{path} has a vault already")
+        with directory.making():
             _clear(directory)
             if tier is Tier.PREMIUM:
                 prepared = prepare_hsm(directory, hsm or {})

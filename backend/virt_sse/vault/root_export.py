@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 
 from virt_sse.errors import CredentialError, InvalidValueError, VaultError
 from virt_sse.system.documents import DocumentError, from_json
-from virt_sse.system.files import private_folder, write_new, write_private
+from virt_sse.system.files import write_new, write_private
 from virt_sse.vault.home.certificates import new_server_certificate
 from virt_sse.vault.home.database import Database, failures_named
 from virt_sse.vault.home.layout import VaultDirectory
@@ -227,10 +227,7 @@ def import_root(
     root = VaultRootKey(content.root_key, f"{settings.tenant}/{settings.name}")
     directory = VaultDirectory(path)
     try:
-        private_folder(path)
-        with directory.lock():
-            if directory.settings_path.exists():
-                raise VaultError(f"{path} has a vault already")
+        with directory.making():
             if settings.database is not None:
                 _check(settings.database, root)
             ca, ca_key = content.ca.encode("ascii"), content.ca_key.encode("ascii")

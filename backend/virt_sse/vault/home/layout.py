@@ -11,7 +11,7 @@ from pathlib import Path
 
 from virt_sse.errors import VaultError
 from virt_sse.system.database_url import sqlite_url
-from virt_sse.system.files import PRIVATE_FILE
+from virt_sse.system.files import PRIVATE_FILE, private_folder
 from virt_sse.vault.home.sealing import VaultRootKey
 from virt_sse.vault.home.settings import VaultSettings
 
@@ -95,6 +95,19 @@ class VaultDirectory:
         :raise VaultError: When the file is missing or has the wrong length.
         """
         return VaultRootKey(self._read(self.root_key_path), f"{settings.tenant}/{settings.name}")
+
+    @contextlib.contextmanager
+    def making(self) -> Iterator[None]:
+        """Make the folder, unless it exists, and hold its lock while a vault is made in it.
+
+        :raise VaultError: When the folder has a vault, or another process holds the lock.
+        :raise OSError: When the folder cannot be made.
+        """
+        private_folder(self.path)
+        with self.lock():
+            if self.settings_path.exists():
+                raise VaultError(f"{self.path} has a vault already")
+            yield
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
