@@ -13,6 +13,12 @@ from virt_sse.lab.host import LabHost
 from virt_sse.lab.recipes import boot_sector_image
 
 
+def typing_environment(host: LabHost) -> dict[str, str]:
+    """The environment of *host* for commands with virt-sse's own in ``PATH``."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return host.environment | {"PATH": path}
+
+
 class Operator:
     """Types commands on a lab host."""
 
@@ -21,10 +27,9 @@ class Operator:
 
     def run(self, *command: str | Path, status: int = 0) -> str:
         """A command's standard output and error together; its exit status must be *status*."""
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         done = subprocess.run(
             list(map(str, command)),
-            env=self.host.environment | {"PATH": path},
+            env=typing_environment(self.host),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import libvirt_qemu
 import pytest
 
 from support.agent_site import forget_domains, prepared, secret_usages
+from support.lab_operator import typing_environment
 from support.loaded_commands import run_command
 from support.waiting import wait_until
 from virt_sse.backend import Backend
@@ -75,11 +75,6 @@ class StageSite:
             encryption_type=EncryptionType.PLATFORM_AND_CUSTOMER_KEYS,
         )
 
-    @property
-    def _environment(self) -> dict[str, str]:
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        return self.host.environment | {"PATH": path}
-
     def run(self, *command: str | Path, status: int = 0) -> str:
         """Run a command inside the host, which must exit with *status*: its output and errors together."""
         done = self.popen(*command)
@@ -91,7 +86,7 @@ class StageSite:
     def popen(self, *command: str | Path) -> subprocess.Popen[str]:
         return subprocess.Popen(
             self.host.command(command),
-            env=self._environment,
+            env=typing_environment(self.host),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -100,7 +95,8 @@ class StageSite:
 
     def virt_sse(self, *arguments: str | Path, status: int = 0) -> str:
         """As :meth:`run`, of ``virt-sse`` with *arguments*."""
-        done = run_command(arguments, self._environment, together=True, inside=self.host.command([]))
+        environment = typing_environment(self.host)
+        done = run_command(arguments, environment, together=True, inside=self.host.command([]))
         assert done.returncode == status, f"{arguments}: {done.stdout}"
         assert "Traceback" not in done.stdout
         return done.stdout

@@ -151,7 +151,8 @@ class Store:
         """
         condition = disks.c.kind == kind.value if kind else sa.true()
         if is_deleted is not None:
-            condition &= (disks.c.state == DiskState.DELETED.value).is_(is_deleted)
+            deleted = disks.c.state == DiskState.DELETED.value
+            condition &= deleted if is_deleted else sa.not_(deleted)
         with reading(self._engine) as connection:
             return sorted(connection.scalars(sa.select(disks.c.name).where(condition)))
 
@@ -256,28 +257,22 @@ class Store:
 
         :raise DiskStateError: When the disk is not ready any more.
         """
-        with writing(self._engine) as connection:
-            is_ready = sa.and_(disks.c.id == disk_id, disks.c.state == DiskState.READY.value)
-            deleting = disks.update().where(is_ready)
-            values = {
-                "state": DiskState.DELETED.value,
-                "deleted": deleted.isoformat(),
-                "scheduled_purge": scheduled_purge.isoformat(),
-            }
-            if connection.execute(deleting.values(**values)).rowcount != 1:
-                raise DiskStateError(f"disk {disk_id} is not ready any more")
+        self._leave(
+            disk_id,
+            DiskState.READY,
+            state=DiskState.DELETED.value,
+            deleted=deleted.isoformat(),
+            scheduled_purge=scheduled_purge.isoformat(),
+        )
 
     def set_recovered(self, disk_id: UUID) -> None:
         """Set the state of a deleted disk to ``ready``.
 
         :raise DiskStateError: When the disk was recovered or purged meanwhile.
         """
-        with writing(self._engine) as connection:
-            is_deleted = sa.and_(disks.c.id == disk_id, disks.c.state == DiskState.DELETED.value)
-            recovering = disks.update().where(is_deleted)
-            values = {"state": DiskState.READY.value, "deleted": None, "scheduled_purge": None}
-            if connection.execute(recovering.values(**values)).rowcount != 1:
-                raise DiskStateError(f"disk {disk_id} is not deleted any more")
+        self._leave(
+            disk_id, DiskState.DELETED, state=DiskState.READY.value, deleted=None, scheduled_purge=None
+        )
 
     def begin_deletion(self, disk_id: UUID) -> None:
         """Set the state of a disk that no copy is based on to ``deleting``.
@@ -354,6 +349,16 @@ class Store:
         """Delete a disk and its wrapped DEKs permanently. An unknown id is no error."""
         with writing(self._engine) as connection:
             connection.execute(disks.delete().where(disks.c.id == disk_id))
+
+    def _leave(self, disk_id: UUID, before: DiskState, **values: object) -> None:
+        """Change a disk whose state is *before*.
+
+        :raise DiskStateError: When the disk is in another state, or gone.
+        """
+        is_there = sa.and_(disks.c.id == disk_id, disks.c.state == before.value)
+        with writing(self._engine) as connection:
+            if connection.execute(disks.update().where(is_there).values(**values)).rowcount != 1:
+                raise DiskStateError(f"disk {disk_id} is not {before.value} any more")
 
     def _update(self, disk_id: UUID, **values: object) -> None:
         with writing(self._engine) as connection:
