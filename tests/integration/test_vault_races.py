@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from support.faults import EVERY_KILL
 from support.vault_tools import Answer, Raw, new_name
 from virt_sse.lab.vaults import LabVault
 from virt_sse.vault_client.administration import VaultClient
@@ -15,7 +16,7 @@ from virt_sse.vault_client.credential import VaultCredential
 from virt_sse.vault_client.credential_file import new_assertion_key
 from virt_sse.vault_client.permissions import Permission
 
-RACES = 200
+RACES = 200 if EVERY_KILL else 40
 
 
 @pytest.fixture(scope="module")

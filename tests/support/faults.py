@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Action = Callable[[], object]
 
 EVERY_KILL = bool(os.environ.get("VIRT_SSE_EVERY_KILL"))
-"""Whether tests try every line, and every byte of a header. By default they try some, evenly spread."""
+"""Whether tests try every line, byte and kind of disk, and each race often. By default they try some."""
 STEP = 1 if EVERY_KILL else 4
 """From one tried line to the next."""
 

@@ -17,7 +17,7 @@ import virt_sse.audit.log
 import virt_sse.audit.record
 import virt_sse.system.files
 from support.audit_logs import fill, is_whole, make, open_log, read
-from support.faults import STEP, dies_at, no_file_beyond
+from support.faults import STEP, dies_at, no_file_beyond, some
 from virt_sse.audit.log import AuditLog
 from virt_sse.audit.record import GENESIS, TORN_RECORD, seal
 from virt_sse.errors import AuditError
@@ -81,7 +81,7 @@ def test_a_torn_record_is_recovered_wherever_it_ends(tmp_path: Path) -> None:
     before = fill(open_log(tmp_path / "before"))
     *_, newest = before.tail(1)
     length = len(seal(make(8).as_json(), newest.position, bytes(32))[0])
-    for size in range(1, length + 1):
+    for size in {*some(range(1, length + 1), most=60), length - 1}:
         shutil.copytree(tmp_path / "before", tmp_path / str(size))
         log = open_log(tmp_path / str(size))
         fragment = torn(log, size)

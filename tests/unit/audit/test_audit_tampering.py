@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.audit_logs import broken, fill, is_whole, make, open_log, read
+from support.faults import some
 from virt_sse.audit.log import AuditLog
 from virt_sse.audit.record import GENESIS, LOST_HEAD, Position, record_mac, seal
 
@@ -50,7 +51,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(filled: AuditLog) -> None:
     for seq, (path, lines, index) in enumerate(list(places(filled)), start=1):
         content = path.read_bytes()
         start = len(b"".join(lines[:index]))
-        for offset in range(start, start + len(lines[index])):
+        for offset in some(range(start, start + len(lines[index])), most=60):
             altered = bytearray(content)
             altered[offset] ^= 1 << offset % 8
             path.write_bytes(altered)

@@ -249,7 +249,7 @@ def test_eight_processes_write_at_the_same_time(store: Store, store_url: str) ->
     store.add(disk("shared"))
     body = (
         "won = 0\n"
-        "for step in range(10):\n"
+        "for step in range(4):\n"
         "    store.add(disk(f'disk-{number}-{step}'))\n"
         "    store.set_size(disk(f'disk-{number}-{step}').id, 512)\n"
         "    shared = store.get('shared')\n"
@@ -258,8 +258,8 @@ def test_eight_processes_write_at_the_same_time(store: Store, store_url: str) ->
     )
     won = sum(int(answer) for answer in in_processes(8, store_url, body))
     assert store.get("shared").generation == 1 + won
-    assert won >= 10
-    assert [found.size for found in store.all()] == [512] * 80 + [64 << 40]
+    assert won >= 4
+    assert [found.size for found in store.all()] == [512] * 32 + [64 << 40]
 
 
 DEVELOPMENT_STORE = """
