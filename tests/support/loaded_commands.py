@@ -88,6 +88,26 @@ def _at_start(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(_AT_START)}
 
 
+def write_program(folder: Path) -> None:
+    """Write a program ``virt-sse``, which shell scripts run like the installed one, into *folder*."""
+    program = folder / PROGRAM.name
+    values = (str(PROGRAM), _AT_START, _at_start(os.environ), start())
+    program.write_text(f"#!{sys.executable} -IS\n{_PROGRAM.format(*map(repr, values))}")
+    program.chmod(0o755)
+
+
+_PROGRAM = """\
+import json, os, socket, sys
+if {{n: v for n, v in os.environ.items() if n.startswith({1})}} != {2}:
+    os.execv({0}, [{0}, *sys.argv[1:]])
+request = dict(arguments=sys.argv[1:], environment=dict(os.environ), folder=os.getcwd())
+connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+connection.connect({3})
+socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
+sys.exit(int(connection.recv(64)) % 256)
+"""
+
+
 def start(inside: Sequence[str] = ()) -> str:
     """Start the server unless it runs: its address, an abstract socket. It ends with this process."""
     return _started(tuple(inside))
@@ -170,6 +190,9 @@ def _become(request: dict[str, object], descriptors: list[int]) -> None:
     for stream, descriptor in enumerate(descriptors):
         os.dup2(descriptor, stream)
         os.close(descriptor)
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115 -- the present streams may be of another type
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(request["environment"])  # type: ignore[call-overload]
     os.chdir(str(request["folder"]))

@@ -27,6 +27,7 @@ from pathlib import Path
 import pytest
 
 from support.documents import CHECKOUT, Block, Document, broken_links, documents, unknown_commands
+from support.loaded_commands import write_program
 from virt_sse import config
 from virt_sse.agent.metrics import Metrics
 from virt_sse.cli import reference
@@ -60,9 +61,11 @@ def single(kind: str) -> list[object]:
 @pytest.mark.parametrize("document", marked("host", "vault"), ids=named)
 def test_the_examples_of_the_documents_run(document: Document, root: Path, tmp_path: Path) -> None:
     blocks = [block for block in document.blocks if block.run in ("host", "vault")]
-    folder = tmp_path / "work"
-    folder.mkdir()
-    environment = os.environ | {"PATH": f"{PROGRAM.parent}:{os.environ['PATH']}"}
+    folder, programs = tmp_path / "work", tmp_path / "programs"
+    for each in (folder, programs):
+        each.mkdir()
+    write_program(programs)
+    environment = os.environ | {"PATH": f"{programs}:{PROGRAM.parent}:{os.environ['PATH']}"}
     with contextlib.ExitStack() as stack:
         if any(block.run == "vault" for block in blocks):
             vault = stack.enter_context(LabVault())
