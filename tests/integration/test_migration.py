@@ -24,7 +24,6 @@ from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import QEMU_USER, LabHost
 from virt_sse.lab.recipes import LinuxMicro
 from virt_sse.model.disks import Disk
-from virt_sse.model.layers import Placement
 
 Accelerate = Callable[[str], Acceleration]
 
@@ -57,6 +56,7 @@ def assert_runs_on(host: MigrationHost, other: MigrationHost, guest: Guest, disk
     """The domain runs on *host*, which alone has its key and leases; *other* has no process of the domain."""
     assert host.state(guest) == libvirt.VIR_DOMAIN_RUNNING
     assert other.state(guest) is None
+    assert other.backend.host.stages.records() == []
     assert host.secrets() == [f"virt-sse:{disk.id}:service"]
     assert other.secrets() == []
     assert disk.id in host.leases()
@@ -112,10 +112,29 @@ def test_a_guest_takes_its_key_along_while_the_key_is_rotated(
     assert newest_block(site.content(disk)) >= guest.acknowledged
 
 
+def test_a_double_disk_is_handed_over_while_the_guest_writes(
+    site: MigrationSite, acceleration: Accelerate, linux_micro: LinuxMicro
+) -> None:
+    disk = site.disk("qcow2", encryption_set=site.double.name)
+    guest = MovingGuest(site, disk, acceleration("linux-micro"), linux_micro)
+    guest.define()
+    guest.run()
+    assert_runs_on(site.a, site.b, guest, disk)
+    site.migrate(guest, site.a, site.b)
+    assert_runs_on(site.b, site.a, guest, disk)
+    guest.await_writes()
+    site.b.virt_sse("vm", "verify", guest.name)
+    site.migrate(guest, site.b, site.a, "--p2p")
+    assert_runs_on(site.a, site.b, guest, disk)
+    guest.await_writes()
+    guest.destroy()
+    assert newest_block(site.content(disk)) >= guest.acknowledged
+
+
 def test_post_copy_and_cancel_in_the_middle(
     site: MigrationSite, acceleration: Accelerate, linux_micro: LinuxMicro
 ) -> None:
-    disk = site.disk("raw")
+    disk = site.disk("raw", encryption_set=site.double.name)
     guest = MovingGuest(site, disk, acceleration("linux-micro"), linux_micro)
     guest.define()
     guest.run()
@@ -191,19 +210,15 @@ def test_a_host_without_the_image_or_with_another_is_refused(
     guest.destroy()
 
 
-def test_data_in_other_processes_and_temporary_disks_do_not_migrate(
+def test_host_caches_and_temporary_disks_do_not_migrate(
     site: MigrationSite, accelerated: Acceleration
 ) -> None:
-    site.a.backend.sets.create(
-        "below", provider="platform-managed", key="default", placement=Placement.STORAGE
-    )
-    below = started(site, site.disk(encryption_set="below"), accelerated)
-    disk = site.disk()
-    guest = started(site, disk, accelerated)
-    guest.destroy()
-    site.a.virt_sse("vm", "update", guest.name, "--encryption-at-host", "on", "--temp-disk-size", "1M")
-    site.a.host.virsh("start", guest.name)
-    assert_refused(site, below, "has a storage daemon or a host cache")
+    cached, guest = (started(site, site.disk(), accelerated) for _ in range(2))
+    for each, option in ((cached, ("--disk-caching", "vda=ReadOnly")), (guest, ("--temp-disk-size", "1M"))):
+        each.destroy()
+        site.a.virt_sse("vm", "update", each.name, "--encryption-at-host", "on", *option)
+        site.a.host.virsh("start", each.name)
+    assert_refused(site, cached, "has a host cache, which does not migrate")
     assert_refused(site, guest, "has a temporary disk, which does not migrate")
 
 

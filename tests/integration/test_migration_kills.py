@@ -23,16 +23,23 @@ SEEDS = range(1, 1 + int(os.environ.get("VIRT_SSE_MIGRATION_KILLS", "0")))
 site = migration_site_fixture("site")
 
 
-@pytest.fixture(scope="module", params=["qcow2", "raw"])
+@pytest.fixture(
+    scope="module",
+    params=["qcow2", "raw", "qcow2-double", "raw-double", "raw-storage", "qcow2-at-host"],
+)
 def moving(
     request: pytest.FixtureRequest,
     site: MigrationSite,
     acceleration: Callable[[str], Acceleration],
     linux_micro: LinuxMicro,
 ) -> Iterator[MigrationKills]:
-    disk = site.disk(request.param)
+    image_format, _, kind = request.param.partition("-")
+    sets = {"double": site.double, "storage": site.placed_below}
+    disk = site.disk(image_format, encryption_set=sets.get(kind, site.set).name)
     guest = MovingGuest(site, disk, acceleration("linux-micro"), linux_micro)
     guest.define()
+    if kind == "at-host":
+        site.a.virt_sse("vm", "update", guest.name, "--encryption-at-host", "on")
     guest.run()
     yield MigrationKills(site, guest, disk)
     guest.check()
@@ -46,8 +53,7 @@ def test_a_guest_migrates_back_and_forth_while_its_key_is_rotated(moving: Migrat
     options = ((), ("--p2p",), ("--p2p", "--persistent"))
     for number in range(MIGRATIONS):
         if number % 4 == 0:
-            moving.site.keys.rotate(moving.site.set.key.name)
-            moving.here.virt_sse("des", "rotate", moving.site.set.name)
+            moving.rotate()
         moving.move(*options[number % len(options)])
 
 
@@ -55,5 +61,5 @@ def test_a_guest_migrates_back_and_forth_while_its_key_is_rotated(moving: Migrat
 @pytest.mark.skipif(not SEEDS, reason="VIRT_SSE_MIGRATION_KILLS is not set")
 @pytest.mark.parametrize("seed", SEEDS or [1])
 def test_a_kill_leaves_the_guest_whole_and_its_key_on_its_host(moving: MigrationKills, seed: int) -> None:
-    kill = MigrationKill.choose(seed)
+    kill = MigrationKill.choose(seed, has_daemon=moving.has_daemon)
     print(f"{kill}: {moving.attempt(kill)}")  # noqa: T201 -- the tally of a soak

@@ -1,7 +1,7 @@
 """Migrations of a writing guest during which a process of either host is killed.
 
-The guest checks the checksums of its blocks all the time. At most one QEMU process at a time may have the
-image open for writing.
+The guest checks the checksums of its blocks all the time. At most one process of QEMU at a time, a guest's or
+a storage daemon, may have the image open for writing.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ from virt_sse.model.disks import Disk
 
 _LONGEST_DELAY = 3.0
 _VICTIMS = ("agent", "libvirtd", "qemu")
+_BELOW = {"storage": b"qemu-storage-daemon\0", "hand-over": b"/stages/hand_over.py\0"}
+"""Processes of a disk with a storage daemon, by their command line."""
 _OPTIONS = ((), ("--p2p",), ("--p2p", "--persistent"))
 _SETTLE_SECONDS = 60
+_MOST_HELP = 3
 _LEASE_SECONDS = 200
 """The agent keeps the leases of a domain without a process for two minutes."""
 
@@ -49,11 +52,11 @@ class MigrationKill:
         return f"{self.side}-{self.process}-{self.delay:g}"
 
     @classmethod
-    def choose(cls, seed: int) -> MigrationKill:
+    def choose(cls, seed: int, *, has_daemon: bool) -> MigrationKill:
         chance = Random(f"migration:{seed}")  # noqa: S311 -- a seed
         return cls(
             chance.choice(("source", "target")),
-            chance.choice(_VICTIMS),
+            chance.choice((*_VICTIMS, *_BELOW) if has_daemon else _VICTIMS),
             round(chance.uniform(0, _LONGEST_DELAY), 3),
             chance.choice(_OPTIONS),
         )
@@ -64,10 +67,13 @@ class MigrationKills:
 
     :ivar here: the host with the guest.
     :ivar there: the other host.
+    :ivar has_daemon: whether a storage daemon has the disk's image open.
     """
 
     def __init__(self, site: MigrationSite, guest: MovingGuest, disk: Disk) -> None:
         self.site, self.guest, self.disk = site, guest, disk
+        self._usages = site.a.secrets()
+        self.has_daemon = bool(site.a.backend.host.stages.records())
         self.here, self.there = site.a, site.b
 
     def move(self, *options: str) -> None:
@@ -76,6 +82,13 @@ class MigrationKills:
             self.site.migrate(self.guest, self.here, self.there, *options)
         self.here, self.there = self.there, self.here
         self.check()
+
+    def rotate(self) -> None:
+        """Rotate the key of the disk's set, on the guest's host."""
+        sets = (self.site.set, self.site.double, self.site.placed_below)
+        own = next(each for each in sets if each.id == self.disk.set_id)
+        self.site.keys.rotate(own.key.name)
+        self.here.virt_sse("des", "rotate", own.name)
 
     def attempt(self, kill: MigrationKill) -> str:
         """Kill a process during a migration, and start it again. Returns what became of the guest."""
@@ -98,10 +111,15 @@ class MigrationKills:
     def check(self) -> None:
         """The guest writes on; keys, leases and processes are on its host alone."""
         self.guest.await_writes()
-        usage = [f"virt-sse:{self.disk.id}:service"]
+        usages = self._usages
         here, there = self.here, self.there
-        wait_until(lambda: here.secrets() == usage, "the guest's host has the key", seconds=_SETTLE_SECONDS)
+        wait_until(lambda: here.secrets() == usages, "the guest's host has the key", seconds=_SETTLE_SECONDS)
         wait_until(lambda: there.secrets() == [], "the other host has no key", seconds=_SETTLE_SECONDS)
+        wait_until(
+            lambda: not there.backend.host.stages.records(),
+            "the other host has no storage daemon",
+            seconds=_SETTLE_SECONDS,
+        )
         wait_until(lambda: there.leases() == [], "the other host has no lease", seconds=_LEASE_SECONDS)
         wait_until(lambda: self.disk.id in here.leases(), "the guest's host has the lease")
         assert self._qemus(there) == []
@@ -113,11 +131,11 @@ class MigrationKills:
         def states() -> tuple[int | None, int | None]:
             return source.state(self.guest), target.state(self.guest)
 
-        began, running = time.monotonic(), libvirt.VIR_DOMAIN_RUNNING
+        began, running, times = time.monotonic(), libvirt.VIR_DOMAIN_RUNNING, 0
         while states() not in ((running, None), (None, running), (None, None)):
             if time.monotonic() - began > 10:
-                self._help(source, target, *states())
-                began = time.monotonic()
+                self._help(source, target, *states(), is_last=times == _MOST_HELP)
+                began, times = time.monotonic(), times + 1
             time.sleep(0.05)
         at_source, at_target = states()
         if at_target is not None:
@@ -135,11 +153,24 @@ class MigrationKills:
         return "restarted"
 
     def _help(
-        self, source: MigrationHost, target: MigrationHost, at_source: int | None, at_target: int | None
+        self,
+        source: MigrationHost,
+        target: MigrationHost,
+        at_source: int | None,
+        at_target: int | None,
+        *,
+        is_last: bool,
     ) -> None:
-        """What an operator does with a domain that libvirt leaves paused after a lost connection."""
+        """What an operator does with a domain that libvirt leaves paused after a lost connection.
+
+        :param is_last: a domain that does not go on is ended: a killed storage daemon has lost the metadata
+            of a qcow2 image.
+        """
         running = libvirt.VIR_DOMAIN_RUNNING
-        if at_target == running and at_source is not None:
+        if is_last:
+            for each in (source, target):
+                each.host.virsh("destroy", self.guest.name, check=False)
+        elif at_target == running and at_source is not None:
             source.host.virsh("destroy", self.guest.name, check=False)
         elif at_source == running and at_target is not None:
             target.host.virsh("destroy", self.guest.name, check=False)
@@ -154,7 +185,8 @@ class MigrationKills:
         elif process == "libvirtd":
             victim.host.run(["sh", "-c", "kill -KILL $(cat /run/libvirt/libvirtd.pid)"])
         else:
-            for pid in self._qemus(victim):
+            below = _BELOW.get(process)
+            for pid in self._processes(victim, below) if below else self._qemus(victim):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
@@ -165,18 +197,19 @@ class MigrationKills:
             victim.host.restart_libvirtd()
 
     def _qemus(self, host: MigrationHost) -> list[int]:
-        """The guest's QEMU processes on a host, by their numbers out here."""
+        """The guest's QEMU processes on a host."""
+        return self._processes(host, f"guest={self.guest.name},".encode())
+
+    @staticmethod
+    def _processes(host: MigrationHost, argument: bytes) -> list[int]:
+        """Processes of a host by a part of their command line; their numbers out here."""
         found = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
-                if entry.name.isdigit() and self._is_qemu(entry, host):
-                    found.append(int(entry.name))
+                if entry.name.isdigit() and argument in (entry / "cmdline").read_bytes():
+                    is_here = str((entry / "ns/pid").readlink()) == host.pid_namespace
+                    found += [int(entry.name)] if is_here else []
         return found
-
-    def _is_qemu(self, process: Path, host: MigrationHost) -> bool:
-        if f"guest={self.guest.name},".encode() not in (process / "cmdline").read_bytes():
-            return False
-        return str((process / "ns/pid").readlink()) == host.pid_namespace
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
@@ -185,8 +218,12 @@ class MigrationKills:
 
         def watch() -> None:
             while not stop.is_set():
+                daemon = _BELOW["storage"]
                 writers = [
-                    pid for pid in (*self._qemus(self.here), *self._qemus(self.there)) if self._writes(pid)
+                    pid
+                    for host in (self.here, self.there)
+                    for pid in (*self._qemus(host), *self._processes(host, daemon))
+                    if self._writes(pid)
                 ]
                 time.sleep(0.01)
                 if len(writers) > 1 and all(self._writes(pid) for pid in writers):

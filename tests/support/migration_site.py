@@ -30,6 +30,7 @@ from virt_sse.lab.vaults import LabVault
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, NewDisk
 from virt_sse.model.encryption_sets import EncryptionSet
+from virt_sse.model.layers import EncryptionType, Placement
 from virt_sse.qemu.reading import plaintext
 from virt_sse.vault_client.permissions import Role
 
@@ -82,17 +83,37 @@ class MigrationHost:
 
 
 class MigrationSite:
-    """Two hosts, :attr:`a` and :attr:`b`, each with an identity of its own for the set :attr:`set`.
+    """Two hosts, :attr:`a` and :attr:`b`, each with an identity of its own for each set.
 
+    :ivar set: of disks with a single layer.
+    :ivar double: of disks with two layers, the second in a storage daemon.
+    :ivar placed_below: of disks with a single layer, in a storage daemon.
     :ivar images: the folder of images in common.
     :ivar url: of the store in common.
     """
 
-    def __init__(
-        self, a: MigrationHost, b: MigrationHost, keys: CustomerKeys, set_: EncryptionSet, url: str
-    ) -> None:
-        self.a, self.b, self.keys, self.set, self.url = a, b, keys, set_, url
+    def __init__(self, a: MigrationHost, b: MigrationHost, keys: CustomerKeys, url: str) -> None:
+        self.a, self.b, self.keys, self.url = a, b, keys, url
         self.images = a.backend.host.config.disk_directory
+        self.set = self.new_set("moving", EncryptionType.CUSTOMER_KEY)
+        self.double = self.new_set("double", EncryptionType.PLATFORM_AND_CUSTOMER_KEYS)
+        self.placed_below = self.new_set("below", EncryptionType.CUSTOMER_KEY, Placement.STORAGE)
+
+    def new_set(self, name: str, kind: EncryptionType, placement: Placement | None = None) -> EncryptionSet:
+        """A set of which both hosts may use the key."""
+        made = self.a.backend.sets.create(
+            name,
+            provider="customer-managed",
+            key=self.keys.new_key(),
+            encryption_type=kind,
+            placement=placement,
+        )
+        assert made.identity
+        self.keys.administration.set_permissions(made.identity, RIGHTS)
+        own = self.b.backend.host.config.identity(made.id)
+        own.parent.mkdir(mode=0o700, exist_ok=True)
+        shutil.copy(self.keys.new_identity(*RIGHTS), own)
+        return made
 
     @property
     def identities(self) -> dict[uuid.UUID, str]:
@@ -142,9 +163,7 @@ class MigrationSite:
         """The command line of a migration of a guest whose output then goes to *serial*."""
         described = target.host.directory / f"{serial.stem}.xml"
         xml = live_xml(source.host, guest).replace(str(guest.serial_log), str(serial))
-        for own in ("run", "var"):  # real hosts have the same paths
-            xml = xml.replace(f"{source.host.root}/{own}/", f"{target.host.root}/{own}/")
-        described.write_text(xml)
+        described.write_text(on_host(xml, source.host, target.host))
         socket = target.sockets / serial.stem
         return [
             *("virsh", "migrate", guest.name, target.host.uri, "--live", "--unsafe", "--xml", str(described)),
@@ -166,7 +185,10 @@ class MovingGuest(WritingGuest):
     """A writing guest that migrates."""
 
     def __init__(self, site: MigrationSite, disk: Disk, acceleration: Acceleration, boot: LinuxMicro) -> None:
-        element = site.a.backend.domains.disk_element(disk.name)
+        self._disk_elements = {
+            each.host: each.backend.domains.disk_element(disk.name) for each in (site.a, site.b)
+        }
+        element = self._disk_elements[site.a.host]
         super().__init__(site.a.host, disk.name, disk=element, acceleration=acceleration, boot=boot)
         self._said = ""
 
@@ -178,6 +200,7 @@ class MovingGuest(WritingGuest):
     def restart(self, host: LabHost, serial_log: Path) -> None:
         """Start the guest, which runs nowhere, on *host*."""
         self._said = ""
+        self._disks = (self._disk_elements[host],)
         self._host, self.serial_log = host, serial_log
         self.define()
         self.run()
@@ -185,6 +208,13 @@ class MovingGuest(WritingGuest):
     @property
     def serial(self) -> str:
         return self._said + super().serial
+
+
+def on_host(xml: str, source: LabHost, target: LabHost) -> str:
+    """XML of one host for another: real hosts have the same paths."""
+    for own in ("run", "var"):
+        xml = xml.replace(f"{source.root}/{own}/", f"{target.root}/{own}/")
+    return xml
 
 
 def live_xml(host: LabHost, guest: Guest) -> str:
@@ -224,13 +254,7 @@ def migration_site(
             path, f"host-{uuid.uuid4().hex[:8]}", role=Role.IDENTITY_OPERATOR
         )
         stack.callback(path.unlink)
-        set_ = a.backend.sets.create("moving", provider="customer-managed", key=keys.new_key())
-        assert set_.identity
-        keys.administration.set_permissions(set_.identity, RIGHTS)
-        own = b.backend.host.config.identity(set_.id)
-        own.parent.mkdir(mode=0o700, exist_ok=True)
-        shutil.copy(keys.new_identity(*RIGHTS), own)
-        site = MigrationSite(a, b, keys, set_, url)
+        site = MigrationSite(a, b, keys, url)
         stack.callback(site.forget_domains)
         yield site
 

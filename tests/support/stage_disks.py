@@ -99,6 +99,7 @@ class StagedDisk:
         domain_id: uuid.UUID = DOMAIN,
         deks: dict[str, Dek] | None = None,
         replacing: uuid.UUID | None = None,
+        is_elsewhere: bool = False,
     ) -> None:
         self.stages.start(
             self.disk,
@@ -109,6 +110,7 @@ class StagedDisk:
             qemu=QEMU,
             replacing=replacing,
             base=self.base,
+            is_elsewhere=is_elsewhere,
         )
 
     def stop(self) -> None:

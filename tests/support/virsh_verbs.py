@@ -330,16 +330,17 @@ _OFF = (
 
 _MIGRATION = "integration/test_migration.py"
 _MOVES = {"test_a_guest_takes_its_key_along_while_the_key_is_rotated": _MIGRATION}
-_STAYS = {"test_data_in_other_processes_and_temporary_disks_do_not_migrate": _MIGRATION}
-_NOT_STAGED = refused("has a storage daemon or a host cache")
+_STAYS = {"test_host_caches_and_temporary_disks_do_not_migrate": _MIGRATION}
+_HANDED_OVER = {"test_a_double_disk_is_handed_over_while_the_guest_writes": _MIGRATION}
+_NOT_CACHED = refused("has a host cache")
 
 _MIGRATE = (
     row(
         "migrate DOMAIN URI --live",
         WORKS,
         "With shared storage, see [the guide](../guides/many-hosts.md#live-migration). Use TLS.",
-        staged=_NOT_STAGED,
-        tests=_MOVES | _STAYS,
+        at_host=_NOT_CACHED,
+        tests=_MOVES | _HANDED_OVER | _STAYS,
     ),
     row(
         "migrate DOMAIN URI --live --copy-storage-all",
@@ -356,7 +357,7 @@ _MIGRATE = (
         "migrate-postcopy DOMAIN",
         WORKS,
         "As without encryption, also `domjobabort`.",
-        staged=_NOT_STAGED,
+        at_host=_NOT_CACHED,
         tests={"test_post_copy_and_cancel_in_the_middle": _MIGRATION} | _STAYS,
     ),
 )

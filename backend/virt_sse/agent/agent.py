@@ -17,6 +17,7 @@ from uuid import UUID
 import virt_sse
 from virt_sse.agent.automatic_rotation import AutomaticRotation
 from virt_sse.agent.deferred_start import DeferredStart
+from virt_sse.agent.hand_over_watch import HandOverWatch
 from virt_sse.agent.image_watch import ImageWatch
 from virt_sse.agent.inventory import Inventory
 from virt_sse.agent.job_watch import JobWatch
@@ -88,7 +89,9 @@ class Agent:
             seconds,
             self._wake.set,
             backend.host.image_paths,
-            LibvirtEvents(self._on_job, self._on_saved, self._on_dumped, self._on_connected),
+            LibvirtEvents(
+                self._on_job, self._on_saved, self._on_dumped, self._on_connected, self._on_migration
+            ),
         )
         self._keys = KeyWatch(
             backend, poll_seconds=seconds, probe_seconds=config.agent.probe_seconds, changed=self._wake.set
@@ -108,6 +111,7 @@ class Agent:
             metrics,
             unused_seconds=max(_START_SECONDS, _UNUSED_POLLS * seconds),
         )
+        self._hand_overs = HandOverWatch(config.libvirt_uri, backend.host.stages, backend.domains)
         self._plaintext = PlaintextWatch(backend, metrics)
         self._jobs = JobWatch(backend, metrics, self._poll_jobs)
         self._sizes = SizeWatch(backend, self._jobs.has_jobs)
@@ -141,6 +145,7 @@ class Agent:
         self._revocation.stop()
         self._secrets.stop()
         self._stages.stop()
+        self._hand_overs.stop()
         self._plaintext.stop()
         self._sizes.stop()
         self._images.stop()
@@ -181,6 +186,9 @@ class Agent:
 
     def _on_connected(self) -> None:
         self._jobs.forget()
+
+    def _on_migration(self, domain_id: UUID, status: str) -> None:
+        self._hand_overs.migrated(domain_id, status)
 
     def _on_saved(self, domain_id: UUID) -> None:
         self._report_memory("memory-saved", domain_id)
@@ -273,6 +281,7 @@ class Agent:
         if self._inventory.connected:
             self._secrets.keep(snapshot, lambda domain: self._revocation.reason(domain) is not None)
             self._stages.keep(snapshot)
+            self._hand_overs.keep(snapshot)
             revoked = {domain.uuid for domain in snapshot.domains if self._revocation.reason(domain)}
             self._plaintext.keep(snapshot, revoked)
             self._jobs.keep(snapshot)

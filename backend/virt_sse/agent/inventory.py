@@ -21,7 +21,7 @@ from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.disk_chains import BackupJob
 from virt_sse.libvirt.disk_element import DomainDisk
 from virt_sse.libvirt.domain_definition import DomainDefinition
-from virt_sse.libvirt.domains import gone_is_fine, salvaged_backup
+from virt_sse.libvirt.domains import gone_is_fine, leaves, salvaged_backup
 from virt_sse.libvirt.pools import volume_path
 from virt_sse.libvirt.secret_name import PREFIX, SecretName
 from virt_sse.store.image_paths import ImagePaths
@@ -45,6 +45,7 @@ class RunningDomain:
 
     :ivar run: libvirt's id of the running domain, unique to the run.
     :ivar runs: whether the virtual processors run, i.e. the domain is not paused.
+    :ivar leaves: whether the domain is paused because it migrates.
     :ivar paused_for_key: whether the agent has paused the domain because of a revoked key.
     :ivar paused_for_plaintext: whether the agent has paused the domain because of a plaintext image.
     :ivar usages: usage ids of the libvirt secrets named in the domain at its start.
@@ -65,6 +66,7 @@ class RunningDomain:
     paused_for_plaintext: bool = False
     backup: BackupJob | None = field(default=None, repr=False, compare=False)
     plain_files: Mapping[Path, str] = field(default_factory=dict, repr=False, compare=False)
+    leaves: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +247,7 @@ class Inventory:
                 paused_for_plaintext=PLAINTEXT_NAMESPACE in xml,
                 backup=backup,
                 plain_files=files,
+                leaves=leaves(domain),
             )
             self._report_unreadable(found, [*definition.unreadable, *left_out])
             return found

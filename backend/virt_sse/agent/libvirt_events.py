@@ -19,6 +19,8 @@ _LOOP_MILLISECONDS = 1000
 JobEvent = Callable[[UUID, str, str], None]
 """Takes a domain's UUID, the id of a QEMU job, and the job's new status (QEMU ``JobStatus``)."""
 MemoryEvent = Callable[[UUID], None]
+MigrationEvent = Callable[[UUID, str], None]
+"""Takes a domain's UUID, and the new status of its migration (QEMU ``MigrationStatus``)."""
 
 
 def start_loop() -> None:
@@ -43,15 +45,22 @@ class LibvirtEvents:
     :param dumped: called when ``dump`` has written a domain's memory.
     :param connected: called before the events of a new connection: earlier events may be lost.
     :param saved: called when a domain has ended because its state was saved, by ``save`` or ``managedsave``.
+    :param migration: called when the migration of a domain, to or from this host, changes its status.
     """
 
     def __init__(
-        self, job: JobEvent, saved: MemoryEvent, dumped: MemoryEvent, connected: Callable[[], None]
+        self,
+        job: JobEvent,
+        saved: MemoryEvent,
+        dumped: MemoryEvent,
+        connected: Callable[[], None],
+        migration: MigrationEvent,
     ) -> None:
         self._job = job
         self._connected = connected
         self._saved = saved
         self._dumped = dumped
+        self._migration = migration
 
     def register(self, connection: libvirt.virConnect) -> None:
         """Register for the events of all domains, until the connection is closed.
@@ -60,17 +69,13 @@ class LibvirtEvents:
         """
         self._connected()
         try:
-            libvirt_qemu.qemuMonitorEventRegister(
-                connection,
-                None,
-                "JOB_STATUS_CHANGE",
-                self._on_job,
-                None,
-            )
             # 'dump --memory-only' is a command of QEMU; 'dump' is a migration to a file, a job of libvirt.
-            libvirt_qemu.qemuMonitorEventRegister(
-                connection, None, "DUMP_COMPLETED", self._on_memory_only_dump, None
-            )
+            for name, handler in (
+                ("JOB_STATUS_CHANGE", self._on_job),
+                ("DUMP_COMPLETED", self._on_memory_only_dump),
+                ("MIGRATION", self._on_migration),
+            ):
+                libvirt_qemu.qemuMonitorEventRegister(connection, None, name, handler, None)
             for event, callback in (
                 (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._on_lifecycle),
                 (libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED, self._on_libvirt_job),
@@ -109,6 +114,21 @@ class LibvirtEvents:
     ) -> None:
         if values.get(libvirt.VIR_DOMAIN_JOB_OPERATION) == libvirt.VIR_DOMAIN_JOB_OPERATION_DUMP:
             self._dumped(UUID(bytes=domain.UUID()))
+
+    def _on_migration(
+        self,
+        _connection: libvirt.virConnect,
+        domain: libvirt.virDomain,
+        _event: str,
+        _seconds: int,
+        _microseconds: int,
+        details: str,
+        _opaque: Any,
+    ) -> None:
+        try:
+            self._migration(UUID(bytes=domain.UUID()), str(json.loads(details)["status"]))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            _log.warning("QEMU reports a migration in an unknown format")
 
     def _on_lifecycle(
         self,

@@ -15,11 +15,13 @@ from uuid import UUID, uuid4
 
 from virt_sse.config import Config
 from virt_sse.errors import DiskInUseError, ImageError, PolicyError, VmStateError
-from virt_sse.libvirt.disk_element import DiskSource
 from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.domain_edit import DomainEdit
 from virt_sse.model.disks import Disk
+from virt_sse.model.layers import HostCache, LayerPlan
 from virt_sse.qemu import image_file
+from virt_sse.stages import Stages
+from virt_sse.stages.hand_overs import HandOvers
 from virt_sse.system.files import private_folder, write_private
 from virt_sse.system.running_process import qemu_process
 
@@ -60,10 +62,13 @@ class IncomingDomains:
     def check_started(self, definition: DomainDefinition) -> None:
         """Check that QEMU, which waits for the guest's state, cannot write to the images meanwhile.
 
+        A storage daemon holds QEMU's requests from now on, until the source has closed the image.
+
         QEMU opens images for writing when the guest comes, after the source's QEMU has closed them, or before
         for ``virsh migrate --copy-storage-all``: then source and destination would both write.
 
         :raise DiskInUseError: When QEMU has an image open for writing.
+        :raise StageError: When a storage daemon does not hold requests.
         :raise VmStateError: When the process or an image cannot be seen.
         """
         token = str(definition.migration_token).encode()
@@ -82,6 +87,7 @@ class IncomingDomains:
                     f"QEMU writes to the image of {use.target} while the domain runs on another host",
                     hint="migrate without --copy-storage-all: the hosts must share the image",
                 )
+        HandOvers(Stages(self._config)).expect_guest(definition.uuid)
 
     def forget(self, domain_id: UUID) -> bool:
         """Forget a domain that has ended here; whether the domain had come by a migration."""
@@ -125,17 +131,17 @@ def refuse_data_on_host(definition: DomainDefinition) -> None:
             )
 
 
-def refuse_disk(disk: Disk, source: DiskSource) -> None:
-    """Refuse the migration of a disk with processes below the guest's QEMU, or of which this host has a copy.
+def refuse_disk(disk: Disk, plan: LayerPlan) -> None:
+    """Refuse the migration of a disk with a host cache, or of which this host has a copy.
 
     The lock of the source's QEMU tells the image in use from a copy, and that locks hold between the hosts.
 
-    :raise PolicyError: When the disk has a storage daemon or a host cache.
+    :raise PolicyError: When the disk has a host cache: data in the source's cache is not in the image.
     :raise ImageError: When no QEMU process has the image open.
     """
-    if source.behind:
+    if any(isinstance(stage, HostCache) for stage in plan.stages):
         raise PolicyError(
-            f"disk {disk.name!r} has a storage daemon or a host cache, which do not migrate with a domain",
+            f"disk {disk.name!r} has a host cache, which does not migrate with a domain",
             hint="stop the domain, define it on the other host, and start it there",
         )
     if not image_file.is_open(disk.path):

@@ -45,6 +45,7 @@ from virt_sse.model.keys import Dek
 from virt_sse.model.layers import Placement
 from virt_sse.qemu import qcow2, unlocking
 from virt_sse.qemu.volume_header import VolumeHeader
+from virt_sse.stages.hand_overs import HandOvers
 from virt_sse.stages.record import StageRecord
 from virt_sse.system.locks import DiskLocks
 
@@ -69,6 +70,7 @@ class DomainStart(DiskSources):
         self._starting = DiskLocks(host.config.stage_directory.parent / "starts.lock")
         self._host_encryption = host_encryption
         self._deferred = DeferredStarts(host.config)
+        self._hand_overs = HandOvers(self._stages)
         self._incoming = IncomingDomains(host.config)
 
     def announce(self, definition: DomainDefinition) -> str:
@@ -100,7 +102,7 @@ class DomainStart(DiskSources):
                     served = self._used.look_up(uses, definition.name)
                     if is_incoming:
                         for each in served:
-                            refuse_disk(each.disk, self.source_of(each.disk, each.plan))
+                            refuse_disk(each.disk, each.plan)
                     disk_ids = [each.disk.id for each in served]
                     leased = self._leases.awaiting if is_incoming else self._leases.starting
                     with (
@@ -205,13 +207,28 @@ class DomainStart(DiskSources):
         :raise StageError: When the guest might read older data than data reported as written.
         :raise VirtSseError: When a process does not start; the class tells the cause.
         """
-        deks = {}
-        if slots := self._stages.dek_slots(record):
-            disk = self._with_images_envelope(self._store.get(str(record.disk_id)))
-            with audit_context(domain=record.domain):
-                deks = {slot: self._keys.unwrap_slot(disk, slot) for slot in slots}
+        deks: dict[str, Dek] = {}
+        if self._stages.dek_slots(record):
+            disk, deks = self._deks_of(record)
             self._validate_inner(disk, deks)
         self._stages.restart(record.disk_id, deks)
+
+    def leave_disk(self, record: StageRecord) -> bool:
+        """Hand a disk over to the host to which its guest migrates; see :meth:`HandOvers.leave`.
+
+        :return: whether the hand-over began; it may have begun before.
+        :raise VirtSseError: When the hand-over cannot begin; the class tells the cause.
+        """
+        if self._hand_overs.is_pending(record) or self._leases.awaits(record.domain_id):
+            return False
+        _, deks = self._deks_of(record)
+        return self._hand_overs.leave(record.disk_id, deks)
+
+    def _deks_of(self, record: StageRecord) -> tuple[Disk, dict[str, Dek]]:
+        """The disk of running stage processes, and their DEKs by slot."""
+        disk = self._with_images_envelope(self._store.get(str(record.disk_id)))
+        with audit_context(domain=record.domain):
+            return disk, {slot: self._keys.unwrap_slot(disk, slot) for slot in self._stages.dek_slots(record)}
 
     def _ended_user(self, connection: libvirt.virConnect, disk: Disk, domain_id: UUID) -> UUID | None:
         """Find an ended domain with stages of the disk, other than the domain *domain_id*.
@@ -249,10 +266,16 @@ class DomainStart(DiskSources):
         """
         with self._starting.hold(served.disk.id, wait=True):
             served = self._begin_use(served, is_elsewhere=is_incoming)
-            return self._start_alone(served, domain, domain_id, qemu, replacing)
+            return self._start_alone(served, domain, domain_id, qemu, replacing, is_incoming)
 
     def _start_alone(
-        self, served: UsedDisk, domain: str, domain_id: UUID, qemu: User | None, replacing: UUID | None
+        self,
+        served: UsedDisk,
+        domain: str,
+        domain_id: UUID,
+        qemu: User | None,
+        replacing: UUID | None,
+        is_incoming: bool,
     ) -> dict[SecretName, Dek]:
         deks = self._unlock(served, domain)
         headers = self._validate_inner(served.disk, deks)
@@ -269,6 +292,7 @@ class DomainStart(DiskSources):
                 qemu=qemu,
                 replacing=replacing,
                 base=base,
+                is_elsewhere=is_incoming,
             )
         return served.for_libvirt(deks)
 

@@ -12,6 +12,8 @@ from virt_sse.errors import LibvirtError
 from virt_sse.libvirt.disk_chains import BackupJob
 from virt_sse.libvirt.domain_definition import DomainDefinition
 
+_MIGRATING = frozenset({libvirt.VIR_DOMAIN_PAUSED_MIGRATION, libvirt.VIR_DOMAIN_PAUSED_POSTCOPY})
+
 
 def lookup(connection: libvirt.virConnect, name: str) -> libvirt.virDomain:
     """Find a domain by its name.
@@ -59,6 +61,17 @@ def is_active(domain: libvirt.virDomain) -> bool:
     with gone_is_fine():
         return bool(domain.isActive())
     return False
+
+
+def leaves(domain: libvirt.virDomain) -> bool:
+    """Whether the domain is paused because it migrates, its state complete or about to be.
+
+    True at the destination, too, until the domain runs there.
+
+    :raise libvirt.libvirtError: When libvirt fails.
+    """
+    state, reason = domain.state()
+    return state == libvirt.VIR_DOMAIN_PAUSED and reason in _MIGRATING
 
 
 def runs(connection: libvirt.virConnect, domain_id: UUID) -> bool:

@@ -14,11 +14,14 @@ from virt_sse.qemu import image_header, luks, qcow2
 from virt_sse.system.block_devices import is_device, qemu_users
 from virt_sse.system.files import length as file_length
 from virt_sse.system.files import write_at
-from virt_sse.system.locks import is_locked
+from virt_sse.system.locks import held_byte, is_locked, lock_shared
 
 _QEMU_LOCKS, _QEMU_LOCKS_LENGTH = 100, 200
 _QEMU_WRITES, _QEMU_WRITES_LENGTH = 101, 3
 """``BLK_PERM_WRITE``, ``BLK_PERM_WRITE_UNCHANGED`` and ``BLK_PERM_RESIZE`` among these."""
+
+_FOR_GUEST, _OPENER = 300, 301
+"""Bytes beyond those that QEMU locks (``RAW_LOCK_SHARED_BASE``); see the functions that lock them."""
 
 _ERASED_AT_MOST = 4 << 20
 """Upper bound for a LUKS header with its keyslots, and so for the bytes to overwrite."""
@@ -45,7 +48,8 @@ def is_open(path: Path) -> bool:
     :raise ImageError: When the image is missing or cannot be read.
     """
     with opened(path) as descriptor:
-        return is_locked(descriptor, _QEMU_LOCKS, _QEMU_LOCKS_LENGTH)
+        is_held = is_locked(descriptor, _FOR_GUEST, 1)
+        return is_held or is_locked(descriptor, _QEMU_LOCKS, _QEMU_LOCKS_LENGTH)
 
 
 def refuse_if_written(path: Path) -> None:
@@ -57,7 +61,7 @@ def refuse_if_written(path: Path) -> None:
     with opened(path) as descriptor:
         if _is_device(descriptor):
             refuse_if_locked(path, descriptor)
-        elif is_locked(descriptor, _QEMU_WRITES, _QEMU_WRITES_LENGTH):
+        elif is_locked(descriptor, _QEMU_WRITES, _QEMU_WRITES_LENGTH) or is_locked(descriptor, _FOR_GUEST, 1):
             raise DiskInUseError(f"{path} is being written by a QEMU process")
 
 
@@ -66,12 +70,31 @@ def refuse_if_locked(path: Path, descriptor: int) -> None:
 
     A lock on a block device belongs to the device's node, and libvirt gives each guest nodes of its own.
     """
-    if _is_device(descriptor):
-        is_used = bool(qemu_users(os.fstat(descriptor).st_rdev))
-    else:
-        is_used = is_locked(descriptor, _QEMU_LOCKS, _QEMU_LOCKS_LENGTH)
-    if is_used:
+    if _is_used(descriptor) or is_locked(descriptor, _FOR_GUEST, 1):
         raise DiskInUseError(f"{path} is in use by a running domain or another QEMU process")
+
+
+@contextlib.contextmanager
+def sole_opener(path: Path, descriptor: int) -> Iterator[None]:
+    """Open an image in a QEMU process during the block, while no other QEMU process has the image open.
+
+    Between the check and QEMU's own lock, no other caller opens the image, here or on another host: QEMU's
+    driver for raw LUKS would let both write.
+
+    :param descriptor: of the image, open for writing.
+    :raise DiskInUseError: When another QEMU process has the image open, or is about to.
+    """
+    with held_byte(descriptor, _OPENER) as is_held:
+        if not is_held:
+            raise DiskInUseError(f"another host is about to open {path}")
+        if _is_used(descriptor):
+            raise DiskInUseError(f"{path} is in use by a running domain or another QEMU process")
+        yield
+
+
+def lock_for_guest(descriptor: int) -> None:
+    """Have an image count as in use as long as the descriptor is open, for a guest that migrates."""
+    lock_shared(descriptor, _FOR_GUEST)
 
 
 @contextlib.contextmanager
@@ -198,6 +221,13 @@ def file_driver(place: int | Path) -> str:
     """QEMU's driver for a file or block device, given by path or open descriptor."""
     is_block = _is_device(place) if isinstance(place, int) else place.is_block_device()
     return "host_device" if is_block else "file"
+
+
+def _is_used(descriptor: int) -> bool:
+    """Whether a QEMU process has the open image open as well."""
+    if _is_device(descriptor):
+        return bool(qemu_users(os.fstat(descriptor).st_rdev))
+    return is_locked(descriptor, _QEMU_LOCKS, _QEMU_LOCKS_LENGTH)
 
 
 def _is_named_device(path: Path, descriptor: int) -> bool:

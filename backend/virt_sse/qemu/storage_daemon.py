@@ -6,6 +6,7 @@ are imported at their first use: most starts of domains need no daemon, and wait
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,11 +27,16 @@ T = TypeVar("T")
 Answer = Any
 """Result of a QMP command."""
 
-FILE_NODE, VOLUME_NODE, EXPORT = "file", "volume", "disk"
-"""Node names of the image and of the exported volume, and the id of the export."""
+FILE_NODE, VOLUME_NODE, EXPORTED_NODE, EXPORT = "file", "volume", "exported", "disk"
+"""Node names of the image, of the innermost volume and of the exported node, and the id of the export.
+
+The exported node has the innermost volume as its child. Another child can take its place under a running
+guest, whose QEMU stays connected (``blockdev-reopen``).
+"""
 BASE_FILE_NODE, BASE_NODE = "base-file", "base"
 """Node names of the image below a linked clone, and of its content."""
-_DEK = "dek"
+_DEKS, _BASE_DEKS = "dek", "base-dek"
+"""Secret objects, each with the number of its volume, innermost first."""
 _UNMAP = {"discard": "unmap"}
 _UNEXPORT_SECONDS = 5.0
 
@@ -86,16 +92,34 @@ class StorageDaemon:
 
         async def do(monitor: Monitor) -> None:
             if base:
-                file = _stored(base.path) | {"node-name": BASE_FILE_NODE}
-                await monitor.execute("blockdev-add", file | {"read-only": True})
-                nodes = volume_nodes(len(base.deks), BASE_NODE)
-                await _open(monitor, nodes, BASE_FILE_NODE, base.format, base.deks, {"read-only": True})
-            await monitor.execute("blockdev-add", _stored(image))
-            innermost = {"backing": BASE_NODE} if base else {}
-            await _open(monitor, volume_nodes(len(deks)), FILE_NODE, image_format, deks, _UNMAP, innermost)
-            await _export(monitor, export)
+                await _open_base(monitor, base)
+            await _lend(monitor, deks)
+            for node in image_nodes(image, image_format, len(deks), has_base=base is not None):
+                await monitor.execute("blockdev-add", node)
+            await _forget(monitor, len(deks))
+            await monitor.execute("blockdev-add", {**EXPORTED, "file": VOLUME_NODE})
+            await monitor.execute("block-export-add", export_of(export))
 
         self._do(do)
+
+    def lend(self, deks: Sequence[Dek], base: BaseImage | None = None) -> list[str]:
+        """Give the daemon DEKs for volumes that another process opens; the DEKs stay until deleted.
+
+        :param deks: innermost first.
+        :param base: the image below a linked clone, to be opened read-only.
+        :return: the ids of the secret objects.
+        """
+
+        async def do(monitor: Monitor) -> list[str]:
+            if base:
+                await _open_base(monitor, base)
+            for name in _secrets(len(deks)):
+                with contextlib.suppress(MonitorError):  # of a call before
+                    await monitor.execute("object-del", {"id": name})
+            await _lend(monitor, deks)
+            return _secrets(len(deks))
+
+        return self._do(do)
 
     def sizes(self) -> list[int]:
         """Sizes of the volumes in bytes, innermost first."""
@@ -114,8 +138,11 @@ class StorageDaemon:
         import asyncio
 
         async def do(monitor: Monitor) -> None:
-            wanted = zip(volume_nodes(len(sizes)), sizes, await _sizes(monitor), strict=True)
-            small = [(node, size) for node, size, present in wanted if present < size]
+            present = await _sizes(monitor)
+            if len(present) < len(sizes):
+                raise MonitorError("the disk is being handed over to another host")
+            wanted = zip(volume_nodes(len(sizes)), sizes, present, strict=True)
+            small = [(node, size) for node, size, before in wanted if before < size]
             if not small:
                 return
             await monitor.execute("block-export-del", {"id": EXPORT, "mode": "hard"})
@@ -129,7 +156,7 @@ class StorageDaemon:
                     await monitor.execute("block_resize", {"node-name": node, "size": size})
             finally:
                 if not await monitor.execute("query-block-exports"):
-                    await _export(monitor, export)
+                    await monitor.execute("block-export-add", export_of(export))
 
         self._do(do)
 
@@ -166,30 +193,54 @@ def volume_nodes(count: int, innermost: str = VOLUME_NODE) -> list[str]:
     return [innermost, *(f"{innermost}{number}" for number in range(1, count))]
 
 
-async def _open(
-    monitor: Monitor,
-    nodes: Sequence[str],
-    below: str,
-    image_format: DiskFormat,
-    deks: Sequence[Dek],
-    options: Mapping[str, object],
-    innermost: Mapping[str, object] = MappingProxyType({}),
-) -> None:
-    """Open nested volumes.
+def image_nodes(
+    image: Path | NbdExport, image_format: DiskFormat, volumes: int, *, has_base: bool
+) -> list[dict[str, object]]:
+    """The nodes of an image and its nested volumes, outermost first, as for ``blockdev-add``.
 
-    :param nodes: their names, innermost first.
-    :param below: the node of the file.
-    :param options: of all nodes.
-    :param innermost: further options of the innermost node.
+    :param volumes: their number.
+    :param has_base: whether the image is a linked clone.
     """
-    for node, dek in reversed(list(zip(nodes, deks, strict=True))):
-        await monitor.execute(
-            "object-add", {"qom-type": "secret", "id": _DEK, "data": dek.passphrase.decode()}
-        )
-        described = {**_volume(node, image_format, below), **options}
-        await monitor.execute("blockdev-add", {**described, **(innermost if node == nodes[0] else {})})
-        await monitor.execute("object-del", {"id": _DEK})  # the open volume keeps its key
-        below = node
+    nodes = _volumes(volume_nodes(volumes), FILE_NODE, image_format, _DEKS, _UNMAP)
+    if has_base:
+        nodes[-1] |= {"backing": BASE_NODE}
+    return [_stored(image), *nodes]
+
+
+EXPORTED: Mapping[str, object] = MappingProxyType({"driver": "raw", "node-name": EXPORTED_NODE, **_UNMAP})
+"""The exported node, without its child."""
+
+
+def export_of(name: str) -> dict[str, object]:
+    """The export for the guest, as for ``block-export-add``."""
+    return {"type": "nbd", "id": EXPORT, "node-name": EXPORTED_NODE, "name": name, "writable": True}
+
+
+async def _open_base(monitor: Monitor, base: BaseImage) -> None:
+    """Open the image below a linked clone, read-only."""
+    read_only = {"read-only": True}
+    await _lend(monitor, base.deks, _BASE_DEKS)
+    file = _stored(base.path) | {"node-name": BASE_FILE_NODE}
+    names = volume_nodes(len(base.deks), BASE_NODE)
+    for node in (file, *_volumes(names, BASE_FILE_NODE, base.format, _BASE_DEKS, {})):
+        await monitor.execute("blockdev-add", {**node, **read_only})
+    await _forget(monitor, len(base.deks), _BASE_DEKS)
+
+
+def _secrets(count: int, prefix: str = _DEKS) -> list[str]:
+    return [f"{prefix}{number}" for number in range(count)]
+
+
+async def _lend(monitor: Monitor, deks: Sequence[Dek], prefix: str = _DEKS) -> None:
+    for name, dek in zip(_secrets(len(deks), prefix), deks, strict=True):
+        secret = {"qom-type": "secret", "id": name, "data": dek.passphrase.decode()}
+        await monitor.execute("object-add", secret)
+
+
+async def _forget(monitor: Monitor, count: int, prefix: str = _DEKS) -> None:
+    """Delete secrets: an open volume keeps its key."""
+    for name in _secrets(count, prefix):
+        await monitor.execute("object-del", {"id": name})
 
 
 def _stored(image: Path | NbdExport) -> dict[str, object]:
@@ -200,18 +251,26 @@ def _stored(image: Path | NbdExport) -> dict[str, object]:
     return node | {"driver": "nbd", "server": server, "export": image.name}
 
 
-def _volume(name: str, image_format: DiskFormat, below: str) -> dict[str, object]:
-    node: dict[str, object] = {"driver": image_format.qemu_driver, "node-name": name, "file": below}
-    if image_format is DiskFormat.QCOW2:
-        node |= {"backing": None, "encrypt": {"format": "luks", "key-secret": _DEK}}
-    else:
-        node["key-secret"] = _DEK
-    return node
+def _volumes(
+    names: Sequence[str], below: str, image_format: DiskFormat, deks: str, options: Mapping[str, object]
+) -> list[dict[str, object]]:
+    """Nested volumes, outermost first.
 
-
-async def _export(monitor: Monitor, name: str) -> None:
-    export = {"type": "nbd", "id": EXPORT, "node-name": VOLUME_NODE, "name": name, "writable": True}
-    await monitor.execute("block-export-add", export)
+    :param names: of the nodes, innermost first.
+    :param below: the node of the file.
+    :param deks: prefix of their secrets.
+    :param options: of all nodes.
+    """
+    nodes = []
+    for name, secret in reversed(list(zip(names, _secrets(len(names), deks), strict=True))):
+        node: dict[str, object] = {"driver": image_format.qemu_driver, "node-name": name, "file": below}
+        if image_format is DiskFormat.QCOW2:
+            node |= {"backing": None, "encrypt": {"format": "luks", "key-secret": secret}}
+        else:
+            node["key-secret"] = secret
+        nodes.append({**node, **options})
+        below = name
+    return nodes
 
 
 async def _sizes(monitor: Monitor) -> list[int]:

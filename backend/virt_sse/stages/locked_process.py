@@ -24,7 +24,8 @@ from virt_sse.stages import launch, seccomp
 from virt_sse.system.files import PRIVATE_FILE
 from virt_sse.system.locks import holder
 
-_KILL_AFTER_SECONDS = 5.0
+PATIENCE = 5.0
+"""Seconds between SIGTERM and SIGKILL."""
 _LOG_TAIL = 2000
 _MOST_THREADS = 512
 """Of a process with a user of its own. A QEMU process has a pool of 64; nbdkit has 16 per connection."""
@@ -207,7 +208,7 @@ class LockedProcess:
         finally:
             os.close(descriptor)
 
-    def stop(self, *, patience: float = _KILL_AFTER_SECONDS) -> None:
+    def stop(self, *, patience: float = PATIENCE) -> None:
         """End the process by SIGTERM, then SIGKILL; return when the process is gone.
 
         :param patience: seconds between the two signals.

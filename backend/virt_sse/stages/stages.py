@@ -8,13 +8,13 @@ import functools
 import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from virt_sse.config import Config
-from virt_sse.errors import DiskInUseError, MonitorSilentError, StageError, VirtSseError
+from virt_sse.errors import DiskInUseError, StageError, VirtSseError
 from virt_sse.libvirt.users import ROOT, User
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk
@@ -25,12 +25,15 @@ from virt_sse.qemu.formatting import header_length
 from virt_sse.qemu.unlocking import BaseImage
 from virt_sse.stages import sockets
 from virt_sse.stages.gate_process import GATE, GateProcess, admitted_by
+from virt_sse.stages.hand_over_process import HAND_OVER, HandOverProcess
 from virt_sse.stages.kinds import STAGE_KINDS, StageKinds, by_process, guest_and_below, kind_of
 from virt_sse.stages.lent_images import give_back, lent_base, return_images_of, take_back_base
-from virt_sse.stages.locked_process import LockedProcess
+from virt_sse.stages.locked_process import PATIENCE, LockedProcess
+from virt_sse.stages.process_start import start_process
 from virt_sse.stages.record import RecordedBase, StageRecord, age
 from virt_sse.stages.sockets import ListeningSocket
 from virt_sse.stages.stage_process import ExportSource, ImageSource, StagePlace, StageProcess
+from virt_sse.stages.storage_daemon import StorageDaemonProcess
 from virt_sse.stages.storage_user import own_users, storage_user
 from virt_sse.system.locks import DiskLocks
 
@@ -38,10 +41,6 @@ _log = logging.getLogger(__name__)
 
 _USERS = UUID(int=0)
 """Stands for the user ids of the host's stage processes, among the locks of disks."""
-_DENIED_HINT = (
-    "each storage process has a user id of its own: all users must be able to pass the image's folders "
-    "(chmod o+x); or set 'storage-user' in [host]"
-)
 LOST_WRITES = "unflushed writes are lost: the domain must be stopped and started"
 
 
@@ -133,6 +132,31 @@ class Stages:
             qemu_pid_file=self._config.qemu_pid_file(record.domain),
         )
 
+    def hand_over(self, record: StageRecord) -> HandOverProcess | None:
+        """The hand-over of the image of *record* to or from another host, begun or not.
+
+        ``None`` for a disk with a host cache, which cannot be handed over.
+        """
+        daemon = self.processes(record)[-1]
+        if not isinstance(daemon, StorageDaemonProcess):
+            return None
+        path = sockets.inner_socket(self._sockets(record.disk_id), HAND_OVER)
+        return HandOverProcess(
+            record=record,
+            daemon=daemon,
+            folder=self._folder(record.disk_id),
+            listening=ListeningSocket(path, daemon.place.user),
+        )
+
+    @contextlib.contextmanager
+    def locked(self, disk_id: UUID) -> Iterator[StageRecord | None]:
+        """The record of a disk whose processes no other command starts or ends during the block.
+
+        :raise StageError: When the record is damaged.
+        """
+        with self._locks.hold(disk_id, wait=True):
+            yield self.record(disk_id)
+
     def dead(self, record: StageRecord) -> list[str]:
         """The names of dead processes of *record*."""
         return [each.name for each in self.processes(record) if each.process.pid() is None]
@@ -171,6 +195,7 @@ class Stages:
         qemu: User,
         replacing: UUID | None = None,
         base: BaseImage | None = None,
+        is_elsewhere: bool = False,
     ) -> None:
         """Start the processes for the stages of *plan* below the guest's; running processes are ended first.
 
@@ -180,6 +205,7 @@ class Stages:
         :param qemu: user of the domain's QEMU.
         :param replacing: a stopped domain; its processes for the disk may be ended.
         :param base: the image below a linked clone.
+        :param is_elsewhere: whether the guest still runs on another host, and is about to migrate here.
         :raise DiskInUseError: When a different domain has the disk, or a QEMU process has the image open.
         :raise StageError: When a process does not start, or the disk's record is damaged. No process of the
             disk runs then, except if the record is damaged: nothing is changed then.
@@ -213,7 +239,10 @@ class Stages:
                         base=under,
                     )
                     record.write(self._folder(disk.id), self.kinds)
-                self._start(record, deks, size=_most_image(disk), base=base)
+                if not is_elsewhere:
+                    image_file.refuse_if_open(disk.path)
+                size = _most_image(disk)
+                self._start(record, deks, size=size, base=base, is_elsewhere=is_elsewhere)
             except BaseException as exc:
                 self._stop(disk.id, self.record(disk.id))
                 if isinstance(exc, OSError):
@@ -233,6 +262,8 @@ class Stages:
             if not self.may_restart(record):
                 raise StageError(LOST_WRITES)
             self._end_processes(disk_id, record)
+            if hand_over := self.hand_over(record):
+                hand_over.forget()
             record = dataclasses.replace(record, gated=True)
             try:
                 record.write(self._folder(disk_id), self.kinds)
@@ -374,12 +405,24 @@ class Stages:
         return own_users(self._config.storage_uids, disk_id, names, taken)
 
     def _start(
-        self, record: StageRecord, deks: Mapping[str, Dek], *, size: int, base: BaseImage | None = None
+        self,
+        record: StageRecord,
+        deks: Mapping[str, Dek],
+        *,
+        size: int,
+        base: BaseImage | None = None,
+        is_elsewhere: bool = False,
     ) -> None:
-        image_file.refuse_if_open(record.image)  # QEMU's driver for raw LUKS would not
-        sockets.make_folders(self._sockets(record.disk_id), record.qemu, record.storage)
-        processes = self.processes(record)
-        with image_file.opened(record.image, os.O_RDWR) as image, lent_base(record, self._locks):
+        with contextlib.ExitStack() as opened:
+            image = opened.enter_context(image_file.opened(record.image, os.O_RDWR))
+            if not is_elsewhere:
+                opened.enter_context(image_file.sole_opener(record.image, image))
+            opened.enter_context(lent_base(record, self._locks))
+            sockets.make_folders(self._sockets(record.disk_id), record.qemu, record.storage)
+            processes = self.processes(record)
+            hand_over = self.hand_over(record) if is_elsewhere else None
+            if is_elsewhere and hand_over is None:
+                raise StageError("a disk with a host cache cannot be handed over by another host")
             image_file.luks_area(image, record.format)  # never give away a file without our LUKS header
             if not processes[-1].is_qemu and record.format is DiskFormat.QCOW2:
                 outer = qcow2.most_room(image_file.usable_size(image, record.format))
@@ -390,7 +433,8 @@ class Stages:
                     needs_lock = each is processes[-1] and not each.is_qemu
                     gate = self.gate(record) if each is processes[0] else None
                     own = [deks[slot] for slot in each.slots]
-                    _launch(each, record.image, own, image if needs_lock else None, gate, base)
+                    locked = image if needs_lock else None
+                    start_process(each, record.image, own, locked, gate, base, hand_over)
                     if each.is_qemu and each is processes[-1]:  # the process keeps the image open
                         give_back(image, record.storage, record.owner)
             except BaseException:
@@ -413,9 +457,14 @@ class Stages:
 
         A process with a client, the next process towards the guest, would end by SIGKILL only.
         """
-        recorded = [each.name for each in self.processes(record)] if record else []
-        for name in dict.fromkeys((GATE, *recorded, *(kind.name for kind in self.kinds))):
-            LockedProcess(self._folder(disk_id) / name).stop()
+        LockedProcess(self._folder(disk_id) / HAND_OVER).stop()
+        processes = self.processes(record) if record else []
+        hand_over = self.hand_over(record) if record else None
+        is_closed = hand_over is not None and hand_over.has_image_closed
+        kinds = (kind.name for kind in self.kinds)
+        for name in dict.fromkeys((GATE, *(each.name for each in processes), *kinds)):
+            process = LockedProcess(self._folder(disk_id) / name)
+            process.stop(patience=0 if is_closed else PATIENCE)  # a daemon would wait for held requests
 
     def _restart_gate(self, record: StageRecord) -> None:
         gate = self.gate(record)
@@ -434,50 +483,6 @@ class Stages:
 
     def _folder(self, disk_id: UUID) -> Path:
         return self._config.stage_directory / str(disk_id)
-
-
-def _launch(
-    stage: StageProcess[Any],
-    path: Path,
-    deks: Sequence[Dek],
-    image: int | None,
-    gate: GateProcess | None,
-    base: BaseImage | None,
-) -> None:
-    """Start a process; return once the process serves the disk.
-
-    :param path: of the disk's image, for messages.
-    :param deks: of the process's slots.
-    :param image: descriptor of the image, if the image has to be locked on the program's behalf.
-    :param gate: the gate before the process.
-    :param base: the image below a linked clone.
-    """
-    stage.prepare()
-    for is_last in (False, True):
-        with contextlib.ExitStack() as open_sockets:
-            listening = [open_sockets.enter_context(sockets.listening(each)) for each in stage.sockets()]
-            gate_command = open_sockets.enter_context(gate.command()) if gate else None
-            stage.process.start(
-                stage.command(listening),
-                stage.place.user,
-                image=image,
-                gated=listening[0] if gate else None,
-                gate=gate_command,
-                writable=stage.writable(),
-                is_own_user=stage.place.is_own_user,
-            )
-        try:
-            stage.await_serving(deks, base)
-            return
-        except VirtSseError as exc:
-            log, has_ended = stage.process.log, stage.process.pid() is None
-            # On a busy machine, a qemu-storage-daemon in 300 ends or hangs before its monitor's greeting.
-            if not log and not is_last and (has_ended or isinstance(exc, MonitorSilentError)):
-                stage.process.stop()
-                continue
-            detail = f" ({log})" if log else " (the process has ended)" if has_ended else ""
-            text = f"the {stage.title} cannot serve {path}: {exc}{detail}"
-            raise StageError(text, hint=_DENIED_HINT if "Permission denied" in text else None) from exc
 
 
 def _room(disk: Disk, size: int) -> int:

@@ -24,6 +24,29 @@ def is_locked(descriptor: int, start: int, length: int) -> bool:
     return bool(kind != fcntl.F_UNLCK)
 
 
+@contextlib.contextmanager
+def held_byte(descriptor: int, byte: int) -> Iterator[bool]:
+    """Lock a byte of a file, open for writing, during the block; whether no other open file has it locked."""
+
+    def lock(kind: int) -> None:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+
+    try:
+        lock(fcntl.F_WRLCK)
+    except (BlockingIOError, PermissionError):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock(fcntl.F_UNLCK)
+
+
+def lock_shared(descriptor: int, byte: int) -> None:
+    """Lock a byte of an open file as long as the descriptor is open; others may lock it likewise."""
+    fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+
+
 def holder(descriptor: int) -> int | None:
     """The id, in our PID namespace, of a process with a POSIX lock on the open file.
 

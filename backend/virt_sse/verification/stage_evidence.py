@@ -20,6 +20,7 @@ from virt_sse.qemu.qcow2 import Qcow2Header
 from virt_sse.qemu.storage_daemon import (
     BASE_FILE_NODE,
     BASE_NODE,
+    EXPORTED_NODE,
     FILE_NODE,
     VOLUME_NODE,
     StorageDaemon,
@@ -173,7 +174,7 @@ def _check_volumes(
             verdict.layers.append(Layer(title, cipher, entry.slot, str(entry.wrapped.key), _process(pid)))
             is_right = cipher == str(entry.cipher)
             verdict.expect(is_right, f"the {title} encrypts with {cipher}, not {entry.cipher}")
-    known = {FILE_NODE, *volume_nodes(count)}
+    known = {FILE_NODE, EXPORTED_NODE, *volume_nodes(count)}
     if base:
         known |= {BASE_FILE_NODE, *volume_nodes(len(base.deks), BASE_NODE)}
         _check_base(verdict, base, title, graph, nodes)
@@ -181,7 +182,10 @@ def _check_volumes(
     verdict.expect(not more, f"the {title} has other block nodes, too: {', '.join(more)}")
     exported = [str(each["node-name"]) for each in exports]
     innermost = volumes[0].name if volumes else VOLUME_NODE
-    verdict.expect(exported == [innermost], f"the {title} exports {', '.join(exported) or 'nothing'}")
+    is_right = exported == [innermost]  # of a daemon started by an earlier version
+    if volumes and exported == [EXPORTED_NODE]:
+        is_right = EXPORTED_NODE in graph.plaintext_nodes(volumes[0])
+    verdict.expect(is_right, f"the {title} exports {', '.join(exported) or 'nothing'}")
     source = process.place.source
     wanted = disk.path if isinstance(source, ImageSource) else source.socket
     for vertex in own:

@@ -1,0 +1,156 @@
+"""NBD server that holds requests until they may be passed on to another export (NBD ``doc/proto.md``).
+
+Part of the script :mod:`~virt_sse.stages.hand_over`: standard library only. The client and the other export
+belong to the disk's own storage daemon.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+from io import BufferedReader
+
+_MAGIC, _OPTIONS_MAGIC, _REPLY_TO_OPTION = b"NBDMAGIC", b"IHAVEOPT", 0x3E889045565A9
+_FIXED_NEWSTYLE, _NO_ZEROES = 1, 2
+_EXPORT_NAME, _ABORT, _INFO, _GO = 1, 2, 6, 7
+_ACK, _ABOUT_EXPORT, _UNSUPPORTED = 1, 3, (1 << 31) + 1
+_FLAGS = 1 | 4 | 8 | 32 | 64
+"""Of the export: it has flags, and knows flush, FUA, trim and writes of zeros."""
+_OPTION, _ANSWER, _EXPORT = struct.Struct(">8sII"), struct.Struct(">QIII"), struct.Struct(">HQH")
+_REQUEST, _REPLY = struct.Struct(">IHHQQI"), struct.Struct(">IIQ")
+_REQUEST_MAGIC, _REPLY_MAGIC = 0x25609513, 0x67446698
+_READ, _WRITE, _DISCONNECT, _FLUSH = 0, 1, 2, 3
+_EIO = 5
+_LONGEST_OPTION, _LONGEST_REQUEST = 1 << 16, 32 << 20
+
+HELD_SECONDS = 60.0
+"""A request held for this time fails: QEMU pauses the guest, and sends the request again when it goes on.
+
+Without a limit, QEMU's monitor would hang for as long when ``cont`` reads metadata of a qcow2 volume.
+"""
+
+
+class ProtocolError(Exception):
+    """A violation of the NBD protocol; the connection is closed."""
+
+
+class HeldRequests:
+    """Serves an export whose requests wait, up to :data:`HELD_SECONDS`, or are passed on.
+
+    :param listening: the socket at which the client connects.
+    :param size: of the export in bytes.
+    :param arrived: set by the first held request for data. A held flush is answered at once: no write of the
+        client is unflushed then.
+    """
+
+    def __init__(self, listening: socket.socket, size: int, arrived: threading.Event) -> None:
+        self._listening = listening
+        self._size = size
+        self._passing = threading.Event()
+        self._exchange = threading.Lock()
+        self._target: tuple[socket.socket, BufferedReader] | None = None
+        self._arrived = arrived
+
+    def start(self) -> None:
+        """Serve in threads of their own, until the process ends."""
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def pass_on(self, socket_path: str, export: str) -> None:
+        """Pass all requests on to an export, the held ones as well.
+
+        :raise OSError: When the server of the export does not answer.
+        :raise ProtocolError: When the server lacks the export.
+        """
+        server = socket.socket(socket.AF_UNIX)
+        server.connect(socket_path)
+        answers = server.makefile("rb")
+        _receive(answers, 18)
+        name = export.encode()
+        asked = struct.pack(">I", _FIXED_NEWSTYLE | _NO_ZEROES)
+        server.sendall(asked + _OPTION.pack(_OPTIONS_MAGIC, _EXPORT_NAME, len(name)) + name)
+        _receive(answers, 10)
+        self._target = server, answers
+        self._passing.set()
+
+    def hold(self) -> None:
+        """Hold all requests from now on; a request that is being passed on is completed first."""
+        self._passing.clear()
+        with self._exchange:
+            if self._target:
+                server, answers = self._target
+                answers.close()
+                server.close()
+                self._target = None
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # the socket is closed
+            while True:
+                client, _ = self._listening.accept()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, client.makefile("rb") as requests, contextlib.suppress(OSError, ProtocolError):
+            if self._negotiate(client, requests):
+                while self._answer(client, requests):
+                    pass
+
+    def _negotiate(self, client: socket.socket, options: BufferedReader) -> bool:
+        """Whether the client takes the export."""
+        client.sendall(_MAGIC + _OPTIONS_MAGIC + struct.pack(">H", _FIXED_NEWSTYLE | _NO_ZEROES))
+        _receive(options, 4)
+        while True:
+            _, option, length = _OPTION.unpack(_receive(options, _OPTION.size))
+            if length > _LONGEST_OPTION:
+                raise ProtocolError
+            _receive(options, length)
+            answers = [(_UNSUPPORTED, b"")]
+            if option in (_INFO, _GO):
+                answers = [(_ABOUT_EXPORT, _EXPORT.pack(0, self._size, _FLAGS)), (_ACK, b"")]
+            elif option == _ABORT:
+                answers = [(_ACK, b"")]
+            for kind, content in answers:
+                client.sendall(_ANSWER.pack(_REPLY_TO_OPTION, option, kind, len(content)) + content)
+            if option in (_GO, _ABORT):
+                return bool(option == _GO)
+
+    def _answer(self, client: socket.socket, requests: BufferedReader) -> bool:
+        """Answer the next request; whether more may follow."""
+        header = _receive(requests, _REQUEST.size)
+        magic, _, command, handle, _, length = _REQUEST.unpack(header)
+        if magic != _REQUEST_MAGIC or (command in (_READ, _WRITE) and length > _LONGEST_REQUEST):
+            raise ProtocolError
+        if command == _DISCONNECT:
+            return False
+        content = _receive(requests, length) if command == _WRITE else b""
+        if command == _FLUSH and not self._passing.is_set():
+            client.sendall(_REPLY.pack(_REPLY_MAGIC, 0, handle))
+            return True
+        while True:
+            if not self._passing.is_set():
+                self._arrived.set()
+                if not self._passing.wait(HELD_SECONDS):
+                    client.sendall(_REPLY.pack(_REPLY_MAGIC, _EIO, handle))
+                    return True
+            with self._exchange:
+                if self._target:
+                    wanted = length if command == _READ else 0
+                    client.sendall(_exchange(self._target, header + content, wanted))
+                    return True
+
+
+def _exchange(target: tuple[socket.socket, BufferedReader], request: bytes, wanted: int) -> bytes:
+    """The answer to a request, with *wanted* bytes of data."""
+    server, answers = target
+    server.sendall(request)
+    reply = _receive(answers, _REPLY.size)
+    _, error, _ = _REPLY.unpack(reply)
+    return reply if error else reply + _receive(answers, wanted)
+
+
+def _receive(stream: BufferedReader, length: int) -> bytes:
+    content = stream.read(length)
+    if len(content) < length:
+        raise ProtocolError
+    return content
