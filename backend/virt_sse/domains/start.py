@@ -214,15 +214,17 @@ class DomainStart(DiskSources):
         self._stages.restart(record.disk_id, deks)
 
     def leave_disk(self, record: StageRecord) -> bool:
-        """Hand a disk over to the host to which its guest migrates; see :meth:`HandOvers.leave`.
+        """Begin to hand a disk over to the host to which its guest migrates; see :meth:`HandOvers.leave`.
 
-        :return: whether the hand-over began; it may have begun before.
+        :return: whether nothing is left to do: this host does not have the image open. Otherwise call again.
         :raise VirtSseError: When the hand-over cannot begin; the class tells the cause.
         """
-        if self._hand_overs.is_pending(record) or self._leases.awaits(record.domain_id):
-            return False
-        _, deks = self._deks_of(record)
-        return self._hand_overs.leave(record.disk_id, deks)
+        if self._leases.awaits(record.domain_id) or self._hand_overs.is_held(record):
+            return True
+        if not self._hand_overs.is_pending(record):
+            _, deks = self._deks_of(record)
+            self._hand_overs.leave(record.disk_id, deks)
+        return False
 
     def _deks_of(self, record: StageRecord) -> tuple[Disk, dict[str, Dek]]:
         """The disk of running stage processes, and their DEKs by slot."""

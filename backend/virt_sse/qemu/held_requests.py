@@ -41,14 +41,15 @@ class HeldRequests:
 
     :param listening: the socket at which the client connects.
     :param size: of the export in bytes.
-    :param arrived: set by the first held request for data. A held flush is answered at once: no write of the
-        client is unflushed then.
+    :param arrived: set by the first held request for data. A flush is held until the image is closed: no
+        write of the client is unflushed then.
     """
 
     def __init__(self, listening: socket.socket, size: int, arrived: threading.Event) -> None:
         self._listening = listening
         self._size = size
-        self._passing = threading.Event()
+        self._changed = threading.Condition()
+        self._is_passing = self._is_closed = False
         self._exchange = threading.Lock()
         self._target: tuple[socket.socket, BufferedReader] | None = None
         self._arrived = arrived
@@ -72,11 +73,20 @@ class HeldRequests:
         server.sendall(asked + _OPTION.pack(_OPTIONS_MAGIC, _EXPORT_NAME, len(name)) + name)
         _receive(answers, 10)
         self._target = server, answers
-        self._passing.set()
+        with self._changed:
+            self._is_passing = True
+            self._changed.notify_all()
+
+    def note_closed(self) -> None:
+        """Note that the image is closed, and so nothing is unflushed: held flushes are answered."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
 
     def hold(self) -> None:
         """Hold all requests from now on; a request that is being passed on is completed first."""
-        self._passing.clear()
+        with self._changed:
+            self._is_passing = False
         with self._exchange:
             if self._target:
                 server, answers = self._target
@@ -124,15 +134,17 @@ class HeldRequests:
         if command == _DISCONNECT:
             return False
         content = _receive(requests, length) if command == _WRITE else b""
-        if command == _FLUSH and not self._passing.is_set():
-            client.sendall(_REPLY.pack(_REPLY_MAGIC, 0, handle))
-            return True
         while True:
-            if not self._passing.is_set():
-                self._arrived.set()
-                if not self._passing.wait(HELD_SECONDS):
-                    client.sendall(_REPLY.pack(_REPLY_MAGIC, _EIO, handle))
-                    return True
+            with self._changed:
+                if command != _FLUSH and not self._is_passing:
+                    self._arrived.set()
+                is_in_time = self._changed.wait_for(
+                    lambda: self._is_passing or (command == _FLUSH and self._is_closed), HELD_SECONDS
+                )
+                is_passing = self._is_passing
+            if not is_passing:
+                client.sendall(_REPLY.pack(_REPLY_MAGIC, 0 if is_in_time else _EIO, handle))
+                return True
             with self._exchange:
                 if self._target:
                     wanted = length if command == _READ else 0

@@ -13,6 +13,7 @@ client of this process, which holds requests (:mod:`~virt_sse.qemu.held_requests
 - ``leaving``, at the source: the guest's QEMU writes no more. The daemon closes the image.
 - ``holding``, at either host: the first request for data tells that the guest runs on this host, because
   QEMU sends none for an inactive node. The agent tells so of a guest that sends none.
+  Flushes are answered once the image is closed.
 - ``taking``: once no QEMU process of any host has the image open, the daemon opens the image for writing.
 - ``passing``: held requests are passed on to the volume, and the volume becomes the child of ``exported``.
 
@@ -39,6 +40,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from types import FrameType
 
@@ -135,22 +137,22 @@ class HandOver:
             if began == VIEWING:
                 self._connect(monitor)
             elif began == LEAVING:
-                self._leave(monitor)
+                self._hold(monitor)
         os.write(ready, b"1")
         os.close(ready)
         if began == VIEWING:
             self._is_told.wait()
             held.hold()
-            with DaemonMonitor(self._task.monitor) as monitor:
-                monitor.unexport(_WAY)
-                self._close(monitor)
-        if began in (VIEWING, LEAVING):
+            self._repeat(self._close_view)
+        if began == VIEWING or (began == LEAVING and self._repeat(self._close, unless=self._arrived)):
             self._go_on(replace(self._task, state=HOLDING))
-        if self._task.state == HOLDING:
+        if self._task.state in (HOLDING, TAKING):
+            held.note_closed()
+        if self._task.state in (LEAVING, HOLDING):
             self._arrived.wait()
             self._go_on(replace(self._task, state=TAKING))
         if self._task.state == TAKING:
-            self._take()
+            self._repeat(self._open)
             self._go_on(replace(self._task, state=PASSING))
         self._pass_on(held)
         self._path.unlink()
@@ -175,13 +177,22 @@ class HandOver:
         monitor.add({**self._task.exported, "file": _HELD})
         monitor.export(self._task.export)
 
-    def _leave(self, monitor: DaemonMonitor) -> None:
+    def _hold(self, monitor: DaemonMonitor) -> None:
         monitor.add(self._held)
-        self._put_below(monitor, _HELD)
-        self._close(monitor)
+        try:
+            self._put_below(monitor, _HELD)
+        except RefusedError:
+            monitor.remove(_HELD)
+            raise
 
-    def _close(self, monitor: DaemonMonitor) -> None:
+    def _close_view(self, monitor: DaemonMonitor) -> bool:
+        monitor.unexport(_WAY)
+        return self._close(monitor)
+
+    def _close(self, monitor: DaemonMonitor) -> bool:
+        """Close the image, and write what the daemon has in memory."""
         monitor.remove(*(str(node["node-name"]) for node in reversed(self._task.nodes)))
+        return True
 
     @property
     def _held(self) -> dict[str, object]:
@@ -197,20 +208,23 @@ class HandOver:
         """Make a node the child of the exported node. Requests under way are completed first."""
         monitor("blockdev-reopen", {"options": [{**self._task.exported, "file": name}]})
 
-    def _take(self) -> None:
-        """Open the image for writing."""
+    def _repeat(
+        self, attempt: Callable[[DaemonMonitor], bool], *, unless: threading.Event | None = None
+    ) -> bool:
+        """Repeat *attempt* until it succeeds, or the event *unless* happens; whether it succeeded."""
         complaint, pause = "", PAUSE_SECONDS
-        while True:
+        while not (unless and unless.is_set()):
             try:
                 with DaemonMonitor(self._task.monitor) as monitor:
-                    if self._open(monitor):
-                        return
+                    if attempt(monitor):
+                        return True
             except (RefusedError, VirtSseError) as error:
                 if str(error) != complaint:
                     complaint = str(error)
                     os.write(2, f"{complaint}\n".encode())
             time.sleep(pause)
             pause = min(pause * 1.1, _LONGEST_PAUSE)
+        return False
 
     def _pass_on(self, held: HeldRequests) -> None:
         """Pass held requests on, and take this process out of the way of the data."""

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from virt_sse.errors import StageError
 from virt_sse.model.keys import Dek
-from virt_sse.stages.hand_over import LEAVING
+from virt_sse.stages.hand_over import HOLDING, LEAVING
 from virt_sse.stages.record import StageRecord
 from virt_sse.stages.stages import Stages
 
@@ -23,6 +23,11 @@ class HandOvers:
         hand_over = self._stages.hand_over(record)
         return hand_over is not None and hand_over.state is not None
 
+    def is_held(self, record: StageRecord) -> bool:
+        """Whether the image is closed, and the guest, if there, has sent no request for data since."""
+        hand_over = self._stages.hand_over(record)
+        return hand_over is not None and hand_over.state == HOLDING
+
     def leave(self, disk_id: UUID, deks: Mapping[str, Dek]) -> bool:
         """Hand a disk's image over: its guest migrates to another host, and runs here no more.
 
@@ -30,7 +35,7 @@ class HandOvers:
         has failed. Does nothing for a disk that is being handed over.
 
         :param deks: by slot.
-        :return: whether the hand-over began.
+        :return: whether a hand-over began.
         :raise StageError: When the hand-over cannot begin.
         :raise MonitorError: When the storage daemon fails.
         """

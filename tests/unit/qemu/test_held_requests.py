@@ -51,7 +51,9 @@ def _tools() -> None:
 
 def test_a_request_held_too_long_fails(short_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held_requests, "HELD_SECONDS", 0.05)
-    with serving(short_folder / "held", arrived := threading.Event()):
+    with serving(short_folder / "held", arrived := threading.Event()) as held:
+        assert "Input/output error" in io(short_folder / "held", "flush")
+        held.note_closed()
         assert "failed" not in io(short_folder / "held", "flush")
         assert not arrived.is_set(), "a flush is no request for data"
         for command in ("write 0 4k", "read 0 4k", "discard 0 4k"):
