@@ -136,6 +136,7 @@ class Guest:
     All methods calling libvirt raise ``libvirt.libvirtError`` when libvirt refuses.
 
     :ivar name: the domain's name.
+    :ivar domain_type: ``kvm``, or ``qemu`` for TCG.
     :ivar serial_log: file with the guest's output since its last start.
     """
 
@@ -159,7 +160,7 @@ class Guest:
         self.serial_log = host.directory / "serial" / f"{name}.log"
         self.serial_log.parent.mkdir(exist_ok=True)
         self._host = host
-        self._domain_type: DomainType = acceleration.domain_type
+        self.domain_type: DomainType = acceleration.domain_type
         self._disks = tuple(disks)
         self._devices = tuple(devices)
         self._boot = _staged(host, boot) if boot is not None else None
@@ -168,7 +169,7 @@ class Guest:
         """The domain XML; *script* is for Linux guests."""
         return domain_xml(
             self.name,
-            domain_type=self._domain_type,
+            domain_type=self.domain_type,
             disks=self._disks,
             serial_log=self.serial_log,
             boot=self._boot,

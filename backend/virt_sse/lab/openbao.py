@@ -191,12 +191,13 @@ class LabOpenBao:
         self.request("PUT", "sys/seal", {})
 
     def unseal(self) -> None:
-        """Unseal the server, and wait until the server uses keys."""
+        """Unseal the server, and wait until the server is active and uses keys."""
         self.request("PUT", "sys/unseal", {"key": self._unseal_key})
         end = time.monotonic() + _START_SECONDS
         while True:
             try:
-                self.request("GET", "sys/mounts")
+                for path in ("sys/health", "sys/mounts"):
+                    self.request("GET", path)
             except LabError:
                 if time.monotonic() > end:
                     raise
