@@ -90,7 +90,6 @@ def test_a_guest_takes_its_key_along_while_the_key_is_rotated(
 ) -> None:
     disk = site.disk()
     guest = MovingGuest(site, disk, acceleration("linux-micro"), linux_micro)
-    guest.define()
     guest.run()
     assert_runs_on(site.a, site.b, guest, disk)
     site.migrate(guest, site.a, site.b)
@@ -117,7 +116,6 @@ def test_a_double_disk_is_handed_over_while_the_guest_writes(
 ) -> None:
     disk = site.disk("qcow2", encryption_set=site.double.name)
     guest = MovingGuest(site, disk, acceleration("linux-micro"), linux_micro)
-    guest.define()
     guest.run()
     assert_runs_on(site.a, site.b, guest, disk)
     site.migrate(guest, site.a, site.b)
@@ -136,7 +134,6 @@ def test_post_copy_and_cancel_in_the_middle(
 ) -> None:
     disk = site.disk("raw", encryption_set=site.double.name)
     guest = MovingGuest(site, disk, acceleration("linux-micro"), linux_micro)
-    guest.define()
     guest.run()
     slow = site.command(guest, site.a, site.b, "--bandwidth", "1", serial=site.serial(guest, site.b))
     with subprocess.Popen(slow, env=site.a.host.environment, stderr=subprocess.PIPE, text=True) as running:

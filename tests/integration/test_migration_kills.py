@@ -36,10 +36,8 @@ def moving(
     image_format, _, kind = request.param.partition("-")
     sets = {"double": site.double, "storage": site.placed_below}
     disk = site.disk(image_format, encryption_set=sets.get(kind, site.set).name)
-    guest = MovingGuest(site, disk, acceleration("linux-micro"), linux_micro)
-    guest.define()
-    if kind == "at-host":
-        site.a.virt_sse("vm", "update", guest.name, "--encryption-at-host", "on")
+    linux = acceleration("linux-micro")
+    guest = MovingGuest(site, disk, linux, linux_micro, at_host=kind == "at-host")
     guest.run()
     yield MigrationKills(site, guest, disk)
     guest.check()

@@ -149,7 +149,7 @@ class MigrationKills:
             wait_until(
                 lambda each=each: not each.leases(), "the leases are given back", seconds=_LEASE_SECONDS
             )
-        self.guest.restart(source.host, self.site.serial(self.guest, source))
+        self.guest.restart(source, self.site.serial(self.guest, source))
         return "restarted"
 
     def _help(

@@ -188,28 +188,42 @@ class MigrationSite:
 
 
 class MovingGuest(WritingGuest):
-    """A writing guest that migrates."""
+    """A writing guest that migrates; defined on host :attr:`MigrationSite.a`.
 
-    def __init__(self, site: MigrationSite, disk: Disk, acceleration: Acceleration, boot: LinuxMicro) -> None:
-        self._disk_elements = {
-            each.host: each.backend.domains.disk_element(disk.name) for each in (site.a, site.b)
-        }
-        element = self._disk_elements[site.a.host]
+    :param at_host: whether its VM has encryption at host.
+    """
+
+    def __init__(
+        self,
+        site: MigrationSite,
+        disk: Disk,
+        acceleration: Acceleration,
+        boot: LinuxMicro,
+        *,
+        at_host: bool = False,
+    ) -> None:
+        self._disk, self._at_host, self._said = disk, at_host, ""
+        element = site.a.backend.domains.disk_element(disk.name)
         super().__init__(site.a.host, disk.name, disk=element, acceleration=acceleration, boot=boot)
-        self._said = ""
+        self._define_on(site.a)
 
     def move(self, host: LabHost, serial_log: Path) -> None:
         """The guest runs on *host* now, and prints to *serial_log*."""
         self._said = self.serial
         self._host, self.serial_log = host, serial_log
 
-    def restart(self, host: LabHost, serial_log: Path) -> None:
+    def restart(self, host: MigrationHost, serial_log: Path) -> None:
         """Start the guest, which runs nowhere, on *host*."""
         self._said = ""
-        self._disks = (self._disk_elements[host],)
-        self._host, self.serial_log = host, serial_log
-        self.define()
+        self._disks = (host.backend.domains.disk_element(self._disk.name),)
+        self._host, self.serial_log = host.host, serial_log
+        self._define_on(host)
         self.run()
+
+    def _define_on(self, host: MigrationHost) -> None:
+        self.define()
+        if self._at_host:
+            host.virt_sse("vm", "update", self.name, "--encryption-at-host", "on")
 
     @property
     def serial(self) -> str:
