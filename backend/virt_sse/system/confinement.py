@@ -6,7 +6,8 @@ Storage and guests write images, and so control a parser with a fault. A confine
   of its :class:`Confinement`. Each file is bound by a descriptor: another file under the same name is not
   reachable.
 - runs as :data:`TOOL_ID`, a user without files or processes. Images belong to root or to QEMU's user,
-  therefore the tool keeps CAP_DAC_OVERRIDE, which the mounts restrict to the bound files.
+  therefore the tool keeps CAP_DAC_OVERRIDE, which the mounts restrict to the bound files. A network file
+  system does not know this capability: for an image there, the tool runs as root, without other capabilities.
   CAP_DAC_READ_SEARCH would be worse: open_by_handle_at(2) then finds every file of a mounted filesystem.
 - has limits of memory, processor time and length of files, and leaves no core.
 
@@ -29,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from virt_sse.errors import ToolError
-from virt_sse.system import acceleration
+from virt_sse.system import acceleration, file_systems
 from virt_sse.system.leash import namespace
 
 TOOL_ID = 65533
@@ -87,9 +88,10 @@ def has_mounts() -> bool:
     return os.geteuid() == 0 or _works_unprivileged()
 
 
-def command(arguments: Sequence[str], confinement: Confinement) -> list[str]:
+def command(arguments: Sequence[str], confinement: Confinement, opened: Sequence[int] = ()) -> list[str]:
     """The command that runs the tool *arguments* confined, as first process of a PID namespace.
 
+    :param opened: further descriptors of files that the tool opens, by their number.
     :raise ToolError: When the tool or bubblewrap is not installed.
     """
     found = shutil.which(arguments[0])
@@ -124,8 +126,9 @@ def command(arguments: Sequence[str], confinement: Confinement) -> list[str]:
     if os.geteuid() != 0:
         return [*limited, *confined, "--", tool, *arguments[1:]]
     only = f"-all,+{_CAPABILITY}"
+    user = 0 if any(map(_is_on_network, (*confinement.descriptors, *opened))) else TOOL_ID
     unprivileged = [
-        *("/usr/bin/setpriv", f"--reuid={TOOL_ID}", f"--regid={TOOL_ID}", "--clear-groups", "--no-new-privs"),
+        *("/usr/bin/setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "--no-new-privs"),
         *(f"--inh-caps={only}", f"--ambient-caps={only}", f"--bounding-set={only}", "--"),
     ]
     kept = [part for capability in _FOR_SETPRIV for part in ("--cap-add", capability)]
@@ -135,6 +138,10 @@ def command(arguments: Sequence[str], confinement: Confinement) -> list[str]:
 def tool_environment() -> dict[str, str]:
     """The environment of a confined tool: English messages, because virt-sse parses some."""
     return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+
+
+def _is_on_network(descriptor: int) -> bool:
+    return file_systems.is_network(file_systems.type_of(os.fstat(descriptor).st_dev))
 
 
 def _accelerate(tool: str) -> list[str]:

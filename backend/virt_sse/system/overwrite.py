@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 from pathlib import Path
 
 from virt_sse.errors import ImageError
+from virt_sse.system import file_systems
 from virt_sse.system.files import extents, sync_folder, write_at
 
 _CHUNK = 1 << 20
-_MOUNTS = Path("/proc/self/mountinfo")
-_ELSEWHERE = frozenset({"btrfs", "zfs", "bcachefs", "f2fs", "nilfs2", "overlay", "nfs", "nfs4", "cifs", "9p"})
-"""File systems known or suspected not to overwrite in place."""
+_ELSEWHERE = frozenset({None, "btrfs", "zfs", "bcachefs", "f2fs", "nilfs2", "overlay"})
+"""File systems known or suspected not to overwrite in place; btrfs has files without a type."""
 
 
 def overwrite_and_remove(path: Path, identity: tuple[int, int]) -> bool:
@@ -39,7 +38,8 @@ def overwrite_and_remove(path: Path, identity: tuple[int, int]) -> bool:
         _overwrite(descriptor, status.st_size)
         path.unlink()
         sync_folder(path.parent)
-        return _file_system(status.st_dev) not in _ELSEWHERE
+        kind = file_systems.type_of(status.st_dev)
+        return kind not in _ELSEWHERE and not file_systems.is_network(kind)
     except OSError as exc:
         raise ImageError(f"cannot overwrite {path}: {exc.strerror}") from exc
     finally:
@@ -52,14 +52,3 @@ def _overwrite(descriptor: int, size: int) -> None:
         for offset in range(begin, end, _CHUNK):
             write_at(descriptor, os.urandom(min(_CHUNK, end - offset)), offset)
     os.fsync(descriptor)
-
-
-def _file_system(device: int) -> str:
-    """The type of the file system with the device number (proc_pid_mountinfo(5))."""
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    with contextlib.suppress(OSError, IndexError):
-        for line in _MOUNTS.read_text("utf-8", errors="replace").splitlines():
-            before, _, after = line.partition(" - ")
-            if before.split()[2] == wanted:
-                return after.split()[0]
-    return "btrfs"  # the device numbers of btrfs files are in no mount

@@ -162,7 +162,7 @@ def _started(
     if confinement is None:
         wrapped, environment = list(arguments), {**os.environ, "LC_ALL": "C"}
     else:
-        wrapped, environment = command(arguments, confinement), tool_environment()
+        wrapped, environment = command(arguments, confinement, pass_fds), tool_environment()
         pass_fds = [*pass_fds, *confinement.descriptors]
     _log.debug("run: %s", printable(shlex.join(arguments)))
     started = time.monotonic()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,10 +9,10 @@ from pathlib import Path
 from virt_sse.host.fault import HostFault, Severity
 from virt_sse.keys.host import Host
 from virt_sse.model.disks import Disk
+from virt_sse.system.file_systems import is_network, type_of
 from virt_sse.system.permissions import loose_folder_permission
 
 _VOLATILE = ("ramfs", "tmpfs")
-_NETWORK = ("9p", "afs", "cifs", "glusterfs", "nfs", "nfs4", "smb3", "smbfs", "virtiofs")
 _WITHOUT_OWNERS = ("exfat", "msdos", "ntfs", "ntfs3", "vfat")
 _CLOCK_SECONDS = 60
 
@@ -49,15 +48,14 @@ def image_folders(_host: Host, disks: Sequence[Disk]) -> Iterator[HostFault]:
 
 def file_systems(host: Host, disks: Sequence[Disk]) -> Iterator[HostFault]:
     """Folders on file systems that lose files, have no owners, or break the locks of SQLite."""
-    mounts = _mounts()
     state = host.config.state_directory
     for folder, part in ((state, "state"), *_folders(disks)):
-        kind = _type_of(folder, mounts)
+        kind = type_of(_existing(folder).stat().st_dev)
         if kind in _VOLATILE:
             problem = f"{folder} is on {kind}: its files end with the machine"
         elif kind in _WITHOUT_OWNERS:
             problem = f"{folder} is on {kind}, which keeps no owners and modes of files"
-        elif kind in _NETWORK and folder == state:
+        elif is_network(kind) and folder == state:
             problem = f"{folder} is on {kind}, where locks of SQLite may fail"
         else:
             continue
@@ -90,16 +88,6 @@ def _folders(disks: Sequence[Disk]) -> Iterator[tuple[Path, str]]:
         yield folder, f"disk {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _mounts() -> dict[Path, str]:
-    """Type of the file system at each mount point (proc_pid_mountinfo(5)); later mounts cover others."""
-    found = {}
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        mount, _, source = line.partition(" - ")
-        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), mount.split()[4])
-        found[Path(point)] = source.split()[0]
-    return found
-
-
-def _type_of(folder: Path, mounts: dict[Path, str]) -> str | None:
-    folder = folder.resolve()
-    return next((mounts[each] for each in (folder, *folder.parents) if each in mounts), None)
+def _existing(folder: Path) -> Path:
+    """The folder, or the lowest of its parents that exists."""
+    return next(each for each in (folder, *folder.parents) if each.exists())
