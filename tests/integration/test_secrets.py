@@ -6,15 +6,27 @@ import base64
 import logging
 import os
 import subprocess
+import time
+import uuid
+from contextlib import closing
 from pathlib import Path
+from typing import cast
+from unittest.mock import Mock
 
 import pytest
 
 from support import images
 from support.command_line import PROGRAM, no_libvirt
+from virt_sse.agent.inventory import InventorySnapshot
+from virt_sse.agent.metrics import Metrics
+from virt_sse.agent.secret_watch import SecretWatch
 from virt_sse.backend import Backend
+from virt_sse.domains.start import DomainStart
 from virt_sse.errors import VirtSseError
 from virt_sse.host.setup import initialise
+from virt_sse.lab.host import LabHost
+from virt_sse.libvirt.secret_name import SecretName
+from virt_sse.libvirt.secrets import drop_secret, set_secret
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import PLATFORM_KEY, NewDisk
 from virt_sse.model.keys import Dek
@@ -32,6 +44,21 @@ def spellings(passphrase: bytes) -> list[bytes]:
 
 def below(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_a_secret_set_again_while_unused_is_not_dropped(lab_host: LabHost) -> None:
+    """A hook without the agent serves a domain that starts while the agent is about to drop its secrets."""
+    name = SecretName(uuid.uuid4(), "service")
+    before_the_start = InventorySnapshot(1, secrets=frozenset({name.usage}))
+    watch = SecretWatch(lab_host.uri, cast(DomainStart, Mock()), Metrics(), unused_seconds=60)
+    watch._unused[name.usage] = time.monotonic() - 61
+    with closing(lab_host.connect()) as connection:
+        set_secret(connection, name, Dek.generate())
+        watch.keep(before_the_start, lambda _domain: False)
+        watch._pool.shutdown()
+        assert connection.secretLookupByUUID(name.uuid.bytes).usageID() == name.usage
+        assert drop_secret(connection, name, spared_seconds=1e-9)
+        assert not drop_secret(connection, name)
 
 
 @pytest.mark.slow

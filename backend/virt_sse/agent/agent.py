@@ -172,12 +172,10 @@ class Agent:
                 return self._backend.domains.announce(definition)
             elif event == "started":
                 IncomingDomains(self._config).check_started(definition)
+            elif event == "prepare":
+                self._backend.domains.prepare(definition)
             else:
-                self._secrets.expect([name.usage for name in definition.secrets])
-                if event == "prepare":
-                    self._backend.domains.prepare(definition)
-                else:
-                    self._backend.domains.reconnect(definition)
+                self._backend.domains.reconnect(definition)
         self._inventory.refresh()
         return None
 

@@ -36,12 +36,6 @@ class SecretWatch(SnapshotWorker[str]):
         self._metrics = metrics
         self._tried: dict[tuple[UUID, int], float] = {}
 
-    def expect(self, usages: Collection[str]) -> None:
-        """Announce secrets about to be set: they are not dropped now."""
-        with self._lock:
-            for usage in usages:
-                self._unused.pop(usage, None)
-
     def keep(self, snapshot: InventorySnapshot, is_revoked: Callable[[RunningDomain], bool]) -> None:
         """Restore missing secrets of running domains, and drop unused secrets; once for each snapshot."""
         if not self._is_new(snapshot):
@@ -75,13 +69,15 @@ class SecretWatch(SnapshotWorker[str]):
             _log.info("secrets-restored", extra=fields({"domain": domain.name}))
 
     def _drop(self, usages: Collection[str]) -> None:
+        """Drop unused secrets. A domain may be starting with one, set since the snapshot: young ones stay."""
+        spared = self._unused_seconds
         try:
             with connected(self._uri) as connection:
                 for usage in usages:
                     name = SecretName.parse(usage)
                     with self._lock:
-                        if name and self._unused.pop(usage, None) is not None:
-                            drop_secret(connection, name)
-                            _log.info("secret-dropped", extra=fields({"usage": usage}))
+                        is_unused = self._unused.pop(usage, None) is not None
+                    if name and is_unused and drop_secret(connection, name, spared_seconds=spared):
+                        _log.info("secret-dropped", extra=fields({"usage": usage}))
         except (VirtSseError, ValueError) as exc:
             _log.warning("secrets-not-dropped", extra=fields({"reason": str(exc)}))

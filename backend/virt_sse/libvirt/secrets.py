@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import time
 from collections.abc import Iterable, Mapping
 from html import escape
 from uuid import UUID
@@ -13,6 +15,9 @@ from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.model.keys import Dek
 from virt_sse.model.slots import TPM_SLOT
+
+_SET_AT = re.compile(r"<description>virt-sse: set at ([0-9.]+) s</description>")
+"""``CLOCK_MONOTONIC`` of the host: the agent tells secrets that any process has just set again."""
 
 
 def set_secret(connection: libvirt.virConnect, name: SecretName, dek: Dek) -> None:
@@ -26,6 +31,7 @@ def set_secret(connection: libvirt.virConnect, name: SecretName, dek: Dek) -> No
     secret = connection.secretDefineXML(
         f"<secret ephemeral='yes' private='yes'>"
         f"<uuid>{name.uuid}</uuid>"
+        f"<description>virt-sse: set at {time.monotonic():.3f} s</description>"
         f"<usage type='{kind}'><{element}>{escape(name.usage)}</{element}></usage>"
         f"</secret>"
     )
@@ -48,16 +54,24 @@ def set_secrets(connection: libvirt.virConnect, deks: Mapping[SecretName, Dek]) 
         undo.pop_all()
 
 
-def drop_secret(connection: libvirt.virConnect, name: SecretName) -> None:
+def drop_secret(connection: libvirt.virConnect, name: SecretName, *, spared_seconds: float = 0.0) -> bool:
     """Remove the secret *name* from libvirt. A missing secret is not an error.
 
+    :param spared_seconds: leaves a secret set in the last *spared_seconds*.
+    :return: whether there was such a secret, and it was removed.
     :raise libvirt.libvirtError: When libvirt fails.
     """
     try:
-        connection.secretLookupByUUID(name.uuid.bytes).undefine()
+        secret = connection.secretLookupByUUID(name.uuid.bytes)
+        found = _SET_AT.search(secret.XMLDesc()) if spared_seconds else None
+        if found and time.monotonic() - float(found[1]) < spared_seconds:
+            return False
+        secret.undefine()
     except libvirt.libvirtError as exc:
         if exc.get_error_code() != libvirt.VIR_ERR_NO_SECRET:
             raise
+        return False
+    return True
 
 
 def drop_secrets_of(connection: libvirt.virConnect, disk_id: UUID) -> None:
