@@ -52,8 +52,9 @@ def release(config: Config, definition: DomainDefinition) -> None:
     with contextlib.ExitStack() as all_parts:  # runs in the opposite order
         if is_postgresql(config.store_url):
             leases = _end_leases_after(config, domain_id, all_parts)
-            if has_migrated and _still_elsewhere(leases, domain_id):
-                images.clear()  # the other host counts the use
+            disk_ids = {disk_id for disk_id, _ in images}
+            elsewhere = _in_use_elsewhere(leases, disk_ids, if_unknown=disk_ids if has_migrated else set())
+            images = {each for each in images if each[0] not in elsewhere}
         for disk_id, image in images:
             all_parts.callback(ImageFreshness(config).end_use, disk_id, image)
         all_parts.callback(_drop_secrets, config, definition, given)
@@ -75,12 +76,15 @@ def _end_leases_after(config: Config, domain_id: UUID, all_parts: contextlib.Exi
     return leases
 
 
-def _still_elsewhere(leases: Leases, domain_id: UUID) -> bool:
-    """Whether the domain still runs on the other host: its migration to this host has failed."""
+def _in_use_elsewhere(leases: Leases, disk_ids: set[UUID], *, if_unknown: set[UUID]) -> set[UUID]:
+    """The disks in use on another host, which counts the use: the start here was refused, or failed.
+
+    :param if_unknown: the answer when the store does not answer.
+    """
     try:
-        return leases.awaits(domain_id)
+        return leases.held_elsewhere(disk_ids)
     except StoreError:
-        return True
+        return if_unknown
 
 
 def _drop_secrets(config: Config, definition: DomainDefinition, given: set[SecretName]) -> None:

@@ -160,9 +160,9 @@ class Leases:
         """The uses of the leases that this host has or awaits."""
         return self._hosts.uses(self.identity) if self.are_shared else []
 
-    def held_elsewhere(self) -> set[UUID]:
-        """The disks and VMs in use on other hosts."""
-        return self._hosts.held_elsewhere(self.identity) if self.are_shared else set()
+    def held_elsewhere(self, among: Collection[UUID] | None = None) -> set[UUID]:
+        """The disks and VMs in use on other hosts; all, or those *among* the given."""
+        return self._hosts.held_elsewhere(self.identity, among) if self.are_shared else set()
 
     def end_killed_work(self) -> None:
         """Give the leases of killed commands back, except on disks with unfinished work."""

@@ -187,10 +187,13 @@ class HostStore:
             for row, is_awaited in rows
         ]
 
-    def held_elsewhere(self, host: HostIdentity) -> set[UUID]:
-        """The disks and VMs with a lease of another host."""
+    def held_elsewhere(self, host: HostIdentity, among: Collection[UUID] | None = None) -> set[UUID]:
+        """The disks and VMs with a lease of another host; all, or those *among* the given."""
+        held = sa.select(leases.c.resource_id).where(leases.c.host_id != host.id)
+        if among is not None:
+            held = held.where(leases.c.resource_id.in_(among))
         with reading(self._engine) as connection:
-            return set(connection.scalars(sa.select(leases.c.resource_id).where(leases.c.host_id != host.id)))
+            return set(connection.scalars(held))
 
     def fence(self, host: HostRecord) -> int:
         """Take all leases from a host whose machine is off, and refuse the host until the machine restarts.

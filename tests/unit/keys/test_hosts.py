@@ -157,13 +157,20 @@ def test_a_killed_command_holds_other_hosts_up_until_the_next(
     assert leases(a) == [0, 0]
 
 
-def test_a_start_is_refused_while_another_host_uses_the_disk(a: Backend, b: Backend, disk: Disk) -> None:
+def test_a_start_is_refused_while_another_host_uses_the_disk(
+    hosts: Hosts, a: Backend, b: Backend, disk: Disk
+) -> None:
+    b.host.freshness.begin_use(disk)  # an earlier use
     with a.host.leases.starting(uuid.uuid4(), [disk.id], states=[DiskState.READY]):
         pass
     with pytest.raises(DiskInUseError, match="disk 'disk' is in use on host"):
         b.domains.prepare(definition(b, disk))
     with pytest.raises(DiskInUseError):
         b.disks.check("disk")
+    image = disk.path.read_bytes()
+    with pytest.raises(LibvirtError):  # for libvirt's secrets
+        release(hosts.config("b"), definition(b, disk))
+    assert disk.path.read_bytes() == image, "libvirt releases a refused start too"
     assert leases(a) == [0, 2]
 
 
