@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from virt_sse.cli import vault_access, vault_hsm, vault_instances, vault_principals
+from virt_sse.cli import vault_access, vault_hsm, vault_instances, vault_principals, vault_sealing
 from virt_sse.cli.output import Output, OutputFormat, note, print_fields, warn
 from virt_sse.cli.vault_hsm import HsmModule, HsmPinFile, HsmUri, HsmUser, hsm_options, print_hsm
 from virt_sse.cli.vault_options import (
@@ -20,6 +20,15 @@ from virt_sse.cli.vault_options import (
     open_client,
     vault_folder,
 )
+from virt_sse.cli.vault_sealing import (
+    NEEDS_SEALING_KEY,
+    NewKey,
+    SealModule,
+    SealPinFile,
+    SealUri,
+    SealUser,
+    sealing_key,
+)
 from virt_sse.errors import InvalidValueError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -28,6 +37,8 @@ app.add_typer(vault_principals.app, name="principal")
 app.add_typer(vault_hsm.app, name="hsm")
 app.command(name="export-root")(vault_instances.export_root)
 app.command(name="import-root")(vault_instances.import_root)
+app.command(name="seal-root")(vault_sealing.seal_root)
+app.command(name="unseal-root")(vault_sealing.unseal_root)
 
 _PORT, _HOSTS = 8443, ["localhost", "127.0.0.1"]
 
@@ -72,6 +83,11 @@ def init(
         bool, typer.Option("--purge-protection", help="Forbid purging before that. Irrevocable.")
     ] = False,
     database: Database = None,
+    seal_uri: SealUri = None,
+    seal_module: SealModule = None,
+    seal_pin_file: SealPinFile = None,
+    seal_user: SealUser = None,
+    new_seal_key: NewKey = False,
 ) -> None:
     """Create a vault: root key, certificates, database, and an administrator's credential file."""
     from virt_sse.vault.home.settings import Tier
@@ -81,6 +97,8 @@ def init(
         chosen = Tier(tier)
     except ValueError as exc:
         raise InvalidValueError(f"invalid tier {tier!r}: choose standard or premium") from exc
+    if new_seal_key and seal_uri is None:
+        raise InvalidValueError("--new-seal-key needs --seal-uri")
     made = initialise(
         vault_folder(directory),
         name=name,
@@ -93,16 +111,21 @@ def init(
         purge_protection=purge_protection,
         hsm=hsm_options(hsm_uri, hsm_module, hsm_pin_file, hsm_user),
         database=database_url(database),
+        sealed_by=sealing_key(seal_uri, seal_module, seal_pin_file, seal_user),
+        new_key=new_seal_key,
     )
+    root_path = made.root_key_path if seal_uri is None else made.sealed_root_path
     note(f"made vault {made.settings().url} in {made.path}")
     note(f"made {made.administrator_path}: keep it secret, it administers the vault")
     note(
-        f"back up {made.root_key_path} and, with 'virt-sse vault backup', {made.database_path} separately: "
+        f"back up {root_path} and, with 'virt-sse vault backup', {made.database_path} separately: "
         "the vault's keys are lost without either file"
         if database is None
         else "back up the database with pg_dump, and the rest with 'virt-sse vault export-root': the vault's "
         "keys are lost without either"
     )
+    if seal_uri is not None:
+        note(NEEDS_SEALING_KEY)
     print_hsm(made)
     if _is_taken(port):
         warn(
@@ -231,10 +254,12 @@ def backup(
     """Copy the vault's database, on the vault's machine, also while the vault is served."""
     from virt_sse.vault.backup import back_up
     from virt_sse.vault.home.layout import VaultDirectory
+    from virt_sse.vault.root_key import is_sealed
 
     vault = VaultDirectory(vault_folder(directory))
     back_up(vault, file)
-    note(f"made {file}: back up {vault.root_key_path} too, apart from it")
+    root_key = vault.sealed_root_path if is_sealed(vault) else vault.root_key_path
+    note(f"made {file}: back up {root_key} too, apart from it")
 
 
 @app.command()

@@ -61,11 +61,18 @@ def add_hsm(
 
 @app.command(name="unlock")
 def unlock_hsm(directory: Directory = None) -> None:
-    """Reset the count of wrong PINs, which blocks logins after too many, and try the current PIN."""
+    """Reset the count of wrong PINs, which blocks logins after too many, and try the current PIN.
+
+    Also for the token that seals the vault's root key.
+    """
     from virt_sse.vault.home.layout import VaultDirectory
     from virt_sse.vault.hsm.access import unlock_hsm
+    from virt_sse.vault.root_key import unlock_sealing
 
-    unlock_hsm(VaultDirectory(vault_folder(directory)))
+    vault = VaultDirectory(vault_folder(directory))
+    is_sealed = unlock_sealing(vault)
+    if vault.settings().hsm is not None or not is_sealed:
+        unlock_hsm(vault)
     note("the token takes the PIN")
 
 

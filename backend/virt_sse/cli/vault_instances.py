@@ -10,6 +10,7 @@ import typer
 
 from virt_sse.cli.output import note
 from virt_sse.cli.vault_options import Database, Directory, database_url, vault_folder
+from virt_sse.cli.vault_sealing import SealModule, SealPinFile, SealUri, SealUser, sealing_key
 from virt_sse.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -37,20 +38,29 @@ def export_root(
             show_default=False,
         ),
     ] = None,
+    unsealed: Annotated[
+        bool,
+        typer.Option(
+            "--unsealed", help="Export a sealed root key itself, for an instance with another token or none."
+        ),
+    ] = False,
 ) -> None:
     """Export root key, CA and settings of a vault, encrypted: for a further instance, and as a backup."""
     from virt_sse.vault.home.layout import VaultDirectory
     from virt_sse.vault.root_export import Recipient
     from virt_sse.vault.root_export import export_root as export
+    from virt_sse.vault.root_key import is_sealed
 
     vault = VaultDirectory(vault_folder(directory))
     vault.settings()
     if passphrase_file and recipient:
         raise InvalidValueError("an export has a passphrase or a recipient, not both")
-    export(
-        vault, file, Recipient.read_public(recipient) if recipient else _passphrase(passphrase_file, new=True)
-    )
-    note(f"made {file}: whoever decrypts this file and reads the vault's database has all keys of the vault")
+    secret = Recipient.read_public(recipient) if recipient else _passphrase(passphrase_file, new=True)
+    export(vault, file, secret, unsealed=unsealed)
+    if is_sealed(vault) and not unsealed:
+        note(f"made {file}, with the root key sealed: a further instance needs the token of the sealing key")
+    else:
+        note(f"made {file}: whoever decrypts it and reads the vault's database has all keys of the vault")
 
 
 def import_root(
@@ -72,6 +82,10 @@ def import_root(
             show_default=False,
         ),
     ] = None,
+    seal_uri: SealUri = None,
+    seal_module: SealModule = None,
+    seal_pin_file: SealPinFile = None,
+    seal_user: SealUser = None,
 ) -> None:
     """Make an instance of an existing vault in a new folder, from an export."""
     from virt_sse.vault.root_export import Recipient
@@ -80,7 +94,14 @@ def import_root(
     if passphrase_file and identity:
         raise InvalidValueError("an export has a passphrase or a recipient, not both")
     secret = Recipient.read_private(identity) if identity else _passphrase(passphrase_file, new=False)
-    made = import_(file, vault_folder(directory), secret, hosts=host or (), database=database_url(database))
+    made = import_(
+        file,
+        vault_folder(directory),
+        secret,
+        hosts=host or (),
+        database=database_url(database),
+        sealed_by=sealing_key(seal_uri, seal_module, seal_pin_file, seal_user),
+    )
     settings = made.settings()
     note(f"made an instance of vault {settings.url} in {made.path}, with an audit log of its own")
     if settings.database is None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import sqlite3
-from contextlib import closing
 from pathlib import Path
 
 from virt_sse.errors import VaultError
 from virt_sse.system.database_url import sqlite_url
 from virt_sse.system.files import publish
 from virt_sse.system.sqlite_backup import candidate_path, copy_database, present_files, remove_database
-from virt_sse.vault.home.database import Database
 from virt_sse.vault.home.layout import VaultDirectory
-from virt_sse.vault.home.sealing import TOKENS
 from virt_sse.vault.home.settings import VaultSettings
-from virt_sse.vault.identity.tokens import signing_key
+from virt_sse.vault.root_key import check_root_key, read_root_key
 
 
 def back_up(directory: VaultDirectory, file: Path) -> None:
@@ -46,8 +43,7 @@ def restore(directory: VaultDirectory, file: Path) -> None:
             )
         try:
             _copy(file, candidate, "restore the vault from")
-            with closing(Database(sqlite_url(candidate))) as database:
-                signing_key(database, directory.root_key(settings).sealer(TOKENS))
+            check_root_key(sqlite_url(candidate), read_root_key(directory, settings))
             publish(candidate, directory.database_path)
         except OSError as exc:
             raise VaultError(f"cannot restore the vault from {file}: {exc.strerror}") from exc

@@ -15,12 +15,14 @@ from virt_sse.system.files import sync_folder, write_private
 from virt_sse.vault.home.certificates import new_authority, new_server_certificate
 from virt_sse.vault.home.database import Database, failures_named
 from virt_sse.vault.home.layout import VaultDirectory
-from virt_sse.vault.home.sealing import ROOT_KEY_BYTES, TOKENS
+from virt_sse.vault.home.sealing import ROOT_KEY_BYTES, TOKENS, VaultRootKey
 from virt_sse.vault.home.settings import DEFAULT_PORT, RETENTION_DAYS, Tier, VaultSettings, url_of
 from virt_sse.vault.hsm.access import prepare_hsm, require_shared
+from virt_sse.vault.hsm.sealed_root import SealingKey
 from virt_sse.vault.identity.principals import Principals
 from virt_sse.vault.identity.tokens import new_signing_key, remove_vault
 from virt_sse.vault.refusals import Refusal
+from virt_sse.vault.root_key import has_root_key, read_root_key, write_sealed
 from virt_sse.vault_client.credential_file import CredentialFile, new_assertion_key
 from virt_sse.vault_client.permissions import ADMINISTRATION, Role
 
@@ -41,6 +43,8 @@ def initialise(
     purge_protection: bool = False,
     hsm: Mapping[str, str] | None = None,
     database: str | None = None,
+    sealed_by: SealingKey | None = None,
+    new_key: bool = False,
 ) -> VaultDirectory:
     """Create a vault in the folder *path*, with the credential file of its first administrator.
 
@@ -53,6 +57,9 @@ def initialise(
     :param hsm: the HSM token of a premium vault, as in :class:`~virt_sse.pkcs11.options.TokenOptions`; by
         default a new SoftHSM token in the vault's folder.
     :param database: SQLAlchemy URL of an empty database in PostgreSQL; by default SQLite in the folder.
+    :param sealed_by: a key in a PKCS#11 token that seals the root key, which then never is on a disk in the
+        clear.
+    :param new_key: make this key in the token.
     :raise VaultError: When the folder or the database has a vault already, or cannot be written.
     :raise InvalidValueError: When a value is invalid.
     :raise ConfigError: When software for the HSM token is not installed, or the PIN cannot be read.
@@ -80,9 +87,14 @@ def initialise(
             if tier is Tier.PREMIUM:
                 prepared = prepare_hsm(directory, hsm or {})
                 settings = msgspec.structs.replace(settings, hsm=prepared)
+            root = VaultRootKey(secrets.token_bytes(ROOT_KEY_BYTES), settings.identity)
             url = directory.database_url(settings)
             with failures_named(), contextlib.closing(Database(url, create=True)) as opened:
-                _fill(directory, settings, opened)
+                if sealed_by is None:
+                    write_private(directory.root_key_path, root.material)
+                else:
+                    write_sealed(directory, root, sealed_by, new_key=new_key)
+                _fill(directory, settings, root, opened)
             directory.unfinished_settings_path.replace(directory.settings_path)
             sync_folder(path)
     except OSError as exc:
@@ -109,22 +121,27 @@ def _clear(directory: VaultDirectory) -> None:
     A SoftHSM token is kept: its initialisation is completed instead.
     """
     unfinished = directory.unfinished_settings()
-    if unfinished is not None and unfinished.database is not None and directory.root_key_path.exists():
+    if unfinished is not None and unfinished.database is not None and has_root_key(directory):
         with failures_named(), contextlib.closing(Database(unfinished.database)) as database:
-            remove_vault(database, directory.root_key(unfinished).sealer(TOKENS))
+            remove_vault(database, read_root_key(directory, unfinished).sealer(TOKENS))
+    for path in (
+        directory.unfinished_settings_path,  # first: a new root key is of another vault
+        directory.root_key_path,
+        directory.sealed_root_path,
+    ):
+        path.unlink(missing_ok=True)
     for suffix in ("", "-wal", "-shm"):
         path = directory.database_path
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
-def _fill(directory: VaultDirectory, settings: VaultSettings, database: Database) -> None:
+def _fill(directory: VaultDirectory, settings: VaultSettings, root: VaultRootKey, database: Database) -> None:
     ca, ca_key = new_authority(settings.name)
-    write_private(directory.root_key_path, secrets.token_bytes(ROOT_KEY_BYTES))
     write_private(directory.unfinished_settings_path, settings.to_json())
     write_private(directory.ca_key_path, ca_key)
     write_private(directory.ca_path, ca)
     write_private(directory.server_path, new_server_certificate(ca, ca_key, settings.hosts))
-    new_signing_key(database, directory.root_key(settings).sealer(TOKENS))
+    new_signing_key(database, root.sealer(TOKENS))
     _add_administrator(directory, settings, database, FIRST_ADMINISTRATOR, directory.administrator_path)
 
 

@@ -6,7 +6,6 @@ a passphrase or for a recipient; ``backend/docs/formats.md`` describes the forma
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,11 +25,18 @@ from virt_sse.errors import CredentialError, InvalidValueError, VaultError
 from virt_sse.system.documents import DocumentError, from_json
 from virt_sse.system.files import write_new, write_private
 from virt_sse.vault.home.certificates import new_server_certificate
-from virt_sse.vault.home.database import Database, failures_named
 from virt_sse.vault.home.layout import VaultDirectory
-from virt_sse.vault.home.sealing import TOKENS, Sealer, VaultRootKey
+from virt_sse.vault.home.sealing import Sealer, VaultRootKey
 from virt_sse.vault.home.settings import VaultSettings
-from virt_sse.vault.identity.tokens import signing_key
+from virt_sse.vault.hsm.sealed_root import SealedRoot, SealingKey, unseal
+from virt_sse.vault.root_key import (
+    check_root_key,
+    forget_wrong_pins,
+    is_sealed,
+    reached_by,
+    read_root_key,
+    write_sealed,
+)
 from virt_sse.vault_client.secret_files import read_secret_file
 
 SHORTEST_PASSPHRASE = 12
@@ -66,11 +72,18 @@ class _File(
         return _CONTEXT + b"\0".join((self.lock.encode(), self.vault.encode(), self.salt))
 
 
-class _Content(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _Content(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Either ``root_key`` or ``sealed_root``, the file ``root.sealed``."""
+
     settings: bytes
-    root_key: bytes
     ca: str
     ca_key: str
+    root_key: bytes | None = None
+    sealed_root: bytes | None = None
+
+    def __post_init__(self) -> None:
+        if (self.root_key is None) == (self.sealed_root is None):
+            raise ValueError("an export has the root key or the sealed root key")
 
     def __repr__(self) -> str:
         return "_Content()"
@@ -182,16 +195,22 @@ class Recipient:
         return HKDF(hashes.SHA256(), _KEY_BYTES, salt=None, info=info).derive(shared)
 
 
-def export_root(directory: VaultDirectory, file: Path, secret: Secret) -> None:
+def export_root(directory: VaultDirectory, file: Path, secret: Secret, *, unsealed: bool = False) -> None:
     """Write what a further instance needs to the new file *file*, mode 0600, encrypted.
 
-    :raise VaultError: When there is no vault, *file* exists, or a file cannot be read or written.
+    A sealed root key is exported sealed: the further instance needs the token.
+
+    :param unsealed: unseal the root key through the token, and export the root key itself.
+    :raise VaultError: When there is no vault, *file* exists, a file cannot be read or written, or the token
+        does not unseal the root key.
     """
     settings = directory.settings()
     try:
+        as_sealed = is_sealed(directory) and not unsealed
         content = _Content(
             settings=settings.to_json(),
-            root_key=directory.root_key(settings).material,
+            root_key=None if as_sealed else read_root_key(directory, settings).material,
+            sealed_root=directory.read(directory.sealed_root_path) if as_sealed else None,
             ca=directory.ca_path.read_text("ascii"),
             ca_key=directory.ca_key_path.read_text("ascii"),
         )
@@ -205,14 +224,23 @@ def export_root(directory: VaultDirectory, file: Path, secret: Secret) -> None:
 
 
 def import_root(
-    file: Path, path: Path, secret: Secret, *, hosts: Sequence[str] = (), database: str | None = None
+    file: Path,
+    path: Path,
+    secret: Secret,
+    *,
+    hosts: Sequence[str] = (),
+    database: str | None = None,
+    sealed_by: SealingKey | None = None,
 ) -> VaultDirectory:
     """Make an instance of an existing vault in the folder *path*, from an export.
 
     :param hosts: further names and addresses for this instance's certificate.
     :param database: the URL of the vault's database from here, if it differs.
+    :param sealed_by: a key in a PKCS#11 token that seals the root key here. For an export with a sealed root
+        key, the same key, whose token is reached as this says.
     :raise VaultError: When *file* is no export or *secret* does not open *file*, the folder has a vault
-        already, the database is not the vault's, or a file cannot be read or written.
+        already, the database is not the vault's, the token does not seal or unseal the root key, or a file
+        cannot be read or written.
     :raise InvalidValueError: When a host or the URL is invalid.
     """
     content = _opened(file, secret)
@@ -224,14 +252,11 @@ def import_root(
         hosts=tuple(dict.fromkeys((*settings.hosts, *hosts))),
         database=database or settings.database,
     )
-    root = VaultRootKey(content.root_key, f"{settings.tenant}/{settings.name}")
     directory = VaultDirectory(path)
     try:
         with directory.making():
-            if settings.database is not None:
-                _check(settings.database, root)
+            _import_root_key(content, directory, settings, sealed_by)
             ca, ca_key = content.ca.encode("ascii"), content.ca_key.encode("ascii")
-            write_private(directory.root_key_path, root.material)
             write_private(directory.ca_key_path, ca_key)
             write_private(directory.ca_path, ca)
             write_private(directory.server_path, new_server_certificate(ca, ca_key, settings.hosts))
@@ -261,7 +286,25 @@ def _opened(file: Path, secret: Secret) -> _Content:
         raise VaultError(f"cannot decrypt {file}: another {secret.lock}, or an altered file") from exc
 
 
-def _check(url: str, root: VaultRootKey) -> None:
-    """Check that the database at *url* is the vault's."""
-    with failures_named(), contextlib.closing(Database(url)) as database:
-        signing_key(database, root.sealer(TOKENS))
+def _import_root_key(
+    content: _Content, directory: VaultDirectory, settings: VaultSettings, sealed_by: SealingKey | None
+) -> None:
+    """Write the root key of a new instance once the root key is proved to be the database's."""
+    if content.sealed_root is not None:
+        sealed = SealedRoot.from_json(content.sealed_root)
+        if sealed_by is not None:
+            sealed = reached_by(sealed, sealed_by)
+            forget_wrong_pins(directory, sealed_by)
+        root = unseal(sealed, settings.identity, directory.sealing_path)
+    else:
+        root = VaultRootKey(content.root_key or b"", settings.identity)
+    if settings.database is not None:
+        check_root_key(settings.database, root)
+    for path in (directory.root_key_path, directory.sealed_root_path):
+        path.unlink(missing_ok=True)  # of a killed import
+    if content.sealed_root is not None:
+        write_private(directory.sealed_root_path, sealed.to_json())
+    elif sealed_by is not None:
+        write_sealed(directory, root, sealed_by)
+    else:
+        write_private(directory.root_key_path, root.material)

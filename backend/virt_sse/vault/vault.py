@@ -24,6 +24,7 @@ from virt_sse.vault.keys.material import Protection, SoftwareProtection
 from virt_sse.vault.keys.rotation import RotationPolicies
 from virt_sse.vault.keys.service import KeyService
 from virt_sse.vault.keys.store import KeyStore
+from virt_sse.vault.root_key import read_root_key
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def open_vault(
         stack.enter_context(directory.lock())
         database = stack.enter_context(contextlib.closing(Database(directory.database_url(settings))))
         with failures_named():
-            root = directory.root_key(settings)
+            root = read_root_key(directory, settings)
             store = KeyStore(database)
             sealer = root.sealer(KEYS)
             protections: list[Protection] = [SoftwareProtection(sealer)]

@@ -12,7 +12,6 @@ from pathlib import Path
 from virt_sse.errors import VaultError
 from virt_sse.system.database_url import sqlite_url
 from virt_sse.system.files import PRIVATE_FILE, private_folder
-from virt_sse.vault.home.sealing import VaultRootKey
 from virt_sse.vault.home.settings import VaultSettings
 
 
@@ -34,8 +33,18 @@ class VaultDirectory:
 
     @property
     def root_key_path(self) -> Path:
-        """The root key. Without this file all keys are lost."""
+        """The root key in the clear, unless sealed. Without either file all keys are lost."""
         return self.path / "root.key"
+
+    @property
+    def sealed_root_path(self) -> Path:
+        """The root key, sealed by a key in a PKCS#11 token."""
+        return self.path / "root.sealed"
+
+    @property
+    def sealing_path(self) -> Path:
+        """The count of wrong PINs at the token that seals the root key."""
+        return self.path / "sealing"
 
     @property
     def ca_path(self) -> Path:
@@ -78,23 +87,16 @@ class VaultDirectory:
         :raise VaultError: When there is no vault here, or other users can read its files.
         """
         self._check_private()
-        return VaultSettings.from_json(self._read(self.settings_path))
+        return VaultSettings.from_json(self.read(self.settings_path))
 
     def unfinished_settings(self) -> VaultSettings | None:
         """Read the settings of an interrupted ``vault init``, if there was one."""
         path = self.unfinished_settings_path
-        return VaultSettings.from_json(self._read(path)) if path.exists() else None
+        return VaultSettings.from_json(self.read(path)) if path.exists() else None
 
     def database_url(self, settings: VaultSettings) -> str:
         """The URL of the vault's database."""
         return settings.database or sqlite_url(self.database_path)
-
-    def root_key(self, settings: VaultSettings) -> VaultRootKey:
-        """Read the root key.
-
-        :raise VaultError: When the file is missing or has the wrong length.
-        """
-        return VaultRootKey(self._read(self.root_key_path), f"{settings.tenant}/{settings.name}")
 
     @contextlib.contextmanager
     def making(self) -> Iterator[None]:
@@ -125,7 +127,11 @@ class VaultDirectory:
         finally:
             os.close(descriptor)
 
-    def _read(self, path: Path) -> bytes:
+    def read(self, path: Path) -> bytes:
+        """Read a file of the vault.
+
+        :raise VaultError: When the file is missing or cannot be read.
+        """
         try:
             return path.read_bytes()
         except FileNotFoundError as exc:

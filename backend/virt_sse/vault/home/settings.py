@@ -112,6 +112,11 @@ class VaultSettings(
             raise InvalidValueError(f"retention must be 7 to 90 days, not {self.retention_days}")
 
     @property
+    def identity(self) -> str:
+        """Tenant and name: what the vault's root key belongs to."""
+        return f"{self.tenant}/{self.name}"
+
+    @property
     def port(self) -> int:
         """The port in :attr:`url`."""
         return urlsplit(self.url).port or 443
