@@ -38,7 +38,7 @@ dd if=/o of=/dev/vda bs={_BLOCK} seek=$((w % N)) conv=notrunc,fsync 2>&- || echo
 echo "wrote $w"; i=$((w - N / 2))
 if [ $i -ge 0 ] && [ $((w % 4)) = 0 ]; then echo 3 >/proc/sys/vm/drop_caches
 get $((i % N)) && [ $n = $i ] || echo "damaged $i"; fi
-usleep 200000; done
+usleep 400000; done
 """
 
 
