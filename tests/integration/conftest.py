@@ -14,7 +14,7 @@ from virt_sse.lab.acceleration import Acceleration
 from virt_sse.lab.host import LabHost
 from virt_sse.lab.vaults import LabVault
 
-LAB = ("virt_sse.lab", "/lab/supervisor.py", "libvirtd", "virtlogd", "postgres", "/bao server")
+LAB = ("virt_sse.lab", "/lab/supervisor.py", "libvirtd", "virtlogd", "postgres", "/bao server", "ceph-")
 """Parts of the command lines of processes that serve all tests of a session."""
 
 

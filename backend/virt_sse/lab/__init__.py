@@ -6,6 +6,7 @@
 - :mod:`virt_sse.lab.acceleration`: probes the guests' support for KVM on this machine
 - :mod:`virt_sse.lab.vaults`: a throw-away key vault
 - :mod:`virt_sse.lab.tokens`: throw-away PKCS#11 tokens
+- :mod:`virt_sse.lab.ceph`: a throw-away Ceph cluster
 - :mod:`virt_sse.lab.agents`: the agent of a lab host
 - :mod:`virt_sse.lab.pytest_plugin`: the lab as pytest fixtures
 

@@ -35,6 +35,7 @@ import pytest
 if TYPE_CHECKING:
     from virt_sse.contract import KeyProviderBench
     from virt_sse.lab.acceleration import Acceleration, GuestName
+    from virt_sse.lab.ceph import LabCeph
     from virt_sse.lab.host import LabHost
     from virt_sse.lab.openbao import LabOpenBao
     from virt_sse.lab.recipes import LinuxMicro
@@ -107,6 +108,17 @@ def lab_openbao() -> Iterator[LabOpenBao]:
 
             server = stack.enter_context(LabOpenBao())
         yield server
+
+
+@pytest.fixture(scope="session")
+def lab_ceph() -> Iterator[LabCeph]:
+    """A running Ceph cluster, shared by the session's tests."""
+    with ExitStack() as stack:
+        with _skip_if_unavailable():
+            from virt_sse.lab.ceph import LabCeph
+
+            cluster = stack.enter_context(LabCeph())
+        yield cluster
 
 
 @pytest.fixture(scope="session")
