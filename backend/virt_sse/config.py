@@ -18,6 +18,7 @@ import msgspec
 
 from virt_sse.agent_client import LONGEST_SECONDS, SOCKET, TIMEOUT_SECONDS
 from virt_sse.errors import ConfigError, InvalidValueError
+from virt_sse.model.ceph import CephCluster
 from virt_sse.model.ciphers import AES_256_CBC, Cipher
 from virt_sse.model.keys import ProviderConfig
 from virt_sse.model.layers import Placement
@@ -65,6 +66,9 @@ _PAGE_ADDRESS = r"^(127\.0\.0\.1|\[::1\]):[1-9][0-9]{0,4}\Z"
 _UIDS = re.compile(r"(\d{1,10})-(\d{1,10})", re.ASCII)
 _STORAGE_UIDS = range(2_100_000_000, 2_100_065_536)
 """Outside of the ranges of distributions, of systemd (DynamicUser, nspawn), of subuid(5) and of SSSD."""
+_MONITOR = re.compile(r"([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:]{2,45}\])(?::([1-9][0-9]{0,4}))?")
+_MONITOR_PORT = 3300
+_CEPH_USER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 _UNKNOWN = re.compile(r"object contains unknown field `(.*)`")
 _STRING = msgspec.Meta(description="a string")
 _Seconds = Annotated[
@@ -143,6 +147,7 @@ class Config:
     :ivar policy_tables: the site's own tables, in place of the built-in ones.
     :ivar enforce_policy: whether the cloud's rules, in part defined by the policy tables, are enforced.
     :ivar required_plugins: entry points that must be loaded before any operation, e.g. a site's policy.
+    :ivar ceph: the Ceph cluster whose RBD images are places of disks; ``None``: none.
     :ivar provider_options: tables ``[key-providers.NAME]`` by provider name, unchecked.
     """
 
@@ -169,6 +174,7 @@ class Config:
     provider_options: Mapping[str, Mapping[str, object]] = field(default_factory=dict, repr=False)
     agent: AgentConfig = field(default_factory=AgentConfig)
     page: PageConfig = field(default_factory=PageConfig)
+    ceph: CephCluster | None = None
 
     @classmethod
     def load(cls, root: Path | None = None) -> Self:
@@ -219,6 +225,7 @@ class Config:
             provider_options=document.key_providers,
             agent=document.agent,
             page=document.page,
+            ceph=_ceph(path, root, document.ceph),
         )
 
     @property
@@ -390,6 +397,21 @@ def _uids(path: Path, text: str) -> range:
     return range(int(match[1]), int(match[2]) + 1)
 
 
+def _ceph(path: Path, root: Path, table: _Ceph) -> CephCluster | None:
+    if not table.monitors:
+        return None
+    monitors = [_MONITOR.fullmatch(monitor) for monitor in table.monitors]
+    found = [(match[1].strip("[]"), int(match[2] or _MONITOR_PORT)) for match in monitors if match]
+    if len(found) < len(monitors) or not _CEPH_USER.fullmatch(table.user):
+        raise ConfigError(
+            f"{path}: 'monitors' in [ceph] must be a list of HOST or HOST:PORT,"
+            " and 'user' a CephX user without 'client.'"
+        )
+    return CephCluster(
+        tuple(found), table.user, Path(table.keyring or root / f"etc/ceph/ceph.client.{table.user}.keyring")
+    )
+
+
 class _Store(_Table, frozen=True):
     url: str = ""
 
@@ -439,6 +461,12 @@ class _Policy(_Table, frozen=True):
     enforce: Annotated[bool, msgspec.Meta(description="true or false")] = True
 
 
+class _Ceph(_Table, frozen=True):
+    monitors: Annotated[tuple[str, ...], msgspec.Meta(description="a list of HOST or HOST:PORT")] = ()
+    user: str = "virt-sse"
+    keyring: str = ""
+
+
 class _Document(_Table, frozen=True):
     """The file. A misspelt option is an error, because a policy that is silently ignored does not hold."""
 
@@ -451,6 +479,7 @@ class _Document(_Table, frozen=True):
     policy: _Policy = _Policy()
     agent: AgentConfig = AgentConfig()
     page: PageConfig = PageConfig()
+    ceph: _Ceph = _Ceph()
     key_providers: dict[str, dict[str, object]] = {}
 
 

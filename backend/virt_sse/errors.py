@@ -25,6 +25,7 @@
     │   ├── ImageFormatError         the image is malformed for its format
     │   │   └── OtherFileError       the image refers to another file
     │   └── EnvelopeError            the wrapped DEKs in its header cannot be read
+    ├── CephError                    the Ceph cluster does not answer, or refuses
     ├── KeyProviderError
     │   ├── KeyNotFoundError         the provider has no such key or version
     │   ├── KeyDisabledError
@@ -188,6 +189,10 @@ class StaleImageError(ImageError):
 
 class HostKeyError(VirtSseError):
     """The host key, or the record of an image's last known state, cannot be read or written."""
+
+
+class CephError(VirtSseError):
+    """The Ceph cluster does not answer, or refuses: the state of its images is unknown."""
 
 
 class KeyProviderError(VirtSseError):

@@ -20,10 +20,12 @@ from support.writing_guest import newest_block
 from virt_sse.errors import DiskInUseError
 from virt_sse.lab import guests
 from virt_sse.lab.acceleration import Acceleration
+from virt_sse.lab.ceph import LabCeph
 from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import QEMU_USER, LabHost
 from virt_sse.lab.recipes import LinuxMicro
 from virt_sse.model.disks import Disk
+from virt_sse.qemu import ceph
 
 Accelerate = Callable[[str], Acceleration]
 
@@ -124,6 +126,43 @@ def test_a_double_disk_is_handed_over_while_the_guest_writes(
     site.b.virt_sse("vm", "verify", guest.name)
     site.migrate(guest, site.b, site.a, "--p2p")
     assert_runs_on(site.a, site.b, guest, disk)
+    guest.await_writes()
+    guest.destroy()
+    assert newest_block(site.content(disk)) >= guest.acknowledged
+
+
+@pytest.fixture
+def in_ceph(site: MigrationSite, lab_ceph: LabCeph) -> Iterator[Path]:
+    """The place of an image in a Ceph cluster that both hosts know."""
+    cluster = lab_ceph.cluster("virt-sse")
+    options = f"[ceph]\nmonitors = ['{lab_ceph.monitor}']\nkeyring = '{cluster.keyring}'\n"
+    before = {}
+    for host in (site.a, site.b):
+        path = host.host.root / "etc/virt-sse/config.toml"
+        before[path] = path.read_text()
+        path.write_text(before[path] + options)
+        host.agent.stop()
+        host.agent.start()
+    ceph.use(cluster)
+    yield Path(f"rbd:{lab_ceph.pool}/moving")
+    site.forget_domains()
+    ceph.use(None)
+    for path, content in before.items():
+        path.write_text(content)
+
+
+def test_a_guest_with_a_disk_in_ceph_migrates(
+    site: MigrationSite, in_ceph: Path, acceleration: Accelerate, linux_micro: LinuxMicro
+) -> None:
+    disk = site.disk("raw", place=in_ceph)
+    guest = MovingGuest(site, disk, acceleration("linux-micro"), linux_micro)
+    guest.define()
+    guest.run()
+    copying = ("--copy-storage-all", "--disks-uri", f"unix://{site.b.sockets}/storage")
+    assert_refused(site, guest, "QEMU writes to the image of vda", *copying)
+    site.migrate(guest, site.a, site.b)
+    assert site.b.state(guest) == libvirt.VIR_DOMAIN_RUNNING
+    assert site.a.state(guest) is None
     guest.await_writes()
     guest.destroy()
     assert newest_block(site.content(disk)) >= guest.acknowledged

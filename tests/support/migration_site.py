@@ -123,12 +123,15 @@ class MigrationSite:
             for each in (self.a, self.b)
         }
 
-    def disk(self, image_format: str = "qcow2", *, encryption_set: str | None = None) -> Disk:
+    def disk(
+        self, image_format: str = "qcow2", *, encryption_set: str | None = None, place: Path | None = None
+    ) -> Disk:
         """A disk of the set, made on host :attr:`a`, with a boot-sector guest that stays."""
         new = NewDisk(
             name=f"m{uuid.uuid4().hex[:8]}",
             format=DiskFormat(image_format),
             encryption_set=encryption_set or self.set.name,
+            place=place,
         )
         return self.a.backend.transfer.import_image(new, boot_sector_image(stays=True), source_format="raw")
 

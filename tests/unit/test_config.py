@@ -340,3 +340,22 @@ def test_the_page_listens_nowhere_else(tmp_path: Path, address: str) -> None:
     write(tmp_path, f'[page]\nlisten = "{address}"\n')
     with pytest.raises(ConfigError, match=r"'listen' in \[page\] must be .*loopback only"):
         Config.load(tmp_path)
+
+
+def test_a_ceph_cluster_is_described(tmp_path: Path) -> None:
+    assert Config.load(tmp_path).ceph is None
+    write(tmp_path, '[ceph]\nmonitors = ["mon-1", "10.0.0.2:6789", "[fd00::3]:3300"]\n')
+    found = Config.load(tmp_path).ceph
+    assert found is not None
+    assert found.monitors == (("mon-1", 3300), ("10.0.0.2", 6789), ("fd00::3", 3300))
+    assert (found.user, found.keyring) == ("virt-sse", tmp_path / "etc/ceph/ceph.client.virt-sse.keyring")
+
+
+@pytest.mark.parametrize(
+    "options",
+    ['monitors = ["a b"]', 'monitors = ["a:0"]', 'monitors = ["a"]\nuser = "client:x"', 'monitors = "a"'],
+)
+def test_a_malformed_ceph_cluster_is_refused(tmp_path: Path, options: str) -> None:
+    write(tmp_path, f"[ceph]\n{options}\n")
+    with pytest.raises(ConfigError, match=r"'monitors' in \[ceph\] must be a list of HOST or HOST:PORT"):
+        Config.load(tmp_path)

@@ -21,6 +21,7 @@ from virt_sse.errors import ImageError
 from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk
 from virt_sse.qemu import image_file
+from virt_sse.system.rbd_names import is_rbd
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class ImageWatch(SingleWorker):
 
     def _is_missing(self, disk_id: UUID) -> bool:
         path = self._images.path(disk_id)
-        return path is not None and not os.path.lexists(path)
+        return path is not None and not is_rbd(path) and not os.path.lexists(path)
 
     def _report_plain(self) -> None:
         seen = dict(_beside(self._images.by_folder()))

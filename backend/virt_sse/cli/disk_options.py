@@ -27,7 +27,11 @@ def des_option(text: str) -> Any:
 
 ImagePath = Annotated[
     Path | None,
-    typer.Option("--path", help="The image file to create; default: NAME.FORMAT in libvirt's image folder."),
+    typer.Option(
+        "--path",
+        help="The image to create, a file, block device or rbd:POOL/IMAGE; default: NAME.FORMAT in libvirt's"
+        " image folder.",
+    ),
 ]
 Pool = Annotated[
     str | None,

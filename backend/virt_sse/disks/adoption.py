@@ -141,7 +141,7 @@ class Adoption:
         *,
         trust: bool,
     ) -> Disk:
-        if known.path == path or os.path.lexists(known.path):
+        if known.path == path or image_file.exists(known.path):
             raise DiskExistsError(f"the store has this disk as {known.name!r}, at {known.path}")
         if not known.state.is_at_rest:
             raise state_error(known)

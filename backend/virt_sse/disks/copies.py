@@ -31,6 +31,7 @@ from virt_sse.qemu.conversion import CopySource
 from virt_sse.qemu.difference import write_difference
 from virt_sse.system.block_devices import is_device
 from virt_sse.system.progress import Progress, silent
+from virt_sse.system.rbd_names import is_rbd
 
 
 class LiveCopies(LiveWrites, Protocol):
@@ -139,6 +140,11 @@ class Copies:
                 if each.source
             ]
             domain = self._domain_with(sources, quiesce=quiesce)
+            if domain and any(isinstance(each.place, Path) and is_rbd(each.place) for each in new):
+                raise InvalidValueError(
+                    f"domain {domain!r} runs, and disks in use cannot be copied into Ceph",
+                    hint="stop the domain, or copy into a file",
+                )
             uses = [self._uses(source) for source in sources]
             for base in (each.base for each in new if each.base):
                 locks.enter_context(usable(self._host, base))
@@ -292,12 +298,12 @@ def new_copy(
     :param encryption_set: name or id; default: the source's.
     :param image_format: default: the source's.
     :param place: as of :class:`NewDisk`; default: a disk in the configured folder, any other copy beside
-        the source, or of a block device in the configured folder.
+        the source, or of a block device or an RBD image in the configured folder.
     """
     image_format = image_format or source.format
     if encryption_set is None and source.set_id:
         encryption_set = str(source.set_id)
-    if place is None and kind is not DiskKind.DISK and not is_device(source.path):
+    if place is None and kind is not DiskKind.DISK and not (is_device(source.path) or is_rbd(source.path)):
         place = source.path.with_name(f"{name}.{image_format.value}")
     return NewDisk(
         name=name,

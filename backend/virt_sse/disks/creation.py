@@ -43,9 +43,9 @@ from virt_sse.model.keys import Dek, DekContext
 from virt_sse.model.layers import EncryptionType, LayerChoice, LayerPlan
 from virt_sse.model.operations import CreateDisk
 from virt_sse.qemu import device_image, image_file
-from virt_sse.qemu.formatting import Volume, make
+from virt_sse.qemu.formatting import Volume, make, new_beginning
 from virt_sse.system.block_devices import is_device
-from virt_sse.system.files import publish
+from virt_sse.system.rbd_names import is_rbd
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +203,11 @@ class Creation:
             _refuse_device(new.place)
         encryption_set = self._sets.usable(new.encryption_set) if new.encryption_set is not None else None
         check_name(new.name, new.kind)
+        if new.base and is_rbd(new.base.path):
+            raise InvalidValueError(
+                f"{new.base.kind.title} {new.base.name!r} is in Ceph, and nothing can be based on it",
+                hint="make a full copy",
+            )
         path = check_path(self._image_path(new))
         key = encryption_set.key if encryption_set else PLATFORM_KEY
         encryption_type = encryption_set.encryption_type if encryption_set else EncryptionType.PLATFORM_KEY
@@ -224,11 +229,12 @@ class Creation:
                 new.kind,
             )
         )
-        if os.path.lexists(path) and not is_device(path):
+        if image_file.exists(path) and not is_device(path):
             known = self._store.find_by_path(path)
             hint = taken_hint(known.name, known.state) if known else None
             raise DiskExistsError(f"{path} exists already", hint=hint)
-        if not os.path.isdir(path.parent):  # noqa: PTH112 -- Path.is_dir raises for a name that is too long
+        is_in_folder = is_rbd(path) or os.path.isdir(path.parent)  # noqa: PTH112 -- Path.is_dir raises for a name that is too long
+        if not is_in_folder:
             raise ImageError(
                 f"{path.parent} is not a folder",
                 hint="make the folder, or choose another with --path or 'directory' in [disks]",
@@ -308,7 +314,7 @@ class Creation:
             self._store.set_state(disk.id, DiskState.DELETING)
         for disk in disks:
             if disk not in complete:
-                if not os.path.lexists(disk.path):
+                if not image_file.exists(disk.path):
                     backup_manifest.remove(disk)
                 self._store.remove(disk.id)
 
@@ -326,22 +332,20 @@ class Creation:
         """Give a complete image its name, or a block device its first bytes."""
         with image_errors(made.disk):
             if is_device(made.disk.path):
-                with device_image.new_beginning(made.volumes) as content:
+                with new_beginning(made.volumes) as content:
                     self._freshness.seal_new(content, made.carried)
                     device_image.write_beginning(content, made.disk.path)
                 return
             with image_file.opened(made.image, os.O_RDWR) as descriptor:
                 self._freshness.seal_new(descriptor, made.carried)
-            publish(made.image, made.disk.path)
+            image_file.publish(made.image, made.disk.path)
 
 
 def _checked_size(new: NewDisk, path: Path, plan: LayerPlan) -> int:
     """The size of a new disk in bytes; on a block device, the room on the device."""
+    if (is_device(path) or is_rbd(path)) and new.format is not DiskFormat.RAW:
+        raise InvalidValueError(f"the image {path} cannot be {new.format.value}", hint="pass --format raw")
     if is_device(path):
-        if new.format is not DiskFormat.RAW:
-            raise InvalidValueError(
-                f"the image on block device {path} cannot be {new.format.value}", hint="pass --format raw"
-            )
         ciphers = [spec.cipher for spec in plan.deks]
         room = check_size(device_image.room_on(path, ciphers))
         if new.size is not None:
@@ -390,7 +394,7 @@ def difference_image(disk: Disk) -> Path:
 
 def _remove(path: Path) -> None:
     try:
-        path.unlink(missing_ok=True)
+        image_file.remove(path)
     except OSError as exc:
         if exc.errno not in (errno.ENAMETOOLONG, errno.ENOTDIR):  # such a file cannot exist
             raise ImageError(f"cannot remove {path}: {exc.strerror}") from exc

@@ -18,6 +18,7 @@ from virt_sse.model.operations import DeleteDisk
 from virt_sse.qemu import envelope_slots, image_file
 from virt_sse.system.block_devices import is_device
 from virt_sse.system.files import sync_folder
+from virt_sse.system.rbd_names import is_rbd
 
 
 class Erasure:
@@ -68,7 +69,7 @@ class Erasure:
         """
         self._refuse_below(disk, after)
         self._plugins.validate(DeleteDisk(disk))
-        if os.path.lexists(disk.path):
+        if image_file.exists(disk.path):
             if envelope_slots.carried_id(disk.path, disk.format) != disk.id:
                 raise ImageError(
                     f"{disk.path} is not the image of disk {disk.name!r} any more, or is damaged",
@@ -100,9 +101,32 @@ class Erasure:
         another file. A block device stays, and has no trace of the disk's keys.
 
         :raise ImageError: When the image cannot be erased or removed.
+        :raise CephError: When an RBD image cannot.
         """
-        doomed = _doomed(disk)
         is_erased = not disk.deks  # by a killed command: DEKs are dropped after the erasure
+        if is_rbd(disk.path):
+            is_erased = self._erase_in_ceph(disk) or is_erased
+        else:
+            is_erased = self._erase_file(disk) or is_erased
+        self._freshness.note_deleted(disk)
+        self._certificates.issue(disk, "erased" if is_erased else "missing")
+        self._store.remove(disk.id)
+
+    def _erase_in_ceph(self, disk: Disk) -> bool:
+        """Erase and remove an RBD image; whether there was one."""
+        doomed = _doomed(disk)
+        if envelope_slots.carried_id(disk.path, disk.format) == disk.id:
+            image_file.publish(disk.path, doomed)
+        if not image_file.exists(doomed):
+            return False
+        image_file.erase(doomed, disk.format)
+        self._store.drop_deks(disk.id)
+        image_file.remove(doomed)
+        return True
+
+    def _erase_file(self, disk: Disk) -> bool:
+        """Erase and remove an image that is a file; erase a block device. Whether there was an image."""
+        doomed, is_erased = _doomed(disk), False
         in_place = is_device(disk.path)  # erased in place, the envelope last
         try:
             with contextlib.ExitStack() as stack:
@@ -126,9 +150,7 @@ class Erasure:
                 sync_folder(doomed.parent)
         except OSError as exc:
             raise ImageError(f"cannot remove {disk.path}: {exc.strerror}") from exc
-        self._freshness.note_deleted(disk)
-        self._certificates.issue(disk, "erased" if is_erased else "missing")
-        self._store.remove(disk.id)
+        return is_erased
 
 
 def _doomed(disk: Disk) -> Path:

@@ -18,6 +18,7 @@ from virt_sse.keys.host import Host
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disk_lines import owners
 from virt_sse.model.disks import Disk, DiskState, NewDisk
+from virt_sse.system.rbd_names import is_rbd
 
 
 def incremental(
@@ -30,6 +31,8 @@ def incremental(
     """
     assert new.source is not None  # noqa: S101 -- of a copy
     title = new.kind.title
+    if is_rbd(new.source.path) or (isinstance(new.place, Path) and is_rbd(new.place)):
+        return new, f"disk {new.source.name!r} or its {title} is in Ceph"
     known = host.store.all()
     owner = owners(known)
     ready = [

@@ -9,6 +9,7 @@ from pathlib import Path
 from uuid import UUID
 
 from virt_sse.model.disks import Disk, DiskState
+from virt_sse.system.rbd_names import is_rbd
 
 MISSING = "missing"
 """The state shown for a ready disk without an image; the store keeps the disk as ready."""
@@ -24,6 +25,8 @@ def missing_images(
     Only disks whose images were in use on this host are looked for: of a store shared by hosts, each host may
     have images of its own.
 
+    Images in Ceph are not looked for: each takes a connection.
+
     :param image_states: folder with the last known states of this host's images.
     :param seconds: time limit, because a storage may hang: the disks not looked for in time are left out.
         ``None`` for no limit.
@@ -34,6 +37,7 @@ def missing_images(
         for disk in disks:
             if (
                 disk.state is DiskState.READY
+                and not is_rbd(disk.path)
                 and not os.path.lexists(disk.path)
                 and (image_states / str(disk.id)).exists()
             ):

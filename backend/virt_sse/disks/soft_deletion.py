@@ -7,7 +7,6 @@ and its set cannot be deleted. No domain and no command uses the disk.
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -19,6 +18,7 @@ from virt_sse.keys.access import DELETE, RECOVER
 from virt_sse.keys.host import Host
 from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk, DiskState, check_kind
+from virt_sse.qemu import image_file
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class SoftDeletion:
         """
         disk = self._disks.unattached(name)
         with usable(self._host, disk) as current:
-            if self.retention and os.path.lexists(current.path):
+            if self.retention and image_file.exists(current.path):
                 self._erasure.check(current)
                 now = datetime.now(UTC).replace(microsecond=0)
                 purge = now + self.retention
@@ -130,7 +130,7 @@ class SoftDeletion:
 
     def _is_here(self, disk: Disk) -> bool:
         """Whether this host has the disk's image, or used the image before it was lost."""
-        return os.path.lexists(disk.path) or (self._host.config.image_states / str(disk.id)).exists()
+        return image_file.exists(disk.path) or (self._host.config.image_states / str(disk.id)).exists()
 
     def _deleted(self, name: str) -> Disk:
         disk = self._store.get(name)

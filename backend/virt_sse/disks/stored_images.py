@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 
-from virt_sse.errors import ImageError
+from virt_sse.errors import CephError, ImageError
 from virt_sse.keys.freshness import with_images_envelope
 from virt_sse.keys.host import Host
 from virt_sse.model.disk_kind import DiskKind
@@ -41,7 +41,7 @@ def with_real_size(host: Host, disk: Disk) -> Disk:
     """
     if not disk.state.is_at_rest or disk.kind is not DiskKind.DISK or len(disk.deks) > 1:
         return disk
-    with contextlib.suppress(ImageError), image_file.opened(disk.path) as descriptor:
+    with contextlib.suppress(ImageError, CephError), image_file.opened(disk.path) as descriptor:
         size = image_file.usable_size(descriptor, disk.format)
         if size != disk.size:
             host.store.set_size(disk.id, size)
@@ -55,6 +55,6 @@ def image_state(disk: Disk) -> str:
         with image_file.opened(disk.path) as descriptor:
             if envelope_slots.read(descriptor, disk.format).disk_id != disk.id:
                 return f"{disk.path} is the image of another disk"
-    except ImageError as exc:
+    except (ImageError, CephError) as exc:
         return str(exc)
     return "present"

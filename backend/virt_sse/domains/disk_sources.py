@@ -11,9 +11,11 @@ from virt_sse.model.cloud import DriverOptions
 from virt_sse.model.disk_bus import DiskBus
 from virt_sse.model.disk_kind import DiskKind
 from virt_sse.model.disks import Disk, DiskState, check_kind, state_error
-from virt_sse.model.layers import GuestNode, LayerChoice, LayerPlan, Placement
+from virt_sse.model.layers import GuestNode, HostCaching, LayerChoice, LayerPlan, Placement
+from virt_sse.qemu import ceph
 from virt_sse.system.block_devices import is_device
 from virt_sse.system.files import canonical
+from virt_sse.system.rbd_names import is_rbd
 
 
 class DiskSources:
@@ -87,6 +89,7 @@ class DiskSources:
         if below or slot is None:
             socket = self._stages.guest_socket(disk.id)
             behind = Behind(canonical(socket), self._config.reconnect_seconds)
+        in_ceph = is_rbd(disk.path)
         policy = "stop" if self._config.io_errors is IoErrors.PAUSE else "report"
         return DiskSource(
             disk_id=disk.id,
@@ -95,8 +98,9 @@ class DiskSources:
             driver_type="raw" if slot is None else disk.format.value,
             path=disk.path,
             behind=behind,
-            error_policy=policy if behind else None,
+            error_policy=policy if behind or in_ceph else None,
             is_device=is_device(disk.path),
+            cluster=ceph.cluster() if in_ceph else None,
         )
 
     def plan(self, disk: Disk, placement: Placement | None = None) -> LayerPlan:
@@ -111,4 +115,6 @@ class DiskSources:
         in_guest = any(isinstance(stage, GuestNode) for stage in plan.stages)
         if in_guest is not (placement is Placement.GUEST):
             raise PolicyError(f"encryption layer {layer.name!r} has no placement {placement.value}")
+        if is_rbd(disk.path) and disk.caching is not HostCaching.NONE:
+            raise PolicyError(f"disk {disk.name!r} is in Ceph, and can have no host cache")
         return self._plugins.host_layer().cache(plan, disk.caching)

@@ -18,13 +18,16 @@ from virt_sse.errors import DiskInUseError, ImageError, PolicyError, VmStateErro
 from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.domain_edit import DomainEdit
 from virt_sse.model.disks import Disk
-from virt_sse.model.layers import HostCache, LayerPlan
+from virt_sse.model.layers import HostCache, LayerPlan, StorageNode
 from virt_sse.qemu import image_file
 from virt_sse.stages import Stages
 from virt_sse.stages.hand_overs import HandOvers
 from virt_sse.system.files import private_folder, write_private
+from virt_sse.system.listening_sockets import listening_sockets
+from virt_sse.system.rbd_names import is_rbd
 from virt_sse.system.running_process import qemu_process
 
+_LIBVIRT_SOCKETS = ("/var/lib/libvirt/qemu/", "/run/libvirt/qemu/")
 _CLAIMED = b" claimed"
 _VALID_SECONDS = 60.0
 """libvirt prepares a live migration at once. After an offline migration, the definition keeps the token."""
@@ -79,7 +82,10 @@ class IncomingDomains:
             raise VmStateError(f"cannot see the QEMU process of domain {definition.name!r}")
         for use in definition.our_disks:
             try:
-                is_open = use.source is not None and has_open_for_writing(qemu, use.source)
+                if use.source and is_rbd(use.source):
+                    is_open = _receives_content(qemu, definition)
+                else:
+                    is_open = use.source is not None and has_open_for_writing(qemu, use.source)
             except OSError as exc:
                 raise VmStateError(f"cannot see how QEMU uses the image of {use.target}: {exc}") from exc
             if is_open:
@@ -136,12 +142,18 @@ def refuse_disk(disk: Disk, plan: LayerPlan) -> None:
 
     The lock of the source's QEMU tells the image in use from a copy, and that locks hold between the hosts.
 
-    :raise PolicyError: When the disk has a host cache: data in the source's cache is not in the image.
+    :raise PolicyError: When the disk has a host cache: data in the source's cache is not in the image. When
+        the disk has a storage daemon and is in Ceph, where no lock decides which daemon has the image.
     :raise ImageError: When no QEMU process has the image open.
     """
     if any(isinstance(stage, HostCache) for stage in plan.stages):
         raise PolicyError(
             f"disk {disk.name!r} has a host cache, which does not migrate with a domain",
+            hint="stop the domain, define it on the other host, and start it there",
+        )
+    if is_rbd(disk.path) and any(isinstance(stage, StorageNode) for stage in plan.stages):
+        raise PolicyError(
+            f"disk {disk.name!r} is in Ceph and has a storage daemon, and does not migrate with a domain",
             hint="stop the domain, define it on the other host, and start it there",
         )
     if not image_file.is_open(disk.path):
@@ -150,6 +162,21 @@ def refuse_disk(disk: Disk, plan: LayerPlan) -> None:
             hint="the hosts must share the folder, with locks, e.g. by NFS 4; "
             "after an offline migration, start the domain again",
         )
+
+
+def _receives_content(pid: int, definition: DomainDefinition) -> bool:
+    """Whether a QEMU process that waits for a guest may get the content of disks as well, by an NBD server.
+
+    How QEMU has an RBD image open cannot be seen. QEMU listens for the guest, for an NBD server, where the
+    definition says, and in libvirt's folders.
+
+    :raise OSError: When the process is gone.
+    """
+    known = definition.socket_names
+    others = [
+        name for name in listening_sockets(pid) if name not in known and not name.startswith(_LIBVIRT_SOCKETS)
+    ]
+    return len(others) > 1
 
 
 def has_open_for_writing(pid: int, path: Path) -> bool:

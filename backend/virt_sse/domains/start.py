@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from uuid import UUID
 
 import libvirt
@@ -37,17 +38,18 @@ from virt_sse.libvirt.connection import connected
 from virt_sse.libvirt.disk_element import DomainDisk
 from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.secret_name import SecretName
-from virt_sse.libvirt.secrets import set_secrets
+from virt_sse.libvirt.secrets import set_ceph_secret, set_secrets
 from virt_sse.libvirt.users import User
 from virt_sse.model.disks import Disk, DiskState
 from virt_sse.model.events import audit_context
 from virt_sse.model.keys import Dek
 from virt_sse.model.layers import Placement
-from virt_sse.qemu import qcow2, unlocking
+from virt_sse.qemu import ceph, image_file, qcow2, rbd_image, unlocking
 from virt_sse.qemu.volume_header import VolumeHeader
 from virt_sse.stages.hand_overs import HandOvers
 from virt_sse.stages.record import StageRecord
 from virt_sse.system.locks import DiskLocks
+from virt_sse.system.rbd_names import is_rbd
 
 _log = logging.getLogger(__name__)
 
@@ -171,8 +173,18 @@ class DomainStart(DiskSources):
                     )
                     for each in served
                 ]
-            set_secrets(connection, {key: dek for each in starting for key, dek in each.result().items()})
+            found = {key: dek for each in starting for key, dek in each.result().items()}
+            self._set_ceph_secret(connection, served)
+            set_secrets(connection, found)
             undo.pop_all()
+
+    def _set_ceph_secret(self, connection: libvirt.virConnect, served: Sequence[UsedDisk]) -> None:
+        """Give libvirt the key of the Ceph user, if the guest's QEMU itself opens an RBD image."""
+        for each in served:
+            source = self.source_of(each.disk, each.plan)
+            if source.cluster and not source.behind:
+                set_ceph_secret(connection, source.cluster.secret_usage, ceph.user_key())
+                return
 
     def restore(self, definition: DomainDefinition) -> None:
         """Give libvirt the DEKs of a running domain and of the domain's disks again. Stages stay untouched.
@@ -184,11 +196,14 @@ class DomainStart(DiskSources):
         """
         self._host_encryption.restore(definition)
         deks: dict[SecretName, Dek] = {}
+        in_use: list[UsedDisk] = []
         uses = [use for use in self._used.complete(definition.our_disks) if use.secret]
         for stored in self._used.look_up(uses, definition.name, placement=Placement.GUEST, is_running=True):
             each = replace(stored, disk=self._with_images_envelope(stored.disk))
             deks |= each.for_libvirt(self._unlock(each, definition.name))
+            in_use.append(each)
         with connected(self._config.libvirt_uri) as connection:
+            self._set_ceph_secret(connection, in_use)
             set_secrets(connection, deks)
 
     def reconnect(self, definition: DomainDefinition) -> None:
@@ -267,6 +282,8 @@ class DomainStart(DiskSources):
         :return: the DEKs for libvirt, by secret name.
         """
         with self._starting.hold(served.disk.id, wait=True):
+            if is_rbd(served.disk.path):
+                _refuse_shared(served.disk.path, is_incoming=is_incoming)
             served = self._begin_use(served, is_elsewhere=is_incoming)
             return self._start_alone(served, domain, domain_id, qemu, replacing, is_incoming)
 
@@ -333,6 +350,17 @@ class DomainStart(DiskSources):
         with audit_context(domain=domain):
             unwrapped = self._keys.unwrap_all(served.disk)
         return {entry.slot: dek for entry, dek in zip(served.disk.deks, unwrapped, strict=True)}
+
+
+def _refuse_shared(path: Path, *, is_incoming: bool) -> None:
+    """Refuse an RBD image that another client has open; QEMU locks files only.
+
+    :raise DiskInUseError: When a client has the image open, unless the domain is about to migrate here.
+    :raise ImageError: When the image lacks the exclusive lock.
+    """
+    rbd_image.refuse_without_lock(path)
+    if not is_incoming:
+        image_file.refuse_if_open(path)
 
 
 def _make_room(disk: Disk, deks: Mapping[str, Dek], headers: Sequence[VolumeHeader]) -> None:

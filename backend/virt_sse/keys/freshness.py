@@ -19,6 +19,7 @@ from uuid import UUID
 
 from virt_sse.config import Config, StaleImages
 from virt_sse.errors import (
+    CephError,
     DiskStateError,
     EnvelopeError,
     HostKeyError,
@@ -35,6 +36,7 @@ from virt_sse.qemu import envelope_slots, image_file
 from virt_sse.qemu.envelope_slots import CarriedEnvelope
 from virt_sse.qemu.volume_header import VolumeHeader
 from virt_sse.system.locks import DiskLocks
+from virt_sse.system.rbd_names import is_rbd
 
 if TYPE_CHECKING:
     from virt_sse.store import LazyStore
@@ -184,7 +186,7 @@ class ImageFreshness:
         :raise StaleImageError: When the image is not the last known or a newer one, and policy refuses.
         :raise ImageError: When the image cannot be read or written.
         """
-        is_writable = not is_elsewhere and os.access(disk.path, os.W_OK)
+        is_writable = not is_elsewhere and (is_rbd(disk.path) or os.access(disk.path, os.W_OK))
         flags = os.O_RDWR if is_writable else os.O_RDONLY
         with self._locks.hold(disk.id, wait=True), image_file.opened(disk.path, flags) as descriptor:
             found = self._examine(disk, descriptor)
@@ -351,7 +353,7 @@ def with_images_envelope(freshness: ImageFreshness, store: LazyStore, disk: Disk
     """
     try:
         found = freshness.check(disk)
-    except (ImageError, HostKeyError):
+    except (ImageError, CephError, HostKeyError):
         return disk
     if found is None or found.uses is None:
         return disk

@@ -13,6 +13,7 @@ from virt_sse.keys.freshness import ImageFreshness
 from virt_sse.keys.leases import Leases, locks_of
 from virt_sse.keys.unfinished_work import has_unfinished_work
 from virt_sse.plugins import PluginHost
+from virt_sse.qemu import ceph
 from virt_sse.stages import Stages
 from virt_sse.store import LazyStore, StoreReads
 from virt_sse.store.image_paths import ImagePaths
@@ -67,6 +68,7 @@ class Host:
         :param component: the component named in the audit records of key uses.
         :raise PluginError: When a required plugin is broken.
         """
+        ceph.use(config.ceph)
         plugins = plugins or PluginHost(config)
         image_paths = ImagePaths(config.image_paths)
         opened_store = LazyStore(config.store_url, image_paths)

@@ -13,7 +13,7 @@ from typing import Self
 from uuid import UUID
 
 from virt_sse.errors import InvalidValueError
-from virt_sse.libvirt.disk_element import drop_malformed_names, plain_disk, secret_name, target_of
+from virt_sse.libvirt.disk_element import drop_malformed_names, plain_disk, rbd_place, secret_name, target_of
 from virt_sse.libvirt.xml import parse_xml
 
 
@@ -22,9 +22,10 @@ class ChainLink:
     """One image of a disk.
 
     :ivar place: the location for messages; a path for a file.
-    :ivar path: the file, block device, or Unix socket of an NBD server; ``None`` for any other location.
+    :ivar path: the file, block device, RBD image, or Unix socket of an NBD server; ``None`` for any other
+        location.
     :ivar is_file: whether :attr:`path` is a file.
-    :ivar is_device: whether :attr:`path` is a block device.
+    :ivar is_device: whether :attr:`path` is a block device or an RBD image.
     :ivar volume: name of the storage pool, and name of the volume in the pool, instead of a path.
     :ivar index: libvirt's number of the image in a running domain.
     :ivar disk_id: id of the disk of ours whose secret encrypts the image, or whose plaintext is exported.
@@ -75,7 +76,7 @@ class DiskChain:
 
     @property
     def written_as_plain(self) -> tuple[ChainLink, ...]:
-        """Files, block devices and volumes to which QEMU may write without encryption.
+        """Files, block devices, RBD images and volumes to which QEMU may write without encryption.
 
         Backing files too: a commit writes to a backing file.
         """
@@ -181,12 +182,13 @@ def _link(place: ET.Element, source: ET.Element) -> ChainLink:
     if source.tag == "source" and not secrets:
         disk_id = plain_disk(source)
     encryption = place.find("./encryption") is not None or source.find("./encryption") is not None
-    path = source.get("file") or source.get("dev") or _socket(source)
+    rbd = rbd_place(source)
+    path = source.get("file") or source.get("dev") or rbd or _socket(source)
     return ChainLink(
         place=_place(source),
         path=Path(path) if path else None,
         is_file=source.get("file") is not None,
-        is_device=source.get("dev") is not None,
+        is_device=source.get("dev") is not None or rbd is not None,
         volume=(source.get("pool", ""), source.get("volume", "")) if source.get("volume") else None,
         index=place.get("index") or source.get("index"),
         is_encrypted=encryption,
@@ -201,8 +203,8 @@ def _socket(source: ET.Element) -> str | None:
 
 
 def _place(source: ET.Element) -> str:
-    if known := source.get("file") or source.get("dev") or _socket(source):
-        return known
+    if known := source.get("file") or source.get("dev") or rbd_place(source) or _socket(source):
+        return str(known)
     words = [source.get(name) for name in ("protocol", "pool", "name", "volume", "startupPolicy")]
     hosts = [host.get("name") for host in source.iterfind("host")]
     return " ".join(word for word in (*words, *hosts) if word) or "an unnamed source"

@@ -14,9 +14,12 @@ from uuid import UUID
 
 from virt_sse.errors import InvalidValueError
 from virt_sse.libvirt.secret_name import SecretName, exported_disk, plain_export
+from virt_sse.model.ceph import CephCluster
 from virt_sse.model.cloud import DriverOptions
 from virt_sse.model.disk_bus import DiskBus
 from virt_sse.model.layers import Placement
+from virt_sse.system.rbd_names import PREFIX as RBD_PREFIX
+from virt_sse.system.rbd_names import RbdName
 
 _TARGET = re.compile(r"(?:vd|sd|hd)[a-z]{1,2}")
 _BUSES = {"vd": DiskBus.VIRTIO, "sd": DiskBus.SCSI, "hd": DiskBus.IDE}
@@ -28,7 +31,7 @@ class DomainDisk:
     """Use of a disk of ours by a disk of a domain: of its DEK, or of the NBD export of its plaintext.
 
     :ivar slot: slot of the DEK for the guest's QEMU; ``None`` if a process below decrypts the disk.
-    :ivar source: path of the image, or of the NBD server's Unix socket; ``None`` for any other source.
+    :ivar source: place of the image, or path of the NBD server's Unix socket; ``None`` for any other source.
     :ivar target: the disk's name in the guest, e.g. ``vda``.
     :ivar reconnects: whether QEMU reconnects to a restarted NBD server (libvirt 9.5 and later).
     :ivar read_only: whether the guest can only read the disk.
@@ -77,6 +80,7 @@ class DiskSource:
     :ivar error_policy: libvirt's policy for failed reads and writes; ``None`` for libvirt's default.
     :ivar serial: serial number for guests; default: derived from the id.
     :ivar is_device: whether the image is a block device.
+    :ivar cluster: the Ceph cluster of an RBD image; else ``None``.
     """
 
     disk_id: UUID
@@ -87,6 +91,7 @@ class DiskSource:
     error_policy: str | None = None
     serial: str | None = None
     is_device: bool = False
+    cluster: CephCluster | None = None
 
     @property
     def place(self) -> Path:
@@ -138,7 +143,7 @@ def disk_element(
         driver.set("iothread", str(iothread))
     ET.SubElement(disk, "source")
     set_source(disk, source)
-    _set_options(disk, options or DriverOptions(), is_image=source.behind is None)
+    _set_options(disk, options or DriverOptions(), is_image=source.behind is None and source.cluster is None)
     ET.SubElement(disk, "target", dev=target, bus=bus.value)
     if read_only:
         ET.SubElement(disk, "readonly")
@@ -150,7 +155,7 @@ def disk_element(
 def _set_options(disk: ET.Element, options: DriverOptions, *, is_image: bool) -> None:
     """Set driver options of a new ``<disk>`` element.
 
-    :param is_image: whether QEMU opens the image itself: only then has the I/O mode a meaning.
+    :param is_image: whether QEMU opens a file or device itself: only then has the I/O mode a meaning.
     """
     driver = disk.find("driver")
     assert driver is not None  # noqa: S101 -- made by the caller
@@ -192,6 +197,8 @@ def set_source(disk: ET.Element, source: DiskSource) -> None:
         place.attrib |= {"protocol": "nbd", "name": export}
         ET.SubElement(place, "host", transport="unix", socket=str(source.behind.socket))
         ET.SubElement(place, "reconnect", delay=str(source.behind.reconnect_seconds))
+    elif source.cluster:
+        _set_rbd(disk, place, source.cluster, RbdName.of(source.path))
     else:
         disk.set("type", "block" if source.is_device else "file")
         place.set("dev" if source.is_device else "file", str(source.path))
@@ -202,6 +209,15 @@ def set_source(disk: ET.Element, source: DiskSource) -> None:
         secret = SecretName(source.disk_id, source.slot)
         ET.SubElement(encryption, "secret", type="passphrase", usage=secret.usage)
     add_backing_store(disk)
+
+
+def _set_rbd(disk: ET.Element, place: ET.Element, cluster: CephCluster, name: RbdName) -> None:
+    disk.set("type", "network")
+    place.attrib |= {"protocol": "rbd", "name": str(name)}
+    for host, port in cluster.monitors:
+        ET.SubElement(place, "host", name=host, port=str(port))
+    auth = ET.SubElement(place, "auth", username=cluster.user)
+    ET.SubElement(auth, "secret", type="ceph", usage=cluster.secret_usage)
 
 
 def add_backing_store(disk: ET.Element) -> None:
@@ -320,8 +336,17 @@ def free_target(domain: ET.Element, bus: DiskBus = DiskBus.VIRTIO) -> str:
     raise InvalidValueError(f"the domain has no free {bus.value} target")
 
 
+def rbd_place(source: ET.Element) -> Path | None:
+    """The place of the RBD image that a ``<source>`` element names; ``None`` for any other source."""
+    if source.get("protocol") != "rbd":
+        return None
+    return Path(f"{RBD_PREFIX}{source.get('name', '')}")
+
+
 def _source(place: ET.Element) -> Path | None:
     source = place.find("source")
+    if source is not None and (image := rbd_place(source)):
+        return image
     host = place.find("source[@protocol='nbd']/host[@transport='unix']")
     if host is not None:
         name = host.get("socket")

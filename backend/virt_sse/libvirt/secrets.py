@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import re
 import time
 from collections.abc import Iterable, Mapping
 from html import escape
-from uuid import UUID
+from uuid import NAMESPACE_URL, UUID, uuid5
 
 import libvirt
 
@@ -40,6 +41,22 @@ def set_secret(connection: libvirt.virConnect, name: SecretName, dek: Dek) -> No
     except BaseException:
         secret.undefine()
         raise
+
+
+def set_ceph_secret(connection: libvirt.virConnect, usage: str, key: bytes) -> None:
+    """Define the secret with the key of a Ceph user, for all disks in Ceph, or replace it.
+
+    :param usage: usage id of the secret.
+    :param key: in base64.
+    :raise libvirt.libvirtError: When libvirt refuses.
+    """
+    secret = connection.secretDefineXML(
+        f"<secret ephemeral='yes' private='yes'>"
+        f"<uuid>{uuid5(NAMESPACE_URL, usage)}</uuid>"
+        f"<usage type='ceph'><name>{escape(usage)}</name></usage>"
+        f"</secret>"
+    )
+    secret.setValue(base64.b64decode(key))
 
 
 def set_secrets(connection: libvirt.virConnect, deks: Mapping[SecretName, Dek]) -> None:

@@ -18,6 +18,7 @@ from virt_sse.model.keys import DekContext, KeyRef
 from virt_sse.model.layers import EncryptionType, HostCaching, Placement
 from virt_sse.model.sizes import parse_size
 from virt_sse.system.files import canonical
+from virt_sse.system.rbd_names import RbdName, is_rbd
 
 PLATFORM_KEY = KeyRef("platform-managed", "default")
 """The key of disks outside of any disk encryption set."""
@@ -259,13 +260,14 @@ def taken_hint(name: str, state: DiskState) -> str | None:
 def check_path(path: Path) -> Path:
     """Return *path* in the canonical form of the store and of domains, if an image may have this path.
 
-    :raise InvalidValueError: When *path* is not UTF-8 or has control characters: domain XML cannot hold it.
+    :raise InvalidValueError: When *path* is not UTF-8 or has control characters: domain XML cannot hold it;
+        or is a malformed name of an RBD image.
     """
     if _UNFIT_FOR_PATH.search(str(path)):
         raise InvalidValueError(
             f"invalid image path {str(path)[:80]!r}", hint="UTF-8 without control characters"
         )
-    return canonical(path)
+    return RbdName.of(path).path if is_rbd(path) else canonical(path)
 
 
 def parse_disk_size(text: str) -> int:

@@ -20,9 +20,10 @@ from virt_sse.qemu.unlocking import (
     image_options,
     json_filename,
     keys_to,
-    secrets_for,
+    secrets_to,
 )
 from virt_sse.system.confinement import BoundFile
+from virt_sse.system.files import length
 from virt_sse.system.tools import run_with_progress
 
 _CONVERT = ("qemu-img", "convert", "-p", "-W")
@@ -59,7 +60,7 @@ def encrypt_from(
     if others is None:
         opening = [f"json:{json.dumps(node_without_backing(source, descriptor, source_format))}"]
     with (
-        secrets_for(deks) as (secrets, descriptors),
+        secrets_to(target, deks) as (secrets, descriptors),
         opened(target, os.O_RDWR) as written,
         locks_named(source),
     ):
@@ -147,7 +148,7 @@ def copy_into(
         keys_to(target, target_format, deks, writable=True, first=first) as keys,
         locks_named(source.image[0] if source.image else target),
     ):
-        size = max(target.stat().st_size, usable_size(keys.image.descriptor, target_format))
+        size = max(length(keys.image.descriptor), usable_size(keys.image.descriptor, target_format))
         rate = ["-r", str(max_rate)] if max_rate else []
         zero = ["--target-is-zero"] if is_new and target_format is DiskFormat.QCOW2 else []
         run_with_progress(
@@ -177,7 +178,7 @@ def compare(
         source.opened() as (secrets, descriptors, files),
         keys_to(target, target_format, deks, first=first) as keys,
     ):
-        size = target.stat().st_size
+        size = length(keys.image.descriptor)
         run_with_progress(
             ["qemu-img", "compare", "-p", *secrets, *keys.secrets, source.filename]
             + ["json:" + json.dumps(block_node(target, target_format, len(deks), first=first))],

@@ -6,17 +6,15 @@ envelope, are written last and at once: a killed creation leaves no header, and 
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from virt_sse.errors import ImageError, InvalidValueError
 from virt_sse.model.ciphers import Cipher
-from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import SECTOR
 from virt_sse.qemu import luks
-from virt_sse.qemu.formatting import Volume, header_length, make_volumes
+from virt_sse.qemu.formatting import header_length
 from virt_sse.system.block_devices import unused
 from virt_sse.system.confinement import BoundFile, Confinement
 from virt_sse.system.files import length, write_at
@@ -58,23 +56,8 @@ def refuse_other_size(path: Path, size: int, ciphers: Sequence[Cipher]) -> None:
         )
 
 
-@contextlib.contextmanager
-def new_beginning(volumes: Sequence[Volume]) -> Iterator[int]:
-    """Make the begin of a new image in memory: headers and keyslots, and a sector of data.
-
-    :param volumes: one or two LUKS volumes, innermost first.
-    :raise ToolError: When a volume cannot be made.
-    """
-    content = os.memfd_create("device")
-    try:
-        make_volumes(content, DiskFormat.RAW, SECTOR, volumes)
-        yield content
-    finally:
-        os.close(content)
-
-
 def write_beginning(content: int, path: Path) -> None:
-    """Write a complete begin of an image, of :func:`new_beginning`, to a block device.
+    """Write a complete begin of an image, of :func:`.formatting.new_beginning`, to a block device.
 
     :raise DiskInUseError: When the device is in use by now.
     :raise ImageError: When the device holds data by now.

@@ -16,7 +16,7 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.envelope import SLOT_BYTES, SLOT_OFFSETS, Envelope, sealed_part
 from virt_sse.model.seal import SEAL_BYTES, SEAL_OFFSETS, Seal, SealKey
 from virt_sse.qemu import image_header
-from virt_sse.qemu.image_file import luks_area, opened
+from virt_sse.qemu.image_file import luks_area, opened, sync
 from virt_sse.qemu.volume_header import VolumeHeader
 from virt_sse.system.files import write_at
 
@@ -198,7 +198,7 @@ def _write_slot(
         seal = key.seal(sealed_part(content), header, uses).encode()
     write_at(descriptor, seal, luks_offset + SEAL_OFFSETS[number])
     write_at(descriptor, content, luks_offset + SLOT_OFFSETS[number])
-    os.fdatasync(descriptor)  # the content, and where it lies; times of the file may be lost
+    sync(descriptor)
 
 
 def _header(descriptor: int, image_format: DiskFormat) -> tuple[int, bytes]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from virt_sse.errors import ToolError
 from virt_sse.model.ciphers import Cipher
 from virt_sse.model.disk_format import DiskFormat
+from virt_sse.model.disks import SECTOR
 from virt_sse.model.keys import Dek
-from virt_sse.qemu import luks, qcow2
+from virt_sse.qemu import luks, qcow2, rbd_image
 from virt_sse.qemu.image_file import luks_area
 from virt_sse.qemu.unlocking import image_options, secrets_for
 from virt_sse.system.confinement import Confinement
-from virt_sse.system.files import PRIVATE_FILE, write_at
+from virt_sse.system.files import PRIVATE_FILE, length, write_at
+from virt_sse.system.rbd_names import is_rbd
 from virt_sse.system.tools import run
 
 _HEADROOM, _LARGEST = 8, 64 << 40
@@ -43,7 +46,7 @@ def header_length(cipher: Cipher) -> int:
 
 
 def make(path: Path, image_format: DiskFormat, size: int, volumes: Sequence[Volume]) -> None:
-    """Make a new, empty, LUKS-encrypted image of *size* usable bytes at *path*, mode 0600.
+    """Make a new, empty, LUKS-encrypted image of *size* usable bytes at *path*, mode 0600, or in Ceph.
 
     After a failure, the caller removes the incomplete file. Tools get the file as a descriptor: a tool that
     briefly outlives a killed virt-sse cannot recreate a removed file.
@@ -52,12 +55,32 @@ def make(path: Path, image_format: DiskFormat, size: int, volumes: Sequence[Volu
     :raise OSError: When *path* exists or there is no room.
     :raise ImageError: When there is no room.
     :raise ToolError: When neither cryptsetup nor QEMU can make a volume.
+    :raise DiskExistsError: When *path* exists in Ceph.
     """
+    if is_rbd(path):
+        with new_beginning(volumes) as content:
+            rbd_image.make(path, content, length(content) - SECTOR + size)
+        return
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE_FILE)
     try:
         make_volumes(descriptor, image_format, size, volumes)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new_beginning(volumes: Sequence[Volume]) -> Iterator[int]:
+    """Make the begin of a new raw image in memory: headers and keyslots, and a sector of data.
+
+    :param volumes: one or two LUKS volumes, innermost first.
+    :raise ToolError: When a volume cannot be made.
+    """
+    content = os.memfd_create("beginning")
+    try:
+        make_volumes(content, DiskFormat.RAW, SECTOR, volumes)
+        yield content
+    finally:
+        os.close(content)
 
 
 def make_volumes(descriptor: int, image_format: DiskFormat, size: int, volumes: Sequence[Volume]) -> None:

@@ -1,4 +1,7 @@
-"""Images as files and block devices: opened, in use by QEMU, measured by their headers, erased."""
+"""Images as files, block devices and RBD images: opened, in use by QEMU, measured by their headers, erased.
+
+Of an RBD image, :func:`opened` gives a file in memory with the LUKS header; :func:`sync` writes changes back.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,14 @@ from pathlib import Path
 
 from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError
 from virt_sse.model.disk_format import DiskFormat
-from virt_sse.qemu import image_header, luks, qcow2
+from virt_sse.qemu import ceph, image_header, luks, qcow2, rbd_image
 from virt_sse.system import file_systems
 from virt_sse.system.block_devices import is_device, qemu_users
 from virt_sse.system.files import length as file_length
+from virt_sse.system.files import publish as publish_file
 from virt_sse.system.files import write_at
 from virt_sse.system.locks import held_byte, is_locked, lock_shared
+from virt_sse.system.rbd_names import RbdName, is_rbd
 
 _QEMU_LOCKS, _QEMU_LOCKS_LENGTH = 100, 200
 _QEMU_WRITES, _QEMU_WRITES_LENGTH = 101, 3
@@ -29,6 +34,9 @@ _ERASED_AT_MOST = 4 << 20
 
 _ERASED_AT_ONCE = 1 << 20
 
+_rbd_headers: dict[int, rbd_image.Header] = {}
+"""The open headers of RBD images, by descriptor."""
+
 
 def refuse_if_open(path: Path) -> None:
     """Check that no QEMU process has the image open, not even for reading.
@@ -39,6 +47,13 @@ def refuse_if_open(path: Path) -> None:
     :raise DiskInUseError: When a QEMU process has the image open.
     :raise ImageError: When the image is missing or cannot be read.
     """
+    if is_rbd(path):
+        if rbd_image.is_open(path):
+            raise DiskInUseError(
+                f"{path} is in use by a running domain or another client of Ceph",
+                hint=f"'rbd status {RbdName.of(path)}' lists the clients; a dead one is forgotten after 30 s",
+            )
+        return
     with opened(path) as descriptor:
         refuse_if_locked(path, descriptor)
 
@@ -48,6 +63,8 @@ def is_open(path: Path) -> bool:
 
     :raise ImageError: When the image is missing or cannot be read.
     """
+    if is_rbd(path):
+        return rbd_image.is_open(path)
     with opened(path) as descriptor:
         is_held = is_locked(descriptor, _FOR_GUEST, 1)
         return is_held or is_locked(descriptor, _QEMU_LOCKS, _QEMU_LOCKS_LENGTH)
@@ -59,6 +76,9 @@ def refuse_if_written(path: Path) -> None:
     :raise DiskInUseError: When a QEMU process has the image open for writing or resizing.
     :raise ImageError: When the image is missing or cannot be read.
     """
+    if is_rbd(path):
+        refuse_if_open(path)
+        return
     with opened(path) as descriptor:
         if _is_device(descriptor):
             refuse_if_locked(path, descriptor)
@@ -85,6 +105,10 @@ def sole_opener(path: Path, descriptor: int) -> Iterator[None]:
     :param descriptor: of the image, open for writing.
     :raise DiskInUseError: When another QEMU process has the image open, or is about to.
     """
+    if is_rbd(path):
+        refuse_if_open(path)
+        yield
+        return
     with held_byte(descriptor, _OPENER) as is_held:
         if not is_held:
             raise DiskInUseError(f"another host is about to open {path}")
@@ -105,7 +129,16 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
     An :class:`ImageFormatError` of the block gets the path.
 
     :raise ImageError: When *path* is missing, neither file nor block device, or cannot be opened.
+    :raise CephError: When the cluster of an RBD image does not answer.
     """
+    if is_rbd(path):
+        with _errors_named(path), rbd_image.opened(path) as header:
+            _rbd_headers[header.descriptor] = header
+            try:
+                yield header.descriptor
+            finally:
+                del _rbd_headers[header.descriptor]
+        return
     try:
         descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a FIFO must not block
     except FileNotFoundError as exc:
@@ -113,20 +146,71 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
     except OSError as exc:
         raise ImageError(f"cannot open {path}: {exc.strerror}") from exc
     try:
-        if not (stat.S_ISREG(os.fstat(descriptor).st_mode) or _is_named_device(path, descriptor)):
-            raise ImageError(f"{path} is not a regular file or a block device in /dev")
-        if file_systems.is_network(file_systems.type_of(os.fstat(descriptor).st_dev)):
-            # Another host may have written since, and FUSE does not always drop old pages.
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        yield descriptor
+        with _errors_named(path):
+            if not (stat.S_ISREG(os.fstat(descriptor).st_mode) or _is_named_device(path, descriptor)):
+                raise ImageError(f"{path} is not a regular file or a block device in /dev")
+            if file_systems.is_network(file_systems.type_of(os.fstat(descriptor).st_dev)):
+                # Another host may have written since, and FUSE does not always drop old pages.
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _errors_named(path: Path) -> Iterator[None]:
+    try:
+        yield
     except ImageFormatError as exc:
         if str(path) in str(exc):
             raise
         raise ImageFormatError(f"{path}: {exc}", hint=exc.hint) from exc
     except OSError as exc:
         raise ImageError(f"cannot read or write {path}: {exc.strerror}") from exc
-    finally:
-        os.close(descriptor)
+
+
+def sync(descriptor: int) -> None:
+    """Make what was written to an image of :func:`opened` durable, in an RBD image too.
+
+    :raise OSError: When that fails.
+    :raise ImageError: When an RBD image cannot be written.
+    """
+    if header := _rbd_headers.get(descriptor):
+        header.write_back()
+    else:
+        os.fdatasync(descriptor)  # the content, and where it lies; times of the file may be lost
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file, a link or an RBD image of that name.
+
+    :raise CephError: When the cluster of an RBD image does not answer.
+    """
+    return rbd_image.exists(path) if is_rbd(path) else os.path.lexists(path)
+
+
+def publish(source: Path, target: Path) -> None:
+    """Give the complete image *source* the name *target* beside it, durably.
+
+    :raise OSError: When that fails; :exc:`FileExistsError` when the name is taken.
+    :raise DiskExistsError: When the name of an RBD image is taken.
+    """
+    if is_rbd(target):
+        rbd_image.rename(source, target)
+    else:
+        publish_file(source, target)
+
+
+def remove(path: Path) -> None:
+    """Remove an image; a missing image is not an error.
+
+    :raise OSError: When that fails.
+    :raise CephError: When an RBD image cannot be removed.
+    """
+    if is_rbd(path):
+        rbd_image.remove(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -216,9 +300,19 @@ def erase(path: Path, image_format: DiskFormat) -> None:
         keyslots = min(offset + luks.FIRST_KEYSLOT, end)
         for begin in range(keyslots, end, _ERASED_AT_ONCE):
             write_at(descriptor, os.urandom(min(_ERASED_AT_ONCE, end - begin)), begin)
-        os.fsync(descriptor)
+        sync(descriptor)
         write_at(descriptor, os.urandom(keyslots - offset), offset)
-        os.fsync(descriptor)
+        sync(descriptor)
+
+
+def file_node(path: Path, number: int = 0) -> dict[str, object]:
+    """QEMU's description of the bytes of an image.
+
+    :param number: of the secret object of :mod:`.ceph` for an RBD image.
+    """
+    if is_rbd(path):
+        return ceph.node(RbdName.of(path), number)
+    return {"driver": file_driver(path), "filename": str(path)}
 
 
 def file_driver(place: int | Path) -> str:

@@ -23,6 +23,7 @@ _Client = TypeVar("_Client", bound=NbdReader)
 _EXPORT = "image"
 _CPU_SECONDS = 600
 """Bound for reading samples of an image."""
+_QUITTING_SECONDS = 10.0
 _MEMORY_OF_IMAGE = 64 << 20
 """Bytes for the tables of one image in a chain."""
 
@@ -72,18 +73,39 @@ def _served(
 ) -> Iterator[_Client]:
     writable = "on" if client is NbdWriter else "off"
     export = f"type=nbd,id={_EXPORT},node-name={_EXPORT},name={_EXPORT},writable={writable}"
-    with _connected_socket() as (listening, connection):
+    with _connected_socket() as (listening, connection), _socket_pair() as (ours, theirs):
         arguments = ["qemu-storage-daemon", *secrets, "--blockdev", json.dumps(node | {"node-name": _EXPORT})]
         arguments += ["--nbd-server", f"addr.type=fd,addr.str={listening.fileno()}", "--export", export]
-        with running(
-            arguments, confinement=confinement, pass_fds=[*descriptors, listening.fileno()]
-        ) as daemon:
+        arguments += ["--chardev", f"socket,id=monitor,fd={theirs.fileno()}", "--monitor", "monitor"]
+        given = [*descriptors, listening.fileno(), theirs.fileno()]
+        with running(arguments, confinement=confinement, pass_fds=given) as daemon:
             listening.close()  # else a failure of the daemon would leave the connection waiting
+            theirs.close()
             try:
                 connected = client(connection, _EXPORT)
             except ImageError as exc:
                 raise (daemon.failure() or exc) from exc
-            yield connected
+            try:
+                yield connected
+            finally:
+                if confinement.has_network:
+                    _quit(ours)
+
+
+def _quit(monitor: socket.socket) -> None:
+    """Let a storage daemon close its image and end: Ceph waits for a killed client, up to 30 s."""
+    monitor.settimeout(_QUITTING_SECONDS)
+    with contextlib.suppress(OSError):
+        monitor.sendall(b'{"execute": "qmp_capabilities"}{"execute": "quit"}')
+        while monitor.recv(4096):
+            pass
+
+
+@contextlib.contextmanager
+def _socket_pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
 
 
 @contextlib.contextmanager

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from virt_sse.errors import MonitorError
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
-from virt_sse.qemu.image_file import file_driver
+from virt_sse.qemu import ceph
+from virt_sse.qemu.image_file import file_node
+from virt_sse.system.rbd_names import is_rbd
 
 if TYPE_CHECKING:
     from virt_sse.qemu.qmp import Monitor
@@ -94,9 +96,13 @@ class StorageDaemon:
             if base:
                 await _open_base(monitor, base)
             await _lend(monitor, deks)
+            if isinstance(image, Path) and is_rbd(image):
+                await monitor.execute("object-add", dict(ceph.secret_object()))
             for node in image_nodes(image, image_format, len(deks), has_base=base is not None):
                 await monitor.execute("blockdev-add", node)
             await _forget(monitor, len(deks))
+            if isinstance(image, Path) and is_rbd(image):
+                await monitor.execute("object-del", {"id": ceph.secret_object()["id"]})
             await monitor.execute("blockdev-add", {**EXPORTED, "file": VOLUME_NODE})
             await monitor.execute("block-export-add", export_of(export))
 
@@ -246,7 +252,7 @@ async def _forget(monitor: Monitor, count: int, prefix: str = _DEKS) -> None:
 def _stored(image: Path | NbdExport) -> dict[str, object]:
     node: dict[str, object] = {"node-name": FILE_NODE, "discard": "unmap"}
     if isinstance(image, Path):
-        return node | {"driver": file_driver(image), "filename": str(image)}
+        return node | file_node(image)
     server = {"type": "unix", "path": str(image.socket)}
     return node | {"driver": "nbd", "server": server, "export": image.name}
 

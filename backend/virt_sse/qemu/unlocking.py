@@ -18,10 +18,12 @@ from uuid import UUID
 from virt_sse.errors import ImageFormatError, ToolError
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.keys import Dek
-from virt_sse.qemu.image_file import file_driver, opened
+from virt_sse.qemu import ceph
+from virt_sse.qemu.image_file import file_node, opened
 from virt_sse.qemu.serving import served
 from virt_sse.qemu.volume_header import VolumeHeader
 from virt_sse.system.confinement import BoundFile
+from virt_sse.system.rbd_names import is_rbd
 from virt_sse.system.tools import passphrase_descriptor
 
 
@@ -37,6 +39,17 @@ def secrets_for(deks: Sequence[Dek], *, first: int = 0) -> Iterator[tuple[list[s
         for number, descriptor in enumerate(descriptors, first):
             arguments += ["--object", f"secret,id=dek{number},file=/proc/self/fd/{descriptor}"]
         yield arguments, descriptors
+
+
+@contextlib.contextmanager
+def secrets_to(path: Path, deks: Sequence[Dek], *, first: int = 0) -> Iterator[tuple[list[str], list[int]]]:
+    """As :func:`secrets_for`, for the image at *path*: with the key of the Ceph user for an RBD image."""
+    with contextlib.ExitStack() as stack:
+        secrets, descriptors = stack.enter_context(secrets_for(deks, first=first))
+        if is_rbd(path):
+            more, further = stack.enter_context(ceph.secret(first))
+            secrets, descriptors = secrets + more, descriptors + further
+        yield secrets, descriptors
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +116,7 @@ def keys_to(
             files.append(BoundFile(base.path, _held_valid(stack, base.path, base.format, base.deks[1:])))
             all_deks += base.deks
             base = base.base
-        secrets, descriptors = stack.enter_context(secrets_for(all_deks, first=first))
+        secrets, descriptors = stack.enter_context(secrets_to(path, all_deks, first=first))
         yield Unlocking(secrets, descriptors, image, tuple(files))
 
 
@@ -134,7 +147,7 @@ def _validate_volumes(
     for first in reversed(range(len(outer))):
         around = outer[first:]
         with (
-            secrets_for(around) as (secrets, descriptors),
+            secrets_to(path, around) as (secrets, descriptors),
             served(
                 block_node(path, image_format, len(around)), secrets, descriptors, [BoundFile(path, image)]
             ) as reader,
@@ -178,7 +191,7 @@ def block_node(
     if base:
         below = block_node(base.path, base.format, len(base.deks), first=first + volumes, base=base.base)
         below |= {"read-only": True}
-    node: dict[str, object] = {"driver": file_driver(path), "filename": str(path)}
+    node = file_node(path, first)
     for number in reversed(range(first, first + volumes)):
         node = {"driver": image_format.qemu_driver, "file": node}
         if image_format is DiskFormat.QCOW2:
@@ -210,6 +223,14 @@ def image_options(path: Path, image_format: DiskFormat, volumes: int, *, first_s
             f"{prefix}driver={image_format.qemu_driver}",
             f"{prefix}{image_format.qemu_key_secret}=dek{first_secret + number}",
         ]
-    prefix = "file." * volumes
-    filename = str(path).replace(",", ",,")
-    return ",".join([*options, f"{prefix}driver={file_driver(path)}", f"{prefix}filename={filename}"])
+    options += _flat("file." * volumes, file_node(path, first_secret))
+    return ",".join(options)
+
+
+def _flat(prefix: str, value: object) -> list[str]:
+    """A block node, or a part, as options of QEMU's command line."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        dot = prefix if prefix.endswith(".") or not prefix else f"{prefix}."
+        return [option for name, each in items for option in _flat(f"{dot}{name}", each)]
+    return [f"{prefix}={str(value).replace(',', ',,')}"]

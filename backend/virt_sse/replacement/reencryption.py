@@ -35,6 +35,7 @@ from virt_sse.replacement.online import OnlineCopy
 from virt_sse.replacement.settlement import Settlement
 from virt_sse.system.block_devices import is_device
 from virt_sse.system.progress import Progress
+from virt_sse.system.rbd_names import is_rbd
 
 _CANCELLING_SECONDS = 120.0
 _POLL_SECONDS = 0.1
@@ -177,6 +178,11 @@ class ReencryptionService:
     def _begin(self, disk: Disk, change: Reencryption, *, is_detached: bool) -> Replacement:
         """Record a copy and make the new disk; undone after a failure."""
         disk = self._disks.with_size_within(disk)
+        if is_rbd(disk.path) or (change.path and is_rbd(change.path)):
+            raise DiskStateError(
+                f"disk {disk.name!r} cannot be re-encrypted from or into Ceph",
+                hint="'virt-sse disk copy' makes a new disk with new DEKs",
+            )
         self._plugins.validate(DeleteDisk(disk))
         domain_id, target = self._running_user(disk)
         copy_id = uuid.uuid4()

@@ -22,6 +22,7 @@ from virt_sse.qemu import image_file
 from virt_sse.replacement.offline import Bars, copy_offline
 from virt_sse.replacement.settlement import Settlement
 from virt_sse.system.block_devices import is_device
+from virt_sse.system.rbd_names import is_rbd
 
 
 class Restoration:
@@ -58,9 +59,10 @@ class Restoration:
                     f"{source.name!r} is no snapshot of disk {current.name!r}",
                     hint="without --in-place, a snapshot is restored into a new disk",
                 )
-            if is_device(current.path):
+            if is_device(current.path) or is_rbd(current.path):
+                place = "in Ceph" if is_rbd(current.path) else "on a block device"
                 raise DiskStateError(
-                    f"disk {current.name!r} is on block device {current.path}, where no copy can be made",
+                    f"disk {current.name!r} is {place}, at {current.path}: no copy can take its place",
                     hint="without --in-place, a snapshot is restored into a new disk",
                 )
             self._refuse_running(current)

@@ -10,6 +10,7 @@ Run as a script, with the standard library alone. The arguments are
 - ``uid``, ``gid``: the user and group that run the program.
 - ``listening``: null, or a listening socket: the program's descriptor 3 (sd_listen_fds(3)).
 - ``threads``: null, or the maximum number of threads of the user.
+- ``network``: whether the program keeps the host's network.
 - ``filter``: null, or a seccomp filter, a BPF program in hexadecimal.
 - ``readable``, ``writable``: paths of the files and folders that the program may read, or change, beside
   system files; see :func:`landlock`.
@@ -135,7 +136,10 @@ def main() -> None:
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "cannot give up the right to new privileges")
     if os.geteuid() == 0:
-        libc.unshare(_CLONE_NEWNET)  # refused in some containers; then the filter alone denies the network
+        if not asked["network"]:
+            libc.unshare(
+                _CLONE_NEWNET
+            )  # refused in some containers; then the filter alone denies the network
         os.setgroups([])
         os.setgid(asked["gid"])
         os.setuid(asked["uid"])

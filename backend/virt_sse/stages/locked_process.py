@@ -40,6 +40,7 @@ class Command:
     :ivar listening: a listening socket for descriptor 3, announced by ``LISTEN_FDS`` (sd_listen_fds(3)).
     :ivar environment: environment variables to set, beside ``PATH``.
     :ivar readable: files that the program reads, beside its libraries.
+    :ivar has_network: whether the program reaches the host's network, for an image in Ceph.
     """
 
     arguments: Sequence[str]
@@ -47,6 +48,7 @@ class Command:
     listening: int | None = None
     environment: Mapping[str, str] | None = None
     readable: Sequence[Path] = ()
+    has_network: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +103,9 @@ class LockedProcess:
     ) -> None:
         """Start the program as *user*; the process must not run yet.
 
-        The program has no network, cannot start processes, and is limited in memory and in files. Without
-        libseccomp the program starts without a seccomp filter; without Landlock, with all files of the user.
+        The program has no network unless *command* says so, cannot start processes, and is limited in memory
+        and in files. Without libseccomp the program starts without a seccomp filter; without Landlock, with
+        all files of the user.
 
         :param image: the descriptor of an image to lock as QEMU does.
         :param gated: a listening socket of *command* that gets connections from a gate only.
@@ -123,7 +126,8 @@ class LockedProcess:
             "uid": user.uid,
             "gid": user.gid,
             "threads": _MOST_THREADS if is_own_user else None,
-            "filter": _filter(),
+            "filter": _filter(has_network=command.has_network),
+            "network": command.has_network,
             "readable": [program, *_libraries(program), *map(str, command.readable)],
             "writable": [str(path) for path in writable],
             "environment": dict(command.environment or {}),
@@ -237,10 +241,10 @@ def _libraries(program: str) -> list[str]:
     return [str(prefix / name) for name in ("lib", "lib64", "share")]
 
 
-def _filter() -> str | None:
+def _filter(*, has_network: bool) -> str | None:
     """The seccomp filter in hexadecimal; ``None`` without libseccomp."""
     try:
-        return seccomp.stage_filter().hex()
+        return seccomp.stage_filter(has_network=has_network).hex()
     except ToolError:
         return None
 

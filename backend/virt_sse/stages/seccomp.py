@@ -19,7 +19,7 @@ from virt_sse.errors import ToolError
 
 _LIBRARY = "libseccomp.so.2"
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
-_NOT_EQUAL, _MASKED_EQUAL = 1, 7
+_NOT_EQUAL, _EQUAL, _GREATER, _MASKED_EQUAL = 1, 4, 6, 7
 _CLONE_THREAD = 0x10000
 _UNKNOWN = -1
 """``__NR_SCMP_ERROR``: this libseccomp does not know a call, e.g. a newer one."""
@@ -55,9 +55,10 @@ class _Comparison(ctypes.Structure):
 
 
 @functools.cache
-def stage_filter() -> bytes:
+def stage_filter(*, has_network: bool = False) -> bytes:
     """The filter as a BPF program for ``PR_SET_SECCOMP``.
 
+    :param has_network: allow IP, for a process whose image is in Ceph.
     :raise ToolError: When libseccomp is not installed, or does not compile the filter.
     """
     try:
@@ -88,7 +89,12 @@ def stage_filter() -> bytes:
         flags = 1 if os.uname().machine == "s390x" else 0
         deny("clone", _Comparison(flags, _MASKED_EQUAL, _CLONE_THREAD, 0))
         deny("clone3", error=errno.ENOSYS)  # has its flags in memory; the C library falls back to clone
-        deny("socket", _Comparison(0, _NOT_EQUAL, socket.AF_UNIX, 0))
+        if has_network:
+            deny("socket", _Comparison(0, _GREATER, socket.AF_INET6, 0))
+            for family in set(range(socket.AF_INET6)) - {socket.AF_UNIX, socket.AF_INET}:
+                deny("socket", _Comparison(0, _EQUAL, family, 0))
+        else:
+            deny("socket", _Comparison(0, _NOT_EQUAL, socket.AF_UNIX, 0))
         with os.fdopen(os.memfd_create("filter"), "rb") as file:
             if status := library.seccomp_export_bpf(context, file.fileno()):
                 raise ToolError(f"{_LIBRARY} cannot compile the filter: {os.strerror(-status)}")

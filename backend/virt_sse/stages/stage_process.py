@@ -210,6 +210,11 @@ class StageProcess(ABC, Generic[StageT]):
         """
         await_greeting(self.place.served.path)
 
+    @property
+    def has_network(self) -> bool:
+        """Whether the process reaches the host's network: its image is in Ceph."""
+        return False
+
     def growable(self) -> Growable | None:
         """The volumes to grow if the disk grows under a running guest; ``None`` if that is impossible."""
         return None

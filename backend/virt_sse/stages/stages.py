@@ -135,10 +135,10 @@ class Stages:
     def hand_over(self, record: StageRecord) -> HandOverProcess | None:
         """The hand-over of the image of *record* to or from another host, begun or not.
 
-        ``None`` for a disk with a host cache, which cannot be handed over.
+        ``None`` for a disk that cannot be handed over: with a host cache, or in Ceph.
         """
         daemon = self.processes(record)[-1]
-        if not isinstance(daemon, StorageDaemonProcess):
+        if not isinstance(daemon, StorageDaemonProcess) or daemon.has_network:
             return None
         path = sockets.inner_socket(self._sockets(record.disk_id), HAND_OVER)
         return HandOverProcess(

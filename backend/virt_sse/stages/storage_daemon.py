@@ -18,6 +18,8 @@ from virt_sse.stages.locked_process import Command
 from virt_sse.stages.sockets import ListeningSocket
 from virt_sse.stages.stage_process import ExpectedEvidence, ImageSource, RecordField, StageProcess
 from virt_sse.system import acceleration
+from virt_sse.system.confinement import RESOLVER
+from virt_sse.system.rbd_names import is_rbd
 
 _Slots = Annotated[list[str], msgspec.Meta(min_length=2)]
 """Of several nodes, guest first."""
@@ -50,8 +52,11 @@ class StorageDaemonProcess(StageProcess[StorageNode]):
 
     @property
     def keeps_acknowledged_writes(self) -> bool:
-        """Raw writes are in the kernel's page cache; qcow2 metadata stays in the process until a flush."""
-        return self.place.format is DiskFormat.RAW
+        """Raw writes are in the kernel's page cache; qcow2 metadata stays in the process until a flush.
+
+        So do writes to Ceph, in librbd's cache.
+        """
+        return self.place.format is DiskFormat.RAW and not self.has_network
 
     def sockets(self) -> Sequence[ListeningSocket]:
         return [self.place.served, ListeningSocket(self._daemon.monitor, ROOT)]
@@ -63,7 +68,8 @@ class StorageDaemonProcess(StageProcess[StorageNode]):
             arguments(monitor, served),
             [monitor, served],
             environment=acceleration.environment(),
-            readable=[path for path in (library, base) if path],
+            readable=[path for path in (library, base) if path] + ([*RESOLVER] if self.has_network else []),
+            has_network=self.has_network,
         )
 
     def await_serving(self, deks: Sequence[Dek], base: BaseImage | None = None) -> None:
@@ -75,6 +81,11 @@ class StorageDaemonProcess(StageProcess[StorageNode]):
 
     def growable(self) -> StorageDaemon:
         return self._daemon
+
+    @property
+    def has_network(self) -> bool:
+        source = self.place.source
+        return isinstance(source, ImageSource) and is_rbd(source.path)
 
     def evidence(self) -> ExpectedEvidence:
         if self.place.decrypts_all:

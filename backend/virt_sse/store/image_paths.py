@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from virt_sse.system.files import PRIVATE_FILE, private_folder, sync_folder, write_private
+from virt_sse.system.rbd_names import PREFIX as RBD_PREFIX
 
 _log = logging.getLogger(__name__)
 
 _ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&apos;", '"': "&quot;"})
 """As in libvirt's ``virBufferEscapeString``."""
-_NAMED = re.compile(r"<(?:source|target)\b[^>]*?\b(?:file|dev|volume)=('[^']*')")
+_NAMED = re.compile(r"<(?:source|target)\b[^>]*?\b(?:file|dev|volume|name)=('[^']*')")
 
 
 class ImagePaths:
@@ -101,7 +102,7 @@ class ImagePaths:
     def among(self, paths: Collection[Path]) -> set[Path]:
         """The paths that are in the file."""
         known = self._known()
-        return {path for path in paths if _quoted(str(path)) in known}
+        return {path for path in paths if _quoted(_in_xml(path)) in known}
 
     def _known(self) -> frozenset[str]:
         """The lines; read again if the file has changed. Empty if the file cannot be read."""
@@ -125,7 +126,12 @@ class ImagePaths:
 
 
 def _lines(paths: Iterable[Path]) -> str:
-    return "".join(f"{_quoted(str(path))}\nvolume={_quoted(path.name)}\n" for path in paths)
+    return "".join(f"{_quoted(_in_xml(path))}\nvolume={_quoted(path.name)}\n" for path in paths)
+
+
+def _in_xml(path: Path) -> str:
+    """An image as libvirt's XML names it."""
+    return str(path).removeprefix(RBD_PREFIX)
 
 
 def _quoted(value: str) -> str:

@@ -2,9 +2,9 @@
 
 Storage and guests write images, and so control a parser with a fault. A confined tool
 
-- sees the programs and libraries of ``/usr``, read-only, an empty network, its own processes, and the files
-  of its :class:`Confinement`. Each file is bound by a descriptor: another file under the same name is not
-  reachable.
+- sees the programs and libraries of ``/usr``, read-only, an empty network (for images in Ceph: the host's),
+  its own processes, and the files of its :class:`Confinement`. Each file is bound by a descriptor: another
+  file under the same name is not reachable.
 - runs as :data:`TOOL_ID`, a user without files or processes. Images belong to root or to QEMU's user,
   therefore the tool keeps CAP_DAC_OVERRIDE, which the mounts restrict to the bound files. A network file
   system does not know this capability: for an image there, the tool runs as root, without other capabilities.
@@ -32,6 +32,7 @@ from pathlib import Path
 from virt_sse.errors import ToolError
 from virt_sse.system import acceleration, file_systems
 from virt_sse.system.leash import namespace
+from virt_sse.system.rbd_names import is_rbd
 
 TOOL_ID = 65533
 """User and group of confined tools: outside of the ranges of distributions, systemd and ``storage_user``."""
@@ -45,7 +46,10 @@ _SYSTEM = (
     *("--symlink", "usr/lib64", "/lib64", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"),
     *("--proc", "/proc", "--dev", "/dev"),
 )
-_NAMESPACES = ("--unshare-ipc", "--unshare-net", "--unshare-pid")
+_NAMESPACES = ("--unshare-ipc", "--unshare-pid")
+_NO_NETWORK = ("--unshare-net",)
+RESOLVER = tuple(map(Path, ("/etc/hosts", "/etc/resolv.conf", "/etc/nsswitch.conf", "/etc/host.conf")))
+"""What a program reads to find a host by name."""
 _READ_ONLY = ("--remount-ro", "/proc", "--remount-ro", "/dev", "--remount-ro", "/")
 
 
@@ -54,6 +58,7 @@ class BoundFile:
     """A file or block device that a confined tool can open.
 
     :ivar path: name for the tool, and in its messages.
+        The name of an RBD image stands for the network: the image itself is not bound.
     :ivar descriptor: open descriptor of the file, also ``O_PATH``; the file must have a name.
     :ivar writable: allow writing. A block device is always writable: the kernel has no read-only view of one.
     """
@@ -70,12 +75,19 @@ class Confinement:
     :ivar memory: address space in bytes (``RLIMIT_AS``).
     :ivar cpu_seconds: processor time (``RLIMIT_CPU``); ``None`` for a tool whose work has no bound.
     :ivar written: largest length of a file that the tool writes, in bytes (``RLIMIT_FSIZE``).
+    :ivar network: whether the tool reaches the host's network, for images in Ceph.
     """
 
     files: Sequence[BoundFile] = field(default=())
     memory: int = 2 << 30
     cpu_seconds: int | None = 60
     written: int = _MOST_WRITTEN
+    network: bool = False
+
+    @property
+    def has_network(self) -> bool:
+        """Whether the tool reaches the network."""
+        return self.network or any(is_rbd(file.path) for file in self.files)
 
     @property
     def descriptors(self) -> list[int]:
@@ -111,13 +123,19 @@ def command(arguments: Sequence[str], confinement: Confinement, opened: Sequence
         return [*limited, "setpriv", "--no-new-privs", "--", *arguments]
     if shutil.which("bwrap") is None:
         raise ToolError("bwrap is not installed", hint="install the package bubblewrap")
-    binds = [part for file in confinement.files for part in _bind(file)] + _accelerate(tool)
+    binds = [
+        part for file in confinement.files if not is_rbd(file.path) for part in _bind(file)
+    ] + _accelerate(tool)
     if not Path(tool).is_relative_to("/usr"):
         binds += ["--ro-bind", tool, tool]
+    network: tuple[str, ...] = _NO_NETWORK
+    if confinement.has_network:
+        network = tuple(part for file in map(str, RESOLVER) for part in ("--ro-bind-try", file, file))
     confined = [
         "bwrap",
         *_NAMESPACES,
         *_SYSTEM,
+        *network,
         *binds,
         *_READ_ONLY,
         "--cap-drop",
@@ -170,7 +188,7 @@ def _bind(file: BoundFile) -> list[str]:
 @functools.cache
 def _works_unprivileged() -> bool:
     """Whether this user can make namespaces: distributions restrict them."""
-    trial = [*namespace(), "bwrap", *_NAMESPACES, *_SYSTEM, "--", "/usr/bin/true"]
+    trial = [*namespace(), "bwrap", *_NAMESPACES, *_NO_NETWORK, *_SYSTEM, "--", "/usr/bin/true"]
     try:
         return subprocess.run(trial, capture_output=True, check=False).returncode == 0
     except OSError:

@@ -11,6 +11,8 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+from virt_sse.system.rbd_names import is_rbd
+
 PRIVATE_FILE = 0o600
 PRIVATE_FOLDER = 0o700
 SHARED_FILE = 0o644
@@ -19,7 +21,12 @@ SHARED_FOLDER = 0o755
 
 
 def canonical(path: Path) -> Path:
-    """*path* made absolute, with symbolic links of its folder resolved: a single name per location."""
+    """*path* made absolute, with symbolic links of its folder resolved: a single name per location.
+
+    The name of an RBD image is one already.
+    """
+    if is_rbd(path):
+        return path
     return Path(os.path.realpath(path.parent), path.name)
 
 

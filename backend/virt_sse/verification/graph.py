@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from virt_sse.errors import MonitorError
+from virt_sse.system.rbd_names import PREFIX as RBD_PREFIX
 from virt_sse.verification.chains import LinkKind
 
 Answer = Mapping[str, Any]
@@ -279,7 +280,7 @@ def cipher_of(node: Answer) -> str | None:
 
 
 def place_of(filename: str) -> Place:
-    """The place named by a node's filename: a path, an ``nbd+unix`` URI, or ``json:`` with either."""
+    """The place named by a node's filename: a path, an ``nbd+unix`` URI, or ``json:`` with a place."""
     if filename.startswith("json:"):
         try:
             options = json.loads(filename.removeprefix("json:"))
@@ -287,6 +288,9 @@ def place_of(filename: str) -> Place:
             return Place(filename)
         if not isinstance(options, dict):
             return Place(filename)
+        if options.get("driver") == "rbd":
+            image = f"{RBD_PREFIX}{options.get('pool')}/{options.get('image')}"
+            return Place(image, Path(image))
         server = options.get("server")
         path = options.get("filename") or options.get("path") or options.get("server.path")
         path = path or (server.get("path") if isinstance(server, dict) else None)

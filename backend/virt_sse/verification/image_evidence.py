@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from uuid import UUID
 
-from virt_sse.errors import EnvelopeError, ImageError, StaleImageError, VirtSseError
+from virt_sse.errors import CephError, EnvelopeError, ImageError, StaleImageError, VirtSseError
 from virt_sse.keys.access import KeyAccess
 from virt_sse.keys.freshness import ImageFreshness
 from virt_sse.model.disk_format import DiskFormat
@@ -91,7 +91,7 @@ def _check(verdict: DiskVerdict, path: Path, image_format: DiskFormat, disk_id: 
     except EnvelopeError as exc:
         verdict.expect(False, f"the image carries no wrapped DEKs: {exc}")
         return None
-    except ImageError:  # reported by _cipher
+    except (ImageError, CephError):  # reported by _cipher
         return None
     verdict.expect(carried.disk_id == disk_id, f"{path} is the image of another disk: it was replaced")
     return carried
@@ -101,7 +101,7 @@ def _cipher(verdict: DiskVerdict, path: Path, image_format: DiskFormat) -> str |
     try:
         with image_file.opened(path) as descriptor:
             cipher = str(VolumeHeader.of_file(descriptor, image_format).cipher)
-    except ImageError as exc:
+    except (ImageError, CephError) as exc:
         verdict.expect(False, f"{path}: {exc}" if str(path) not in str(exc) else str(exc))
         return None
     verdict.places.append(DataPlace(str(path), False))

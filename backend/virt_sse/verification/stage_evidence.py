@@ -29,6 +29,7 @@ from virt_sse.qemu.storage_daemon import (
 from virt_sse.stages import Stages
 from virt_sse.stages.kinds import guest_and_below
 from virt_sse.stages.stage_process import ExportSource, ImageSource, StageProcess
+from virt_sse.system.rbd_names import is_rbd
 from virt_sse.system.running_process import command_line
 from virt_sse.verification.chains import LinkKind
 from virt_sse.verification.graph import BlockGraph
@@ -121,7 +122,9 @@ def _check_process(
         verdict.expect(
             listens_at(pid, socket), f"another process than the {process.title} listens at {socket}"
         )
-        if isinstance(process.place.source, ImageSource):
+        if is_rbd(disk.path):
+            pass  # no file: the block graph names the image
+        elif isinstance(process.place.source, ImageSource):
             verdict.expect(
                 has_open(pid, disk.path),
                 f"the {process.title} has another file open than {disk.path}: it was replaced",

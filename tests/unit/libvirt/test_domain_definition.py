@@ -12,6 +12,7 @@ from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.secret_name import SecretName
 from virt_sse.libvirt.users import User
 from virt_sse.libvirt.xml import parse_xml
+from virt_sse.model.ceph import CephCluster
 from virt_sse.model.cloud import DriverOptions
 from virt_sse.model.slots import TEMP_SLOT, TPM_SLOT
 from virt_sse.model.vms import temp_disk_id
@@ -25,6 +26,7 @@ def source(path: str, driver_type: str = "raw", **other: Any) -> DiskSource:
 
 
 BEHIND = Behind(Path(f"/run/virt-sse-disks/{DISK}/guest/nbd"), 30)
+CLUSTER = CephCluster((("10.0.0.1", 3300), ("fd00::2", 6789)), "virt-sse", Path("/etc/ceph/keyring"))
 OPTIONS = DriverOptions("none", "native", 1, {"total_iops_sec": 500, "total_bytes_sec": 60_000_000})
 ELEMENTS = {
     "disk-qcow2": disk_element(source("/var/lib/libvirt/images/db-01.qcow2", "qcow2"), target="vda"),
@@ -41,6 +43,9 @@ ELEMENTS = {
     ),
     "disk-with-options-behind-a-socket": disk_element(
         source("/var/lib/libvirt/images/db-01.qcow2", "qcow2", behind=BEHIND), target="vda", options=OPTIONS
+    ),
+    "disk-in-ceph": disk_element(
+        source("rbd:vms/db-01", cluster=CLUSTER, error_policy="stop"), target="vda", options=OPTIONS
     ),
     "disk-decrypted-below": disk_element(
         DiskSource(DISK, None, "raw", Path("/var/lib/libvirt/images/db-01.qcow2"), BEHIND, "stop"),
@@ -64,7 +69,8 @@ def test_written_disk_elements_are_found_again(name: str) -> None:
     place, target = element.find("source"), element.find("target")
     assert place is not None
     assert target is not None
-    expected = place.get("file") or BEHIND.socket
+    in_ceph = f"rbd:{place.get('name')}" if place.get("protocol") == "rbd" else None
+    expected = place.get("file") or in_ceph or BEHIND.socket
     reconnects = place.find("reconnect") is not None
     read_only = element.find("readonly") is not None
     slot = "service" if place.find("encryption") is not None else None

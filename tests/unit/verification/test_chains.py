@@ -189,7 +189,8 @@ def test_places_that_are_no_files_are_named() -> None:
     for given, place in (
         (f"<source protocol='nbd'>{host}</source>", "/socket"),
         ("<source dev='/dev/sdb'/>", "/dev/sdb"),
-        (remote, "rbd pool/image monitor"),
+        (remote, "rbd:pool/image"),
+        ("<source protocol='iscsi' name='iqn'><host name='target'/></source>", "iscsi iqn target"),
         ("<source/>", "an unnamed source"),
     ):
         assert found(domain(given, backing("/ours", OURS))) == [(LinkKind.OVERLAY, place)]
