@@ -13,6 +13,7 @@ from virt_sse.disks.erasure import Erasure
 from virt_sse.disks.images import Images
 from virt_sse.disks.inspector import Inspector
 from virt_sse.disks.lifecycle import Disks
+from virt_sse.disks.receiving import Receiving
 from virt_sse.disks.restore_points import RestorePoints
 from virt_sse.disks.snapshots import Snapshots
 from virt_sse.disks.soft_deletion import SoftDeletion
@@ -45,6 +46,7 @@ class Backend:
     :ivar erasure: the end of disks and copies.
     :ivar soft_deletion: delete disks for a time, recover and purge deleted disks.
     :ivar copies: copy disks.
+    :ivar receiving: disks for the content of domains that migrate here.
     :ivar live_copies: copies of disks of running domains.
     :ivar snapshots: take, restore and delete snapshots.
     :ivar restore_points: make, verify, restore and erase restore points.
@@ -95,6 +97,7 @@ class Backend:
         self.disks = Disks(host, self.sets, self.hotplug, self.erasure, self.live_copies)
         self.soft_deletion = SoftDeletion(host, self.disks, self.erasure)
         self.copies = Copies(host, self.disks, self.live_copies)
+        self.receiving = Receiving(host, self.disks)
         self.snapshots = Snapshots(host, self.disks, self.copies, self.live_copies)
         self.restore_points = RestorePoints(host, self.disks, self.copies)
         self.transfer = Transfer(host, self.disks)

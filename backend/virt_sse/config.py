@@ -161,6 +161,7 @@ class Config:
     io_errors: IoErrors = IoErrors.PAUSE
     reconnect_seconds: int = 30
     retention_days: int = 7
+    copies_without_tls: bool = False
     storage_uids: range = _STORAGE_UIDS
     storage_user: str | None = None
     stale_images: StaleImages = StaleImages.REFUSE
@@ -309,6 +310,10 @@ class Config:
         """libvirt's pid file of a domain's QEMU, which QEMU's process has locked."""
         return self.root / f"run/libvirt/qemu/{domain}.pid"
 
+    def domain_status_file(self, domain: str) -> Path:
+        """libvirt's file about the state of an active domain."""
+        return self.root / f"run/libvirt/qemu/{domain}.xml"
+
     @property
     def deferred_start_directory(self) -> Path:
         """Notes about domains to be started once libvirtd answers; mode 0700."""
@@ -418,6 +423,7 @@ class _Store(_Table, frozen=True):
 
 class _Libvirt(_Table, frozen=True):
     uri: str = ""
+    copies_without_tls: Annotated[bool, msgspec.Meta(description="true or false")] = False
 
 
 class _Disks(_Table, frozen=True):

@@ -27,6 +27,7 @@ from virt_sse.lab.guests import Guest
 from virt_sse.lab.host import QEMU_GROUP, QEMU_USER, LabHost
 from virt_sse.lab.recipes import LinuxMicro, boot_sector_image
 from virt_sse.lab.vaults import LabVault
+from virt_sse.libvirt.domains import gone_is_fine
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, NewDisk
 from virt_sse.model.encryption_sets import EncryptionSet
@@ -74,7 +75,8 @@ class MigrationHost:
         with contextlib.closing(self.host.connect()) as connection:
             for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
                 if domain.name() == guest.name:
-                    return int(domain.state()[0])
+                    with gone_is_fine():
+                        return int(domain.state()[0])
         return None
 
     def leases(self) -> list[uuid.UUID]:
@@ -173,10 +175,11 @@ class MigrationSite:
         described = target.host.directory / f"{serial.stem}.xml"
         xml = live_xml(source.host, guest).replace(str(guest.serial_log), str(serial))
         described.write_text(on_host(xml, source.host, target.host))
-        socket = target.sockets / serial.stem
+        if "--migrateuri" not in options:
+            options = ("--migrateuri", f"unix://{target.sockets / serial.stem}", *options)
         return [
             *("virsh", "migrate", guest.name, target.host.uri, *(["--live"] if is_live else [])),
-            *("--unsafe", "--xml", str(described), "--migrateuri", f"unix://{socket}", *options),
+            *("--unsafe", "--xml", str(described), *options),
         ]
 
     def serial(self, guest: Guest, target: MigrationHost) -> Path:

@@ -333,6 +333,10 @@ _MOVES = {"test_a_guest_takes_its_key_along_while_the_key_is_rotated": _MIGRATIO
 _STAYS = {"test_host_caches_and_temporary_disks_do_not_migrate": _MIGRATION}
 _HANDED_OVER = {"test_a_double_disk_is_handed_over_while_the_guest_writes": _MIGRATION}
 _NOT_CACHED = refused("has a host cache")
+_COPIES = {
+    "test_the_content_goes_into_a_disk_with_other_keys": "integration/test_copied_storage.py",
+    "test_disks_with_storage_processes_are_copied": "integration/test_copied_storage.py",
+}
 
 _MIGRATE = (
     row(
@@ -344,8 +348,10 @@ _MIGRATE = (
     ),
     row(
         "migrate DOMAIN URI --live --copy-storage-all",
-        refused("Block node is read-only"),
-        tests={"test_a_host_without_rights_and_a_copy_of_the_storage_are_refused": _MIGRATION},
+        WORKS,
+        "Into disks of `disk receive`, with `--tls`; "
+        "see [the guide](../guides/many-hosts.md#without-shared-storage). Images in common are refused.",
+        tests=_COPIES | {"test_a_host_without_rights_and_a_copy_of_the_storage_are_refused": _MIGRATION},
     ),
     row(
         "migrate DOMAIN URI --offline",

@@ -32,6 +32,7 @@ from virt_sse.agent.page_service import PageService
 from virt_sse.agent.plaintext_watch import PlaintextWatch
 from virt_sse.agent.protection_watch import ProtectionWatch
 from virt_sse.agent.purge_watch import PurgeWatch
+from virt_sse.agent.received_watch import ReceivedWatch
 from virt_sse.agent.replacement_watch import ReplacementWatch
 from virt_sse.agent.revocation import Enforcement, Revocation, RevokedDisk, spared_skus, strictest_enforcement
 from virt_sse.agent.secret_watch import SecretWatch
@@ -44,6 +45,7 @@ from virt_sse.config import Config
 from virt_sse.domains import temp_disks
 from virt_sse.domains.data_on_host import SAVED_MEMORY
 from virt_sse.domains.incoming import IncomingDomains
+from virt_sse.domains.received_disks import ReceivedDisks
 from virt_sse.domains.release import release
 from virt_sse.errors import InvalidValueError, VirtSseError
 from virt_sse.libvirt.domain_definition import DomainDefinition
@@ -119,6 +121,7 @@ class Agent:
         self._copies = ReplacementWatch(backend, metrics)
         self._deferred = DeferredStart(config, metrics)
         self._leases = LeaseWatch(backend.host.leases)
+        self._received = ReceivedWatch(ReceivedDisks(backend.host))
         self._protection = ProtectionWatch(backend.host, _PROTECTION_POLLS * seconds)
         self._purges = PurgeWatch(backend.soft_deletion, metrics, _IMAGE_POLLS * seconds)
         self._rotation = AutomaticRotation(backend, metrics, config.agent.rotation_seconds)
@@ -151,6 +154,7 @@ class Agent:
         self._images.stop()
         self._copies.stop()
         self._deferred.stop()
+        self._received.stop()
         self._protection.stop()
         self._keys.stop()
 
@@ -277,6 +281,7 @@ class Agent:
         grace_end = self._revocation.apply(report.domains)
         self._leases.keep(snapshot, is_current=bool(self._inventory.connected and snapshot.number))
         if self._inventory.connected:
+            self._received.keep(snapshot)
             self._secrets.keep(snapshot, lambda domain: self._revocation.reason(domain) is not None)
             self._stages.keep(snapshot)
             self._hand_overs.keep(snapshot)

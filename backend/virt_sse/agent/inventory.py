@@ -46,6 +46,7 @@ class RunningDomain:
     :ivar run: libvirt's id of the running domain, unique to the run.
     :ivar runs: whether the virtual processors run, i.e. the domain is not paused.
     :ivar leaves: whether the domain is paused because it migrates.
+    :ivar has_guest: whether the guest is there, and its state is not to come from another host or a file.
     :ivar paused_for_key: whether the agent has paused the domain because of a revoked key.
     :ivar paused_for_plaintext: whether the agent has paused the domain because of a plaintext image.
     :ivar usages: usage ids of the libvirt secrets named in the domain at its start.
@@ -67,6 +68,7 @@ class RunningDomain:
     backup: BackupJob | None = field(default=None, repr=False, compare=False)
     plain_files: Mapping[Path, str] = field(default_factory=dict, repr=False, compare=False)
     leaves: bool = False
+    has_guest: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +230,8 @@ class Inventory:
             if PREFIX not in xml and not may_be_ours(xml) and not names_image:
                 return None
             definition = DomainDefinition.salvage(xml)
-            state, _ = domain.state()
+            state, reason = domain.state()
+            is_paused = state == libvirt.VIR_DOMAIN_PAUSED
             backup, left_out = salvaged_backup(domain)
             files = (
                 plain_paths(definition, backup, volume=partial(_volume, domain.connect()))
@@ -240,7 +243,7 @@ class Inventory:
                 run=domain.ID(),
                 name=domain.name(),
                 uses=definition.our_disks,
-                runs=state != libvirt.VIR_DOMAIN_PAUSED,
+                runs=not is_paused,
                 paused_for_key=PAUSED_NAMESPACE in xml,
                 usages=frozenset(name.usage for name in definition.secrets),
                 definition=definition,
@@ -248,6 +251,9 @@ class Inventory:
                 backup=backup,
                 plain_files=files,
                 leaves=leaves(domain),
+                has_guest=reason == libvirt.VIR_DOMAIN_PAUSED_USER
+                if is_paused
+                else state == libvirt.VIR_DOMAIN_RUNNING,
             )
             self._report_unreadable(found, [*definition.unreadable, *left_out])
             return found

@@ -11,6 +11,7 @@ from virt_sse.cli import completion, disk_attachment, disk_backup, disk_deletion
 from virt_sse.cli.confirmation import DestructiveCommand, confirm
 from virt_sse.cli.disk_fields import dek_fields, image_place, print_disk, shown_fields
 from virt_sse.cli.disk_options import ImagePath, Name, Pool, cipher_option, des_option
+from virt_sse.cli.disk_receive import receive
 from virt_sse.cli.disk_reencrypt import disk_reencrypt
 from virt_sse.cli.output import Output, OutputFormat, note, print_fields, print_rows
 from virt_sse.cli.progress import progress_bar
@@ -304,6 +305,7 @@ app.command(name="restore")(disk_backup.restore)
 app.command(name="verify-backup")(disk_backup.verify_backup)
 app.command(name="erase-backup", cls=DestructiveCommand)(disk_backup.erase_backup)
 app.command(name="reencrypt")(disk_reencrypt)
+app.command()(receive)
 app.command(cls=DestructiveCommand)(disk_deletion.delete)
 app.command()(disk_deletion.recover)
 app.command(cls=DestructiveCommand)(disk_deletion.purge)

@@ -38,6 +38,7 @@ disk import web debian-12.qcow2 --des payroll
 disk inspect web
 disk list
 disk purge web --dry-run
+disk receive web --path /srv/images/web.qcow2
 disk recover web
 disk reencrypt web --cipher aes-256-xts --max-rate 100M
 disk resize web 20G
@@ -105,8 +106,10 @@ vault principal enable host-1
 vault principal list
 vault rescue admin-2 --file admin-2.json
 vault restore /mnt/backup/vault.sqlite
+vault seal-root --seal-uri 'pkcs11:token=vault;object=root' --seal-pin-file /etc/virt-sse/pin --new-seal-key
 vault serve --host 0.0.0.0
 vault status
+vault unseal-root
 vm create web.xml --disk new:web,size=10G,des=payroll --start
 vm encrypt web --des payroll
 vm inspect web

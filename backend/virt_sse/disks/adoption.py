@@ -218,12 +218,16 @@ class Adoption:
     def trust(self, name: str) -> Disk:
         """Take a disk's image as it is for the newest, e.g. after a restore from a backup; audited.
 
-        The image must open with the DEKs in the store, and gets the store's envelope.
+        The image must open with the DEKs in the store, and gets the store's envelope. A disk in state
+        ``receiving`` becomes ready: the caller says that the migration has copied the whole content.
 
         :raise ImageError: When the image does not open, or is the image of another disk.
+        :raise DiskInUseError: When a migration copies content to the disk.
         :raise KeyProviderError: When a DEK cannot be unwrapped.
         """
-        with usable(self._host, self._store.get(name)) as current:
+        with usable(self._host, self._store.get(name), DiskState.READY, DiskState.RECEIVING) as current:
+            if current.state is DiskState.RECEIVING:
+                image_file.refuse_if_open(current.path)
             deks = self._keys.unwrap_all(current)
             img.check_unlocks(current.path, current.format, deks)
             try:
@@ -233,7 +237,9 @@ class Adoption:
                 reason = str(exc)
             self._keys.note(TRUST, current, reason)
             self._freshness.trust(current, unlocking.validate(current.path, current.format, deks[1:]))
-            return current
+            if current.state is DiskState.RECEIVING:
+                self._store.set_received(current.id)
+        return self._store.get(str(current.id))
 
     def _check_layers(self, disk: Disk) -> None:
         """Compare the DEKs of an adopted disk with the plan of its encryption type.

@@ -57,6 +57,9 @@ class SoftDeletion:
         :raise AuditError: When the deletion cannot be recorded; nothing has been done then.
         """
         disk = self._disks.unattached(name)
+        if disk.state is DiskState.RECEIVING:  # has no content to be recovered
+            self._erasure.erase(disk, dry_run=dry_run)
+            return disk
         with usable(self._host, disk) as current:
             if self.retention and image_file.exists(current.path):
                 self._erasure.check(current)

@@ -49,6 +49,14 @@ def with_real_size(host: Host, disk: Disk) -> Disk:
     return disk
 
 
+def waiting(host: Host, source: Disk) -> Disk | None:
+    """The disk of this host that waits for the content of *source*, a disk of a shared store, if any."""
+    made = host.opened_store.full().made_of(source.id)
+    found = [disk for disk in made if disk.state is DiskState.RECEIVING]
+    elsewhere = host.leases.held_elsewhere([disk.id for disk in found])
+    return next((disk for disk in found if disk.id not in elsewhere), None)
+
+
 def image_state(disk: Disk) -> str:
     """The state of the disk's image by its envelope: ``present``, or an error message."""
     try:

@@ -48,12 +48,13 @@ def release(config: Config, definition: DomainDefinition) -> None:
     }
     if temp_disks.exists(config, domain_id):
         given.add(SecretName(temp_disk_id(domain_id), TEMP_SLOT))
-    has_migrated = IncomingDomains(config).forget(domain_id)
+    migration = IncomingDomains(config).forget(domain_id)
     with contextlib.ExitStack() as all_parts:  # runs in the opposite order
         if is_postgresql(config.store_url):
             leases = _end_leases_after(config, domain_id, all_parts)
             disk_ids = {disk_id for disk_id, _ in images}
-            elsewhere = _in_use_elsewhere(leases, disk_ids, if_unknown=disk_ids if has_migrated else set())
+            if_unknown = disk_ids - migration.received if migration else set()
+            elsewhere = _in_use_elsewhere(leases, disk_ids, if_unknown=if_unknown)
             images = {each for each in images if each[0] not in elsewhere}
         for disk_id, image in images:
             all_parts.callback(ImageFreshness(config).end_use, disk_id, image)

@@ -19,6 +19,7 @@ from virt_sse.domains.guest_preload import refuse_unsafe
 from virt_sse.domains.host_encryption import HostEncryption
 from virt_sse.domains.incoming import IncomingDomains, refuse_data_on_host, refuse_disk
 from virt_sse.domains.keyless_images import refuse_keyless_images
+from virt_sse.domains.received_disks import ReceivedDisks
 from virt_sse.domains.replacement_outcome import settle_ended
 from virt_sse.domains.state_records import forget_used
 from virt_sse.domains.used_disks import UsedDisk, UsedDisks
@@ -56,6 +57,12 @@ _log = logging.getLogger(__name__)
 _AT_ONCE = 8
 """Number of disks served in parallel. Most of the time is spent waiting for key providers and processes."""
 
+_RUNNING = (DiskState.READY, DiskState.COPYING, DiskState.RECEIVING)
+"""The states of disks in running domains."""
+
+_INCOMING = (DiskState.READY, DiskState.RECEIVING)
+"""The states of disks in domains about to migrate to this host."""
+
 
 class DomainStart(DiskSources):
     """Provides domains with the DEKs and stages of the domains' disks."""
@@ -74,14 +81,19 @@ class DomainStart(DiskSources):
         self._deferred = DeferredStarts(host.config)
         self._hand_overs = HandOvers(self._stages)
         self._incoming = IncomingDomains(host.config)
+        self._received = ReceivedDisks(host)
 
     def announce(self, definition: DomainDefinition) -> str:
         """Begin the migration of a running domain to this host: the definition for libvirt.
 
+        Disks of this host that are to receive the content of the domain's disks take their places.
+
         :raise VirtSseError: When this host does not have a disk, or not its image.
         """
-        self._used.look_up(definition.our_disks, definition.name)
-        return self._incoming.announce(definition)
+        definition = self._received.in_place(definition)
+        used = self._used.look_up(definition.our_disks, definition.name, states=_INCOMING)
+        received = [each.disk.id for each in used if each.disk.state is DiskState.RECEIVING]
+        return self._incoming.announce(definition, received)
 
     def prepare(self, definition: DomainDefinition) -> None:
         """Serve all disks, the temporary disk and the TPM's DEK to a domain about to be started, or nothing.
@@ -101,14 +113,14 @@ class DomainStart(DiskSources):
                 if uses := definition.our_disks:
                     if not is_incoming:
                         self._end_copies(definition)
-                    served = self._used.look_up(uses, definition.name)
+                    states = _INCOMING if is_incoming else (DiskState.READY,)
+                    served = self._used.look_up(uses, definition.name, states=states)
                     if is_incoming:
                         for each in served:
                             refuse_disk(each.disk, each.plan)
-                    disk_ids = [each.disk.id for each in served]
-                    leased = self._leases.awaiting if is_incoming else self._leases.starting
+                    disks = [each.disk for each in served]
                     with (
-                        leased(definition.uuid, disk_ids, states=[DiskState.READY]),
+                        self._leased(definition.uuid, disks, is_incoming=is_incoming),
                         connected(self._config.libvirt_uri) as connection,
                     ):
                         self._serve(connection, definition, served, is_incoming=is_incoming)
@@ -128,11 +140,23 @@ class DomainStart(DiskSources):
         :raise VirtSseError: When a disk cannot be served.
         """
         refuse_unsafe(self._config.guest_library, definition)
-        served = self._used.look_up(uses, definition.name, is_running=True)
+        served = self._used.look_up(uses, definition.name, states=_RUNNING)
         disk_ids, states = [each.disk.id for each in served], (DiskState.READY, DiskState.COPYING)
         with self._leases.starting(definition.uuid, disk_ids, states=states):
             self._serve(connection, definition, served)
         forget_used(self._config, definition.uuid, disk_ids)
+
+    def _leased(
+        self, domain_id: UUID, disks: Sequence[Disk], *, is_incoming: bool
+    ) -> contextlib.AbstractContextManager[None]:
+        """Take the leases of a domain and its disks, or await those of a domain on another host."""
+        states = [DiskState.READY]
+        if not is_incoming:
+            return self._leases.starting(domain_id, [each.id for each in disks], states=states)
+        waiting = [each for each in disks if each.state is DiskState.RECEIVING]
+        received = {each.source_id: each.id for each in waiting if each.source_id}
+        shared = [each.id for each in disks if each not in waiting]
+        return self._leases.awaiting(domain_id, shared, states=states, received=received)
 
     def _end_copies(self, definition: DomainDefinition) -> None:
         """Settle the copies of disks under a domain that has ended, before the domain starts again.
@@ -198,7 +222,7 @@ class DomainStart(DiskSources):
         deks: dict[SecretName, Dek] = {}
         in_use: list[UsedDisk] = []
         uses = [use for use in self._used.complete(definition.our_disks) if use.secret]
-        for stored in self._used.look_up(uses, definition.name, placement=Placement.GUEST, is_running=True):
+        for stored in self._used.look_up(uses, definition.name, placement=Placement.GUEST, states=_RUNNING):
             each = replace(stored, disk=self._with_images_envelope(stored.disk))
             deks |= each.for_libvirt(self._unlock(each, definition.name))
             in_use.append(each)
@@ -282,10 +306,11 @@ class DomainStart(DiskSources):
         :return: the DEKs for libvirt, by secret name.
         """
         with self._starting.hold(served.disk.id, wait=True):
+            is_elsewhere = is_incoming and served.disk.state is not DiskState.RECEIVING
             if is_rbd(served.disk.path):
-                _refuse_shared(served.disk.path, is_incoming=is_incoming)
-            served = self._begin_use(served, is_elsewhere=is_incoming)
-            return self._start_alone(served, domain, domain_id, qemu, replacing, is_incoming)
+                _refuse_shared(served.disk.path, is_incoming=is_elsewhere)
+            served = self._begin_use(served, is_elsewhere=is_elsewhere)
+            return self._start_alone(served, domain, domain_id, qemu, replacing, is_elsewhere)
 
     def _start_alone(
         self,
@@ -294,7 +319,7 @@ class DomainStart(DiskSources):
         domain_id: UUID,
         qemu: User | None,
         replacing: UUID | None,
-        is_incoming: bool,
+        is_elsewhere: bool,
     ) -> dict[SecretName, Dek]:
         deks = self._unlock(served, domain)
         headers = self._validate_inner(served.disk, deks)
@@ -311,7 +336,7 @@ class DomainStart(DiskSources):
                 qemu=qemu,
                 replacing=replacing,
                 base=base,
-                is_elsewhere=is_incoming,
+                is_elsewhere=is_elsewhere,
             )
         return served.for_libvirt(deks)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -59,12 +59,12 @@ class UsedDisks:
         domain: str,
         *,
         placement: Placement | None = None,
-        is_running: bool = False,
+        states: Collection[DiskState] = (DiskState.READY,),
     ) -> list[UsedDisk]:
         """Find the disks used by a domain, and check source, slot and image of each disk.
 
         :param placement: as for :meth:`DiskSources.plan`.
-        :param is_running: whether the domain runs: its disks may then be source and target of a copy.
+        :param states: the states that the disks may have.
         :raise VirtSseError: When a disk is unknown or not ready, or a check fails.
         """
         by_disk: dict[UUID, list[DomainDisk]] = {}
@@ -72,7 +72,7 @@ class UsedDisks:
             by_disk.setdefault(use.disk_id, []).append(use)
         found = []
         for of_disk in by_disk.values():
-            disk = self._disk_of(of_disk[0], is_running=is_running)
+            disk = self._disk_of(of_disk[0], states)
             served = UsedDisk(disk, self._sources.plan(disk, placement), tuple(of_disk))
             for use in of_disk:
                 self._check_use(use, served, domain)
@@ -80,7 +80,7 @@ class UsedDisks:
             found.append(served)
         return found
 
-    def _disk_of(self, use: DomainDisk, *, is_running: bool) -> Disk:
+    def _disk_of(self, use: DomainDisk, states: Collection[DiskState]) -> Disk:
         try:
             disk = self._store.get(str(use.disk_id))
         except DiskNotFoundError as exc:
@@ -89,7 +89,7 @@ class UsedDisks:
                 hint="if the image is intact, 'virt-sse disk adopt PATH' adds the disk to the store",
             ) from exc
         check_kind(disk, DiskKind.DISK)
-        if disk.state is not DiskState.READY and not (is_running and disk.state is DiskState.COPYING):
+        if disk.state not in states:
             raise state_error(disk)
         with image_file.opened(disk.path) as descriptor:
             try:

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
@@ -92,10 +92,16 @@ class Leases:
 
     @contextlib.contextmanager
     def awaiting(
-        self, domain_id: UUID, disk_ids: Collection[UUID], *, states: Collection[DiskState]
+        self,
+        domain_id: UUID,
+        disk_ids: Collection[UUID],
+        *,
+        states: Collection[DiskState],
+        received: Mapping[UUID, UUID] | None = None,
     ) -> Iterator[None]:
         """Await the leases of a domain that migrates to this host; no longer if the block fails.
 
+        :param received: see :meth:`HostStore.await_handover`; their leases are taken.
         :raise DiskInUseError: When no other host runs the domain, or a command works on a disk.
         :raise DiskStateError: When a disk has none of *states*.
         :raise HostFencedError: When this host was fenced.
@@ -104,7 +110,7 @@ class Leases:
             yield
             return
         store, deadline = self._entered(), time.monotonic() + _BUSY_SECONDS
-        while not store.await_handover(self.identity, domain_id, disk_ids, states):
+        while not store.await_handover(self.identity, domain_id, disk_ids, states, received):
             if time.monotonic() > deadline:
                 raise DiskInUseError("a command or another domain uses a disk of the domain as well")
             time.sleep(_BUSY_PAUSE)

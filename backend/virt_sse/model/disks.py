@@ -48,19 +48,21 @@ class DiskState(enum.Enum):
 
     A ``DELETED`` disk has its image and its wrapped DEKs until it is purged, and can be recovered. A
     ``COPYING`` disk is replaced by another or replaces one (:mod:`virt_sse.model.replacements`): a running
-    domain goes on using the source, and no operation but the copy changes either disk.
+    domain goes on using the source, and no operation but the copy changes either disk. A ``RECEIVING`` disk
+    waits for the content of the disk with the id ``source_id``, whose domain is to migrate to another host.
     """
 
     CREATING = "creating"
     READY = "ready"
     COPYING = "copying"
+    RECEIVING = "receiving"
     DELETED = "deleted"
     DELETING = "deleting"
 
     @property
     def is_at_rest(self) -> bool:
         """Whether no operation on the disk is under way, or was interrupted."""
-        return self in (DiskState.READY, DiskState.DELETED)
+        return self in (DiskState.READY, DiskState.RECEIVING, DiskState.DELETED)
 
 
 class DiskSku(enum.Enum):
@@ -247,6 +249,11 @@ def state_error(disk: Disk) -> DiskStateError:
     problem, hint = f"{disk.kind.title} {disk.name!r} is {disk.state.value}", None
     if disk.state is DiskState.DELETED:
         hint = f"'virt-sse disk recover {disk.name}' makes the disk usable again"
+    if disk.state is DiskState.RECEIVING:
+        hint = (
+            "the disk waits for the migration of a domain; "
+            f"if the domain has run with the disk, 'virt-sse disk trust {disk.name}'"
+        )
     return DiskStateError(problem, hint=hint)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from uuid import UUID
 
 from virt_sse.errors import StageError
@@ -50,13 +50,16 @@ class HandOvers:
                 raise StageError(f"cannot hand over disk {disk_id}: {exc}") from exc
             return True
 
-    def expect_guest(self, domain_id: UUID) -> None:
+    def expect_guest(self, domain_id: UUID, *, but: Set[UUID] = frozenset()) -> None:
         """Hold all requests for the disks of a domain whose state is about to arrive from another host.
 
+        :param but: disks that are not handed over.
         :raise StageError: When a hand-over has failed.
         """
         for record in self._stages.records():
-            if record.domain_id == domain_id and (hand_over := self._stages.hand_over(record)):
+            if record.domain_id != domain_id or record.disk_id in but:
+                continue
+            if hand_over := self._stages.hand_over(record):
                 hand_over.begin_holding()
 
     def take(self, record: StageRecord, *, before: float) -> None:

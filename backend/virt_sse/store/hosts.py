@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from operator import attrgetter
 from uuid import UUID
 
@@ -105,18 +105,29 @@ class HostStore:
             return _acquire(connection, host, {domain_id, *disk_ids}, domain_id)
 
     def await_handover(
-        self, host: HostIdentity, domain_id: UUID, disk_ids: Collection[UUID], states: Collection[DiskState]
+        self,
+        host: HostIdentity,
+        domain_id: UUID,
+        disk_ids: Collection[UUID],
+        states: Collection[DiskState],
+        received: Mapping[UUID, UUID] | None = None,
     ) -> bool:
         """Let this host get the leases of a domain from another host, once the other host gives them back.
 
+        :param received: disks of this host that get the content of disks of the domain, by the ids of the
+            latter. This host takes the leases of the former, and does not await those of the latter.
         :return: whether this host gets the leases; no, while a command or another domain uses a disk, too.
         :raise DiskStateError: When a disk is gone or has another state.
-        :raise DiskInUseError: When the domain has no lease of another host, or its leases go to a third host.
+        :raise DiskInUseError: When the domain has no lease of another host, or its leases go to a third host;
+            when another host has the lease of a disk in *received*.
         :raise HostFencedError: When this host was fenced.
         """
-        resource_ids = sorted({domain_id, *disk_ids})
+        received = received or {}
+        awaited = sorted({domain_id, *disk_ids})
+        resource_ids = sorted({*awaited, *received})
         with writing(self._engine) as connection:
             _check_states(connection, disk_ids, states)
+            _check_states(connection, received.values(), [DiskState.RECEIVING])
             _check_member(connection, host)
             held = sa.select(leases).where(leases.c.resource_id.in_(resource_ids))
             locked = held.order_by(leases.c.resource_id).with_for_update()
@@ -136,8 +147,10 @@ class HostStore:
                     )
             if any(len(found) > 1 for found in users.values()):
                 return False
+            if received:
+                _acquire(connection, host, received.values(), domain_id)
             now = _now(connection)
-            for resource_id in resource_ids:
+            for resource_id in awaited:
                 values = {"resource_id": resource_id, "host_id": host.id, "since": now}
                 _insert_missing(connection, lease_handovers, values)
                 _refuse_handover(connection, resource_id, but_to=host.id)
@@ -153,10 +166,13 @@ class HostStore:
             _acquire(connection, host, {resource_id}, host.id)
 
     def end_work(self, host: HostIdentity, resource_id: UUID) -> None:
-        """Give the lease of a command back, unless the disk is unfinished: this host finishes the work."""
+        """Give the lease of a command back, unless the disk is unfinished: this host finishes the work.
+
+        The lease of a disk in state ``receiving`` stays, too: the domain is to migrate to this host.
+        """
         with writing(self._engine) as connection:
             state = connection.scalar(sa.select(disks.c.state).where(disks.c.id == resource_id))
-            if state is None or DiskState(state).is_at_rest:
+            if state is None or (DiskState(state).is_at_rest and state != DiskState.RECEIVING.value):
                 _release(connection, host, host.id, [resource_id])
 
     def release(

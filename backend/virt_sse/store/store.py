@@ -274,6 +274,13 @@ class Store:
             disk_id, DiskState.DELETED, state=DiskState.READY.value, deleted=None, scheduled_purge=None
         )
 
+    def set_received(self, disk_id: UUID) -> None:
+        """Set the state of a disk that has received its content to ``ready``.
+
+        :raise DiskStateError: When the disk is not ``receiving`` any more.
+        """
+        self._leave(disk_id, DiskState.RECEIVING, state=DiskState.READY.value)
+
     def begin_deletion(self, disk_id: UUID) -> None:
         """Set the state of a disk that no copy is based on to ``deleting``.
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -71,32 +74,81 @@ def test_qemu_is_checked_in_a_migration_only(incoming: IncomingDomains) -> None:
     incoming.check_started(announced)  # restored from a saved state
 
 
+def encrypted(image: Path, disk_id: uuid.UUID) -> str:
+    """A disk of ours in the guest's QEMU."""
+    return (
+        f"<disk type='file'><source file='{image}'><encryption format='luks'><secret type='passphrase' "
+        f"usage='{SecretName(disk_id, 'service').usage}'/></encryption></source><target dev='vda'/></disk>"
+    )
+
+
+@contextlib.contextmanager
+def process_with_open(image: Path, mode: str, root: Path) -> Iterator[None]:
+    """A process in the place of the domain's QEMU, with an image open."""
+    pid_file = Config.load(root).qemu_pid_file("web")
+    pid_file.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-c", "input()", str(VM)]
+    image.touch()
+    with image.open(mode) as file, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file) as qemu:
+        pid_file.write_text(str(qemu.pid))
+        wait_until(lambda: qemu_process(pid_file, VM), "the process has its command line")
+        try:
+            yield
+        finally:
+            qemu.communicate(b"\n")
+
+
 def test_a_qemu_that_writes_before_the_guest_comes_is_refused(
     incoming: IncomingDomains, root: Path, tmp_path: Path
 ) -> None:
     image = tmp_path / "image"
-    usage = SecretName(uuid.uuid4(), "service").usage
-    disk = (
-        f"<disk type='file'><source file='{image}'><encryption format='luks'><secret type='passphrase' "
-        f"usage='{usage}'/></encryption></source><target dev='vda'/></disk>"
-    )
-    announced = DomainDefinition.parse(incoming.announce(definition(disk)))
+    announced = DomainDefinition.parse(incoming.announce(definition(encrypted(image, uuid.uuid4()))))
     assert incoming.claim(announced)
-    image.touch()
-    pid_file = Config.load(root).qemu_pid_file("web")
-    pid_file.parent.mkdir(parents=True)
-    command = [sys.executable, "-c", "input()", str(VM)]
     with (
-        image.open("r+b") as file,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file) as qemu,
+        process_with_open(image, "r+b", root),
+        pytest.raises(DiskInUseError, match="QEMU writes to the image of vda"),
     ):
-        pid_file.write_text(str(qemu.pid))
-        wait_until(lambda: qemu_process(pid_file, VM), "the process has its command line")
-        try:
-            with pytest.raises(DiskInUseError, match="QEMU writes to the image of vda"):
-                incoming.check_started(announced)
-        finally:
-            qemu.communicate(b"\n")
+        incoming.check_started(announced)
+
+
+COPY, COPY_CHANGES, TLS = 1 << 6, 1 << 7, 1 << 16
+"""libvirt's VIR_MIGRATE_NON_SHARED_DISK, VIR_MIGRATE_NON_SHARED_INC and VIR_MIGRATE_TLS."""
+
+
+def test_a_disk_that_receives_content_needs_a_copy_by_tls(
+    incoming: IncomingDomains, root: Path, tmp_path: Path
+) -> None:
+    image, disk_id, status = tmp_path / "image", uuid.uuid4(), Config.load(root).domain_status_file("web")
+    announced = DomainDefinition.parse(incoming.announce(definition(encrypted(image, disk_id)), [disk_id]))
+    assert incoming.claim(announced)
+
+    def check(flags: int, checks: IncomingDomains = incoming) -> None:
+        job = f"<job type='none' async='migration in' phase='prepare' flags='{flags:#x}'/>"
+        status.write_text(f"<domstatus state='paused' reason='migration'>{job}</domstatus>")
+        checks.check_started(announced)
+
+    with process_with_open(image, "r+b", root):
+        with pytest.raises(VmStateError, match="cannot read"):
+            incoming.check_started(announced)
+        for flags in (TLS, TLS | COPY_CHANGES, TLS | COPY | COPY_CHANGES):
+            with pytest.raises(PolicyError, match="does not copy them"):
+                check(flags)
+        with pytest.raises(PolicyError, match="in plaintext"):
+            check(COPY)
+        check(COPY | TLS)
+        check(COPY, IncomingDomains(dataclasses.replace(Config.load(root), copies_without_tls=True)))
+        status.write_text("<domstatus><job type='none' async='none'/></domstatus>")
+        with pytest.raises(VmStateError, match="does not say how the domain migrates"):
+            incoming.check_started(announced)
+    with (
+        process_with_open(image, "rb", root),
+        pytest.raises(PolicyError, match="to which the migration copies nothing"),
+    ):
+        check(COPY | TLS)
+    incoming.note_received(VM)
+    note = incoming.forget(VM)
+    assert note is not None
+    assert note.received == frozenset()
 
 
 def test_an_image_open_for_writing_is_seen(tmp_path: Path) -> None:

@@ -27,8 +27,16 @@ from virt_sse.agent.lease_watch import LeaseWatch
 from virt_sse.agent.metrics import Metrics
 from virt_sse.backend import Backend
 from virt_sse.config import Config
+from virt_sse.domains.incoming import IncomingDomains
 from virt_sse.domains.release import release
-from virt_sse.errors import DiskInUseError, HostFencedError, LibvirtError, VirtSseError
+from virt_sse.errors import (
+    DiskExistsError,
+    DiskInUseError,
+    DiskStateError,
+    HostFencedError,
+    LibvirtError,
+    VirtSseError,
+)
 from virt_sse.host.setup import initialise
 from virt_sse.keys.leases import Leases
 from virt_sse.libvirt.domain_definition import DomainDefinition
@@ -282,6 +290,50 @@ def test_a_domain_migrates_with_its_leases(hosts: Hosts, a: Backend, b: Backend,
     assert disk.path.read_bytes() != image
     assert not b.host.leases.awaits(VM)
     assert {use.resource_id for use in b.host.leases.uses()} == {VM, disk.id}
+
+
+def test_a_disk_that_receives_content_is_like_the_other_and_has_other_keys(
+    hosts: Hosts, a: Backend, b: Backend, disk: Disk
+) -> None:
+    with a.host.leases.starting(VM, [disk.id], states=[DiskState.READY]):
+        pass
+    with pytest.raises(DiskInUseError, match="in use on this host"):
+        a.receiving.prepare("disk")
+    web = definition(b, disk)
+    target = b.receiving.prepare("disk", new_name="there")
+    assert (target.state, target.size, target.format) == (DiskState.RECEIVING, disk.size, disk.format)
+    assert target.guest_serial == disk.guest_serial
+    assert target.deks != disk.deks
+    with pytest.raises(DiskExistsError, match="'there' waits for the content of disk 'disk' already"):
+        b.receiving.prepare("disk", new_name="again")
+    with pytest.raises(DiskInUseError, match="in use on host"):
+        a.erasure.erase(target)
+    assert a.host.leases.uses() != []
+    b.host.leases.end_killed_work()
+    moved = DomainDefinition.parse(b.domains.announce(web))
+    assert [(use.disk_id, use.source) for use in moved.our_disks] == [(target.id, target.path)]
+    with pytest.raises(DiskStateError, match="is receiving"):
+        b.domains.prepare(definition(b, target))
+    for named in (web, definition(b, target)):  # by 'virsh migrate --xml'
+        b.domains.announce(named)
+        note = IncomingDomains(hosts.config("b")).find(VM)
+        assert note is not None
+        assert note.received == {target.id}
+    sealed = hosts.config("b").image_states / str(target.id)
+    content = sealed.read_bytes()
+    sealed.unlink()  # the store's word alone
+    with pytest.raises(DiskStateError, match="was not made by"):
+        b.domains.announce(web)
+    sealed.write_bytes(content)
+    b.host.store.set_size(disk.id, 2 << 20)
+    with pytest.raises(DiskStateError, match="has size"):
+        b.domains.announce(web)
+    assert b.disks.trust("there").state is DiskState.READY  # the operator saw the domain arrive
+    again = b.receiving.prepare("disk")
+    assert again.name == f"disk.{b.host.leases.identity.name.partition('.')[0]}"
+    assert b.soft_deletion.retention
+    b.erasure.erase(again)
+    assert again.id not in {each.id for each in b.host.store.all()}
 
 
 def test_the_agent_ends_a_migration_of_which_nothing_is_left(

@@ -324,3 +324,33 @@ def test_a_dead_source_hands_over_and_a_dead_destination_awaits_nothing(store: S
     assert store.hosts.await_handover(A, VM, [disk_id], READY)
     store.hosts.enter(restarted(B))
     assert leases(store) == {"a": 2, "b": 0}
+
+
+def test_the_destination_takes_the_leases_of_disks_that_receive_content(store: Store) -> None:
+    ours, theirs = disk("ours"), dataclasses.replace(disk("theirs"), state=DiskState.RECEIVING)
+    for each in (ours, theirs):
+        store.add(each)
+    store.hosts.start(A, VM, [ours.id], READY)
+    store.hosts.work(B, theirs.id)
+    store.hosts.end_work(B, theirs.id)
+    assert leases(store) == {"a": 2, "b": 1}  # the disk waits on host b
+    with pytest.raises(DiskInUseError, match="in use on host 'b'"):
+        store.hosts.work(A, theirs.id)
+    with pytest.raises(DiskStateError):
+        store.hosts.start(B, VM, [theirs.id], READY)
+    assert store.hosts.await_handover(B, VM, [], READY, {ours.id: theirs.id})
+    assert {(use.resource_id, use.user_id, use.is_awaited) for use in store.hosts.uses(B)} == {
+        (VM, VM, True),
+        (theirs.id, B.id, False),
+        (theirs.id, VM, False),
+    }
+    store.hosts.release(B, VM)  # the migration fails
+    assert leases(store) == {"a": 2, "b": 1}
+    assert store.hosts.await_handover(B, VM, [], READY, {ours.id: theirs.id})
+    store.hosts.release(A, VM)
+    assert leases(store) == {"a": 0, "b": 2}
+    store.set_received(theirs.id)
+    store.hosts.end_work(B, theirs.id)
+    assert {(use.resource_id, use.user_id) for use in store.hosts.uses(B)} == {(VM, VM), (theirs.id, VM)}
+    with pytest.raises(DiskStateError):
+        store.set_received(theirs.id)
