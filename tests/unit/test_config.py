@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from virt_sse.config import AgentConfig, Config, IoErrors, PlaintextPolicy
+from virt_sse.config import Config
+from virt_sse.config import file as config_file
+from virt_sse.config.file import AgentConfig, IoErrors, PlaintextPolicy
 from virt_sse.errors import ConfigError
 from virt_sse.model.ciphers import AES_256_XTS
 
@@ -68,6 +71,64 @@ def test_a_file_with_a_password_is_private(tmp_path: Path, url: str) -> None:
 def test_a_file_without_a_password_may_be_read(tmp_path: Path, url: str) -> None:
     write(tmp_path, f'store.url = "{url}"').chmod(0o644)
     assert Config.load(tmp_path).store_url == url
+
+
+EVERY_OPTION = """
+[store]
+url = "postgresql://db/virt_sse"
+[libvirt]
+uri = "qemu:///session"
+copies-without-tls = true
+[disks]
+directory = "/srv/images"
+infrastructure-cipher = "aes-256-xts"
+placement = "storage"
+io-errors = "report"
+reconnect-seconds = 60
+retention-days = 30
+[plugins]
+required = ["policy"]
+[host]
+subscription = "production"
+region = "north"
+storage-uids = "70000-80000"
+storage-user = "storage"
+stale-images = "warn"
+[encryption-sets]
+limit = 5
+operator-credential = "/etc/operator.json"
+[policy]
+profile = "2025-01-01"
+tables = "/etc/tables.toml"
+enforce = false
+[agent]
+timeout = 7
+poll-seconds = 7
+probe-seconds = 7
+rotation-seconds = 7
+plaintext = "pause"
+[page]
+listen = "127.0.0.1:9000"
+group = "operators"
+[ceph]
+monitors = ["mon.example"]
+user = "images"
+keyring = "/etc/keyring"
+[key-providers.customer-managed]
+vault = "other"
+"""
+
+
+def test_every_option_has_an_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LIBVIRT_DEFAULT_URI", raising=False)
+    default = Config.load(tmp_path / "without")
+    write(tmp_path, EVERY_OPTION)
+    config = Config.load(tmp_path)
+    fields = [each.name for each in dataclasses.fields(Config)]
+    assert [name for name in fields if getattr(config, name) == getattr(default, name)] == []
+    tables = tomllib.loads(EVERY_OPTION)
+    del tables["key-providers"]
+    assert {(table, option) for table in tables for option in tables[table]} == set(config_file.options())
 
 
 def test_the_environment_moves_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

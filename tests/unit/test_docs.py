@@ -31,6 +31,7 @@ from support.loaded_commands import write_program
 from virt_sse import config
 from virt_sse.agent.metrics import Metrics
 from virt_sse.cli import reference
+from virt_sse.config import file as config_file
 from virt_sse.lab.vaults import LabVault
 
 LANGUAGES = {"host": "sh", "vault": "sh", "config": "toml", "vectors": "python"}
@@ -131,7 +132,7 @@ def test_commands_and_their_options_exist(document: Document) -> None:
 
 def test_every_option_of_the_configuration_is_described() -> None:
     text = (CHECKOUT / "backend/docs/reference/configuration.md").read_text("utf-8")
-    options = sorted(config.options())
+    options = sorted(config_file.options())
     assert len(options) > 15
     assert [option for _, option in options if not re.search(rf"`{option}\b", text)] == []
     tables = ["key-providers", *(table for table, _ in options)]

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Protocol
 
 from virt_sse.agent.logs import fields
-from virt_sse.config import Config, PageConfig
+from virt_sse.config import Config
+from virt_sse.config.file import PageConfig
 from virt_sse.errors import AgentError, ConfigError, VirtSseError
 from virt_sse.page.access import provided_token
 from virt_sse.page.document import Overview, Settings, encode

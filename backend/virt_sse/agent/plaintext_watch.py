@@ -22,7 +22,7 @@ from virt_sse.agent.metrics import Metrics
 from virt_sse.agent.overlay_commit import CommitUnclearError, OverlayCommit, committable
 from virt_sse.agent.overlay_commit_record import OverlayCommitRecord, record_path
 from virt_sse.backend import Backend
-from virt_sse.config import PlaintextPolicy
+from virt_sse.config.file import PlaintextPolicy
 from virt_sse.errors import AgentError, InvalidValueError, VirtSseError
 from virt_sse.verification.chains import LinkKind, PlaintextLink, plaintext_links
 

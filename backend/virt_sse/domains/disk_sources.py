@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from virt_sse.config import IoErrors
+from virt_sse.config.file import IoErrors
 from virt_sse.errors import PolicyError
 from virt_sse.keys.host import Host
 from virt_sse.libvirt import disk_element

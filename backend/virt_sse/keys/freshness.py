@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from virt_sse.config import Config, StaleImages
+from virt_sse.config import Config
+from virt_sse.config.file import StaleImages
 from virt_sse.errors import (
     CephError,
     DiskStateError,

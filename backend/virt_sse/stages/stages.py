@@ -8,9 +8,8 @@ import functools
 import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 from virt_sse.config import Config
@@ -24,16 +23,14 @@ from virt_sse.qemu import image_file, qcow2
 from virt_sse.qemu.formatting import header_length
 from virt_sse.qemu.unlocking import BaseImage
 from virt_sse.stages import sockets
-from virt_sse.stages.gate_process import GATE, GateProcess, admitted_by
-from virt_sse.stages.hand_over_process import HAND_OVER, HandOverProcess
+from virt_sse.stages.gate_process import GATE, admitted_by
+from virt_sse.stages.hand_over_process import HAND_OVER
 from virt_sse.stages.kinds import STAGE_KINDS, StageKinds, by_process, guest_and_below, kind_of
 from virt_sse.stages.lent_images import give_back, lent_base, return_images_of, take_back_base
 from virt_sse.stages.locked_process import PATIENCE, LockedProcess
 from virt_sse.stages.process_start import start_process
 from virt_sse.stages.record import RecordedBase, StageRecord, age
-from virt_sse.stages.sockets import ListeningSocket
-from virt_sse.stages.stage_process import ExportSource, ImageSource, StagePlace, StageProcess
-from virt_sse.stages.storage_daemon import StorageDaemonProcess
+from virt_sse.stages.recorded_stages import RecordedStages
 from virt_sse.stages.storage_user import own_users, storage_user
 from virt_sse.system.locks import DiskLocks
 
@@ -44,109 +41,12 @@ _USERS = UUID(int=0)
 LOST_WRITES = "unflushed writes are lost: the domain must be stopped and started"
 
 
-class Stages:
-    """All stage processes of a host. Several commands may work on them at the same time.
-
-    :ivar kinds: the kinds of stage processes, guest first.
-    """
+class Stages(RecordedStages):
+    """All stage processes of a host. Several commands may work on them at the same time."""
 
     def __init__(self, config: Config, *, kinds: StageKinds = STAGE_KINDS) -> None:
-        self._config = config
-        self.kinds = kinds
+        super().__init__(config, kinds)
         self._locks = DiskLocks(config.stage_directory.parent / "stages.lock")
-
-    def guest_socket(self, disk_id: UUID) -> Path:
-        """The socket at which a guest's QEMU finds the disk."""
-        return sockets.guest_socket(self._sockets(disk_id))
-
-    def records(self, damaged: Callable[[StageError], object] = lambda _: None) -> list[StageRecord]:
-        """The records of all disks with stage processes, running or not.
-
-        :param damaged: called for each unreadable record; these records are left out.
-        """
-        found = []
-        for folder in self._folders():
-            try:
-                record = StageRecord.read(folder, self.kinds)
-            except StageError as exc:
-                damaged(exc)
-            except Exception as exc:  # noqa: BLE001 -- one record must not stop those of other disks
-                _log.exception("damaged stage record in %s", folder)
-                damaged(StageError(f"damaged stage record in {folder}: {type(exc).__name__}"))
-            else:
-                found += [record] if record else []
-        return found
-
-    def _folders(self) -> list[Path]:
-        try:
-            return sorted(self._config.stage_directory.iterdir())
-        except FileNotFoundError:
-            return []
-
-    def record(self, disk_id: UUID) -> StageRecord | None:
-        """The record of a disk; ``None`` if the disk has no stage processes.
-
-        :raise StageError: When the record is damaged.
-        """
-        return StageRecord.read(self._folder(disk_id), self.kinds)
-
-    def processes(self, record: StageRecord) -> list[StageProcess[Any]]:
-        """The stage processes of *record*, guest first, running or not."""
-        found: list[StageProcess[Any]] = []
-        source: ImageSource | ExportSource = ImageSource(record.image)
-        groups = by_process(record.stages, self.kinds)
-        for position, (kind, stages) in reversed(list(enumerate(groups))):
-            user = record.user(kind.name)
-            if position == 0 and record.gated:
-                served = ListeningSocket(sockets.gated_socket(self._folder(record.disk_id)), ROOT)
-            elif position == 0:
-                served = self._guest_listening(record)
-            else:
-                path = sockets.inner_socket(self._sockets(record.disk_id), kind.inner_socket)
-                client, _ = groups[position - 1]
-                served = ListeningSocket(path, record.user(client.name))
-            place = StagePlace(
-                disk_id=record.disk_id,
-                format=record.format,
-                source=source,
-                served=served,
-                export=record.export if position == 0 else str(record.disk_id),
-                decrypts_all=record.guest_slot is None,
-                user=user,
-                is_own_user=self._config.storage_user is None and user.uid in self._config.storage_uids,
-                folder=self._folder(record.disk_id),
-                cache_directory=self._config.cache_directory,
-                base=record.base.path if record.base else None,
-            )
-            found.insert(0, kind(stages, place))
-            source = ExportSource(served.path, place.export)
-        return found
-
-    def gate(self, record: StageRecord) -> GateProcess | None:
-        """The gate before the stage processes of *record*, running or not; ``None`` if made without."""
-        if not record.gated:
-            return None
-        return GateProcess(
-            folder=self._folder(record.disk_id),
-            guest=self._guest_listening(record),
-            qemu_pid_file=self._config.qemu_pid_file(record.domain),
-        )
-
-    def hand_over(self, record: StageRecord) -> HandOverProcess | None:
-        """The hand-over of the image of *record* to or from another host, begun or not.
-
-        ``None`` for a disk that cannot be handed over: with a host cache, or in Ceph.
-        """
-        daemon = self.processes(record)[-1]
-        if not isinstance(daemon, StorageDaemonProcess) or daemon.has_network:
-            return None
-        path = sockets.inner_socket(self._sockets(record.disk_id), HAND_OVER)
-        return HandOverProcess(
-            record=record,
-            daemon=daemon,
-            folder=self._folder(record.disk_id),
-            listening=ListeningSocket(path, daemon.place.user),
-        )
 
     @contextlib.contextmanager
     def locked(self, disk_id: UUID) -> Iterator[StageRecord | None]:
@@ -157,15 +57,6 @@ class Stages:
         with self._locks.hold(disk_id, wait=True):
             yield self.record(disk_id)
 
-    def dead(self, record: StageRecord) -> list[str]:
-        """The names of dead processes of *record*."""
-        return [each.name for each in self.processes(record) if each.process.pid() is None]
-
-    def lacks_gate(self, record: StageRecord) -> bool:
-        """Whether the gate of *record* has died: the guest cannot connect again then."""
-        gate = self.gate(record)
-        return gate is not None and gate.process.pid() is None
-
     def restart_gate(self, disk_id: UUID) -> None:
         """Start a disk's gate again, if the gate has died and the stage processes have not.
 
@@ -175,14 +66,6 @@ class Stages:
             record = self.record(disk_id)
             if record and not self.dead(record):
                 self._restart_gate(record)
-
-    def dek_slots(self, record: StageRecord) -> list[str]:
-        """Slots of the DEKs for the processes of *record*."""
-        return [slot for each in self.processes(record) for slot in each.slots]
-
-    def may_restart(self, record: StageRecord) -> bool:
-        """Whether acknowledged writes outlive all processes of *record*; if so, a restart loses nothing."""
-        return all(each.keeps_acknowledged_writes for each in self.processes(record))
 
     def start(
         self,
@@ -333,14 +216,6 @@ class Stages:
         if failed:
             raise failed
 
-    def _damage(self, disk_id: UUID) -> str | None:
-        """The reason why the disk's record cannot be read, if so."""
-        try:
-            self.record(disk_id)
-        except StageError as exc:
-            return str(exc)
-        return None
-
     def _served(self, folder: Path, domain: str, *, is_defined: bool) -> bool:
         """Whether the processes in *folder* serve a domain, as far as can be told without their record."""
         admits = admitted_by(folder)
@@ -474,15 +349,6 @@ class Stages:
             gate.start(self.processes(record)[0].process)
         except OSError as exc:
             raise StageError(f"cannot start the gate of disk {record.disk_id}: {exc}") from exc
-
-    def _guest_listening(self, record: StageRecord) -> ListeningSocket:
-        return ListeningSocket(self.guest_socket(record.disk_id), record.qemu)
-
-    def _sockets(self, disk_id: UUID) -> Path:
-        return self._config.socket_directory / str(disk_id)
-
-    def _folder(self, disk_id: UUID) -> Path:
-        return self._config.stage_directory / str(disk_id)
 
 
 def _room(disk: Disk, size: int) -> int:

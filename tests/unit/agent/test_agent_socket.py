@@ -14,7 +14,8 @@ import pytest
 from virt_sse.agent.listener import listening
 from virt_sse.agent.server import AgentServer, AgentService
 from virt_sse.agent_client import SOCKET, TIMEOUT_SECONDS, ask, configured_timeout, serve_event
-from virt_sse.config import AgentConfig, Config
+from virt_sse.config import Config
+from virt_sse.config.file import AgentConfig
 from virt_sse.errors import (
     AgentError,
     AgentUnavailableError,

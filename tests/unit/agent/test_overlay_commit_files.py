@@ -10,7 +10,8 @@ import pytest
 
 from virt_sse.agent.overlay_commit import committable
 from virt_sse.agent.overlay_commit_record import Overlay, OverlayCommitRecord
-from virt_sse.config import Config, PlaintextPolicy
+from virt_sse.config import Config
+from virt_sse.config.file import PlaintextPolicy
 from virt_sse.errors import ConfigError, ImageError
 from virt_sse.libvirt.disk_chains import ChainLink, DiskChain
 from virt_sse.system.overwrite import overwrite_and_remove

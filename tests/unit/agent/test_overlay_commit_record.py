@@ -18,7 +18,8 @@ from virt_sse.agent.metrics import Metrics
 from virt_sse.agent.overlay_commit_record import Overlay, OverlayCommitRecord, record_path
 from virt_sse.agent.plaintext_watch import PlaintextWatch
 from virt_sse.backend import Backend
-from virt_sse.config import Config, PlaintextPolicy
+from virt_sse.config import Config
+from virt_sse.config.file import PlaintextPolicy
 from virt_sse.errors import AgentError
 from virt_sse.libvirt.domain_definition import DomainDefinition
 from virt_sse.libvirt.secret_name import SecretName

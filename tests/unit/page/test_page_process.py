@@ -21,7 +21,8 @@ from support.processes import children
 from support.waiting import wait_until
 from virt_sse.agent import page_service
 from virt_sse.agent.page_service import PAGE_ID, PageService
-from virt_sse.config import Config, PageConfig
+from virt_sse.config import Config
+from virt_sse.config.file import PageConfig
 from virt_sse.page.access import new_code, read_token
 from virt_sse.page.document import Overview
 from virt_sse.system import extras
