@@ -24,6 +24,7 @@ from virt_sse.model.disk_format import DiskFormat
 from virt_sse.model.disks import Disk, NewDisk
 from virt_sse.qemu import rbd_image
 from virt_sse.qemu.reading import plaintext
+from virt_sse.system.rbd_names import is_rbd
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +39,9 @@ def _running_site(
     options = f"[ceph]\nmonitors = ['{lab_ceph.monitor}']\nkeyring = '{lab_ceph.keyring(USER)}'\n"
     with stage_site(lab_host, acceleration("boot-sector"), CONFIG + options) as site:
         yield site
+        for disk in site.backend.host.store.all():  # other tests' hosts have no Ceph
+            if is_rbd(disk.path):
+                site.backend.host.store.remove(disk.id)
 
 
 @pytest.fixture(name="site")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,9 @@ class TestRefusals:
         assert images.files_below(disk.path.parent) == [disk.path.name]
 
 
+PUBLISH = "image_file.publish"
+
+
 class TestKilled:
     """A kill is an exception that nothing catches, and locks that end with their descriptors."""
 
@@ -197,8 +201,8 @@ class TestKilled:
         with monkeypatch.context() as patch:
             patch.setattr(creation.Creation, "settle", lambda *_: None)
             if name:
-                original = getattr(creation, name)
-                patch.setattr(creation, name, die)
+                original = attrgetter(name)(creation)
+                patch.setattr(f"{creation.__name__}.{name}", die)
             patch.setattr(
                 backend.live_copies,
                 "of_domain",
@@ -207,7 +211,7 @@ class TestKilled:
             with pytest.raises(self.Kill) if name else contextlib.nullcontext():
                 backend.snapshots.of_domain("s", "domain")
 
-    @pytest.mark.parametrize(("name", "after"), [("make", 0), ("make", 1), ("publish", 0), ("publish", 1)])
+    @pytest.mark.parametrize(("name", "after"), [("make", 0), ("make", 1), (PUBLISH, 0), (PUBLISH, 1)])
     def test_snapshots_taken_together_are_all_made_or_none(
         self, backend: Backend, root: Path, monkeypatch: pytest.MonkeyPatch, name: str, after: int
     ) -> None:
