@@ -123,6 +123,8 @@ def test_a_double_disk_is_handed_over_while_the_guest_writes(
     site.migrate(guest, site.a, site.b)
     assert_runs_on(site.b, site.a, guest, disk)
     guest.await_writes()
+    handed_over = [each.agent.events("disk-handed-over", disk=str(disk.id)) for each in (site.a, site.b)]
+    assert list(map(bool, handed_over)) == [True, False]
     site.b.virt_sse("vm", "verify", guest.name)
     site.migrate(guest, site.b, site.a, "--p2p")
     assert_runs_on(site.a, site.b, guest, disk)

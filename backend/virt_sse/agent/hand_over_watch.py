@@ -91,10 +91,13 @@ class HandOverWatch:
         ends = time.monotonic() + _LEAVE_SECONDS
         try:
             with connected(self._uri) as connection:
+                has_begun = False
                 while time.monotonic() < ends and self._is_leaving(connection, record.domain_id):
                     if self._domains.leave_disk(record):
-                        _log.info("disk-handed-over", extra=fields(details))
+                        if has_begun:
+                            _log.info("disk-handed-over", extra=fields(details))
                         break
+                    has_begun = True
                     if self._ends.wait(_PAUSE_SECONDS):
                         break
         except VirtSseError as exc:
