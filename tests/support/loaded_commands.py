@@ -28,6 +28,7 @@ _LOADED = ("virt_sse.backend", "virt_sse.cli.main", "virt_sse.store.engine", "al
 _AT_START = ("PYTHON", "LC_", "LANG", "LD_", "MALLOC_")
 """Variables that a process reads at its start, by their first letters."""
 _LONGEST = 1 << 20
+_STARTING = threading.Lock()
 _IN_NAMESPACES: list[subprocess.Popen[bytes]] = []
 
 
@@ -110,7 +111,8 @@ sys.exit(int(connection.recv(64)) % 256)
 
 def start(inside: Sequence[str] = ()) -> str:
     """Start the server unless it runs: its address, an abstract socket. It ends with this process."""
-    return _started(tuple(inside))
+    with _STARTING:
+        return _started(tuple(inside))
 
 
 def servers() -> set[int]:
