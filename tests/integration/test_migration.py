@@ -158,7 +158,6 @@ def test_a_guest_with_a_disk_in_ceph_migrates(
 ) -> None:
     disk = site.disk("raw", place=in_ceph)
     guest = MovingGuest(site, disk, acceleration("linux-micro"), linux_micro)
-    guest.define()
     guest.run()
     copying = ("--copy-storage-all", "--disks-uri", f"unix://{site.b.sockets}/storage")
     assert_refused(site, guest, "QEMU writes to the image of vda", *copying)

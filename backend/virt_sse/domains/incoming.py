@@ -28,11 +28,9 @@ from virt_sse.qemu import image_file
 from virt_sse.stages import Stages
 from virt_sse.stages.hand_overs import HandOvers
 from virt_sse.system.files import private_folder, write_private
-from virt_sse.system.listening_sockets import listening_sockets
 from virt_sse.system.rbd_names import is_rbd
 from virt_sse.system.running_process import qemu_process
 
-_LIBVIRT_SOCKETS = ("/var/lib/libvirt/qemu/", "/run/libvirt/qemu/")
 _CLAIMED = " claimed"
 _VALID_SECONDS = 60.0
 """libvirt prepares a live migration at once. After an offline migration, the definition keeps the token."""
@@ -122,7 +120,7 @@ class IncomingDomains:
             is_received = use.disk_id in note.received
             try:
                 if use.source and is_rbd(use.source):
-                    is_open = _receives_content(qemu, definition)
+                    is_open = self._flags(definition).copies_any  # how QEMU has the image open cannot be seen
                 elif use.source is None or (is_received and stat.S_ISSOCK(use.source.stat().st_mode)):
                     continue  # a storage process has the image open
                 else:
@@ -147,7 +145,7 @@ class IncomingDomains:
         :raise PolicyError: Otherwise.
         :raise VmStateError: When libvirt's flags of the migration cannot be read.
         """
-        flags = MigrationFlags.of(self._config.domain_status_file(definition.name))
+        flags = self._flags(definition)
         if not flags.copies_disks or flags.copies_changes_alone:
             raise PolicyError(
                 f"disks of domain {definition.name!r} are on the storage of this host, "
@@ -159,6 +157,9 @@ class IncomingDomains:
                 "the contents of encrypted disks would cross the network in plaintext",
                 hint="migrate with --tls; on a trusted link, set 'copies-without-tls' in [libvirt]",
             )
+
+    def _flags(self, definition: DomainDefinition) -> MigrationFlags:
+        return MigrationFlags.of(self._config.domain_status_file(definition.name))
 
     def find(self, domain_id: UUID) -> IncomingDomain | None:
         """The note about a domain that came, or is about to come, by a migration.
@@ -248,21 +249,6 @@ def refuse_disk(disk: Disk, plan: LayerPlan) -> None:
             f"if they do not, 'virt-sse disk receive {disk.name}', then migrate with --copy-storage-all; "
             "after an offline migration, start the domain again",
         )
-
-
-def _receives_content(pid: int, definition: DomainDefinition) -> bool:
-    """Whether a QEMU process that waits for a guest may get the content of disks as well, by an NBD server.
-
-    How QEMU has an RBD image open cannot be seen. QEMU listens for the guest, for an NBD server, where the
-    definition says, and in libvirt's folders.
-
-    :raise OSError: When the process is gone.
-    """
-    known = definition.socket_names
-    others = [
-        name for name in listening_sockets(pid) if name not in known and not name.startswith(_LIBVIRT_SOCKETS)
-    ]
-    return len(others) > 1
 
 
 def has_open_for_writing(pid: int, path: Path) -> bool:

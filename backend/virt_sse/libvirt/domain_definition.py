@@ -200,14 +200,6 @@ class DomainDefinition:
         return iothreads.iothreads(self._root)
 
     @property
-    def socket_names(self) -> frozenset[str]:
-        """The TCP ports and the paths that the definition names, e.g. of consoles and displays."""
-        names = ("port", "tlsPort", "websocket", "service", "path", "socket")
-        return frozenset(
-            each.attrib[name] for each in self._root.iter() for name in names if name in each.attrib
-        )
-
-    @property
     def qemu_user(self) -> User | None:
         """User and group of the QEMU process, once libvirt has begun to start the domain (``<seclabel>``).
 

@@ -36,6 +36,11 @@ class MigrationFlags:
     copies_changes_alone: bool
     has_tls: bool
 
+    @property
+    def copies_any(self) -> bool:
+        """Whether the contents of disks, or changes, are copied."""
+        return self.copies_disks or self.copies_changes_alone
+
     @classmethod
     def of(cls, status_file: Path) -> Self:
         """Read the flags of the migration under way from libvirt's status file of the domain.
