@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -84,21 +84,9 @@ class LibvirtEvents:
         except libvirt.libvirtError as exc:
             _log.warning("libvirt reports no events: %s", exc)
 
-    def _on_job(
-        self,
-        _connection: libvirt.virConnect,
-        domain: libvirt.virDomain,
-        _event: str,
-        _seconds: int,
-        _microseconds: int,
-        details: str,
-        _opaque: Any,
-    ) -> None:
-        try:
-            change = json.loads(details)
-            self._job(UUID(bytes=domain.UUID()), str(change["id"]), str(change["status"]))
-        except (ValueError, KeyError, TypeError, RecursionError):
-            _log.warning("QEMU reports a job in an unknown format")
+    def _on_job(self, _connection: libvirt.virConnect, domain: libvirt.virDomain, *event: object) -> None:
+        if change := _fields(event, "id", "status"):
+            self._job(UUID(bytes=domain.UUID()), *change)
 
     def _on_memory_only_dump(
         self, _connection: libvirt.virConnect, domain: libvirt.virDomain, *_details: object
@@ -116,19 +104,10 @@ class LibvirtEvents:
             self._dumped(UUID(bytes=domain.UUID()))
 
     def _on_migration(
-        self,
-        _connection: libvirt.virConnect,
-        domain: libvirt.virDomain,
-        _event: str,
-        _seconds: int,
-        _microseconds: int,
-        details: str,
-        _opaque: Any,
+        self, _connection: libvirt.virConnect, domain: libvirt.virDomain, *event: object
     ) -> None:
-        try:
-            self._migration(UUID(bytes=domain.UUID()), str(json.loads(details)["status"]))
-        except (ValueError, KeyError, TypeError, RecursionError):
-            _log.warning("QEMU reports a migration in an unknown format")
+        if change := _fields(event, "status"):
+            self._migration(UUID(bytes=domain.UUID()), *change)
 
     def _on_lifecycle(
         self,
@@ -140,3 +119,17 @@ class LibvirtEvents:
     ) -> None:
         if (event, detail) == (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_SAVED):
             self._saved(UUID(bytes=domain.UUID()))
+
+
+def _fields(event: Sequence[object], *names: str) -> list[str]:
+    """Fields of an event of QEMU; none of an event in an unknown format, which is logged.
+
+    :param event: name, seconds, microseconds, details in JSON, and the opaque value of libvirt's callback.
+    """
+    name, _, _, details, _ = event
+    try:
+        found = json.loads(str(details))
+        return [str(found[each]) for each in names]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        _log.warning("QEMU reports %s in an unknown format", name)
+        return []

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from virt_sse.cli.output import note
-from virt_sse.cli.vault_options import Directory, vault_folder
-from virt_sse.errors import InvalidValueError
+from virt_sse.cli.vault_options import Directory, token_options, vault_folder
 
 if TYPE_CHECKING:
     from virt_sse.vault.home.layout import VaultDirectory
@@ -83,12 +82,7 @@ def hsm_options(
 
     :raise InvalidValueError: When an option is given without ``--hsm-uri``.
     """
-    pin = str(pin_file.absolute()) if pin_file else None
-    named = {"uri": uri, "module": module, "pin-file": pin, "user": user}
-    options = {name: value for name, value in named.items() if value is not None}
-    if options and uri is None:
-        raise InvalidValueError("--hsm-module, --hsm-pin-file and --hsm-user need --hsm-uri")
-    return options
+    return token_options("hsm", uri, module, pin_file, user)
 
 
 def print_hsm(vault: VaultDirectory) -> None:

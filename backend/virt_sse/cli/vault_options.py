@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from virt_sse.cli import session
+from virt_sse.errors import InvalidValueError
 from virt_sse.system.database_url import refuse_password
 
 if TYPE_CHECKING:
@@ -57,6 +58,23 @@ def database_url(given: str | None) -> str | None:
     if given is not None:
         refuse_password(given)
     return given
+
+
+def token_options(
+    prefix: str, uri: str | None, module: str | None, pin_file: Path | None, user: str | None
+) -> dict[str, str]:
+    """A PKCS#11 token by the options ``--PREFIX-uri`` and so on, as in a vault's files; may be empty.
+
+    :raise InvalidValueError: When an option is given without the URI.
+    """
+    pin = str(pin_file.absolute()) if pin_file else None
+    named = {"uri": uri, "module": module, "pin-file": pin, "user": user}
+    options = {name: value for name, value in named.items() if value is not None}
+    if options and uri is None:
+        raise InvalidValueError(
+            f"--{prefix}-module, --{prefix}-pin-file and --{prefix}-user need --{prefix}-uri"
+        )
+    return options
 
 
 def open_client(credential: Path | None) -> VaultClient:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from virt_sse.cli.output import note
-from virt_sse.cli.vault_options import Directory, vault_folder
-from virt_sse.errors import InvalidValueError
+from virt_sse.cli.vault_options import Directory, token_options, vault_folder
 
 if TYPE_CHECKING:
     from virt_sse.vault.hsm.sealed_root import SealingKey
@@ -95,11 +94,5 @@ def sealing_key(
     """
     from virt_sse.vault.hsm.sealed_root import SealingKey
 
-    pin = str(pin_file.absolute()) if pin_file else None
-    named = {"uri": uri, "module": module, "pin-file": pin, "user": user}
-    options = {name: value for name, value in named.items() if value is not None}
-    if uri is not None:
-        return SealingKey.parse(options)
-    if options:
-        raise InvalidValueError("--seal-module, --seal-pin-file and --seal-user need --seal-uri")
-    return None
+    options = token_options("seal", uri, module, pin_file, user)
+    return SealingKey.parse(options) if options else None

@@ -310,35 +310,24 @@ class DomainStart(DiskSources):
             if is_rbd(served.disk.path):
                 _refuse_shared(served.disk.path, is_incoming=is_elsewhere)
             served = self._begin_use(served, is_elsewhere=is_elsewhere)
-            return self._start_alone(served, domain, domain_id, qemu, replacing, is_elsewhere)
-
-    def _start_alone(
-        self,
-        served: UsedDisk,
-        domain: str,
-        domain_id: UUID,
-        qemu: User | None,
-        replacing: UUID | None,
-        is_elsewhere: bool,
-    ) -> dict[SecretName, Dek]:
-        deks = self._unlock(served, domain)
-        headers = self._validate_inner(served.disk, deks)
-        _make_room(served.disk, deks, headers)
-        with audit_context(domain=domain):
-            base = unlocked_base(self._host, served.disk)
-        if qemu:
-            self._stages.start(
-                served.disk,
-                served.plan,
-                deks,
-                domain_id=domain_id,
-                domain=domain,
-                qemu=qemu,
-                replacing=replacing,
-                base=base,
-                is_elsewhere=is_elsewhere,
-            )
-        return served.for_libvirt(deks)
+            deks = self._unlock(served, domain)
+            headers = self._validate_inner(served.disk, deks)
+            _make_room(served.disk, deks, headers)
+            with audit_context(domain=domain):
+                base = unlocked_base(self._host, served.disk)
+            if qemu:
+                self._stages.start(
+                    served.disk,
+                    served.plan,
+                    deks,
+                    domain_id=domain_id,
+                    domain=domain,
+                    qemu=qemu,
+                    replacing=replacing,
+                    base=base,
+                    is_elsewhere=is_elsewhere,
+                )
+            return served.for_libvirt(deks)
 
     def _validate_inner(self, disk: Disk, deks: Mapping[str, Dek]) -> Sequence[VolumeHeader]:
         """Validate the headers of nested volumes, before QEMU opens the inner volume.

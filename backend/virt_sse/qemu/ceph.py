@@ -9,7 +9,7 @@ import base64
 import binascii
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from virt_sse.errors import CephError, ConfigError, ToolError
 from virt_sse.model.ceph import CephCluster
@@ -17,8 +17,10 @@ from virt_sse.system.permissions import readable_permission
 from virt_sse.system.rbd_names import RbdName
 from virt_sse.system.tools import passphrase_descriptor, run
 
-_SECRET = "ceph"  # noqa: S105 -- a name
+_SECRETS = "ceph"
 """First part of the ids of secret objects with the user's key in QEMU's programs."""
+SECRET = f"{_SECRETS}0"
+"""The id of :func:`secret_object`."""
 _TIMEOUT = 30.0
 _KEY = re.compile(rb"^\s*key\s*=\s*(\S+)\s*$", re.MULTILINE)
 _used: list[CephCluster] = []
@@ -77,22 +79,22 @@ def node(name: RbdName, number: int = 0) -> dict[str, object]:
         "pool": name.pool,
         "image": name.image,
         "user": used.user,
-        "key-secret": f"{_SECRET}{number}",
+        "key-secret": f"{_SECRETS}{number}",
         "auth-client-required": ["cephx"],
         "server": [{"host": host, "port": str(port)} for host, port in used.monitors],
     }
 
 
-def secret_object() -> Mapping[str, str]:
+def secret_object() -> dict[str, object]:
     """Arguments of QMP's ``object-add`` that define the secret object for :func:`node`."""
-    return {"qom-type": "secret", "id": f"{_SECRET}0", "format": "base64", "data": user_key().decode()}
+    return {"qom-type": "secret", "id": SECRET, "format": "base64", "data": user_key().decode()}
 
 
 @contextlib.contextmanager
 def secret(number: int = 0) -> Iterator[tuple[list[str], list[int]]]:
     """Arguments and descriptors that define the secret object for :func:`node` for a QEMU tool."""
     with passphrase_descriptor(user_key()) as descriptor:
-        described = f"secret,id={_SECRET}{number},format=base64,file=/proc/self/fd/{descriptor}"
+        described = f"secret,id={_SECRETS}{number},format=base64,file=/proc/self/fd/{descriptor}"
         yield ["--object", described], [descriptor]
 
 

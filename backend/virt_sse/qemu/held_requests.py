@@ -1,6 +1,6 @@
 """NBD server that holds requests until they may be passed on to another export (NBD ``doc/proto.md``).
 
-Part of the script :mod:`~virt_sse.stages.hand_over`: standard library only. The client and the other export
+Part of the script :mod:`~virt_sse.stages.hand_over`. The client and the other export
 belong to the disk's own storage daemon.
 """
 
@@ -10,20 +10,19 @@ import contextlib
 import socket
 import struct
 import threading
+from errno import EIO
 from io import BufferedReader
 
-_MAGIC, _OPTIONS_MAGIC, _REPLY_TO_OPTION = b"NBDMAGIC", b"IHAVEOPT", 0x3E889045565A9
-_FIXED_NEWSTYLE, _NO_ZEROES = 1, 2
-_EXPORT_NAME, _ABORT, _INFO, _GO = 1, 2, 6, 7
+from virt_sse.qemu import nbd_protocol as nbd
+from virt_sse.qemu.nbd import NbdReader
+
+_REPLY_TO_OPTION = 0x3E889045565A9
+_ABORT, _INFO, _GO = 2, 6, 7
 _ACK, _ABOUT_EXPORT, _UNSUPPORTED = 1, 3, (1 << 31) + 1
 _FLAGS = 1 | 4 | 8 | 32 | 64
 """Of the export: it has flags, and knows flush, FUA, trim and writes of zeros."""
-_OPTION, _ANSWER, _EXPORT = struct.Struct(">8sII"), struct.Struct(">QIII"), struct.Struct(">HQH")
-_REQUEST, _REPLY = struct.Struct(">IHHQQI"), struct.Struct(">IIQ")
-_REQUEST_MAGIC, _REPLY_MAGIC = 0x25609513, 0x67446698
-_READ, _WRITE, _DISCONNECT, _FLUSH = 0, 1, 2, 3
-_EIO = 5
-_LONGEST_OPTION, _LONGEST_REQUEST = 1 << 16, 32 << 20
+_ANSWER, _EXPORT = struct.Struct(">QIII"), struct.Struct(">HQH")
+_LONGEST_OPTION = 1 << 16
 
 HELD_SECONDS = 60.0
 """A request held for this time fails: QEMU pauses the guest, and sends the request again when it goes on.
@@ -61,17 +60,14 @@ class HeldRequests:
     def pass_on(self, socket_path: str, export: str) -> None:
         """Pass all requests on to an export, the held ones as well.
 
-        :raise OSError: When the server of the export does not answer.
-        :raise ProtocolError: When the server lacks the export.
+        :raise OSError: When there is no server.
+        :raise ImageError: When the server lacks the export, or does not answer.
         """
         server = socket.socket(socket.AF_UNIX)
         server.connect(socket_path)
+        NbdReader(server, export)
+        server.settimeout(None)
         answers = server.makefile("rb")
-        _receive(answers, 18)
-        name = export.encode()
-        asked = struct.pack(">I", _FIXED_NEWSTYLE | _NO_ZEROES)
-        server.sendall(asked + _OPTION.pack(_OPTIONS_MAGIC, _EXPORT_NAME, len(name)) + name)
-        _receive(answers, 10)
         self._target = server, answers
         with self._changed:
             self._is_passing = True
@@ -108,10 +104,10 @@ class HeldRequests:
 
     def _negotiate(self, client: socket.socket, options: BufferedReader) -> bool:
         """Whether the client takes the export."""
-        client.sendall(_MAGIC + _OPTIONS_MAGIC + struct.pack(">H", _FIXED_NEWSTYLE | _NO_ZEROES))
+        client.sendall(nbd.MAGIC + nbd.OPTIONS_MAGIC + struct.pack(">H", nbd.FIXED_NEWSTYLE | nbd.NO_ZEROES))
         _receive(options, 4)
         while True:
-            _, option, length = _OPTION.unpack(_receive(options, _OPTION.size))
+            _, option, length = nbd.OPTION.unpack(_receive(options, nbd.OPTION.size))
             if length > _LONGEST_OPTION:
                 raise ProtocolError
             _receive(options, length)
@@ -127,27 +123,27 @@ class HeldRequests:
 
     def _answer(self, client: socket.socket, requests: BufferedReader) -> bool:
         """Answer the next request; whether more may follow."""
-        header = _receive(requests, _REQUEST.size)
-        magic, _, command, handle, _, length = _REQUEST.unpack(header)
-        if magic != _REQUEST_MAGIC or (command in (_READ, _WRITE) and length > _LONGEST_REQUEST):
+        header = _receive(requests, nbd.REQUEST.size)
+        magic, _, command, handle, _, length = nbd.REQUEST.unpack(header)
+        if magic != nbd.REQUEST_MAGIC or (command in (nbd.READ, nbd.WRITE) and length > nbd.LONGEST_REQUEST):
             raise ProtocolError
-        if command == _DISCONNECT:
+        if command == nbd.DISCONNECT:
             return False
-        content = _receive(requests, length) if command == _WRITE else b""
+        content = _receive(requests, length) if command == nbd.WRITE else b""
         while True:
             with self._changed:
-                if command != _FLUSH and not self._is_passing:
+                if command != nbd.FLUSH and not self._is_passing:
                     self._arrived.set()
                 is_in_time = self._changed.wait_for(
-                    lambda: self._is_passing or (command == _FLUSH and self._is_closed), HELD_SECONDS
+                    lambda: self._is_passing or (command == nbd.FLUSH and self._is_closed), HELD_SECONDS
                 )
                 is_passing = self._is_passing
             if not is_passing:
-                client.sendall(_REPLY.pack(_REPLY_MAGIC, 0 if is_in_time else _EIO, handle))
+                client.sendall(nbd.REPLY.pack(nbd.REPLY_MAGIC, 0 if is_in_time else EIO, handle))
                 return True
             with self._exchange:
                 if self._target:
-                    wanted = length if command == _READ else 0
+                    wanted = length if command == nbd.READ else 0
                     client.sendall(_exchange(self._target, header + content, wanted))
                     return True
 
@@ -156,8 +152,8 @@ def _exchange(target: tuple[socket.socket, BufferedReader], request: bytes, want
     """The answer to a request, with *wanted* bytes of data."""
     server, answers = target
     server.sendall(request)
-    reply = _receive(answers, _REPLY.size)
-    _, error, _ = _REPLY.unpack(reply)
+    reply = _receive(answers, nbd.REPLY.size)
+    _, error, _ = nbd.REPLY.unpack(reply)
     return reply if error else reply + _receive(answers, wanted)
 
 

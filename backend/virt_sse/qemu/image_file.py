@@ -14,8 +14,8 @@ from pathlib import Path
 from virt_sse.errors import DiskInUseError, ImageError, ImageFormatError
 from virt_sse.model.disk_format import DiskFormat
 from virt_sse.qemu import ceph, image_header, luks, qcow2, rbd_image
-from virt_sse.system import file_systems
 from virt_sse.system.block_devices import is_device, qemu_users
+from virt_sse.system.file_systems import is_on_network
 from virt_sse.system.files import length as file_length
 from virt_sse.system.files import publish as publish_file
 from virt_sse.system.files import write_at
@@ -149,7 +149,7 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
         with _errors_named(path):
             if not (stat.S_ISREG(os.fstat(descriptor).st_mode) or _is_named_device(path, descriptor)):
                 raise ImageError(f"{path} is not a regular file or a block device in /dev")
-            if file_systems.is_network(file_systems.type_of(os.fstat(descriptor).st_dev)):
+            if is_on_network(descriptor):
                 # Another host may have written since, and FUSE does not always drop old pages.
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             yield descriptor

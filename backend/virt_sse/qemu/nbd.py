@@ -8,20 +8,10 @@ import struct
 import time
 
 from virt_sse.errors import ImageError
+from virt_sse.qemu import nbd_protocol as nbd
 
 _TIMEOUT, _SLOWEST = 30.0, 1 << 20
 """Seconds until a server counts as hung, in addition to the time for the data at this rate in bytes/s."""
-_MOST_AT_ONCE = 32 << 20
-"""Maximum length of a request that every server supports."""
-
-_MAGIC, _OPTIONS_MAGIC = b"NBDMAGIC", b"IHAVEOPT"
-_FIXED_NEWSTYLE, _NO_ZEROES = 1, 2
-_EXPORT_NAME = 1
-_READ, _WRITE, _FLUSH, _WRITE_ZEROES = 0, 1, 3, 6
-_REQUEST = struct.Struct(">IHHQQI")
-_REQUEST_MAGIC = 0x25609513
-_REPLY = struct.Struct(">IIQ")
-_REPLY_MAGIC = 0x67446698
 
 
 class NbdReader:
@@ -36,11 +26,11 @@ class NbdReader:
         self._connection = connection
         self._limit(0)
         greeting = self._receive(18)
-        if greeting[:16] != _MAGIC + _OPTIONS_MAGIC:
+        if greeting[:16] != nbd.MAGIC + nbd.OPTIONS_MAGIC:
             raise ImageError("the server does not speak NBD")
         name = export.encode()
-        flags = struct.pack(">I", _FIXED_NEWSTYLE | _NO_ZEROES)
-        self._send(flags + _OPTIONS_MAGIC + struct.pack(">II", _EXPORT_NAME, len(name)) + name)
+        flags = struct.pack(">I", nbd.FIXED_NEWSTYLE | nbd.NO_ZEROES)
+        self._send(flags + nbd.OPTION.pack(nbd.OPTIONS_MAGIC, nbd.EXPORT_NAME, len(name)) + name)
         self.size: int = struct.unpack(">QH", self._receive(10))[0]
         self._requests = 0
 
@@ -52,11 +42,11 @@ class NbdReader:
         length = min(length, self.size - offset)
         content = bytearray()
         while len(content) < length:
-            content += self._read(offset + len(content), min(length - len(content), _MOST_AT_ONCE))
+            content += self._read(offset + len(content), min(length - len(content), nbd.LONGEST_REQUEST))
         return bytes(content)
 
     def _read(self, offset: int, length: int) -> bytes:
-        self._request(_READ, offset, length)
+        self._request(nbd.READ, offset, length)
         return self._receive(length)
 
     def _request(self, command: int, offset: int, length: int, content: bytes = b"") -> None:
@@ -66,14 +56,14 @@ class NbdReader:
         """
         self._requests += 1
         self._limit(length)
-        self._send(_REQUEST.pack(_REQUEST_MAGIC, 0, command, self._requests, offset, length) + content)
-        magic, error, number = _REPLY.unpack(self._receive(_REPLY.size))
-        if magic != _REPLY_MAGIC or number != self._requests:
+        self._send(nbd.REQUEST.pack(nbd.REQUEST_MAGIC, 0, command, self._requests, offset, length) + content)
+        magic, error, number = nbd.REPLY.unpack(self._receive(nbd.REPLY.size))
+        if magic != nbd.REPLY_MAGIC or number != self._requests:
             raise ImageError("the NBD server violates the protocol")
         if error == errno.ENOSPC:
             raise ImageError("no space left on device")
         if error:
-            done = "read" if command == _READ else "write"
+            done = "read" if command == nbd.READ else "write"
             raise ImageError(f"cannot {done} {length} bytes at {offset}: error {error}")
 
     def _limit(self, length: int) -> None:
@@ -116,13 +106,13 @@ class NbdWriter(NbdReader):
         :raise ImageError: When writing fails, e.g. because there is no room.
         """
         if content.count(0) == len(content):
-            self._request(_WRITE_ZEROES, offset, len(content))
+            self._request(nbd.WRITE_ZEROES, offset, len(content))
         else:
-            self._request(_WRITE, offset, len(content), content)
+            self._request(nbd.WRITE, offset, len(content), content)
 
     def flush(self) -> None:
         """Make all completed writes durable.
 
         :raise ImageError: When the server fails.
         """
-        self._request(_FLUSH, 0, 0)
+        self._request(nbd.FLUSH, 0, 0)

@@ -96,13 +96,14 @@ class StorageDaemon:
             if base:
                 await _open_base(monitor, base)
             await _lend(monitor, deks)
-            if isinstance(image, Path) and is_rbd(image):
-                await monitor.execute("object-add", dict(ceph.secret_object()))
+            in_ceph = isinstance(image, Path) and is_rbd(image)
+            if in_ceph:
+                await monitor.execute("object-add", ceph.secret_object())
             for node in image_nodes(image, image_format, len(deks), has_base=base is not None):
                 await monitor.execute("blockdev-add", node)
             await _forget(monitor, len(deks))
-            if isinstance(image, Path) and is_rbd(image):
-                await monitor.execute("object-del", {"id": ceph.secret_object()["id"]})
+            if in_ceph:
+                await monitor.execute("object-del", {"id": ceph.SECRET})
             await monitor.execute("blockdev-add", {**EXPORTED, "file": VOLUME_NODE})
             await monitor.execute("block-export-add", export_of(export))
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from virt_sse.errors import StageError
 from virt_sse.libvirt.users import ROOT, User
+from virt_sse.qemu.nbd_protocol import MAGIC
 from virt_sse.system.files import shared_folder
 
 _BACKLOG = 8
 _LONGEST_SOCKET_PATH = 107
 """Linux, unix(7): ``sun_path`` less its zero byte."""
-_GREETING, _GREETING_SECONDS = b"NBDMAGIC", 10.0
-"""NBD protocol, "newstyle negotiation"."""
+_GREETING_SECONDS = 10.0
 _GUEST, _STAGES = "guest", "stages"
 
 
@@ -89,7 +89,7 @@ def await_greeting(path: Path) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
             client.settimeout(_GREETING_SECONDS)
             client.connect(str(path))
-            if client.recv(len(_GREETING), socket.MSG_WAITALL) == _GREETING:
+            if client.recv(len(MAGIC), socket.MSG_WAITALL) == MAGIC:
                 return
     except OSError:
         pass

@@ -30,7 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from virt_sse.errors import ToolError
-from virt_sse.system import acceleration, file_systems
+from virt_sse.system import acceleration
+from virt_sse.system.file_systems import is_on_network
 from virt_sse.system.leash import namespace
 from virt_sse.system.rbd_names import is_rbd
 
@@ -144,7 +145,7 @@ def command(arguments: Sequence[str], confinement: Confinement, opened: Sequence
     if os.geteuid() != 0:
         return [*limited, *confined, "--", tool, *arguments[1:]]
     only = f"-all,+{_CAPABILITY}"
-    user = 0 if any(map(_is_on_network, (*confinement.descriptors, *opened))) else TOOL_ID
+    user = 0 if any(map(is_on_network, (*confinement.descriptors, *opened))) else TOOL_ID
     unprivileged = [
         *("/usr/bin/setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "--no-new-privs"),
         *(f"--inh-caps={only}", f"--ambient-caps={only}", f"--bounding-set={only}", "--"),
@@ -156,10 +157,6 @@ def command(arguments: Sequence[str], confinement: Confinement, opened: Sequence
 def tool_environment() -> dict[str, str]:
     """The environment of a confined tool: English messages, because virt-sse parses some."""
     return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
-
-
-def _is_on_network(descriptor: int) -> bool:
-    return file_systems.is_network(file_systems.type_of(os.fstat(descriptor).st_dev))
 
 
 def _accelerate(tool: str) -> list[str]:

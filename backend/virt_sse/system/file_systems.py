@@ -29,3 +29,9 @@ def type_of(device: int) -> str | None:
 def is_network(kind: str | None) -> bool:
     """Whether a file system of this type may be served by another machine, or by a program (FUSE)."""
     return kind is not None and (kind in _NETWORK or kind.partition(".")[0] == "fuse")
+
+
+def is_on_network(descriptor: int) -> bool:
+    """Whether an open file is in a file system of :func:`is_network`; those have no block device."""
+    device = os.fstat(descriptor).st_dev
+    return os.major(device) == 0 and is_network(type_of(device))
