@@ -67,6 +67,20 @@ def assert_runs_on(host: MigrationHost, other: MigrationHost, guest: Guest, disk
     assert qemu_processes(other, guest) == 0
 
 
+def move(
+    site: MigrationSite,
+    guest: MovingGuest,
+    disk: Disk,
+    source: MigrationHost,
+    target: MigrationHost,
+    *options: str,
+) -> None:
+    """Migrate the guest: it runs and writes on *target* alone."""
+    site.migrate(guest, source, target, *options)
+    assert_runs_on(target, source, guest, disk)
+    guest.await_writes()
+
+
 def qemu_processes(host: MigrationHost, guest: Guest) -> int:
     listed = host.host.run(["ps", "-eo", "args"], check=True).stdout
     return sum(f"guest={guest.name}," in line for line in listed.splitlines())
@@ -94,14 +108,10 @@ def test_a_guest_takes_its_key_along_while_the_key_is_rotated(
     guest = MovingGuest(site, disk, acceleration("linux-micro"), linux_micro)
     guest.run()
     assert_runs_on(site.a, site.b, guest, disk)
-    site.migrate(guest, site.a, site.b)
-    assert_runs_on(site.b, site.a, guest, disk)
-    guest.await_writes()
+    move(site, guest, disk, site.a, site.b)
     site.keys.rotate(site.set.key.name)
     site.b.virt_sse("des", "rotate", site.set.name)
-    site.migrate(guest, site.b, site.a, "--p2p", "--persistent", "--undefinesource")
-    assert_runs_on(site.a, site.b, guest, disk)
-    guest.await_writes()
+    move(site, guest, disk, site.b, site.a, "--p2p", "--persistent", "--undefinesource")
     guest.destroy()
     said = site.b.virt_sse("audit", "list", "--disk", str(disk.id), "-o", "json")
     unwrapped = [each for each in json.loads(said) if each["action"] == "unwrap" and each["domain"]]
@@ -120,15 +130,11 @@ def test_a_double_disk_is_handed_over_while_the_guest_writes(
     guest = MovingGuest(site, disk, acceleration("linux-micro"), linux_micro)
     guest.run()
     assert_runs_on(site.a, site.b, guest, disk)
-    site.migrate(guest, site.a, site.b)
-    assert_runs_on(site.b, site.a, guest, disk)
-    guest.await_writes()
+    move(site, guest, disk, site.a, site.b)
     handed_over = [each.agent.events("disk-handed-over", disk=str(disk.id)) for each in (site.a, site.b)]
     assert list(map(bool, handed_over)) == [True, False]
     site.b.virt_sse("vm", "verify", guest.name)
-    site.migrate(guest, site.b, site.a, "--p2p")
-    assert_runs_on(site.a, site.b, guest, disk)
-    guest.await_writes()
+    move(site, guest, disk, site.b, site.a, "--p2p")
     guest.destroy()
     assert newest_block(site.content(disk)) >= guest.acknowledged
 
@@ -193,9 +199,7 @@ def test_post_copy_and_cancel_in_the_middle(
     assert_runs_on(site.a, site.b, guest, disk)
     guest.await_writes()
     with post_copy(site.b.host):
-        site.migrate(guest, site.a, site.b, "--postcopy", "--postcopy-after-precopy")
-    assert_runs_on(site.b, site.a, guest, disk)
-    guest.await_writes()
+        move(site, guest, disk, site.a, site.b, "--postcopy", "--postcopy-after-precopy")
     guest.destroy()
 
 

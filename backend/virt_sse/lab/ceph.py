@@ -12,7 +12,7 @@ from typing import Self
 from uuid import uuid4
 
 from virt_sse.errors import LabError
-from virt_sse.lab import directories
+from virt_sse.lab.directories import OwnedDirectory
 from virt_sse.lab.requirements import require
 from virt_sse.lab.vaults import free_port
 from virt_sse.model.ceph import CephCluster
@@ -69,8 +69,7 @@ class LabCeph:
     pool = "lab"
 
     def __init__(self, *, base: Path = Path("/tmp")) -> None:  # noqa: S108 -- uses a private folder below
-        self._base = base
-        self._folder: directories.LabDirectory | None = None
+        self._folder = OwnedDirectory(base, "the lab's Ceph cluster")
         self._running = contextlib.ExitStack()
         self._osd_running = contextlib.ExitStack()
         self._osd: subprocess.Popen[bytes] | None = None
@@ -81,8 +80,7 @@ class LabCeph:
 
     def __enter__(self) -> Self:
         require("ceph-mon", "ceph-osd", "ceph-authtool", "monmaptool", "ceph", "rbd", "setpriv")
-        directories.sweep(self._base)
-        self._folder = directories.create(self._base)
+        self._folder.make()
         try:
             self._prepare()
             self._start("ceph-mon", "a", self._running)
@@ -97,9 +95,7 @@ class LabCeph:
     def __exit__(self, *_: object) -> None:
         self._osd_running.close()
         self._running.close()
-        folder, self._folder = self._folder, None
-        if folder is not None:
-            folder.remove()
+        self._folder.remove()
 
     @property
     def directory(self) -> Path:
@@ -107,8 +103,6 @@ class LabCeph:
 
         :raise LabError: When the cluster has not been made, or was removed.
         """
-        if self._folder is None:
-            raise LabError("the lab's Ceph cluster has not been made")
         return self._folder.path / "ceph"
 
     @property

@@ -36,6 +36,42 @@ class LabDirectory:
         os.close(self.lock)
 
 
+class OwnedDirectory:
+    """The directory of a server of the lab: made at the server's start, removed at its end.
+
+    :param base: the folder to make the directory in.
+    :param owner: the server, for messages: ``the lab vault``.
+    """
+
+    def __init__(self, base: Path, owner: str) -> None:
+        self._base, self._owner = base, owner
+        self._made: LabDirectory | None = None
+
+    def make(self) -> None:
+        """Make the directory, and remove those left by killed runs.
+
+        :raise LabError: As :func:`create`.
+        """
+        sweep(self._base)
+        self._made = create(self._base)
+
+    @property
+    def path(self) -> Path:
+        """The directory.
+
+        :raise LabError: When the directory has not been made, or was removed.
+        """
+        if self._made is None:
+            raise LabError(f"{self._owner} has not been made")
+        return self._made.path
+
+    def remove(self) -> None:
+        """Remove the directory with its content, if made."""
+        made, self._made = self._made, None
+        if made is not None:
+            made.remove()
+
+
 def create(base: Path) -> LabDirectory:
     """Make and lock a new directory below *base*, with mode 0711 for access by QEMU's user.
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Self
 
 from virt_sse.errors import LabError, LabUnavailableError
-from virt_sse.lab import directories
 from virt_sse.lab.certificates import new_client_certificate
+from virt_sse.lab.directories import OwnedDirectory
 from virt_sse.lab.requirements import require
 from virt_sse.lab.vaults import free_port
 from virt_sse.system.files import private_folder, write_private
@@ -60,8 +60,7 @@ class LabOpenBao:
     """
 
     def __init__(self, *, base: Path = Path("/tmp")) -> None:  # noqa: S108 -- uses a private folder below
-        self._base = base
-        self._folder: directories.LabDirectory | None = None
+        self._folder = OwnedDirectory(base, "the lab's OpenBao server")
         self._program = Path("bao")
         self._running = contextlib.ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
@@ -76,8 +75,7 @@ class LabOpenBao:
     def __enter__(self) -> Self:
         self._program = _program()
         require("setpriv")
-        directories.sweep(self._base)
-        self._folder = directories.create(self._base)
+        self._folder.make()
         try:
             self._prepare()
             self.start()
@@ -89,9 +87,7 @@ class LabOpenBao:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-        folder, self._folder = self._folder, None
-        if folder is not None:
-            folder.remove()
+        self._folder.remove()
 
     @property
     def directory(self) -> Path:
@@ -99,8 +95,6 @@ class LabOpenBao:
 
         :raise LabError: When the server has not been made, or was removed.
         """
-        if self._folder is None:
-            raise LabError("the lab's OpenBao server has not been made")
         return self._folder.path / "openbao"
 
     @property

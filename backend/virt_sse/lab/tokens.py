@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from virt_sse.errors import ConfigError, LabError, LabUnavailableError
+from virt_sse.errors import ConfigError, LabUnavailableError
 from virt_sse.lab import directories
+from virt_sse.lab.directories import OwnedDirectory
 from virt_sse.pkcs11.module import Module, find_module, load
 from virt_sse.pkcs11.options import TokenOptions
 from virt_sse.pkcs11.pins import PinSource
@@ -60,13 +61,11 @@ class LabHsm:
     """
 
     def __init__(self, *, base: Path = Path("/tmp")) -> None:  # noqa: S108 -- uses a private folder below
-        self._base = base
-        self._directory: directories.LabDirectory | None = None
+        self._folder = OwnedDirectory(base, "the lab HSM")
 
     def __enter__(self) -> Self:
         self.module = _installed(MODULE_NAME, "softhsm2")
-        directories.sweep(self._base)
-        self._directory = directories.create(self._base)
+        self._folder.make()
         try:
             self.folder.write_config()
         except BaseException:
@@ -83,15 +82,11 @@ class LabHsm:
 
         :raise LabError: When the folder has not been made, or was removed.
         """
-        if self._directory is None:
-            raise LabError("the lab HSM has not been made")
-        return TokenFolder(self._directory.path / "hsm")
+        return TokenFolder(self._folder.path / "hsm")
 
     def remove(self) -> None:
         """Remove the folder with all tokens and keys."""
-        directory, self._directory = self._directory, None
-        if directory is not None:
-            directory.remove()
+        self._folder.remove()
 
     @contextlib.contextmanager
     def token(self) -> Iterator[LabToken]:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self, cast
 
 from virt_sse.errors import ConfigError, LabError, LabUnavailableError
-from virt_sse.lab import directories, leashed
+from virt_sse.lab import leashed
+from virt_sse.lab.directories import OwnedDirectory
 from virt_sse.system.extras import require as require_extra
 
 if TYPE_CHECKING:
@@ -63,8 +64,7 @@ class LabVault:
         self._audience = audience
         self._database = database
         self._instance_of = instance_of
-        self._base = base
-        self._folder: directories.LabDirectory | None = None
+        self._folder = OwnedDirectory(base, "the lab vault")
         self._process: subprocess.Popen[str] | None = None
         self._port = 0
 
@@ -90,8 +90,6 @@ class LabVault:
 
         :raise LabError: When the vault has not been made, or was removed.
         """
-        if self._folder is None:
-            raise LabError("the lab vault has not been made")
         return self._folder.path / "vault"
 
     @property
@@ -136,8 +134,7 @@ class LabVault:
         from virt_sse.vault.home.settings import Tier
         from virt_sse.vault.initialise import initialise
 
-        directories.sweep(self._base)
-        self._folder = directories.create(self._base)
+        self._folder.make()
         self._port = free_port()
         if self._instance_of is not None:
             self._import_root(self._instance_of)
@@ -198,9 +195,7 @@ class LabVault:
 
     def remove(self) -> None:
         """Remove the vault with all its keys."""
-        folder, self._folder = self._folder, None
-        if folder is not None:
-            folder.remove()
+        self._folder.remove()
 
     def _import_root(self, other: LabVault) -> None:
         from virt_sse.vault.home.layout import VaultDirectory
